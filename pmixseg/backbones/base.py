@@ -1,0 +1,71 @@
+"""The backbone contract: encode every modality, decode any combination."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from pmixseg.describe import Described
+from pmixseg.types import Image, Latents, Presence, SegOutput
+
+
+class Backbone(nn.Module, Described, ABC):
+    """A segmentation network split where alignment and filling happen.
+
+    Subclasses implement :meth:`encode` and :meth:`decode`. Voxels of modalities outside
+    ``present`` never influence ``logits``; :func:`pmixseg.testing.check_backbone` proves it.
+
+    Attributes:
+        modalities: names of the input channels.
+        num_classes: softmax classes, background included.
+        channels: latent channels per level, finest first.
+        strides: voxels of the input per voxel of the level, finest first; a patch must be
+            divisible by the last.
+        shares_encoding: the latent of one modality depends neither on the others nor on
+            ``present``, so evaluation encodes once for all combinations.
+        slots: names of the latents' slots: the modalities, or ``("fused",)`` for early fusion.
+    """
+
+    modalities: tuple[str, ...]
+    num_classes: int
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    shares_encoding: bool = True
+
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        num_classes: int,
+        channels: Sequence[int],
+        strides: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.modalities = tuple(modalities)
+        self.num_classes = num_classes
+        self.channels = tuple(channels)
+        self.strides = tuple(strides)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the latents' slots."""
+        return self.modalities
+
+    @abstractmethod
+    def encode(self, image: Image, present: Presence) -> Latents:
+        """Latents of every present modality; encoders of absent ones are not run."""
+
+    @abstractmethod
+    def decode(self, latents: Latents) -> SegOutput:
+        """Segment from the slots that ``latents.present`` shows."""
+
+    def forward(self, image: Image, present: Presence) -> SegOutput:
+        """``decode(encode(image, present))``."""
+        return self.decode(self.encode(image, present))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> SegOutput:
+        """Typed call of :meth:`forward`."""
+        output: SegOutput = super().__call__(*args, **kwargs)
+        return output

@@ -1,0 +1,181 @@
+"""Objects that remember how they were made, so that a checkpoint can make them again.
+
+A checkpoint may hold primitives only (it is read with ``weights_only=True``). So an object that
+belongs to a model is written as ``{"class_path": ..., "init_args": {...}}``, the notation of
+jsonargparse and of every YAML file here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pmixseg.errors import InputError
+
+TRUSTED_PACKAGES = ("pmixseg", "monai", "torch")
+"""Packages whose classes a checkpoint may name without being asked for with ``--import``."""
+
+
+class Described:
+    """Base of classes whose instances remember their constructor's arguments.
+
+    Example:
+        >>> class Ball(Described):
+        ...     def __init__(self, size: int = 1) -> None: ...
+        >>> Ball(2).init_args
+        {'size': 2}
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]  # same signature
+
+    @property
+    def init_args(self) -> dict[str, Any]:
+        """Arguments of the outermost constructor, by name, defaults included."""
+        return dict(self.__dict__["_init_args"])
+
+
+def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def remember(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_init_args" not in self.__dict__:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            given: dict[str, Any] = {}
+            for name, value in list(bound.arguments.items())[1:]:
+                if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                    given.update(value)
+                else:
+                    given[name] = value
+            # nn.Module.__setattr__ is not ready before super().__init__().
+            object.__setattr__(self, "_init_args", given)
+        init(self, *args, **kwargs)
+
+    return remember
+
+
+def describe(value: Any, where: str = "value") -> Any:
+    """Write ``value`` with primitives only.
+
+    Args:
+        value: a primitive, path, list, mapping, :class:`Described` object, class, or
+            ``functools.partial`` of a class.
+        where: how the error names it.
+
+    Raises:
+        InputError: the object cannot be rebuilt from primitives.
+
+    Example:
+        >>> describe({"a": (1, 2.5)})
+        {'a': [1, 2.5]}
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Described):
+        inner = {k: describe(v, f"{where}.{k}") for k, v in value.init_args.items()}
+        return {"class_path": _path_of(type(value), where), "init_args": inner}
+    if isinstance(value, functools.partial):
+        # jsonargparse wraps the class of an OptimizerCallable behind its own functions.
+        made = [f for f in (value.func, *value.args) if inspect.isclass(f)]
+        if len(made) == 1:
+            inner = {k: describe(v, f"{where}.{k}") for k, v in value.keywords.items()}
+            return {"class_path": _path_of(made[0], where), "init_args": inner}
+    if isinstance(value, Mapping):
+        return {str(k): describe(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [describe(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    to_dict = getattr(value, "to_dict", None)
+    if callable(to_dict) and not isinstance(value, nn.Module):
+        return describe(to_dict(), where)
+    if inspect.isclass(value):
+        return {"class_path": _path_of(value, where), "init_args": {}}
+    raise InputError(
+        f"{where}: a {type(value).__module__}.{type(value).__qualname__} cannot be written to a "
+        "checkpoint; give it as {'class_path': ..., 'init_args': {...}} instead of an instance."
+    )
+
+
+def _path_of(obj: Any, where: str) -> str:
+    if "<locals>" in obj.__qualname__:
+        raise InputError(
+            f"{where}: {obj.__qualname__} is defined inside a function, so no checkpoint can name "
+            "it; move it to the top of a module."
+        )
+    return f"{obj.__module__}.{obj.__qualname__}"
+
+
+def is_description(value: Any) -> bool:
+    """Whether ``value`` is a ``{class_path, init_args}`` mapping."""
+    return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
+
+
+def find_class(class_path: str, trusted: Iterable[str] | None = None) -> Any:
+    """Import the object that ``class_path`` names.
+
+    Args:
+        class_path: dotted path of a class.
+        trusted: if given, only these packages, and modules that are already imported, are looked
+            into: what a checkpoint names must not decide what is imported.
+
+    Raises:
+        InputError: not importable, or not trusted.
+    """
+    package = class_path.split(".", 1)[0]
+    parts = class_path.split(".")
+    if trusted is not None and package not in trusted:
+        loaded = any(".".join(parts[:n]) in sys.modules for n in range(1, len(parts)))
+        if not loaded:
+            raise InputError(
+                f"the checkpoint uses {class_path}, which is not part of pmixseg; if you trust it, "
+                f"load with --import {class_path.rsplit('.', 1)[0]}."
+            )
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+            for name in parts[cut:]:
+                found = getattr(found, name)
+        except (ImportError, AttributeError):
+            continue
+        return found
+    raise InputError(f"class '{class_path}' cannot be imported; correct its name or install it.")
+
+
+def build(value: Any, trusted: Iterable[str] | None = None, **extra: Any) -> Any:
+    """Inverse of :func:`describe` for one object: instantiate a ``{class_path, init_args}``.
+
+    Anything else is returned as it is. Nested descriptions are left to the class, which builds
+    its own arguments.
+
+    Args:
+        value: a description or a ready object.
+        trusted: see :func:`find_class`.
+        extra: arguments added to ``init_args`` where those do not have them.
+
+    Raises:
+        InputError: the class cannot be found or does not take the arguments.
+    """
+    if not is_description(value):
+        return value
+    cls = find_class(value["class_path"], trusted)
+    if not inspect.isclass(cls):
+        raise InputError(f"'{value['class_path']}' is not a class; name a class.")
+    arguments = {**extra, **(value.get("init_args") or {})}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise InputError(
+            f"{value['class_path']} cannot be made from {sorted(arguments)}: {error}."
+        ) from error

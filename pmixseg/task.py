@@ -1,0 +1,151 @@
+"""What is segmented, and from which sequences: modalities, labels, regions, combinations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations as subsets_of_size
+from typing import Any
+
+from pmixseg.errors import InputError
+
+Combination = tuple[str, ...]
+"""A non-empty subset of modality names, in task order."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A segmentation task: the only place in the package that knows a modality by name.
+
+    Args:
+        name: short identifier, stored in checkpoints and records.
+        modalities: names of the input sequences in channel order; one or more.
+        labels: names of the foreground classes; class index = position + 1, background is 0.
+        regions: region name -> names of the labels whose union it is.
+        display: modality or region name -> how tables and figures write it (default: the name).
+
+    Raises:
+        InputError: empty or repeated names, names with ``+``, or a region of unknown labels.
+
+    Example:
+        >>> BRATS.num_classes, BRATS.region_classes("TC")
+        (4, (1, 3))
+    """
+
+    name: str
+    modalities: tuple[str, ...]
+    labels: tuple[str, ...]
+    regions: Mapping[str, tuple[str, ...]]
+    display: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # YAML and checkpoints give lists where the fields are tuples.
+        object.__setattr__(self, "modalities", tuple(self.modalities))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "regions", {k: tuple(v) for k, v in self.regions.items()})
+        object.__setattr__(self, "display", dict(self.display))
+        for what, names in (("modalities", self.modalities), ("labels", self.labels)):
+            if not names or len(set(names)) != len(names) or any("+" in n or not n for n in names):
+                raise InputError(
+                    f"task '{self.name}': {what} {list(names)} must be one or more different "
+                    "names without '+'; correct the task."
+                )
+        if not self.regions:
+            raise InputError(f"task '{self.name}' has no region; name at least one union of labels.")
+        for region, members in self.regions.items():
+            unknown = [m for m in members if m not in self.labels]
+            if unknown or not members:
+                raise InputError(
+                    f"task '{self.name}': region '{region}' must be a union of {list(self.labels)}, "
+                    f"but is {list(members)}; correct the region."
+                )
+
+    @property
+    def num_modalities(self) -> int:
+        """Number of input sequences M."""
+        return len(self.modalities)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of softmax classes C, background included."""
+        return len(self.labels) + 1
+
+    def region_classes(self, region: str) -> tuple[int, ...]:
+        """Class indices whose union is ``region``."""
+        return tuple(self.labels.index(name) + 1 for name in self.regions[region])
+
+    def show(self, name: str) -> str:
+        """How tables and figures write a modality or region."""
+        return self.display.get(name, name)
+
+    def combinations(self) -> list[Combination]:
+        """All 2^M - 1 combinations, by size, then in task order."""
+        return all_combinations(self.modalities)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only, for checkpoints and JSON."""
+        raw = asdict(self)
+        raw["modalities"], raw["labels"] = list(self.modalities), list(self.labels)
+        raw["regions"] = {k: list(v) for k, v in self.regions.items()}
+        return raw
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Task:
+        """Inverse of :meth:`to_dict`."""
+        return cls(**raw)
+
+
+BRATS = Task(
+    name="brats",
+    modalities=("flair", "t1ce", "t1", "t2"),
+    labels=("NCR", "ED", "ET"),
+    regions={"WT": ("NCR", "ED", "ET"), "TC": ("NCR", "ET"), "ET": ("ET",)},
+    display={"flair": "FLAIR", "t1ce": "T1ce", "t1": "T1", "t2": "T2"},
+)
+"""BraTS glioma: FLAIR, T1ce, T1, T2; necrotic core, oedema, enhancing tumour; WT, TC, ET."""
+
+
+def all_combinations(modalities: Sequence[str]) -> list[Combination]:
+    """Every non-empty subset of ``modalities``, by size, then in the given order.
+
+    Example:
+        >>> [format_combination(c) for c in all_combinations(("flair", "t1"))]
+        ['flair', 't1', 'flair+t1']
+    """
+    return [c for n in range(1, len(modalities) + 1) for c in subsets_of_size(modalities, n)]
+
+
+def format_combination(combination: Iterable[str]) -> str:
+    """Names joined by ``+``."""
+    return "+".join(combination)
+
+
+def parse_combination(text: str | Iterable[str], modalities: Sequence[str]) -> Combination:
+    """Read ``"t1ce+flair"`` (or an iterable of names) into task order.
+
+    Raises:
+        InputError: no name, or a name that is not among ``modalities``.
+
+    Example:
+        >>> parse_combination("t1+flair", BRATS.modalities)
+        ('flair', 't1')
+    """
+    names = [n.strip() for n in text.split("+")] if isinstance(text, str) else list(text)
+    unknown = [n for n in names if n not in modalities]
+    if unknown or not names:
+        raise InputError(
+            f"combination '{format_combination(names)}' names {unknown or 'no modality'}; "
+            f"use names of {list(modalities)} joined by '+'."
+        )
+    return tuple(m for m in modalities if m in names)
+
+
+def presence(combination: Iterable[str], modalities: Sequence[str]) -> tuple[bool, ...]:
+    """The combination as one flag per modality.
+
+    Example:
+        >>> presence(("t1ce",), BRATS.modalities)
+        (False, True, False, False)
+    """
+    chosen = set(combination)
+    return tuple(m in chosen for m in modalities)
