@@ -1,0 +1,161 @@
+"""What a segmentation network is trained with: the criterion contract, and Dice + cross-entropy."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.losses import DiceCELoss
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pmixseg.describe import Described
+from pmixseg.errors import InputError
+from pmixseg.types import Batch, Label, Scalar, SegOutput
+
+DEEP_SUPERVISION = re.compile(r"ds([1-9]\d*)")
+"""Names of the auxiliary logits that deep supervision reads: ``ds1`` is the finest of them."""
+
+
+class Criterion(nn.Module, Described, ABC):
+    """The segmentation loss of a backbone.
+
+    A backbone with auxiliary outputs of its own subclasses this and reads them by name from
+    ``output.extras``, which is empty in eval mode.
+
+    Attributes:
+        couples_samples: the loss of a batch is not the mean over its samples, so two processes
+            do not reproduce one process on the joined batch.
+    """
+
+    couples_samples: bool = False
+
+    @abstractmethod
+    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+        """Loss of one batch.
+
+        Args:
+            output: softmax logits ``[B, C, D, H, W]`` and auxiliary outputs.
+            batch: ``label`` is ``[B, D, H, W]`` with class indices.
+            epoch: 0-based, for losses that change as training goes on.
+        """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
+        """Typed call of :meth:`forward`."""
+        loss: Scalar = super().__call__(*args, **kwargs)
+        return loss
+
+
+def area_fractions(label: Label, num_classes: int, shape: Sequence[int]) -> Tensor:
+    """Share of each class in every voxel of a coarser grid.
+
+    A class that is thinner than a coarse voxel keeps its mass, where nearest-neighbour labels
+    lose it (they lose the necrotic core in a quarter of 80³ patches at stride 8).
+
+    Args:
+        label: class indices ``[B, D, H, W]``.
+        num_classes: number of classes C.
+        shape: the coarse grid, each side a divisor of the label's.
+
+    Returns:
+        float32 ``[B, C, *shape]``, summing to 1 over classes.
+
+    Raises:
+        ValueError: a side of the label is no multiple of the coarse one.
+
+    Example:
+        >>> label = torch.tensor([0, 0, 1, 0]).reshape(1, 4, 1, 1)
+        >>> area_fractions(label, 2, (2, 1, 1)).flatten().tolist()
+        [1.0, 0.5, 0.0, 0.5]
+    """
+    if any(full % coarse for full, coarse in zip(label.shape[1:], shape, strict=True)):
+        raise ValueError(
+            f"a label of shape {tuple(label.shape[1:])} cannot be averaged onto the grid "
+            f"{tuple(shape)}; its sides must be multiples of the grid's."
+        )
+    stride = [full // coarse for full, coarse in zip(label.shape[1:], shape, strict=True)]
+    # One class at a time: a full-resolution one-hot of all classes would be the largest tensor of
+    # the whole step.
+    pooled = [F.avg_pool3d((label == c).float(), stride) for c in range(num_classes)]
+    return torch.stack(pooled, 1)
+
+
+class DiceCE(Criterion):
+    r"""Soft Dice plus cross-entropy (MONAI's ``DiceCELoss``), with deep supervision.
+
+    .. math:: L = \frac{\sum_{k \ge 0} 2^{-k} L_k}{\sum_{k \ge 0} 2^{-k}}, \qquad
+              L_k = \lambda_\mathrm{dice} L_\mathrm{dice} + \lambda_\mathrm{ce} L_\mathrm{ce}
+
+    :math:`L_0` is the loss of ``logits``; :math:`L_k` that of ``extras["ds<k>"]``, if there are
+    any, against :func:`area_fractions` at their own resolution. Dividing by the weights keeps the
+    scale of the loss, and with it the meaning of every other term's weight, the same with and
+    without deep supervision.
+
+    Args:
+        include_background: count class 0 in the Dice term.
+        dice_weight: :math:`\lambda_\mathrm{dice}`.
+        ce_weight: :math:`\lambda_\mathrm{ce}`.
+        batch_dice: sum intersections over the batch before dividing (nnU-Net, MONAI's ``batch``).
+            It couples the samples of a batch and is exempt from "DDP equals one process".
+        deep_supervision_decay: weight of ``ds<k>`` is this to the power k.
+
+    Raises:
+        InputError: a negative weight.
+
+    Source: Isensee et al., nnU-Net (Nature Methods 2021), for the sum and the weights.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        dice_weight: float = 1.0,
+        ce_weight: float = 1.0,
+        batch_dice: bool = False,
+        deep_supervision_decay: float = 0.5,
+    ) -> None:
+        super().__init__()
+        weights = {
+            "dice_weight": dice_weight,
+            "ce_weight": ce_weight,
+            "deep_supervision_decay": deep_supervision_decay,
+        }
+        for name, value in weights.items():
+            if value < 0:
+                raise InputError(f"DiceCE: {name} is {value}; use a number that is 0 or more.")
+        self.couples_samples = batch_dice
+        self.decay = deep_supervision_decay
+        options = {
+            "include_background": include_background,
+            "softmax": True,
+            "lambda_dice": dice_weight,
+            "lambda_ce": ce_weight,
+            "batch": batch_dice,
+        }
+        self.hard = DiceCELoss(to_onehot_y=True, **options)
+        self.soft = DiceCELoss(to_onehot_y=False, **options)
+
+    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+        """Weighted mean of the losses of ``logits`` and of every ``ds<k>``; see the class."""
+        label = batch["label"]
+        total = self._loss(output.logits, label)
+        weights = 1.0
+        for name, logits in output.extras.items():
+            if match := DEEP_SUPERVISION.fullmatch(name):
+                weight = self.decay ** int(match[1])
+                total = total + weight * self._loss(logits, label)
+                weights += weight
+        return total / weights
+
+    def _loss(self, logits: Tensor, label: Label) -> Tensor:
+        # Sums over a million voxels do not fit half precision.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss: Tensor
+        if logits.shape[2:] == label.shape[1:]:
+            loss = self.hard(logits, label[:, None])
+        else:
+            target = area_fractions(label, logits.shape[1], logits.shape[2:])
+            loss = self.soft(logits, target.to(logits.dtype))
+        return loss
