@@ -1,0 +1,6 @@
+"""Backbones: plain ``nn.Module`` networks under the contract of :mod:`pmixseg.backbones.base`."""
+
+from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.unet import MultiEncoderUNet
+
+__all__ = ["Backbone", "MultiEncoderUNet"]

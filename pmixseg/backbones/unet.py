@@ -1,0 +1,144 @@
+"""The package's own default: a U-Net with one encoder per modality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.slots import SlotConv, check_input, encode_slots
+from pmixseg.errors import InputError
+from pmixseg.task import BRATS
+from pmixseg.types import Image, Latents, Presence, SegOutput
+
+SLOPE = 0.01
+"""Negative slope of every LeakyReLU."""
+
+
+def conv_block(inside: int, outside: int, stride: int, dropout: float) -> nn.Sequential:
+    """Convolution 3x3x3, dropout of whole channels, instance norm, LeakyReLU."""
+    return nn.Sequential(
+        # The norm removes any bias again.
+        nn.Conv3d(inside, outside, 3, stride, padding=1, bias=False),
+        nn.Dropout3d(dropout) if dropout else nn.Identity(),
+        nn.InstanceNorm3d(outside, affine=True),
+        nn.LeakyReLU(SLOPE, inplace=True),
+    )
+
+
+class Encoder(nn.Module):
+    """Encoder of one modality: two convolutions per level, stride 2 between levels.
+
+    Args:
+        widths: channels per level, finest first.
+        dropout: probability of dropping a channel after a convolution.
+    """
+
+    def __init__(self, widths: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                conv_block(1 if k == 0 else widths[k - 1], width, 1 if k == 0 else 2, dropout),
+                conv_block(width, width, 1, dropout),
+            )
+            for k, width in enumerate(widths)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of ``[b, 1, D, H, W]``, finest first."""
+        features = []
+        for level in self.levels:
+            x = level(x)
+            features.append(x)
+        return features
+
+
+class Fusion(nn.Module):
+    """``LeakyReLU(norm(Σ_m W_m f_m))``: the norm evens out how many modalities are summed."""
+
+    def __init__(self, slots: int, width: int) -> None:
+        super().__init__()
+        self.conv = SlotConv(slots, width, width, bias=False)
+        self.norm = nn.InstanceNorm3d(width, affine=True)
+        self.act = nn.LeakyReLU(SLOPE, inplace=True)
+
+    def forward(self, latents: Latents, level: int) -> Tensor:
+        """Fused features ``[B, C, D, H, W]`` of one level."""
+        fused: Tensor = self.act(self.norm(self.conv(latents, level, f"fusion.{level}")))
+        return fused
+
+
+class MultiEncoderUNet(Backbone):
+    """One U-Net encoder per modality, 1x1x1 fusion at every level, one decoder with skips.
+
+    Level l has ``width·2^l`` channels at stride ``2^l``. A level's slots are fused by
+    ``LeakyReLU(IN(Σ_m W_m f_m))``; absent slots are 0. Convolution blocks, strided down- and
+    transposed up-sampling follow nnU-Net (Isensee et al., Nature Methods 2021); one encoder per
+    modality with features set to 0 follows RFNet (Ding et al., ICCV 2021).
+
+    Args:
+        modalities: names of the input channels.
+        num_classes: softmax classes, background included.
+        width: channels at the finest level.
+        levels: number of resolutions L ≥ 2; patches must be divisible by ``2^(L-1)``.
+        deep_supervision: in training, ``extras["ds1"], …, extras["ds{L-2}"]`` hold logits
+            ``[B, num_classes, …]`` of the decoder at stride ``2^k``.
+        dropout: probability of dropping a whole channel after a convolution.
+
+    Raises:
+        InputError: fewer than two levels.
+
+    Example:
+        >>> import torch
+        >>> net = MultiEncoderUNet(width=4, levels=3)
+        >>> out = net(torch.zeros(1, 4, 16, 16, 16), torch.ones(1, 4, dtype=torch.bool))
+        >>> out.logits.shape, [tuple(f.shape) for f in out.latents.features][-1]
+        (torch.Size([1, 4, 16, 16, 16]), (1, 4, 16, 4, 4, 4))
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[str] = BRATS.modalities,
+        num_classes: int = BRATS.num_classes,
+        width: int = 16,
+        levels: int = 4,
+        deep_supervision: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        if levels < 2:
+            raise InputError(f"MultiEncoderUNet: levels is {levels}; give 2 or more.")
+        widths = [width * 2**k for k in range(levels)]
+        super().__init__(modalities, num_classes, widths, [2**k for k in range(levels)])
+        self.encoders = nn.ModuleList(Encoder(widths, dropout) for _ in self.modalities)
+        self.fusions = nn.ModuleList(Fusion(len(self.modalities), w) for w in widths)
+        self.ups = nn.ModuleList(nn.ConvTranspose3d(2 * w, w, 2, 2) for w in widths[:-1])
+        self.decoders = nn.ModuleList(
+            nn.Sequential(conv_block(2 * w, w, 1, dropout), conv_block(w, w, 1, dropout))
+            for w in widths[:-1]
+        )
+        supervised = levels - 1 if deep_supervision else 1
+        self.heads = nn.ModuleList(nn.Conv3d(w, num_classes, 1) for w in widths[:supervised])
+        for part in self.modules():
+            if isinstance(part, nn.Conv3d | nn.ConvTranspose3d):
+                nn.init.kaiming_normal_(part.weight, a=SLOPE)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+
+    def encode(self, image: Image, present: Presence) -> Latents:
+        """See :meth:`Backbone.encode`; encoder m sees only the samples that have modality m."""
+        check_input(image, present, self.modalities, self.strides)
+        features = encode_slots(self.encoders, image, present)
+        return Latents(features, self.modalities, [present] * len(features))
+
+    def decode(self, latents: Latents) -> SegOutput:
+        """See :meth:`Backbone.decode`."""
+        fused = [fusion(latents, level) for level, fusion in enumerate(self.fusions)]
+        extras: dict[str, Tensor] = {}
+        x = fused[-1]
+        for level in reversed(range(len(fused) - 1)):
+            x = self.decoders[level](torch.cat([fused[level], self.ups[level](x)], 1))
+            if level and self.training and level < len(self.heads):
+                extras[f"ds{level}"] = self.heads[level](x)
+        return SegOutput(self.heads[0](x), latents, extras)
