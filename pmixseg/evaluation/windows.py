@@ -1,0 +1,230 @@
+"""Sliding-window prediction of many combinations from one encoding of each window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pmixseg.errors import InputError
+from pmixseg.types import Image, Latents, Presence, SegOutput
+
+Blend = Literal["gaussian", "uniform"]
+Window = tuple[slice, ...]
+
+GAUSSIAN_SIGMA = 0.125
+"""Standard deviation of the blending weights, in patch lengths (MONAI's and nnU-Net's value)."""
+
+
+class Predictor(Protocol):
+    """What prediction needs of a network: a backbone, or a module that fills before it decodes."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the M input channels."""
+
+    @property
+    def num_classes(self) -> int:
+        """Softmax classes C, background included."""
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Voxels of the input per voxel of each level; a patch is divisible by the last."""
+
+    @property
+    def shares_encoding(self) -> bool:
+        """Whether latents of one encoding may be restricted to smaller combinations."""
+
+    def encode(self, image: Image, present: Presence) -> Latents:
+        """Latents of the present modalities."""
+
+    def decode(self, latents: Latents) -> SegOutput:
+        """Segment from the slots that ``latents.present`` shows."""
+
+
+def predict_combinations(
+    predictor: Predictor,
+    image: Float[Tensor, "m d h w"],
+    present: Bool[Tensor, "k m"],
+    *,
+    patch: Sequence[int],
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    blend: Blend = "gaussian",
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "k c d h w"]:
+    r"""Class probabilities of one volume for every combination.
+
+    .. math:: p_k(v) = \frac{\sum_{u \ni v} w(v - u)\, \mathrm{softmax}(f_k(x_u))(v - u)}
+                            {\sum_{u \ni v} w(v - u)}
+
+    over windows :math:`u`. A window is encoded once, with every modality that some combination
+    shows, and decoded K times, if ``predictor.shares_encoding``; otherwise it is encoded for each
+    combination. Encoders of modalities that no combination shows are not run. A volume smaller
+    than the patch is zero-padded on both sides, as in training. No window is skipped: a network
+    with normalisation layers may answer anything but background to an empty one.
+
+    Args:
+        predictor: the network, in eval mode.
+        image: one case, z-scored, background 0.
+        present: one row of flags per combination; no row is empty.
+        patch: window shape in voxels, divisible by the predictor's largest stride.
+        overlap: share of a window that the next one covers, in [0, 1).
+        batch_size: windows in one forward pass.
+        blend: weights ``w``: a Gaussian around the window's centre, or 1.
+        device: where the network runs (default: the image's device). Sums stay on the image's.
+        progress: called with (windows done, windows in all) after each forward pass.
+
+    Returns:
+        Float32 probabilities on the image's device; they sum to 1 over classes. They take
+        4·K·C·d·h·w bytes: :func:`iterate_combinations` bounds that.
+
+    Raises:
+        InputError: the patch or the overlap is impossible, a combination is empty, or the image
+            has another number of channels than the predictor.
+        ValueError: the predictor is in training mode.
+    """
+    found = iterate_combinations(
+        predictor,
+        image,
+        present,
+        patch=patch,
+        overlap=overlap,
+        batch_size=batch_size,
+        blend=blend,
+        device=device,
+        progress=progress,
+    )
+    return next(found)[1]
+
+
+def iterate_combinations(
+    predictor: Predictor,
+    image: Float[Tensor, "m d h w"],
+    present: Bool[Tensor, "k m"],
+    *,
+    patch: Sequence[int],
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    blend: Blend = "gaussian",
+    chunk: int | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[range, Float[Tensor, "k c d h w"]]]:
+    """The same as :func:`predict_combinations`, a few combinations at a time.
+
+    Args:
+        predictor: see :func:`predict_combinations`, as for the arguments not named otherwise.
+        image: see there.
+        present: see there.
+        patch: see there.
+        overlap: see there.
+        batch_size: see there.
+        blend: see there.
+        chunk: combinations held in memory at once (default: all). Each chunk encodes anew.
+        device: see there.
+        progress: see there; counts windows of all chunks.
+
+    Yields:
+        Rows of ``present`` that were done, and their probabilities.
+    """
+    _check(predictor, image, present, patch, overlap, batch_size)
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk is {chunk}; give at least 1 combination.")
+    padded, inner = _pad_to(image, patch)
+    visible: Window = (slice(None), slice(None), *inner)
+    step = [max(int(p * (1 - overlap)), 1) for p in patch]
+    windows: list[Window] = dense_patch_slices(padded.shape[1:], patch, step)
+    mode = "gaussian" if blend == "gaussian" else "constant"
+    weight = compute_importance_map(
+        tuple(patch), mode=mode, sigma_scale=GAUSSIAN_SIGMA, device=image.device
+    )
+    total = padded.new_zeros(padded.shape[1:], dtype=torch.float32)
+    for window in windows:
+        total[window] += weight
+
+    size = chunk or len(present)
+    starts = range(0, len(present), size)
+    for done, first in enumerate(starts):
+        rows = range(first, min(first + size, len(present)))
+        flags = present[rows.start : rows.stop].to(device or image.device)
+        sums = padded.new_zeros(
+            (len(rows), predictor.num_classes, *padded.shape[1:]), dtype=torch.float32
+        )
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            stack = torch.stack([padded[(slice(None), *w)] for w in batch])
+            for k, p in enumerate(_probabilities(predictor, stack.to(flags.device), flags)):
+                p = p.to(sums.device)
+                for window, one in zip(batch, p, strict=True):
+                    sums[(k, slice(None), *window)].addcmul_(one, weight)
+            if progress is not None:
+                progress(done * len(windows) + start + len(batch), len(starts) * len(windows))
+        yield rows, sums.div_(total)[visible]
+
+
+@torch.no_grad()
+def _probabilities(
+    predictor: Predictor, stack: Image, flags: Bool[Tensor, "k m"]
+) -> Iterator[Float[Tensor, "b c d h w"]]:
+    """Softmax of one batch of windows, one combination after the other."""
+    size = len(stack)
+    shared = None
+    if predictor.shares_encoding:
+        shared = predictor.encode(stack, flags.any(0).expand(size, -1))
+    for row in flags:
+        shown = row.expand(size, -1)
+        latents = predictor.encode(stack, shown) if shared is None else shared.restrict(shown)
+        yield predictor.decode(latents).logits.float().softmax(1)
+
+
+def _pad_to(image: Tensor, patch: Sequence[int]) -> tuple[Tensor, Window]:
+    """Zero-pad each axis to at least the patch, half on each side; where the image then lies."""
+    missing = [max(p - n, 0) for p, n in zip(patch, image.shape[1:], strict=True)]
+    sides = [(m // 2, m - m // 2) for m in missing]
+    inner = tuple(
+        slice(before, before + n) for (before, _), n in zip(sides, image.shape[1:], strict=True)
+    )
+    if any(missing):
+        image = pad(image, [n for side in reversed(sides) for n in side])
+    return image, inner
+
+
+def _check(
+    predictor: Predictor,
+    image: Tensor,
+    present: Tensor,
+    patch: Sequence[int],
+    overlap: float,
+    batch_size: int,
+) -> None:
+    names, stride = list(predictor.modalities), predictor.strides[-1]
+    if image.ndim != 4 or image.shape[0] != len(names):
+        raise InputError(
+            f"the image has shape {tuple(image.shape)}, but the network reads [M, D, H, W] with "
+            f"M = {len(names)} {names}; prepare the case for the same task."
+        )
+    if present.ndim != 2 or present.shape[1] != len(names) or not len(present):
+        raise InputError(
+            f"present has shape {tuple(present.shape)}; give one row of {len(names)} flags {names} "
+            "per combination."
+        )
+    if not present.any(1).all():
+        raise InputError("a combination is empty; show the network at least one modality.")
+    if len(patch) != 3 or any(p < 1 or p % stride for p in patch):
+        raise InputError(
+            f"patch {list(patch)} must be three lengths divisible by {stride}, the largest stride "
+            "of the network; choose such a patch."
+        )
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap is {overlap}; give a share of at least 0 and below 1.")
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1 window.")
+    if getattr(predictor, "training", False):
+        raise ValueError("the predictor is in training mode; call .eval() before predicting.")
