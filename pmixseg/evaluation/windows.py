@@ -163,7 +163,7 @@ def iterate_combinations(
             for k, p in enumerate(_probabilities(predictor, stack.to(flags.device), flags)):
                 p = p.to(sums.device)
                 for window, one in zip(batch, p, strict=True):
-                    sums[(k, slice(None), *window)].addcmul_(one, weight)
+                    sums[k][(slice(None), *window)].addcmul_(one, weight)
             if progress is not None:
                 progress(done * len(windows) + start + len(batch), len(starts) * len(windows))
         yield rows, sums.div_(total)[visible]
