@@ -1,0 +1,73 @@
+"""What a callback adds to the training loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from pmixseg.types import Batch, Scalar, SegOutput
+
+
+class Term(nn.Module, ABC):
+    """A differentiable scalar of one training step.
+
+    A term lives in ``module.terms[name]``, so that its parameters reach the optimizer and the
+    checkpoint, and is evaluated inside the module's ``training_step``: inside DDP's forward and
+    autocast. It must be finite from the first step.
+
+    Attributes:
+        needs_acquired: the term looks at latents that the network itself is not shown; the module
+            then encodes everything acquired (training only).
+        parts: named summands of the last value, for the log; detached.
+    """
+
+    needs_acquired: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def forward(self, output: SegOutput, batch: Batch) -> Scalar:
+        """Value of the term.
+
+        Args:
+            output: the network's output; ``output.latents`` are the raw latents before any fill,
+                their ``present`` tells which slots were encoded.
+            batch: the batch, with ``present`` (what the network was shown) and ``acquired``, both
+                ``[B, M]`` in task order.
+        """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
+        """Typed call of :meth:`forward`."""
+        value: Scalar = super().__call__(*args, **kwargs)
+        return value
+
+
+class TermWeight:
+    """Weight of a term over the epochs: 0 before ``start_epoch``, then a linear warm-up.
+
+    Args:
+        weight: final weight.
+        start_epoch: first epoch with a weight above 0.
+        warmup_epochs: epochs over which it rises; the first of them already counts a share.
+
+    Example:
+        >>> schedule = TermWeight(0.4, start_epoch=1, warmup_epochs=2)
+        >>> [schedule.at(e) for e in range(5)]
+        [0.0, 0.2, 0.4, 0.4, 0.4]
+    """
+
+    def __init__(self, weight: float, start_epoch: int = 0, warmup_epochs: int = 0) -> None:
+        self.weight = weight
+        self.start_epoch = start_epoch
+        self.warmup_epochs = warmup_epochs
+
+    def at(self, epoch: int) -> float:
+        """Weight in ``epoch``."""
+        if epoch < self.start_epoch:
+            return 0.0
+        done = epoch - self.start_epoch + 1
+        return self.weight * min(done / max(self.warmup_epochs, 1), 1.0)
