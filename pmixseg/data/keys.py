@@ -1,0 +1,90 @@
+"""Counter-based random numbers: every draw is a pure function of a sample's key.
+
+A key names one sample of one epoch. Whatever is random about the sample (where its patch lies,
+how it is augmented, which modalities the network sees) is read from named *streams* of the key,
+so nothing depends on the order of calls, the worker, the rank or the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pmixseg.types import Keys
+
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def make_key(seed: int, epoch: int | None, index: int) -> int:
+    """Hash (seed, epoch, index) to 63 well-mixed bits.
+
+    Args:
+        seed: the run's seed, any integer.
+        epoch: training epoch; ``None`` for validation, test and prediction, whose draws must not
+            change from epoch to epoch.
+        index: number of the sample.
+
+    Returns:
+        An integer in ``[0, 2^63)``.
+
+    Example:
+        >>> make_key(0, 1, 2) != make_key(0, 2, 1)
+        True
+    """
+    return _hash63(f"key/{seed}/{epoch}/{index}")
+
+
+def uniform(keys: Keys, stream: str, n: int) -> Float[Tensor, "b n"]:
+    """``n`` uniform numbers in [0, 1) per key, as float64 on the keys' device.
+
+    Number j of stream s is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", OOPSLA 2014, figure 17) seeded with mix(key xor hash(s)), at position j + 1, of
+    which the upper 53 bits are kept. A longer draw begins with the shorter one.
+
+    Args:
+        keys: ``[B]`` int64.
+        stream: name of the draw; different names are independent.
+        n: numbers per key.
+    """
+    keys = keys.reshape(-1, 1)
+    state = _mix(keys ^ _hash63(stream))
+    position = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)
+    bits = _mix(state + position * _GAMMA)
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def generator(key: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator for noise fields, seeded from (key, stream).
+
+    Equal seeds give different fields on different kinds of device; on one kind they agree.
+
+    Args:
+        key: one key.
+        stream: name of the draw.
+        device: where the field will be made.
+    """
+    made = torch.Generator(device=device)
+    made.manual_seed(_hash63(f"{stream}/{key}"))
+    return made
+
+
+def _hash63(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser; int64 arithmetic wraps, which is what it needs."""
+    z = (z ^ _shift_right(z, 30)) * _MIX_1
+    z = (z ^ _shift_right(z, 27)) * _MIX_2
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's own repeats the sign bit."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
