@@ -1,6 +1,7 @@
 """Backbones: plain ``nn.Module`` networks under the contract of :mod:`pmixseg.backbones.base`."""
 
 from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.monai import EarlyFusion
 from pmixseg.backbones.unet import MultiEncoderUNet
 
-__all__ = ["Backbone", "MultiEncoderUNet"]
+__all__ = ["Backbone", "EarlyFusion", "MultiEncoderUNet"]

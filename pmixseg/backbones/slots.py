@@ -44,7 +44,7 @@ def check_input(
 
 # Which rows an encoder sees is data. Dynamo would compile one graph for each of the 15^B patterns
 # of presence; kept out of it, every encoder is compiled once.
-@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # untyped in torch
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]  # torch ships no type
 def encode_slots(
     encoders: Sequence[nn.Module] | nn.ModuleList, image: Image, present: Presence
 ) -> list[Tensor]:
