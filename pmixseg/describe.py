@@ -41,7 +41,7 @@ class Described:
     @property
     def init_args(self) -> dict[str, Any]:
         """Arguments of the outermost constructor, by name, defaults included."""
-        return dict(self.__dict__["_init_args"])
+        return dict(self.__dict__.get("_init_args", {}))  # a class without __init__ has none
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
