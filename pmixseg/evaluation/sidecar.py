@@ -1,0 +1,172 @@
+"""What a table of results means: task, conventions, checkpoint, versions, in JSON beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pmixseg.describe import describe
+from pmixseg.errors import InputError
+from pmixseg.task import Task
+
+FORMAT = 1
+"""Version of the sidecar. 0 is a bare table without one, from any code."""
+
+RECORDED_PACKAGES = ("pmixseg", "torch", "lightning", "monai", "torchio", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Everything a reader needs to know which results may be compared.
+
+    Args:
+        task: modalities, labels and regions.
+        conventions: name -> value of every rule of the metrics (empty masks, percentile, ...).
+        postprocess: names of what was done to predictions before scoring, in order.
+        checkpoint: ``{"file": name, "sha256": hash}`` of the weights, if from a file.
+        split: name of a published split, or hash of the lists of cases.
+        part: which part of the split was scored, e.g. ``test``.
+        phantom: synthetic cases (True), patients (False), or not known.
+        config: how the run was configured; primitives.
+        versions: package -> version.
+        git: ``{"commit": hash, "dirty": bool}`` of the working folder, if it is a checkout.
+        created: ISO 8601, UTC.
+        format: version of this schema.
+    """
+
+    task: Task
+    conventions: Mapping[str, Any] = field(default_factory=dict)
+    postprocess: Sequence[str] = ()
+    checkpoint: Mapping[str, str] | None = None
+    split: str | None = None
+    part: str | None = None
+    phantom: bool | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git: Mapping[str, Any] | None = None
+    created: str = ""
+    format: int = FORMAT
+
+    def stamped(self) -> Sidecar:
+        """The same with versions, git state and time of now."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return replace(self, versions=_versions(), git=git_state(Path.cwd()), created=now)
+
+    def differences(self, other: Sidecar) -> list[str]:
+        """Fields in which two sidecars differ although rows of one file must share them."""
+        shared = ("task", "conventions", "postprocess", "checkpoint")
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [name for name in shared if mine[name] != theirs[name]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only, as written to JSON."""
+        return {
+            "format": self.format,
+            "task": self.task.to_dict(),
+            "conventions": describe(self.conventions, "conventions"),
+            "postprocess": list(self.postprocess),
+            "checkpoint": describe(self.checkpoint, "checkpoint"),
+            "split": self.split,
+            "part": self.part,
+            "phantom": self.phantom,
+            "config": describe(self.config, "config"),
+            "versions": dict(self.versions),
+            "git": describe(self.git, "git"),
+            "created": self.created,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "sidecar") -> Sidecar:
+        """Inverse of :meth:`to_dict`, for this and every older format.
+
+        Raises:
+            InputError: a newer format, or fields that are missing.
+        """
+        found = raw.get("format")
+        if not isinstance(found, int) or not 0 <= found <= FORMAT:
+            raise InputError(
+                f"{where}: format {found!r} is not known to this version of pmixseg, which reads 0 "
+                f"to {FORMAT}; upgrade pmixseg."
+            )
+        given = dict(raw)
+        for step in range(found, FORMAT):
+            given = UPGRADES[step](given)
+        known = {name: given[name] for name in cls.__dataclass_fields__ if name in given}
+        try:
+            return cls(**{**known, "task": Task.from_dict(given["task"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{where}: the task cannot be read ({error}); restore the file or test again."
+            ) from error
+
+
+def _no_sidecar(raw: dict[str, Any]) -> dict[str, Any]:
+    return {"conventions": {"source": "not stated"}, **raw, "format": 1}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _no_sidecar}
+"""Format n -> function to format n + 1."""
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """The raw JSON of one sidecar.
+
+    Raises:
+        InputError: not readable as a JSON object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); test again.") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: holds no JSON object; test again.")
+    return raw
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def checkpoint_identity(path: Path) -> dict[str, str]:
+    """What :class:`Sidecar` keeps of a checkpoint: its name and hash."""
+    return {"file": path.name, "sha256": file_hash(path)}
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout around ``folder`` and whether tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": dirty}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            continue
+    return found
