@@ -18,7 +18,6 @@ BRATS_PENALTY_MM = 373.12866
 
 EmptyRule = Literal["brats", "one", "zero", "nan"]
 PercentileRule = Literal["pooled", "max_directed"]
-AverageRule = Literal["pooled", "mean_directed"]
 LesionRule = Literal["none", "brats2023-gli", "panoptica-0.0.10"]
 
 # HD95 and ASD where (one mask is empty, both are).
@@ -40,13 +39,12 @@ class Conventions:
             both cases (ProtoKD).
         percentile: HD95 is the 95th percentile of both directed distances ``pooled`` (medpy) or
             the larger of the two directed 95th percentiles, ``max_directed`` (MONAI).
-        asd: average surface distance is the mean of all distances, ``pooled`` (MONAI), or the
-            mean of the two directed means, ``mean_directed`` (medpy).
         nsd_tolerance_mm: surfaces closer than this agree (normalised surface Dice).
         lesion: lesion-wise scores that are added, see :mod:`pmixseg.evaluation.lesions`.
 
-    Fixed: Dice and NSD are 1 where both masks are empty and 0 where one is; sensitivity without
-    truth and precision without prediction are NaN; specificity counts the whole volume.
+    Fixed: Dice and NSD are 1 where both masks are empty and 0 where one is; ASD is the mean of both
+    directed distances together (medpy, MONAI); sensitivity without truth and precision without
+    prediction are NaN; specificity counts the whole volume.
 
     Raises:
         InputError: an unknown name or a negative tolerance.
@@ -58,7 +56,6 @@ class Conventions:
 
     hd95: EmptyRule = "brats"
     percentile: PercentileRule = "pooled"
-    asd: AverageRule = "pooled"
     nsd_tolerance_mm: float = 1.0
     lesion: LesionRule = "none"
 

@@ -265,8 +265,7 @@ class CaseMetrics:
             hd95 = np.percentile(pooled, 95)
         else:
             hd95 = max(np.percentile(d, 95) for d in directed)
-        asd = pooled.mean() if rule.asd == "pooled" else sum(d.mean() for d in directed) / 2
-        return {"hd95": float(hd95), "asd": float(asd)}
+        return {"hd95": float(hd95), "asd": float(pooled.mean())}
 
     def _surface_dice(self, predicted: RegionMasks, r: int) -> float:
         if not predicted.sizes[r] or not self.truth.sizes[r]:
