@@ -1,0 +1,306 @@
+"""Modalities withheld from a case for a whole run: imbalanced and structured missingness.
+
+METHOD.md section 7. What a mask withholds counts as never acquired, for teacher and student alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pmixseg.data.keys import make_key, uniform
+from pmixseg.data.missing import bernoulli_not_empty, check_rates, rate_row
+from pmixseg.describe import Described
+from pmixseg.errors import InputError
+from pmixseg.task import parse_combination, presence
+
+Flags = tuple[bool, ...]
+"""One flag per modality, in task order."""
+
+
+class MaskableCase(Protocol):
+    """What masks may look at; a stored case has it."""
+
+    @property
+    def case_id(self) -> str:
+        """Name of the case."""
+        ...
+
+    @property
+    def acquired(self) -> Flags:
+        """What exists on disk."""
+        ...
+
+    @property
+    def label(self) -> np.ndarray | None:
+        """Class indices, or nothing."""
+        ...
+
+
+class CaseMasks(Described, ABC):
+    """A rule for what of each case may be used."""
+
+    @abstractmethod
+    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+        """What may be used of each case: never empty, and within what it acquired.
+
+        Args:
+            cases: all cases of the cohort.
+            modalities: the M names.
+
+        Raises:
+            InputError: the rule does not fit the cohort.
+        """
+
+
+class MaskFile(CaseMasks):
+    """Masks written down per case, as CSV or JSON. Cases that are not listed keep everything.
+
+    CSV: a column ``data_name``, ``case_id`` or ``case``, and either ``mask``, a list of M truth
+    values in task order (the files of PASSION, whose order FLAIR, T1ce, T1, T2 is that of
+    ``BRATS``), or ``combination`` (``flair+t1``). JSON: ``{case: "flair+t1"}`` or
+    ``{case: ["flair", "t1"]}``.
+
+    Args:
+        path: the file; ``.json``, anything else is read as CSV.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+        """See :meth:`CaseMasks.allowed`.
+
+        Raises:
+            InputError: unreadable file, unknown case or modality, or a case left with nothing.
+        """
+        listed = self._read(modalities)
+        unknown = sorted(set(listed) - {case.case_id for case in cases})
+        if unknown:
+            raise InputError(
+                f"mask file {self.path} names cases that the cohort lacks: {', '.join(unknown)}; "
+                "remove them or add the cases."
+            )
+        allowed = {}
+        for case in cases:
+            mask = listed.get(case.case_id, case.acquired)
+            allowed[case.case_id] = tuple(m and a for m, a in zip(mask, case.acquired, strict=True))
+            if not any(allowed[case.case_id]):
+                raise InputError(
+                    f"mask file {self.path} leaves case '{case.case_id}' without any acquired "
+                    "modality; allow one or take the case out of the split."
+                )
+        return allowed
+
+    def _read(self, modalities: Sequence[str]) -> dict[str, Flags]:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"mask file {self.path} cannot be read: {error}.") from error
+        rows = self._json(text) if self.path.suffix == ".json" else self._csv(text)
+        masks: dict[str, Flags] = {}
+        for case, value in rows:
+            if case in masks:
+                raise InputError(
+                    f"mask file {self.path} names case '{case}' twice; keep one of its lines."
+                )
+            masks[case] = self._flags(case, value, modalities)
+        return masks
+
+    def _json(self, text: str) -> list[tuple[str, Any]]:
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"mask file {self.path} is not JSON: {error}.") from error
+        if not isinstance(raw, dict):
+            raise InputError(
+                f"mask file {self.path} must map cases to combinations; it holds a "
+                f"{type(raw).__name__}."
+            )
+        return list(raw.items())
+
+    def _csv(self, text: str) -> list[tuple[str, Any]]:
+        rows = list(csv.DictReader(text.splitlines()))
+        columns = rows[0].keys() if rows else ()
+        name = next((c for c in ("data_name", "case_id", "case") if c in columns), None)
+        mask = next((c for c in ("mask", "combination") if c in columns), None)
+        if name is None or mask is None:
+            raise InputError(
+                f"mask file {self.path} has the columns {list(columns)}; it needs 'case_id' (or "
+                "'data_name') and 'mask' or 'combination'."
+            )
+        return [(row[name].strip(), row[mask]) for row in rows]
+
+    def _flags(self, case: str, value: Any, modalities: Sequence[str]) -> Flags:
+        if isinstance(value, str) and value.strip().startswith("["):
+            words = [w.strip().strip("'\"") for w in value.strip(" []").split(",")]
+            truth = {"true": True, "1": True, "false": False, "0": False}
+            if all(w.lower() in truth for w in words):
+                if len(words) != len(modalities):
+                    raise InputError(
+                        f"mask file {self.path}, case '{case}': {len(words)} flags for the "
+                        f"{len(modalities)} modalities {list(modalities)}; correct the mask."
+                    )
+                return tuple(truth[w.lower()] for w in words)
+            value = words
+        if not isinstance(value, str | list):
+            raise InputError(
+                f"mask file {self.path}, case '{case}': {value!r} is no combination; write names "
+                "joined by '+', or a list of names."
+            )
+        try:
+            return presence(parse_combination(value, modalities), modalities)
+        except InputError as error:
+            raise InputError(f"mask file {self.path}, case '{case}': {error}") from error
+
+
+class RandomMasks(CaseMasks):
+    """Each case loses each modality with the modality's own rate, once and for all.
+
+    The imbalanced rates of PASSION (2, 4, 6 and 8 of 10 for T1, T1ce, FLAIR and T2), drawn here
+    instead of read from a file; never all of a case's modalities.
+
+    Args:
+        rates: probability in [0, 1) that a modality is missing, one or one per name.
+        seed: which draw.
+    """
+
+    def __init__(self, rates: float | dict[str, float], seed: int = 0) -> None:
+        check_rates(rates, "RandomMasks")
+        self.rates, self.seed = rates, seed
+
+    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+        """See :meth:`CaseMasks.allowed`."""
+        row = rate_row(self.rates, modalities, "RandomMasks")
+        return _draw(cases, row.expand(len(cases), -1), self.seed)
+
+
+class SiteMasks(CaseMasks):
+    """Missing rates that depend on where a case was scanned.
+
+    Args:
+        pattern: regular expression searched in the case id; its first group is the site, like
+            ``Brats18_([A-Z]+)`` for CBICA, TCIA and so on.
+        rates: site -> rates as in :class:`RandomMasks`. Sites left out lose nothing.
+        seed: which draw.
+    """
+
+    def __init__(
+        self, pattern: str, rates: Mapping[str, float | dict[str, float]], seed: int = 0
+    ) -> None:
+        for site, value in rates.items():
+            check_rates(value, f"SiteMasks, site {site}")
+        try:
+            self.pattern = re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"SiteMasks: the pattern '{pattern}' is wrong: {error}.") from error
+        if not self.pattern.groups:
+            raise InputError(
+                f"SiteMasks: the pattern '{pattern}' has no group; put the site in parentheses."
+            )
+        self.rates, self.seed = rates, seed
+
+    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+        """See :meth:`CaseMasks.allowed`.
+
+        Raises:
+            InputError: rates for a site that no case has.
+        """
+        sites = [m.group(1) if (m := self.pattern.search(c.case_id)) else None for c in cases]
+        unknown = [site for site in self.rates if site not in sites]
+        if unknown:
+            raise InputError(
+                f"SiteMasks: no case is from {unknown}; the cohort's sites are "
+                f"{sorted({s for s in sites if s})}."
+            )
+        rows = [rate_row(self.rates.get(s or "", 0.0), modalities, "SiteMasks") for s in sites]
+        return _draw(cases, torch.stack(rows), self.seed)
+
+
+class CovariateMasks(CaseMasks):
+    """Missing not at random: the odds of losing a modality follow a number of the case.
+
+    P(modality m is missing) = sigmoid(logit(rate_m) + slope_m · z), where z is the covariate,
+    standardised over the cohort (0 where a case has none). The covariate is the tumour's size in
+    voxels of the store (log, from the label), or any column of a file, such as a quality score.
+
+    Args:
+        rates: rate in (0, 1) of each modality that can be missing, at z = 0.
+        slopes: change of the log odds per standard deviation, for some of these modalities.
+        file: CSV with ``case_id`` and ``column``; without it, the tumour's size.
+        column: the covariate's column in ``file``.
+        seed: which draw.
+    """
+
+    def __init__(
+        self,
+        rates: dict[str, float],
+        slopes: dict[str, float],
+        file: str | Path | None = None,
+        column: str = "quality",
+        seed: int = 0,
+    ) -> None:
+        check_rates(rates, "CovariateMasks")
+        without = [name for name in slopes if not rates.get(name)]
+        if without:
+            raise InputError(
+                f"CovariateMasks: {without} have a slope but no rate above 0; give them one."
+            )
+        self.rates, self.slopes, self.seed = rates, slopes, seed
+        self.file, self.column = Path(file) if file else None, column
+
+    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+        """See :meth:`CaseMasks.allowed`.
+
+        Raises:
+            InputError: the file lacks the column or holds something that is not a number.
+        """
+        raw = self._column(cases) if self.file else _log_tumour_size(cases)
+        known = np.isfinite(raw)
+        spread = raw[known].std() if known.any() else 0.0
+        z = np.where(known, raw - (raw[known].mean() if known.any() else 0.0), 0.0)
+        z = z / spread if spread > 0 else np.zeros_like(z)
+        row = rate_row(self.rates, modalities, "CovariateMasks")
+        slope = torch.tensor([self.slopes.get(m, 0.0) for m in modalities], dtype=torch.float64)
+        odds = torch.logit(row) + torch.from_numpy(z)[:, None] * slope
+        return _draw(cases, torch.sigmoid(odds), self.seed)
+
+    def _column(self, cases: Sequence[MaskableCase]) -> Float[np.ndarray, " n"]:
+        assert self.file is not None
+        try:
+            with self.file.open(newline="", encoding="utf-8") as handle:
+                values = {
+                    r["case_id"]: float(r[self.column] or "nan") for r in csv.DictReader(handle)
+                }
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                f"CovariateMasks: {self.file} must be a CSV with 'case_id' and a number in "
+                f"'{self.column}' ({type(error).__name__}: {error})."
+            ) from error
+        return np.array([values.get(case.case_id, np.nan) for case in cases])
+
+
+def _log_tumour_size(cases: Sequence[MaskableCase]) -> Float[np.ndarray, " n"]:
+    sizes = [np.nan if c.label is None else np.count_nonzero(c.label) for c in cases]
+    return np.log1p(np.array(sizes, dtype=np.float64))
+
+
+def _draw(
+    cases: Sequence[MaskableCase], rates: Float[Tensor, "n m"], seed: int
+) -> dict[str, Flags]:
+    """Draw by case id, so that adding a case changes no other's mask."""
+    ids = [int.from_bytes(case.case_id.encode()) for case in cases]
+    keys = torch.tensor([make_key(seed, None, number) for number in ids], dtype=torch.int64)
+    acquired = torch.tensor([case.acquired for case in cases], dtype=torch.bool)
+    shown = bernoulli_not_empty(uniform(keys, "mask", rates.shape[1]), rates, acquired)
+    return {case.case_id: tuple(row) for case, row in zip(cases, shown.tolist(), strict=True)}

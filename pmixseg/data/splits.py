@@ -1,0 +1,354 @@
+"""Which cases train, validate and test.
+
+A :class:`Split` is three lists of case ids; a :class:`SplitPlan` makes one from a cohort: from
+files, from JSON, by k-fold or by fractions. What is drawn here is stratified by grade, keeps the
+time points of a patient together, and depends on the seed and on names alone: not on the order of
+the cases, nor on the version of a library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pmixseg.data.keys import make_key
+from pmixseg.describe import Described
+from pmixseg.errors import InputError
+
+PUBLISHED = {
+    ("d7026e1360bb60bb", "994e6cb358f1b6d1", "c1f15e644e377caf"): "BraTS 2018 split 1 (199/29/57)",
+    ("6963c1eaa36db378", "c0bdaa61e01d1e2d", "5f73831414ae06f7"): "BraTS 2018 split 2 (199/29/57)",
+    ("8e934ea4ced264fa", "14f05f1ab069f1f8", "43899d5b257b7603"): "BraTS 2018 split 3 (199/29/57)",
+}
+"""Hashes (train, val, test) of the splits of U-HVED that RFNet, mmFormer, M3AE and others use."""
+
+
+class SplittableCase(Protocol):
+    """What a plan may look at; a case of a layout and a stored case both have it."""
+
+    @property
+    def case_id(self) -> str:
+        """Name of the case."""
+        ...
+
+    @property
+    def grade(self) -> str | None:
+        """HGG or LGG, where known."""
+        ...
+
+    @property
+    def patient(self) -> str:
+        """Whose scan it is."""
+        ...
+
+
+def hash_cases(cases: Iterable[str]) -> str:
+    """First 16 hexadecimal digits of SHA-256 over the sorted ids, joined by newlines.
+
+    Example:
+        >>> hash_cases(["b", "a"]) == hash_cases(["a", "b"])
+        True
+    """
+    return hashlib.sha256("\n".join(sorted(cases)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Case ids of the three parts.
+
+    Raises:
+        InputError: a case is named twice, in one part or in two.
+    """
+
+    train: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen: dict[str, str] = {}
+        for part in fields(self):
+            for case in getattr(self, part.name):
+                if case in seen:
+                    raise InputError(
+                        f"split: case '{case}' is in {seen[case]} and again in {part.name}; name "
+                        "it once."
+                    )
+                seen[case] = part.name
+
+    @property
+    def hashes(self) -> tuple[str, str, str]:
+        """:func:`hash_cases` of train, val and test."""
+        return hash_cases(self.train), hash_cases(self.val), hash_cases(self.test)
+
+    @property
+    def hash(self) -> str:
+        """One hash of the three, independent of the order within a part."""
+        return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()[:16]
+
+    @property
+    def published(self) -> str | None:
+        """Name of the published split that this is, if it is one."""
+        return PUBLISHED.get(self.hashes)
+
+    @property
+    def name(self) -> str:
+        """The published name, or the hash."""
+        return self.published or self.hash
+
+
+class SplitPlan(Described, ABC):
+    """A rule that splits a cohort."""
+
+    @abstractmethod
+    def split(self, cases: Sequence[SplittableCase]) -> Split:
+        """Split the cohort.
+
+        Raises:
+            InputError: the plan and the cohort do not fit.
+        """
+
+
+class SplitFiles(SplitPlan):
+    """One text file per part, one case id per line; blank lines and ``#`` comments are skipped.
+
+    Args:
+        train: file of the training cases; the other parts may be left out, too.
+        val: file of the validation cases.
+        test: file of the test cases.
+    """
+
+    def __init__(
+        self,
+        train: str | Path | None = None,
+        val: str | Path | None = None,
+        test: str | Path | None = None,
+    ) -> None:
+        self.paths = {"train": train, "val": val, "test": test}
+
+    def split(self, cases: Sequence[SplittableCase]) -> Split:
+        """See :meth:`SplitPlan.split`.
+
+        Raises:
+            InputError: unreadable file, or it names cases that the cohort lacks.
+        """
+        parts = {
+            part: tuple(_lines(Path(path))) for part, path in self.paths.items() if path is not None
+        }
+        return _known(Split(**parts), cases, ", ".join(str(p) for p in self.paths.values() if p))
+
+
+class SplitJson(SplitPlan):
+    """A JSON file: ``{"train": [...], "val": [...], "test": [...]}``, or a list of such folds.
+
+    nnU-Net's ``splits_final.json`` is such a list.
+
+    Args:
+        path: the file.
+        fold: which entry, where the file holds a list.
+    """
+
+    def __init__(self, path: str | Path, fold: int = 0) -> None:
+        self.path, self.fold = Path(path), fold
+
+    def split(self, cases: Sequence[SplittableCase]) -> Split:
+        """See :meth:`SplitPlan.split`.
+
+        Raises:
+            InputError: unreadable file, another structure, or it names cases that the cohort lacks.
+        """
+        try:
+            raw = json.loads(_text(self.path))
+        except json.JSONDecodeError as error:
+            raise InputError(f"split file {self.path} is not JSON: {error}.") from error
+        if isinstance(raw, list):
+            if not 0 <= self.fold < len(raw):
+                raise InputError(
+                    f"split file {self.path} has {len(raw)} folds, numbered from 0; "
+                    f"{self.fold} is not among them."
+                )
+            raw = raw[self.fold]
+        return _known(Split(**self._parts(raw)), cases, str(self.path))
+
+    def _parts(self, raw: Any) -> dict[str, tuple[str, ...]]:
+        names = [part.name for part in fields(Split)]
+        if (
+            not isinstance(raw, dict)
+            or not set(raw) <= set(names)
+            or not all(
+                isinstance(v, list) and all(isinstance(c, str) for c in v) for v in raw.values()
+            )
+        ):
+            raise InputError(
+                f"split file {self.path} must hold lists of case ids under {names}; correct it."
+            )
+        return {part: tuple(ids) for part, ids in raw.items()}
+
+
+class KFold(SplitPlan):
+    """k-fold cross-validation: fold k tests, a share of the rest validates, what is left trains.
+
+    Args:
+        fold: which fold tests, from 0.
+        folds: how many.
+        val_fraction: share of the other folds' cases that validates.
+        seed: which deal.
+
+    Raises:
+        InputError: no such fold, or a fraction outside [0, 1).
+    """
+
+    def __init__(
+        self, fold: int = 0, folds: int = 5, val_fraction: float = 0.1, seed: int = 0
+    ) -> None:
+        if not 0 <= fold < folds or folds < 2 or not 0 <= val_fraction < 1:
+            raise InputError(
+                f"KFold: fold {fold} of {folds} with val_fraction {val_fraction} is impossible; "
+                "folds count from 0, there are at least 2, and the fraction is below 1."
+            )
+        self.fold, self.folds, self.val_fraction, self.seed = fold, folds, val_fraction, seed
+
+    def split(self, cases: Sequence[SplittableCase]) -> Split:
+        """See :meth:`SplitPlan.split`.
+
+        Raises:
+            InputError: a part that should hold cases gets none.
+        """
+        dealt = deal(cases, [1.0 / self.folds] * self.folds, self.seed)
+        rest = [c for k, part in enumerate(dealt) if k != self.fold for c in part]
+        share = [1 - self.val_fraction, self.val_fraction]
+        train, val = deal(rest, share, make_key(self.seed, None, self.fold))
+        wanted = {"train": True, "val": self.val_fraction > 0, "test": True}
+        parts = {"train": train, "val": val, "test": dealt[self.fold]}
+        return _filled(parts, wanted, f"KFold with {self.folds} folds")
+
+
+class Fractions(SplitPlan):
+    """Shares of the cohort.
+
+    Args:
+        train: share of the training cases; the three sum to 1.
+        val: share of the validation cases.
+        test: share of the test cases.
+        seed: which deal.
+
+    Raises:
+        InputError: negative shares, or another sum.
+    """
+
+    def __init__(
+        self, train: float = 0.7, val: float = 0.1, test: float = 0.2, seed: int = 0
+    ) -> None:
+        self.shares = {"train": train, "val": val, "test": test}
+        self.seed = seed
+        if min(self.shares.values()) < 0 or abs(sum(self.shares.values()) - 1) > 1e-6:
+            raise InputError(
+                f"Fractions: {self.shares} must be shares >= 0 that sum to 1; correct them."
+            )
+
+    def split(self, cases: Sequence[SplittableCase]) -> Split:
+        """See :meth:`SplitPlan.split`.
+
+        Raises:
+            InputError: a part with a share above 0 gets no case.
+        """
+        dealt = deal(cases, list(self.shares.values()), self.seed)
+        wanted = {part: share > 0 for part, share in self.shares.items()}
+        return _filled(dict(zip(self.shares, dealt, strict=True)), wanted, "Fractions")
+
+
+class WholeCohort(SplitPlan):
+    """Every case in one part: testing on a cohort that no training has seen.
+
+    Args:
+        part: which part.
+    """
+
+    def __init__(self, part: Literal["train", "val", "test"] = "test") -> None:
+        self.part = part
+
+    def split(self, cases: Sequence[SplittableCase]) -> Split:
+        """See :meth:`SplitPlan.split`."""
+        return Split(**{self.part: tuple(sorted(case.case_id for case in cases))})
+
+
+def deal(
+    cases: Iterable[SplittableCase], shares: Sequence[float], seed: int
+) -> list[list[SplittableCase]]:
+    """Deal patients to parts, grade by grade, in an order that the seed shuffles.
+
+    Each patient goes to the part that is furthest behind its share, in the grade and in all.
+
+    Args:
+        cases: the cohort; all cases of a patient go together, under the patient's first grade.
+        shares: share of each part, summing to 1.
+        seed: which order.
+
+    Returns:
+        The cases of each part, sorted by id.
+    """
+    patients: dict[str, list[SplittableCase]] = defaultdict(list)
+    for case in sorted(cases, key=lambda c: c.case_id):
+        patients[case.patient].append(case)
+    grades: dict[str, list[str]] = defaultdict(list)
+    for patient, scans in patients.items():
+        grades[next((s.grade for s in scans if s.grade), "")].append(patient)
+
+    parts: list[list[SplittableCase]] = [[] for _ in shares]
+    everyone = 0
+    for grade in sorted(grades):
+        of_grade = [0] * len(shares)
+        order = sorted(
+            grades[grade], key=lambda p: (make_key(seed, None, int.from_bytes(p.encode())), p)
+        )
+        for patient in order:
+            scans = patients[patient]
+            graded = sum(of_grade) + len(scans)
+            everyone += len(scans)
+            behind = [
+                share * (graded + everyone) - count - len(part) if share > 0 else float("-inf")
+                for share, count, part in zip(shares, of_grade, parts, strict=True)
+            ]
+            chosen = behind.index(max(behind))
+            parts[chosen].extend(scans)
+            of_grade[chosen] += len(scans)
+    return [sorted(part, key=lambda c: c.case_id) for part in parts]
+
+
+def _filled(parts: dict[str, list[SplittableCase]], wanted: dict[str, bool], where: str) -> Split:
+    empty = [part for part, cases in parts.items() if wanted[part] and not cases]
+    if empty:
+        total = sum(len(cases) for cases in parts.values())
+        raise InputError(
+            f"{where}: the cohort's {total} cases leave {' and '.join(empty)} without any; use "
+            "other shares or more cases."
+        )
+    return Split(**{part: tuple(c.case_id for c in cases) for part, cases in parts.items()})
+
+
+def _known(split: Split, cases: Sequence[SplittableCase], where: str) -> Split:
+    cohort = {case.case_id for case in cases}
+    lacking = sorted(c for c in (*split.train, *split.val, *split.test) if c not in cohort)
+    if lacking:
+        raise InputError(
+            f"the split in {where} names {len(lacking)} cases that the cohort lacks: "
+            f"{', '.join(lacking)}; add them or take them out of the split."
+        )
+    return split
+
+
+def _lines(path: Path) -> list[str]:
+    stripped = (line.split("#")[0].strip() for line in _text(path).splitlines())
+    return [line for line in stripped if line]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"split file {path} cannot be read: {error}.") from error

@@ -1,0 +1,162 @@
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmixseg.data.splits import (
+    PUBLISHED,
+    Fractions,
+    KFold,
+    Split,
+    SplitFiles,
+    SplitJson,
+    WholeCohort,
+    deal,
+    hash_cases,
+)
+from pmixseg.describe import build, describe
+from pmixseg.errors import InputError
+
+LISTS = Path(__file__).parents[2] / "../shared/splits"
+
+
+def case(case_id, grade=None, patient=None):
+    return SimpleNamespace(case_id=case_id, grade=grade, patient=patient or case_id)
+
+
+def cohort(hgg=30, lgg=12):
+    return [case(f"h{i:03}", "HGG") for i in range(hgg)] + [
+        case(f"l{i:03}", "LGG") for i in range(lgg)
+    ]
+
+
+def test_hash_by_hand():
+    assert hash_cases(["abc"]) == "ba7816bf8f01cfea"  # FIPS 180-2, appendix B.1
+
+
+@pytest.mark.skipif(not LISTS.exists(), reason="../shared/splits is not there")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_published_lists_are_recognised(number):
+    files = {p: LISTS / f"brats2018_split{number}_{p}.txt" for p in ("train", "val", "test")}
+    everyone = [case(i) for f in files.values() for i in f.read_text().split()]
+    split = SplitFiles(**files).split(everyone)
+    assert (len(split.train), len(split.val), len(split.test)) == (199, 29, 57)
+    assert split.published == f"BraTS 2018 split {number} (199/29/57)"
+    assert split.name == split.published
+    changed = Split(split.train[1:], split.val, split.test)
+    assert changed.published is None and changed.name == changed.hash != split.hash
+    assert len(PUBLISHED) == 3
+
+
+def test_hash_ignores_order_and_tells_parts_apart():
+    assert Split(("a", "b"), ("c",)).hash == Split(("b", "a"), ("c",)).hash
+    assert Split(("a", "b"), ("c",)).hash != Split(("a", "b"), (), ("c",)).hash
+
+
+def test_files(tmp_path):
+    (tmp_path / "train.txt").write_text("\ufeffb\na  # the first\n\n# comment\n", encoding="utf-8")
+    (tmp_path / "test.txt").write_text("c\r\nd\r\n")
+    plan = SplitFiles(tmp_path / "train.txt", test=tmp_path / "test.txt")
+    assert plan.split([case(c) for c in "abcde"]) == Split(("b", "a"), (), ("c", "d"))
+    with pytest.raises(InputError, match=r"names 2 cases that the cohort lacks: a, d;"):
+        plan.split([case(c) for c in "bc"])
+    (tmp_path / "test.txt").write_text("c\na\n")
+    with pytest.raises(InputError, match="'a' is in train and again in test"):
+        plan.split([case(c) for c in "abcde"])
+    with pytest.raises(InputError, match=r"none.txt cannot be read"):
+        SplitFiles(tmp_path / "none.txt").split([])
+
+
+def test_json(tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"train": ["a"], "val": ["b"], "test": ["c"]}))
+    assert SplitJson(path).split([case(c) for c in "abc"]) == Split(("a",), ("b",), ("c",))
+    path.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]))
+    assert SplitJson(path, fold=1).split([case(c) for c in "ab"]) == Split(("b",), ("a",))
+    with pytest.raises(InputError, match="2 folds"):
+        SplitJson(path, fold=2).split([])
+    with pytest.raises(InputError, match="lacks: b"):
+        SplitJson(path).split([case("a")])
+    for wrong in ('{"train": "a"}', '{"training": []}', "3", '{"train": [1]}'):
+        path.write_text(wrong)
+        with pytest.raises(InputError, match="lists of case ids"):
+            SplitJson(path).split([])
+    path.write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        SplitJson(path).split([])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_folds_test_every_case_once_and_keep_the_grades_balanced(seed):
+    cases = cohort()
+    splits = [KFold(k, 5, 0.1, seed).split(cases) for k in range(5)]
+    assert Counter(c for s in splits for c in s.test) == Counter(c.case_id for c in cases)
+    for split in splits:
+        assert sorted(split.train + split.val + split.test) == [c.case_id for c in cases]
+        assert sum(c.startswith("h") for c in split.test) == 6
+        assert sum(c.startswith("l") for c in split.test) in (2, 3)
+        assert 3 <= len(split.val) <= 4
+
+
+def test_deal_depends_on_seed_not_on_order():
+    cases = cohort()
+    assert KFold(1).split(cases) == KFold(1).split(cases[::-1])
+    assert KFold(1).split(cases) != KFold(1, seed=1).split(cases)
+    assert Fractions().split(cases).hash == build(describe(Fractions())).split(cases).hash
+
+
+def test_deal_golden():
+    # The deal must not change between versions: results would no longer be comparable.
+    split = Fractions(0.5, 0.25, 0.25, seed=3).split([case(f"c{i}") for i in range(8)])
+    assert split == Split(("c1", "c3", "c5", "c7"), ("c0", "c4"), ("c2", "c6"))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 12), st.sampled_from(["HGG", "LGG", None])),
+        min_size=8,
+        max_size=60,
+    ),
+    st.integers(2, 4),
+    st.integers(0, 5),
+)
+def test_patients_stay_together(rows, folds, seed):
+    cases = [case(f"s{i}", g, f"p{p}") for i, (p, g) in enumerate(rows)]
+    parts = deal(cases, [1 / folds] * folds, seed)
+    assert sorted(c.case_id for part in parts for c in part) == sorted(c.case_id for c in cases)
+    homes = [{c.patient for c in part} for part in parts]
+    assert sum(len(h) for h in homes) == len({c.patient for c in cases})
+
+
+@given(st.integers(6, 80), st.integers(0, 40), st.integers(0, 3))
+def test_fractions_are_met_within_one_case_per_grade(hgg, lgg, seed):
+    cases = cohort(hgg, lgg)
+    shares = [0.7, 0.1, 0.2]
+    for share, part in zip(shares, deal(cases, shares, seed), strict=True):
+        assert abs(len(part) - share * len(cases)) <= 2
+        assert abs(sum(c.grade == "LGG" for c in part) - share * lgg) <= 2
+
+
+def test_impossible_plans():
+    with pytest.raises(InputError, match="leave test without"):
+        KFold(2, 3, 0).split([case("a"), case("b")])
+    with pytest.raises(InputError, match="2 cases leave"):
+        Fractions().split([case("a"), case("b")])
+    with pytest.raises(InputError, match="sum to 1"):
+        Fractions(0.5, 0.1, 0.1)
+    with pytest.raises(InputError, match="fold 5 of 5"):
+        KFold(5, 5)
+
+
+def test_share_zero_gets_nothing():
+    split = Fractions(0.8, 0.0, 0.2).split(cohort())
+    assert split.val == () and len(split.test) in (8, 9)
+    assert KFold(0, 5, 0.0).split(cohort()).val == ()
+
+
+def test_whole_cohort():
+    assert WholeCohort().split([case("b"), case("a")]) == Split(test=("a", "b"))
