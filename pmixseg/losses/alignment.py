@@ -1,0 +1,215 @@
+r"""The alignment loss: every modality's latent is pulled, one by one, to the anchor.
+
+.. math:: L_\mathrm{align} = \sum_l \frac{1}{|A|} \sum_{m \in A} D(f_m^l, P^l)
+
+for each sample, and the mean over samples. A are the modalities shown to the network; the anchor
+:math:`P^l` is taken over S, the modalities that were acquired and encoded, which may include ones
+hidden from the decoder.
+
+Source: Liu et al., Mind the Gap (arXiv 2409.19366); METHOD.md sections 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pmixseg.errors import InputError
+from pmixseg.losses.anchors import Anchor, hide
+from pmixseg.losses.distances import MSE, NMSE, Cosine, Detach, Distance, LevelLatents, SmoothL1
+from pmixseg.losses.gaussian import KL, VID
+from pmixseg.losses.projections import SlotLinear
+from pmixseg.losses.samples import MMD, SlicedWasserstein
+from pmixseg.types import Latents, Presence, Scalar
+
+DISTANCES: dict[str, type[Distance]] = {
+    "nmse": NMSE,
+    "mse": MSE,
+    "kl": KL,
+    "vid": VID,
+    "smooth_l1": SmoothL1,
+    "cosine": Cosine,
+    "mmd": MMD,
+    "sliced_wasserstein": SlicedWasserstein,
+}
+"""Short names of the distances with their default arguments."""
+
+
+class Alignment(nn.Module):
+    """Alignment loss of some levels.
+
+    Args:
+        distance: a name of :data:`DISTANCES`, or a distance.
+        channels: latent channels of every level of the network, finest first.
+        modalities: names of the M slots.
+        levels: levels that are aligned; negative ones count from the coarsest (-1).
+        projection: ``"linear"`` compares the latents after a 1x1x1 map of their own for each
+            modality and level, which starts as the identity; the decoder still reads the latents
+            themselves.
+        detach: what receives no gradient; by default the anchor.
+
+    Raises:
+        InputError: an unknown distance, level, projection or detach, or a level named twice.
+
+    Example:
+        >>> from pmixseg.losses.anchors import MixtureAnchor
+        >>> alignment = Alignment("mse", channels=[1], modalities=("flair", "t1"), levels=[0])
+        >>> anchor = MixtureAnchor("uniform")
+        >>> anchor.bind(("flair", "t1"), levels=1)
+        >>> both = torch.tensor([[True, True]])
+        >>> features = torch.tensor([1.0, 5.0]).view(1, 2, 1, 1, 1, 1)
+        >>> latents = Latents([features], ("flair", "t1"), [both])
+        >>> alignment(latents, anchor, both, both).item()
+        2.0
+    """
+
+    def __init__(
+        self,
+        distance: str | Distance,
+        channels: Sequence[int],
+        modalities: Sequence[str],
+        levels: Sequence[int],
+        projection: Literal["linear"] | None = None,
+        detach: Detach = "anchor",
+    ) -> None:
+        super().__init__()
+        if isinstance(distance, str):
+            if distance not in DISTANCES:
+                raise InputError(
+                    f"alignment: there is no distance '{distance}'; use one of {list(DISTANCES)}."
+                )
+            distance = DISTANCES[distance]()
+        if projection not in (None, "linear"):
+            raise InputError(f"alignment: projection is '{projection}'; use 'linear' or none.")
+        if detach not in ("anchor", "none", "features"):
+            raise InputError(
+                f"alignment: detach is '{detach}'; use 'anchor', 'none' or 'features'."
+            )
+        self.distance = distance
+        self.modalities = tuple(modalities)
+        self.levels = resolve_levels(levels, len(channels))
+        self.detach: Detach = detach
+        distance.bind(channels, self.modalities, self.levels)
+        self.projections = nn.ModuleDict()
+        for level in self.levels if projection else ():
+            width = channels[level]
+            self.projections[str(level)] = SlotLinear(len(modalities), width, width, identity=True)
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether samples of a batch influence each other beyond what is summed over processes."""
+        return self.distance.couples_samples
+
+    def forward(
+        self, latents: Latents, anchor: Anchor, present: Presence, acquired: Presence
+    ) -> Scalar:
+        """Sum over levels of the mean distance.
+
+        Args:
+            latents: raw latents, before any fill; ``latents.present`` tells which slots were
+                encoded. Other slots may hold anything.
+            anchor: bound to the same modalities and to the network's levels.
+            present: A, what the network is shown, ``[B, M]``.
+            acquired: what exists on disk, ``[B, M]``.
+
+        Raises:
+            InputError: the distance has no meaning for the anchor.
+        """
+        return torch.stack(list(self.per_level(latents, anchor, present, acquired).values())).sum()
+
+    def per_level(
+        self, latents: Latents, anchor: Anchor, present: Presence, acquired: Presence
+    ) -> dict[int, Scalar]:
+        """The summands of :meth:`forward`, by level."""
+        self.distance.check(anchor)
+        device = latents.features[0].device
+        values: dict[int, Tensor] = {}
+        with torch.autocast(device.type, enabled=False):
+            for level in self.levels:
+                seen = self._view(latents, level, present, acquired)
+                distances = self.distance(seen, anchor, self.detach)
+                total = torch.where(seen.shown, distances, 0.0).sum(1)
+                values[level] = (total / seen.shown.sum(1).clamp_min(1)).mean()
+        return values
+
+    def sample(self, latents: Latents, generator: torch.Generator | None = None) -> Latents:
+        r"""Latents with the aligned levels drawn from their Gaussians (``kl`` only).
+
+        :math:`z_m = \mu_m + \sigma_m \epsilon`, :math:`\epsilon \sim N(0, I)`. To be decoded
+        instead of ``latents`` in training; the alignment loss itself needs the originals.
+
+        Args:
+            latents: raw latents.
+            generator: on the latents' device; torch's own if not given.
+
+        Raises:
+            InputError: another distance than ``kl``.
+        """
+        if not isinstance(self.distance, KL):
+            raise InputError("only the distance 'kl' estimates variances to sample from; use it.")
+        features = list(latents.features)
+        for level in self.levels:
+            given = latents.present[level]
+            with torch.autocast(features[level].device.type, enabled=False):
+                mean, log_variance = self.distance.moments(self._view(latents, level, given, given))
+                noise = torch.empty_like(mean).normal_(generator=generator)
+                features[level] = (mean + noise * (0.5 * log_variance).exp()).to(
+                    latents.features[level].dtype
+                )
+        return replace(latents, features=features, cache={})
+
+    def _view(
+        self, latents: Latents, level: int, present: Presence, acquired: Presence
+    ) -> LevelLatents:
+        """Clean, float32 (or float64) latents of one level with A and S."""
+        features = latents.features[level]
+        subset = latents.present[level] & acquired.to(features.device)
+        shown = subset & present.to(features.device)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        features = hide(features.to(dtype), subset)
+        if self.projections:
+            features = self.projections[str(level)](features)
+        log_variance = latents.log_variance
+        return LevelLatents(
+            features,
+            shown,
+            subset,
+            level,
+            None if log_variance is None else hide(log_variance[level].to(dtype), subset),
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
+        """Typed call of :meth:`forward`."""
+        loss: Scalar = super().__call__(*args, **kwargs)
+        return loss
+
+
+def resolve_levels(levels: Sequence[int], count: int) -> tuple[int, ...]:
+    """Levels of a network as numbers from 0, finest first.
+
+    Args:
+        levels: any of them; negative ones count from the coarsest.
+        count: how many the network has.
+
+    Raises:
+        InputError: none, unknown or repeated levels.
+
+    Example:
+        >>> resolve_levels([-1, -2], 4)
+        (2, 3)
+    """
+    resolved = sorted(level + count if level < 0 else level for level in levels)
+    if (
+        not resolved
+        or len(set(resolved)) < len(resolved)
+        or not 0 <= resolved[0] <= resolved[-1] < count
+    ):
+        raise InputError(
+            f"levels {list(levels)} are not different levels of a network with {count}; use "
+            f"numbers from 0 (finest) to {count - 1}, or from -1 (coarsest) to {-count}."
+        )
+    return tuple(resolved)
