@@ -51,13 +51,15 @@ class Task:
                     "names without '+'; correct the task."
                 )
         if not self.regions:
-            raise InputError(f"task '{self.name}' has no region; name at least one union of labels.")
+            raise InputError(
+                f"task '{self.name}' has no region; name at least one union of labels."
+            )
         for region, members in self.regions.items():
             unknown = [m for m in members if m not in self.labels]
             if unknown or not members:
                 raise InputError(
-                    f"task '{self.name}': region '{region}' must be a union of {list(self.labels)}, "
-                    f"but is {list(members)}; correct the region."
+                    f"task '{self.name}': region '{region}' is {list(members)}, but must be a "
+                    f"union of {list(self.labels)}; correct the region."
                 )
 
     @property

@@ -7,20 +7,22 @@ import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from isal import igzip, isal_zlib
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from pmixseg.errors import InputError
 
-Source = Path | str | tuple[Path | str, int] | nib.spatialimages.SpatialImage
+Source: TypeAlias = Path | str | tuple[Path | str, int] | SpatialImage
 """A 3-D file, one channel of a 4-D file, or an image that nibabel has opened."""
 
 _GZIP = b"\x1f\x8b"
-_DAMAGED = (EOFError, OSError, zlib.error, isal_zlib.error)
+_DAMAGED: tuple[Any, ...] = (EOFError, OSError, zlib.error, isal_zlib.error)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class ScanReader:
             header = kind.header_class.from_fileobj(io.BytesIO(raw))
             dtype, shape = header.get_data_dtype(), header.get_data_shape()
             slope, inter = header.get_slope_inter()
-        except (nib.spatialimages.HeaderDataError, ValueError) as error:
+        except (HeaderDataError, ValueError) as error:
             raise InputError(
                 f"{self.where}: {path} has a damaged NIfTI header ({error}); convert or download "
                 "it again."
@@ -149,7 +151,7 @@ class ScanReader:
         try:
             image = nib.load(path)
             data = np.asanyarray(image.dataobj)
-        except (nib.filebasedimages.ImageFileError, ValueError, *_DAMAGED) as error:
+        except (ImageFileError, ValueError, *_DAMAGED) as error:
             raise InputError(
                 f"{self.where}: {path} is not a NIfTI file (no NIfTI header at its start); "
                 "convert or download it again."

@@ -1,0 +1,17 @@
+"""LightningModules: teacher, student, and what they share."""
+
+from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.checkpoint import load
+from pmixseg.modules.optimization import OneCycle, Polynomial, Schedule
+from pmixseg.modules.student import StudentModule
+from pmixseg.modules.teacher import TeacherModule
+
+__all__ = [
+    "OneCycle",
+    "Polynomial",
+    "Schedule",
+    "SegmentationModule",
+    "StudentModule",
+    "TeacherModule",
+    "load",
+]

@@ -1,0 +1,130 @@
+"""Pmix alignment as a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from pmixseg.callbacks.term import TermCallback
+from pmixseg.describe import build
+from pmixseg.errors import InputError
+from pmixseg.losses.alignment import Alignment
+from pmixseg.losses.anchors import Anchor
+from pmixseg.losses.distances import Distance
+from pmixseg.losses.term import Term
+from pmixseg.modules.base import SegmentationModule
+from pmixseg.task import Task
+from pmixseg.types import Batch, Scalar, SegOutput
+
+
+class PmixAlignment(TermCallback):
+    """Pull every modality's latents, one by one, towards the anchor P_mix.
+
+    ``L_align = Σ_l (1/|A|) Σ_{m∈A} D(f_m^l, sg P^l)`` with the anchor over everything acquired
+    (METHOD.md 1 and 2; Mind the Gap, arXiv 2409.19366).
+
+    Args:
+        weight: λ_a; 0 switches alignment off.
+        anchor: an anchor of the callback's own; by default the model's, borrowed: it stays a part
+            of the model.
+        distance: D, by name or as an object with arguments.
+        levels: levels that are aligned, 0 the finest; by default the bottleneck and its neighbour.
+        projection: ``linear``: a 1x1x1 map per modality before the distance; none by default.
+        detach: what is held still: the ``anchor``, ``none``, or the ``features``.
+        start_epoch: first epoch with a weight above 0.
+        warmup_epochs: epochs over which the weight rises linearly.
+        name: key in log and checkpoint.
+
+    Raises:
+        InputError: in ``setup``: a backbone that mixes modalities at the input; a model without
+            an anchor; learned weights that no segmentation loss would reach; unknown levels.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.0,
+        anchor: Anchor | None = None,
+        distance: str | Distance = "nmse",
+        levels: Sequence[int] | None = None,
+        projection: Literal["linear"] | None = None,
+        detach: Literal["anchor", "none", "features"] = "anchor",
+        start_epoch: int = 0,
+        warmup_epochs: int = 0,
+        name: str = "align",
+    ) -> None:
+        super().__init__(name, weight, start_epoch, warmup_epochs)
+        self.anchor: Anchor | None = build(anchor)
+        self.distance: str | Distance = build(distance)
+        self.levels = levels
+        self.projection = projection
+        self.detach = detach
+
+    def build_term(self, module: SegmentationModule) -> Term:
+        """See :class:`TermCallback`."""
+        backbone = module.backbone
+        if backbone.slots != backbone.modalities:
+            raise InputError(
+                f"{type(backbone).__name__} mixes the modalities at its input, so there are no "
+                "latents to align one by one; use a backbone with one encoder per modality."
+            )
+        count = len(backbone.channels)
+        levels = range(max(count - 2, 0), count) if self.levels is None else self.levels
+        anchor = self._anchor_for(module)
+        alignment = Alignment(
+            self.distance,
+            channels=backbone.channels,
+            modalities=backbone.slots,
+            levels=list(levels),
+            projection=self.projection,
+            detach=self.detach,
+        )
+        return AlignmentTerm(module.task, alignment, anchor, owned=self.anchor is not None)
+
+    def _anchor_for(self, module: SegmentationModule) -> Anchor:
+        if self.anchor is None:
+            if module.anchor is None:
+                raise InputError(
+                    f"this {type(module).__name__} has no anchor (fill: {module.fill}) that "
+                    f"{self.name} could borrow; give {self.name}.anchor, or the model fill: anchor."
+                )
+            return module.anchor
+        if self.anchor.learned:
+            raise InputError(
+                f"{self.name}.anchor has learned weights, which no segmentation loss would train "
+                "there; give the learned anchor to the model (model.anchor) and leave "
+                f"{self.name}.anchor empty, or use weights: uniform."
+            )
+        self.anchor.bind(module.backbone.slots, len(module.backbone.channels))
+        return self.anchor
+
+
+class AlignmentTerm(Term):
+    """The alignment loss of one step.
+
+    Args:
+        task: gives the order of ``present`` and ``acquired``.
+        alignment: the loss.
+        anchor: what is aligned to.
+        owned: the anchor belongs to this term; otherwise it is the module's and must not be
+            registered twice.
+    """
+
+    needs_acquired = True
+
+    def __init__(self, task: Task, alignment: Alignment, anchor: Anchor, *, owned: bool) -> None:
+        super().__init__()
+        self.task = task
+        self.alignment = alignment
+        self.anchor = anchor if owned else None
+        # A tuple hides the borrowed module from nn.Module, so that it is registered once only.
+        self._borrowed = (anchor,)
+
+    def forward(self, output: SegOutput, batch: Batch) -> Scalar:
+        """See :class:`~pmixseg.losses.term.Term`."""
+        latents = output.latents
+        index = [self.task.modalities.index(m) for m in latents.modalities]
+        present: Tensor = batch["present"][:, index]
+        acquired: Tensor = batch["acquired"][:, index]
+        return self.alignment(latents, self._borrowed[0], present, acquired)

@@ -1,0 +1,136 @@
+"""Knowledge distillation from a frozen teacher as a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from pmixseg.callbacks.term import TermCallback
+from pmixseg.describe import build
+from pmixseg.errors import InputError
+from pmixseg.losses.distillation import DistillationTerm, LatentMatch, LogitKL
+from pmixseg.losses.term import Term
+from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.checkpoint import load
+from pmixseg.types import Batch, Scalar, SegOutput
+
+
+class Distillation(TermCallback):
+    """``Σ_j λ_j L_distill,j`` between a student and a frozen teacher (METHOD.md 4).
+
+    The teacher sees everything acquired of the same augmented patch, whatever the student was
+    built for. It is in no checkpoint of the student, stays in eval mode and gets no gradient.
+
+    Args:
+        teacher: checkpoint of a trained module, or the module itself.
+        weight: factor of all terms together; 0 switches distillation off.
+        terms: name -> term, each with its own weight; by default :class:`LogitKL` as ``logit`` and
+            :class:`LatentMatch` as ``latent``.
+        start_epoch: first epoch with a weight above 0.
+        warmup_epochs: epochs over which the weight rises linearly.
+        name: key in log and checkpoint.
+
+    Raises:
+        InputError: in ``setup``: no teacher, a teacher of another task or spacing, or no term.
+    """
+
+    def __init__(
+        self,
+        teacher: str | None = None,
+        weight: float = 0.0,
+        terms: dict[str, DistillationTerm] | None = None,
+        start_epoch: int = 0,
+        warmup_epochs: int = 0,
+        name: str = "distill",
+    ) -> None:
+        super().__init__(name, weight, start_epoch, warmup_epochs)
+        self.teacher = teacher
+        given: Mapping[str, Any] = (
+            terms if terms is not None else {"logit": LogitKL(), "latent": LatentMatch()}
+        )
+        self.terms: dict[str, DistillationTerm] = {k: build(v) for k, v in given.items()}
+
+    def build_term(self, module: SegmentationModule) -> Term:
+        """See :class:`TermCallback`."""
+        if self.teacher is None:
+            raise InputError(
+                f"{self.name}.weight is {self.weight}, but {self.name}.teacher names no checkpoint."
+            )
+        if not self.terms:
+            raise InputError(f"{self.name}.terms is empty; name at least one term.")
+        teacher = self.load_teacher()
+        if teacher.task.to_dict() != module.task.to_dict():
+            raise InputError(
+                f"the teacher {self.teacher} was trained for the task '{teacher.task.name}' "
+                f"(modalities {list(teacher.task.modalities)}, labels {list(teacher.task.labels)}),"
+                f" the student is for '{module.task.name}' ({list(module.task.modalities)}, "
+                f"{list(module.task.labels)}); train a teacher for this task."
+            )
+        for term in self.terms.values():
+            term.bind(module.backbone, teacher.backbone)
+        return DistillationLoss(teacher, self.terms)
+
+    def load_teacher(self) -> SegmentationModule:
+        """The teacher, frozen and in eval mode."""
+        teacher = self.teacher
+        module = load(teacher) if isinstance(teacher, str | Path) else cast(Any, teacher)
+        return cast(SegmentationModule, module.eval().requires_grad_(False))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See :class:`TermCallback`; also compare the teacher's spacing with the data's."""
+        super().setup(trainer, pl_module, stage)
+        data = getattr(trainer, "datamodule", None)
+        if stage != "fit" or self.weight == 0 or data is None:
+            return
+        assert isinstance(pl_module, SegmentationModule)
+        loss = cast(DistillationLoss, pl_module.terms[self.name])
+        trained = loss.teacher.preparation.spacing
+        given = None if data.spacing is None else tuple(float(s) for s in data.spacing)
+        if trained != given:
+            raise InputError(
+                f"the teacher {self.teacher} was trained at the spacing {trained} mm, the data are "
+                f"at {given} mm; prepare a store at the teacher's spacing."
+            )
+
+
+class DistillationLoss(Term):
+    """All distillation terms of one step, over one pass of the teacher.
+
+    Args:
+        teacher: frozen module.
+        terms: name -> bound term.
+    """
+
+    def __init__(self, teacher: SegmentationModule, terms: Mapping[str, DistillationTerm]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleDict(dict(terms))
+        # A tuple hides the teacher from nn.Module: out of checkpoint, optimizer, DDP and train().
+        self._teacher = (teacher,)
+
+    @property
+    def teacher(self) -> SegmentationModule:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def forward(self, output: SegOutput, batch: Batch) -> Scalar:
+        """See :class:`~pmixseg.losses.term.Term`."""
+        image = batch["image"]
+        teacher = self.teacher
+        if teacher.device != image.device:
+            teacher.to(image.device)
+        with torch.no_grad():
+            seen = teacher.columns(batch["acquired"])
+            latents = teacher.encode(teacher.columns(image), seen)
+            taught = teacher.decode(latents)
+        total: Tensor = output.logits.new_zeros((), dtype=torch.float32)
+        for name, module in self.terms.items():
+            term = cast(DistillationTerm, module)
+            value = term(output, taught, batch)
+            self.parts[name] = value.detach()
+            total = total + term.weight * value
+        return total

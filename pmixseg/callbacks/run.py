@@ -1,0 +1,89 @@
+"""The run folder's own log: one ``metrics.csv`` that a resumed training continues."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+FLUSH_ROWS = 20
+"""Rows that may be lost when the machine fails; Lightning also saves at the end of a training."""
+
+
+class RunLogger(Logger):
+    """Writes ``<run>/metrics.csv``, a row per logging step, and keeps what is there.
+
+    Lightning's ``CSVLogger`` deletes an earlier file of the same folder, so a training that is
+    resumed would lose its history. Here rows before the first new step are kept, rows from that
+    step on are those of the training that is resumed from a checkpoint before them.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        super().__init__()
+        self._run = Path(run)
+        self._rows: list[dict[str, Any]] = []
+        self._unsaved = 0
+        self._history: pd.DataFrame | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._run / "metrics.csv"
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self._run.name
+
+    @property
+    def version(self) -> str:
+        """A run has no versions."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self._run)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kw: Any) -> None:
+        """Nothing: ``config.yaml`` stands beside the file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add a row."""
+        if not self._rows and self.path.is_file():
+            before = pd.read_csv(self.path)
+            self._history = before[before["step"] < (step or 0)]
+        self._rows.append({**metrics, "step": step})
+        self._unsaved += 1
+        if self._unsaved >= FLUSH_ROWS:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write all rows, atomically."""
+        if not self._rows:
+            return
+        frame = pd.DataFrame(self._rows)
+        if self._history is not None:
+            frame = pd.concat([self._history, frame])
+        first = [c for c in ("epoch", "step") if c in frame]
+        frame = frame[[*first, *sorted(c for c in frame if c not in first)]]
+        self._run.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".csv.part")
+        frame.to_csv(part, index=False)
+        part.replace(self.path)
+        self._unsaved = 0
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Save what is left."""
+        self.save()

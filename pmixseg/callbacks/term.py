@@ -1,0 +1,81 @@
+"""The base of every callback that adds a term to the training loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+
+from pmixseg.describe import Described
+from pmixseg.errors import InputError
+from pmixseg.losses.term import Term, TermWeight
+from pmixseg.modules.base import SegmentationModule
+
+
+class TermCallback(Callback, Described, ABC):
+    """Hangs a :class:`~pmixseg.losses.term.Term` into the module before training.
+
+    A callback cannot change the loss once it is computed (``on_before_backward`` only sees it), so
+    it builds a term in ``setup``, before optimizers exist, and the module's ``training_step``
+    evaluates it. Override :meth:`build_term`.
+
+    Args:
+        name: key of the term in the log (``train/<name>``) and in the checkpoint.
+        weight: factor of the term; 0 switches it off: nothing is built.
+        start_epoch: first epoch with a weight above 0; before it the term is multiplied by 0.
+        warmup_epochs: epochs over which the weight rises linearly.
+
+    Raises:
+        InputError: a negative weight.
+    """
+
+    def __init__(
+        self, name: str, weight: float, start_epoch: int = 0, warmup_epochs: int = 0
+    ) -> None:
+        if weight < 0:
+            raise InputError(f"{name}.weight is {weight}; give 0 or more.")
+        self.name = name
+        self.weight = weight
+        self.start_epoch = start_epoch
+        self.warmup_epochs = warmup_epochs
+
+    @property
+    def state_key(self) -> str:
+        """One key per name, so that two callbacks of one class can stand side by side."""
+        return f"{type(self).__qualname__}[{self.name}]"
+
+    @abstractmethod
+    def build_term(self, module: SegmentationModule) -> Term:
+        """The term for this module; its parameters reach optimizer and checkpoint."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Build the term when a training starts.
+
+        Raises:
+            InputError: the module is not one of pmixseg, the name is taken, or a callback that
+                copies the model's weights was set up before.
+        """
+        if stage != "fit" or self.weight == 0:
+            return
+        if not isinstance(pl_module, SegmentationModule):
+            raise InputError(
+                f"{type(self).__name__} needs a SegmentationModule, not a "
+                f"{type(pl_module).__name__}; derive yours from TeacherModule or StudentModule."
+            )
+        self._check_neighbours(trainer)
+        schedule = TermWeight(self.weight, self.start_epoch, self.warmup_epochs)
+        pl_module.add_term(self.name, self.build_term(pl_module), schedule)
+
+    def _check_neighbours(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+        for other in callbacks[: callbacks.index(self)]:
+            if isinstance(other, WeightAveraging):
+                raise InputError(
+                    f"{type(other).__name__} would copy the model before {type(self).__name__} "
+                    "adds its parameters; list it after."
+                )
+            if isinstance(other, TermCallback) and other.weight and other.name == self.name:
+                raise InputError(
+                    f"two terms are called '{self.name}'; give one of the callbacks another name."
+                )

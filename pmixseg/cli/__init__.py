@@ -1,0 +1,89 @@
+"""The command line: Lightning's ``fit`` … ``predict``, and plain commands around them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from pmixseg.cli import commands
+from pmixseg.errors import InputError
+
+TRAINING = {
+    "fit": "train a teacher or a student",
+    "validate": "score a checkpoint on validation cases",
+    "test": "score a checkpoint on every combination of sequences",
+    "predict": "segment a cohort and write NIfTI",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: what follows ``pmixseg`` on the command line; by default the process's own.
+
+    Returns:
+        0 if all went well, 1 if the input is at fault (one sentence on stderr), 130 after Ctrl-C.
+        Wrong flags end the process with 2, as argparse does.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        given = import_modules(given)
+        if given and given[0] in TRAINING:
+            from pmixseg.cli.training import TrainingCLI  # Lightning takes seconds to import
+
+            TrainingCLI(given)
+            return 0
+        return run_plain(given)
+    except InputError as error:
+        print(f"pmixseg: {error}", file=sys.stderr)  # noqa: T201  # the command line's own output
+        return 1
+    except KeyboardInterrupt:
+        print("pmixseg: stopped.", file=sys.stderr)  # noqa: T201  # the command line's own output
+        return 130
+
+
+def import_modules(args: list[str]) -> list[str]:
+    """Take ``--import MODULE`` out of the arguments and import the modules.
+
+    Raises:
+        InputError: a module that cannot be imported.
+    """
+    left: list[str] = []
+    names: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--import":
+            names.append(next(rest, ""))
+        elif arg.startswith("--import="):
+            names.append(arg.split("=", 1)[1])
+        else:
+            left.append(arg)
+    for name in names:
+        try:
+            sys.path.insert(0, "")
+            importlib.import_module(name)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"--import {name}: cannot be imported ({error}).") from error
+        finally:
+            sys.path.remove("")
+    return left
+
+
+def run_plain(args: Sequence[str]) -> int:
+    """Parse and run a command that is not Lightning's."""
+    parser = argparse.ArgumentParser(
+        prog="pmixseg",
+        description="Brain-tumour segmentation when MRI sequences are missing. Research use only.",
+        epilog="`pmixseg COMMAND --help` explains a command. "
+        "Every command takes --import MODULE for classes of your own.",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in TRAINING.items():
+        subparsers.add_parser(name, help=text, add_help=False)
+    commands.add_to(subparsers)
+    chosen = parser.parse_args(args)
+    code: int = chosen.run(chosen)
+    return code

@@ -1,0 +1,199 @@
+"""The plain commands: flags in, one call into the package, an exit code out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pmixseg.errors import InputError
+from pmixseg.task import BRATS, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+console = Console(highlight=False)
+
+
+def add_to(subparsers: Any) -> None:
+    """Add every plain command."""
+    for add in (_quickstart, _phantom, _inspect, _prepare, _report, _compare):
+        add(subparsers)
+
+
+def _quickstart(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "quickstart", help="the whole path on a synthetic cohort, in minutes"
+    )
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to work in")
+    parser.add_argument("--data", type=Path, help="a cohort of your own instead of the phantom")
+    parser.add_argument("--seed", type=int, default=0)
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.quickstart import quickstart  # Lightning takes seconds to import
+
+        quickstart(args.out, args.data, args.seed)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _phantom(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "phantom", help="write a synthetic glioma cohort in BraTS 2018 layout"
+    )
+    parser.add_argument("out", type=Path, help="folder of the cohort")
+    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spacing", type=float, default=3.0, help="voxel size in mm, 1 to 6")
+    parser.add_argument("--private-signal", type=float, help="signal of one modality only, 0 to 1")
+    parser.add_argument("--dependence", type=float, help="dependence between modalities, 0 to 1")
+    parser.add_argument("--workers", type=int, default=2)
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.data.phantom import PhantomSettings, Scanner, write_cohort
+
+        knobs = {
+            k: getattr(args, k)
+            for k in ("private_signal", "dependence")
+            if getattr(args, k) is not None
+        }
+        settings = PhantomSettings(spacing=args.spacing, scanner=Scanner(**knobs))
+        with bar("phantom cases") as report:
+            made = write_cohort(
+                args.out, args.cases, args.seed, settings, args.workers, progress=report
+            )
+        console.print(f"{len(made)} synthetic cases in {args.out}: no patient, research use only.")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _inspect(subparsers: Any) -> None:
+    parser = subparsers.add_parser("inspect", help="list cases and problems; changes nothing")
+    parser.add_argument("root", type=Path)
+    _cohort_flags(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.data.inspection import inspect_cohort
+
+        inspection = inspect_cohort(args.root, read_task(args.task), layout=args.layout)
+        console.print(inspection.table())
+        for problem in inspection.problems:
+            console.print(f"problem: {problem}")
+        return 1 if inspection.problems else 0
+
+    parser.set_defaults(run=run)
+
+
+def _prepare(subparsers: Any) -> None:
+    parser = subparsers.add_parser("prepare", help="build the store of a cohort; resumable")
+    parser.add_argument("root", type=Path)
+    parser.add_argument("store", type=Path)
+    _cohort_flags(parser)
+    parser.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="resample to this")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    parser.add_argument("--workers", type=int, default=2)
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.data.layouts import find_cases
+        from pmixseg.data.store import prepare
+
+        task = read_task(args.task)
+        cases = find_cases(args.root, task, layout=args.layout)
+        with bar("cases") as progress:
+            report = prepare(
+                cases,
+                args.store,
+                task,
+                spacing=None if args.spacing is None else tuple(args.spacing),
+                dtype=args.dtype,
+                workers=args.workers,
+                progress=progress,
+            )
+        console.print(str(report))
+        return 1 if report.failed else 0
+
+    parser.set_defaults(run=run)
+
+
+def _report(subparsers: Any) -> None:
+    parser = subparsers.add_parser("report", help="tables, statistics and figures of tested runs")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders with records")
+    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--no-images", action="store_true", help="leave out pictures of scans")
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.evaluation.report import write_report
+
+        console.print(f"wrote {write_report(args.runs, args.out, images=not args.no_images)}")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _compare(subparsers: Any) -> None:
+    parser = subparsers.add_parser("compare", help="compare two methods over seed-matched runs")
+    parser.add_argument("--a", type=Path, nargs="+", required=True, metavar="RUN")
+    parser.add_argument("--b", type=Path, nargs="+", required=True, metavar="RUN")
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.evaluation.records import Records
+        from pmixseg.evaluation.statistics import compare
+
+        sides = [[Records.read(path).table for path in side] for side in (args.a, args.b)]
+        console.print(compare(sides[0], sides[1]).to_text())
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _cohort_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layout", help="name of a layout or YAML file with patterns")
+    parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
+
+
+def read_task(path: Path | None) -> Task:
+    """A task from a YAML file; BraTS without one.
+
+    Raises:
+        InputError: no such file, or not a task.
+    """
+    if path is None:
+        return BRATS
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text())
+        return Task.from_dict(raw.get("task", raw))
+    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not a task ({error}); give name, modalities, labels and regions."
+        ) from error
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with time left; call it with (done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        shown = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(shown, completed=done, total=total)

@@ -1,0 +1,178 @@
+"""``fit``, ``validate``, ``test``, ``predict``: Lightning's command line with our two groups."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
+
+from pmixseg.callbacks.alignment import PmixAlignment
+from pmixseg.callbacks.distillation import Distillation
+from pmixseg.callbacks.predictions import PredictionWriter
+from pmixseg.callbacks.run import RunLogger
+from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.describe import describe
+from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.checkpoint import read_checkpoint, restore
+
+RUN_VARIABLE = "PMIXSEG_RUN"
+"""Environment variable with the run folder, so that DDP's child processes use the same one."""
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Write ``config.yaml`` into the run folder, and into the logger as hyper-parameters."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Only a training describes the run; testing it later must not overwrite that."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See :class:`SaveConfigCallback`."""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        (folder / "config.yaml").write_text(text)
+        if isinstance(trainer.logger, Logger) and not isinstance(trainer.logger, RunLogger):
+            trainer.logger.log_hyperparams({"config": text})
+
+
+class TrainingCLI(LightningCLI):
+    """Model and data by class or YAML, alignment and distillation as top-level groups."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        with warnings.catch_warnings():
+            # We pass what the console script was given; both are the same.
+            warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
+            super().__init__(
+                SegmentationModule,
+                BraTSDataModule,
+                subclass_mode_model=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_callback=SaveRunConfig,
+                save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+                trainer_defaults={"use_distributed_sampler": False, "max_epochs": 100},
+                args=with_checkpoint_defaults(args),
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Groups ``align`` and ``distill``, the run folder, and weights to start from."""
+        parser.add_lightning_class_args(PmixAlignment, "align")
+        parser.add_lightning_class_args(Distillation, "distill")
+        parser.add_argument("--run", type=str | None, default=None, help="Folder of this run.")
+        parser.add_argument(
+            "--init_from", type=str | None, default=None, help="Checkpoint to take weights from."
+        )
+        parser.link_arguments("data.task", "model.init_args.task")
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning lets the checkpoint's hyper-parameters beat the flags; here flags win, and
+        # with_checkpoint_defaults has already put the checkpoint's before them.
+        return
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Terms first in the list of callbacks, and one folder for everything the run writes."""
+        run = self.run_folder()
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        callbacks: list[Callback] = list(config.get("callbacks") or [])
+        config["default_root_dir"] = str(run)
+        if config.get("logger") in (None, True):
+            config["logger"] = RunLogger(run) if self.subcommand == "fit" else False
+        trains = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
+        if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            callbacks.append(
+                ModelCheckpoint(
+                    run / "checkpoints",
+                    filename="best",
+                    monitor="val/dice",
+                    mode="max",
+                    save_last=True,
+                    enable_version_counter=False,
+                )
+            )
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter())
+        terms = [self._get(self.config_init, k) for k in ("align", "distill")]
+        config["callbacks"] = [*terms, *callbacks]
+        return self._instantiate_trainer(config, [])
+
+    def run_folder(self) -> Path:
+        """``--run``; else the folder of the checkpoint; else a new one under ``runs/``."""
+        given = self._get(self.config, "run")
+        checkpoint = self._get(self.config, "ckpt_path")
+        if given:
+            return Path(given)
+        if checkpoint:
+            parent = Path(checkpoint).resolve().parent
+            return parent.parent if parent.name == "checkpoints" else parent
+        return Path(os.environ.setdefault(RUN_VARIABLE, f"runs/{time.strftime('%Y%m%d-%H%M%S')}"))
+
+    def after_instantiate_classes(self) -> None:
+        """Start from given weights; say where flags differ from the checkpoint."""
+        checkpoint = self._get(self.config, "ckpt_path")
+        if checkpoint:
+            stored = read_checkpoint(checkpoint)["pmixseg"]["init_args"]
+            for line in differences(stored, describe(self.model)["init_args"]):
+                rank_zero_info(f"pmixseg: {line} (the flags win)")
+        if start := self._get(self.config, "init_from"):
+            restore(self.model, read_checkpoint(start))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+
+def with_checkpoint_defaults(args: Sequence[str]) -> list[str]:
+    """Put a checkpoint's model and data settings in front of the flags, so that flags win.
+
+    ``test --ckpt_path x.ckpt`` then needs nothing but the data.
+    """
+    given = list(args)
+    if not given or given[0] not in ("validate", "test", "predict"):
+        return given
+    path = option(given, "--ckpt_path")
+    if path is None:
+        return given
+    payload = read_checkpoint(path)["pmixseg"]
+    data = {k: payload[k] for k in ("task", "spacing") if payload[k] is not None}
+    if payload["patch"] is not None:
+        data["patch_size"] = payload["patch"]
+    model = {"class_path": payload["class_path"], "init_args": payload["init_args"]}
+    return [given[0], f"--config={json.dumps({'model': model, 'data': data})}", *given[1:]]
+
+
+def option(args: Sequence[str], name: str) -> str | None:
+    """Value of ``--name value`` or ``--name=value``, the last one given."""
+    found = None
+    for i, arg in enumerate(args):
+        if arg == name and i + 1 < len(args):
+            found = args[i + 1]
+        elif arg.startswith(f"{name}="):
+            found = arg.split("=", 1)[1]
+    return found
+
+
+def differences(stored: Any, given: Any, where: str = "model") -> list[str]:
+    """Leaves in which two descriptions differ, in words."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        keys = [k for k in [*stored, *(g for g in given if g not in stored)] if k != "task"]
+        return [
+            line
+            for key in keys
+            for line in differences(stored.get(key), given.get(key), f"{where}.{key}")
+        ]
+    return [] if stored == given else [f"{where} is {given}, the checkpoint had {stored}"]

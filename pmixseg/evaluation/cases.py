@@ -1,0 +1,198 @@
+"""One case, every combination: from windows to label maps in the source grid, and to records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from pmixseg.data.geometry import Box, Geometry
+from pmixseg.data.patches import CaseItem
+from pmixseg.evaluation.metrics import CaseMetrics, Conventions
+from pmixseg.evaluation.postprocess import postprocess
+from pmixseg.evaluation.windows import Blend, Predictor, iterate_combinations
+from pmixseg.task import Combination, Task, format_combination, presence
+
+ACCUMULATOR_BYTES = 1 << 30
+"""Probabilities that may be held at once: combinations are done in chunks of this size."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How predictions are made and scored; written into every result file.
+
+    Args:
+        window: inference window in voxels; ``None``: the training patch.
+        overlap: share of a window that its neighbour covers.
+        blend: how overlapping windows are averaged.
+        batch_size: windows in one forward pass.
+        postprocess: names of post-processing steps, in order (none by default).
+        conventions: empty-mask and percentile rules.
+    """
+
+    window: tuple[int, int, int] | None = None
+    overlap: float = 0.5
+    blend: Blend = "gaussian"
+    batch_size: int = 1
+    postprocess: tuple[str, ...] = ()
+    conventions: Conventions = field(default_factory=Conventions)
+
+    @classmethod
+    def of(cls, given: EvaluationSettings | Mapping[str, Any] | None) -> EvaluationSettings:
+        """Settings from themselves, from :meth:`to_dict`, or the defaults."""
+        if given is None:
+            return cls()
+        if isinstance(given, EvaluationSettings):
+            return given
+        values = dict(given)
+        if isinstance(values.get("conventions"), Mapping):
+            values["conventions"] = Conventions(**values["conventions"])
+        if values.get("window") is not None:
+            values["window"] = tuple(values["window"])
+        values["postprocess"] = tuple(values.get("postprocess") or ())
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CasePrediction:
+    """Probabilities of one case for one combination, where that combination has voxels.
+
+    Args:
+        combination: what the network was shown.
+        probabilities: ``[C, d, h, w]`` in ``box`` of the prepared grid.
+        box: union of the boxes of the combination's modalities; background outside.
+        geometry: the way back to the source.
+        task: meaning of the classes.
+        steps: post-processing, applied to label maps in the source grid.
+    """
+
+    combination: Combination
+    probabilities: Float[Tensor, "c d h w"]
+    box: Box
+    geometry: Geometry
+    task: Task
+    steps: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> Int64[Tensor, "d h w"]:
+        """Most probable class in ``box``."""
+        return self.probabilities.argmax(0)
+
+    def on_grid(self) -> Int64[Tensor, "d h w"]:
+        """Most probable class in the crop of the store, background where nothing was shown."""
+        whole = self.geometry.box()
+        classes = self.classes
+        if self.box == whole:
+            return classes
+        placed = classes.new_zeros(whole.shape)
+        placed[self.box.relative_to(whole).slices] = classes
+        return placed
+
+    def source_probabilities(self) -> Float[np.ndarray, "c x y z"]:
+        """Probabilities in the source grid and orientation; background 1 outside ``box``."""
+        found = self.geometry.to_source(self.probabilities.cpu().numpy(), self.box, order=1)
+        found[0] += 1 - found.sum(0)
+        return found
+
+    def labels(self) -> UInt8[np.ndarray, "x y z"]:
+        """Class indices in the source grid and orientation, post-processed.
+
+        With a resampled grid, probabilities are resampled and then compared: nearest-neighbour
+        labels would have the coarse grid's steps.
+        """
+        if self.geometry.resampled:
+            found = self.geometry.to_source(self.probabilities.cpu().numpy(), self.box, order=1)
+            labels = found.argmax(0).astype(np.uint8)
+        else:
+            classes = self.classes.to(torch.uint8).cpu().numpy()
+            labels = self.geometry.to_source(classes, self.box, order=0)
+        return postprocess(labels, self.steps, self.task, self.geometry.source_affine)
+
+
+def predict_case(
+    predictor: Predictor,
+    image: Float[Tensor, "m d h w"],
+    geometry: Geometry,
+    task: Task,
+    combinations: Sequence[Combination],
+    window: Sequence[int],
+    settings: EvaluationSettings,
+) -> Iterator[CasePrediction]:
+    """Predict one prepared case for several combinations, sharing encodings where that is exact.
+
+    The crop of a case depends on what is shown: it is the union of the shown modalities' boxes.
+    Combinations with equal boxes share windows, and with them the encoding; so the result for a
+    combination is what :func:`pmixseg.inference.segment` computes from these files alone.
+
+    Args:
+        predictor: a module or backbone in eval mode.
+        image: channels in the order of ``predictor.modalities``, in ``geometry.box()``.
+        geometry: geometry of the prepared case.
+        task: the task.
+        combinations: subsets of what the case has.
+        window: window size in voxels.
+        settings: overlap, blending, post-processing.
+
+    Yields:
+        One prediction per combination, grouped by box.
+    """
+    groups: dict[Box, list[Combination]] = {}
+    for combination in combinations:
+        groups.setdefault(geometry.box(combination), []).append(combination)
+    whole = geometry.box()
+    for box, members in groups.items():
+        crop = image[(slice(None), *box.relative_to(whole).slices)]
+        shown = torch.tensor([presence(c, predictor.modalities) for c in members])
+        size = 4 * predictor.num_classes * int(np.prod(box.shape))
+        found = iterate_combinations(
+            predictor,
+            crop,
+            shown,
+            patch=window,
+            overlap=settings.overlap,
+            blend=settings.blend,
+            batch_size=settings.batch_size,
+            chunk=max(1, ACCUMULATOR_BYTES // size),
+        )
+        for rows, probabilities in found:
+            for row, one in zip(rows, probabilities, strict=True):
+                yield CasePrediction(members[row], one, box, geometry, task, settings.postprocess)
+
+
+def score_case(
+    predictions: Iterable[CasePrediction], item: CaseItem, settings: EvaluationSettings
+) -> list[dict[str, Any]]:
+    """Score predictions in the native grid, in mm.
+
+    Returns:
+        One row per combination and region; none where the case has no label.
+    """
+    stored = item["stored"]
+    truth = stored.native_label()
+    if truth is None:
+        return []
+    metrics: CaseMetrics | None = None
+    rows: list[dict[str, Any]] = []
+    for prediction in predictions:
+        if metrics is None:
+            spacing = stored.geometry.source_zooms
+            metrics = CaseMetrics(truth, prediction.task, spacing, settings.conventions)
+        for row in metrics.score(prediction.labels()):
+            rows.append(
+                {
+                    "case": item["case_id"],
+                    "combination": format_combination(prediction.combination),
+                    "n_present": len(prediction.combination),
+                    **row,
+                }
+            )
+    return rows

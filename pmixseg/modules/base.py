@@ -1,0 +1,401 @@
+"""The LightningModule that teacher and student share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.unet import MultiEncoderUNet
+from pmixseg.data.keys import make_key
+from pmixseg.data.missing import MissingnessSampler, UniformCombinations
+from pmixseg.data.patches import CaseItem
+from pmixseg.describe import Described, build, describe
+from pmixseg.errors import InputError
+from pmixseg.evaluation.cases import (
+    CasePrediction,
+    EvaluationSettings,
+    predict_case,
+    score_case,
+)
+from pmixseg.evaluation.metrics import region_dice
+from pmixseg.losses.anchors import Anchor, MixtureAnchor
+from pmixseg.losses.segmentation import Criterion, DiceCE
+from pmixseg.losses.term import Term, TermWeight
+from pmixseg.modules.fill import fill_with_anchor
+from pmixseg.modules.optimization import Schedule, callable_from, parameter_groups
+from pmixseg.modules.payload import Preparation, check_terms, payload_of
+from pmixseg.task import BRATS, Combination, Task
+from pmixseg.types import Batch, Image, Latents, Presence, Scalar, SegOutput
+
+
+class SegmentationModule(LightningModule, Described):
+    """Backbone, fill policy, criterion and terms in one trainable unit.
+
+    Subclass :class:`~pmixseg.TeacherModule` or :class:`~pmixseg.StudentModule` and override
+    :meth:`build_backbone` for a network of your own.
+
+    Args:
+        task: modalities, labels and regions.
+        backbone: the network, or its ``{class_path, init_args}``; by default a
+            :class:`~pmixseg.backbones.MultiEncoderUNet`. Its ``modalities`` and ``num_classes``
+            are set from the task.
+        criterion: segmentation loss; by default Dice + cross-entropy.
+        fill: what stands in a missing modality's slot: ``zero``, or the ``anchor`` over the
+            modalities shown. ``None``: the anchor wherever modalities can be missing and the
+            backbone keeps one slot per modality.
+        anchor: the model's anchor P_mix; by default a learned mixture. Callbacks align to it.
+        fill_levels: levels that are filled; ``None`` for all.
+        sampler: draws which of the acquired modalities a sample shows.
+        optimizer: called with parameter groups.
+        scheduler: a :class:`~pmixseg.modules.optimization.Schedule` over all steps, or any
+            PyTorch scheduler's constructor, stepped per epoch.
+        evaluation: windows, conventions and post-processing of validation and test.
+        compile: compile ``encode`` and ``decode`` (separately: the module calls both directly).
+
+    Raises:
+        InputError: an argument that no checkpoint can hold, or a backbone of another task.
+    """
+
+    def __init__(
+        self,
+        task: Task = BRATS,
+        backbone: Backbone | None = None,
+        criterion: Criterion | None = None,
+        fill: Literal["zero", "anchor"] | None = None,
+        anchor: Anchor | None = None,
+        fill_levels: Sequence[int] | None = None,
+        sampler: MissingnessSampler | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | Schedule | None = None,
+        evaluation: EvaluationSettings | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.task = Task.from_dict(task) if isinstance(task, Mapping) else task
+        describe(self.init_args, type(self).__name__)  # refuse now what no checkpoint could hold
+        self.modalities: tuple[str, ...] = self.select_modalities()
+        self.backbone = self._fit_backbone(build(backbone))
+        self.criterion: Criterion = build(criterion) or DiceCE()
+        self.fill = fill or self._default_fill()
+        self.fill_levels = None if fill_levels is None else list(fill_levels)
+        self.anchor = self._make_anchor(build(anchor))
+        self.sampler: MissingnessSampler = build(sampler) or UniformCombinations()
+        self.make_optimizer = callable_from(optimizer)
+        self.make_scheduler = build(scheduler)
+        self.evaluation = EvaluationSettings.of(evaluation)
+        self.terms = nn.ModuleDict()
+        self.term_weights: dict[str, TermWeight] = {}
+        self.preparation = Preparation()
+        self.records: list[dict[str, Any]] = []
+        self.validation_dice = nn.ModuleDict({r: MeanMetric() for r in self.task.regions})
+        self._encode, self._decode = self.backbone.encode, self.backbone.decode
+        if compile:
+            # A compiled backbone would be bypassed: encode and decode are called, not forward.
+            self._encode = torch.compile(self.backbone.encode)
+            self._decode = torch.compile(self.backbone.decode)
+
+    # ---------------------------------------------------------------- construction
+
+    def select_modalities(self) -> tuple[str, ...]:
+        """Modalities that the network has inputs for; all of the task by default."""
+        return self.task.modalities
+
+    def build_backbone(self) -> Backbone:
+        """The network; override to plug in one of your own."""
+        return MultiEncoderUNet(modalities=self.modalities, num_classes=self.task.num_classes)
+
+    def _fit_backbone(self, given: Backbone | None) -> Backbone:
+        wanted = {"modalities": list(self.modalities), "num_classes": self.task.num_classes}
+        net = self.build_backbone() if given is None else given
+        if (net.modalities, net.num_classes) == (self.modalities, self.task.num_classes):
+            return net
+        if given is None:
+            raise InputError(
+                f"{type(self).__name__}.build_backbone made a network for {list(net.modalities)} "
+                f"and {net.num_classes} classes, but the task needs {wanted}; use self.modalities "
+                "and self.task.num_classes there."
+            )
+        description = describe(given, "backbone")
+        description["init_args"].update(wanted)
+        fitted: Backbone = build(description)
+        return fitted
+
+    def _default_fill(self) -> Literal["zero", "anchor"]:
+        fillable = len(self.backbone.slots) > 1 and self.shows_subsets
+        return "anchor" if fillable else "zero"
+
+    def _make_anchor(self, given: Anchor | None) -> Anchor | None:
+        if given is None and self.fill == "zero":
+            return None
+        anchor = given if given is not None else MixtureAnchor()
+        if self.fill == "anchor" and not anchor.can_fill:
+            raise InputError(
+                f"{type(anchor).__name__} has no features to fill a slot with; use fill: zero or "
+                "a mixture or single-modality anchor."
+            )
+        anchor.bind(self.backbone.slots, len(self.backbone.channels))
+        return anchor
+
+    # ---------------------------------------------------------------- predictor protocol
+
+    @property
+    def num_classes(self) -> int:
+        """Softmax classes, background included."""
+        return self.task.num_classes
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the backbone's levels, finest first."""
+        return self.backbone.strides
+
+    @property
+    def shares_encoding(self) -> bool:
+        """Whether one encoding serves every combination."""
+        return self.backbone.shares_encoding
+
+    @property
+    def shows_subsets(self) -> bool:
+        """Whether training shows the network less than it has inputs for."""
+        return True
+
+    def encode(self, image: Image, present: Presence) -> Latents:
+        """Raw latents of the present modalities; columns are ``self.modalities``."""
+        return self._encode(image, present)
+
+    def decode(self, latents: Latents) -> SegOutput:
+        """Fill absent slots as trained, decode; the output carries the latents before the fill."""
+        ready = latents
+        if self.fill == "anchor" and self.anchor is not None:
+            ready = fill_with_anchor(latents, self.anchor, self.fill_levels)
+        return replace(self._decode(ready), latents=latents)
+
+    def forward(self, image: Image, present: Presence) -> SegOutput:
+        """``decode(encode(image, present))``."""
+        return self.decode(self.encode(image, present))
+
+    def columns(self, of_task: Tensor) -> Tensor:
+        """Restrict a tensor ``[B, M, ...]`` in task order to this module's modalities."""
+        if self.modalities == self.task.modalities:
+            return of_task
+        return of_task[:, [self.task.modalities.index(m) for m in self.modalities]]
+
+    # ---------------------------------------------------------------- training
+
+    @abstractmethod
+    def draw_present(self, batch: Batch) -> Presence:
+        """What each training sample shows, ``[B, M]`` in task order, from its key alone."""
+
+    @abstractmethod
+    def draw_validation_combination(self, item: CaseItem) -> Combination:
+        """The combination a validation case is scored on."""
+
+    def segmentation_loss(self, output: SegOutput, batch: Batch) -> Scalar:
+        """Criterion in float32 on the main output."""
+        return self.criterion(output, batch, self.current_epoch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Criterion + Σ weight · term; every term sees the latents before the fill."""
+        present = self.draw_present(batch)
+        batch = cast(Batch, {**batch, "present": present})
+        # What a term may look at and the network may not is encoded, but never decoded.
+        look = any(isinstance(t, Term) and t.needs_acquired for t in self.terms.values())
+        seen = batch["acquired"] if look and self.shares_encoding else present
+        latents = self.encode(self.columns(batch["image"]), self.columns(seen))
+        shown = latents.restrict(self.columns(present)) if seen is not present else latents
+        output = replace(self.decode(shown), latents=latents)
+
+        parts: dict[str, Tensor] = {"seg": self.segmentation_loss(output, batch)}
+        total = parts["seg"] + self.extra_loss(latents, batch, parts)
+        for name, term in self.terms.items():
+            value = term(output, batch)
+            parts[name] = value
+            for part, number in cast(Term, term).parts.items():
+                parts[f"{name}/{part}"] = number
+            total = total + self.term_weights[name].at(self.current_epoch) * value
+        total = total + self._touch_every_parameter()
+        self._log_losses(total, parts, len(batch["case_id"]))
+        return total
+
+    def extra_loss(self, latents: Latents, batch: Batch, parts: dict[str, Tensor]) -> Tensor:
+        """A further loss on the same encoding, already weighted; 0 by default."""
+        return latents.features[0].new_zeros((), dtype=torch.float32)
+
+    def _touch_every_parameter(self) -> Tensor:
+        # DDP waits for the gradient of every parameter on every rank, and ranks skip different
+        # encoders, fills and outputs. Adding 0·Σp keeps all of them in every step's graph.
+        sums = [p.sum(dtype=torch.float32) for p in self.parameters() if p.requires_grad]
+        return torch.stack(sums).sum() * 0.0
+
+    def _log_losses(self, total: Tensor, parts: dict[str, Tensor], size: int) -> None:
+        values = {f"train/{k}": v.detach() for k, v in parts.items()}
+        values["train/loss"] = total.detach()
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=size)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed torch from (seed, rank, epoch, step): a resumed run repeats the same randomness."""
+        key = make_key(self.seed, self.current_epoch, batch_idx)
+        torch.manual_seed((key + self.global_rank) % (1 << 63))
+
+    @property
+    def seed(self) -> int:
+        """The data module's seed; 0 without one."""
+        data = self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]  # set by Trainer.fit
+        return int(getattr(data, "seed", 0) or 0)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the anchor's weights, so that leaving the uniform mixture can be seen."""
+        if not isinstance(self.anchor, MixtureAnchor) or not self.anchor.learned:
+            return
+        everything = torch.ones(1, len(self.backbone.slots), dtype=torch.bool, device=self.device)
+        for level in range(1 if self.anchor.shared else len(self.backbone.channels)):
+            weights = self.anchor.weights(everything, level, detach=True)[0]
+            for name, weight in zip(self.backbone.slots, weights, strict=True):
+                self.log(f"anchor/level{level}/{name}", weight)
+
+    # ---------------------------------------------------------------- terms
+
+    def add_term(self, name: str, term: Term, weight: TermWeight) -> None:
+        """Hang a term into the loss; called by callbacks in ``setup``, before optimizers exist.
+
+        A term of an earlier training under the same name is replaced.
+        """
+        self.terms[name] = term
+        self.term_weights[name] = weight
+
+    # ---------------------------------------------------------------- set-up and checks
+
+    def setup(self, stage: str) -> None:
+        """Take spacing, normalisation and patch from the data; compare them with a checkpoint's."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self.preparation = self.preparation.merge(data, self.evaluation, fitting=stage == "fit")
+
+    def on_fit_start(self) -> None:
+        """Refuse trainings that would silently not train something.
+
+        Raises:
+            InputError: a trainable parameter that no optimizer has, or learned anchor weights
+                that no segmentation gradient reaches.
+        """
+        if self.anchor is not None and self.anchor.learned and not self.anchor_gets_gradient():
+            raise InputError(
+                f"the learned weights of the anchor get no gradient from the segmentation loss of "
+                f"this {type(self).__name__} (fill: {self.fill}), so they would stay uniform; use "
+                "fill: anchor with missing modalities, or an anchor with weights: uniform."
+            )
+        owned = {
+            id(p) for opt in self.trainer.optimizers for g in opt.param_groups for p in g["params"]
+        }
+        lost = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in owned]
+        if lost:
+            raise InputError(
+                f"{len(lost)} trainable parameters are in no optimizer ({', '.join(lost[:3])}, …); "
+                "create them in __init__ or a callback's setup, before configure_optimizers."
+            )
+
+    def anchor_gets_gradient(self) -> bool:
+        """Whether the segmentation loss reaches the anchor's weights."""
+        return self.fill == "anchor" and self.shows_subsets
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimizer over two parameter groups, and the schedule."""
+        optimizer = self.make_optimizer(parameter_groups(self))
+        if self.make_scheduler is None:
+            return cast(OptimizerLRScheduler, optimizer)
+        if isinstance(self.make_scheduler, Schedule):
+            steps = int(self.trainer.estimated_stepping_batches)
+            scheduler = self.make_scheduler(optimizer, steps)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+            }
+        scheduler = callable_from(self.make_scheduler)(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "monitor": "val/dice"},
+        }
+
+    # ---------------------------------------------------------------- validation, test, predict
+
+    def validation_step(self, item: CaseItem, batch_idx: int) -> None:
+        """Dice per region of a whole case on one combination, fixed per case."""
+        combination = self.draw_validation_combination(item)
+        prediction = next(iter(self.predict_item(item, [combination])))
+        classes = prediction.on_grid()
+        scores = region_dice(classes, item["label"].to(classes.device), self.task)
+        for region, dice in scores.items():
+            cast(MeanMetric, self.validation_dice[region]).update(dice)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/dice`` and ``val/dice/<region>``, averaged over cases of all ranks."""
+        means = {r: cast(MeanMetric, m).compute() for r, m in self.validation_dice.items()}
+        for metric in self.validation_dice.values():
+            cast(MeanMetric, metric).reset()
+        self.log_dict({f"val/dice/{r}": v for r, v in means.items()})
+        self.log("val/dice", torch.stack(list(means.values())).mean(), prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Start with no records."""
+        self.records = []
+
+    def test_step(self, item: CaseItem, batch_idx: int) -> None:
+        """Score a case on every combination of what was acquired, in its native grid."""
+        combinations = self.test_combinations(item)
+        self.records += score_case(self.predict_item(item, combinations), item, self.evaluation)
+
+    def test_combinations(self, item: CaseItem) -> list[Combination]:
+        """Every non-empty subset of the module's modalities that the case has."""
+        acquired = self.acquired_names(item)
+        return [c for c in self.task.combinations() if set(c) <= set(acquired)]
+
+    def acquired_names(self, item: CaseItem) -> Combination:
+        """What the case has of the module's modalities.
+
+        Raises:
+            InputError: none of them.
+        """
+        flags = dict(zip(self.task.modalities, item["acquired"].tolist(), strict=True))
+        names = tuple(m for m in self.modalities if flags[m])
+        if not names:
+            raise InputError(
+                f"case '{item['case_id']}' has none of {list(self.modalities)}, which this model "
+                "needs; leave it out of the split."
+            )
+        return names
+
+    def predict_step(self, item: CaseItem, batch_idx: int) -> CasePrediction:
+        """Segment a case from everything that was acquired."""
+        return next(iter(self.predict_item(item, [self.acquired_names(item)])))
+
+    def predict_item(self, item: CaseItem, combinations: Sequence[Combination]) -> Any:
+        """Iterate over one prediction per combination."""
+        image = self.columns(item["image"].unsqueeze(0))[0]
+        geometry = item["stored"].geometry
+        window = self.preparation.window(self.evaluation, self.strides)
+        return predict_case(self, image, geometry, self.task, combinations, window, self.evaluation)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write what :func:`pmixseg.load` needs, primitives only."""
+        checkpoint["pmixseg"] = payload_of(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume with the same terms; test, validate and predict without any.
+
+        Raises:
+            InputError: a training is resumed with other terms than it was started with.
+        """
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        check_terms(self, checkpoint, fitting=fitting)

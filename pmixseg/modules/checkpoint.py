@@ -1,0 +1,99 @@
+"""Loading: one function for test, segmentation, distillation and Python."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pmixseg.describe import TRUSTED_PACKAGES, build
+from pmixseg.errors import InputError
+from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.payload import FORMAT, check_terms, preparation_of
+from pmixseg.task import Task
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file without running any code from it.
+
+    Raises:
+        InputError: no such file, not a checkpoint, not one of pmixseg, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist; give the path of a .ckpt file.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise InputError(
+            f"{path} cannot be read as a checkpoint ({reason}); it is damaged or another kind of "
+            "file."
+        ) from error
+    if not isinstance(checkpoint, dict) or "pmixseg" not in checkpoint:
+        raise InputError(
+            f"{path} was not written by pmixseg; import published weights with `pmixseg import`."
+        )
+    version = checkpoint["pmixseg"].get("format")
+    if version != FORMAT:
+        raise InputError(
+            f"{path} has checkpoint format {version}, this version of pmixseg reads {FORMAT}; "
+            "update pmixseg."
+        )
+    return checkpoint
+
+
+def load(
+    path: str | Path, *, modules: Sequence[str] = (), map_location: str | torch.device = "cpu"
+) -> SegmentationModule:
+    """Rebuild the module that a checkpoint holds, in eval mode.
+
+    The file is always read with ``weights_only=True``. Terms of callbacks are not needed and not
+    restored: the module alone reproduces its predictions.
+
+    Args:
+        path: a ``.ckpt`` file.
+        modules: Python modules to import first, for classes outside pmixseg, MONAI and PyTorch
+            (the command line's ``--import``).
+        map_location: device of the weights.
+
+    Returns:
+        An instance of the class that was saved.
+
+    Raises:
+        InputError: see :func:`read_checkpoint`; or a class that must be named with ``modules``.
+    """
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(f"module '{name}' cannot be imported ({error}).") from error
+    checkpoint = read_checkpoint(path)
+    payload = checkpoint["pmixseg"]
+    module = build(payload, trusted=TRUSTED_PACKAGES, task=Task.from_dict(payload["task"]))
+    if not isinstance(module, SegmentationModule):
+        raise InputError(f"{path} holds a {type(module).__name__}, which is no SegmentationModule.")
+    restore(module, checkpoint)
+    return module.to(map_location).eval()
+
+
+def restore(module: SegmentationModule, checkpoint: dict[str, Any]) -> None:
+    """Copy the weights of a checkpoint into a module, terms left out.
+
+    Raises:
+        InputError: the checkpoint belongs to another network.
+    """
+    check_terms(module, checkpoint, fitting=False)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise InputError(
+            f"the checkpoint's weights do not fit this {type(module).__name__}: {first} "
+            "Use the backbone that it was trained with."
+        ) from error
+    module.preparation = preparation_of(checkpoint["pmixseg"])

@@ -1,0 +1,46 @@
+"""What stands in the slot of a missing modality between encoder and decoder (METHOD.md 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+
+from pmixseg.errors import InputError
+from pmixseg.losses.anchors import Anchor
+from pmixseg.types import Latents
+
+
+def fill_with_anchor(
+    latents: Latents, anchor: Anchor, levels: Collection[int] | None = None
+) -> Latents:
+    """Replace absent slots by the anchor over the present ones, and mark them present.
+
+    ``z_m = f_m`` where modality m is shown, ``z_m = Σ_{j∈A} w'_j f_j`` where it is not (for a
+    mixture anchor). The same rule holds in training and at test.
+
+    Args:
+        latents: raw latents, restricted to the combination A.
+        anchor: what to fill with.
+        levels: levels to fill; others keep their absent slots. ``None`` fills all.
+
+    Returns:
+        Latents that share every feature that needed no filling.
+
+    Raises:
+        InputError: latents of a variational backbone, which combines present slots itself.
+    """
+    if latents.log_variance is not None:
+        raise InputError(
+            "a backbone with variances combines the present modalities itself; use fill: zero."
+        )
+    features, flags = list(latents.features), list(latents.present)
+    for level, present in enumerate(latents.present):
+        if (levels is not None and level not in levels) or bool(present.all()):
+            continue
+        raw = latents.features[level]
+        mixed = anchor(raw, present, level).unsqueeze(1)
+        features[level] = torch.where(latents.flags(level), raw, mixed)
+        flags[level] = torch.ones_like(present)
+    return replace(latents, features=features, present=flags, cache={})

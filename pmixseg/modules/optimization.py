@@ -1,0 +1,91 @@
+"""Optimizer and learning-rate schedule: parameter groups, and schedules that know their length."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from pmixseg.describe import Described, find_class, is_description
+
+
+class Schedule(Described, ABC):
+    """A learning-rate schedule over the whole training; the module tells it how many steps."""
+
+    @abstractmethod
+    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """Build the scheduler, stepped after every optimizer step."""
+
+
+class Polynomial(Schedule):
+    """``lr(t) = lr_0 · (1 − t/T)^power`` after a linear warm-up.
+
+    The schedule of RFNet, mmFormer and nnU-Net (power 0.9; BASELINES.md B1).
+
+    Args:
+        power: exponent.
+        warmup_steps: steps over which the rate rises linearly from 0.
+    """
+
+    def __init__(self, power: float = 0.9, warmup_steps: int = 0) -> None:
+        self.power = power
+        self.warmup_steps = warmup_steps
+
+    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """See :class:`Schedule`."""
+        return LambdaLR(optimizer, functools.partial(self._factor, total_steps=total_steps))
+
+    def _factor(self, step: int, total_steps: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        left = 1 - (step - self.warmup_steps) / max(total_steps - self.warmup_steps, 1)
+        return float(max(left, 0.0) ** self.power)
+
+
+class OneCycle(Schedule):
+    """PyTorch's ``OneCycleLR`` up to the optimizer's own learning rate.
+
+    Args:
+        warmup_fraction: share of the steps in which the rate rises.
+    """
+
+    def __init__(self, warmup_fraction: float = 0.3) -> None:
+        self.warmup_fraction = warmup_fraction
+
+    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """See :class:`Schedule`."""
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(
+            optimizer, max_lr=peaks, total_steps=total_steps, pct_start=self.warmup_fraction
+        )
+
+
+def callable_from(value: Callable[..., Any] | Mapping[str, Any]) -> Callable[..., Any]:
+    """A callable as it is; a ``{class_path, init_args}`` as a partial of the class."""
+    if is_description(value):
+        assert isinstance(value, Mapping)
+        return functools.partial(find_class(value["class_path"]), **(value.get("init_args") or {}))
+    assert callable(value)
+    return value
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: weights with decay, vectors and scalars without.
+
+    Biases, affine normalisation parameters and anchor weights have no direction for which
+    shrinking towards zero would mean "simpler". Parameters shared by two modules count once.
+    """
+    trainable = [p for _, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim > 1]
+    vectors = [p for p in trainable if p.ndim <= 1]
+    groups: list[dict[str, Any]] = []
+    if matrices:
+        groups.append({"params": matrices})
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return groups

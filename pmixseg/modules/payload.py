@@ -1,0 +1,140 @@
+"""What a checkpoint says about itself, in primitives: enough to build the module and use it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pmixseg.describe import describe
+from pmixseg.errors import InputError
+from pmixseg.evaluation.cases import EvaluationSettings
+
+if TYPE_CHECKING:
+    from pmixseg.modules.base import SegmentationModule
+
+FORMAT = 1
+"""Version of the ``pmixseg`` entry of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How the training data were prepared: what a new scan must be brought to.
+
+    Args:
+        spacing: voxel size in mm that the model was trained at; ``None``: each scan's own.
+        normalisation: name of the intensity normalisation.
+        patch: training patch in voxels; the inference window unless settings say otherwise.
+        split: name or hash of the split the model was trained on.
+    """
+
+    spacing: tuple[float, ...] | None = None
+    normalisation: str | None = None
+    patch: tuple[int, ...] | None = None
+    split: str | None = None
+
+    def merge(self, data: Any, evaluation: EvaluationSettings, *, fitting: bool) -> Preparation:
+        """Take over a data module's preparation, or check it against a checkpoint's.
+
+        Raises:
+            InputError: a trained model meets data at another spacing or normalisation.
+        """
+        theirs = Preparation(
+            spacing=None if data.spacing is None else tuple(float(s) for s in data.spacing),
+            normalisation=data.normalisation,
+            patch=tuple(data.patch_size),
+            split=data.split_name,
+        )
+        if fitting or self.normalisation is None:
+            return theirs
+        for what in ("spacing", "normalisation"):
+            if getattr(self, what) != getattr(theirs, what):
+                raise InputError(
+                    f"the checkpoint was trained with {what} {getattr(self, what)}, but the data "
+                    f"have {getattr(theirs, what)}; prepare a store with the checkpoint's {what}."
+                )
+        return self
+
+    def window(self, settings: EvaluationSettings, strides: Sequence[int]) -> tuple[int, int, int]:
+        """Size of an inference window.
+
+        Raises:
+            InputError: neither the settings nor a training gave one, or the backbone's largest
+                stride does not divide it.
+        """
+        size = tuple(settings.window or self.patch or ())
+        if len(size) != 3:
+            raise InputError("no window size is known; give evaluation.window, three voxel counts.")
+        if any(s % strides[-1] for s in size):
+            raise InputError(
+                f"the window {size} must be divisible by the backbone's largest stride, "
+                f"{strides[-1]}; change evaluation.window or data.patch_size."
+            )
+        return size[0], size[1], size[2]
+
+
+def payload_of(module: SegmentationModule) -> dict[str, Any]:
+    """The ``pmixseg`` entry of a checkpoint."""
+    description = describe(module, type(module).__name__)
+    description["init_args"].pop("task", None)
+    ready = module.preparation
+    return {
+        "format": FORMAT,
+        **description,
+        "task": module.task.to_dict(),
+        "spacing": None if ready.spacing is None else list(ready.spacing),
+        "normalisation": ready.normalisation,
+        "patch": None if ready.patch is None else list(ready.patch),
+        "overlap": module.evaluation.overlap,
+        "split": ready.split,
+        "terms": sorted(module.terms),
+    }
+
+
+def preparation_of(payload: dict[str, Any]) -> Preparation:
+    """Read the preparation back from a payload."""
+    spacing, patch = payload["spacing"], payload["patch"]
+    return Preparation(
+        spacing=None if spacing is None else tuple(spacing),
+        normalisation=payload["normalisation"],
+        patch=None if patch is None else tuple(patch),
+        split=payload.get("split"),
+    )
+
+
+def check_terms(module: SegmentationModule, checkpoint: dict[str, Any], *, fitting: bool) -> None:
+    """Make the checkpoint's terms those of the module.
+
+    Resuming needs exactly the same terms. Anything else (test, predict, plain loading) needs
+    none: weights of terms that the module does not have are dropped from ``checkpoint``.
+
+    Raises:
+        InputError: a training is resumed with other terms, or the file is not ours.
+    """
+    payload = checkpoint.get("pmixseg")
+    if payload is None:
+        raise InputError(
+            "this checkpoint was not written by pmixseg (it has no 'pmixseg' entry); "
+            "import published weights with `pmixseg import`."
+        )
+    stored, present = set(payload["terms"]), set(module.terms)
+    if fitting and stored != present:
+        raise InputError(
+            f"the checkpoint was trained with the terms {sorted(stored)}, this training has "
+            f"{sorted(present)}; resume with the same terms, or start anew with --init_from."
+        )
+    if not fitting and payload["task"] != module.task.to_dict():
+        raise InputError(
+            f"the checkpoint belongs to the task '{payload['task']['name']}' with modalities "
+            f"{payload['task']['modalities']}, not to this one ('{module.task.name}', "
+            f"{list(module.task.modalities)}); use a checkpoint of this task."
+        )
+    state = checkpoint["state_dict"]
+    foreign = [k for k in state if k.startswith("terms.") and k.split(".")[1] not in present]
+    for key in foreign:
+        del state[key]
+    if not fitting:
+        own = module.state_dict()
+        state.update({k: v for k, v in own.items() if k.startswith("terms.") and k not in state})
+        if module.preparation.normalisation is None:
+            module.preparation = preparation_of(payload)

@@ -1,0 +1,73 @@
+"""The network that sees only some sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pmixseg.data.patches import CaseItem
+from pmixseg.errors import InputError
+from pmixseg.modules.base import SegmentationModule
+from pmixseg.task import Combination, parse_combination, presence
+from pmixseg.types import Batch, Presence
+
+
+class StudentModule(SegmentationModule):
+    """Trains on drawn subsets of the acquired modalities, or on one fixed combination.
+
+    ``L_student = L_seg + Σ weight · term`` (METHOD.md 4).
+
+    Args:
+        combination: ``"t1ce"``, ``"flair+t2"``, …: a dedicated student. It builds encoders for
+            these modalities only, is shown all of them unless a ``sampler`` draws subsets, and is
+            tested on their subsets. ``None``: one student for every combination.
+        kwargs: see :class:`~pmixseg.modules.base.SegmentationModule`.
+
+    Raises:
+        InputError: ``combination`` names a modality that the task does not have.
+    """
+
+    def __init__(self, combination: str | Sequence[str] | None = None, **kwargs: Any) -> None:
+        self.combination = combination
+        self.draws = combination is None or kwargs.get("sampler") is not None
+        super().__init__(**kwargs)
+
+    def select_modalities(self) -> tuple[str, ...]:
+        """The fixed combination, or everything."""
+        if self.combination is None:
+            return self.task.modalities
+        return parse_combination(self.combination, self.task.modalities)
+
+    @property
+    def shows_subsets(self) -> bool:
+        """Whether anything can be missing in training."""
+        return self.draws and len(self.modalities) > 1
+
+    def draw_present(self, batch: Batch) -> Presence:
+        """A subset of what is acquired and what the student has inputs for.
+
+        Raises:
+            InputError: a training case has none of the student's modalities.
+        """
+        allowed = torch.tensor(presence(self.modalities, self.task.modalities))
+        usable = batch["acquired"] & allowed.to(batch["acquired"].device)
+        if not bool(usable.any(dim=1).all()):
+            lost = [c for c, u in zip(batch["case_id"], usable.any(dim=1), strict=True) if not u]
+            raise InputError(
+                f"case '{lost[0]}' has none of {list(self.modalities)}, which this student needs; "
+                "leave it out of the training split."
+            )
+        if not self.draws:
+            return usable
+        return self.sampler.draw(batch["key"], usable, self.task.modalities)
+
+    def draw_validation_combination(self, item: CaseItem) -> Combination:
+        """Drawn from the case's key, the same in every epoch."""
+        usable = torch.tensor([presence(self.acquired_names(item), self.task.modalities)])
+        if not self.draws:
+            return self.acquired_names(item)
+        key = item["key"].reshape(1).cpu()
+        drawn = self.sampler.draw(key, usable, self.task.modalities)[0]
+        return tuple(m for m, f in zip(self.task.modalities, drawn.tolist(), strict=True) if f)

@@ -1,0 +1,51 @@
+"""The network that is trained on everything a case has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pmixseg.data.patches import CaseItem
+from pmixseg.modules.base import SegmentationModule
+from pmixseg.task import Combination
+from pmixseg.types import Batch, Latents, Presence
+
+
+class TeacherModule(SegmentationModule):
+    """Trains on all acquired modalities; the source of distillation.
+
+    ``L_teacher = L_seg + λ_w L_seg(decode(fill(Z, A'))) + Σ weight · term``, the second summand
+    only where the anchor's weights are learned: with every modality present nothing is filled, so
+    an extra pass through the decoder on a drawn subset A' is where they get their gradient
+    (METHOD.md 1 and 4).
+
+    Args:
+        fill_weight: λ_w.
+        kwargs: see :class:`~pmixseg.modules.base.SegmentationModule`.
+    """
+
+    def __init__(self, fill_weight: float = 0.5, **kwargs: Any) -> None:
+        self.fill_weight = fill_weight
+        super().__init__(**kwargs)
+
+    def draw_present(self, batch: Batch) -> Presence:
+        """Everything acquired."""
+        return batch["acquired"]
+
+    def draw_validation_combination(self, item: CaseItem) -> Combination:
+        """Everything acquired."""
+        return self.acquired_names(item)
+
+    def extra_loss(self, latents: Latents, batch: Batch, parts: dict[str, Tensor]) -> Tensor:
+        """λ_w · L_seg of the same encoding, decoded from a drawn subset with filled slots."""
+        if self.anchor is None or not self.anchor.learned or not self.fill_weight:
+            return super().extra_loss(latents, batch, parts)
+        drawn = self.sampler.draw(batch["key"], batch["acquired"], self.task.modalities)
+        output = self.decode(latents.restrict(self.columns(drawn)))
+        parts["seg_filled"] = self.segmentation_loss(output, batch)
+        return self.fill_weight * parts["seg_filled"]
+
+    def anchor_gets_gradient(self) -> bool:
+        """Through the pass on subsets, if it has a weight."""
+        return super().anchor_gets_gradient() and self.fill_weight > 0

@@ -1,0 +1,36 @@
+"""Fixtures that every room may use: a small phantom cohort and its store, made once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmixseg.data.layouts import find_cases
+from pmixseg.data.phantom import PhantomSettings, write_cohort
+from pmixseg.data.store import prepare
+from pmixseg.task import BRATS
+
+SPACING = 5.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Two test processes on two cores must not fight, and sums must not depend on the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def phantom_root(tmp_path_factory) -> Path:
+    """Eight synthetic cases at 5 mm."""
+    root = tmp_path_factory.mktemp("phantom")
+    write_cohort(root, 8, seed=3, settings=PhantomSettings(spacing=SPACING))
+    return root
+
+
+@pytest.fixture(scope="session")
+def phantom_store(phantom_root, tmp_path_factory) -> Path:
+    """Their store."""
+    out = tmp_path_factory.mktemp("store")
+    report = prepare(find_cases(phantom_root, BRATS), out, BRATS)
+    assert not report.failed
+    return out

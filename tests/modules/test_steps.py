@@ -1,0 +1,188 @@
+"""One training step of teacher and student, without a trainer."""
+
+import pytest
+import torch
+
+from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
+from pmixseg.describe import describe
+from pmixseg.errors import InputError
+from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
+from pmixseg.losses.term import Term, TermWeight
+from pmixseg.modules import StudentModule, TeacherModule
+from pmixseg.task import BRATS
+
+
+def tiny(modalities=BRATS.modalities):
+    return MultiEncoderUNet(modalities=modalities, num_classes=4, width=4, levels=3)
+
+
+def step(module, batch):
+    module.log_dict = module.log = lambda *args, **kwargs: None
+    torch.manual_seed(0)
+    return module.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("make", [TeacherModule, StudentModule])
+def test_every_parameter_has_a_gradient_even_where_encoders_are_skipped(make, batch):
+    batch["acquired"][:, 1:] = False
+    module = make(backbone=tiny())
+    step(module, batch).backward()
+    assert [n for n, p in module.named_parameters() if p.grad is None] == []
+
+
+def test_student_never_sees_what_was_not_drawn(batch):
+    module = StudentModule(backbone=tiny()).train()
+    present = module.draw_present(batch)
+    hidden = batch["image"].clone()
+    hidden[~present] = float("nan")
+    torch.testing.assert_close(
+        step(module, batch), step(module, {**batch, "image": hidden}), rtol=0, atol=0
+    )
+
+
+def test_student_draws_from_the_key_and_within_acquired(batch):
+    module = StudentModule(backbone=tiny())
+    first = module.draw_present(batch)
+    assert torch.equal(first, module.draw_present(batch))
+    assert bool((first <= batch["acquired"]).all())
+    keys = torch.arange(64)
+    many = module.draw_present({**batch, "key": keys, "acquired": torch.ones(64, 4).bool()})
+    assert len({tuple(row) for row in many.tolist()}) == 15
+
+
+def test_dedicated_student_has_only_its_encoders_and_ignores_the_rest(batch):
+    module = StudentModule(combination="t1+flair")
+    assert module.modalities == ("flair", "t1")
+    assert module.backbone.modalities == ("flair", "t1")
+    assert module.fill == "zero"
+    assert torch.equal(module.draw_present(batch)[0], torch.tensor([True, False, True, False]))
+    other = batch["image"].clone()
+    other[:, [1, 3]] = 7.0
+    assert step(module, batch) == step(module, {**batch, "image": other})
+
+
+def test_dedicated_student_refuses_a_case_without_its_modality(batch):
+    module = StudentModule(combination="t1ce", backbone=tiny(("t1ce",)))
+    with pytest.raises(InputError, match="case 'b' has none of"):
+        module.draw_present(batch)
+
+
+def test_backbone_is_fitted_to_the_task_and_combination():
+    module = StudentModule(combination="t2", backbone=tiny())
+    assert module.backbone.modalities == ("t2",)
+    assert module.backbone.init_args["width"] == 4
+
+
+def test_learned_anchor_gets_its_gradient_from_the_segmentation_loss(batch):
+    teacher = TeacherModule(backbone=tiny(), fill_weight=0.5)
+    step(teacher, batch).backward()
+    gradients = [p.grad for p in teacher.anchor.parameters()]
+    assert gradients
+    assert all(g.abs().sum() > 0 for g in gradients)
+    silent = TeacherModule(backbone=tiny(), fill_weight=0.0)
+    batch["acquired"][:] = True
+    step(silent, batch).backward()
+    assert all(p.grad.abs().sum() == 0 for p in silent.anchor.parameters())
+    assert not silent.anchor_gets_gradient()
+    assert teacher.anchor_gets_gradient()
+
+
+def test_fill_is_the_same_rule_in_training_and_at_test(batch):
+    module = StudentModule(backbone=tiny(), anchor=MixtureAnchor())
+    present = torch.tensor([[True, False, True, False]] * 2)
+    seen = module.decode(module.encode(batch["image"], batch["acquired"]).restrict(present))
+    only = module.decode(module.encode(batch["image"], present & batch["acquired"]))
+    torch.testing.assert_close(seen.logits, only.logits)
+    module.eval()
+    again = module.decode(module.encode(batch["image"], present & batch["acquired"]))
+    torch.testing.assert_close(again.logits, only.logits)
+
+
+def test_output_carries_the_latents_before_the_fill(batch):
+    module = StudentModule(backbone=tiny())
+    present = torch.tensor([[True, False, False, False]] * 2)
+    output = module(batch["image"], present)
+    assert torch.equal(output.latents.present[0], present)
+
+
+class Constant(Term):
+    """λ · c with a parameter c, and a look at what was encoded."""
+
+    needs_acquired = True
+
+    def __init__(self):
+        super().__init__()
+        self.c = torch.nn.Parameter(torch.tensor(3.0))
+        self.seen = None
+
+    def forward(self, output, batch):
+        self.seen = output.latents.present[0].clone()
+        self.shown = batch["present"]
+        return self.c * 1.0
+
+
+def test_terms_are_added_with_their_weight_and_see_everything_acquired(batch):
+    module = StudentModule(backbone=tiny())
+    plain = step(module, batch)
+    term = Constant()
+    module.add_term("constant", term, TermWeight(0.25))
+    torch.testing.assert_close(step(module, batch), plain + 0.75)
+    assert torch.equal(term.seen, batch["acquired"])
+    assert torch.equal(term.shown, module.draw_present(batch))
+
+
+def test_term_in_warm_up_is_multiplied_by_zero_not_skipped(batch):
+    module = StudentModule(backbone=tiny())
+    term = Constant()
+    module.add_term("constant", term, TermWeight(0.25, start_epoch=3))
+    step(module, batch).backward()
+    assert term.seen is not None
+    assert term.c.grad is not None
+    assert term.c.grad == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"backbone": torch.nn.Conv3d(1, 1, 1)}, "cannot be written to a checkpoint"),
+        ({"fill": "anchor", "anchor": NormalAnchor()}, "no features to fill"),
+    ],
+)
+def test_impossible_modules_are_refused_at_construction(arguments, words):
+    with pytest.raises(InputError, match=words):
+        StudentModule(**arguments)
+
+
+def test_early_fusion_defaults_to_no_fill(batch):
+    network = {
+        "class_path": "monai.networks.nets.UNet",
+        "init_args": {
+            "spatial_dims": 3,
+            "in_channels": 4,
+            "out_channels": 4,
+            "channels": [4, 8],
+            "strides": [2],
+        },
+    }
+    module = StudentModule(
+        backbone=EarlyFusion(modalities=BRATS.modalities, num_classes=4, network=network)
+    )
+    assert module.fill == "zero"
+    step(module, batch).backward()
+
+
+def test_own_backbone_by_overriding_one_method(batch):
+    class Mine(StudentModule):
+        def build_backbone(self):
+            return tiny(self.modalities)
+
+    module = Mine(combination="flair")
+    assert module.backbone.channels[0] == 4
+    step(module, batch).backward()
+
+
+def test_described_arguments_build_the_same_module():
+    module = StudentModule(combination="flair+t2", anchor=MixtureAnchor(weights="uniform"))
+    text = describe(module)
+    assert text["class_path"] == "pmixseg.modules.student.StudentModule"
+    assert text["init_args"]["anchor"]["init_args"]["weights"] == "uniform"

@@ -1,0 +1,105 @@
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+
+from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.describe import Described, build, describe, find_class
+from pmixseg.errors import InputError
+
+
+class Inner(Described):
+    def __init__(self, size: int = 1):
+        self.size = size
+
+
+class Outer(nn.Module, Described):
+    def __init__(self, inner: Inner | None = None, rate: float = 0.1):
+        super().__init__()
+        self.inner = inner
+        self.rate = rate
+
+
+class Wider(Outer):
+    def __init__(self, extra: str = "x", **kwargs):
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class Optimised(Described):
+    def __init__(self, optimizer: OptimizerCallable = torch.optim.AdamW):
+        self.optimizer = optimizer
+
+
+def test_arguments_of_the_outermost_constructor_are_kept():
+    made = Wider("y", rate=0.5)
+    assert made.init_args == {"extra": "y", "rate": 0.5}
+    assert describe(made) == {
+        "class_path": f"{__name__}.Wider",
+        "init_args": {"extra": "y", "rate": 0.5},
+    }
+
+
+def test_description_is_nested_and_can_be_built_again():
+    text = describe(Outer(Inner(3)))
+    assert text["init_args"]["inner"]["init_args"] == {"size": 3}
+    again = build(text)
+    assert isinstance(again, Outer)
+    network = MultiEncoderUNet(modalities=("a", "b"), num_classes=2, width=4, levels=2)
+    assert describe(build(describe(network))) == describe(network)
+
+
+def test_paths_tuples_and_partials():
+    assert describe({"p": Path("a/b"), "t": (1, 2)}) == {"p": "a/b", "t": [1, 2]}
+    made = functools.partial(torch.optim.SGD, lr=0.1)
+    assert describe(made)["class_path"].endswith("SGD")
+    assert describe(made)["init_args"] == {"lr": 0.1}
+
+
+def test_optimizer_from_the_command_line_is_described():
+    parser = ArgumentParser()
+    parser.add_class_arguments(Optimised, "o")
+    config = parser.parse_args(["--o.optimizer=torch.optim.SGD", "--o.optimizer.lr=0.25"])
+    made = parser.instantiate(config).o
+    text = describe(made.optimizer)
+    assert text["class_path"] == "torch.optim.sgd.SGD"
+    assert text["init_args"]["lr"] == 0.25
+
+
+def test_signature_is_kept_for_command_lines():
+    parser = ArgumentParser()
+    parser.add_argument("--net", type=Outer)
+    made = parser.instantiate(
+        parser.parse_args([f"--net={__name__}.Wider", "--net.rate=2", "--net.extra=z"])
+    ).net
+    assert (made.rate, made.extra) == (2.0, "z")
+
+
+@pytest.mark.parametrize("value", [nn.Linear(1, 1), object(), lambda: 0])
+def test_what_no_checkpoint_can_hold_is_refused(value):
+    with pytest.raises(InputError, match="class_path|cannot be written"):
+        describe({"thing": value}, "module")
+
+
+def test_local_classes_are_refused():
+    class Hidden(Described): ...
+
+    with pytest.raises(InputError, match="inside a function"):
+        describe(Hidden())
+
+
+def test_a_checkpoint_does_not_decide_what_is_imported():
+    with pytest.raises(InputError, match="--import antigravity"):
+        find_class("antigravity.fly", trusted=("pmixseg",))
+    assert find_class("pmixseg.task.Task", trusted=("pmixseg",)).__name__ == "Task"
+
+
+def test_wrong_names_and_arguments_are_sentences():
+    with pytest.raises(InputError, match="cannot be imported"):
+        build({"class_path": "pmixseg.nowhere.Net", "init_args": {}})
+    with pytest.raises(InputError, match="cannot be made from"):
+        build({"class_path": f"{__name__}.Inner", "init_args": {"colour": "red"}})

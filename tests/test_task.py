@@ -1,0 +1,69 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmixseg.errors import InputError
+from pmixseg.task import (
+    BRATS,
+    Task,
+    all_combinations,
+    format_combination,
+    parse_combination,
+    presence,
+)
+
+
+def test_brats_has_the_fifteen_combinations_of_the_papers():
+    combinations = BRATS.combinations()
+    assert len(combinations) == 15
+    assert combinations[0] == ("flair",)
+    assert combinations[-1] == BRATS.modalities
+    assert [len(c) for c in combinations] == [1] * 4 + [2] * 6 + [3] * 4 + [4]
+
+
+def test_regions_are_unions_of_class_indices():
+    assert BRATS.region_classes("WT") == (1, 2, 3)
+    assert BRATS.region_classes("TC") == (1, 3)
+    assert BRATS.region_classes("ET") == (3,)
+
+
+def test_task_survives_its_own_dictionary():
+    again = Task.from_dict(BRATS.to_dict())
+    assert again == BRATS
+    assert again.to_dict() == BRATS.to_dict()
+
+
+@given(st.sets(st.sampled_from(BRATS.modalities), min_size=1), st.randoms())
+def test_parse_is_the_inverse_of_format_in_any_order(names, random):
+    shuffled = list(names)
+    random.shuffle(shuffled)
+    parsed = parse_combination(format_combination(shuffled), BRATS.modalities)
+    assert parsed == tuple(m for m in BRATS.modalities if m in names)
+    assert presence(parsed, BRATS.modalities) == tuple(m in names for m in BRATS.modalities)
+
+
+@pytest.mark.parametrize(("text", "word"), [("flair+adc", "adc"), ("", "''"), ("FLAIR", "FLAIR")])
+def test_unknown_modality_is_named(text, word):
+    with pytest.raises(InputError, match=word):
+        parse_combination(text, BRATS.modalities)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"modalities": ("a", "a")}, "different names"),
+        ({"modalities": ()}, "one or more"),
+        ({"labels": ("x+y",)}, "without '\\+'"),
+        ({"regions": {}}, "no region"),
+        ({"regions": {"R": ("z",)}}, "union of"),
+    ],
+)
+def test_impossible_tasks_are_refused_in_words(change, words):
+    fields = {"name": "t", "modalities": ("a",), "labels": ("x",), "regions": {"R": ("x",)}}
+    with pytest.raises(InputError, match=words):
+        Task(**{**fields, **change})
+
+
+def test_any_number_of_modalities():
+    assert len(all_combinations(tuple("abcdef"))) == 63
+    assert all_combinations(("ct",)) == [("ct",)]
