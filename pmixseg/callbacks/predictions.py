@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from pmixseg.data.nifti import write_labels
+from pmixseg.data.outputs import write_labels
 from pmixseg.evaluation.cases import CasePrediction
 
 
