@@ -267,13 +267,13 @@ class EarlyFusion(Backbone):
         modalities: Sequence[str] = BRATS.modalities,
         num_classes: int = BRATS.num_classes,
     ) -> None:
-        made = (
-            network
-            if isinstance(network, nn.Module)
-            else _build_network(network, len(modalities), num_classes)
-        )
+        if isinstance(network, nn.Module):
+            made, said = network, {}
+        else:
+            made = _build_network(network, len(modalities), num_classes)
+            said = network.get("init_args") or {}
         for name, wanted in (("in_channels", len(modalities)), ("out_channels", num_classes)):
-            has = getattr(made, name, wanted)
+            has = said.get(name, getattr(made, name, wanted))
             if has != wanted:
                 raise InputError(
                     f"EarlyFusion: {type(made).__name__} has {name} {has}, but the task needs "

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.errors import InputError
+from pmixseg.testing import check_backbone
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        MultiEncoderUNet(width=3, levels=3, deep_supervision=True, dropout=0.2),
+        MultiEncoderUNet(("pet", "ct.venous"), num_classes=2, width=2, levels=2),
+        MultiEncoderUNet(("only",), num_classes=3, width=2, levels=4),
+    ],
+    ids=["four", "two", "one"],
+)
+def test_contract(net):
+    check_backbone(net)
+
+
+def test_compiled_once_for_every_pattern_of_presence():
+    net = MultiEncoderUNet(width=2, levels=2).eval()
+    torch.compiler.reset()
+    frames = []
+
+    def backend(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    encode, decode = (torch.compile(f, backend=backend) for f in (net.encode, net.decode))
+    image = torch.randn(2, 4, 8, 8, 8)
+    patterns = [[[1, 1, 1, 1], [1, 1, 1, 1]], [[1, 0, 0, 1], [0, 1, 0, 0]], [[0, 1, 1, 0]] * 2]
+    counts = []
+    with torch.no_grad():
+        for rows in (*patterns, [[1, 1, 0, 0], [1, 0, 1, 0]], [[0, 0, 0, 1], [1, 1, 1, 0]]):
+            present = torch.tensor(rows).bool()
+            logits = decode(encode(image, present)).logits
+            torch.testing.assert_close(logits, net(image, present).logits, rtol=1e-4, atol=1e-4)
+            counts.append(len(frames))
+    # One graph with both samples, one with a single sample; new patterns add none.
+    assert counts[-1] == counts[1], counts
+
+
+def test_deep_supervision_at_every_stride_but_the_lowest_in_training_only():
+    net = MultiEncoderUNet(width=2, levels=4, deep_supervision=True)
+    image, present = torch.randn(1, 4, 16, 16, 16), torch.ones(1, 4).bool()
+    extras = net(image, present).extras
+    assert {k: tuple(v.shape[1:]) for k, v in extras.items()} == {
+        "ds1": (4, 8, 8, 8),
+        "ds2": (4, 4, 4, 4),
+    }
+    assert not net.eval()(image, present).extras
+
+
+def test_widths_and_strides():
+    net = MultiEncoderUNet(width=5, levels=3)
+    assert (net.channels, net.strides) == ((5, 10, 20), (1, 2, 4))
+    with pytest.raises(InputError, match="2 or more"):
+        MultiEncoderUNet(levels=1)
