@@ -210,7 +210,8 @@ class Geometry:
         order = _axes_of(self.affine)
         leading = source.ndim - 3
         moved = source.transpose(*range(leading), *(leading + a for a, _ in order))
-        return moved[(..., *(slice(None, None, -1 if flip else 1) for _, flip in order))]
+        a, b, c = (slice(None, None, -1 if flip else 1) for _, flip in order)
+        return moved[..., a, b, c]
 
     def to_grid(
         self, canonical: npt.NDArray[Any], order: Literal[0, 1]
