@@ -267,8 +267,9 @@ class EarlyFusion(Backbone):
         modalities: Sequence[str] = BRATS.modalities,
         num_classes: int = BRATS.num_classes,
     ) -> None:
+        said: dict[str, Any] = {}
         if isinstance(network, nn.Module):
-            made, said = network, {}
+            made = network
         else:
             made = _build_network(network, len(modalities), num_classes)
             said = network.get("init_args") or {}
