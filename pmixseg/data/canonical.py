@@ -51,7 +51,7 @@ class CanonicalCase:
             cropped to ``label_box``.
         label_box: where ``label_native`` lies in the canonical volume.
         geometry: the grids, and the way back.
-        digests: source file name -> SHA-256 of its bytes.
+        digests: modality or ``label`` -> SHA-256 of its file's bytes.
     """
 
     image: npt.NDArray[Any]
@@ -105,7 +105,7 @@ def canonicalise(
     for name in task.modalities:
         if name not in images:
             continue
-        scan = reader.read(images[name])
+        scan = reader.read(images[name], name)
         own = _geometry_of(scan, spacing, where)
         if geometry is None:
             geometry, reference = own, scan.name
@@ -222,7 +222,7 @@ def _add_label(
     reference: str,
     table: npt.NDArray[np.uint8],
 ) -> None:
-    scan = reader.read(label)
+    scan = reader.read(label, "label")
     geometry, where = case.geometry, reader.where
     own = _geometry_of(scan, None, where)
     _check_same_grid(geometry, own, reference, scan.name, where)

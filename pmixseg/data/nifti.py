@@ -65,32 +65,42 @@ class ScanReader:
     def __init__(self, where: str) -> None:
         self.where = where
         self.digests: dict[str, str] = {}
-        """File name -> SHA-256 of its bytes as they are on disk (compressed, if they are)."""
-        self._held: tuple[Path, Scan] | None = None
+        """Role -> SHA-256 of the file's bytes as they are on disk (compressed, if they are)."""
+        self._held: tuple[Path, Scan, str] | None = None
 
-    def read(self, source: Source) -> Scan:
+    def read(self, source: Source, role: str) -> Scan:
         """Read one volume.
+
+        Args:
+            source: where it is.
+            role: what it is (a modality, ``label``), under which its digest is kept.
 
         Raises:
             InputError: the file is missing, unreadable, truncated, not NIfTI, or not a volume.
         """
         if isinstance(source, tuple):
             path, channel = Path(source[0]), source[1]
-            return self._channel(self._file(path), channel)
+            return self._channel(self._file(path, role), channel)
         if isinstance(source, Path | str):
-            return self._channel(self._file(Path(source)), None)
+            return self._channel(self._file(Path(source), role), None)
         name = source.get_filename() or "an image in memory"
         data = np.asanyarray(source.dataobj)
         return self._channel(Scan(data, 1.0, 0.0, np.asarray(source.affine), str(name)), None)
 
-    def _file(self, path: Path) -> Scan:
-        if self._held is not None and self._held[0] == path:
-            return self._held[1]
-        packed = self._bytes(path)
-        self.digests[path.name] = hashlib.sha256(packed).hexdigest()
-        scan = self._decode(path, packed)
-        self._held = (path, scan)
-        return scan
+    def _file(self, path: Path, role: str) -> Scan:
+        if self._held is None or self._held[0] != path:
+            packed = self._bytes(path)
+            self._held = (path, self._decode(path, packed), _digest(packed))
+        self.digests[role] = self._held[2]
+        return self._held[1]
+
+    def digest(self, source: Path | str | tuple[Path | str, int]) -> str:
+        """SHA-256 of a file's bytes, without decoding them.
+
+        Raises:
+            InputError: the file is missing or unreadable.
+        """
+        return _digest(self._bytes(Path(source[0] if isinstance(source, tuple) else source)))
 
     def _bytes(self, path: Path) -> bytes:
         try:
@@ -176,6 +186,10 @@ class ScanReader:
         else:
             data = data[..., channel]
         return Scan(data, scan.slope, scan.inter, scan.affine, scan.name)
+
+
+def _digest(packed: bytes) -> str:
+    return hashlib.sha256(packed).hexdigest()
 
 
 def _nifti_class(raw: bytes) -> Any:
