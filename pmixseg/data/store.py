@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pmixseg.data.stored import FORMAT, StoredCase, read_meta
+from pmixseg.data.prepare import PrepareReport, prepare
+from pmixseg.data.stored import CASES, FORMAT, STORE_JSON, StoredCase, read_meta
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
-__all__ = ["Store", "StoredCase"]
-
-_STORE_JSON, _CASES = "store.json", "cases"
+__all__ = ["PrepareReport", "Store", "StoredCase", "prepare"]
 
 
 class Store:
@@ -48,22 +47,22 @@ class Store:
         """
         root = Path(root)
         try:
-            description = json.loads((root / _STORE_JSON).read_text(encoding="utf-8"))
+            description = json.loads((root / STORE_JSON).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(
-                f"{root} is not a prepared store (no {_STORE_JSON}); make one with "
+                f"{root} is not a prepared store (no {STORE_JSON}); make one with "
                 "`pmixseg prepare ROOT STORE`."
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{root / _STORE_JSON} cannot be read ({error}); run `pmixseg prepare` again."
+                f"{root / STORE_JSON} cannot be read ({error}); run `pmixseg prepare` again."
             ) from error
         if description.get("format") != FORMAT:
             raise InputError(
                 f"{root} has store format {description.get('format')}, but this version reads "
                 f"{FORMAT}; run `pmixseg prepare` again."
             )
-        metas = {f.name: read_meta(f) for f in sorted((root / _CASES).iterdir())}
+        metas = {f.name: read_meta(f) for f in sorted((root / CASES).iterdir())}
         wanted = description["parameters"]
         return cls(
             root, description, tuple(n for n, m in metas.items() if m and m["parameters"] == wanted)
@@ -81,7 +80,7 @@ class Store:
                     f"store {self.root} has no case '{case_id}'; it has {len(self.cases)} cases, "
                     "see `pmixseg inspect`, or prepare the case."
                 )
-            self._opened[case_id] = StoredCase.open(self.root / _CASES / case_id)
+            self._opened[case_id] = StoredCase.open(self.root / CASES / case_id)
         return self._opened[case_id]
 
     def __len__(self) -> int:

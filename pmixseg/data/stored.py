@@ -32,6 +32,9 @@ from pmixseg.errors import InputError
 FORMAT = 1
 """Version of the store's files; a case of another version is prepared anew."""
 
+STORE_JSON, CASES = "store.json", "cases"
+"""Description of the whole store, and the folder that holds a folder per case."""
+
 IMAGE, LABEL, NATIVE, META = "image.npy", "label.npy", "label_native.npy", "meta.json"
 
 
