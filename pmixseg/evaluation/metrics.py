@@ -7,31 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pmixseg.errors import InputError
 from pmixseg.evaluation.conventions import Conventions
-from pmixseg.evaluation.surfaces import (
-    Extent,
-    Points,
-    Spacing,
-    Surfels,
-    extent_of,
-    surface_bits,
-    surfels,
-)
+from pmixseg.evaluation.lesions import LESION_MEASURES, LesionMetrics, lesion_metrics
+from pmixseg.evaluation.regions import LabelMap, RegionMasks
+from pmixseg.evaluation.surfaces import Spacing
 from pmixseg.task import Task
 
-__all__ = ["MEASURES", "CaseMetrics", "Conventions", "RegionMasks", "region_dice", "region_words"]
-
-LabelMap = NDArray[np.uint8]
+__all__ = ["MEASURES", "CaseMetrics", "Conventions", "region_dice"]
 
 OVERLAP = (
     "dice",
@@ -48,113 +38,7 @@ OVERLAP = (
 DISTANCE = ("hd95", "asd")
 SURFACE_OVERLAP = ("nsd",)
 MEASURES = (*OVERLAP[:1], *DISTANCE, *SURFACE_OVERLAP, *OVERLAP[1:])
-"""Every measure of a region, in the order of a record."""
-
-
-class RegionMasks:
-    """All regions of one label map, cropped to where anything is labelled.
-
-    Args:
-        label: class indices, ``[d, h, w]``.
-        task: names the regions.
-        spacing: mm along each axis.
-        where: how an error names the map.
-
-    Raises:
-        InputError: not a three-dimensional map of the task's class indices.
-    """
-
-    def __init__(self, label: LabelMap, task: Task, spacing: Spacing, where: str) -> None:
-        label = _checked(label, task, where)
-        self.shape, self.spacing = label.shape, spacing
-        self.extent = extent_of(label)
-        self._points: dict[int, Points] = {}
-        self._surfels: dict[int, Surfels] = {}
-        crop = label[self.extent.slices] if self.extent else label[:0, :0, :0]
-        self.bits = region_words(task)[crop]
-        self.sizes = [int(np.count_nonzero(self.mask(r))) for r in range(len(task.regions))]
-
-    def mask(self, region: int) -> NDArray[np.bool_]:
-        """One region inside ``extent``."""
-        inside: NDArray[np.bool_] = (self.bits & self.bits.dtype.type(1 << region)) != 0
-        return inside
-
-    @cached_property
-    def _borders(self) -> NDArray[Any]:
-        return surface_bits(self.bits)
-
-    def surface(self, region: int) -> Points:
-        """Surface voxels of a region, which is not empty."""
-        if region not in self._points:
-            bit = self._borders.dtype.type(1 << region)
-            flat = np.flatnonzero(self._borders & bit)
-            inner = np.stack(np.unravel_index(flat, self._borders.shape), -1)
-            self._points[region] = Points(inner + self._low, self.spacing)
-        return self._points[region]
-
-    def surfels(self, region: int) -> Surfels:
-        """Surface elements of a region."""
-        if region not in self._surfels:
-            self._surfels[region] = surfels(self.mask(region), self._low.tolist(), self.spacing)
-        return self._surfels[region]
-
-    @cached_property
-    def _low(self) -> NDArray[np.int64]:
-        return np.asarray(self.extent.low if self.extent else (0, 0, 0))
-
-    def shared(self, other: RegionMasks) -> list[int]:
-        """Voxels that both maps have in each region."""
-        if self.extent is None or other.extent is None:
-            return [0] * len(self.sizes)
-        low = np.maximum(self.extent.low, other.extent.low)
-        high = np.minimum(self.extent.high, other.extent.high)
-        if (low >= high).any():
-            return [0] * len(self.sizes)
-        common = Extent(tuple(low), tuple(high))
-        both = (
-            self.bits[_relative(common, self.extent)] & other.bits[_relative(common, other.extent)]
-        )
-        words = [both.dtype.type(1 << r) for r in range(len(self.sizes))]
-        return [int(np.count_nonzero(both & word)) for word in words]
-
-
-def _relative(inner: Extent, outer: Extent) -> tuple[slice, ...]:
-    low = outer.low
-    return tuple(slice(s.start - o, s.stop - o) for s, o in zip(inner.slices, low, strict=True))
-
-
-def region_words(task: Task) -> NDArray[Any]:
-    """Class index -> word whose bit r is set where the class belongs to region r, ``[C]``.
-
-    Raises:
-        InputError: more than 64 regions.
-    """
-    count = len(task.regions)
-    sizes = (np.uint8, np.uint16, np.uint32, np.uint64)
-    kind = next((k for k in sizes if count <= np.iinfo(k).bits), None)
-    if kind is None:
-        raise InputError(f"task '{task.name}' has {count} regions; name at most 64.")
-    words = np.zeros(task.num_classes, kind)
-    for r, region in enumerate(task.regions):
-        for c in task.region_classes(region):
-            words[c] |= kind(1 << r)
-    return words
-
-
-def _checked(label: NDArray[Any], task: Task, where: str) -> LabelMap:
-    label = np.asarray(label)
-    if label.ndim != 3 or label.dtype.kind not in "bui":
-        raise InputError(
-            f"the {where} is a {label.dtype} array of shape {label.shape}; give class indices as "
-            "a three-dimensional integer array."
-        )
-    if label.size and (int(label.max()) >= task.num_classes or int(label.min()) < 0):
-        value = int(label.max()) if int(label.min()) >= 0 else int(label.min())
-        raise InputError(
-            f"the {where} holds class index {value}, but task '{task.name}' has 0 to "
-            f"{task.num_classes - 1}; map the label codes to class indices first."
-        )
-    return label.astype(np.uint8, copy=False)
+"""Every measure of a region, in the order of a record; lesion-wise ones follow if asked for."""
 
 
 class CaseMetrics:
@@ -192,6 +76,12 @@ class CaseMetrics:
         self.spacing: Spacing = (mm[0], mm[1], mm[2])
         self.conventions = conventions or Conventions()
         self.truth = RegionMasks(truth, task, self.spacing, "truth")
+        self._lesions: dict[int, LesionMetrics | None] = {}
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names that a scored row holds beside ``region``, in order."""
+        return MEASURES + (LESION_MEASURES if self.conventions.lesion != "none" else ())
 
     def score(
         self, prediction: LabelMap, only: Collection[str] | None = None
@@ -200,29 +90,30 @@ class CaseMetrics:
 
         Args:
             prediction: class indices, ``[d, h, w]`` as the truth.
-            only: names among :data:`MEASURES`; others are not computed. Default: all.
+            only: names among :attr:`measures`; others are not computed. Default: all.
 
         Returns:
             One dict per region of the task: ``region``, ``dice``, ``hd95``, ``asd`` (mm), ``nsd``,
             ``sensitivity``, ``specificity``, ``precision``, ``volume_ml``, ``truth_volume_ml``,
             ``volume_error_ml`` (prediction minus truth), ``empty`` (which mask is: ``none``,
             ``truth``, ``prediction`` or ``both``), ``presence_fp`` (predicted but not there) and
-            ``presence_fn`` (there but not predicted).
+            ``presence_fn`` (there but not predicted); with a lesion convention also
+            ``lesion_dice``, ``lesion_hd95``, ``lesion_tp``, ``lesion_fp``, ``lesion_fn``.
 
         Raises:
             InputError: the prediction has another shape, or values outside the task, or ``only``
                 names an unknown measure.
         """
-        unknown = sorted(set(only or ()) - set(MEASURES))
+        wanted = set(self.measures if only is None else only)
+        unknown = sorted(wanted.difference(self.measures))
         if unknown:
-            raise InputError(f"measures {unknown} are unknown; use names of {list(MEASURES)}.")
+            raise InputError(f"measures {unknown} are unknown; use names of {list(self.measures)}.")
         predicted = RegionMasks(prediction, self.task, self.spacing, "prediction")
         if predicted.shape != self.truth.shape:
             raise InputError(
                 f"the prediction has shape {predicted.shape} but the truth {self.truth.shape}; "
                 "bring the prediction into the truth's grid."
             )
-        wanted = set(MEASURES if only is None else only)
         shared = self.truth.shared(predicted)
         rows = []
         for r, region in enumerate(self.task.regions):
@@ -231,7 +122,9 @@ class CaseMetrics:
                 row |= self._distance(predicted, r)
             if wanted.intersection(SURFACE_OVERLAP):
                 row["nsd"] = self._surface_dice(predicted, r)
-            rows.append({"region": region} | {k: row[k] for k in MEASURES if k in wanted})
+            if wanted.intersection(LESION_MEASURES):
+                row |= self._lesion_wise(predicted, r)
+            rows.append({"region": region} | {k: row[k] for k in self.measures if k in wanted})
         return rows
 
     def _overlap(self, predicted: int, true: int, shared: int) -> dict[str, Any]:
@@ -275,6 +168,18 @@ class CaseMetrics:
         agreed = a.areas[b.points.within(a.points, tolerance)].sum()
         agreed += b.areas[a.points.within(b.points, tolerance)].sum()
         return float(agreed / (a.areas.sum() + b.areas.sum()))
+
+    def _lesion_wise(self, predicted: RegionMasks, r: int) -> dict[str, float]:
+        if r not in self._lesions:
+            self._lesions[r] = lesion_metrics(
+                self.conventions.lesion,
+                self.truth.mask(r),
+                self.truth.extent,
+                self.truth.shape,
+                self.spacing,
+            )
+        lesions = self._lesions[r]
+        return lesions.score(predicted.mask(r), predicted.extent).row() if lesions else {}
 
 
 def _ratio(part: int, whole: int, empty: float = math.nan) -> float:

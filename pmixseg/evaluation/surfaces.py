@@ -7,6 +7,7 @@ looking at neighbours in order of distance, the others by a k-d tree; both are e
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -38,14 +39,31 @@ class Extent:
         """The box as an index of the whole volume."""
         return tuple(slice(a, b) for a, b in zip(self.low, self.high, strict=True))
 
-    def union(self, other: Extent) -> Extent:
-        """The smallest box that holds both."""
-        low = tuple(min(a, b) for a, b in zip(self.low, other.low, strict=True))
-        return Extent(low, tuple(max(a, b) for a, b in zip(self.high, other.high, strict=True)))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels along each axis."""
+        return tuple(b - a for a, b in zip(self.low, self.high, strict=True))
+
+    def intersection(self, other: Extent) -> Extent | None:
+        """The box that both share, or None."""
+        low = tuple(max(a, b) for a, b in zip(self.low, other.low, strict=True))
+        high = tuple(min(a, b) for a, b in zip(self.high, other.high, strict=True))
+        return Extent(low, high) if all(map(operator.lt, low, high)) else None
+
+    def grown(self, margin: int, shape: Sequence[int]) -> Extent:
+        """The box with a margin on every side, as far as a volume of ``shape`` reaches."""
+        low = tuple(max(a - margin, 0) for a in self.low)
+        return Extent(low, tuple(min(b + margin, n) for b, n in zip(self.high, shape, strict=True)))
+
+    def within(self, outer: Extent) -> tuple[slice, ...]:
+        """The box as an index of an array that covers ``outer``."""
+        return tuple(
+            slice(a - o, b - o) for a, b, o in zip(self.low, self.high, outer.low, strict=True)
+        )
 
 
-def extent_of(volume: NDArray[np.integer[Any]]) -> Extent | None:
-    """The smallest box that holds every non-zero voxel, or None if there is none.
+def extent_of(volume: NDArray[np.integer[Any]]) -> Extent:
+    """The smallest box that holds every non-zero voxel; without any, a box of no size.
 
     Args:
         volume: integers, ``[d, h, w]``.
@@ -54,7 +72,7 @@ def extent_of(volume: NDArray[np.integer[Any]]) -> Extent | None:
     plane = np.bitwise_or.reduce(volume, axis=0) != 0
     rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
     if not rows.size:
-        return None
+        return Extent((0, 0, 0), (0, 0, 0))
     inner = volume[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     slabs = np.flatnonzero(np.bitwise_or.reduce(inner, axis=(1, 2)))
     axes = (slabs, rows, columns)
@@ -188,6 +206,18 @@ def surface_bits(bits: NDArray[Word]) -> NDArray[Word]:
         here[0] = 0
         here[-1] = 0
     return bits & ~inner
+
+
+def voxel_surface(mask: NDArray[np.bool_], origin: Sequence[int], spacing: Spacing) -> Points:
+    """Surface voxels of one mask, as in :func:`surface_bits`.
+
+    Args:
+        mask: ``[d, h, w]``; beyond it there is nothing.
+        origin: coordinates of its first voxel in the whole volume.
+        spacing: mm along each axis.
+    """
+    inner = np.argwhere(surface_bits(mask.view(np.uint8)))
+    return Points(inner + np.asarray(origin), spacing)
 
 
 @dataclass(frozen=True)

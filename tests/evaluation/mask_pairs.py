@@ -88,3 +88,36 @@ def _pair(sort: str, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[
             two[:, shape[1] // 3] = True
             return one, two
     return a, b
+
+
+def lesion_pairs(
+    count: int, seed: int = 0
+) -> Iterator[tuple[str, NDArray[np.uint8], NDArray[np.uint8], tuple[float, ...]]]:
+    """``count`` pairs of BraTS class maps with several lesions, some small, missed or invented."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        shape = tuple(int(n) for n in rng.integers(16, 37, 3))
+        spacing = ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 2.0))[i % 3]
+        truth = np.zeros(shape, np.uint8)
+        prediction = truth.copy()
+        for _ in range(int(rng.integers(0, 7))):
+            _paint(truth, rng)
+        moves = rng.integers(-2, 3, 3)
+        if i % 5:
+            prediction = np.roll(truth, moves, (0, 1, 2))
+        for _ in range(int(rng.integers(0, 3))):
+            _paint(prediction, rng)
+        for _ in range(int(rng.integers(0, 3))):
+            low = [int(rng.integers(0, n)) for n in shape]
+            prediction[tuple(slice(a, a + 9) for a in low)] = 0
+        yield f"{i}", prediction, truth, spacing
+
+
+def _paint(volume: NDArray[np.uint8], rng: np.random.Generator) -> None:
+    """A ball of oedema with a core of another class."""
+    centre = [rng.uniform(0, n) for n in volume.shape]
+    radius = rng.uniform(0.8, 6)
+    grid = np.meshgrid(*[np.arange(n) for n in volume.shape], indexing="ij")
+    squared = sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True))
+    volume[squared <= radius**2] = 2
+    volume[squared <= (0.7 * radius) ** 2] = rng.integers(1, 4)
