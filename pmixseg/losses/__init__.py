@@ -4,6 +4,7 @@
 * :mod:`~pmixseg.losses.anchors`: P_mix, what latents are aligned to and missing ones filled with.
 * :mod:`~pmixseg.losses.alignment`: the alignment loss; its distances are in ``distances``,
   ``gaussian`` and ``samples``.
+* :mod:`~pmixseg.losses.distillation`: terms between a student and a teacher.
 """
 
 from pmixseg.losses.alignment import DISTANCES, Alignment, resolve_levels
@@ -16,6 +17,18 @@ from pmixseg.losses.anchors import (
     WeightedAnchor,
 )
 from pmixseg.losses.distances import MSE, NMSE, Cosine, Distance, SmoothL1
+from pmixseg.losses.distillation import (
+    ContrastiveMatch,
+    DistillationTerm,
+    GramMatch,
+    LatentMatch,
+    LogitKL,
+    ProbabilityMSE,
+    PrototypeMatch,
+    SelfDistillation,
+    VariationalMatch,
+    WeightedSoftCE,
+)
 from pmixseg.losses.gaussian import KL, VID
 from pmixseg.losses.samples import MMD, SlicedWasserstein
 from pmixseg.losses.segmentation import Criterion, DiceCE, area_fractions
@@ -29,17 +42,27 @@ __all__ = [
     "VID",
     "Alignment",
     "Anchor",
+    "ContrastiveMatch",
     "Cosine",
     "Criterion",
     "DiceCE",
     "Distance",
+    "DistillationTerm",
+    "GramMatch",
+    "LatentMatch",
+    "LogitKL",
     "MixtureAnchor",
     "ModalityAnchor",
     "NormalAnchor",
+    "ProbabilityMSE",
     "ProductAnchor",
+    "PrototypeMatch",
+    "SelfDistillation",
     "SlicedWasserstein",
     "SmoothL1",
+    "VariationalMatch",
     "WeightedAnchor",
+    "WeightedSoftCE",
     "area_fractions",
     "resolve_levels",
 ]

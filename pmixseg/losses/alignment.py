@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, hide
-from pmixseg.losses.distances import MSE, NMSE, Cosine, Detach, Distance, LevelLatents, SmoothL1
+from pmixseg.losses.distances import (
+    MSE,
+    NMSE,
+    Cosine,
+    Detach,
+    Distance,
+    LevelLatents,
+    SmoothL1,
+    mean_over_shown,
+)
 from pmixseg.losses.gaussian import KL, VID
 from pmixseg.losses.projections import SlotLinear
 from pmixseg.losses.samples import MMD, SlicedWasserstein
@@ -132,8 +141,7 @@ class Alignment(nn.Module):
             for level in self.levels:
                 seen = self._view(latents, level, present, acquired)
                 distances = self.distance(seen, anchor, self.detach)
-                total = torch.where(seen.shown, distances, 0.0).sum(1)
-                values[level] = (total / seen.shown.sum(1).clamp_min(1)).mean()
+                values[level] = mean_over_shown(distances, seen.shown)
         return values
 
     def sample(self, latents: Latents, generator: torch.Generator | None = None) -> Latents:

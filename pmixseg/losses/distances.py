@@ -24,7 +24,7 @@ from pmixseg.describe import Described
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, NormalAnchor, ProductAnchor
 from pmixseg.losses.ranks import sum_over_ranks
-from pmixseg.types import Features, Presence
+from pmixseg.types import Features, Presence, Scalar
 
 Detach = Literal["anchor", "none", "features"]
 """What receives no gradient: the anchor (a fixed target), nothing, or the latents (the anchor
@@ -107,6 +107,19 @@ def point_and_target(
     if detach == "anchor":
         return features, target.detach()
     return (features.detach() if detach == "features" else features), target
+
+
+def mean_over_shown(distances: PerSlot, shown: Presence) -> Scalar:
+    """Mean over the shown slots of each sample, then over samples.
+
+    A sample that shows none counts as 0. What stands outside ``shown`` is never read.
+
+    Args:
+        distances: ``[B, M]``.
+        shown: ``[B, M]``.
+    """
+    total = torch.where(shown, distances, 0.0).sum(1)
+    return (total / shown.sum(1).clamp_min(1)).mean()
 
 
 def pooled_moments(features: Features, subset: Presence) -> tuple[Tensor, Tensor]:

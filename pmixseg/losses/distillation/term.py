@@ -1,0 +1,123 @@
+"""The contract of distillation terms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pmixseg.describe import Described
+from pmixseg.errors import InputError
+from pmixseg.losses.anchors import Anchor
+from pmixseg.types import Batch, Presence, Scalar, SegOutput
+
+
+class Network(Protocol):
+    """What a term must know of a backbone; every backbone of this package has it."""
+
+    modalities: tuple[str, ...]
+    num_classes: int
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the latents' slots."""
+
+
+class DistillationTerm(nn.Module, Described, ABC):
+    """One summand of the distillation loss.
+
+    Subclasses implement :meth:`compare`, and :meth:`build` if they have parameters that depend on
+    the two networks, which may differ in architecture, widths and modalities.
+
+    Args:
+        weight: λ_j, applied by the callback, not by :meth:`forward`.
+
+    Attributes:
+        couples_samples: see :class:`~pmixseg.losses.distances.Distance`.
+        self_taught: the teacher is the student network itself, shown everything acquired.
+
+    Raises:
+        InputError: a negative weight.
+    """
+
+    couples_samples: bool = False
+    self_taught: bool = False
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        if weight < 0:
+            raise InputError(f"{type(self).__name__}: weight is {weight}; use 0 or more.")
+        self.weight = weight
+        self.columns: tuple[int, ...] | None = None
+
+    def bind(
+        self,
+        student: Network,
+        teacher: Network,
+        *,
+        modalities: Sequence[str] | None = None,
+        anchor: Anchor | None = None,
+    ) -> None:
+        """Tell the term the two networks, and create its parameters.
+
+        Args:
+            student: the student's backbone.
+            teacher: the teacher's.
+            modalities: the task's modalities, the order of ``batch["present"]``; the teacher's if
+                not given.
+            anchor: the teacher's anchor, bound to its slots; a uniform mixture if not given, or
+                if it cannot stand in for a latent.
+
+        Raises:
+            InputError: networks that cannot be compared.
+        """
+        if student.num_classes != teacher.num_classes:
+            raise InputError(
+                f"the teacher segments {teacher.num_classes} classes, the student "
+                f"{student.num_classes}; distil from a teacher of the same task."
+            )
+        order = tuple(teacher.modalities if modalities is None else modalities)
+        # Latents of early fusion have one slot that is no modality: it is shown whenever it exists.
+        named = all(slot in order for slot in student.slots)
+        self.columns = tuple(order.index(slot) for slot in student.slots) if named else None
+        self.build(student, teacher, anchor)
+
+    def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
+        """Create parameters, where a term has some."""
+
+    def forward(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
+        """Value of the term, without its weight, in float32 even under autocast.
+
+        Args:
+            student: the student's output in this step; gradients flow into it.
+            teacher: the teacher's output for the same augmented batch, on everything acquired.
+            batch: ``label`` ``[B, D, H, W]``, ``present`` and ``acquired`` ``[B, M]``.
+        """
+        with torch.autocast(student.logits.device.type, enabled=False):
+            return self.compare(student, teacher, batch)
+
+    @abstractmethod
+    def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
+        """What :meth:`forward` returns; called with autocast off."""
+
+    def shown(self, student: SegOutput, batch: Batch, level: int) -> Presence:
+        """A: slots of the student that the network was shown at a level, ``[B, slots]``."""
+        encoded = student.latents.present[level]
+        if self.columns is None or "present" not in batch:
+            return encoded
+        return encoded & batch["present"][:, list(self.columns)].to(encoded.device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
+        """Typed call of :meth:`forward`."""
+        loss: Scalar = super().__call__(*args, **kwargs)
+        return loss
+
+
+def full_precision(value: Tensor) -> Tensor:
+    """``value`` in float32, or in float64 if it has it."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

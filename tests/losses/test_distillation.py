@@ -1,0 +1,472 @@
+"""Distillation terms: golden numbers, slow references, gradients, mismatched networks."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pmixseg.describe import build, describe
+from pmixseg.errors import InputError
+from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
+from pmixseg.losses.distillation import (
+    ContrastiveMatch,
+    GramMatch,
+    LatentMatch,
+    LogitKL,
+    ProbabilityMSE,
+    PrototypeMatch,
+    SelfDistillation,
+    VariationalMatch,
+    WeightedSoftCE,
+)
+from pmixseg.losses.distillation.prototypes import similarity_maps
+from pmixseg.types import Latents, SegOutput
+
+NAMES = ("flair", "t1ce", "t1", "t2")
+TERMS = [
+    LogitKL,
+    WeightedSoftCE,
+    ProbabilityMSE,
+    LatentMatch,
+    GramMatch,
+    VariationalMatch,
+    ContrastiveMatch,
+    PrototypeMatch,
+    SelfDistillation,
+]
+
+
+def flags(*rows):
+    return torch.tensor(rows, dtype=torch.bool)
+
+
+def network(modalities=NAMES, channels=(2, 3), strides=(1, 2), num_classes=3, slots=None):
+    return SimpleNamespace(
+        modalities=modalities,
+        slots=modalities if slots is None else slots,
+        channels=channels,
+        strides=strides,
+        num_classes=num_classes,
+    )
+
+
+def output(logits, features=(), modalities=NAMES, present=None):
+    if present is None:
+        present = torch.ones(logits.shape[0], len(modalities), dtype=torch.bool)
+    return SegOutput(logits, Latents(list(features), modalities, [present] * len(features)))
+
+
+def batch_of(label, present=None, case_id=None):
+    every = torch.ones(label.shape[0], 4, dtype=torch.bool)
+    return {
+        "label": label,
+        "present": every if present is None else present,
+        "acquired": every,
+        "case_id": case_id or [f"case{i}" for i in range(label.shape[0])],
+    }
+
+
+def scene(net, samples=2, seed=0, dtype=torch.float32, side=4):
+    """Random logits and latents of a network on patches of ``side``³."""
+    torch.manual_seed(seed)
+    features = [
+        torch.randn(samples, len(net.slots), c, *[side // s] * 3, dtype=dtype)
+        for c, s in zip(net.channels, net.strides, strict=True)
+    ]
+    return torch.randn(samples, net.num_classes, side, side, side, dtype=dtype), features
+
+
+def labels(samples=2, side=4, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, classes, (samples, side, side, side), generator=generator)
+
+
+def voxel(*values):
+    """Logits of one sample and one voxel."""
+    return torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1, 1)
+
+
+# Outputs --------------------------------------------------------------------------------------
+
+
+def test_logit_kl_by_hand():
+    # T = 2: p = softmax(ln 3, 0) = (¾, ¼), q = (½, ½): KL = ¾ ln 1.5 + ¼ ln ½.
+    t, s = voxel(2 * math.log(3), 0.0), voxel(0.0, 0.0)
+    want = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    plain = LogitKL(temperature=2, squared=False)
+    assert plain(output(s), output(t), batch_of(label)).item() == pytest.approx(want)
+    assert LogitKL(temperature=2)(output(s), output(t), batch_of(label)).item() == pytest.approx(
+        4 * want
+    )
+
+
+def test_protokd_ten_is_two_and_a_half():
+    """Their KL is averaged over the four classes as well, without T²."""
+    net = network(num_classes=4)
+    s, t = scene(net)[0], scene(net, seed=1)[0]
+    q, p = F.log_softmax(s / 10, 1), F.softmax(t / 10, 1)
+    theirs = 10 * F.kl_div(q, p, reduction="none").mean()
+    term = LogitKL(2.5, temperature=10, squared=False)
+    ours = term.weight * term(output(s), output(t), batch_of(labels()))
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_weighted_soft_ce_by_hand():
+    # Voxel 1: y = 0, teacher (¾, ¼) right, student (½, ½): weight ln ¾ - ln ½ = ln 1.5.
+    # Voxel 2: y = 1, same logits: the teacher is wrong → 0. Voxel 3: the student is better → 0.
+    ln3 = math.log(3)
+    t = torch.tensor([[ln3, ln3, ln3], [0.0, 0.0, 0.0]]).reshape(1, 2, 3, 1, 1)
+    s = torch.tensor([[0.0, 0.0, 2 * ln3], [0.0, 0.0, 0.0]]).reshape(1, 2, 3, 1, 1)
+    label = torch.tensor([0, 1, 0]).reshape(1, 3, 1, 1)
+    # At T = 2: p = (√3, 1)/(√3 + 1) and q = ½, so the soft cross-entropy is ln 2.
+    got = WeightedSoftCE(temperature=2)(output(s), output(t), batch_of(label))
+    assert got.item() == pytest.approx(math.log(1.5) * math.log(2) / 3, rel=1e-5)
+
+
+def test_probability_mse_by_hand():
+    t, s = voxel(math.log(3), 0.0), voxel(0.0, 0.0)
+    label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    got = ProbabilityMSE()(output(s), output(t), batch_of(label))
+    assert got.item() == pytest.approx(0.0625)
+
+
+# Latents --------------------------------------------------------------------------------------
+
+
+def one_level(values):
+    """Latents of one sample, one channel, two voxels: one row of values per modality."""
+    return torch.tensor(values, dtype=torch.float64).reshape(1, len(values), 1, 2, 1, 1)
+
+
+def test_latent_match_by_hand():
+    two = network(("a", "b"), (1,), (1,), 2)
+    logits = torch.zeros(1, 2, 2, 1, 1)
+    label = torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    teacher = output(logits, [one_level([[0.0, 4.0], [2.0, 6.0]])], ("a", "b"))
+    student = output(logits, [one_level([[1.0, 6.0], [3.0, 9.0]])], ("a", "b"))
+
+    def value(present, **options):
+        term = LatentMatch(epsilon=0.0, **options)
+        term.bind(two, two)
+        return term(student, teacher, batch_of(label, flags(present))).item()
+
+    # P = (1, 5), Var = 4. a: (0 + 1)/2, b: (4 + 16)/2.
+    assert value([1, 1]) == pytest.approx((0.5 + 10) / 2 / 4)
+    assert value([1, 0]) == pytest.approx(0.5 / 4)
+    # same: a: (1 + 4)/2 = 2.5, b: (1 + 9)/2 = 5; pooled Var of 0 4 2 6 is 5.
+    assert value([1, 1], target="same") == pytest.approx(7.5 / 2 / 5)
+    # fused: mean (2, 7.5) against (1, 5): (1 + 6.25)/2.
+    assert value([1, 1], target="fused") == pytest.approx(3.625 / 4)
+    assert value([0, 1], target="fused") == pytest.approx(10 / 4)
+
+
+def test_latent_match_uses_the_teachers_anchor_if_it_has_features():
+    two = network(("a", "b"), (1,), (1,), 2)
+    logits = torch.zeros(1, 2, 2, 1, 1)
+    label = torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    teacher = output(logits, [one_level([[0.0, 4.0], [2.0, 6.0]])], ("a", "b"))
+    student = output(logits, [one_level([[1.0, 6.0], [3.0, 9.0]])], ("a", "b"))
+    values = {}
+    for name, anchor in {
+        "first": MixtureAnchor([1, 0]),
+        "normal": NormalAnchor(),
+        "none": None,
+    }.items():
+        if anchor is not None:
+            anchor.bind(("a", "b"), 1)
+        term = LatentMatch(epsilon=0.0)
+        term.bind(two, two, anchor=anchor)
+        values[name] = term(student, teacher, batch_of(label, flags([1, 1]))).item()
+        assert not [n for n, _ in term.named_modules() if "anchor" in n]  # the teacher's own
+    # P = (0, 4): a: (1 + 4)/2, b: (9 + 25)/2, Var 4.
+    assert values["first"] == pytest.approx((2.5 + 17) / 2 / 4)
+    assert values["normal"] == values["none"] == pytest.approx((0.5 + 10) / 2 / 4)
+
+
+def test_gram_match_by_hand():
+    one = network(("a",), (2,), (1,), 2)
+    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    f = torch.tensor([[1.0, 1.0], [0.0, 2.0]]).reshape(1, 1, 2, 2, 1, 1)  # channels x voxels
+    t = torch.tensor([[2.0, 0.0], [0.0, 0.0]]).reshape(1, 1, 2, 2, 1, 1)
+    term = GramMatch()
+    term.bind(one, one, modalities=("a",))
+    # G^s = ½ [[2, 2], [2, 4]], G^t = ½ [[4, 0], [0, 0]]: differences -1, 1, 1, 2.
+    batch = batch_of(label, flags([1]))
+    assert term(output(logits, [f], ("a",)), output(logits, [t], ("a",)), batch).item() == 1.75
+
+
+def test_variational_match_by_hand():
+    one = network(("a",), (1,), (1,), 2)
+    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    student = output(logits, [one_level([[1.0, 2.0]])], ("a",))
+    teacher = output(logits, [one_level([[3.0, 3.0]])], ("a",))
+    term = VariationalMatch()
+    term.bind(one, one, modalities=("a",))
+    batch = batch_of(label, flags([1]))
+    assert term(student, teacher, batch).item() == pytest.approx(0.5 * (4 + 1) / 2)
+    term.raw_variances["1"].data.fill_(-30.0)  # σ² stops at 0.01
+    want = 0.5 * (2.5 / 0.01 + math.log(0.01))
+    assert term(student, teacher, batch).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_contrastive_match_by_hand():
+    one = network(("a",), (2,), (1,), 2)
+    logits = torch.zeros(2, 2, 1, 1, 1)
+    label = torch.zeros(2, 1, 1, 1, dtype=torch.int64)
+    s = torch.tensor([[3.0, 0.0], [0.0, 2.0]]).reshape(2, 1, 2, 1, 1, 1)
+    # Teacher: 60° from the first axis, and the second axis.
+    t = torch.tensor([[1.0, math.sqrt(3)], [0.0, 5.0]]).reshape(2, 1, 2, 1, 1, 1)
+    term = ContrastiveMatch()
+    term.bind(one, one, modalities=("a",))
+    every = flags([1], [1])
+    # d² = 2 - 2 cos. d₀₀² = 1, d₁₁² = 0; d₀₁² = 2 (beyond the margin), d₁₀² = 2 - √3.
+    near = math.sqrt(2 - math.sqrt(3))
+    apart = 0.5 * (1 + 0 + 0 + (1 - near) ** 2) / 2
+    given = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
+    assert term(*given, batch_of(label, every)).item() == pytest.approx(apart, rel=1e-5)
+    # Two patches of one case: all four pairs are the same case.
+    joined = 0.5 * ((1 + 2) / 2 + (2 - math.sqrt(3) + 0) / 2) / 2
+    got = term(*given, batch_of(label, every, ["x", "x"])).item()
+    assert got == pytest.approx(joined, rel=1e-5)
+
+
+def test_prototype_match_by_hand():
+    one = network(("a",), (2,), (1,), 2)
+    logits = torch.zeros(1, 2, 2, 1, 1)
+    label = torch.tensor([0, 1]).reshape(1, 2, 1, 1)
+    s = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # (1, 0) and (1, 1)
+    t = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # (1, 0) and (0, 1)
+    term = PrototypeMatch()
+    term.bind(one, one, modalities=("a",))
+    given = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
+    batch = batch_of(label, flags([1]))
+    # The prototypes are the voxels; off the diagonal cos 45° against cos 90°: squared ½. Per class
+    # the mean over two voxels is ¼.
+    assert term(*given, batch).item() == pytest.approx(0.25, abs=1e-5)
+    # All of one class: prototypes (1, ½) and (½, ½), and one class to divide by.
+    batch["label"] = torch.zeros_like(label)
+    mine, theirs = (2 / math.sqrt(5), 3 / math.sqrt(10)), (1 / math.sqrt(2),) * 2
+    want = sum((x - y) ** 2 for x, y in zip(mine, theirs, strict=True)) / 2
+    assert term(*given, batch).item() == pytest.approx(want, abs=1e-5)
+
+
+def test_a_class_counts_from_a_mass_of_one_voxel():
+    one = network(("a",), (3,), (2,), 2)
+    label = torch.zeros(1, 4, 4, 4, dtype=torch.int64)
+    label[0, 0, 0, :2] = 1  # 2/8 of a coarse voxel
+    f, t = torch.randn(2, 1, 1, 3, 2, 2, 2).unbind(0)
+    logits = torch.zeros(1, 2, 4, 4, 4)
+    term = PrototypeMatch()
+    term.bind(one, one, modalities=("a",))
+    given = (output(logits, [f], ("a",)), output(logits, [t], ("a",)))
+    with_two = term(*given, batch_of(label, flags([1])))
+    label[0, :2, :2, :2] = 1  # one coarse voxel
+    with_eight = term(*given, batch_of(label, flags([1])))
+    fractions = torch.ones(1, 1, 2, 2, 2)
+    fractions[0, 0, 0, 0, 0] = 6 / 8
+    only = (similarity_maps(f, fractions) - similarity_maps(t, fractions)).square().mean()
+    assert with_two.item() == pytest.approx(only.item(), rel=1e-5)
+    assert with_eight != with_two
+    # No class reaches a mass of one voxel: one coarse voxel, half and half.
+    tiny = torch.zeros(1, 2, 2, 2, dtype=torch.int64)
+    tiny[0, 0] = 1
+    given = [output(torch.zeros(1, 2, 2, 2, 2), [x[..., :1, :1, :1]], ("a",)) for x in (f, t)]
+    assert term(*given, batch_of(tiny, flags([1]))).item() == 0.0
+
+
+def test_self_distillation_is_the_sum_of_its_parts():
+    net = network()
+    (s, fs), (t, ft) = scene(net), scene(net, seed=1)
+    present = flags([1, 0, 1, 0], [0, 0, 0, 1])
+    whole = SelfDistillation()
+    parts = [LogitKL(0.5, 4.0), PrototypeMatch(0.1)]
+    for term in (whole, *parts):
+        term.bind(net, net)
+    given = output(s, fs), output(t, ft), batch_of(labels(), present)
+    want = sum(term.weight * term(*given) for term in parts)
+    assert whole(*given).item() == pytest.approx(want.item()) and whole.self_taught
+
+
+# Contract -------------------------------------------------------------------------------------
+
+
+def differing_networks():
+    """A student of two modalities and a teacher of four; strides 1 2 4 8 against 2 4 16."""
+    student = network(("t2", "flair"), (2, 3, 4, 5), (1, 2, 4, 8))
+    teacher = network(NAMES, (6, 7, 8), (2, 4, 16))
+    return student, teacher
+
+
+@pytest.mark.parametrize("make", TERMS)
+def test_networks_may_differ(make):
+    student, teacher = differing_networks()
+    s, fs = scene(student, side=16)
+    t, ft = scene(teacher, side=16, seed=1)
+    leaves = [s, *fs]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    term = make()
+    term.bind(student, teacher, modalities=NAMES)
+    present = flags([1, 0, 0, 1], [0, 1, 1, 1])
+    # In sample 1 flair is not shown; its slot holds rubbish. The teacher lacks t1ce in sample 0.
+    acquired = flags([1, 0, 1, 1], [1, 1, 1, 1])
+    for feature in ft:
+        feature[0, 1] = torch.nan
+    with torch.no_grad():
+        for feature in fs:
+            feature[1, 1] = torch.nan
+    taught, learnt = output(t, ft, NAMES, acquired), output(s, fs, student.modalities)
+    loss = term(learnt, taught, batch_of(labels(side=16), present))
+    loss.backward()
+    assert torch.isfinite(loss) and loss.ndim == 0
+    gradients = [x.grad for x in leaves if x.grad is not None]
+    assert gradients and all(torch.isfinite(g).all() for g in gradients)
+    for p in term.parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all()
+
+
+@pytest.mark.parametrize("make", TERMS)
+def test_gradients_are_right(make):
+    net = network(("a", "b"), (2, 3), (1, 2))
+    torch.manual_seed(0)
+    s, fs = scene(net, dtype=torch.float64, side=2)
+    t, ft = scene(net, dtype=torch.float64, side=2, seed=1)
+    term = make()
+    term.bind(net, net)
+    term.double()
+    names = [n for n, _ in term.named_parameters()]
+    leaves = [s, *fs, *[torch.randn_like(p) for p in term.parameters()]]
+    batch = batch_of(labels(side=2), flags([1, 1], [0, 1]))
+    taught = output(t, ft, ("a", "b"))
+
+    def loss(s, f0, f1, *given):
+        learnt = output(s, [f0, f1], ("a", "b"))
+        replaced = dict(zip(names, given, strict=True))
+        return torch.func.functional_call(term, replaced, (learnt, taught, batch))
+
+    if make is WeightedSoftCE:  # its weight is detached: compare with the weight held
+        logits = s.requires_grad_()
+        weight = (
+            (
+                F.cross_entropy(s, batch["label"], reduction="none")
+                - F.cross_entropy(t, batch["label"], reduction="none")
+            )
+            .clamp_min(0)
+            .detach()
+        ) * (t.argmax(1) == batch["label"])
+        held = (weight * -(F.softmax(t / 10, 1) * F.log_softmax(s / 10, 1)).sum(1)).mean()
+        (want,) = torch.autograd.grad(held, logits)
+        (got,) = torch.autograd.grad(loss(*leaves), logits)
+        assert torch.allclose(got, want) and want.abs().max() > 0
+        return
+    assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in leaves])
+
+
+@pytest.mark.parametrize("make", TERMS)
+def test_the_teacher_gets_no_gradient_and_autocast_changes_nothing(make):
+    net = network()
+    (s, fs), (t, ft) = scene(net), scene(net, seed=1)
+    for x in (s, *fs, t, *ft):
+        x.requires_grad_()
+    term = make()
+    term.bind(net, net)
+    batch = batch_of(labels())
+    want = term(output(s, fs), output(t, ft), batch)
+    want.backward()
+    assert all(x.grad is None for x in (t, *ft))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = term(output(s, fs), output(t, ft), batch)
+    assert got == want and got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [LatentMatch, PrototypeMatch, GramMatch, VariationalMatch])
+def test_early_fusion_on_either_side(make):
+    fused, several = network(NAMES, slots=("fused",)), network(NAMES)
+    for student, teacher in ((fused, several), (several, fused), (fused, fused)):
+        s, fs = scene(student)
+        t, ft = scene(teacher, seed=1)
+        term = make()
+        term.bind(student, teacher)
+        value = term(
+            output(s, fs, student.slots),
+            output(t, ft, teacher.slots),
+            batch_of(labels(), flags([1, 0, 0, 0], [0, 1, 1, 0])),
+        )
+        assert torch.isfinite(value) and value > 0
+
+
+@pytest.mark.parametrize("make", [LatentMatch, PrototypeMatch, SelfDistillation])
+def test_equal_networks_agree(make):
+    """A student that equals its teacher has nothing to learn; maps start as the identity."""
+    net = network(("a",))
+    s, fs = scene(net)
+    term = make()
+    term.bind(net, net)
+    value = term(output(s, fs, ("a",)), output(s, fs, ("a",)), batch_of(labels(), flags([1], [1])))
+    assert value.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [LatentMatch, PrototypeMatch, GramMatch, VariationalMatch, ContrastiveMatch]
+)
+@pytest.mark.parametrize("fill", [0.0, 7.0])
+def test_constant_latents_have_finite_gradients(make, fill):
+    net = network(("a", "b"), (2,), (4,))
+    s, (f,) = scene(net)
+    f = torch.full_like(f, fill).requires_grad_()  # one voxel, no variance
+    term = make()
+    term.bind(net, net)
+    given = output(s, [f], ("a", "b")), output(s, [f.detach()], ("a", "b"))
+    loss = term(*given, batch_of(labels(), flags([1, 1], [0, 1])))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(f.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "student", "teacher", "match"),
+    [
+        (LogitKL, network(num_classes=4), network(), "4; distil|3 classes"),
+        (LatentMatch, network(strides=(1, 3)), network(strides=(2, 4)), "strides"),
+        (lambda: LatentMatch(strides=[8]), network(), network(), "strides"),
+        (
+            lambda: LatentMatch(target="same"),
+            network(("a", "b")),
+            network(("a", "c")),
+            "not \\['b'\\]",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_compared_are_refused(make, student, teacher, match):
+    with pytest.raises(InputError, match=match):
+        make().bind(student, teacher)
+
+
+@pytest.mark.parametrize("make", TERMS)
+def test_wrong_weights_are_refused_and_terms_can_be_described(make):
+    with pytest.raises(InputError, match="weight"):
+        make(weight=-1.0)
+    term = make(weight=0.25)
+    again = build(describe(term))
+    assert type(again) is make and again.weight == 0.25
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(InputError, match="temperature"):
+        LogitKL(temperature=0)
+    with pytest.raises(InputError, match="target"):
+        LatentMatch(target="other")
+
+
+def test_preset_constants():
+    """METHOD.md section 4."""
+    assert WeightedSoftCE().init_args == {"weight": 0.5, "temperature": 10.0}
+    assert ContrastiveMatch().init_args["weight"] == 0.5
+    assert ContrastiveMatch().init_args["margin"] == 1.0
+    assert PrototypeMatch().weight == 0.1 and GramMatch().weight == 1e-4
+    assert VariationalMatch().weight == 0.5
+    self_taught = SelfDistillation()
+    assert (self_taught.logit.weight, self_taught.prototype.weight) == (0.5, 0.1)
+    assert self_taught.logit.temperature == 4.0 and self_taught.logit.squared
