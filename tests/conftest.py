@@ -7,7 +7,7 @@ import torch
 
 from pmixseg.data.layouts import find_cases
 from pmixseg.data.phantom import PhantomSettings, write_cohort
-from pmixseg.data.store import prepare
+from pmixseg.data.prepare import prepare
 from pmixseg.task import BRATS
 
 SPACING = 5.0
@@ -31,6 +31,6 @@ def phantom_root(tmp_path_factory) -> Path:
 def phantom_store(phantom_root, tmp_path_factory) -> Path:
     """Their store."""
     out = tmp_path_factory.mktemp("store")
-    report = prepare(find_cases(phantom_root, BRATS), out, BRATS)
+    report = prepare(find_cases(phantom_root, BRATS), out, BRATS, progress=False)
     assert not report.failed
     return out

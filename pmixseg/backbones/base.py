@@ -26,6 +26,8 @@ class Backbone(nn.Module, Described, ABC):
             divisible by the last.
         shares_encoding: the latent of one modality depends neither on the others nor on
             ``present``, so evaluation encodes once for all combinations.
+        fillable: a missing slot may be filled from the others before decoding; False where the
+            backbone has a rule of its own for combining what is present.
         slots: names of the latents' slots: the modalities, or ``("fused",)`` for early fusion.
     """
 
@@ -34,6 +36,7 @@ class Backbone(nn.Module, Described, ABC):
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     shares_encoding: bool = True
+    fillable: bool = True
 
     def __init__(
         self,

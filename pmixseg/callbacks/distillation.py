@@ -72,7 +72,12 @@ class Distillation(TermCallback):
                 f"{list(module.task.labels)}); train a teacher for this task."
             )
         for term in self.terms.values():
-            term.bind(module.backbone, teacher.backbone)
+            term.bind(
+                module.backbone,
+                teacher.backbone,
+                modalities=module.task.modalities,
+                anchor=teacher.anchor,
+            )
         return DistillationLoss(teacher, self.terms)
 
     def load_teacher(self) -> SegmentationModule:

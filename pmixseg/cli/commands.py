@@ -109,21 +109,15 @@ def _prepare(subparsers: Any) -> None:
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.data.layouts import find_cases
-        from pmixseg.data.store import prepare
+        from pmixseg.data.prepare import prepare
 
         task = read_task(args.task)
         cases = find_cases(args.root, task, layout=args.layout)
-        with bar("cases") as progress:
-            report = prepare(
-                cases,
-                args.store,
-                task,
-                spacing=None if args.spacing is None else tuple(args.spacing),
-                dtype=args.dtype,
-                workers=args.workers,
-                progress=progress,
-            )
-        console.print(str(report))
+        spacing = None if args.spacing is None else tuple(args.spacing)
+        report = prepare(
+            cases, args.store, task, spacing=spacing, dtype=args.dtype, workers=args.workers
+        )
+        console.print(report.summary())
         return 1 if report.failed else 0
 
     parser.set_defaults(run=run)

@@ -33,6 +33,7 @@ class EvaluationSettings:
         batch_size: windows in one forward pass.
         postprocess: names of post-processing steps, in order (none by default).
         conventions: empty-mask and percentile rules.
+        examples: test cases per process of which a small copy is kept for pictures.
     """
 
     window: tuple[int, int, int] | None = None
@@ -41,6 +42,7 @@ class EvaluationSettings:
     batch_size: int = 1
     postprocess: tuple[str, ...] = ()
     conventions: Conventions = field(default_factory=Conventions)
+    examples: int = 3
 
     @classmethod
     def of(cls, given: EvaluationSettings | Mapping[str, Any] | None) -> EvaluationSettings:
@@ -179,7 +181,7 @@ def score_case(
     stored = item["stored"]
     truth = stored.native_label()
     if truth is None:
-        return []
+        return []  # nothing is predicted either: the iterator is not consumed
     metrics: CaseMetrics | None = None
     rows: list[dict[str, Any]] = []
     for prediction in predictions:

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.unet import MultiEncoderUNet
 from pmixseg.data.keys import make_key
-from pmixseg.data.missing import MissingnessSampler, UniformCombinations
-from pmixseg.data.patches import CaseItem
-from pmixseg.describe import Described, build, describe
+from pmixseg.data.missing import MissingnessSampler
+from pmixseg.describe import build
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import (
-    CasePrediction,
-    EvaluationSettings,
-    predict_case,
-    score_case,
-)
-from pmixseg.evaluation.metrics import region_dice
+from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
-from pmixseg.modules.fill import fill_with_anchor
+from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.modules.optimization import Schedule, callable_from, parameter_groups
-from pmixseg.modules.payload import Preparation, check_terms, payload_of
-from pmixseg.task import BRATS, Combination, Task
-from pmixseg.types import Batch, Image, Latents, Presence, Scalar, SegOutput
+from pmixseg.modules.payload import check_terms, payload_of
+from pmixseg.task import BRATS, Task
+from pmixseg.types import Batch, Latents, Presence, Scalar, SegOutput
 
 
-class SegmentationModule(LightningModule, Described):
+class SegmentationModule(SegmentationNetwork):
     """Backbone, fill policy, criterion and terms in one trainable unit.
 
     Subclass :class:`~pmixseg.TeacherModule` or :class:`~pmixseg.StudentModule` and override
@@ -80,124 +70,18 @@ class SegmentationModule(LightningModule, Described):
         evaluation: EvaluationSettings | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__()
-        self.task = Task.from_dict(task) if isinstance(task, Mapping) else task
-        describe(self.init_args, type(self).__name__)  # refuse now what no checkpoint could hold
-        self.modalities: tuple[str, ...] = self.select_modalities()
-        self.backbone = self._fit_backbone(build(backbone))
+        super().__init__(task, backbone, fill, anchor, fill_levels, sampler, evaluation, compile)
         self.criterion: Criterion = build(criterion) or DiceCE()
-        self.fill = fill or self._default_fill()
-        self.fill_levels = None if fill_levels is None else list(fill_levels)
-        self.anchor = self._make_anchor(build(anchor))
-        self.sampler: MissingnessSampler = build(sampler) or UniformCombinations()
         self.make_optimizer = callable_from(optimizer)
         self.make_scheduler = build(scheduler)
-        self.evaluation = EvaluationSettings.of(evaluation)
         self.terms = nn.ModuleDict()
         self.term_weights: dict[str, TermWeight] = {}
-        self.preparation = Preparation()
-        self.records: list[dict[str, Any]] = []
-        self.validation_dice = nn.ModuleDict({r: MeanMetric() for r in self.task.regions})
-        self._encode, self._decode = self.backbone.encode, self.backbone.decode
-        if compile:
-            # A compiled backbone would be bypassed: encode and decode are called, not forward.
-            self._encode = torch.compile(self.backbone.encode)
-            self._decode = torch.compile(self.backbone.decode)
-
-    # ---------------------------------------------------------------- construction
-
-    def select_modalities(self) -> tuple[str, ...]:
-        """Modalities that the network has inputs for; all of the task by default."""
-        return self.task.modalities
-
-    def build_backbone(self) -> Backbone:
-        """The network; override to plug in one of your own."""
-        return MultiEncoderUNet(modalities=self.modalities, num_classes=self.task.num_classes)
-
-    def _fit_backbone(self, given: Backbone | None) -> Backbone:
-        wanted = {"modalities": list(self.modalities), "num_classes": self.task.num_classes}
-        net = self.build_backbone() if given is None else given
-        if (net.modalities, net.num_classes) == (self.modalities, self.task.num_classes):
-            return net
-        if given is None:
-            raise InputError(
-                f"{type(self).__name__}.build_backbone made a network for {list(net.modalities)} "
-                f"and {net.num_classes} classes, but the task needs {wanted}; use self.modalities "
-                "and self.task.num_classes there."
-            )
-        description = describe(given, "backbone")
-        description["init_args"].update(wanted)
-        fitted: Backbone = build(description)
-        return fitted
-
-    def _default_fill(self) -> Literal["zero", "anchor"]:
-        fillable = len(self.backbone.slots) > 1 and self.shows_subsets
-        return "anchor" if fillable else "zero"
-
-    def _make_anchor(self, given: Anchor | None) -> Anchor | None:
-        if given is None and self.fill == "zero":
-            return None
-        anchor = given if given is not None else MixtureAnchor()
-        if self.fill == "anchor" and not anchor.can_fill:
-            raise InputError(
-                f"{type(anchor).__name__} has no features to fill a slot with; use fill: zero or "
-                "a mixture or single-modality anchor."
-            )
-        anchor.bind(self.backbone.slots, len(self.backbone.channels))
-        return anchor
-
-    # ---------------------------------------------------------------- predictor protocol
-
-    @property
-    def num_classes(self) -> int:
-        """Softmax classes, background included."""
-        return self.task.num_classes
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Strides of the backbone's levels, finest first."""
-        return self.backbone.strides
-
-    @property
-    def shares_encoding(self) -> bool:
-        """Whether one encoding serves every combination."""
-        return self.backbone.shares_encoding
-
-    @property
-    def shows_subsets(self) -> bool:
-        """Whether training shows the network less than it has inputs for."""
-        return True
-
-    def encode(self, image: Image, present: Presence) -> Latents:
-        """Raw latents of the present modalities; columns are ``self.modalities``."""
-        return self._encode(image, present)
-
-    def decode(self, latents: Latents) -> SegOutput:
-        """Fill absent slots as trained, decode; the output carries the latents before the fill."""
-        ready = latents
-        if self.fill == "anchor" and self.anchor is not None:
-            ready = fill_with_anchor(latents, self.anchor, self.fill_levels)
-        return replace(self._decode(ready), latents=latents)
-
-    def forward(self, image: Image, present: Presence) -> SegOutput:
-        """``decode(encode(image, present))``."""
-        return self.decode(self.encode(image, present))
-
-    def columns(self, of_task: Tensor) -> Tensor:
-        """Restrict a tensor ``[B, M, ...]`` in task order to this module's modalities."""
-        if self.modalities == self.task.modalities:
-            return of_task
-        return of_task[:, [self.task.modalities.index(m) for m in self.modalities]]
 
     # ---------------------------------------------------------------- training
 
     @abstractmethod
     def draw_present(self, batch: Batch) -> Presence:
         """What each training sample shows, ``[B, M]`` in task order, from its key alone."""
-
-    @abstractmethod
-    def draw_validation_combination(self, item: CaseItem) -> Combination:
-        """The combination a validation case is scored on."""
 
     def segmentation_loss(self, output: SegOutput, batch: Batch) -> Scalar:
         """Criterion in float32 on the main output."""
@@ -275,12 +159,6 @@ class SegmentationModule(LightningModule, Described):
 
     # ---------------------------------------------------------------- set-up and checks
 
-    def setup(self, stage: str) -> None:
-        """Take spacing, normalisation and patch from the data; compare them with a checkpoint's."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            self.preparation = self.preparation.merge(data, self.evaluation, fitting=stage == "fit")
-
     def on_fit_start(self) -> None:
         """Refuse trainings that would silently not train something.
 
@@ -325,65 +203,6 @@ class SegmentationModule(LightningModule, Described):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "monitor": "val/dice"},
         }
-
-    # ---------------------------------------------------------------- validation, test, predict
-
-    def validation_step(self, item: CaseItem, batch_idx: int) -> None:
-        """Dice per region of a whole case on one combination, fixed per case."""
-        combination = self.draw_validation_combination(item)
-        prediction = next(iter(self.predict_item(item, [combination])))
-        classes = prediction.on_grid()
-        scores = region_dice(classes, item["label"].to(classes.device), self.task)
-        for region, dice in scores.items():
-            cast(MeanMetric, self.validation_dice[region]).update(dice)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/dice`` and ``val/dice/<region>``, averaged over cases of all ranks."""
-        means = {r: cast(MeanMetric, m).compute() for r, m in self.validation_dice.items()}
-        for metric in self.validation_dice.values():
-            cast(MeanMetric, metric).reset()
-        self.log_dict({f"val/dice/{r}": v for r, v in means.items()})
-        self.log("val/dice", torch.stack(list(means.values())).mean(), prog_bar=True)
-
-    def on_test_epoch_start(self) -> None:
-        """Start with no records."""
-        self.records = []
-
-    def test_step(self, item: CaseItem, batch_idx: int) -> None:
-        """Score a case on every combination of what was acquired, in its native grid."""
-        combinations = self.test_combinations(item)
-        self.records += score_case(self.predict_item(item, combinations), item, self.evaluation)
-
-    def test_combinations(self, item: CaseItem) -> list[Combination]:
-        """Every non-empty subset of the module's modalities that the case has."""
-        acquired = self.acquired_names(item)
-        return [c for c in self.task.combinations() if set(c) <= set(acquired)]
-
-    def acquired_names(self, item: CaseItem) -> Combination:
-        """What the case has of the module's modalities.
-
-        Raises:
-            InputError: none of them.
-        """
-        flags = dict(zip(self.task.modalities, item["acquired"].tolist(), strict=True))
-        names = tuple(m for m in self.modalities if flags[m])
-        if not names:
-            raise InputError(
-                f"case '{item['case_id']}' has none of {list(self.modalities)}, which this model "
-                "needs; leave it out of the split."
-            )
-        return names
-
-    def predict_step(self, item: CaseItem, batch_idx: int) -> CasePrediction:
-        """Segment a case from everything that was acquired."""
-        return next(iter(self.predict_item(item, [self.acquired_names(item)])))
-
-    def predict_item(self, item: CaseItem, combinations: Sequence[Combination]) -> Any:
-        """Iterate over one prediction per combination."""
-        image = self.columns(item["image"].unsqueeze(0))[0]
-        geometry = item["stored"].geometry
-        window = self.preparation.window(self.evaluation, self.strides)
-        return predict_case(self, image, geometry, self.task, combinations, window, self.evaluation)
 
     # ---------------------------------------------------------------- checkpoints
 

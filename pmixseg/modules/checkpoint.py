@@ -78,6 +78,7 @@ def load(
     if not isinstance(module, SegmentationModule):
         raise InputError(f"{path} holds a {type(module).__name__}, which is no SegmentationModule.")
     restore(module, checkpoint)
+    module.loaded_from = str(path)
     return module.to(map_location).eval()
 
 

@@ -1,0 +1,66 @@
+"""How a model's data were prepared, as far as its predictions depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.cases import EvaluationSettings
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How the training data were prepared: what a new scan must be brought to.
+
+    Args:
+        spacing: voxel size in mm that the model was trained at; ``None``: each scan's own.
+        normalisation: name of the intensity normalisation.
+        patch: training patch in voxels; the inference window unless settings say otherwise.
+        split: name or hash of the split the model was trained on.
+    """
+
+    spacing: tuple[float, ...] | None = None
+    normalisation: str | None = None
+    patch: tuple[int, ...] | None = None
+    split: str | None = None
+
+    def merge(self, data: Any, evaluation: EvaluationSettings, *, fitting: bool) -> Preparation:
+        """Take over a data module's preparation, or check it against a checkpoint's.
+
+        Raises:
+            InputError: a trained model meets data at another spacing or normalisation.
+        """
+        theirs = Preparation(
+            spacing=None if data.spacing is None else tuple(float(s) for s in data.spacing),
+            normalisation=data.normalisation,
+            patch=tuple(data.patch_size),
+            split=data.split_name,
+        )
+        if fitting or self.normalisation is None:
+            return theirs
+        for what in ("spacing", "normalisation"):
+            if getattr(self, what) != getattr(theirs, what):
+                raise InputError(
+                    f"the checkpoint was trained with {what} {getattr(self, what)}, but the data "
+                    f"have {getattr(theirs, what)}; prepare a store with the checkpoint's {what}."
+                )
+        return self
+
+    def window(self, settings: EvaluationSettings, strides: Sequence[int]) -> tuple[int, int, int]:
+        """Size of an inference window.
+
+        Raises:
+            InputError: neither the settings nor a training gave one, or the backbone's largest
+                stride does not divide it.
+        """
+        size = tuple(settings.window or self.patch or ())
+        if len(size) != 3:
+            raise InputError("no window size is known; give evaluation.window, three voxel counts.")
+        if any(s % strides[-1] for s in size):
+            raise InputError(
+                f"the window {size} must be divisible by the backbone's largest stride, "
+                f"{strides[-1]}; change evaluation.window or data.patch_size."
+            )
+        return size[0], size[1], size[2]

@@ -1,0 +1,99 @@
+"""What a test leaves behind: records with their sidecar, examples for pictures, a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+
+from pmixseg.data.patches import CaseItem
+from pmixseg.errors import InputError
+from pmixseg.evaluation.cases import CasePrediction
+from pmixseg.evaluation.examples import Example
+from pmixseg.evaluation.records import Records, gather_rows
+from pmixseg.evaluation.sidecar import Sidecar, checkpoint_identity
+from pmixseg.evaluation.tables import combination_table
+from pmixseg.task import Combination
+
+if TYPE_CHECKING:
+    from pmixseg.modules.base import SegmentationModule
+
+
+def run_folder(module: SegmentationModule) -> Path:
+    """Where the trainer writes."""
+    return Path(module.trainer.default_root_dir)
+
+
+def keep_example(
+    predictions: Iterable[CasePrediction], module: SegmentationModule, item: CaseItem
+) -> Iterator[CasePrediction]:
+    """Pass predictions on, and write a small copy of the case when all have passed."""
+    shown: dict[Combination, np.ndarray] = {}
+    for prediction in predictions:
+        shown[prediction.combination] = prediction.on_grid().cpu().numpy().astype(np.uint8)
+        yield prediction
+    label = item.get("label")
+    stored = item["stored"]
+    Example.from_volumes(
+        item["case_id"],
+        module.task.modalities,
+        item["image"].float().cpu().numpy(),
+        None if label is None else label.cpu().numpy().astype(np.uint8),
+        shown,
+        stored.geometry.grid_spacing,
+    ).save(run_folder(module))
+
+
+def write_records(module: SegmentationModule, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Gather the rows of all ranks, write ``records.csv`` and its sidecar, print the table.
+
+    Returns:
+        ``test/dice`` and ``test/dice/<region>``, averaged over cases and combinations.
+
+    Raises:
+        InputError: no test case has a label.
+    """
+    every = gather_rows(rows)
+    if not every:
+        raise InputError("no test case has a label, so there is nothing to score; use predict.")
+    folder = run_folder(module)
+    data = getattr(module.trainer, "datamodule", None)
+    source = module.trainer.ckpt_path or module.loaded_from
+    sidecar = Sidecar(
+        module.task,
+        conventions=module.evaluation.conventions.to_dict(),
+        postprocess=module.evaluation.postprocess,
+        checkpoint=None if source is None else checkpoint_identity(Path(source)),
+        split=None if data is None else data.split_name,
+        part="test",
+        phantom=all("PHANTOM" in row["case"] for row in every),
+        config={
+            "evaluation": module.evaluation.to_dict(),
+            "spacing": module.preparation.spacing,
+            "patch": module.preparation.patch,
+        },
+    ).stamped()
+    records = Records.from_rows(every, folder.resolve().name, sidecar)
+    _publish(records, folder)
+    table = records.table
+    means = table.groupby("region", sort=False)["dice"].mean()
+    found = {f"test/dice/{region}": float(value) for region, value in means.items()}
+    return {"test/dice": float(means.mean()), **found}
+
+
+@rank_zero_only
+def _publish(records: Records, folder: Path) -> None:
+    cases = records.table["case"].nunique()
+    path = records.write(folder / "records.csv")
+    console = Console(highlight=False)
+    console.print(combination_table(records))
+    console.print(f"{cases} cases; {path}, conventions in {path.with_suffix('.json').name}")
+
+
+def warn_without_label(item: CaseItem) -> None:
+    """Say that a case is not scored."""
+    rank_zero_warn(f"case '{item['case_id']}' has no label and is not scored.")

@@ -1,0 +1,83 @@
+"""Two gloo processes: the same weights on both ranks, and the same as one process (DESIGN.md 5)."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from memory_data import MemoryData, quiet_trainer, tiny
+
+from pmixseg.callbacks import Distillation, PmixAlignment
+from pmixseg.modules import StudentModule, TeacherModule
+
+pytestmark = pytest.mark.ddp
+
+UNEQUAL = (
+    (True, True, True, True),
+    (True, False, False, False),
+    (False, True, True, False),
+    (False, False, False, True),
+)
+"""Ranks get samples 0, 2 and 1, 3: each lacks encoders that the other needs."""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(1)
+    trainer = quiet_trainer(folder)
+    trainer.fit(TeacherModule(backbone=tiny()), MemoryData())
+    trainer.save_checkpoint(folder / "teacher.ckpt")
+    return str(folder / "teacher.ckpt")
+
+
+def train(folder, teacher, *, processes, acquired=UNEQUAL, make=StudentModule, **arguments):
+    """Weights after two epochs; the size of a step's joined batch is 4 however many processes."""
+    torch.manual_seed(0)
+    module = make(backbone=tiny(deep_supervision=True), optimizer=torch.optim.SGD)
+    data = MemoryData(acquired, batch_size=4 // processes)
+    spread = {"devices": 2, "strategy": "ddp_spawn"} if processes == 2 else {"devices": 1}
+    # Gloo speaks over the loopback; spawned ranks return their weights through the trainer.
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=2,
+        callbacks=[
+            PmixAlignment(weight=1.0, levels=[0, 2]),
+            Distillation(teacher, weight=1.0),
+            RanksAgree(),
+        ],
+        **spread,
+        **arguments,
+    )
+    trainer.fit(module, data)
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+class RanksAgree(Callback):
+    """Compare every parameter across ranks at the end of training."""
+
+    def on_train_end(self, trainer, module):
+        if trainer.world_size == 1:
+            return
+        flat = torch.cat([p.detach().flatten() for p in module.parameters()])
+        both = trainer.strategy.all_gather(flat)
+        assert torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("make", [StudentModule, TeacherModule])
+def test_two_processes_equal_one_on_the_joined_batch(tmp_path, teacher, make):
+    one = train(tmp_path, teacher, processes=1, make=make)
+    two = train(tmp_path, teacher, processes=2, make=make)
+    assert one.keys() == two.keys()
+    moved = 0
+    torch.manual_seed(0)
+    start = make(backbone=tiny(deep_supervision=True)).state_dict()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        if name in start:
+            moved += int(not torch.equal(start[name], value))
+    assert moved > 0.9 * len(start)
+    assert not torch.equal(start["anchor.scores"], one["anchor.scores"])
+
+
+def test_bf16_and_ranks_that_lack_different_modalities(tmp_path, teacher):
+    state = train(tmp_path, teacher, processes=2, precision="bf16-mixed")
+    assert all(torch.isfinite(v).all() for v in state.values())

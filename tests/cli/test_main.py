@@ -1,0 +1,64 @@
+"""The command line itself: help, wrong input, --import."""
+
+import sys
+
+import pytest
+
+from pmixseg.cli import import_modules, main
+from pmixseg.cli.training import differences, option, with_checkpoint_defaults
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for command in ("quickstart", "phantom", "inspect", "prepare", "fit", "test", "report"):
+        assert command in text
+
+
+def test_bad_input_is_one_sentence_and_exit_code_one(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pmixseg: ")
+    assert "nowhere" in said
+    assert "Traceback" not in said
+
+
+def test_missing_checkpoint_is_one_sentence(tmp_path, capsys):
+    assert main(["test", "--ckpt_path", str(tmp_path / "none.ckpt")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_checkpoint_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "text.ckpt").write_text("hello")
+    assert main(["test", "--ckpt_path", str(tmp_path / "text.ckpt")]) == 1
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+
+
+def test_import_loads_modules_of_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_networks_for_test.py").write_text("x = 1\n")
+    monkeypatch.chdir(tmp_path)
+    left = import_modules(["fit", "--import", "my_networks_for_test", "--x=1"])
+    assert left == ["fit", "--x=1"]
+    assert sys.modules["my_networks_for_test"].x == 1
+
+
+def test_import_of_nothing_is_one_sentence(capsys):
+    assert main(["fit", "--import", "no_such_module_here"]) == 1
+    assert "--import no_such_module_here" in capsys.readouterr().err
+
+
+def test_options_are_found_in_both_notations():
+    assert option(["--a", "1", "--b=2", "--a=3"], "--a") == "3"
+    assert option(["--b=2"], "--a") is None
+    assert with_checkpoint_defaults(["fit", "--ckpt_path", "x"]) == ["fit", "--ckpt_path", "x"]
+
+
+def test_differences_are_named_by_their_path():
+    stored = {"a": 1, "b": {"class_path": "X", "init_args": {"w": 8}}, "task": 1}
+    given = {"a": 1, "b": {"class_path": "X", "init_args": {"w": 4}}, "c": 2, "task": 2}
+    assert differences(stored, given) == [
+        "model.b.init_args.w is 4, the checkpoint had 8",
+        "model.c is 2, the checkpoint had None",
+    ]
