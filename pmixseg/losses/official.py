@@ -1,0 +1,178 @@
+r"""The authors' public snippets to the letter, for comparison with the repaired default.
+
+The repository of the papers holds no complete training code, but two snippets. What they compute
+is reproduced here from their description in formulas (BASELINES.md A2 and A3), faults included;
+none of this is recommended:
+
+===============================  ==================================  ===============================
+\                                July 2025 (one encoder each)        repaired default
+===============================  ==================================  ===============================
+level                            the finest                          any; the two coarsest
+anchor in training               all modalities, hidden ones too     target: acquired; fill: shown
+anchor at test                   shown modalities                    the same as in training
+slots at test                    each times its own softmax weight   as in training
+terms                            all acquired, shown or not          shown
+gradient to w                    from alignment and segmentation     from segmentation only
+gradient to the anchor           yes                                 no
+distance                         Σ MSE / 8: shrinking meets it       relative to the variance
+===============================  ==================================  ===============================
+
+The snippet of April 2025 treats the M channels of one fused latent as modalities, although the
+convolutions before it mix them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pmixseg.errors import InputError
+from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide
+from pmixseg.types import Latents, Presence, Scalar
+
+INITIAL_DEVIATION = 0.1
+"""Standard deviation of the normal distribution that both snippets' weights start from."""
+
+
+class July2025Anchor(MixtureAnchor):
+    """Learned mixture with one w for all levels, started at random: ``official-2025-07``."""
+
+    def __init__(self) -> None:
+        super().__init__("learned", shared=True)
+
+    def _bind(self, modalities: tuple[str, ...], levels: int) -> None:
+        super()._bind(modalities, levels)
+        nn.init.normal_(self.scores, std=INITIAL_DEVIATION)
+
+
+class July2025Alignment(nn.Module):
+    r"""Alignment loss of the snippet of July 2025: ``official-2025-07``.
+
+    .. math:: L = \frac{1}{2M} \sum_m \operatorname{mean} (f_m - P)^2, \qquad
+              P = \sum_m w_m f_m
+
+    at the finest level, over *all* acquired modalities, whether shown or not; nothing is
+    detached, so gradients reach w and the latents on both sides. With M = 4 the factor is their
+    1/8. Where a sample lacks a modality, which the snippet does not foresee, w is renormalised
+    and the modality has no term.
+
+    Attributes:
+        needs_acquired: hidden modalities must be encoded.
+        couples_samples: no.
+
+    Source: BASELINES.md A2.
+    """
+
+    needs_acquired = True
+    couples_samples = False
+
+    def forward(
+        self, latents: Latents, anchor: Anchor, present: Presence, acquired: Presence
+    ) -> Scalar:
+        """Loss; arguments as of :meth:`pmixseg.losses.alignment.Alignment.forward`."""
+        raw = latents.features[0]
+        subset = latents.present[0] & acquired.to(raw.device)
+        with torch.autocast(raw.device.type, enabled=False):
+            features = hide(raw.to(torch.promote_types(raw.dtype, torch.float32)), subset)
+            mixed = anchor(features, subset, 0)[:, None]
+            errors = (features - mixed).square().mean((2, 3, 4, 5))
+            return torch.where(subset, errors, 0.0).sum(1).mean() / (2 * subset.shape[1])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
+        """Typed call of :meth:`forward`."""
+        loss: Scalar = super().__call__(*args, **kwargs)
+        return loss
+
+
+def fill_july_2025(
+    latents: Latents, present: Presence, anchor: MixtureAnchor, training: bool
+) -> Latents:
+    r"""What the decoder reads under ``official-2025-07``.
+
+    Training: a shown slot keeps :math:`f_m`; a hidden one becomes :math:`\sum_j w_j f_j` over
+    everything encoded, itself included. Test: shown slots become :math:`w_m f_m`, hidden ones
+    :math:`w_m P` with P over the shown modalities; :math:`w_m` is *not* renormalised there. Only
+    the finest level is filled.
+
+    Args:
+        latents: raw latents; in training with the hidden modalities encoded.
+        present: modalities that are shown, ``[B, M]``.
+        anchor: bound to the network.
+        training: which of the two rules.
+
+    Returns:
+        Latents whose finest level is marked present throughout; other levels show ``present``.
+    """
+    hidden = latents.restrict(present)
+    raw, shown = latents.features[0], hidden.present[0]
+    if training:
+        filled = torch.where(hidden.flags(0), raw, anchor(raw, latents.present[0], 0)[:, None])
+    else:
+        filled = torch.where(hidden.flags(0), raw, anchor(raw, shown, 0)[:, None])
+        weights = anchor.weights(torch.ones_like(shown), 0).to(raw.dtype)
+        filled = filled * weights[:, :, None, None, None, None]
+    return replace(
+        hidden,
+        features=[filled, *latents.features[1:]],
+        present=[torch.ones_like(shown), *hidden.present[1:]],
+        cache={},
+    )
+
+
+class April2025Alignment(nn.Module):
+    r"""Alignment loss of the early-fusion snippet of April 2025: ``official-2025-04``.
+
+    .. math:: L = \frac{1}{M} \sum_c \operatorname{mean} (z_c - P)^2, \qquad
+              P = \sum_c \frac{a_c}{\sum_j a_j} \operatorname{sg}[z_c]
+
+    over the M channels z of one fused latent. The weights are raw numbers over their sum: they
+    may be negative, and explode where the sum is near 0, as in the snippet.
+
+    Args:
+        modalities: number of modalities M, which is the number of channels of the latent.
+        level: level of the latent.
+
+    Source: BASELINES.md A3.
+    """
+
+    needs_acquired = False
+    couples_samples = False
+
+    def __init__(self, modalities: int = 4, level: int = 0) -> None:
+        super().__init__()
+        self.level = level
+        self.scores = nn.Parameter(torch.randn(modalities) * INITIAL_DEVIATION)
+
+    def forward(
+        self,
+        latents: Latents,
+        anchor: Anchor | None = None,
+        present: Presence | None = None,
+        acquired: Presence | None = None,
+    ) -> Scalar:
+        """Loss of the fused latent; the other arguments are not looked at.
+
+        Raises:
+            InputError: more than one slot, or not one channel per modality.
+        """
+        features: Tensor = latents.features[self.level]
+        slots, channels = features.shape[1:3]
+        if slots != 1 or channels != self.scores.numel():
+            raise InputError(
+                f"official-2025-04 aligns the {self.scores.numel()} channels of one fused latent, "
+                f"but level {self.level} has {slots} slots of {channels} channels; use EarlyFusion "
+                "with a network whose first latent has one channel per modality."
+            )
+        with torch.autocast(features.device.type, enabled=False):
+            z = features[:, 0].to(torch.promote_types(features.dtype, torch.float32))
+            weights = (self.scores / self.scores.sum()).to(z.dtype)
+            mixed = torch.einsum("c,bcdhw->bdhw", weights, z.detach())
+            return (z - mixed[:, None]).square().mean()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
+        """Typed call of :meth:`forward`."""
+        loss: Scalar = super().__call__(*args, **kwargs)
+        return loss

@@ -1,0 +1,141 @@
+"""The public snippets' formulas (BASELINES.md A2, A3), worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+from pmixseg.errors import InputError
+from pmixseg.losses.alignment import Alignment
+from pmixseg.losses.anchors import MixtureAnchor
+from pmixseg.losses.official import (
+    April2025Alignment,
+    July2025Alignment,
+    July2025Anchor,
+    fill_july_2025,
+)
+from pmixseg.types import Latents
+
+NAMES = ("flair", "t1ce", "t1", "t2")
+WEIGHTS = (0.1, 0.2, 0.3, 0.4)
+VALUES = (1.0, 2.0, 3.0, 6.0)
+EVERY = torch.ones(1, 4, dtype=torch.bool)
+
+
+def july():
+    """w = 0.1, 0.2, 0.3, 0.4 and one voxel with 1, 2, 3, 6: P = 0.1 + 0.4 + 0.9 + 2.4 = 3.8."""
+    anchor = July2025Anchor()
+    anchor.bind(NAMES, 2)
+    anchor.double().scores.data = torch.tensor(WEIGHTS, dtype=torch.float64).log()
+    f = torch.tensor(VALUES, dtype=torch.float64).reshape(1, 4, 1, 1, 1, 1).requires_grad_()
+    return anchor, f, Latents([f, f * 10], NAMES, [EVERY, EVERY])
+
+
+def test_july_loss_by_hand():
+    anchor, _, latents = july()
+    # (2.8² + 1.8² + 0.8² + 2.2²) / 8 = (7.84 + 3.24 + 0.64 + 4.84) / 8
+    loss = July2025Alignment()(latents, anchor, EVERY, EVERY)
+    assert loss.item() == pytest.approx(2.07)
+
+
+def test_july_gradients_by_hand():
+    anchor, f, latents = july()
+    July2025Alignment()(latents, anchor, EVERY, EVERY).backward()
+    # dL/df_m = ¼ [(f_m - P) - w_m Σ(f_j - P)], Σ(f_j - P) = 12 - 15.2 = -3.2.
+    want = [0.25 * ((x - 3.8) + 3.2 * w) for x, w in zip(VALUES, WEIGHTS, strict=True)]
+    assert f.grad.flatten().tolist() == pytest.approx(want)
+    assert want[0] == pytest.approx(-0.62)
+    # dL/dw_m = 0.8 f_m; through the softmax 0.8 w_m (f_m - P).
+    want = [0.8 * w * (x - 3.8) for x, w in zip(VALUES, WEIGHTS, strict=True)]
+    assert anchor.scores.grad.tolist() == pytest.approx(want)
+    assert want[0] == pytest.approx(-0.224)
+
+
+def test_july_counts_hidden_modalities_and_the_default_does_not():
+    anchor, _, latents = july()
+    shown = torch.tensor([[True, False, False, True]])
+    assert July2025Alignment()(latents, anchor, shown, EVERY).item() == pytest.approx(2.07)
+    default = Alignment("mse", [1, 1], NAMES, [0])
+    # ½ · (7.84 + 4.84)/2 over the two that are shown.
+    assert default(latents, anchor, shown, EVERY).item() == pytest.approx(3.17)
+
+
+def test_july_equals_the_default_mse_on_complete_samples_but_for_the_gradients():
+    anchor, _, latents = july()
+    default = Alignment("mse", [1, 1], NAMES, [0])
+    assert default(latents, anchor, EVERY, EVERY).item() == pytest.approx(2.07)
+
+
+def test_july_fill_in_training_by_hand():
+    anchor, _, latents = july()
+    shown = torch.tensor([[True, False, False, True]])
+    filled = fill_july_2025(latents, shown, anchor, training=True)
+    assert filled.features[0].flatten().tolist() == pytest.approx([1.0, 3.8, 3.8, 6.0])
+    assert filled.present[0].all() and torch.equal(filled.present[1], shown)
+    assert filled.features[1] is latents.features[1]
+
+
+def test_july_fill_at_test_by_hand():
+    anchor, _, latents = july()
+    shown = torch.tensor([[True, False, False, True]])
+    filled = fill_july_2025(latents, shown, anchor, training=False)
+    # w' = 0.2, 0.8: P = 0.2 + 4.8 = 5; slots 0.1·1, 0.2·5, 0.3·5, 0.4·6.
+    assert filled.features[0].flatten().tolist() == pytest.approx([0.1, 1.0, 1.5, 2.4])
+    complete = fill_july_2025(latents, EVERY, anchor, training=False)
+    assert complete.features[0].flatten().tolist() == pytest.approx([0.1, 0.4, 0.9, 2.4])
+
+
+def test_july_fill_at_test_does_not_read_hidden_slots():
+    anchor, f, _ = july()
+    shown = torch.tensor([[True, False, False, True]])
+    dirty = f.detach().clone()
+    dirty[0, 1:3] = math.nan
+    filled = fill_july_2025(Latents([dirty], NAMES, [EVERY]), shown, anchor, training=False)
+    assert filled.features[0].flatten().tolist() == pytest.approx([0.1, 1.0, 1.5, 2.4])
+
+
+def test_july_works_on_samples_with_different_masks():
+    """The snippet reads only the first row of its mask; this does not."""
+    anchor, f, _ = july()
+    two = Latents([f.expand(2, -1, -1, -1, -1, -1)], NAMES, [EVERY.expand(2, 4)])
+    shown = torch.tensor([[True, False, False, True], [False, True, True, True]])
+    filled = fill_july_2025(two, shown, anchor, training=True).features[0]
+    assert filled[1].flatten().tolist() == pytest.approx([3.8, 2.0, 3.0, 6.0])
+
+
+def test_july_anchor_starts_at_random_and_is_shared():
+    torch.manual_seed(0)
+    anchor = July2025Anchor()
+    anchor.bind([f"m{i}" for i in range(1000)], 3)
+    assert anchor.scores.shape == (1000,)
+    assert anchor.scores.std().item() == pytest.approx(0.1, abs=0.01)
+    assert isinstance(anchor, MixtureAnchor) and anchor.learned and anchor.init_args == {}
+
+
+def test_april_loss_and_gradients_by_hand():
+    alignment = April2025Alignment(4).double()
+    alignment.scores.data = torch.tensor([1.0, 1.0, 2.0, 4.0], dtype=torch.float64)
+    z = torch.tensor(VALUES, dtype=torch.float64).reshape(1, 1, 4, 1, 1, 1).requires_grad_()
+    loss = alignment(Latents([z], ("fused",), [torch.ones(1, 1, dtype=torch.bool)]))
+    # P = (1 + 2 + 6 + 24)/8 = 4.125; (3.125² + 2.125² + 1.125² + 1.875²)/4
+    assert loss.item() == pytest.approx(4.765625)
+    loss.backward()
+    assert z.grad.flatten().tolist() == pytest.approx([0.5 * (x - 4.125) for x in VALUES])
+    # dL/dP = -½ Σ(z - P) = 2.25; dP/da_k = (z_k - P)/8.
+    want = [2.25 * (x - 4.125) / 8 for x in VALUES]
+    assert alignment.scores.grad.tolist() == pytest.approx(want)
+
+
+def test_april_weights_may_be_negative():
+    alignment = April2025Alignment(4)
+    alignment.scores.data = torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    z = torch.tensor(VALUES).reshape(1, 1, 4, 1, 1, 1)
+    # P = (-1 + 2 + 3 + 6)/2 = 5: (16 + 9 + 4 + 1)/4
+    assert alignment(Latents([z], ("fused",), [EVERY[:, :1]])).item() == pytest.approx(7.5)
+
+
+def test_april_needs_one_channel_per_modality():
+    alignment = April2025Alignment(4)
+    for shape in ((1, 1, 8, 1, 1, 1), (1, 4, 4, 1, 1, 1)):
+        with pytest.raises(InputError, match="one fused latent"):
+            alignment(Latents([torch.zeros(shape)], ("fused",), [EVERY[:, :1]]))
