@@ -2,6 +2,7 @@
 
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.monai import EarlyFusion
+from pmixseg.backbones.rfnet import RFNet
 from pmixseg.backbones.unet import MultiEncoderUNet
 
-__all__ = ["Backbone", "EarlyFusion", "MultiEncoderUNet"]
+__all__ = ["Backbone", "EarlyFusion", "MultiEncoderUNet", "RFNet"]

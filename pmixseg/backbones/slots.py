@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,11 @@ from pmixseg.types import Image, Latents, Presence
 
 
 def check_input(
-    image: Image, present: Presence, modalities: Sequence[str], strides: Sequence[int]
+    image: Image,
+    present: Presence,
+    modalities: Sequence[str],
+    strides: Sequence[int],
+    least: int = 1,
 ) -> None:
     """Refuse an image that a backbone cannot process.
 
@@ -22,6 +27,7 @@ def check_input(
         present: ``[B, M]``.
         modalities: names of the backbone's input channels.
         strides: the backbone's strides, finest first.
+        least: voxels that each side must have at the lowest level; reflect padding needs 2.
 
     Raises:
         InputError: wrong number of channels or flags, or a side that the largest stride does not
@@ -35,10 +41,12 @@ def check_input(
         )
     stride = max(strides)
     sides = image.shape[2:]
-    if any(side % stride for side in sides) or image[0, 0].numel() <= stride**3:
+    lowest = [side / stride for side in sides]
+    if any(side % 1 or side < least for side in lowest) or max(lowest) < 2:
+        size = f"{2 * stride} or more" + ("" if least > 1 else " on one side at least")
         raise InputError(
-            f"a patch of {'x'.join(map(str, sides))} voxels does not fit this network; use sides "
-            f"that are multiples of {stride}, at least one of them {2 * stride} or more."
+            f"a patch of {'x'.join(map(str, sides))} voxels does not fit this network; use "
+            f"multiples of {stride}, {size}."
         )
 
 
@@ -85,6 +93,41 @@ def encode_slots(
         torch.stack([zero if o is None else o[level] for o in outputs], 1)
         for level, zero in enumerate([torch.zeros_like(t) for t in template])
     ]
+
+
+@dataclass
+class EncodedLatents(Latents):
+    """Latents that remember what the encoders made, whatever was hidden or filled since.
+
+    Auxiliary decoders of single modalities read it in training: they may see what is acquired but
+    not shown.
+
+    Args:
+        encoded: ``[B, M]``, which slots encoders have computed.
+        raw: per level the encoders' features ``[B, M, C, D, H, W]``.
+    """
+
+    encoded: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+    raw: list[Tensor] = field(default_factory=list)
+
+
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]  # torch ships no type
+def decode_slots(decoder: nn.Module, features: Sequence[Tensor], encoded: Presence) -> Tensor:
+    """Run one decoder on every encoded slot of every sample, as one batch.
+
+    Args:
+        decoder: maps a list of feature maps ``[b, C, d, h, w]`` to ``[b, C', D, H, W]``.
+        features: per level ``[B, M, C, d, h, w]``.
+        encoded: ``[B, M]``, the slots to decode.
+
+    Returns:
+        ``[B, M, C', D, H, W]``, 0 where a slot is not encoded.
+    """
+    flags = encoded.flatten()
+    index = flags.nonzero()[:, 0]
+    decoded: Tensor = decoder([f.flatten(0, 1).index_select(0, index) for f in features])
+    slots = decoded.new_zeros(len(flags), *decoded.shape[1:]).index_copy(0, index, decoded)
+    return slots.view(*encoded.shape, *decoded.shape[1:])
 
 
 class SlotConv(nn.Conv3d):

@@ -274,7 +274,7 @@ def _restrict(probe: Probe) -> None:
 def _sizes(probe: Probe) -> None:
     stride = max(probe.net.strides)
     unit = stride * -(-4 // stride)
-    image = probe.draw(2, [2 * unit, unit, 3 * unit])
+    image = probe.draw(2, [2 * unit, 3 * unit, 4 * unit])
     with torch.no_grad():
         out = probe.eval()(image, probe.present)
     _check_shapes(probe.net, out, image, probe.present)

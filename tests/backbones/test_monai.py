@@ -156,4 +156,6 @@ def test_a_network_that_does_not_fit_is_refused(given, words):
 
 def test_wrong_output_is_refused_when_it_shows():
     with pytest.raises(InputError, match="logits are"):
-        EarlyFusion(nn.Sequential(nn.Conv3d(4, 3, 1)))(torch.zeros(1, 4, 8, 8, 8), torch.ones(1, 4).bool())
+        EarlyFusion(nn.Sequential(nn.Conv3d(4, 3, 1)))(
+            torch.zeros(1, 4, 8, 8, 8), torch.ones(1, 4).bool()
+        )

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pmixseg.backbones.slots import SlotConv, check_input, encode_slots
+from pmixseg.backbones.slots import SlotConv, check_input, decode_slots, encode_slots
 from pmixseg.errors import InputError
 from pmixseg.types import Latents
 
@@ -57,6 +57,19 @@ def test_slot_conv_is_the_convolution_of_the_concatenated_masked_slots():
         torch.testing.assert_close(conv(few, 0, "f"), wanted)
 
 
+def test_one_decoder_decodes_every_encoded_slot():
+    class Last(nn.Module):
+        def forward(self, features):
+            assert all(len(f) == 3 for f in features), "absent slots are not decoded"
+            return 2 * features[-1]
+
+    features = [torch.randn(2, 2, 3, 4, 4, 4), torch.randn(2, 2, 5, 2, 2, 2)]
+    encoded = torch.tensor([[True, True], [False, True]])
+    decoded = decode_slots(Last(), features, encoded)
+    wanted = 2 * features[1] * encoded[:, :, None, None, None, None]
+    torch.testing.assert_close(decoded, wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
@@ -69,4 +82,7 @@ def test_slot_conv_is_the_convolution_of_the_concatenated_masked_slots():
 def test_check_input_says_what_does_not_fit(shape, words):
     with pytest.raises(InputError, match=words):
         check_input(torch.zeros(shape), torch.ones(1, 2).bool(), ("pet", "ct"), (1, 2, 4))
-    check_input(torch.zeros(1, 2, 4, 4, 8), torch.ones(1, 2).bool(), ("pet", "ct"), (1, 2, 4))
+    flat = torch.zeros(1, 2, 4, 4, 8), torch.ones(1, 2).bool(), ("pet", "ct"), (1, 2, 4)
+    check_input(*flat)
+    with pytest.raises(InputError, match="8 or more\\."):
+        check_input(*flat, least=2)

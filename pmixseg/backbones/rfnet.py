@@ -1,0 +1,271 @@
+"""RFNet: region-aware fusion of modalities (Ding, Yu, Yang; ICCV 2021), in its cheap form.
+
+The published form multiplies every modality by every region map: M·R volumes of C channels per
+level. Region descriptors are one matrix product of latents and region maps, and
+``Σ_k α_kr x_k p_r = p_r Σ_k α_kr x_k``, so R volumes do. The values are the same up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.blocks import (
+    SLOPE,
+    Decoder,
+    Encoder,
+    PostNorm,
+    SeparateDecoder,
+    initialise,
+    norm_act,
+)
+from pmixseg.backbones.slots import (
+    EncodedLatents,
+    SlotConv,
+    check_input,
+    decode_slots,
+    encode_slots,
+)
+from pmixseg.task import BRATS
+from pmixseg.types import Image, Latents, Presence, SegOutput
+
+HIDDEN = 128
+"""Hidden units of the network that weighs modalities in a region."""
+HEAD = 16
+"""Hidden channels of the region map's head."""
+
+
+class SlotBlock(nn.Module):
+    """:class:`PostNorm` block whose 1x1x1 convolution reads all slots of a level."""
+
+    def __init__(self, slots: int, width: int, outside: int) -> None:
+        super().__init__()
+        self.conv = SlotConv(slots, width, outside)
+
+    def forward(self, latents: Latents, level: int, name: str) -> Tensor:
+        """Fuse one level into ``[B, outside, D, H, W]``."""
+        return norm_act(self.conv(latents, level, name))
+
+
+class SlotStack(nn.ModuleList):
+    """1x1x1 over all slots, 3x3x3, 1x1x1."""
+
+    def __init__(self, slots: int, width: int, middle: int, outside: int) -> None:
+        first = SlotBlock(slots, width, middle)
+        super().__init__([first, PostNorm(middle, middle), PostNorm(middle, outside, 1)])
+
+    def forward(self, latents: Latents, level: int, name: str) -> Tensor:
+        """Fuse one level into ``[B, outside, D, H, W]``."""
+        y: Tensor = self[2](self[1](self[0](latents, level, name)))
+        return y
+
+
+class RegionMap(nn.Module):
+    """Where each class is likely to be: softmax logits from latents and the decoder so far.
+
+    Args:
+        slots: number of modalities M.
+        width: channels C of the level.
+        num_classes: regions R.
+        joins_decoder: whether the decoder's map (C channels) is read too; not at the lowest level.
+    """
+
+    def __init__(self, slots: int, width: int, num_classes: int, joins_decoder: bool) -> None:
+        super().__init__()
+        self.embedding_layer = SlotStack(slots, width, width // 4, width)
+        self.prm_layer = nn.Sequential(
+            PostNorm(2 * width if joins_decoder else width, HEAD, 1),
+            nn.Conv3d(HEAD, num_classes, 1),
+        )
+
+    def forward(self, latents: Latents, level: int, below: Tensor | None) -> Tensor:
+        """Logits ``[B, R, D, H, W]`` at the level's own resolution."""
+        x = self.embedding_layer(latents, level, f"prm.{level}")
+        logits: Tensor = self.prm_layer(x if below is None else torch.cat([below, x], 1))
+        return logits
+
+
+class ModalWeights(nn.Module):
+    """Weights of the modalities in one region, ``σ(W2 LeakyReLU(W1 ·))``."""
+
+    def __init__(self, slots: int, width: int) -> None:
+        super().__init__()
+        self.weight_layer = nn.Sequential(
+            # Linear maps, kept in the shape of the published checkpoints.
+            nn.Conv3d(slots * width + 1, HIDDEN, 1),
+            nn.LeakyReLU(SLOPE, inplace=True),
+            nn.Conv3d(HIDDEN, slots, 1),
+        )
+
+    def forward(self, descriptor: Tensor) -> Tensor:
+        """``[B, M·C + 1]`` to ``[B, M]``."""
+        weights: Tensor = self.weight_layer(descriptor[:, :, None, None, None])
+        return weights.flatten(1).sigmoid()
+
+
+class RegionFusion(nn.Module):
+    """The 1x1x1, 3x3x3, 1x1x1 stack over the concatenated region features."""
+
+    def __init__(self, inside: int, width: int) -> None:
+        super().__init__()
+        self.fusion_layer = nn.Sequential(
+            PostNorm(inside, width, 1), PostNorm(width, width), PostNorm(width, width // 2, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, R·C, D, H, W]`` to ``[B, C/2, D, H, W]``."""
+        y: Tensor = self.fusion_layer(x)
+        return y
+
+
+class RegionAwareFusion(nn.Module):
+    r"""Fuse the modalities of a level region by region, with a short cut beside it.
+
+    With masked latents x_k, region map p_r and v over voxels,
+
+    .. math::
+        g_{k,r} = \frac{\mathrm{mean}_v(x_k p_r)}{\bar p_r}, \quad
+        \bar p_r = \mathrm{mean}_v(p_r) + 10^{-7}, \quad
+        \alpha_{\cdot,r} = \sigma(W^2_r\,\mathrm{LReLU}(W^1_r[g_{1,r},\dots,g_{M,r},\bar p_r]))
+
+    and the output is ``[stack(p_1 Σ_k α_k1 x_k, …, p_R Σ_k α_kR x_k), short_cut(x_1, …, x_M)]``.
+
+    Args:
+        slots: number of modalities M.
+        width: channels C of the level, in and out.
+        num_classes: regions R.
+    """
+
+    def __init__(self, slots: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.modal_fusion = nn.ModuleList(ModalWeights(slots, width) for _ in range(num_classes))
+        self.region_fusion = RegionFusion(num_classes * width, width)
+        self.short_cut = SlotStack(slots, width, width, width // 2)
+
+    def forward(self, latents: Latents, level: int, regions: Tensor) -> Tensor:
+        """Fuse a level.
+
+        Args:
+            latents: where the slots are.
+            level: which level.
+            regions: ``[B, R, D, H, W]``, summing to 1 over R; no gradient flows into it.
+
+        Returns:
+            ``[B, C, D, H, W]``.
+        """
+        x = latents.masked(level)
+        regions = regions.detach().to(x.dtype)
+        maps = regions.flatten(2)
+        mean = maps.float().mean(2, keepdim=True) + 1e-7
+        # [B, M·C, V] @ [B, V, R]: every modality's mean in every region at once.
+        sums = torch.bmm(x.flatten(1, 2).flatten(2), maps.transpose(1, 2))
+        inside = (sums / maps.shape[2]).transpose(1, 2) / mean
+        descriptors = torch.cat([inside, mean], 2).unbind(1)
+        weights = [weigh(some) for weigh, some in zip(self.modal_fusion, descriptors, strict=True)]
+        mixed = torch.bmm(torch.stack(weights, 1).to(x.dtype), x.flatten(2))
+        fused = mixed.view(*regions.shape[:2], *x.shape[2:]) * regions[:, :, None]
+        shortcut = self.short_cut(latents, level, f"rfm.{level}")
+        return torch.cat([self.region_fusion(fused.flatten(1, 2)), shortcut], 1)
+
+
+class RegionDecoder(Decoder):
+    """The fused decoder: region map and region-aware fusion at every level.
+
+    Args:
+        slots: number of modalities.
+        widths: channels per level, finest first.
+        num_classes: classes and regions.
+    """
+
+    def __init__(self, slots: int, widths: Sequence[int], num_classes: int) -> None:
+        super().__init__(widths, num_classes, PostNorm)
+        for level, width in enumerate(widths, 1):
+            joins = level < len(widths)
+            self[f"RFM{level}"] = RegionAwareFusion(slots, width, num_classes)
+            self[f"prm_generator{level}"] = RegionMap(slots, width, num_classes, joins)
+
+    def forward(self, latents: Latents) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the region maps' logits, finest first, each at its own resolution."""
+        regions: list[Tensor] = []
+        x: Tensor | None = None
+        for level in range(self.depth, 0, -1):
+            if x is not None:
+                x = self.up(level, x)
+            logits = self[f"prm_generator{level}"](latents, level - 1, x)
+            regions.insert(0, logits)
+            fused = self[f"RFM{level}"](latents, level - 1, logits.softmax(1))
+            x = fused if x is None else self.join(level, fused, x)
+        return self["seg_layer"](x), regions
+
+
+class RFNet(Backbone):
+    """RFNet, for any modalities, classes and patches (Ding et al., ICCV 2021).
+
+    Four levels at strides 1, 2, 4, 8. Trained by :class:`~pmixseg.losses.rfnet.RFNetCriterion`;
+    in training, ``extras`` hold
+
+    * ``ds1 … ds4``: logits of the region maps, finest first, at strides 1, 2, 4, 8. Named so that
+      :class:`~pmixseg.losses.DiceCE` trains them too: without a loss of their own they stay random;
+    * ``separate`` ``[B, M, num_classes, D, H, W]`` and ``separate_slots`` ``[B, M]``: logits of
+      the shared decoder of single modalities, and where there are any.
+
+    Args:
+        modalities: names of the input channels.
+        num_classes: softmax classes, background included; also the regions of the fusion.
+        width: channels at the finest level, at least 4; 16 in the paper.
+        separate: which modalities the separate decoder is trained on: every encoded one
+            (``encoded``; the paper's rule, if everything acquired is encoded) or ``none``, without
+            the decoder.
+
+    Faithful to the published code: padding, blocks, fusion, parameter count (8.985 M). Different:
+    computed in the cheap form above, and outputs are logits where the code has probabilities.
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[str] = BRATS.modalities,
+        num_classes: int = BRATS.num_classes,
+        width: int = 16,
+        separate: Literal["encoded", "none"] = "encoded",
+    ) -> None:
+        widths = [width * 2**k for k in range(4)]
+        super().__init__(modalities, num_classes, widths, [1, 2, 4, 8])
+        slots = len(self.modalities)
+        self.encoders = nn.ModuleList(Encoder(widths, PostNorm) for _ in self.modalities)
+        self.decoder_fuse = RegionDecoder(slots, widths, num_classes)
+        self.decoder_sep = (
+            SeparateDecoder(widths, num_classes, PostNorm) if separate == "encoded" else None
+        )
+        initialise(self)
+
+    @property
+    def needs_acquired(self) -> bool:
+        """Whether training wants everything acquired encoded, and restricted to present."""
+        return self.decoder_sep is not None
+
+    def encode(self, image: Image, present: Presence) -> Latents:
+        """See :meth:`Backbone.encode`."""
+        check_input(image, present, self.modalities, self.strides, least=2)
+        features = encode_slots(self.encoders, image, present)
+        return EncodedLatents(
+            features,
+            self.modalities,
+            [present] * len(features),
+            encoded=present,
+            raw=list(features),
+        )
+
+    def decode(self, latents: Latents) -> SegOutput:
+        """See :meth:`Backbone.decode`."""
+        logits, regions = self.decoder_fuse(latents)
+        extras: dict[str, Tensor] = {}
+        if self.training:
+            extras = {f"ds{level}": region for level, region in enumerate(regions, 1)}
+            if self.decoder_sep is not None and isinstance(latents, EncodedLatents):
+                extras["separate"] = decode_slots(self.decoder_sep, latents.raw, latents.encoded)
+                extras["separate_slots"] = latents.encoded
+        return SegOutput(logits, latents, extras)

@@ -1,0 +1,107 @@
+"""The loss that RFNet and mmFormer are trained with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pmixseg.errors import InputError
+from pmixseg.losses.segmentation import DEEP_SUPERVISION, Criterion
+from pmixseg.types import Batch, Label, Scalar, SegOutput
+
+LEAST_PROBABILITY = 0.005
+"""Probabilities are clamped here before the logarithm; below it they get no gradient."""
+EPSILON = 1e-7
+"""Keeps the Dice of an absent class finite."""
+
+
+def weighted_ce_dice(probabilities: Tensor, label: Label) -> Scalar:
+    r"""Cross-entropy with weights from the patch, plus soft Dice loss over all classes.
+
+    .. math::
+        L = -\frac{1}{BV}\sum_{b,v} (1 - f_{b,y}) \log\max(p_{b,y,v}, 0.005)
+            + 1 - \frac{1}{C}\sum_c \frac{2\sum_{b,v} p_{b,c,v} [y_{b,v} = c]}
+                                         {\sum_{b,v} p_{b,c,v} + \sum_{b,v} [y_{b,v} = c] + 10^{-7}}
+
+    where y is the label of voxel (b, v) and f its class's share of the voxels of sample b. The Dice
+    sums run over the batch.
+
+    Args:
+        probabilities: ``[B, C, D, H, W]``, float32.
+        label: ``[B, D, H, W]``, class indices.
+    """
+    classes = probabilities.shape[1]
+    of_label = probabilities.gather(1, label[:, None])[:, 0]
+    hits = [(label == c).to(probabilities.dtype) for c in range(classes)]
+    share = torch.stack([hit.flatten(1).mean(1) for hit in hits], 1)
+    weight = (1 - share).gather(1, label.flatten(1)).view_as(of_label)
+    entropy = -(weight * of_label.clamp(min=LEAST_PROBABILITY).log()).mean()
+    overlap = torch.stack([(of_label * hit).sum() for hit in hits])
+    total = probabilities.sum((0, 2, 3, 4)) + torch.stack([hit.sum() for hit in hits])
+    return entropy + 1 - (2 * overlap / (total + EPSILON)).mean()
+
+
+class RFNetCriterion(Criterion):
+    """Sum of :func:`weighted_ce_dice` over the fused, the separate and the auxiliary outputs.
+
+    ``L = [epoch ≥ fusion_start_epoch]·L(logits) + Σ_m L(separate_m) + Σ_k L(ds_k)``, where
+    ``ds_k`` (RFNet's region maps, mmFormer's deep supervision) are upsampled as probabilities to
+    the label's grid. A modality that only some samples have counts by their share of the batch.
+
+    Args:
+        fusion_start_epoch: before it, the fused output's loss is multiplied by 0, so that encoders
+            and region maps come first (20 of 300 in RFNet's script; 0 in mmFormer's).
+
+    Raises:
+        InputError: ``fusion_start_epoch`` is negative.
+
+    Source: Ding et al., RFNet (ICCV 2021), section 3.4 and published code.
+    """
+
+    couples_samples = True
+
+    def __init__(self, fusion_start_epoch: int = 0) -> None:
+        super().__init__()
+        if fusion_start_epoch < 0:
+            raise InputError(
+                f"RFNetCriterion: fusion_start_epoch is {fusion_start_epoch}; use 0 or more."
+            )
+        self.fusion_start_epoch = fusion_start_epoch
+
+    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+        """Sum over all outputs; of the fused one alone in eval mode, which has no others."""
+        label = batch["label"]
+        fused = weighted_ce_dice(_probabilities(output.logits), label)
+        if not output.extras:
+            return fused
+        total = fused * float(epoch >= self.fusion_start_epoch)
+        for name, logits in output.extras.items():
+            if DEEP_SUPERVISION.fullmatch(name):
+                total = total + weighted_ce_dice(_enlarged(_probabilities(logits), label), label)
+        if "separate" in output.extras:
+            total = total + _separate_loss(output, label)
+        return total
+
+
+def _separate_loss(output: SegOutput, label: Label) -> Tensor:
+    logits, slots = output.extras["separate"], output.extras["separate_slots"]
+    total = logits.new_zeros((), dtype=torch.float32)
+    for m, rows in enumerate(slots.unbind(1)):
+        share = rows.float().mean()
+        if share > 0:
+            probabilities = _probabilities(logits[rows, m])
+            total = total + share * weighted_ce_dice(probabilities, label[rows])
+    return total
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    # Sums over a million voxels do not fit half precision.
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+
+
+def _enlarged(probabilities: Tensor, label: Label) -> Tensor:
+    size = label.shape[1:]
+    if probabilities.shape[2:] == size:
+        return probabilities
+    return F.interpolate(probabilities, list(size), mode="trilinear", align_corners=True)
