@@ -213,6 +213,15 @@ class Geometry:
         a, b, c = (slice(None, None, -1 if flip else 1) for _, flip in order)
         return moved[..., a, b, c]
 
+    def canonical_box(self, source: Box) -> Box:
+        """A box of the source array, in canonical orientation."""
+        lo, hi = [], []
+        for axis, flip in _axes_of(self.affine):
+            first, last, size = source.lo[axis], source.hi[axis], self.source_shape[axis]
+            lo.append(size - last if flip else first)
+            hi.append(size - first if flip else last)
+        return Box(_triple(lo), _triple(hi))
+
     def to_grid(
         self, canonical: npt.NDArray[Any], order: Literal[0, 1]
     ) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
@@ -302,24 +311,31 @@ def _resample(
     Voxel i of the result has its centre at ``(i + 1/2) * new_spacing / spacing - 1/2`` of the
     input; beyond the outermost centres the border value is repeated.
     """
-    factors = [s / t for s, t in zip(spacing, new_spacing, strict=True)]
+    # In the array's own memory order: transposing a whole volume costs more than resampling it.
+    leading = volume.ndim - 3
+    order_in_memory = np.argsort([-abs(s) for s in volume.strides[leading:]], kind="stable")
+    axes = [int(a) for a in order_in_memory]
+    factors = [spacing[a] / new_spacing[a] for a in axes]
+    shape = [new_shape[a] for a in axes]
+    stack = volume.transpose(*range(leading), *(leading + a for a in axes))
     # torch makes floor(n * factor) voxels: give it enough input that none is lost to rounding.
-    enough = (math.ceil((n + 1) / f) for n, f in zip(new_shape, factors, strict=True))
-    short = [max(0, e - n) for e, n in zip(enough, volume.shape[-3:], strict=True)]
-    stack = volume.reshape(-1, *volume.shape[-3:])
+    enough = (math.ceil((n + 1) / f) for n, f in zip(shape, factors, strict=True))
+    short = [max(0, e - n) for e, n in zip(enough, stack.shape[leading:], strict=True)]
+    kind: type[np.generic] = np.float32 if order == 1 else np.uint8
+    stack = np.ascontiguousarray(stack, dtype=kind).reshape(-1, *stack.shape[leading:])
     if any(short):
         stack = np.pad(stack, [(0, 0), *((0, s) for s in short)], mode="edge")
-    kind: type[np.generic] = np.float32 if order == 1 else np.uint8
-    tensor = torch.from_numpy(np.ascontiguousarray(stack, dtype=kind))[None]
     made = functional.interpolate(
-        tensor,
+        torch.from_numpy(stack)[None],
         scale_factor=factors,
         mode="trilinear" if order == 1 else "nearest-exact",
         align_corners=False if order == 1 else None,
         recompute_scale_factor=False,
     )[0]
-    keep = tuple(slice(0, n) for n in new_shape)
-    return made[(slice(None), *keep)].numpy().reshape(*volume.shape[:-3], *new_shape)
+    a, b, c = (slice(0, n) for n in shape)
+    result = made[:, a, b, c].numpy().reshape(*volume.shape[:leading], *shape)
+    back = np.argsort(axes)
+    return result.transpose(*range(leading), *(leading + int(a) for a in back))
 
 
 def _triple(values: Iterable[int]) -> Triple:

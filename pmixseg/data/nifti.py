@@ -52,7 +52,13 @@ class Scan:
         """Intensities: the stored numbers, or float32 after scaling."""
         if not self.scaled:
             return self.data
-        return self.data.astype(np.float32) * np.float32(self.slope) + np.float32(self.inter)
+        values = self.data.astype(np.float32)
+        values *= np.float32(self.slope)
+        if self.inter != 0.0:
+            values += np.float32(self.inter)
+            # Background that is 0 only up to rounding would count as brain.
+            values[np.abs(values) < 1e-3 * abs(self.slope)] = 0.0
+        return values
 
 
 class ScanReader:

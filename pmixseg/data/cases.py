@@ -1,0 +1,243 @@
+"""Cases, and the patterns that find them in a tree of files."""
+
+from __future__ import annotations
+
+import os
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pmixseg.errors import InputError
+
+ImageFile = Path | tuple[Path, int]
+"""A 3-D file, or one channel of a 4-D file."""
+
+Pattern = str | tuple[str, int]
+"""Where files lie, or where 4-D files lie and which channel to take."""
+
+_MAX_DEPTH = 8
+_GRADES = ("HGG", "LGG")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One patient scan as it lies on disk; it may lack modalities and the label.
+
+    Args:
+        case_id: unique in its cohort.
+        images: modality -> file, or (4-D file, channel); only what exists.
+        label: the label map, or ``None``.
+        codes: label name -> number in the label file.
+        grade: ``HGG``, ``LGG``, or ``None`` where the layout does not tell.
+        patient: groups the time points of one patient.
+        layout: name of the layout it was found by.
+        ignored: numbers in the label file that are no label of the task and become background.
+        problem: a sentence if the case cannot be used as it lies there.
+    """
+
+    case_id: str
+    images: Mapping[str, ImageFile]
+    label: Path | None
+    codes: Mapping[str, int]
+    grade: str | None = None
+    patient: str = ""
+    layout: str = ""
+    ignored: tuple[int, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a cohort keeps its files and how it numbers its labels.
+
+    A pattern is a path with named fields: ``{case}/{case}_flair.nii.gz``. A field matches within
+    one folder or file name, and the same text wherever it is repeated; ``*`` matches any text
+    within one name; ``.nii.gz`` also matches ``.nii``. Three fields mean something: ``case``,
+    ``patient`` (groups time points; default: the case) and ``grade`` (HGG or LGG).
+
+    Args:
+        name: how messages and metadata call it.
+        images: modality -> patterns, the first that matches a file counts; a pattern with a number
+            is a channel of a 4-D file.
+        label: patterns of the label map.
+        codes: label name -> number in the label map.
+        ignored: numbers in the label map that are no label of the task and become background.
+        case: how the case's name is made of fields.
+        fields: field -> regular expression that its text must match.
+        anchored: patterns start at the root; otherwise they may end any path.
+        described: channels, codes and labels stand in the cohort's ``dataset.json``.
+
+    Raises:
+        InputError: a pattern that lacks the fields of the case's name.
+    """
+
+    name: str
+    images: Mapping[str, tuple[Pattern, ...]]
+    label: tuple[str, ...]
+    codes: Mapping[str, int]
+    ignored: tuple[int, ...] = ()
+    case: str = "{case}"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    anchored: bool = True
+    described: bool = False
+
+    def __post_init__(self) -> None:
+        needed = set(_field_names(self.case))
+        patterns = [p for several in self.images.values() for p in several] + [*self.label]
+        for pattern in patterns:
+            text = pattern if isinstance(pattern, str) else pattern[0]
+            if not needed or not needed <= set(_field_names(text)):
+                raise InputError(
+                    f"layout '{self.name}': pattern '{text}' lacks a field of the case's name "
+                    f"'{self.case}'; write the fields in every pattern."
+                )
+
+    def expressions(self) -> list[tuple[str, int, int | None, re.Pattern[str]]]:
+        """Compiled patterns: (role, rank among the role's patterns, channel, expression)."""
+        roles: dict[str, Sequence[Pattern]] = {**self.images, "label": self.label}
+        return [
+            (role, rank, None if isinstance(p, str) else p[1], self._compile(p))
+            for role, several in roles.items()
+            for rank, p in enumerate(several)
+        ]
+
+    def _compile(self, pattern: Pattern) -> re.Pattern[str]:
+        text = pattern if isinstance(pattern, str) else pattern[0]
+        stem = re.sub(r"\.nii(\.gz)?$", "", text)
+        ending = r"\.nii(?:\.gz)?" if stem != text else ""
+        parts, seen = [], set[str]()
+        for literal, name, _, _ in string.Formatter().parse(stem):
+            parts.append("[^/]*".join(re.escape(piece) for piece in literal.split("*")))
+            if name:
+                body = self.fields.get(name, "|".join(_GRADES) if name == "grade" else "[^/]+")
+                parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{body})")
+                seen.add(name)
+        start = "" if self.anchored else r"(?:.*/)?"
+        return re.compile(f"{start}{''.join(parts)}{ending}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a layout makes of a tree: its cases, and the NIfTI files that belong to none."""
+
+    cases: list[Case]
+    stray: list[Path]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The NIfTI files under a root, and the folders that could not be read.
+
+    Args:
+        root: where it was looked.
+        files: all ``.nii`` and ``.nii.gz`` files, sorted.
+        unreadable: folder -> reason.
+    """
+
+    root: Path
+    files: list[Path]
+    unreadable: Mapping[Path, str]
+
+    @classmethod
+    def of(cls, root: Path | str) -> Tree:
+        """Walk a folder, through links, without hidden files.
+
+        Raises:
+            InputError: the root is missing, no folder, or unreadable.
+        """
+        root = Path(root)
+        if not root.is_dir():
+            what = "is not a folder" if root.exists() else "does not exist"
+            raise InputError(f"{root} {what}; name the folder that holds the cases.")
+        unreadable: dict[Path, str] = {}
+
+        def remember(error: OSError) -> None:
+            unreadable[Path(error.filename)] = error.strerror or str(error)
+
+        files: list[Path] = []
+        for folder, inner, names in os.walk(root, onerror=remember, followlinks=True):
+            here = Path(folder)
+            deep = len(here.relative_to(root).parts) >= _MAX_DEPTH
+            inner[:] = [] if deep else sorted(n for n in inner if not n.startswith("."))
+            # Archives made on a Mac hold a hidden "._" twin of every file.
+            files += [here / n for n in names if n.endswith((".nii", ".nii.gz")) and n[0] != "."]
+        if root in unreadable:
+            raise InputError(
+                f"{root} cannot be read ({unreadable[root]}); check the folder's permissions."
+            )
+        return cls(root, sorted(files), unreadable)
+
+
+def match(tree: Tree, layout: Layout) -> Found:
+    """Sort the files of a tree into cases by a layout's patterns."""
+    expressions = layout.expressions()
+    slots: dict[str, dict[str, tuple[int, ImageFile]]] = {}
+    facts: dict[str, dict[str, str]] = {}
+    problems: dict[str, str] = {}
+    stray = []
+    for path, text in _texts(tree, layout):
+        hits = [(r, k, c, m) for r, k, c, e in expressions if (m := e.fullmatch(text))]
+        if not hits:
+            stray.append(path)
+        for role, rank, channel, hit in hits:
+            groups = {k: v for k, v in hit.groupdict().items() if v is not None}
+            case_id = layout.case.format(**groups)
+            chosen = slots.setdefault(case_id, {})
+            source: ImageFile = path if channel is None else (path, channel)
+            before = chosen.get(role)
+            if before is None or rank < before[0]:
+                chosen[role] = (rank, source)
+            elif before[0] == rank and before[1] != source:
+                problems[case_id] = (
+                    f"case '{case_id}': {_path_of(before[1])} and {path} are both its {role}; "
+                    "remove or rename one."
+                )
+            for name, value in groups.items():
+                facts.setdefault(case_id, {}).setdefault(name, value)
+    cases = []
+    for case_id, chosen in sorted(slots.items()):
+        images = {r: chosen[r][1] for r in layout.images if r in chosen}
+        if not images:
+            problems.setdefault(
+                case_id, f"case '{case_id}' has a label but no image; add an image or remove it."
+            )
+        known = facts[case_id]
+        cases.append(
+            Case(
+                case_id=case_id,
+                images=images,
+                label=_path_of(chosen["label"][1]) if "label" in chosen else None,
+                codes=layout.codes,
+                grade=known.get("grade"),
+                patient=known.get("patient", case_id),
+                layout=layout.name,
+                ignored=layout.ignored,
+                problem=problems.get(case_id),
+            )
+        )
+    for folder, reason in tree.unreadable.items():
+        sentence = f"case '{folder.name}': {folder} cannot be read ({reason}); check permissions."
+        cases.append(Case(folder.name, {}, None, layout.codes, problem=sentence))
+    return Found(cases, stray)
+
+
+def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
+    """Files with the text that patterns are held against.
+
+    A floating pattern may reach above the root, so that the folder of one case, or of one grade,
+    can be a root as well.
+    """
+    above = tree.root.resolve()
+    for path in tree.files:
+        inside = path.relative_to(tree.root)
+        yield path, (inside if layout.anchored else above / inside).as_posix()
+
+
+def _path_of(source: ImageFile) -> Path:
+    return source[0] if isinstance(source, tuple) else source
+
+
+def _field_names(text: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(text) if name]
