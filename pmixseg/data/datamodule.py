@@ -1,0 +1,346 @@
+"""Patches for training and cases for evaluation, from one store and one split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pmixseg.data.augment import Augmentation
+from pmixseg.data.keys import make_key
+from pmixseg.data.layouts import find_cases
+from pmixseg.data.masks import CaseMasks, Flags, MaskFile
+from pmixseg.data.patches import (
+    CaseDataset,
+    CaseItem,
+    PatchDataset,
+    PatchTransform,
+    Size,
+    collate_case,
+    collate_patches,
+)
+from pmixseg.data.sampling import CaseSampler, EpochSampler
+from pmixseg.data.splits import Fractions, Split, SplitPlan
+from pmixseg.data.store import Store, prepare
+from pmixseg.describe import build
+from pmixseg.errors import InputError
+from pmixseg.task import BRATS, Task
+from pmixseg.types import Batch
+
+Part = Literal["train", "val", "test"]
+
+
+class BraTSDataModule(LightningDataModule):
+    """A prepared cohort, split; training batches are augmented on the device.
+
+    Nothing here is particular to BraTS but the default task. Batches hold what
+    :class:`~pmixseg.types.Batch` names, without ``present``: which modalities the network sees is
+    the module's draw. Validation, test and prediction yield one
+    :class:`~pmixseg.data.patches.CaseItem` at a time.
+
+    Args:
+        store: prepared cohort (``pmixseg prepare``). With ``root``: where to prepare it, by
+            default beside ``root``.
+        root: the cohort as it lies; it is prepared, or the store brought up to date, before use.
+        task: modalities, labels and regions; the store must have been made for it.
+        spacing: voxel size in mm to prepare at; ``None`` keeps each case's own.
+        layout: preset or YAML file if the layout of ``root`` is not to be recognised.
+        prepare_workers: processes that prepare.
+        split: rule that splits the cohort, or its ``{class_path, init_args}``; default
+            :class:`~pmixseg.data.splits.Fractions` (70 / 10 / 20 %).
+        patch_size: voxels, one number or three.
+        patches_per_case: patches of each case per epoch.
+        foreground: share of patches centred on the tumour.
+        batch_size: patches per step and process.
+        num_workers: processes that read patches; evaluation reads in the main process.
+        augmentation: ``True`` for :class:`~pmixseg.data.augment.Augmentation` with its defaults,
+            ``False`` or ``None`` for none, an object or its ``{class_path, init_args}``. A
+            :class:`~pmixseg.data.patches.PatchTransform` runs in the workers, on the CPU.
+        mask_file: per-case masks, see :class:`~pmixseg.data.masks.MaskFile`.
+        masks: another rule for what may be used of each case.
+        seed: of patches, augmentation and missingness. The split has its own.
+        val_cases: validate on at most this many cases, always the same.
+        predict_part: which part ``predict`` goes through, or the whole cohort.
+
+    Raises:
+        InputError: neither ``store`` nor ``root``, both ``mask_file`` and ``masks``, or a number
+            out of range.
+    """
+
+    def __init__(
+        self,
+        store: str | Path | None = None,
+        root: str | Path | None = None,
+        task: Task = BRATS,
+        spacing: tuple[float, float, float] | None = None,
+        layout: str | Path | None = None,
+        prepare_workers: int = 0,
+        split: SplitPlan | None = None,
+        patch_size: int | tuple[int, int, int] = (80, 80, 80),
+        patches_per_case: int = 1,
+        foreground: float = 0.33,
+        batch_size: int = 2,
+        num_workers: int = 0,
+        augmentation: Augmentation | PatchTransform | bool | None = True,
+        mask_file: str | Path | None = None,
+        masks: CaseMasks | None = None,
+        seed: int = 0,
+        val_cases: int | None = None,
+        predict_part: Literal["train", "val", "test", "all"] = "test",
+    ) -> None:
+        super().__init__()
+        if store is None and root is None:
+            raise InputError("no data: name a prepared store (data.store) or a cohort (data.root).")
+        if mask_file is not None and masks is not None:
+            raise InputError("both mask_file and masks are given; name one of them.")
+        if min(patches_per_case, batch_size) < 1 or num_workers < 0 or not 0 <= foreground <= 1:
+            raise InputError(
+                f"patches_per_case {patches_per_case} and batch_size {batch_size} must be 1 or "
+                f"more, num_workers {num_workers} 0 or more, foreground {foreground} within "
+                "[0, 1]; correct them."
+            )
+        self.root = None if root is None else Path(root)
+        self.task, self.layout, self.prepare_workers = task, layout, prepare_workers
+        self._wanted_spacing = None if spacing is None else _spacing(spacing)
+        self.store_path = self._beside_root() if store is None else Path(store)
+        self.split_plan: SplitPlan = build(split) or Fractions()
+        self.patch_size = _size(patch_size)
+        self.patches_per_case, self.foreground = patches_per_case, foreground
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.augmentation: Augmentation | PatchTransform | None = (
+            Augmentation() if augmentation is True else build(augmentation) or None
+        )
+        self.masks: CaseMasks | None = MaskFile(mask_file) if mask_file else build(masks)
+        self.seed, self.val_cases, self.predict_part = seed, val_cases, predict_part
+        self._store: Store | None = None
+        self._parts: Split | None = None
+        self._allowed: dict[str, Flags] = {}
+        self._voxel = (1.0, 1.0, 1.0)
+        self._keys: Tensor | None = None
+
+    # ---------------------------------------------------------------- what others ask
+
+    @property
+    def store(self) -> Store:
+        """The opened store.
+
+        Raises:
+            InputError: it is missing, or was made for another task or spacing.
+        """
+        if self._store is None:
+            opened = Store.open(self.store_path)
+            self._check(opened)
+            self._store = opened
+        return self._store
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Voxel size of the store in mm; ``None`` where every case keeps its own."""
+        return self.store.spacing
+
+    @property
+    def normalisation(self) -> str:
+        """How the store's intensities were normalised."""
+        return self.store.normalisation
+
+    @property
+    def parts(self) -> Split:
+        """The cases of each part.
+
+        Raises:
+            InputError: the split does not fit the cohort.
+        """
+        if self._parts is None:
+            self._parts = self.split_plan.split([self.store.read(c) for c in self.store.cases])
+        return self._parts
+
+    @property
+    def split_name(self) -> str:
+        """Name of the published split that this is, or else its hash."""
+        return self.parts.name
+
+    # ---------------------------------------------------------------- Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Bring the store up to date with ``root``; one process per machine does this.
+
+        Raises:
+            InputError: no case is found, or some cannot be prepared.
+        """
+        if self.root is None:
+            return
+        found = find_cases(self.root, self.task, self.layout)
+        report = prepare(
+            found,
+            self.store_path,
+            self.task,
+            spacing=self._wanted_spacing,
+            workers=self.prepare_workers,
+        )
+        rank_zero_info(report.summary())
+        if report.failed:
+            raise InputError(
+                f"{len(report.failed)} cases of {self.root} cannot be used: "
+                f"{' '.join(report.failed.values())} To go on without them, name the store "
+                f"{self.store_path} and no root."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Open the store, split it, apply the masks.
+
+        Raises:
+            InputError: the store, the split or the masks do not fit, or a case to train or
+                validate on has no label.
+        """
+        cases = {name: self.store.read(name) for name in self.store.cases}
+        parts = self.parts
+        known = f"published split {parts.published}, " if parts.published else ""
+        rank_zero_info(
+            f"Split: {known}{len(parts.train)} train, {len(parts.val)} val, "
+            f"{len(parts.test)} test, hash {parts.hash}"
+        )
+        if self.masks is not None:
+            self._allowed = self.masks.allowed(list(cases.values()), self.task.modalities)
+        if stage in ("fit", "validate"):
+            used = (*(parts.train if stage == "fit" else ()), *self._validated())
+            unlabelled = sorted(name for name in used if cases[name].label is None)
+            if unlabelled:
+                raise InputError(
+                    f"{len(unlabelled)} cases to train or validate on have no label: "
+                    f"{', '.join(unlabelled)}; take them out of the split or give them one."
+                )
+        if stage == "fit" and parts.train:
+            voxels = [cases[name].geometry.grid_spacing for name in parts.train]
+            self._voxel = _spacing(np.median(voxels, axis=0).tolist())
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of patches, in an order that (seed, epoch) fix.
+
+        Raises:
+            InputError: the split has no training case.
+        """
+        if not self.parts.train:
+            raise InputError("the split has no training case; use another split to fit.")
+        on_cpu = self.augmentation if isinstance(self.augmentation, PatchTransform) else None
+        dataset = PatchDataset(
+            self.store,
+            self.parts.train,
+            self.patch_size,
+            self.seed,
+            self.foreground,
+            self._allowed,
+            on_cpu,
+        )
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(
+                len(dataset.cases), self.patches_per_case, self.batch_size, self.seed
+            ),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate_patches,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The validation cases; nothing where the split has none."""
+        cases = self._validated()
+        return self._whole(cases) if cases else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test cases.
+
+        Raises:
+            InputError: the split has none.
+        """
+        return self._whole(self.parts.test, "test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The cases of ``predict_part``.
+
+        Raises:
+            InputError: there are none.
+        """
+        part = self.predict_part
+        cases = self.store.cases if part == "all" else getattr(self.parts, part)
+        return self._whole(cases, part)
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move tensors; the stored case of an item stays what it is."""
+        moved = {k: v for k, v in batch.items() if k != "stored"}
+        # Kept back for the augmentation: reading keys off a GPU would wait for it.
+        self._keys = batch["key"]
+        moved = super().transfer_batch_to_device(moved, device, dataloader_idx)
+        return {**moved, **{k: v for k, v in batch.items() if k == "stored"}}
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment training batches, and only those."""
+        training = self.trainer is not None and self.trainer.training
+        if not training or not isinstance(self.augmentation, Augmentation):
+            return batch
+        return self.augmentation(cast(Batch, batch), self._keys, self._voxel)
+
+    # ---------------------------------------------------------------- inside
+
+    def _whole(self, cases: Sequence[str], part: str = "val") -> DataLoader[CaseItem]:
+        if not cases:
+            raise InputError(f"the split has no case in '{part}'; use another split or part.")
+        return DataLoader(
+            CaseDataset(self.store, cases, self.seed, self._allowed),
+            sampler=CaseSampler(len(cases)),
+            collate_fn=collate_case,
+        )
+
+    def _validated(self) -> tuple[str, ...]:
+        cases = self.parts.val
+        if self.val_cases is None or self.val_cases >= len(cases):
+            return cases
+        # Chosen by name, so that the choice does not favour whoever comes first in the list.
+        order = sorted(cases, key=lambda name: make_key(0, None, int.from_bytes(name.encode())))
+        chosen = set(order[: self.val_cases])
+        return tuple(name for name in cases if name in chosen)
+
+    def _check(self, store: Store) -> None:
+        theirs, ours = store.task, self.task
+        if (theirs.modalities, theirs.labels) != (ours.modalities, ours.labels):
+            raise InputError(
+                f"store {self.store_path} holds {list(theirs.modalities)} with the labels "
+                f"{list(theirs.labels)}, but the task '{ours.name}' has {list(ours.modalities)} "
+                f"with {list(ours.labels)}; prepare it for this task or set data.task."
+            )
+        if self._wanted_spacing is not None and store.spacing != self._wanted_spacing:
+            raise InputError(
+                f"store {self.store_path} was prepared at spacing {store.spacing} mm, not "
+                f"{self._wanted_spacing}; prepare it again or correct data.spacing."
+            )
+
+    def _beside_root(self) -> Path:
+        assert self.root is not None
+        grid = (
+            ""
+            if self._wanted_spacing is None
+            else "-" + "x".join(f"{s:g}" for s in self._wanted_spacing)
+        )
+        return self.root.resolve().parent / f"{self.root.resolve().name}-store{grid}"
+
+
+def _size(size: int | Sequence[int]) -> Size:
+    d, h, w = (size,) * 3 if isinstance(size, int) else size
+    if min(d, h, w) < 1:
+        raise InputError(f"patch_size {size} must be one or three numbers of voxels above 0.")
+    return d, h, w
+
+
+def _spacing(values: Sequence[float]) -> tuple[float, float, float]:
+    d, h, w = (float(v) for v in values)
+    return d, h, w

@@ -1,0 +1,103 @@
+"""Which sample comes when, on which rank, in which epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import distributed
+from torch.utils.data import DistributedSampler
+
+from pmixseg.data.keys import generator, make_key
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without torch.distributed."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+class EpochSampler(DistributedSampler[tuple[int, int]]):
+    """Yields (epoch, index): a shuffled pass over a cohort, the same however many ranks share it.
+
+    An epoch has ``cases · patches_per_case`` samples, index i belonging to case i mod cases,
+    rounded up to whole batches on all ranks together. What is added are further patches, of
+    cases chosen at random: no index comes twice, none is left out, and all ranks take equally many
+    steps. The joined batch of W ranks with batch size B is that of one process with batch size
+    W·B.
+
+    Lightning calls :meth:`set_epoch`; it does not replace a subclass of ``DistributedSampler`` by
+    its own. The epoch travels with the index because a worker that outlives the epoch has its own
+    copy of everything else.
+
+    Args:
+        cases: number of cases, at least 1.
+        patches_per_case: patches of each case per epoch.
+        batch_size: samples per batch of one rank.
+        seed: which order.
+        rank: of this process, by default what torch.distributed says.
+        world: number of processes, likewise.
+    """
+
+    def __init__(
+        self,
+        cases: int,
+        patches_per_case: int,
+        batch_size: int,
+        seed: int,
+        rank: int | None = None,
+        world: int | None = None,
+    ) -> None:
+        here = rank_and_world()
+        self.rank = here[0] if rank is None else rank
+        self.num_replicas = here[1] if world is None else world
+        self.cases, self.batch_size, self.seed = cases, batch_size, seed
+        self.epoch = 0
+        step = batch_size * self.num_replicas
+        self.total_size = -(-cases * patches_per_case // step) * step
+
+    def __len__(self) -> int:
+        return self.total_size // self.num_replicas
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        draw = generator(make_key(self.seed, self.epoch, 0), "order")
+        whole = self.total_size // self.cases * self.cases
+        some = torch.randperm(self.cases, generator=draw)[: self.total_size - whole]
+        indices = torch.cat([torch.arange(whole), whole + some])
+        order = indices[torch.randperm(len(indices), generator=draw)]
+        mine = order.view(-1, self.num_replicas, self.batch_size)[:, self.rank].flatten()
+        return iter([(self.epoch, index) for index in mine.tolist()])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the given epoch with the next iteration."""
+        self.epoch = epoch
+
+
+class CaseSampler(DistributedSampler[int]):
+    """Deals cases to ranks in turn, every case once; only a rank left with nothing repeats one.
+
+    (A rank without a batch would skip the loop that the others wait in.) Results are keyed by case
+    id, so the repetition changes no number.
+
+    Args:
+        cases: number of cases.
+        rank: of this process, by default what torch.distributed says.
+        world: number of processes, likewise.
+    """
+
+    def __init__(self, cases: int, rank: int | None = None, world: int | None = None) -> None:
+        here = rank_and_world()
+        self.rank = here[0] if rank is None else rank
+        self.num_replicas = here[1] if world is None else world
+        dealt = range(cases)[self.rank :: self.num_replicas]
+        self.indices = list(dealt) or [self.rank % cases] if cases else []
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: the order of evaluation never changes."""
