@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.progress import track
@@ -78,25 +79,34 @@ class Inspection:
         return [problem for case in self.cases for problem in case.problems]
 
     def table(self) -> Table:
-        """One row per case."""
-        table = Table(title=f"{self.root} · layout {self.layout} · {len(self.cases)} cases")
-        for name in ("case", *map(self.task.show, self.task.modalities)):
-            table.add_column(escape(name), no_wrap=True)
-        for name in ("shape", "spacing (mm)", "axes"):
+        """One row per case: lacking modalities, voxels per label, number of problems."""
+        table = Table(
+            title=f"{self.root} · layout {self.layout} · {len(self.cases)} cases",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        table.add_column("case", overflow="fold")
+        table.add_column("lacks", overflow="fold")
+        for name in ("shape", "mm", "axes"):
             table.add_column(name, no_wrap=True)
         for name in self.task.labels:
-            table.add_column(f"{escape(name)} voxels", justify="right", no_wrap=True)
-        table.add_column("problems", justify="right")
+            table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column("!", justify="right")
         for case in self.cases:
-            marks = ["yes" if m in case.modalities else "-" for m in self.task.modalities]
+            lacking = [self.task.show(m) for m in self.task.modalities if m not in case.modalities]
             shape = "×".join(map(str, case.shape)) if case.shape else "?"
             spacing = "×".join(f"{s:.3g}" for s in case.spacing) if case.spacing else "?"
             unknown = "?" if case.labelled else "no label"
-            counts = [
-                unknown if case.voxels is None else f"{case.voxels[n]:,}" for n in self.task.labels
+            row = [
+                case.case_id,
+                ", ".join(lacking),
+                shape,
+                spacing,
+                case.orientation or "?",
+                *(f"{case.voxels[n]:,}" if case.voxels else unknown for n in self.task.labels),
+                str(len(case.problems) or ""),
             ]
-            number = str(len(case.problems)) if case.problems else ""
-            row = (case.case_id, *marks, shape, spacing, case.orientation or "?", *counts, number)
             table.add_row(*map(escape, row), style="red" if case.problems else None)
         return table
 
