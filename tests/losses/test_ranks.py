@@ -1,0 +1,115 @@
+"""Two processes compute the losses and gradients of one process on the joined batch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pmixseg.losses.alignment import DISTANCES, Alignment
+from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
+from pmixseg.losses.distillation import (
+    ContrastiveMatch,
+    GramMatch,
+    LatentMatch,
+    LogitKL,
+    PrototypeMatch,
+    VariationalMatch,
+)
+from pmixseg.losses.ranks import gather_constants, sum_over_ranks
+from pmixseg.types import Latents, SegOutput
+
+NAMES = ("flair", "t1ce", "t1", "t2")
+TERMS = (LogitKL, LatentMatch, GramMatch, VariationalMatch, ContrastiveMatch, PrototypeMatch)
+
+
+class AllLosses(nn.Module):
+    """A linear encoder per modality under every distance and every distillation term."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoders = nn.Parameter(torch.randn(4, 3, 3))
+        self.head = nn.Parameter(torch.randn(3, 3))
+        self.alignments = nn.ModuleDict(
+            {name: Alignment(name, [3], NAMES, [0], "linear") for name in DISTANCES}
+        )
+        self.terms = nn.ModuleList([make() for make in TERMS])
+        network = SimpleNamespace(
+            modalities=NAMES, slots=NAMES, channels=(3,), strides=(1,), num_classes=3
+        )
+        for term in self.terms:
+            term.bind(network, network)
+        self.double()
+        for p in self.parameters():
+            nn.init.normal_(p, 0.3, 0.3)
+
+    def forward(self, batch):
+        features = torch.einsum("moc,bmcdhw->bmodhw", self.encoders, batch["features"])
+        acquired = batch["acquired"]
+        latents = Latents([features], NAMES, [acquired])
+        values = []
+        for name, alignment in self.alignments.items():
+            anchor = NormalAnchor() if name == "vid" else MixtureAnchor("uniform")
+            anchor.bind(NAMES, 1)
+            values.append(alignment(latents, anchor, batch["present"], acquired))
+        logits = torch.einsum("oc,bcdhw->bodhw", self.head, latents.masked(0).sum(1))
+        taught = Latents([batch["features"]], NAMES, [acquired])
+        student, teacher = SegOutput(logits, latents), SegOutput(batch["features"].sum(1), taught)
+        values += [term(student, teacher, batch) for term in self.terms]
+        return torch.stack(values)
+
+
+def make_batch():
+    """Four samples; the first two lack t1 altogether, the last two lack t2."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [[1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 1, 0], [0, 1, 1, 0]]
+    shown = [[1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 0], [0, 1, 0, 0]]
+    return {
+        "features": torch.randn(4, 4, 3, 2, 2, 3, generator=generator, dtype=torch.float64),
+        "acquired": torch.tensor(rows, dtype=torch.bool),
+        "present": torch.tensor(shown, dtype=torch.bool),
+        "label": torch.randint(0, 3, (4, 2, 2, 3), generator=generator),
+        "case_id": ["a", "b", "a", "c"],
+    }
+
+
+def part(batch, rank):
+    rows = slice(2 * rank, 2 * rank + 2)
+    return {key: value[rows] for key, value in batch.items()}
+
+
+def run(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = AllLosses()
+    wrapped = DistributedDataParallel(model)
+    values = wrapped(part(make_batch(), rank))
+    values.sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    torch.save({"values": values.detach(), "gradients": gradients}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.ddp
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(run, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    model = AllLosses()
+    values = model(make_batch())
+    values.sum().backward()
+    mean = (ranks[0]["values"] + ranks[1]["values"]) / 2
+    for name, got, want in zip([*DISTANCES, *TERMS], mean, values, strict=True):
+        assert torch.allclose(got, want, rtol=1e-10), name
+    for name, p in model.named_parameters():
+        for rank in ranks:
+            assert torch.allclose(rank["gradients"][name], p.grad, rtol=1e-8, atol=1e-12), name
+
+
+def test_one_process_passes_values_through():
+    value = torch.randn(3, requires_grad=True)
+    assert sum_over_ranks(value) is value
+    assert torch.equal(gather_constants(value), value) and not gather_constants(value).requires_grad
