@@ -5,9 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pmixseg.data.layouts import find_cases
-from pmixseg.data.phantom import PhantomSettings, write_cohort
-from pmixseg.data.prepare import prepare
 from pmixseg.task import BRATS
 
 SPACING = 5.0
@@ -22,6 +19,8 @@ def one_thread():
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory) -> Path:
     """Eight synthetic cases at 5 mm."""
+    from pmixseg.data.phantom import PhantomSettings, write_cohort
+
     root = tmp_path_factory.mktemp("phantom")
     write_cohort(root, 8, seed=3, settings=PhantomSettings(spacing=SPACING))
     return root
@@ -30,6 +29,9 @@ def phantom_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def phantom_store(phantom_root, tmp_path_factory) -> Path:
     """Their store."""
+    from pmixseg.data.layouts import find_cases
+    from pmixseg.data.prepare import prepare
+
     out = tmp_path_factory.mktemp("store")
     report = prepare(find_cases(phantom_root, BRATS), out, BRATS, progress=False)
     assert not report.failed

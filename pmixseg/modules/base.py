@@ -145,7 +145,7 @@ class SegmentationModule(SegmentationNetwork):
         for level in range(1 if self.anchor.shared else len(self.backbone.channels)):
             weights = self.anchor.weights(everything, level, detach=True)[0]
             for name, weight in zip(self.backbone.slots, weights, strict=True):
-                self.log(f"anchor/level{level}/{name}", weight)
+                self.log(f"anchor/level{level}/{name}", weight, sync_dist=True)
 
     # ---------------------------------------------------------------- terms
 
