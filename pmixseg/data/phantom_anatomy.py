@@ -188,11 +188,12 @@ class Deformation:
         rng = stream(seed, index, "affine")
         pitch, yaw, roll = rng.normal(0, np.deg2rad(3), 3)
         turn = _rotation(0, pitch) @ _rotation(2, yaw) @ _rotation(1, roll)
-        stretch = np.eye(3) + rng.normal(0, 0.015, (3, 3))
-        scale = np.diag(1 / (MEAN_SIZE * rng.normal(1, 0.03) * rng.normal(1, 0.02, 3)))
+        stretch = np.eye(3) + rng.normal(0, 0.01, (3, 3))
+        scale = np.diag(1 / (MEAN_SIZE * rng.normal(1, 0.02) * rng.normal(1, 0.015, 3)))
         matrix = turn @ stretch @ scale @ np.diag([-1.0, -1.0, 1.0])
         self._from_lps: Field = matrix.astype(np.float32)
         self._shift: NDArray[np.float64] = rng.normal(0, 2.0, 3)
+        self._atrophy = float(rng.lognormal(0, 0.25))
 
     def template_positions(self, grid: Grid) -> Field:
         """MNI152 coordinates (RAS mm) of the tissue at each voxel, ``[3, X, Y, Z]``."""
@@ -225,11 +226,27 @@ class Deformation:
         if moved is not None:
             position -= np.tensordot(self._from_lps, moved, axes=1)
         wm, gm = _sample(wm_map, size, position), _sample(gm_map, size, position)
-        csf = np.clip(1 - wm - gm, 0, None)
+        sulci = self._sulci(grid, position) * gm
+        csf = self._atrophy * np.clip(1 - wm - gm, 0, None) + sulci
         # The maps are averages of 152 people; a single brain has sharper borders.
-        shares = np.stack([wm, gm, csf]) ** 2
+        shares = np.stack([wm, gm - sulci, csf]) ** 2
         shares *= brain / np.maximum(shares.sum(axis=0), 1e-6)
         return Tissues(shares[0], shares[1], shares[2], brain)
+
+    def _sulci(self, grid: Grid, position: Field) -> Field:
+        """Winding sheets of CSF, 0 to 1, in the outer brain, where the average map has none.
+
+        The sheets are where a smooth field is near 0. On voxels larger than a sheet is thick they
+        are as much paler as they are wider.
+        """
+        sheet = smooth_noise(stream(*self._key, "sulci"), grid, 24.0)
+        thin, wide = 0.16, np.hypot(0.16, 0.08 * grid.spacing)
+        sheet = np.exp(-0.5 * (sheet / wide) ** 2) * (thin / wide)
+        radius = sum(
+            ((position[axis] - MNI_CENTRE[axis]) / extent) ** 2
+            for axis, extent in enumerate((72.0, 90.0, 77.0))
+        )
+        return np.asarray(sheet * np.clip((radius - 0.35) / 0.2, 0, 1), dtype=np.float32)
 
 
 def _rotation(axis: int, angle: float) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ class Contrast:
         oedema: added in oedema.
         core: added to white matter's signal inside the core.
         fluid: added where the core is liquid; liquid and enhancing parts are independent.
-        enhancement: added where the core enhances, and half of it in vessels.
+        enhancement: added where the core enhances, and in vessels.
         lesion: added in white-matter lesions of age, which are no tumour.
         blur: how far (mm, standard deviation) the border seen here strays from the labelled one.
     """
@@ -44,14 +44,14 @@ class Contrast:
 
 
 CONTRASTS: Mapping[str, Contrast] = {
-    "flair": Contrast(0.95, 1.05, 0.25, oedema=0.60, core=0.50, fluid=-0.30, lesion=0.5, blur=1.5),
+    "flair": Contrast(0.95, 1.05, 0.25, oedema=0.60, core=0.62, fluid=-0.25, lesion=0.5, blur=1.0),
     "t1ce": Contrast(
-        1.0, 0.76, 0.32, oedema=-0.14, core=-0.22, fluid=-0.10, enhancement=0.9, blur=2.0
+        1.0, 0.84, 0.36, oedema=-0.16, core=-0.28, fluid=-0.08, enhancement=0.9, blur=1.8
     ),
-    "t1": Contrast(1.0, 0.72, 0.30, oedema=-0.14, core=-0.22, fluid=-0.10, blur=2.5),
-    "t2": Contrast(0.85, 1.10, 2.10, oedema=0.50, core=0.65, fluid=0.50, lesion=0.3, blur=2.0),
-    "pd": Contrast(0.90, 1.10, 1.10, oedema=0.25, core=0.22, fluid=0.1, lesion=0.2, blur=2.5),
-    "adc": Contrast(0.80, 0.90, 2.60, oedema=0.55, core=0.45, fluid=0.7, lesion=0.2, blur=3.0),
+    "t1": Contrast(1.0, 0.76, 0.30, oedema=-0.20, core=-0.32, fluid=-0.08, blur=2.0),
+    "t2": Contrast(0.85, 1.10, 2.10, oedema=0.50, core=0.68, fluid=0.35, lesion=0.25, blur=1.4),
+    "pd": Contrast(0.90, 1.10, 1.10, oedema=0.25, core=0.32, fluid=0.1, lesion=0.2, blur=1.8),
+    "adc": Contrast(0.80, 0.90, 2.60, oedema=0.55, core=0.45, fluid=0.5, lesion=0.2, blur=2.5),
 }
 """The four sequences of BraTS, and proton density and a diffusion map for tasks with more."""
 
@@ -70,7 +70,8 @@ class Scanner:
     """Imperfections that every scan has, and how modalities relate.
 
     Args:
-        noise: standard deviation of the complex noise behind the Rician one, times white matter.
+        noise: standard deviation at 1 mm of the complex noise behind the Rician one, in units of
+            white matter; it falls with the root of the voxel size.
         bias: standard deviation of the logarithm of the bias field.
         texture: standard deviation of the tumour's signal around its mean, relative.
         private_signal: share of a tumour's signal that only one modality shows, another one in
@@ -81,10 +82,10 @@ class Scanner:
         thick_slices: probability that a scan has slices of 3-6 mm.
     """
 
-    noise: float = 0.06
+    noise: float = 0.05
     bias: float = 0.10
-    texture: float = 0.35
-    private_signal: float = 0.25
+    texture: float = 0.3
+    private_signal: float = 0.2
     dependence: float = 0.4
     disagreement: float = 1.0
     thick_slices: float = 0.3
@@ -114,14 +115,15 @@ class Shared:
         self.key, self.grid = (seed, index), grid
         self.tissues, self.pathology = tissues, pathology
         rng = stream(seed, index, "shared")
-        self.texture = smooth_noise(rng, grid, 14.0)
+        self.texture = _texture(rng, grid)
         self.border = smooth_noise(rng, grid, 20.0)
         fluid = smooth_noise(rng, grid, 24.0) + rng.normal(0, 0.7)
         self.fluid = _inside(fluid, 0.3)
         lesions = smooth_noise(rng, grid, 12.0)
         self.lesions = _inside(lesions - rng.uniform(2.2, 3.5), 0.15) * tissues.wm
-        tubes = smooth_noise(rng, grid, 16.0) ** 2 + smooth_noise(rng, grid, 16.0) ** 2
-        self.vessels = np.exp(-tubes / 0.02) * (tissues.gm + tissues.csf)
+        tubes = smooth_noise(rng, grid, 18.0) ** 2 + smooth_noise(rng, grid, 18.0) ** 2
+        wide = 0.2**2 + (0.08 * grid.spacing) ** 2
+        self.vessels = np.exp(-tubes / wide) * (0.2**2 / wide) * (tissues.gm + tissues.csf)
         claims = [smooth_noise(stream(seed, index, f"owner {m}"), grid, 26.0) for m in modalities]
         owner = np.argmax(np.stack(claims), axis=0) if claims else np.zeros(grid.shape, dtype=int)
         self.owned = {
@@ -145,7 +147,7 @@ def scan(shared: Shared, modality: str, contrast: Contrast, scanner: Scanner) ->
     grid, tissues, pathology = shared.grid, shared.tissues, shared.pathology
     rng = stream(*shared.key, f"scan {modality}")
     own, common = np.sqrt(1 - scanner.dependence), np.sqrt(scanner.dependence)
-    texture = own * smooth_noise(rng, grid, 14.0) + common * shared.texture
+    texture = own * _texture(rng, grid) + common * shared.texture
     border = own * smooth_noise(rng, grid, 20.0) + common * shared.border
     stray = scanner.disagreement * contrast.blur * border
     # Half a voxel of partial volume on either side of a border.
@@ -162,7 +164,7 @@ def scan(shared: Shared, modality: str, contrast: Contrast, scanner: Scanner) ->
     seen = seen * np.clip(1 + scanner.texture * texture, 0.1, None)
     signal = wm * tissues.wm + gm * tissues.gm + csf * tissues.csf
     signal += contrast.lesion * shared.lesions
-    signal += 0.5 * contrast.enhancement * shared.vessels
+    signal += contrast.enhancement * shared.vessels
     signal += oedema * (1 - tissues.csf) * contrast.oedema * strength[0] * seen
     inner = (contrast.core + contrast.fluid * shared.fluid) * strength[1] * seen
     inner = wm + inner + contrast.enhancement * strength[2] * enhancing * seen
@@ -173,12 +175,17 @@ def scan(shared: Shared, modality: str, contrast: Contrast, scanner: Scanner) ->
     thickness = rng.uniform(3.0, 6.0) if rng.random() < scanner.thick_slices else 0.0
     acquire, show = _slices(grid, thickness)
     signal = np.tensordot(signal, acquire, axes=([2], [1])).astype(np.float32)
-    sigma = scanner.noise * rng.uniform(0.6, 1.4)
+    sigma = scanner.noise * rng.uniform(0.6, 1.4) / np.sqrt(grid.spacing)
     real = signal + sigma * rng.standard_normal(signal.shape, dtype=np.float32)
     imaginary = sigma * rng.standard_normal(signal.shape, dtype=np.float32)
     signal = np.tensordot(np.hypot(real, imaginary), show, axes=([2], [1]))
     counts = np.clip(np.rint(signal * rng.uniform(200, 1200)), 1, 32767)
     return np.where(tissues.brain, counts, 0).astype(np.int16)
+
+
+def _texture(rng: np.random.Generator, grid: Grid) -> Field:
+    """Patches of a centimetre with finer ones on them, variance 1."""
+    return np.asarray(0.8 * smooth_noise(rng, grid, 16.0) + 0.6 * smooth_noise(rng, grid, 7.0))
 
 
 def _inside(level: Field, soft: float) -> Field:

@@ -80,7 +80,7 @@ def grow(
     """Grow the tumour of one case.
 
     The enhancing part has random numbers of its own and nothing else in the case depends on it:
-    what share of the core enhances (uniform on 5-100 %), how thick the rim is, and where it has
+    what share of the core enhances (uniform on 10-100 %), how thick the rim is, and where it has
     gaps cannot be read from the core's or the oedema's shape.
 
     Args:
@@ -95,7 +95,7 @@ def grow(
     rng = stream(seed, index, "tumour")
     healthy = anatomy.tissues(GROWTH_GRID)
     centres = _seeds(rng, healthy, foci)
-    radius = float(np.clip(rng.lognormal(np.log(18.0 if high_grade else 20.0), 0.25), 10, 30))
+    radius = float(np.clip(rng.lognormal(np.log(19.0 if high_grade else 20.0), 0.25), 10, 30))
     grown = []
     for n, centre in enumerate(centres):
         r = radius if n == 0 else radius * rng.uniform(0.35, 0.7)
@@ -140,7 +140,7 @@ def _core(
 ) -> Field:
     """Depth inside the union of distorted ellipsoids."""
     noise = np.zeros(GROWTH_GRID.shape, dtype=np.float32)
-    for amplitude, wavelength in ((0.16, 45.0), (0.12, 22.0), (0.07, 11.0)):
+    for amplitude, wavelength in ((0.16, 45.0), (0.12, 22.0), (0.08, 12.0), (0.04, 8.0)):
         noise += irregularity * amplitude * smooth_noise(rng, GROWTH_GRID, wavelength)
     depth = np.full(GROWTH_GRID.shape, -np.inf, dtype=np.float32)
     for focus in foci:
@@ -166,7 +166,7 @@ def _oedema(rng: np.random.Generator, core: Field, tissues: Tissues, ratio: floa
     margin = int(REACH / GROWTH_GRID.spacing)
     box = tuple(slice(max(s.start - margin, 0), s.stop + margin) for s in box)
     source, candidate = inside[box], (tissues.brain & (tissues.csf < 0.5))[box]
-    speed = np.where(candidate, 0.03 + 0.97 * tissues.wm[box] ** 2, 0.0).astype(np.float32)
+    speed = np.where(candidate, 0.01 + 0.99 * tissues.wm[box] ** 3, 0.0).astype(np.float32)
     speed[source] = 1.0
     faces = [
         np.sqrt(_side(speed, axis, 1) * _side(speed, axis, 0)) / np.float32(6.0)
@@ -202,10 +202,10 @@ def _side(values: NDArray[np.float32], axis: int, first: int) -> NDArray[np.floa
 
 def _enhancement(rng: np.random.Generator, core: Field) -> Field:
     """Depth inside the best-scoring share of the core: near its border, or in random patches."""
-    share, thickness = rng.uniform(0.05, 1.0), rng.uniform(2.5, 7.0)
+    share, thickness = rng.uniform(0.1, 1.0), rng.uniform(2.5, 7.0)
     patchiness = rng.uniform(0.3, 1.6)
     patches = np.zeros(core.shape, dtype=np.float32)
-    for amplitude, wavelength in ((0.8, 26.0), (0.6, 12.0)):
+    for amplitude, wavelength in ((0.9, 26.0), (0.45, 14.0)):
         patches += amplitude * smooth_noise(rng, GROWTH_GRID, wavelength)
     score = thickness * patchiness * patches - np.clip(core, 0, None)
     threshold = np.quantile(score[core > 0], 1 - share)
