@@ -41,7 +41,7 @@ class RegionMasks:
         self.extent = extent_of(label)
         self._points: dict[int, Points] = {}
         self._surfels: dict[int, Surfels] = {}
-        self.bits = region_words(task)[label[self.extent.slices]]
+        self.bits = region_words(task)[np.ascontiguousarray(label[self.extent.slices])]
         self.sizes = [int(np.count_nonzero(self.mask(r))) for r in range(len(task.regions))]
 
     def mask(self, region: int) -> NDArray[np.bool_]:
@@ -103,8 +103,9 @@ def _checked(label: NDArray[Any], task: Task, where: str) -> LabelMap:
             f"the {where} is a {label.dtype} array of shape {label.shape}; give class indices as "
             "a three-dimensional integer array."
         )
-    if label.size and (int(label.max()) >= task.num_classes or int(label.min()) < 0):
-        value = int(label.max()) if int(label.min()) >= 0 else int(label.min())
+    lowest = int(label.min(initial=0)) if label.dtype.kind == "i" else 0
+    value = lowest if lowest < 0 else int(label.max(initial=0))
+    if not 0 <= value < task.num_classes:
         raise InputError(
             f"the {where} holds class index {value}, but task '{task.name}' has 0 to "
             f"{task.num_classes - 1}; map the label codes to class indices first."

@@ -68,14 +68,18 @@ def extent_of(volume: NDArray[np.integer[Any]]) -> Extent:
     Args:
         volume: integers, ``[d, h, w]``.
     """
-    # Bitwise-or runs at memory speed; the first projection already narrows two axes.
-    plane = np.bitwise_or.reduce(volume, axis=0) != 0
+    # Whatever the order in memory (NIfTI arrays are Fortran-ordered), the slowest axis goes first:
+    # then bitwise-or runs at memory speed. The first projection already narrows two axes.
+    order = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
+    view = volume.transpose(order)
+    plane = np.bitwise_or.reduce(view, axis=0) != 0
     rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
     if not rows.size:
         return Extent((0, 0, 0), (0, 0, 0))
-    inner = volume[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    inner = view[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     slabs = np.flatnonzero(np.bitwise_or.reduce(inner, axis=(1, 2)))
-    axes = (slabs, rows, columns)
+    found = dict(zip(order, (slabs, rows, columns), strict=True))
+    axes = [found[axis] for axis in range(3)]
     return Extent(tuple(int(a[0]) for a in axes), tuple(int(a[-1]) + 1 for a in axes))
 
 
@@ -154,7 +158,9 @@ class Points:
         low, occupied = self._neighbourhood
         shape = np.asarray(occupied.shape)
         local = others.coordinates - low
-        rows = np.flatnonzero(((local >= REACH) & (local < shape - REACH)).all(1))
+        reachable = (local >= REACH) & (local < shape - REACH)
+        # Joining three columns is several times faster than a reduction over them.
+        rows = np.flatnonzero(reachable[:, 0] & reachable[:, 1] & reachable[:, 2])
         strides = np.array([shape[1] * shape[2], shape[2], 1])
         where, flat = local[rows] @ strides, occupied.ravel()
         groups: list[tuple[float, NDArray[np.int64]]] = []

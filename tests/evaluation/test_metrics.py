@@ -221,6 +221,18 @@ def test_scores_are_symmetric_and_ignore_position_and_axis_order(seed, pad, axes
         assert scaled["nsd"] == pytest.approx(rows["nsd"])
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)])
+def test_memory_order_changes_no_score(axes):
+    rng = np.random.default_rng(3)
+    truth = np.zeros((9, 10, 11), np.uint8)
+    truth[2:8, 3:5, 1:10] = rng.integers(0, 4, (6, 2, 9))
+    prediction = np.roll(truth, 1, 1)
+    expected = CaseMetrics(truth, BRATS, (1, 2, 3)).score(prediction)
+    back = np.argsort(axes)
+    t, p = (np.ascontiguousarray(v.transpose(axes)).transpose(back) for v in (truth, prediction))
+    assert CaseMetrics(t, BRATS, (1, 2, 3)).score(p[:, :, ::-1][:, :, ::-1]) == expected
+
+
 def test_only_computes_what_is_asked():
     truth = np.zeros((5, 5, 5), np.uint8)
     truth[1:3, 1:3, 1:3] = 3

@@ -1,0 +1,257 @@
+"""Do probabilities mean what they say? ECE and Brier per region, and temperatures that mend them.
+
+Voxels far from the head are trivially right and would hide everything, so scores are taken over
+the voxels that the caller names, usually the brain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pmixseg.errors import InputError
+from pmixseg.task import Task
+
+BINS = 15
+TEMPERATURE_RANGE = (0.05, 20.0)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Predicted probability against observed frequency, in bins of equal width.
+
+    Two may be added: voxels of several cases together.
+
+    Args:
+        count: voxels per bin, ``[bins]``.
+        confidence: sum of their predicted probabilities.
+        positive: how many of them truly belong to the region.
+        squared: sum over all voxels of (p - y)².
+    """
+
+    count: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    positive: NDArray[np.int64]
+    squared: float
+
+    def __add__(self, other: Reliability) -> Reliability:
+        return Reliability(
+            self.count + other.count,
+            self.confidence + other.confidence,
+            self.positive + other.positive,
+            self.squared + other.squared,
+        )
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: Σ_b n_b / n · |frequency_b - mean probability_b|.
+
+        Source: Guo et al. 2017 (arXiv 1706.04599), for the probability of belonging to the region.
+        NaN without voxels.
+        """
+        voxels = int(self.count.sum())
+        if not voxels:
+            return math.nan
+        return float(np.abs(self.positive - self.confidence).sum() / voxels)
+
+    @property
+    def brier(self) -> float:
+        """Brier score: mean of (p - y)². NaN without voxels."""
+        voxels = int(self.count.sum())
+        return self.squared / voxels if voxels else math.nan
+
+    def curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """Mean probability, frequency and voxels of the bins that hold any."""
+        held = self.count > 0
+        count = self.count[held]
+        return self.confidence[held] / count, self.positive[held] / count, count
+
+
+def reliability(
+    probabilities: Float[Tensor, "c d h w"],
+    truth: Int[Tensor, "d h w"],
+    task: Task,
+    where: Bool[Tensor, "d h w"] | None = None,
+    bins: int = BINS,
+) -> dict[str, Reliability]:
+    """Calibration of one prediction, per region.
+
+    The probability of a region is the sum over its classes.
+
+    Args:
+        probabilities: softmax probabilities.
+        truth: class indices.
+        task: names the regions.
+        where: voxels that count; default all.
+        bins: number of bins.
+
+    Example:
+        >>> from pmixseg.task import BRATS
+        >>> p = torch.tensor([0.25, 0.0, 0.75, 0.0]).reshape(4, 1, 1, 1)
+        >>> found = reliability(p, torch.tensor([[[2]]]), BRATS)
+        >>> found["WT"].ece, found["WT"].brier
+        (0.25, 0.0625)
+    """
+    chosen, labels = _voxels(probabilities, truth, where)
+    found = {}
+    for region in task.regions:
+        members = list(task.region_classes(region))
+        p = chosen[members].sum(0).double().clamp(0, 1).numpy()
+        y = np.isin(labels.numpy(), members)
+        index = np.minimum((p * bins).astype(np.int64), bins - 1)
+        found[region] = Reliability(
+            np.bincount(index, minlength=bins),
+            np.bincount(index, weights=p, minlength=bins).astype(np.float64),
+            np.bincount(index[y], minlength=bins),
+            float(((p - y) ** 2).sum()),
+        )
+    return found
+
+
+def _voxels(
+    values: Float[Tensor, "c d h w"],
+    truth: Int[Tensor, "d h w"],
+    where: Bool[Tensor, "d h w"] | None,
+) -> tuple[Float[Tensor, "c n"], Int[Tensor, " n"]]:
+    """The chosen voxels, on the CPU."""
+    if where is None:
+        return values.flatten(1).cpu(), truth.flatten().cpu()
+    return values[:, where].cpu(), truth[where].cpu()
+
+
+@dataclass(frozen=True)
+class Temperatures:
+    """One temperature per number of present modalities.
+
+    A network is usually more sure of itself than it should be, the more so the less it sees.
+
+    Args:
+        by_size: number of present modalities -> T > 0; a size that is not listed keeps T = 1.
+
+    Raises:
+        InputError: a temperature is not positive.
+
+    Example:
+        >>> softer = Temperatures({1: 2.0})
+        >>> [round(v, 3) for v in softer.apply(torch.tensor([0.9, 0.1]), 1).tolist()]
+        [0.75, 0.25]
+    """
+
+    by_size: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_size", {int(k): float(v) for k, v in self.by_size.items()})
+        bad = {k: v for k, v in self.by_size.items() if not (math.isfinite(v) and v > 0)}
+        if bad:
+            raise InputError(f"temperatures {bad} are not positive numbers; fit or correct them.")
+
+    def apply(
+        self, probabilities: Float[Tensor, "c ..."], n_present: int
+    ) -> Float[Tensor, "c ..."]:
+        """softmax(log p / T): what the logits divided by T would have given.
+
+        Args:
+            probabilities: softmax probabilities, classes first.
+            n_present: how many modalities the network was shown.
+        """
+        temperature = self.by_size.get(n_present, 1.0)
+        if temperature == 1.0:
+            return probabilities
+        exact = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
+        # A probability of 0 has no logarithm; the smallest number stands for it.
+        return (exact.clamp_min(torch.finfo(exact.dtype).tiny).log() / temperature).softmax(0)
+
+    def to_dict(self) -> dict[str, float]:
+        """Primitives only; JSON keys are text."""
+        return {str(size): t for size, t in sorted(self.by_size.items())}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Temperatures:
+        """Inverse of :meth:`to_dict`."""
+        return cls({int(size): t for size, t in raw.items()})
+
+
+@dataclass
+class TemperatureFit:
+    """Collects voxels of validation cases and finds the temperatures of least cross-entropy.
+
+    Args:
+        voxels_per_case: how many voxels of one prediction are kept, drawn without replacement.
+        seed: of that draw.
+
+    Example:
+        >>> fit = TemperatureFit()
+        >>> logits = torch.tensor([[4.0, 4.0, 4.0, 4.0], [0.0, 0.0, 0.0, 0.0]]).reshape(2, 4, 1, 1)
+        >>> fit.add(logits, torch.tensor([0, 0, 0, 1]).reshape(4, 1, 1), n_present=1)
+        >>> round(fit.temperatures().by_size[1], 3)  # right in 3 of 4: softmax(4 / T) = 3 / 4
+        3.641
+    """
+
+    voxels_per_case: int = 20_000
+    seed: int = 0
+    _logits: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
+    _truth: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
+    _added: int = field(default=0, repr=False)
+
+    def add(
+        self,
+        logits: Float[Tensor, "c d h w"],
+        truth: Int[Tensor, "d h w"],
+        n_present: int,
+        where: Bool[Tensor, "d h w"] | None = None,
+    ) -> None:
+        """Add one validation case seen through one combination.
+
+        Args:
+            logits: class logits, or logarithms of probabilities (averaged over windows).
+            truth: class indices.
+            n_present: how many modalities the network was shown.
+            where: voxels that count; default all.
+        """
+        chosen, labels = _voxels(logits, truth, where)
+        draw = np.random.default_rng((self.seed, self._added))
+        size = min(self.voxels_per_case, len(labels))
+        kept = torch.from_numpy(draw.choice(len(labels), size, replace=False))
+        self._added += 1
+        self._logits.setdefault(n_present, []).append(chosen[:, kept].double())
+        self._truth.setdefault(n_present, []).append(labels[kept].long())
+
+    def temperatures(self) -> Temperatures:
+        """Fit every size that was added.
+
+        Cross-entropy is convex in 1/T, so its only root of slope is found by bisection, inside
+        :data:`TEMPERATURE_RANGE`.
+
+        Raises:
+            InputError: no voxel was added.
+        """
+        if not any(len(t) for parts in self._truth.values() for t in parts):
+            raise InputError("no validation voxel to fit temperatures on; give labelled cases.")
+        return Temperatures(
+            {n: _fit(torch.cat(z, 1), torch.cat(self._truth[n])) for n, z in self._logits.items()}
+        )
+
+
+def _fit(logits: Float[Tensor, "c n"], truth: Int[Tensor, " n"]) -> float:
+    right = logits.gather(0, truth[None]).mean()
+
+    def slope(sharpness: float) -> float:
+        expected = ((logits * sharpness).softmax(0) * logits).sum(0).mean()
+        return float(expected - right)
+
+    low, high = 1 / TEMPERATURE_RANGE[1], 1 / TEMPERATURE_RANGE[0]
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        if slope(middle) <= 0:
+            low = middle
+        else:
+            high = middle
+    return 1 / math.sqrt(low * high)
