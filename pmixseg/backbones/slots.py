@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -142,11 +142,20 @@ class SlotConv(nn.Conv3d):
         channels: channels C of one slot.
         out_channels: channels of the result.
         bias: whether to add b.
+        before: applied to the slots first; must map 0 to 0 and treat every channel by itself.
     """
 
-    def __init__(self, slots: int, channels: int, out_channels: int, bias: bool = True) -> None:
+    def __init__(
+        self,
+        slots: int,
+        channels: int,
+        out_channels: int,
+        bias: bool = True,
+        before: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__(slots * channels, out_channels, 1, bias=bias)
         self.slots = slots
+        self.before = before or _nothing
 
     def forward(self, latents: Latents, level: int, name: str) -> Tensor:  # type: ignore[override]  # reads slots, not one tensor
         """Fuse one level.
@@ -160,14 +169,19 @@ class SlotConv(nn.Conv3d):
             ``[B, out_channels, D, H, W]``.
         """
         if torch.is_grad_enabled():
-            return super().forward(latents.masked(level).flatten(1, 2))
+            return super().forward(self.before(latents.masked(level).flatten(1, 2)))
         terms = latents.cache.get(name)
         if terms is None:
             wide = latents.features[level]
             # [out, M·C, 1, 1, 1] -> [M·out, C, 1, 1, 1]: one group per slot.
             weight = self.weight.view(-1, self.slots, wide.shape[2], 1, 1, 1).transpose(0, 1)
-            terms = F.conv3d(wide.flatten(1, 2), weight.flatten(0, 1), groups=self.slots)
+            inside = self.before(wide.flatten(1, 2))
+            terms = F.conv3d(inside, weight.flatten(0, 1), groups=self.slots)
             terms = terms.view(wide.shape[0], self.slots, -1, *wide.shape[3:])
             latents.cache[name] = terms
         fused = torch.where(latents.flags(level), terms, 0.0).sum(1)
         return fused if self.bias is None else fused + self.bias[:, None, None, None]
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x
