@@ -105,8 +105,28 @@ def grow(
     ratio = float(rng.lognormal(np.log(1.8 if high_grade else 0.8), 0.5))
     oedema = _oedema(rng, core, tissues, ratio)
     own = stream(seed, index, "enhancement")
-    enhancement = _enhancement(own, core) if enhancing else np.full_like(core, -10.0)
-    return Tumour(tuple(grown), core, oedema, enhancement)
+    level = enhancement(own, core) if enhancing else np.full_like(core, -10.0)
+    return Tumour(tuple(grown), core, oedema, level)
+
+
+def enhancement(rng: np.random.Generator, core: Field) -> Field:
+    """Depth inside the enhancing share of a core.
+
+    A voxel scores by its nearness to the core's border plus random patches, and the best share is
+    taken: without patches a closed rim, with them a rim with gaps, islands, or a solid nodule.
+
+    Args:
+        rng: random numbers that nothing else in the case uses.
+        core: depth inside the core in mm, on :data:`GROWTH_GRID`.
+    """
+    share, thickness = rng.uniform(0.1, 1.0), rng.uniform(2.5, 7.0)
+    patchiness = rng.uniform(0.3, 1.6)
+    patches = np.zeros(core.shape, dtype=np.float32)
+    for amplitude, wavelength in ((0.9, 26.0), (0.45, 14.0)):
+        patches += amplitude * smooth_noise(rng, GROWTH_GRID, wavelength)
+    score = thickness * patchiness * patches - np.clip(core, 0, None)
+    threshold = np.quantile(score[core > 0], 1 - share)
+    return np.asarray(score - threshold, dtype=np.float32)
 
 
 def _offsets(grid: Grid, centre: tuple[float, float, float]) -> list[Field]:
@@ -198,15 +218,3 @@ def _side(values: NDArray[np.float32], axis: int, first: int) -> NDArray[np.floa
     cut = [slice(None)] * 3
     cut[axis] = slice(1, None) if first else slice(None, -1)
     return values[tuple(cut)]
-
-
-def _enhancement(rng: np.random.Generator, core: Field) -> Field:
-    """Depth inside the best-scoring share of the core: near its border, or in random patches."""
-    share, thickness = rng.uniform(0.1, 1.0), rng.uniform(2.5, 7.0)
-    patchiness = rng.uniform(0.3, 1.6)
-    patches = np.zeros(core.shape, dtype=np.float32)
-    for amplitude, wavelength in ((0.9, 26.0), (0.45, 14.0)):
-        patches += amplitude * smooth_noise(rng, GROWTH_GRID, wavelength)
-    score = thickness * patchiness * patches - np.clip(core, 0, None)
-    threshold = np.quantile(score[core > 0], 1 - share)
-    return np.asarray(score - threshold, dtype=np.float32)
