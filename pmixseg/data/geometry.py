@@ -150,8 +150,8 @@ class Geometry:
             pairs = list(zip(source, spacing, strict=True))
             grid = _spacing(s if abs(s - t) <= _SAME_SPACING * t else t for s, t in pairs)
             extent = (n * s / t for n, s, t in zip(canonical, source, grid, strict=True))
-            # Rounded first: header noise such as 0.99999994 mm must not add a voxel.
-            grid_shape = _triple(math.ceil(round(e, 3)) for e in extent)
+            # A hundredth is spared: header noise such as 1.00001 mm must not add a voxel.
+            grid_shape = _triple(max(1, math.ceil(e - 0.01)) for e in extent)
         return cls(
             source_shape=_triple(shape),
             source_affine=tuple(tuple(float(v) for v in row) for row in matrix),
@@ -258,12 +258,32 @@ class Geometry:
         if not self.resampled:
             view[(..., *box.slices)] = volume
             return result
-        full = np.zeros((*leading, *self.grid_shape), dtype=volume.dtype)
-        full[(..., *box.slices)] = volume
-        view[...] = _resample(
-            full, self.grid_spacing, self.source_spacing, self.canonical_shape, order
+        near, far = self._surroundings(box)
+        margin = np.zeros((*leading, *near.shape), dtype=volume.dtype)
+        margin[(..., *box.relative_to(near).slices)] = volume
+        view[(..., *far.slices)] = _resample(
+            margin, self.grid_spacing, self.source_spacing, far.shape, order
         )
         return result
+
+    def _surroundings(self, box: Box) -> tuple[Box, Box]:
+        """A box of the grid with a margin of at least one voxel, and that place in the source.
+
+        Both begin at the same point of space, so that the part is resampled as the whole would be;
+        all source voxels outside depend on nothing inside ``box``.
+        """
+        near_lo, near_hi, far_lo, far_hi = [], [], [], []
+        for axis in range(3):
+            ratio = self.grid_spacing[axis] / self.source_spacing[axis]
+            shared = (k for k in range(box.lo[axis] - 1, 0, -1) if _is_whole(k * ratio))
+            near_lo.append(next(shared, 0))
+            near_hi.append(min(box.hi[axis] + 1, self.grid_shape[axis]))
+            far_lo.append(round(near_lo[-1] * ratio))
+            far_hi.append(min(math.ceil(near_hi[-1] * ratio), self.canonical_shape[axis]))
+        return (
+            Box(_triple(near_lo), _triple(near_hi)),
+            Box(_triple(far_lo), _triple(far_hi)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only, for JSON."""
@@ -336,6 +356,10 @@ def _resample(
     result = made[:, a, b, c].numpy().reshape(*volume.shape[:leading], *shape)
     back = np.argsort(axes)
     return result.transpose(*range(leading), *(leading + int(a) for a in back))
+
+
+def _is_whole(value: float) -> bool:
+    return abs(value - round(value)) < 1e-6
 
 
 def _triple(values: Iterable[int]) -> Triple:

@@ -10,12 +10,13 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -229,7 +230,7 @@ def _prepare_case(folder: Path, task: Task, parameters: dict[str, Any], case: Ca
     return "prepared"
 
 
-def _sources(case: Case, digests: dict[str, str]) -> dict[str, dict[str, Any]]:
+def _sources(case: Case, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for role, source in {**case.images, "label": case.label}.items():
         if source is not None:
@@ -245,8 +246,7 @@ def _outcomes(
         for case in cases:
             yield case, work(case)
         return
-    # Not forked: this process may hold threads (torch, the progress bar) that a fork breaks.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, _context(), initializer=_start_worker)
     try:
         futures: dict[Future[_Outcome], Case] = {pool.submit(work, case): case for case in cases}
         for future in as_completed(futures):
@@ -254,6 +254,15 @@ def _outcomes(
     finally:
         # After an interrupt the cases in hand are finished, a second or so each, and no more begun.
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _context() -> BaseContext:
+    """Not a plain fork: this process may hold threads (torch, the progress bar) that it breaks."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not once a worker
+    return context
 
 
 def _start_worker() -> None:
