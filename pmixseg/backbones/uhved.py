@@ -1,0 +1,187 @@
+"""U-HVED: a variational encoder per modality, fused by a product of Gaussians.
+
+Dorent, Joutard, Modat, Ourselin, Vercauteren: Hetero-Modal Variational Encoder-Decoder for Joint
+Modality Completion and Segmentation (MICCAI 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.slots import check_input, encode_slots
+from pmixseg.errors import InputError
+from pmixseg.task import BRATS
+from pmixseg.types import Image, Latents, Presence, SegOutput
+
+SLOPE = 0.01
+"""Negative slope of every LeakyReLU."""
+LIMIT = 10.0
+"""Log-variances are clamped to ± this (the published code: ± 50, where float32 KL overflows)."""
+LEVELS = 4
+
+
+class Block(nn.Module):
+    """Twice instance norm, LeakyReLU, convolution 3x3x3."""
+
+    def __init__(self, inside: int, middle: int, outside: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [nn.Conv3d(inside, middle, 3, padding=1), nn.Conv3d(middle, outside, 3, padding=1)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``[b, C, D, H, W]``."""
+        for conv in self.convs:
+            x = conv(F.leaky_relu(F.instance_norm(x), SLOPE, inplace=True))
+        return x
+
+
+class Encoder(nn.Module):
+    """Encoder of one modality; half of a level's channels are means, half log-variances."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(1, widths[0], 1)
+        insides = [widths[0], *widths[:-1]]
+        self.blocks = nn.ModuleList(Block(i, w, w) for i, w in zip(insides, widths, strict=True))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Per level ``[b, C, D, H, W]``, finest first; levels are max-pooled in between."""
+        x = F.leaky_relu(self.first(x), SLOPE)
+        features = []
+        for level, block in enumerate(self.blocks):
+            x = block(F.max_pool3d(x, 2) if level else x)
+            features.append(x)
+        return features
+
+
+class Decoder(nn.Module):
+    """Decoder of codes: trilinear upsampling, concatenation with the finer code, block."""
+
+    def __init__(self, codes: Sequence[int], outside: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(below + code, 2 * code, code) for code, below in pairwise(codes)
+        )
+        self.last = nn.Conv3d(codes[0], outside, 1)
+
+    def forward(self, codes: Sequence[Tensor]) -> Tensor:
+        """``[b, outside, D, H, W]`` from one code per level, finest first."""
+        x = codes[-1]
+        for level in reversed(range(len(codes) - 1)):
+            size = list(codes[level].shape[2:])
+            larger = F.interpolate(x, size, mode="trilinear", align_corners=False)
+            x = self.blocks[level](torch.cat([larger, codes[level]], 1))
+        y: Tensor = self.last(x)
+        return y
+
+
+def product_of_gaussians(latents: Latents, level: int) -> tuple[Tensor, Tensor]:
+    r"""Posterior of a level: product of the present modalities' Gaussians and N(0, I).
+
+    .. math:: \sigma^{-2} = 1 + \sum_{m \in A} \sigma_m^{-2}, \qquad
+              \mu = \sigma^2 \sum_{m \in A} \mu_m / \sigma_m^2
+
+    Args:
+        latents: means in ``features``, and ``log_variance``.
+        level: which level.
+
+    Returns:
+        Mean and log-variance, float32 ``[B, C, D, H, W]``. With no modality it is the prior.
+
+    Raises:
+        ValueError: the latents have no variances.
+    """
+    if latents.log_variance is None:
+        raise ValueError("these latents have no log_variance; encode them with a UHVED.")
+    flags = latents.flags(level)
+    precision = torch.where(flags, (-latents.log_variance[level].float()).exp(), 0.0)
+    means = torch.where(flags, latents.features[level].float(), 0.0)
+    total = 1 + precision.sum(1)
+    return (precision * means).sum(1) / total, -total.log()
+
+
+class UHVED(Backbone):
+    """U-HVED, for any modalities, classes and patches (Dorent et al., MICCAI 2019).
+
+    Four levels at strides 1, 2, 4, 8. A level's latent is a Gaussian per modality
+    (``latents.features`` are means, ``latents.log_variance`` clamped to ±10); the code of a
+    combination is :func:`product_of_gaussians`, sampled in training, its mean in eval mode. So a
+    missing slot needs no fill. In training, ``extras["reconstruction"]`` ``[B, M, D, H, W]`` holds
+    every modality rebuilt from the same code; the terms of its loss between posteriors follow from
+    ``output.latents``.
+
+    Args:
+        modalities: names of the input channels.
+        num_classes: softmax classes, background included.
+        width: channels of the finest encoder level, even; a code has half of its level's channels.
+            8 in the paper.
+        reconstruct: build and train the decoders that rebuild each modality.
+
+    Raises:
+        InputError: an odd ``width``.
+
+    As the published (NiftyNet) code: blocks, widths 8 to 64, max pooling, codes, product with the
+    prior as one expert, a decoder for each output. Different: convolutions have biases, instance
+    norm has no parameters, log-variances are clamped at ±10.
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[str] = BRATS.modalities,
+        num_classes: int = BRATS.num_classes,
+        width: int = 8,
+        reconstruct: bool = True,
+    ) -> None:
+        if width < 2 or width % 2:
+            raise InputError(f"UHVED: width is {width}; give an even number, half is the code's.")
+        widths = [width * 2**k for k in range(LEVELS)]
+        codes = [w // 2 for w in widths]
+        super().__init__(modalities, num_classes, codes, [2**k for k in range(LEVELS)])
+        self.encoders = nn.ModuleList(Encoder(widths) for _ in self.modalities)
+        self.decoder = Decoder(codes, num_classes)
+        rebuilt = self.modalities if reconstruct else ()
+        self.image_decoders = nn.ModuleList(Decoder(codes, 1) for _ in rebuilt)
+        for part in self.modules():
+            if isinstance(part, nn.Conv3d):
+                nn.init.kaiming_normal_(part.weight, a=SLOPE)
+
+    @property
+    def needs_acquired(self) -> bool:
+        """Whether training wants everything acquired encoded, and restricted to present.
+
+        The published loss compares the posterior of a combination with that of everything.
+        """
+        return len(self.image_decoders) > 0
+
+    def encode(self, image: Image, present: Presence) -> Latents:
+        """See :meth:`Backbone.encode`."""
+        check_input(image, present, self.modalities, self.strides)
+        halves = [f.chunk(2, 2) for f in encode_slots(self.encoders, image, present)]
+        return Latents(
+            [mean for mean, _ in halves],
+            self.modalities,
+            [present] * LEVELS,
+            log_variance=[variance.clamp(-LIMIT, LIMIT) for _, variance in halves],
+        )
+
+    def decode(self, latents: Latents) -> SegOutput:
+        """See :meth:`Backbone.decode`."""
+        codes = [self._code(latents, level) for level in range(len(latents))]
+        extras: dict[str, Tensor] = {}
+        if self.training and len(self.image_decoders):
+            rebuilt = [decoder(codes)[:, 0] for decoder in self.image_decoders]
+            extras["reconstruction"] = torch.stack(rebuilt, 1)
+        return SegOutput(self.decoder(codes), latents, extras)
+
+    def _code(self, latents: Latents, level: int) -> Tensor:
+        mean, log_variance = product_of_gaussians(latents, level)
+        if not self.training:
+            return mean
+        return mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
