@@ -26,7 +26,7 @@ from pmixseg.data.patches import (
     collate_case,
     collate_patches,
 )
-from pmixseg.data.sampling import CaseSampler, EpochSampler
+from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler
 from pmixseg.data.splits import Fractions, Split, SplitPlan
 from pmixseg.data.store import Store, prepare
 from pmixseg.describe import build
@@ -238,7 +238,7 @@ class BraTSDataModule(LightningDataModule):
             self._allowed,
             on_cpu,
         )
-        return DataLoader(
+        return EpochLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=EpochSampler(

@@ -73,7 +73,7 @@ def turn_patch(
 
     Args:
         image: float32.
-        label: class indices.
+        label: class indices below 256.
         turn: what to do; flips alone are exact.
         spacing: voxel size in mm.
     """
@@ -161,7 +161,7 @@ def _sum_rows(rows: Tensor, taps: _Taps) -> Tensor:
 
 
 def _pick(label: Tensor, turn: Turn, line: _Taps, plane: _Taps) -> Tensor:
-    # One gather from the flat label, whose extra last voxel is the 0 that lies outside.
+    # One gather from the flat label as bytes, whose extra last voxel is the 0 that lies outside.
     outside = label.numel()
     first, second = turn.plane
     stride = label.stride()
@@ -174,5 +174,6 @@ def _pick(label: Tensor, turn: Turn, line: _Taps, plane: _Taps) -> Tensor:
     index = in_plane.int().view(shape) + on_line.int().view(
         [-1 if axis == turn.axis else 1 for axis in range(3)]
     )
-    padded = torch.cat([label.flatten(), label.new_zeros(1)])
+    padded = torch.zeros(outside + 1, dtype=torch.uint8, device=label.device)
+    padded[:outside] = label.flatten()
     return padded.index_select(0, index.clamp_(max=outside).flatten())

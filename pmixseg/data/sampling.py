@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import distributed
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from pmixseg.data.keys import generator, make_key
 
@@ -72,6 +73,17 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
     def set_epoch(self, epoch: int) -> None:
         """Begin the given epoch with the next iteration."""
         self.epoch = epoch
+
+
+class EpochLoader(DataLoader[Any]):
+    """A data loader that asks its sampler for nothing before the first batch is wanted.
+
+    Lightning makes a loader's iterator before it sets the sampler's epoch. Workers start to fetch
+    the moment an iterator is made, so a resumed run would begin with the samples of epoch 0.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is what waits
+        yield from super().__iter__()
 
 
 class CaseSampler(DistributedSampler[int]):
