@@ -129,7 +129,15 @@ _PRESETS = (
         case="{patient}-{visit}",
         patterns={"patient": r"(?!BraTS-PED)[^/]+", "visit": r"\d{3}"},
     ),
-    Layout("msd", {}, ("labelsTr/{case}.nii.gz",), {}, described=True),
+    Layout(
+        "msd",
+        {},
+        ("labelsTr/{case}.nii.gz",),
+        {},
+        # Four digits at the end are a channel number of nnU-Net.
+        fields={"case": r"[^/]+(?<!_\d{4})"},
+        described=True,
+    ),
     Layout("nnunet", {}, ("labelsTr/{case}.nii.gz",), {}, described=True),
 )
 

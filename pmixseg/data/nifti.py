@@ -134,6 +134,8 @@ class ScanReader:
             header = kind.header_class.from_fileobj(io.BytesIO(raw))
             dtype, shape = header.get_data_dtype(), header.get_data_shape()
             slope, inter = header.get_slope_inter()
+            if not all(n > 0 for n in shape):
+                raise ValueError(f"shape {tuple(int(n) for n in shape)}")
         except (HeaderDataError, ValueError) as error:
             raise InputError(
                 f"{self.where}: {path} has a damaged NIfTI header ({error}); convert or download "

@@ -87,6 +87,7 @@ def normalised(
     """
     values = scan.values()
     if geometry.resampled:
+        _check_contrast(values, scan.name, where)  # afterwards, its border would look like contrast
         values = geometry.to_grid(geometry.canonical_view(values), order=1)
     box = bounds(values)
     if box is None:
@@ -104,15 +105,25 @@ def normalised(
     scores -= np.multiply(brain, np.float32(mean), dtype=np.float32)
     deviation = float(np.sqrt(np.square(scores).sum(dtype=np.float64) / count))
     if deviation <= 1e-6 * abs(mean):
-        raise InputError(
-            f"{where}: {scan.name} has the same value {mean:g} in all its non-zero voxels; leave "
-            "the file out or replace it."
-        )
+        raise _flat(scan.name, mean, where)
     scores *= np.float32(1.0 / deviation)
     rounded = _rounded(scores, np.dtype(dtype))
     if geometry.resampled:
         return box, rounded
     return geometry.canonical_box(box), geometry.canonical_view(rounded)
+
+
+def _check_contrast(values: npt.NDArray[Any], name: str, where: str) -> None:
+    value = values.max() or values.min()
+    if value != 0 and np.array_equal(values == value, values != 0):
+        raise _flat(name, float(value), where)
+
+
+def _flat(name: str, value: float, where: str) -> InputError:
+    return InputError(
+        f"{where}: {name} has the same value {value:g} in all its non-zero voxels; leave the file "
+        "out or replace it."
+    )
 
 
 def _rounded(values: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
