@@ -81,7 +81,7 @@ def test_signature_is_kept_for_command_lines():
 
 @pytest.mark.parametrize("value", [nn.Linear(1, 1), object(), lambda: 0])
 def test_what_no_checkpoint_can_hold_is_refused(value):
-    with pytest.raises(InputError, match="class_path|cannot be written"):
+    with pytest.raises(InputError, match=r"class_path|cannot be written"):
         describe({"thing": value}, "module")
 
 

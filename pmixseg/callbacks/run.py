@@ -76,7 +76,8 @@ class RunLogger(Logger):
         if self._history is not None:
             frame = pd.concat([self._history, frame])
         first = [c for c in ("epoch", "step") if c in frame]
-        frame = frame[[*first, *sorted(c for c in frame if c not in first)]]
+        rest = sorted(str(c) for c in frame.columns if c not in first)
+        frame = frame[[*first, *rest]]
         self._run.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".csv.part")
         frame.to_csv(part, index=False)

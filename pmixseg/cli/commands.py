@@ -63,7 +63,8 @@ def _phantom(subparsers: Any) -> None:
     parser.add_argument("--workers", type=int, default=2)
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.data.phantom import PhantomSettings, Scanner, write_cohort
+        from pmixseg.data.phantom import PhantomSettings, write_cohort
+        from pmixseg.data.phantom_contrast import Scanner
 
         knobs = {
             k: getattr(args, k)

@@ -20,16 +20,16 @@ from pmixseg.evaluation.tables import combination_table
 from pmixseg.task import Combination
 
 if TYPE_CHECKING:
-    from pmixseg.modules.base import SegmentationModule
+    from pmixseg.modules.network import SegmentationNetwork
 
 
-def run_folder(module: SegmentationModule) -> Path:
+def run_folder(module: SegmentationNetwork) -> Path:
     """Where the trainer writes."""
     return Path(module.trainer.default_root_dir)
 
 
 def keep_example(
-    predictions: Iterable[CasePrediction], module: SegmentationModule, item: CaseItem
+    predictions: Iterable[CasePrediction], module: SegmentationNetwork, item: CaseItem
 ) -> Iterator[CasePrediction]:
     """Pass predictions on, and write a small copy of the case when all have passed."""
     shown: dict[Combination, np.ndarray] = {}
@@ -48,7 +48,7 @@ def keep_example(
     ).save(run_folder(module))
 
 
-def write_records(module: SegmentationModule, rows: list[dict[str, Any]]) -> dict[str, float]:
+def write_records(module: SegmentationNetwork, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Gather the rows of all ranks, write ``records.csv`` and its sidecar, print the table.
 
     Returns:

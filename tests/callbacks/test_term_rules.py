@@ -61,7 +61,7 @@ def test_a_parameter_outside_the_optimizer_is_an_error(tmp_path):
         def on_fit_start(self, trainer, module):
             module.terms["late"] = Pull()
 
-    with pytest.raises(InputError, match="terms.late.p"):
+    with pytest.raises(InputError, match=r"terms\.late\.p"):
         fit(tmp_path, student(), TooLate())
 
 
@@ -156,7 +156,7 @@ def test_teacher_at_another_spacing_is_refused(tmp_path, teacher_path):
 
 
 def test_distillation_without_a_teacher_is_refused(tmp_path):
-    with pytest.raises(InputError, match="distill.teacher"):
+    with pytest.raises(InputError, match=r"distill\.teacher"):
         fit(tmp_path, student(), Distillation(weight=1.0))
 
 
