@@ -136,7 +136,7 @@ def main() -> None:
     from_medpy, medpy_seconds = timed(lambda: by_medpy(true, split))
 
     np.testing.assert_allclose(pooled, from_medpy, rtol=1e-9)
-    np.testing.assert_allclose(directed, from_monai, rtol=1e-6)
+    np.testing.assert_allclose(directed, from_monai, rtol=1e-5)  # MONAI interpolates in float32
     print(f"{arguments.case}, {truth.shape}, WT {int((truth > 0).sum())} voxels; equal numbers")
     print(f"Dice {pooled[..., 0].min():.2f} to {pooled[..., 0].max():.2f}")
     for name, seconds in (
