@@ -1,0 +1,73 @@
+"""The course of a training, from the ``metrics.csv`` of its run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from pmixseg.errors import InputError
+
+DRAWN = ("train", "val", "gap", "align", "anchor")
+"""First parts of names that are drawn, in this order; others are not part of the course."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves that share a plot.
+
+    Args:
+        title: what they have in common, e.g. ``val/dice`` or ``anchor/level3``.
+        curves: name -> values by epoch (or step, where the file has no epoch).
+    """
+
+    title: str
+    curves: dict[str, pd.Series[float]]
+
+
+def read_curves(run: Path) -> list[Chart]:
+    """Curves of ``metrics.csv`` (Lightning's CSVLogger or this package's), grouped by name.
+
+    ``train/loss`` and other training losses share a chart, ``val/dice`` and its regions another,
+    as do names of three parts with the first two in common (``anchor/level3/t1``).
+
+    Returns:
+        Nothing if the run has no such file.
+
+    Raises:
+        InputError: the file is not a table.
+    """
+    path = run / "metrics.csv"
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a table ({error}); remove it.") from error
+    axis = next((name for name in ("epoch", "step") if name in table), None)
+    if axis is None:
+        return []
+    found: dict[str, dict[str, pd.Series[float]]] = {}
+    for name in table.columns:
+        parts = str(name).split("/")
+        if parts[0] not in DRAWN or len(parts) < 2 or name.endswith("_step"):
+            continue
+        curve = table[[axis, name]].apply(pd.to_numeric, errors="coerce").dropna()
+        if curve.empty:
+            continue
+        # One point an epoch: of values logged within it, the mean.
+        series = curve.groupby(axis)[name].mean()
+        title, label = _place(parts)
+        found.setdefault(title, {})[label.removesuffix("_epoch")] = series
+    order = sorted(found, key=lambda title: (DRAWN.index(title.split("/")[0]), title))
+    return [Chart(title, found[title]) for title in order]
+
+
+def _place(parts: list[str]) -> tuple[str, str]:
+    """Title of the chart and name of the curve."""
+    if parts[:2] == ["val", "dice"]:
+        return "val/dice", "/".join(parts[2:]) or "mean"
+    if len(parts) >= 3:
+        return "/".join(parts[:2]), "/".join(parts[2:])
+    return parts[0], parts[1]

@@ -1,0 +1,219 @@
+"""Small copies of a case and its predictions, for pictures: ``<run>/slices/<case>.npz``.
+
+=====================  =====================================================================
+array                  meaning
+=====================  =====================================================================
+``format``             1
+``modalities``         ``str[M]``
+``combinations``       ``str[K]``, names joined by ``+``
+``spacing``            ``float32[3]``, mm of the volumes below
+``image``              ``uint8[M, d, h, w]``; 0 is background, 255 the 99.5th percentile
+``truth``              ``uint8[d, h, w]`` class indices; empty if the case has no label
+``predictions``        ``uint8[K, d, h, w]`` class indices
+``slice_spacing``      ``float32[2]``, mm of the planes below
+``slice_image``        ``uint8[M, d, h]``: one axial plane at full resolution
+``slice_truth``        ``uint8[d, h]``; empty if the case has no label
+``slice_predictions``  ``uint8[K, d, h]``
+=====================  =====================================================================
+
+Axes run right, anterior, superior (RAS). The plane is the one with most labelled voxels.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from pmixseg.errors import InputError
+from pmixseg.task import Combination, format_combination
+
+FORMAT = 1
+FOLDER = "slices"
+"""Where a run keeps its examples."""
+
+MAX_SIDE = 96
+"""Longest side of the small volumes, in voxels."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A case small enough to embed in a page. Fields are the arrays of the file, see above."""
+
+    case: str
+    modalities: tuple[str, ...]
+    combinations: tuple[Combination, ...]
+    spacing: tuple[float, float, float]
+    image: UInt8[np.ndarray, "m d h w"]
+    truth: UInt8[np.ndarray, "d h w"] | None
+    predictions: UInt8[np.ndarray, "k d h w"]
+    slice_spacing: tuple[float, float]
+    slice_image: UInt8[np.ndarray, "m d h"]
+    slice_truth: UInt8[np.ndarray, "d h"] | None
+    slice_predictions: UInt8[np.ndarray, "k d h"]
+
+    @classmethod
+    def from_volumes(
+        cls,
+        case: str,
+        modalities: Sequence[str],
+        image: Float[np.ndarray, "m d h w"],
+        truth: UInt8[np.ndarray, "d h w"] | None,
+        predictions: Mapping[Combination, UInt8[np.ndarray, "d h w"]],
+        spacing: Sequence[float],
+        max_side: int = MAX_SIDE,
+    ) -> Example:
+        """Shrink volumes by a whole factor and cut the plane with most tumour.
+
+        Args:
+            case: case id.
+            modalities: names of the channels.
+            image: RAS, background 0.
+            truth: class indices, if known.
+            predictions: combination -> class indices in the same grid; at least one.
+            spacing: mm.
+            max_side: longest side of the small volumes, in voxels.
+
+        Raises:
+            InputError: no prediction, or shapes that differ.
+        """
+        labels = [p for p in (truth, *predictions.values()) if p is not None]
+        if not predictions or any(p.shape != image.shape[1:] for p in labels):
+            raise InputError(
+                f"case '{case}': pictures need at least one prediction, and truth and predictions "
+                f"of the image's shape {image.shape[1:]}."
+            )
+        grey = np.stack([_grey(channel) for channel in image])
+        stack = np.stack([np.asarray(p, np.uint8) for p in predictions.values()])
+        counted = stack if truth is None or not truth.any() else truth[None]
+        plane = int((counted > 0).sum((0, 1, 2)).argmax())
+        if not counted.any():
+            plane = image.shape[3] // 2
+        shrink = max(-(-max(image.shape[1:]) // max_side), 1)
+        factors = [min(shrink, side) for side in image.shape[1:]]
+        small = None if truth is None else _thin(truth[None], factors)[0].astype(np.uint8)
+        mm = tuple(float(s) for s in spacing)
+        return cls(
+            case=case,
+            modalities=tuple(modalities),
+            combinations=tuple(predictions),
+            spacing=(mm[0] * factors[0], mm[1] * factors[1], mm[2] * factors[2]),
+            image=_block_means(grey, factors),
+            truth=small,
+            predictions=_thin(stack, factors),
+            slice_spacing=(mm[0], mm[1]),
+            slice_image=grey[..., plane],
+            slice_truth=None if truth is None else truth[..., plane].astype(np.uint8),
+            slice_predictions=stack[..., plane],
+        )
+
+    def save(self, run: Path) -> Path:
+        """Write ``slices/<case>.npz`` into a run folder; a reader never sees half a file."""
+        folder = run / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.case}.npz"
+        temporary = folder / f".{uuid4().hex}.npz"
+        nothing = np.zeros(0, np.uint8)
+        try:
+            np.savez_compressed(
+                temporary,
+                format=np.array(FORMAT),
+                modalities=np.array(self.modalities),
+                combinations=np.array([format_combination(c) for c in self.combinations]),
+                spacing=np.array(self.spacing, np.float32),
+                image=self.image,
+                truth=nothing if self.truth is None else self.truth,
+                predictions=self.predictions,
+                slice_spacing=np.array(self.slice_spacing, np.float32),
+                slice_image=self.slice_image,
+                slice_truth=nothing if self.slice_truth is None else self.slice_truth,
+                slice_predictions=self.slice_predictions,
+            )
+            temporary.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); make room.") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Example:
+        """Read one file.
+
+        Raises:
+            InputError: damaged, or of another format.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as raw:
+                found = {name: raw[name] for name in raw.files}
+            if int(found["format"]) != FORMAT:
+                raise InputError(
+                    f"{path}: format {found['format']} is not known to this version of pmixseg; "
+                    "upgrade it or test again."
+                )
+            spacing = found["spacing"].tolist()
+            plane = found["slice_spacing"].tolist()
+            return cls(
+                case=path.stem,
+                modalities=tuple(found["modalities"].tolist()),
+                combinations=tuple(tuple(c.split("+")) for c in found["combinations"].tolist()),
+                spacing=(spacing[0], spacing[1], spacing[2]),
+                image=found["image"],
+                truth=found["truth"] if found["truth"].size else None,
+                predictions=found["predictions"],
+                slice_spacing=(plane[0], plane[1]),
+                slice_image=found["slice_image"],
+                slice_truth=found["slice_truth"] if found["slice_truth"].size else None,
+                slice_predictions=found["slice_predictions"],
+            )
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{path}: is not an example of a run ({error}); test again."
+            ) from error
+
+
+def examples_of(run: Path) -> dict[str, Path]:
+    """Case id -> file of every example that a run folder holds."""
+    return {path.stem: path for path in sorted((run / FOLDER).glob("[!.]*.npz"))}
+
+
+def _grey(channel: Float[np.ndarray, "d h w"]) -> UInt8[np.ndarray, "d h w"]:
+    """Background 0, the 0.5th to 99.5th percentile of the rest on 1 to 255."""
+    channel = np.asarray(channel, np.float32)
+    inside = channel != 0
+    if not inside.any():
+        return np.zeros(channel.shape, np.uint8)
+    low, high = np.percentile(channel[inside], [0.5, 99.5])
+    scaled = (channel - low) / max(float(high - low), 1e-6)
+    grey: UInt8[np.ndarray, "d h w"] = np.where(inside, 1 + 254 * scaled.clip(0, 1), 0).astype(
+        np.uint8
+    )
+    return grey
+
+
+def _block_means(
+    volumes: UInt8[np.ndarray, "m d h w"], factors: Sequence[int]
+) -> UInt8[np.ndarray, "m d h w"]:
+    sides = [n // f for n, f in zip(volumes.shape[1:], factors, strict=True)]
+    cut = volumes[(slice(None), *(slice(n * f) for n, f in zip(sides, factors, strict=True)))]
+    split = [length for pair in zip(sides, factors, strict=True) for length in pair]
+    means: UInt8[np.ndarray, "m d h w"] = (
+        cut.reshape(len(volumes), *split).mean((2, 4, 6)).round().astype(np.uint8)
+    )
+    return means
+
+
+def _thin(
+    labels: UInt8[np.ndarray, "k d h w"], factors: Sequence[int]
+) -> UInt8[np.ndarray, "k d h w"]:
+    """The voxel in the middle of each block."""
+    sides = [n // f for n, f in zip(labels.shape[1:], factors, strict=True)]
+    middles = (slice(f // 2, n * f, f) for n, f in zip(sides, factors, strict=True))
+    return np.ascontiguousarray(labels[(slice(None), *middles)])
