@@ -13,17 +13,22 @@ from pmixseg.data import splits
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.keys import make_key
+from pmixseg.data.layouts import find_cases
 from pmixseg.data.masks import RandomMasks
 from pmixseg.data.patches import CaseDataset, PatchDataset, collate_patches
 from pmixseg.data.sampling import EpochSampler
 from pmixseg.data.splits import Fractions, KFold, Split, SplitJson, WholeCohort
-from pmixseg.data.store import Store
+from pmixseg.data.store import Store, prepare
 from pmixseg.data.torchio_transform import TorchIOTransform
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task
 
 REAL = Path(__file__).parents[2] / "../shared/data/brats2021"
 SMALL = {"patch_size": 16, "patches_per_case": 2, "batch_size": 2}
+
+
+def fingerprint(image):
+    return hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
 
 class Recorder(LightningModule):
@@ -38,14 +43,13 @@ class Recorder(LightningModule):
     def note(self, kind, batch):
         names = batch["case_id"]
         keys = batch["key"].reshape(-1).tolist()
-        print_of = hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest()
         self.seen.append(
             {
                 "kind": kind,
                 "epoch": self.current_epoch,
                 "cases": [names] if isinstance(names, str) else names,
                 "keys": keys,
-                "image": print_of,
+                "image": fingerprint(batch["image"]),
             }
         )
 
@@ -107,21 +111,24 @@ def test_epochs_reach_the_keys_also_in_workers_that_live_on(phantom_store, worke
     assert set(first) == set(data.parts.train)
 
 
-def test_training_batches_are_augmented_and_no_others(phantom_store):
-    data = BraTSDataModule(phantom_store, **SMALL, augmentation=Augmentation(resample=1.0))
+def test_training_batches_are_augmented_and_no_others(phantom_root, tmp_path):
+    cases = find_cases(phantom_root, BRATS)[:5]
+    spacing = (5.0, 5.0, 10.0)
+    prepare(cases, tmp_path / "store", BRATS, spacing=spacing, progress=False)
+    augment = Augmentation(resample=1.0)
+    data = BraTSDataModule(
+        tmp_path / "store", **SMALL, seed=5, augmentation=augment, split=Fractions(0.6, 0.2, 0.2)
+    )
     module = Recorder()
     trainer(max_epochs=1).fit(module, data)
-    raw = PatchDataset(data.store, data.parts.train, (16,) * 3, foreground=data.foreground)
-    sampler = EpochSampler(len(raw.cases), 2, 2, 0)
+    raw = PatchDataset(data.store, data.parts.train, (16,) * 3, 5, data.foreground)
     expected = []
-    spacing = data.store.read(data.parts.train[0]).geometry.grid_spacing
-    for a, b in zip(*[iter(sampler)] * 2, strict=True):
-        batch = Augmentation(resample=1.0)(collate_patches([raw[a], raw[b]]), spacing=spacing)
-        expected.append(hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest())
+    for a, b in zip(*[iter(EpochSampler(3, 2, 2, 5))] * 2, strict=True):
+        batch = augment(collate_patches([raw[a], raw[b]]), spacing=spacing)
+        expected.append(fingerprint(batch["image"]))
     assert [s["image"] for s in of(module.seen, "train")] == expected
     whole = CaseDataset(data.store, data.parts.val)
-    prints = [hashlib.sha256(w["image"].numpy().tobytes()).hexdigest() for w in whole]
-    assert [s["image"] for s in of(module.seen, "val")] == prints
+    assert [s["image"] for s in of(module.seen, "val")] == [fingerprint(w["image"]) for w in whole]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
