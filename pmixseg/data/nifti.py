@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -120,13 +121,7 @@ class ScanReader:
             ) from error
 
     def _decode(self, path: Path, packed: bytes) -> Scan:
-        try:
-            raw = igzip.decompress(packed) if packed[:2] == _GZIP else packed
-        except _DAMAGED as error:
-            raise InputError(
-                f"{self.where}: {path} is a truncated or damaged gzip file ({error}); copy or "
-                "download it again."
-            ) from error
+        raw = self._unpacked(path, packed, _gunzip)
         kind = _nifti_class(raw)
         if kind is None:
             return self._other_format(path)
@@ -148,6 +143,8 @@ class ScanReader:
                 "convert it."
             )
         if len(raw) < offset + count * dtype.itemsize:
+            raw = self._unpacked(path, packed, igzip.decompress)  # there may be further members
+        if len(raw) < offset + count * dtype.itemsize:
             raise InputError(
                 f"{self.where}: {path} is truncated (its header promises "
                 f"{offset + count * dtype.itemsize} bytes, it has {len(raw)}); copy or download "
@@ -163,6 +160,17 @@ class ScanReader:
             np.asarray(header.get_best_affine(), dtype=np.float64),
             str(path),
         )
+
+    def _unpacked(self, path: Path, packed: bytes, gunzip: Callable[[bytes], bytes]) -> bytes:
+        if packed[:2] != _GZIP:
+            return packed
+        try:
+            return gunzip(packed)
+        except _DAMAGED as error:
+            raise InputError(
+                f"{self.where}: {path} is a truncated or damaged gzip file ({error}); copy or "
+                "download it again."
+            ) from error
 
     def _other_format(self, path: Path) -> Scan:
         """Whatever else nibabel reads (Analyze pairs, MGH), at nibabel's speed."""
@@ -194,6 +202,18 @@ class ScanReader:
         else:
             data = data[..., channel]
         return Scan(data, scan.slope, scan.inter, scan.affine, scan.name)
+
+
+def _gunzip(packed: bytes) -> bytes:
+    """The first member of a gzip file, in one allocation: half the time of letting it grow.
+
+    The last four bytes say how long the content is, modulo 2^32; isal needs room for one byte more
+    to see the end. A damaged file may promise anything, but deflate packs at most 1032 to 1.
+    """
+    promised = int.from_bytes(packed[-4:], "little")
+    room = min(promised, 1032 * len(packed)) + 1
+    unpacked: bytes = isal_zlib.decompress(packed, wbits=31, bufsize=room)
+    return unpacked
 
 
 def _digest(packed: bytes) -> str:

@@ -83,8 +83,8 @@ class StoredCase:
             )
         return cls(
             case_id=meta["case_id"],
-            image=np.load(folder / IMAGE, mmap_mode="r"),
-            label=np.load(folder / LABEL, mmap_mode="r") if LABEL in meta["bytes"] else None,
+            image=_mapped(folder / IMAGE),
+            label=_mapped(folder / LABEL) if LABEL in meta["bytes"] else None,
             acquired=tuple(name in meta["geometry"]["boxes"] for name in meta["modalities"]),
             geometry=Geometry.from_dict(meta["geometry"]),
             codes=dict(meta["codes"]),
@@ -107,6 +107,11 @@ class StoredCase:
 
     def __reduce__(self) -> tuple[Callable[[Path], StoredCase], tuple[Path]]:
         return StoredCase.open, (self.folder,)
+
+
+def _mapped(path: Path) -> npt.NDArray[Any]:
+    """A read-only map of a file, as a plain array: slices of np.memmap are slower to copy."""
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:

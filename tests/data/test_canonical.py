@@ -144,6 +144,21 @@ def test_scale_factors_are_honoured(tmp_path, volume):
     np.testing.assert_allclose(made.image, plain.image, atol=1e-5)
 
 
+def test_gzip_files_of_several_members(make_case, tmp_path):
+    """As bgzip and pigz may write them; members of equal length are the hardest to tell."""
+    case = make_case(modalities=("t1",))
+    raw = gzip.decompress(case.images["t1"].read_bytes())
+    plain = canonicalise(case.images, None, BRATS, CODES)
+    half = len(raw) // 2
+    for cuts in ([half], [400, half], [100, 200]):
+        pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+        for end in (b"", gzip.compress(b"")):
+            path = tmp_path / "members.nii.gz"
+            path.write_bytes(b"".join(gzip.compress(p) for p in pieces) + end)
+            made = canonicalise({"t1": path}, None, BRATS, CODES)
+            np.testing.assert_array_equal(made.image, plain.image)
+
+
 def test_channels_of_a_4d_file(make_case, tmp_path, save):
     case = make_case()
     stack = np.stack([np.asarray(nib.load(case.images[m]).dataobj) for m in ("t1", "t2")], axis=-1)

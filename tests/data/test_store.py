@@ -1,5 +1,6 @@
 import errno
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -50,7 +51,10 @@ def test_what_is_read_is_what_was_prepared(cohort, out, dtype, label):
     case = cohort[0]
     expected = canonicalise(case.images, case.label, BRATS, case.codes, dtype=dtype)
     stored = store.read(case.case_id)
-    assert isinstance(stored.image, np.memmap) and stored.image.dtype == np.dtype(dtype)
+    base = stored.image
+    while isinstance(base, np.ndarray):
+        base = base.base
+    assert isinstance(base, mmap.mmap) and stored.image.dtype == np.dtype(dtype)
     assert stored.image.flags.c_contiguous and not stored.image.flags.writeable
     np.testing.assert_array_equal(stored.image, expected.image)
     np.testing.assert_array_equal(stored.label, expected.label)
