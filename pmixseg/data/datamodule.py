@@ -184,6 +184,7 @@ class BraTSDataModule(LightningDataModule):
             spacing=self._wanted_spacing,
             workers=self.prepare_workers,
         )
+        self._store, self._parts = None, None  # what was opened before may have changed
         rank_zero_info(report.summary())
         if report.failed:
             raise InputError(

@@ -260,7 +260,8 @@ def test_masks_narrow_what_is_acquired(phantom_store, tmp_path):
 def test_root_is_prepared_beside_it_once(phantom_root, tmp_path, caplog):
     root = tmp_path / "cohort"
     shutil.copytree(phantom_root, root)
-    shutil.rmtree(next((root / "HGG").iterdir()))
+    late = next((root / "HGG").iterdir())
+    late.rename(tmp_path / late.name)
     data = BraTSDataModule(root=root, spacing=(10, 10, 10.0), **SMALL)
     data.prepare_data()
     assert data.store_path == tmp_path / "cohort-store-10x10x10"
@@ -268,6 +269,9 @@ def test_root_is_prepared_beside_it_once(phantom_root, tmp_path, caplog):
     with caplog.at_level("INFO"):
         BraTSDataModule(root=root, spacing=(10, 10, 10.0)).prepare_data()
     assert "0 cases prepared, 7 up to date" in caplog.text
+    (tmp_path / late.name).rename(late)
+    data.prepare_data()
+    assert len(data.store.cases) == 8
     scan = next(root.glob("*/*/*_t1ce.nii.gz"))
     scan.write_bytes(scan.read_bytes()[:1000])
     with pytest.raises(InputError, match=f"1 cases of .*{scan.parent.name}.*no root"):
