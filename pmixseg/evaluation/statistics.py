@@ -227,7 +227,8 @@ def _limits(primary: PairedTest, cases: int, exploratory: pd.DataFrame) -> list[
     elif primary.pairs < ENOUGH_PAIRS:
         notes.append(
             f"{primary.pairs} pairs of runs are few ({ENOUGH_PAIRS} are asked for): a true "
-            f"difference below {primary.detectable:.4f} would be missed more than once in five."
+            f"difference below {primary.detectable:.4f} would be missed more than once in five, "
+            "and bootstrap intervals are too narrow."
         )
     if cases < ENOUGH_CASES:
         notes.append(
