@@ -138,6 +138,17 @@ def test_kl_starts_as_unit_gaussians():
     assert align(f, "kl", ProductAnchor()).item() == pytest.approx(want)
 
 
+@pytest.mark.parametrize("raw", [-1e4, 1e4])
+def test_kl_heads_keep_the_log_variance_within_six(raw):
+    distance = KL()
+    alignment = Alignment(distance, [1], NAMES[:1], [0])
+    distance.log_variances["0"].bias.data.fill_(raw)
+    every = flags([1])
+    got = alignment(latents_of(values([2.0])), bound(NormalAnchor(), NAMES[:1]), every, every)
+    log_variance = math.copysign(6, raw)
+    assert got.item() == pytest.approx(0.5 * (math.exp(log_variance) + 4 - 1 - log_variance))
+
+
 def test_kl_reads_variational_encoders():
     f, lv = values([1.0], [3.0]), values([math.log(2.0)], [40.0])
     latents = latents_of(f, log_variance=[lv])
@@ -184,6 +195,14 @@ def test_mmd_by_hand():
     f = values([1.0], [5.0])
     k = sum(math.exp(-1 / s) for s in (0.25, 0.5, 1, 2, 4)) / 5
     assert align(f, "mmd").item() == pytest.approx(2 - 2 * k)
+
+
+def test_mmd_gives_its_bandwidth_no_gradient():
+    # As above; dD/dx = 2 · mean_s e^(-1/s)/(4 s) · 2 (x - y), halved by the mean over modalities.
+    f = values([1.0], [5.0]).requires_grad_()
+    align(f, "mmd").backward()
+    slope = sum(math.exp(-1 / s) / (4 * s) for s in (0.25, 0.5, 1, 2, 4)) / 5
+    assert f.grad.flatten().tolist() == pytest.approx([-4 * slope, 4 * slope])
 
 
 def test_mmd_equals_a_loop_over_pairs():
@@ -293,7 +312,8 @@ def test_levels_are_summed_and_can_be_negative():
 def test_nmse_does_not_change_with_scale_and_gives_no_gradient_along_it():
     f = torch.randn(2, 4, 3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     distance = NMSE(epsilon=0.0)
-    assert align(5 * f, distance).item() == pytest.approx(align(f, distance).item())
+    for scale in (1e-4, 5.0, 1e4):
+        assert align(scale * f, distance).item() == pytest.approx(align(f, distance).item())
     align(f, distance).backward()
     assert abs((f.grad * f).sum().item()) < 1e-12
     f.grad = None
