@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from pmixseg.cli import commands
+from pmixseg.cli import commands, segment
 from pmixseg.errors import InputError
 
 TRAINING = {
@@ -36,6 +36,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
             TrainingCLI(given)
             return 0
+        if given and given[0] == segment.NAME:  # its flags depend on the checkpoint
+            return segment.run(given[1:])
         return run_plain(given)
     except InputError as error:
         print(f"pmixseg: {error}", file=sys.stderr)  # noqa: T201  # the command line's own output
@@ -84,6 +86,7 @@ def run_plain(args: Sequence[str]) -> int:
     for name, text in TRAINING.items():
         subparsers.add_parser(name, help=text, add_help=False)
     commands.add_to(subparsers)
+    subparsers.add_parser(segment.NAME, help=segment.HELP, add_help=False)
     chosen = parser.parse_args(args)
     code: int = chosen.run(chosen)
     return code

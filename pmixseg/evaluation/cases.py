@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -128,6 +128,8 @@ def predict_case(
     combinations: Sequence[Combination],
     window: Sequence[int],
     settings: EvaluationSettings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[CasePrediction]:
     """Predict one prepared case for several combinations, sharing encodings where that is exact.
 
@@ -143,6 +145,7 @@ def predict_case(
         combinations: subsets of what the case has.
         window: window size in voxels.
         settings: overlap, blending, post-processing.
+        progress: told (windows done, windows in all) of each group.
 
     Yields:
         One prediction per combination, grouped by box.
@@ -164,6 +167,7 @@ def predict_case(
             blend=settings.blend,
             batch_size=settings.batch_size,
             chunk=max(1, ACCUMULATOR_BYTES // size),
+            progress=progress,
         )
         for rows, probabilities in found:
             for row, one in zip(rows, probabilities, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.unet import MultiEncoderUNet
 from pmixseg.data.missing import MissingnessSampler, UniformCombinations
+from pmixseg.data.nifti import Source
 from pmixseg.data.patches import CaseItem
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
@@ -25,6 +26,8 @@ from pmixseg.evaluation.cases import (
     score_case,
 )
 from pmixseg.evaluation.metrics import region_dice
+from pmixseg.evaluation.segment import Recipe, SegmentSettings, segment_scans
+from pmixseg.evaluation.segmentation import Segmentation
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.preparation import Preparation
@@ -242,3 +245,45 @@ class SegmentationNetwork(LightningModule, Described):
         geometry = item["stored"].geometry
         window = self.preparation.window(self.evaluation, self.strides)
         return predict_case(self, image, geometry, self.task, combinations, window, self.evaluation)
+
+    def segment(
+        self,
+        images: Mapping[str, Source],
+        settings: SegmentSettings | None = None,
+        *,
+        codes: Mapping[str, int] | None = None,
+        name: str = "scan",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Segmentation:
+        """Segment one patient from whatever scans there are; nothing needs preparing.
+
+        Example: ``pmixseg.load("best.ckpt").segment({"flair": "f.nii.gz", "t1": "t1.nii.gz"})``.
+
+        Args:
+            images: modality -> NIfTI file, (4-D file, channel), or nibabel image; any subset of
+                the model's modalities, in any orientation and spacing.
+            settings: mirroring, overlap, precision and what to refuse.
+            codes: label name -> number in the result; by default the class index.
+            name: of the case, for messages and file names.
+            progress: called with (windows done, windows in all).
+
+        Raises:
+            InputError: see :func:`pmixseg.evaluation.segment.segment_scans`.
+        """
+        settings = settings or SegmentSettings()
+        evaluation = settings.over(self.evaluation)
+        recipe = Recipe(
+            self.task,
+            self.preparation.window(evaluation, self.strides),
+            evaluation,
+            self.preparation.target_spacing(),
+            self.device,
+            self.loaded_from,
+        )
+        trained = self.training
+        try:
+            return segment_scans(
+                self.eval(), recipe, images, settings, codes=codes, name=name, progress=progress
+            )
+        finally:
+            self.train(trained)

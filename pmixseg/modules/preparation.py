@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pmixseg.data.canonical import NORMALISATION
 from pmixseg.errors import InputError
 from pmixseg.evaluation.cases import EvaluationSettings
 
@@ -64,3 +65,19 @@ class Preparation:
                 f"{strides[-1]}; change evaluation.window or data.patch_size."
             )
         return size[0], size[1], size[2]
+
+    def target_spacing(self) -> tuple[float, float, float] | None:
+        """Voxel size in mm that a new scan is brought to; ``None`` keeps the scan's own.
+
+        Raises:
+            InputError: the model was trained on intensities normalised in another way than scans
+                are now.
+        """
+        if self.normalisation not in (None, NORMALISATION):
+            raise InputError(
+                f"the model was trained with normalisation '{self.normalisation}', but this "
+                f"version of pmixseg makes '{NORMALISATION}'; use the version it was trained with."
+            )
+        if self.spacing is None:
+            return None
+        return self.spacing[0], self.spacing[1], self.spacing[2]

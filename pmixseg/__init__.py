@@ -1,0 +1,78 @@
+"""Brain-tumour segmentation when MRI sequences are missing, as PyTorch Lightning modules.
+
+Research use only. Names are imported when they are first used, so that ``import pmixseg`` costs
+nothing and the command line answers at once.
+
+Example:
+    >>> import pmixseg
+    >>> pmixseg.BRATS.modalities
+    ('flair', 't1ce', 't1', 't2')
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pmixseg.backbones import Backbone, MultiEncoderUNet
+    from pmixseg.callbacks import Distillation, PmixAlignment
+    from pmixseg.data.datamodule import BraTSDataModule
+    from pmixseg.errors import InputError
+    from pmixseg.evaluation.segment import SegmentSettings
+    from pmixseg.evaluation.segmentation import Segmentation
+    from pmixseg.modules import SegmentationModule, StudentModule, TeacherModule, load
+    from pmixseg.task import BRATS, Task
+
+__all__ = [
+    "BRATS",
+    "Backbone",
+    "BraTSDataModule",
+    "Distillation",
+    "InputError",
+    "MultiEncoderUNet",
+    "PmixAlignment",
+    "SegmentSettings",
+    "Segmentation",
+    "SegmentationModule",
+    "StudentModule",
+    "Task",
+    "TeacherModule",
+    "load",
+]
+
+_HOMES = {
+    "BRATS": "pmixseg.task",
+    "Backbone": "pmixseg.backbones",
+    "BraTSDataModule": "pmixseg.data.datamodule",
+    "Distillation": "pmixseg.callbacks",
+    "InputError": "pmixseg.errors",
+    "MultiEncoderUNet": "pmixseg.backbones",
+    "PmixAlignment": "pmixseg.callbacks",
+    "SegmentSettings": "pmixseg.evaluation.segment",
+    "Segmentation": "pmixseg.evaluation.segmentation",
+    "SegmentationModule": "pmixseg.modules",
+    "StudentModule": "pmixseg.modules",
+    "Task": "pmixseg.task",
+    "TeacherModule": "pmixseg.modules",
+    "load": "pmixseg.modules",
+}
+"""Where each public name lives; a test keeps it equal to ``__all__`` and the typed imports."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("pmixseg")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pmixseg' has no attribute '{name}'")
+    found = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = found  # the next access does not come here
+    return found
+
+
+def __dir__() -> list[str]:
+    """Public names and submodules, for completion."""
+    return sorted({*globals(), *__all__, "__version__"})

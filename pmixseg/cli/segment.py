@@ -1,0 +1,212 @@
+"""``pmixseg segment``: a flag per modality of the model, so the model is opened first."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from pmixseg.cli.commands import bar, console
+from pmixseg.errors import InputError
+from pmixseg.task import BRATS, Task, format_combination
+
+if TYPE_CHECKING:
+    from pmixseg.data.nifti import Source
+    from pmixseg.evaluation.segment import SegmentSettings
+    from pmixseg.inference.segment import CaseResult
+    from pmixseg.modules import SegmentationModule
+
+NAME = "segment"
+HELP = "segment a patient's own scans, whichever there are"
+DESCRIPTION = """Segment scans with a trained model: a case folder, a cohort, a 4-D file with
+--channels, or one flag per modality. Any subset of the model's modalities, in any orientation and
+spacing; the result lies in the grid of the scans. Research use only: not a medical device."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Run the command; its flags depend on the checkpoint's task.
+
+    Returns:
+        0, or 1 if a case of a cohort failed.
+    """
+    from pmixseg.modules import load  # Lightning takes seconds to import
+    from pmixseg.modules.checkpoint import read_checkpoint
+
+    if not args or args[0] in ("-h", "--help"):
+        parser_for(BRATS).parse_args(["--help"])
+    if args[0].startswith("-"):
+        raise InputError("the checkpoint comes first: pmixseg segment CHECKPOINT INPUT -o OUT.")
+    task = Task.from_dict(read_checkpoint(args[0])["pmixseg"]["task"])
+    given = parser_for(task).parse_args(args)
+    scans = {m: Path(v) for m in task.modalities if (v := getattr(given, f"scan_{m}", None))}
+    module = load(given.checkpoint, map_location=device_of(given.device))
+    results: list[CaseResult] = []
+    with bar("windows") as progress, warnings.catch_warnings():
+        # They are in the results, and printed with them.
+        warnings.filterwarnings("ignore", message="case '")
+        for result in segmented(module, given, scans, progress):
+            results.append(result)
+    report(results, task)
+    return 1 if any(r.problem for r in results) else 0
+
+
+def parser_for(task: Task) -> argparse.ArgumentParser:
+    """The command's flags for one task."""
+    parser = argparse.ArgumentParser(
+        prog="pmixseg segment",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        conflict_handler="resolve",  # a modality that is named like an option gets no flag
+    )
+    parser.add_argument("checkpoint", help="a .ckpt file")
+    parser.add_argument("input", nargs="?", type=Path, help="case folder, cohort, or 4-D file")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the results")
+    scans = parser.add_argument_group(f"scans (modalities of task '{task.name}')")
+    for modality in task.modalities:
+        scans.add_argument(
+            f"--{modality}", dest=f"scan_{modality}", metavar="FILE", help=task.show(modality)
+        )
+    scans.add_argument("--channels", help="modalities of a 4-D INPUT in order, e.g. flair,t1,-,t2")
+    scans.add_argument("--layout", help="name of a layout or YAML file with patterns, for folders")
+    scans.add_argument("--name", help="of the case, in the names of the results")
+    how = parser.add_argument_group("how")
+    how.add_argument("--tta", action="store_true", help="average over mirrorings; 8 times slower")
+    how.add_argument("--overlap", type=float, help="share of a window that the next one covers")
+    how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    how.add_argument("--postprocess", nargs="*", metavar="STEP", help="steps by name, in order")
+    how.add_argument("--reference", metavar="MODALITY", help="whose grid the result has")
+    how.add_argument("--strict", action="store_true", help="refuse scans on different grids")
+    how.add_argument("--force", action="store_true", help="segment scans that look implausible")
+    what = parser.add_argument_group("what is written")
+    what.add_argument("--probabilities", action="store_true", help="of every class, 4-D")
+    what.add_argument("--entropy", action="store_true", help="voxel-wise uncertainty in nats")
+    what.add_argument("--codes", metavar="NAME=CODE,...", help="numbers of the labels in results")
+    what.add_argument("--no-gzip", action="store_true", help="write .nii instead of .nii.gz")
+    return parser
+
+
+def segmented(
+    module: SegmentationModule,
+    given: argparse.Namespace,
+    scans: Mapping[str, Source],
+    progress: Callable[[int, int], None],
+) -> Iterator[CaseResult]:
+    """Find out what was given, and segment it.
+
+    Raises:
+        InputError: both or neither of an input and scans, or flags that do not fit them.
+    """
+    from pmixseg.inference.segment import Outputs, channels_of, segment_files, segment_folder
+
+    source: Path | None = given.input
+    if (source is None) == (not scans):
+        raise InputError(
+            "give either a folder or 4-D file, or scans by modality "
+            f"({', '.join(f'--{m} FILE' for m in module.task.modalities)})."
+        )
+    outputs = Outputs(given.out, given.probabilities, given.entropy, not given.no_gzip)
+    settings = settings_of(given)
+    if source is not None and source.is_dir():
+        if given.channels or given.name or given.codes:
+            raise InputError(
+                "--channels, --name and --codes are for single files; a folder's layout tells them."
+            )
+        yield from segment_folder(
+            module, source, outputs, settings, layout=given.layout, progress=progress
+        )
+        return
+    if source is not None:
+        if not source.exists():
+            raise InputError(f"{source} does not exist; give a case folder, cohort, or 4-D file.")
+        if not given.channels:
+            raise InputError(
+                f"{source} is a file; say which modality it is ("
+                f"{', '.join(f'--{m} {source.name}' for m in module.task.modalities[:2])}, …), or "
+                "name the channels of a 4-D file with --channels."
+            )
+        scans = channels_of(source, given.channels, module)
+    codes = None if given.codes is None else codes_of(given.codes)
+    yield segment_files(
+        module, scans, outputs, settings, codes=codes, name=given.name, progress=progress
+    )
+
+
+def settings_of(given: argparse.Namespace) -> SegmentSettings:
+    """The flags under "how"."""
+    from pmixseg.evaluation.segment import SegmentSettings
+
+    return SegmentSettings(
+        tta=given.tta,
+        overlap=given.overlap,
+        precision=given.precision,
+        postprocess=given.postprocess,
+        reference=given.reference,
+        strict=given.strict,
+        force=given.force,
+    )
+
+
+def codes_of(text: str) -> dict[str, int]:
+    """Read ``NCR=1,ED=2,ET=4``.
+
+    Raises:
+        InputError: not of this form.
+
+    Example:
+        >>> codes_of("ED=2, ET=4")
+        {'ED': 2, 'ET': 4}
+    """
+    try:
+        pairs = (item.split("=") for item in text.split(","))
+        return {name.strip(): int(number) for name, number in pairs}
+    except ValueError:
+        raise InputError(f"--codes '{text}' is not of the form NCR=1,ED=2,ET=4.") from None
+
+
+def device_of(name: str) -> str:
+    """``auto`` is a CUDA device if there is one, else the CPU.
+
+    Raises:
+        InputError: the device does not exist here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: not available here ({reason}); use cpu.") from error
+    return name
+
+
+def report(results: Sequence[CaseResult], task: Task) -> None:
+    """Print volumes, files, warnings and problems."""
+    done = [r for r in results if r.problem is None]
+    if done:
+        table = Table(title="volumes in ml, research use only", title_justify="left")
+        table.add_column("case")
+        table.add_column("scans")
+        for region in task.regions:
+            table.add_column(task.show(region), justify="right")
+        for result in done:
+            volumes = (f"{result.volumes[region]:.2f}" for region in task.regions)
+            table.add_row(result.name, format_combination(result.combination), *volumes)
+        console.print(table)
+    for result in results:
+        for sentence in result.warnings:
+            console.print(f"warning: {sentence}", markup=False)
+        if result.problem:
+            console.print(f"problem: {result.problem}", markup=False)
+    folders: dict[Any, int] = {}
+    for result in done:
+        folder = next(iter(result.files.values())).parent
+        folders[folder] = folders.get(folder, 0) + len(result.files)
+    for folder, count in folders.items():
+        console.print(f"{count} files in {folder}")

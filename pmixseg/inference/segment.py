@@ -1,0 +1,245 @@
+"""Segmenting what a person has: a case folder, a cohort, one 4-D file, a file per modality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pmixseg.data.layouts import Case, Layout, find_cases
+from pmixseg.data.nifti import Source
+from pmixseg.errors import InputError
+from pmixseg.evaluation.segment import SegmentSettings
+from pmixseg.evaluation.segmentation import Segmentation
+from pmixseg.modules import SegmentationModule
+
+Progress = Callable[[int, int], None]
+
+UNUSED_CHANNEL = "-"
+"""Stands for a channel of a 4-D file that is not read."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where results go, and which.
+
+    Args:
+        folder: made if it is not there.
+        probabilities: also write class probabilities.
+        entropy: also write the voxel-wise entropy.
+        compress: ``.nii.gz``, or ``.nii``.
+    """
+
+    folder: Path
+    probabilities: bool = False
+    entropy: bool = False
+    compress: bool = True
+
+    def write(self, result: Segmentation) -> dict[str, Path]:
+        """Write one result; see :meth:`~pmixseg.evaluation.segmentation.Segmentation.save`."""
+        return result.save(
+            self.folder,
+            probabilities=self.probabilities,
+            entropy=self.entropy,
+            compress=self.compress,
+        )
+
+    def check(self, name: str, files: Sequence[Path]) -> None:
+        """Refuse a folder where a result would take the place of a file of the case.
+
+        Raises:
+            InputError: it would, as when a case's own folder is given and holds a label.
+        """
+        ending = ".nii.gz" if self.compress else ".nii"
+        taken = {f.resolve() for f in files}
+        for what in ("seg", "probabilities", "entropy"):
+            path = self.folder / f"{name}_{what}{ending}"
+            if path.resolve() in taken:
+                raise InputError(
+                    f"case '{name}': the result would replace {path}; choose another output folder."
+                )
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one case of a cohort.
+
+    Args:
+        name: of the case.
+        combination: the modalities that were used.
+        volumes: region -> ml; empty where it failed.
+        files: what was written.
+        warnings: sentences.
+        problem: the sentence that says why it failed.
+    """
+
+    name: str
+    combination: tuple[str, ...] = ()
+    volumes: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def segment_files(
+    module: SegmentationModule,
+    images: Mapping[str, Source],
+    outputs: Outputs,
+    settings: SegmentSettings | None = None,
+    *,
+    codes: Mapping[str, int] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> CaseResult:
+    """Segment one patient from named files, and write the result.
+
+    Args:
+        module: a loaded model.
+        images: modality -> file, (4-D file, channel) or nibabel image.
+        outputs: where to.
+        settings: how.
+        codes: label name -> number in the result; by default the class index.
+        name: of the case; by default what the files' names have in common.
+        progress: called with (windows done, windows in all).
+
+    Raises:
+        InputError: see :meth:`~pmixseg.SegmentationModule.segment`, and :meth:`Outputs.check`.
+    """
+    called = name or common_name(images)
+    files = [p for s in images.values() if (p := _path_of(s)) is not None]
+    outputs.check(called, files)
+    found = module.segment(images, settings, codes=codes, name=called, progress=progress)
+    return _result(found, outputs.write(found))
+
+
+def segment_folder(
+    module: SegmentationModule,
+    root: str | Path,
+    outputs: Outputs,
+    settings: SegmentSettings | None = None,
+    *,
+    layout: str | Path | Layout | None = None,
+    progress: Progress | None = None,
+) -> Iterator[CaseResult]:
+    """Segment every case under a folder, which may be that of one case.
+
+    Each case is segmented from all scans that it has and the model reads, and written with the
+    label codes of its layout. A case that fails is reported, and the next one is done.
+
+    Args:
+        module: a loaded model.
+        root: the folder of a cohort or a case.
+        outputs: where to.
+        settings: how.
+        layout: see :func:`~pmixseg.data.layouts.find_cases`.
+        progress: called with (windows done, windows in all), over all cases as if they were of
+            equal size.
+
+    Yields:
+        One result per case, as it is done.
+
+    Raises:
+        InputError: no case can be found.
+    """
+    cases = find_cases(root, module.task, layout)
+    for done, case in enumerate(cases):
+        try:
+            yield segment_case(
+                module, case, outputs, settings, progress=_share(progress, done, len(cases))
+            )
+        except InputError as error:
+            yield CaseResult(case.case_id, problem=str(error))
+
+
+def segment_case(
+    module: SegmentationModule,
+    case: Case,
+    outputs: Outputs,
+    settings: SegmentSettings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> CaseResult:
+    """Segment one case that a layout found; scans that the model does not read are left out.
+
+    Raises:
+        InputError: the case cannot be used, or has no scan that the model reads.
+    """
+    if case.problem is not None:
+        raise InputError(case.problem)
+    images = {m: f for m, f in case.images.items() if m in module.modalities}
+    if not images:
+        raise InputError(
+            f"case '{case.case_id}' has {', '.join(case.images)}, but this model reads "
+            f"{', '.join(module.modalities)}; use a model for these scans."
+        )
+    files = [p for s in case.images.values() if (p := _path_of(s)) is not None]
+    outputs.check(case.case_id, files if case.label is None else [*files, case.label])
+    found = module.segment(
+        images, settings, codes=case.codes or None, name=case.case_id, progress=progress
+    )
+    return _result(found, outputs.write(found))
+
+
+def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str, Source]:
+    """The modalities of a 4-D file, from their names in the order of its channels.
+
+    There is no default: public data sets disagree about the order, and scans taken for each other
+    give a segmentation all the same.
+
+    Args:
+        path: the file.
+        names: ``"flair,t1,t1ce,t2"``; ``-`` for a channel that is not read.
+        module: its task knows the names.
+
+    Raises:
+        InputError: a name twice, or none; unknown names are found when the scans are read.
+    """
+    listed = [n.strip() for n in names.split(",")]
+    used = [n for n in listed if n != UNUSED_CHANNEL]
+    if len(set(used)) != len(used) or not used:
+        raise InputError(
+            f"channels '{names}' must name different modalities of "
+            f"{', '.join(module.task.modalities)}, separated by commas, '-' for a channel that is "
+            "not read."
+        )
+    return {n: (path, index) for index, n in enumerate(listed) if n != UNUSED_CHANNEL}
+
+
+def common_name(images: Mapping[str, Source]) -> str:
+    """Name of a case from its files: without modalities at the end, or else that of their folder.
+
+    Example:
+        >>> common_name({"t1": "p3/x7_t1.nii.gz", "t1ce": "p3/x7_T1ce.nii.gz"})
+        'x7'
+        >>> common_name({"t1": "p3/anatomy.nii", "flair": "p3/flair.nii"})
+        'p3'
+    """
+    stems, folders = set[str](), set[str]()
+    for modality, source in images.items():
+        path = _path_of(source)
+        if path is not None:
+            stem = path.name.removesuffix(".gz").removesuffix(".nii")
+            if stem.lower().endswith(modality.lower()):
+                stem = stem[: -len(modality)].rstrip("_-. ")
+            stems.add(stem)
+            folders.add(path.resolve().parent.name)
+    for names in (stems, folders):
+        if len(names) == 1 and (only := names.pop()):
+            return only
+    return "scan"
+
+
+def _path_of(source: Source) -> Path | None:
+    path = source[0] if isinstance(source, tuple) else source
+    return Path(path) if isinstance(path, str | Path) else None
+
+
+def _result(found: Segmentation, files: Mapping[str, Path]) -> CaseResult:
+    return CaseResult(found.name, found.combination, found.volumes, files, found.warnings)
+
+
+def _share(progress: Progress | None, done: int, cases: int) -> Progress | None:
+    if progress is None:
+        return None
+    tell = progress
+    return lambda windows, total: tell(done * total + windows, cases * total)

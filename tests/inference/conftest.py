@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tiny_models import save, tiny_student
+
+from pmixseg.modules import load
+
+REAL = Path(__file__).parents[2] / "../shared/data/brats2021"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return save(tiny_student(), tmp_path_factory.mktemp("weights") / "tiny.ckpt")
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint):
+    return load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def cropped_root(phantom_root, tmp_path_factory) -> Path:
+    """Two phantom cases of which every modality covers another part of the brain."""
+    root = tmp_path_factory.mktemp("cropped")
+    slabs = {"flair": (2, slice(0, 9)), "t1ce": (2, slice(-9, None)), "t2": (0, slice(0, 13))}
+    for folder in sorted(p.parent for p in phantom_root.rglob("*_flair.nii.gz"))[:2]:
+        for path in folder.iterdir():
+            image = nib.load(path)
+            data = np.array(image.dataobj)
+            modality = path.name.split("_")[-1].removesuffix(".nii.gz")
+            if modality in slabs:
+                axis, slab = slabs[modality]
+                box = [np.flatnonzero(data.any(axis=tuple({0, 1, 2} - {a}))) for a in range(3)]
+                inside = range(box[axis][0], box[axis][-1] + 1)[slab]
+                data[tuple(list(inside) if a == axis else slice(None) for a in range(3))] = 0
+            target = root / folder.parent.name / folder.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(data, image.affine), target)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_root() -> Path:
+    if not REAL.is_dir():
+        pytest.skip("needs ../shared/data/brats2021 beside the repository")
+    return REAL

@@ -1,0 +1,241 @@
+"""What segmenting refuses, in one sentence, and what force or strictness change."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.processing import resample_to_output
+from scipy import ndimage
+from tiny_models import tiny_student
+
+from pmixseg.data.canonical import canonicalise
+from pmixseg.data.grids import on_one_grid
+from pmixseg.data.layouts import find_cases
+from pmixseg.data.plausibility import MAX_BRAIN_ML, implausible, misplaced, not_stripped
+from pmixseg.errors import InputError
+from pmixseg.evaluation.segment import SegmentSettings
+from pmixseg.modules.preparation import Preparation
+from pmixseg.task import BRATS
+
+
+@pytest.fixture(scope="module")
+def images(phantom_root):
+    return {m: nib.load(p) for m, p in find_cases(phantom_root, BRATS)[0].images.items()}
+
+
+def changed(image, change):
+    return nib.Nifti1Image(change(np.asarray(image.dataobj)), image.affine)
+
+
+def test_no_scan_and_unknown_modalities(model, images):
+    with pytest.raises(InputError, match=r"no scan given.*flair, t1ce, t1, t2"):
+        model.segment({})
+    with pytest.raises(InputError, match=r"dwi given.*knows flair"):
+        model.segment({"t1": images["t1"], "dwi": images["t1"]})
+
+
+def test_a_dedicated_student_says_what_it_reads(images):
+    module = tiny_student(combination="t1ce+flair")
+    with pytest.raises(InputError, match="no input for t2, it reads flair, t1ce"):
+        module.segment({"t2": images["t2"], "flair": images["flair"]})
+    assert module.segment({"flair": images["flair"]}).combination == ("flair",)
+
+
+def test_missing_and_damaged_files(model, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        model.segment({"t1": tmp_path / "none.nii.gz"})
+    (tmp_path / "text.nii.gz").write_text("hello")
+    with pytest.raises(InputError, match="not a NIfTI"):
+        model.segment({"t1": tmp_path / "text.nii.gz"})
+
+
+def test_other_normalisation(images):
+    module = tiny_student()
+    module.preparation = Preparation(normalisation="minmax", patch=(32, 32, 32))
+    with pytest.raises(InputError, match="normalisation 'minmax'"):
+        module.segment({"t1": images["t1"]})
+
+
+def test_codes_must_tell_labels_apart(model, images):
+    with pytest.raises(InputError, match="number of its own"):
+        model.segment({"t1": images["t1"]}, codes={"NCR": 1, "ED": 1, "ET": 4})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"overlap": 1.0}, {"precision": "fp16"}, {"dtype": "int8"}, {"overlap": -0.1}]
+)
+def test_settings_that_do_not_exist(wrong):
+    with pytest.raises(InputError):
+        SegmentSettings(**wrong)
+
+
+# ------------------------------------------------------------------- grids
+
+
+def on_other_grid(image, zoom=(1.0, 1.0, 2.0)):
+    return resample_to_output(
+        changed(image, lambda d: d.astype(np.float32)), tuple(5.0 * z for z in zoom), order=1
+    )
+
+
+def test_scans_on_other_grids_are_resampled_with_a_warning(model, images):
+    thick = {"t1": on_other_grid(images["t1"]), "t2": images["t2"]}
+    with pytest.warns(UserWarning, match="t1 was resampled from its own grid to that of t2"):
+        found = model.segment(thick)
+    assert found.to_nifti().shape == images["t2"].shape  # the finer one
+    assert found.warnings
+    assert np.allclose(found.affine, images["t2"].affine)
+
+
+def test_resampling_puts_every_point_where_it_belongs():
+    """A scan whose value is its distance in mm from a plane has it after resampling, too."""
+    normal = np.array([0.3, -0.5, 0.8])
+
+    def plane(shape, affine):
+        points = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
+        return nib.Nifti1Image((300 + points @ normal).astype(np.float32), affine)
+
+    turned = nib.affines.from_matvec(np.diag([-2.0, 3.0, 2.5]) @ _rotation(10), [40.0, -55.0, -40])
+    source = plane((40, 38, 36), turned)
+    target = plane(
+        (30, 30, 30), np.diag([1.1, 1.2, 1.0, 1.0]) + [[0, 0, 0, t] for t in (0, 1, 2, 0)]
+    )
+    found = on_one_grid({"t1": source, "t2": target}, reference="t2").images["t1"]
+    inside = np.asarray(found.dataobj) != 0
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(
+        np.asarray(found.dataobj)[inside], np.asarray(target.dataobj)[inside], atol=0.9
+    )
+    deep = ndimage.binary_erosion(inside, iterations=3)  # the border extrapolates by half a voxel
+    np.testing.assert_allclose(
+        np.asarray(found.dataobj)[deep], np.asarray(target.dataobj)[deep], atol=1e-2
+    )
+
+
+def _rotation(degrees):
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+
+
+def test_the_reference_can_be_chosen_and_resampling_refused(model, images):
+    thick = {"t1": on_other_grid(images["t1"]), "t2": images["t2"]}
+    with pytest.raises(InputError, match=r"(shape|affines).*--strict"):
+        model.segment(thick, SegmentSettings(strict=True))
+    with pytest.warns(UserWarning, match="t2 was resampled"):
+        found = model.segment(thick, SegmentSettings(reference="t1"))
+    assert found.to_nifti().shape == thick["t1"].shape
+    with pytest.raises(InputError, match="reference 'flair'"):
+        model.segment(thick, SegmentSettings(reference="flair"))
+
+
+def test_the_result_has_the_axes_of_the_reference(model, images):
+    start = nib.io_orientation(images["t2"].affine)
+    turn = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(tuple("SAR")))
+    mixed = {"t1": images["t1"], "t2": images["t2"].as_reoriented(turn)}
+    found = model.segment(mixed, SegmentSettings(reference="t2")).to_nifti()
+    assert nib.aff2axcodes(found.affine) == tuple("SAR")
+    back = nib.as_closest_canonical(found)
+    plain = nib.as_closest_canonical(model.segment({m: images[m] for m in mixed}).to_nifti())
+    assert np.array_equal(back.dataobj, plain.dataobj)
+
+
+def test_resampling_makes_no_dark_rim(images):
+    flat = changed(images["t1"], lambda d: np.where(d != 0, 100, 0).astype(np.int16))
+    shifted = flat.affine.copy()
+    shifted[:3, 3] += 1.7  # a third of a voxel
+    moved = nib.Nifti1Image(np.asarray(images["t2"].dataobj), shifted)
+    grid = on_one_grid({"t1": flat, "t2": moved}, reference="t2")
+    values = np.unique(np.asarray(grid.images["t1"].dataobj).round(3))
+    assert values.tolist() == [0, 100]
+
+
+# ------------------------------------------------------------------- plausibility
+
+
+def test_phantoms_look_as_they_should(model, images):
+    model.segment(images)
+
+
+def noisy(data):
+    noise = np.random.default_rng(0).integers(1, 30, data.shape)
+    return np.where(data != 0, data, noise).astype(data.dtype)
+
+
+def with_head(data):
+    """A shell of scalp around the brain, after a gap for the skull."""
+    depth = ndimage.distance_transform_edt(data == 0, sampling=5.0)
+    bright = int(np.percentile(data[data > 0], 90))
+    return np.where(depth > 0, np.where(depth <= 18, bright, 0), data).astype(data.dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [(noisy, "background is not 0|more than a brain"), (with_head, "ml of")]
+)
+def test_scans_with_skull_or_background(model, images, change, says):
+    raw = {"t1": changed(images["t1"], change), "t2": images["t2"]}
+    with pytest.raises(InputError, match=f"t1.*({says}).*--force"):
+        model.segment(raw)
+    with pytest.warns(UserWarning, match="because of force"):
+        assert model.segment(raw, SegmentSettings(force=True)).warnings
+
+
+def test_thresholds_by_hand():
+    ball = np.zeros((60, 60, 60), np.float16)
+    z, y, x = np.ogrid[:60, :60, :60]
+    ball[(z - 30) ** 2 + (y - 30) ** 2 + (x - 30) ** 2 <= 20**2] = 1  # 33401 voxels
+    assert not_stripped(ball, (3.0, 3.0, 3.0), "t1") is None  # 902 ml
+    limit = (MAX_BRAIN_ML / np.count_nonzero(ball) * 1000) ** (1 / 3)
+    assert not_stripped(ball, (limit - 0.01,) * 3, "t1") is None
+    assert "more than a brain" in not_stripped(ball, (limit + 0.01,) * 3, "t1")
+    assert "100% of the box" in not_stripped(np.ones((20, 20, 20), np.float16), (1.0,) * 3, "t1")
+
+
+def test_scans_that_do_not_meet():
+    one, other = np.zeros((2, 60, 40, 40), np.float32)
+    one[2:28, 5:35, 5:35] = 1 + np.random.default_rng(0).random((26, 30, 30))
+    other[32:58, 5:35, 5:35] = 1 + np.random.default_rng(1).random((26, 30, 30))
+    assert misplaced({"t1": one, "t2": other}, (4.0, 4.0, 4.0)) == ["t1 and t2 hardly overlap"]
+
+
+# ------------------------------------------------------------------- real scans
+
+
+def _shift(data):
+    return np.roll(data, 10, axis=2)  # the volume's rim is empty
+
+
+def _turn(data):
+    return ndimage.rotate(data, 15, axes=(0, 1), reshape=False, order=0)
+
+
+def _mirror(data):
+    return data[::-1]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("number", ["00000", "00019"])
+def test_real_scans_pass_and_damaged_ones_are_named(real_root, number):
+    name = f"BraTS2021_{number}"
+    scans = {m: nib.load(real_root / name / f"{name}_{m}.nii.gz") for m in BRATS.modalities}
+    assert implausible(canonicalise(scans, None, BRATS), BRATS) == []
+    for modality, change, says in (
+        ("t1", _shift, "shifted"),
+        ("t2", _turn, "turned"),
+        ("flair", _mirror, "mirrored left-right"),
+    ):
+        damaged = {**scans, modality: changed(scans[modality], change)}
+        (found,) = implausible(canonicalise(damaged, None, BRATS), BRATS)
+        assert found.startswith(f"{modality} would fit ")
+        assert says in found
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_no_real_scan_is_suspected_in_any_combination(real_root):
+    for folder in sorted(real_root.iterdir()):
+        if folder.is_dir():
+            scans = {m: folder / f"{folder.name}_{m}.nii.gz" for m in BRATS.modalities}
+            case = canonicalise(scans, None, BRATS)
+            image = dict(zip(BRATS.modalities, case.image, strict=True))
+            for combination in BRATS.combinations():
+                shown = {m: image[m] for m in combination}
+                assert misplaced(shown, case.geometry.grid_spacing) == []

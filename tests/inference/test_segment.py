@@ -1,0 +1,161 @@
+"""Segmenting a patient's scans gives what testing the prepared case gives."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_student
+
+from pmixseg.data.canonical import canonicalise
+from pmixseg.data.layouts import find_cases
+from pmixseg.data.prepare import prepare
+from pmixseg.data.store import Store
+from pmixseg.evaluation.segment import SegmentSettings
+from pmixseg.evaluation.windows import predict_combinations
+from pmixseg.task import BRATS
+
+
+def through_the_store(module, stored, combinations):
+    """What ``test`` predicts for a stored case."""
+    item = {
+        "image": torch.from_numpy(np.array(stored.image)).float(),
+        "case_id": stored.case_id,
+        "acquired": torch.tensor(stored.acquired),
+        "stored": stored,
+    }
+    return {p.combination: p for p in module.predict_item(item, combinations)}
+
+
+ALL = BRATS.combinations()
+
+
+@pytest.mark.parametrize(
+    ("spacing", "dtype", "combinations"),
+    [(None, "float32", ALL), (None, "float16", ALL[3:9:2]), ((6.0,) * 3, "float16", ALL[1:13:4])],
+)
+def test_segment_of_files_equals_test_of_the_case(
+    cropped_root, tmp_path, spacing, dtype, combinations
+):
+    module = tiny_student(spacing=spacing)
+    cases = find_cases(cropped_root, BRATS)
+    assert not prepare(cases, tmp_path, BRATS, spacing=spacing, dtype=dtype, progress=False).failed
+    store = Store.open(tmp_path)
+    stored = store.read(cases[0].case_id)
+    assert len({stored.geometry.box(c) for c in ALL}) >= 4  # fields of view differ
+    expected = through_the_store(module, stored, ALL)
+    seen = set()
+    for combination in combinations:
+        images = {m: cases[0].images[m] for m in combination}
+        found = module.segment(images, SegmentSettings(dtype=dtype), codes=cases[0].codes)
+        assert found.combination == combination
+        assert np.array_equal(found.classes, expected[combination].labels())
+        np.testing.assert_allclose(
+            found.probabilities, expected[combination].source_probabilities(), atol=1e-5
+        )
+        seen |= set(np.unique(found.labels).tolist())
+    assert len(seen) > 1
+    assert seen <= {0, 1, 2, 4}
+
+
+def reoriented(image, axcodes):
+    """The same scan with its axes in another order and direction, voxels untouched."""
+    start = nib.io_orientation(image.affine)
+    change = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(axcodes))
+    return image.as_reoriented(change)
+
+
+@pytest.fixture(scope="module")
+def case(phantom_root):
+    return find_cases(phantom_root, BRATS)[0]
+
+
+@pytest.fixture(scope="module")
+def images(case):
+    return {m: nib.load(p) for m, p in case.images.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(model, images):
+    return model.segment(images)
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SAR", "IPL"])
+def test_orientation_of_the_file_changes_no_voxel(model, images, whole, axcodes):
+    turned = {m: reoriented(i, tuple(axcodes)) for m, i in images.items()}
+    found = model.segment(turned).to_nifti()
+    assert nib.aff2axcodes(found.affine) == tuple(axcodes)
+    assert found.shape == turned["t1"].shape
+    back = reoriented(found, nib.aff2axcodes(images["t1"].affine))
+    assert np.array_equal(back.dataobj, whole.to_nifti().dataobj)
+    np.testing.assert_allclose(back.affine, images["t1"].affine, atol=1e-4)
+
+
+def test_compressed_or_not_is_the_same(model, case, images, whole, tmp_path):
+    for name, image in images.items():
+        nib.save(image, tmp_path / f"x_{name}.nii")
+    plain = model.segment({m: tmp_path / f"x_{m}.nii" for m in images})
+    packed = model.segment({m: str(p) for m, p in case.images.items()})
+    for found in (plain, packed):
+        assert np.array_equal(found.classes, whole.classes)
+
+
+def test_four_dimensional_file(model, images, whole, tmp_path):
+    order = ("t2", "flair", "t1", "t1ce")
+    stacked = np.stack([np.asarray(images[m].dataobj) for m in order], axis=-1)
+    path = tmp_path / "all.nii.gz"
+    nib.save(nib.Nifti1Image(stacked, images["t1"].affine), path)
+    found = model.segment({m: (path, i) for i, m in enumerate(order)})
+    assert np.array_equal(found.classes, whole.classes)
+
+
+def test_mirroring_averages_the_eight_answers(model, images, whole):
+    averaged = model.segment(images, SegmentSettings(tta=True)).prediction.probabilities
+    image = torch.from_numpy(canonicalise(images, None, BRATS).image).float()
+    answers = [
+        predict_combinations(
+            model, image.flip(axes), torch.ones(1, 4, dtype=torch.bool), patch=(32, 32, 32)
+        )[0].flip(axes)
+        for axes in [(), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3)]
+    ]
+    torch.testing.assert_close(averaged, torch.stack(answers).mean(0), atol=1e-5, rtol=0)
+    assert (averaged - whole.prediction.probabilities).abs().max() > 1e-3
+
+
+def test_reduced_precision_is_close_but_not_equal(model, images, whole):
+    half = model.segment(images, SegmentSettings(precision="bf16"))
+    difference = np.abs(half.probabilities - whole.probabilities)
+    assert 0 < difference.max() < 0.05
+
+
+def test_overlap_and_window_are_used(model, images, whole):
+    other = model.segment(images, SegmentSettings(overlap=0.0, window=(16, 16, 16)))
+    assert other.settings["window"] == [16, 16, 16]
+    assert not np.array_equal(other.probabilities, whole.probabilities)
+
+
+def test_post_processing_is_used_and_recorded(model, images, whole):
+    found = model.segment(images, SegmentSettings(postprocess=["largest_component"]))
+    assert found.settings["postprocess"] == ["largest_component"]
+    assert 0 < (found.classes > 0).sum() <= (whole.classes > 0).sum()
+
+
+def test_volumes_entropy_and_probabilities_by_hand(whole):
+    voxel_ml = 5.0**3 / 1000
+    for region, classes in {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}.items():
+        expected = np.isin(whole.classes, classes).sum() * voxel_ml
+        assert whole.volumes[region] == pytest.approx(expected)
+    p = whole.probabilities
+    np.testing.assert_allclose(p.sum(0), 1, atol=1e-5)
+    assert np.array_equal(p.argmax(0), whole.classes)
+    at = np.unravel_index(whole.entropy.argmax(), whole.entropy.shape)
+    here = p[(slice(None), *at)].astype(float)
+    assert whole.entropy[at] == pytest.approx(-(here * np.log(here)).sum(), rel=1e-4)
+    assert whole.entropy[0, 0, 0] == 0  # nothing was shown there
+
+
+def test_training_mode_is_left_as_it_was(images):
+    module = tiny_student()
+    module.train()
+    module.segment({"t1": images["t1"]})
+    assert module.training
+    assert module.backbone.training
