@@ -90,7 +90,17 @@ def run(rank, folder):
     values = wrapped(part(make_batch(), rank))
     values.sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    torch.save({"values": values.detach(), "gradients": gradients}, f"{folder}/{rank}.pt")
+    own = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
+    total = sum_over_ranks(own)
+    (total * (1 + rank)).sum().backward()
+    found = {
+        "values": values.detach(),
+        "gradients": gradients,
+        "total": total.detach(),
+        "slope": own.grad,
+        "gathered": gather_constants(own),
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -98,6 +108,10 @@ def run(rank, folder):
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(run, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for rank in ranks:
+        assert rank["total"].tolist() == [3.0, 20.0]
+        assert rank["slope"].tolist() == [3.0, 3.0]  # 1 from the first process, 2 from the second
+        assert rank["gathered"].tolist() == [1.0, 10.0, 2.0, 10.0]
     model = AllLosses()
     values = model(make_batch())
     values.sum().backward()
