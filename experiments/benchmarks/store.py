@@ -25,6 +25,7 @@ from isal import igzip, isal_zlib
 
 from pmixseg.data.layouts import Case, find_cases
 from pmixseg.data.store import Store, StoredCase, prepare
+from pmixseg.data.stored import copy_box
 from pmixseg.task import BRATS
 
 PATCH = 80
@@ -139,7 +140,7 @@ def reading(stored: StoredCase, repeats: int) -> None:
 
     def read_patch() -> np.ndarray:
         a, b, c = (slice(s, s + PATCH) for s in random.integers(0, free + 1))
-        return np.array(stored.image[:, a, b, c])
+        return copy_box(stored.image[:, a, b, c])
 
     for _ in range(repeats):
         clocks["patch"].append(timed(read_patch))

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from pmixseg.data.geometry import BOX_MULTIPLE, Box, Geometry, Spacing
 from pmixseg.data.nifti import ScanReader, Source
 from pmixseg.data.volumes import (
+    Signal,
     check_same_grid,
     class_table,
     classes_of,
     geometry_of,
-    normalised,
+    signal_of,
 )
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -42,8 +43,6 @@ NORMALISATION = "zscore-own-mask"
 
 STORE_DTYPE = "float16"
 """Default number type; a scan segmented directly is rounded like a stored one."""
-
-_SLAB = 16
 
 
 @dataclass
@@ -111,7 +110,7 @@ def canonicalise(
     table = class_table(task, codes, ignored)
     geometry: Geometry | None = None
     reference = ""
-    parts: dict[str, tuple[Box, npt.NDArray[Any]]] = {}
+    signals: dict[str, Signal] = {}
     for name in task.modalities:
         if name not in images:
             continue
@@ -120,13 +119,13 @@ def canonicalise(
         if geometry is None:
             geometry, reference = own, scan.name
         check_same_grid(geometry, own, reference, scan.name, where)
-        parts[name] = normalised(scan, own, dtype, where)
+        signals[name] = signal_of(scan, own, where)
     assert geometry is not None  # there is at least one image
-    boxes = {n: b.grow(BOX_MULTIPLE, geometry.grid_shape) for n, (b, _) in parts.items()}
+    boxes = {n: s.box.grow(BOX_MULTIPLE, geometry.grid_shape) for n, s in signals.items()}
     geometry = replace(geometry, boxes=boxes)
     case = CanonicalCase(
-        image=_joined(parts, geometry, task, dtype),
-        acquired=tuple(n in parts for n in task.modalities),
+        image=_joined(signals, geometry.box(), task, dtype),
+        acquired=tuple(n in signals for n in task.modalities),
         label=None,
         label_native=None,
         label_box=None,
@@ -142,21 +141,14 @@ def canonicalise(
 
 
 def _joined(
-    parts: Mapping[str, tuple[Box, npt.NDArray[Any]]],
-    geometry: Geometry,
-    task: Task,
-    dtype: npt.DTypeLike,
+    signals: Mapping[str, Signal], box: Box, task: Task, dtype: npt.DTypeLike
 ) -> npt.NDArray[Any]:
-    """Stack the modalities on the union of their boxes."""
-    box = geometry.box()
+    """z-scores of all modalities on the union of their boxes."""
     image = np.zeros((task.num_modalities, *box.shape), dtype=dtype)
     for index, name in enumerate(task.modalities):
-        if name in parts:
-            tight, values = parts[name]
-            target = image[(index, *tight.relative_to(box).slices)]
-            # The file's memory order is reversed here; slabs keep the copy inside the cache.
-            for start in range(0, len(target), _SLAB):
-                target[start : start + _SLAB] = values[start : start + _SLAB]
+        if name in signals:
+            inner = signals[name].box.relative_to(box)
+            signals[name].write_zscores(image[(index, *inner.slices)])
     return image
 
 

@@ -213,6 +213,12 @@ class Geometry:
         a, b, c = (slice(None, None, -1 if flip else 1) for _, flip in order)
         return moved[..., a, b, c]
 
+    def source_view(self, canonical: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Inverse of :meth:`canonical_view`, for ``[D, H, W]`` or a box of it."""
+        order = _axes_of(self.affine)
+        a, b, c = (slice(None, None, -1 if flip else 1) for _, flip in order)
+        return canonical[a, b, c].transpose(np.argsort([axis for axis, _ in order]))
+
     def canonical_box(self, source: Box) -> Box:
         """A box of the source array, in canonical orientation."""
         lo, hi = [], []

@@ -24,7 +24,7 @@ from pmixseg.data.volumes import (
     class_table,
     classes_of,
     geometry_of,
-    normalised,
+    signal_of,
 )
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -174,7 +174,7 @@ def _facts(case: Case, task: Task) -> CaseFacts:
             if role == "label":
                 voxels = _voxels(scan, own, task, case, where)
             else:
-                normalised(scan, own, np.float32, where)
+                signal_of(scan, own, where)
             check_same_grid(geometry, own, reference, scan.name, where)
         except InputError as error:
             problems.append(str(error))

@@ -6,7 +6,9 @@ several times slower over flipped axes; the result is a view in canonical orient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from pmixseg.errors import InputError
 from pmixseg.task import Task
 
 _NO_CLASS = 255
+_BLOCK = 8
 _SAME_GRID = 0.1
 """Share of a voxel by which the corners of two files of a case may differ."""
 
@@ -65,22 +68,47 @@ def check_same_grid(first: Geometry, other: Geometry, name: str, named: str, whe
         )
 
 
-def normalised(
-    scan: Scan, geometry: Geometry, dtype: npt.DTypeLike, where: str
-) -> tuple[Box, npt.NDArray[Any]]:
-    """z-scores of one modality inside its own non-zero voxels, and 0 elsewhere.
-
-    z = (x - mean) / deviation, both over the non-zero voxels, after resampling if the grid asks
-    for it; the population's standard deviation.
+@dataclass(frozen=True)
+class Signal:
+    """The non-zero part of one modality, and its statistics.
 
     Args:
-        scan: the file.
-        geometry: its grids.
-        dtype: of the result, ``float16`` or ``float32``.
-        where: how messages name the case.
+        values: intensities on the tight box of the non-zero voxels; in the source's axis order, or
+            in canonical order if ``geometry`` is resampled.
+        box: that box in the grid.
+        mean: over the non-zero voxels.
+        deviation: population standard deviation over the non-zero voxels.
+        geometry: the grids.
+    """
 
-    Returns:
-        The tight box of the non-zero voxels in the grid, and the values there.
+    values: npt.NDArray[Any]
+    box: Box
+    mean: float
+    deviation: float
+    geometry: Geometry
+
+    def write_zscores(self, target: npt.NDArray[Any]) -> None:
+        """Write (x - mean) / deviation in non-zero voxels, and 0 elsewhere.
+
+        Args:
+            target: float16 or float32, canonical orientation, the shape of :attr:`box`.
+        """
+        view = target if self.geometry.resampled else self.geometry.source_view(target)
+        order = _memory_order(self.values)
+        source, view = self.values.transpose(order), view.transpose(order)
+        mean, factor = np.float32(self.mean), np.float32(1.0 / self.deviation)
+        # Memory order is usually reversed on the way; blocks of the middle axis keep both sides of
+        # that, and all that is computed, in the cache.
+        for start in range(0, source.shape[1], _BLOCK):
+            scores = source[:, start : start + _BLOCK].astype(np.float32)
+            # Not a product with the mask afterwards: that would make zeros negative.
+            scores -= np.multiply(scores != 0, mean, dtype=np.float32)
+            scores *= factor
+            view[:, start : start + _BLOCK] = _rounded(scores, target.dtype)
+
+
+def signal_of(scan: Scan, geometry: Geometry, where: str) -> Signal:
+    """Find a modality's non-zero voxels in the grid, after resampling if the grid asks for it.
 
     Raises:
         InputError: NaN or infinity, no non-zero voxel, or the same value in all of them.
@@ -92,25 +120,46 @@ def normalised(
     box = bounds(values)
     if box is None:
         raise InputError(f"{where}: {scan.name} is 0 everywhere; leave the file out or replace it.")
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported
-        scores = values[box.slices].astype(np.float32)
-    brain = scores != 0
-    count = max(np.count_nonzero(brain), 1)
-    mean = float(scores.sum(dtype=np.float64)) / count
-    if not np.isfinite(mean):
+    values = values[box.slices]
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        count, mean, deviation = _statistics(values)
+    if count == 0 or not np.isfinite(mean + deviation):
         raise InputError(
             f"{where}: {scan.name} holds NaN or infinite voxels; replace them, background by 0."
         )
-    # Not a product with the mask afterwards: that would make zeros negative.
-    scores -= np.multiply(brain, np.float32(mean), dtype=np.float32)
-    deviation = float(np.sqrt(np.square(scores).sum(dtype=np.float64) / count))
-    if deviation <= 1e-6 * abs(mean):
+    if deviation <= 1e-5 * abs(mean):
         raise _flat(scan.name, mean, where)
-    scores *= np.float32(1.0 / deviation)
-    rounded = _rounded(scores, np.dtype(dtype))
-    if geometry.resampled:
-        return box, rounded
-    return geometry.canonical_box(box), geometry.canonical_view(rounded)
+    on_grid = box if geometry.resampled else geometry.canonical_box(box)
+    return Signal(values, on_grid, mean, deviation, geometry)
+
+
+def _statistics(values: npt.NDArray[Any]) -> tuple[int, float, float]:
+    """Number, mean and population standard deviation of the non-zero voxels.
+
+    Blocks are summed in float32 around their own mean, and joined in float64 after Chan, Golub and
+    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+    """
+    slow = values.transpose(_memory_order(values))
+    counts, means, squares = [], [], []
+    for start in range(0, len(slow), _BLOCK):
+        planes = slow[start : start + _BLOCK].astype(np.float32).reshape(-1, slow[0].size)
+        brain = planes != 0
+        counts.append(np.count_nonzero(brain))
+        means.append(planes.sum(axis=1).sum(dtype=np.float64) / max(counts[-1], 1))
+        planes -= np.multiply(brain, np.float32(means[-1]), dtype=np.float32)
+        squares.append(np.square(planes, out=planes).sum(axis=1).sum(dtype=np.float64))
+    count = sum(counts)
+    mean = float(np.dot(counts, means)) / max(count, 1)
+    spread = sum(squares) + float(np.dot(counts, (np.array(means) - mean) ** 2))
+    return count, mean, math.sqrt(spread / max(count, 1))
+
+
+def _rounded(values: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if dtype != np.float16:
+        return values
+    # numpy rounds to half precision several times slower than torch, to the same bits.
+    half: npt.NDArray[Any] = torch.from_numpy(values).half().numpy()
+    return half
 
 
 def _check_contrast(values: npt.NDArray[Any], name: str, where: str) -> None:
@@ -126,33 +175,31 @@ def _flat(name: str, value: float, where: str) -> InputError:
     )
 
 
-def _rounded(values: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    if dtype != np.float16:
-        return values.astype(dtype, copy=False)
-    # numpy rounds to half precision several times slower than torch, to the same bits.
-    half: npt.NDArray[Any] = torch.from_numpy(values).half().numpy()
-    return half
-
-
 def bounds(values: npt.NDArray[Any]) -> Box | None:
     """The tight box of the non-zero voxels (NaN counts as one), or ``None``."""
-    order = np.argsort([-abs(s) for s in values.strides], kind="stable")
+    order = _memory_order(values)
     slow = values.transpose(order)
     integers = slow.dtype.kind in "iu"
     plane = np.bitwise_or.reduce(slow, axis=0) != 0 if integers else (slow != 0).any(axis=0)
     if not plane.any():
         return None
     edges = [(0, 0), _edges(plane.any(axis=1)), _edges(plane.any(axis=0))]
-    rows, columns = (slice(*e) for e in edges[1:])
-    edges[0] = _edges((slow[:, rows, columns] != 0).any(axis=(1, 2)))
+    first = next(i for i in range(len(slow)) if slow[i].any())
+    last = next(i for i in reversed(range(len(slow))) if slow[i].any())
+    edges[0] = (first, last + 1)
     lo, hi = [0, 0, 0], [0, 0, 0]
-    for axis, (first, last) in zip(order, edges, strict=True):
-        lo[axis], hi[axis] = first, last
+    for axis, (low, high) in zip(order, edges, strict=True):
+        lo[axis], hi[axis] = low, high
     return Box((lo[0], lo[1], lo[2]), (hi[0], hi[1], hi[2]))
 
 
 def _edges(hit: npt.NDArray[np.bool_]) -> tuple[int, int]:
     return int(hit.argmax()), len(hit) - int(hit[::-1].argmax())
+
+
+def _memory_order(values: npt.NDArray[Any]) -> list[int]:
+    """Axes by falling stride: transposed so, a volume is walked as it lies in memory."""
+    return [int(a) for a in np.argsort([-abs(s) for s in values.strides], kind="stable")]
 
 
 def class_table(

@@ -66,6 +66,23 @@ def test_golden_zscore(tmp_path, save):
     np.testing.assert_allclose(values, np.array([-2, -1, 3]) / 3.5**0.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("offset", "scale", "atol"),
+    [(1e4, 1.0, 1e-3), (0.0, 1e-6, 2e-5), (-3e4, 20.0, 2e-4), (0.0, 1e15, 2e-5)],
+)
+def test_statistics_do_not_cancel(tmp_path, save, offset, scale, atol):
+    """What remains is the rounding of float32 at the offset; E[x²] - E[x]² would be far worse."""
+    random = np.random.default_rng(5)
+    data = np.zeros((40, 40, 40))
+    data[5:30, 8:33, 2:39] = offset + scale * random.gamma(2.0, size=(25, 25, 37))
+    made = canonicalise({"t1": save(tmp_path / "a.nii.gz", data)}, None, ONE, dtype="float32")
+    source = made.geometry.canonical_view(data)[made.geometry.box().slices]
+    values = made.image[0][source != 0].astype(np.float64)
+    brain = data.astype(np.float32)[data != 0].astype(np.float64)
+    expected = np.sort((brain - brain.mean()) / brain.std())
+    np.testing.assert_allclose(np.sort(values), expected, atol=atol)
+
+
 def test_background_is_exactly_and_positively_zero(make_case):
     case = make_case()
     made = canonicalise(case.images, None, BRATS, CODES)

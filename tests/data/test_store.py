@@ -17,6 +17,7 @@ from pmixseg.data import stored as storing
 from pmixseg.data.canonical import canonicalise
 from pmixseg.data.layouts import find_cases
 from pmixseg.data.store import Store, StoredCase, prepare
+from pmixseg.data.stored import copy_box
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task
 
@@ -90,6 +91,16 @@ def test_a_store_and_its_cases_travel_without_their_voxels(cohort, out):
     again = pickle.loads(pickle.dumps(stored))
     np.testing.assert_array_equal(again.image, stored.image)
     assert pickle.loads(pickle.dumps(store)).read(cohort[1].case_id).case_id == cohort[1].case_id
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32])
+def test_copy_box_is_copy(dtype):
+    whole = np.random.default_rng(0).integers(0, 99, (3, 8, 9, 10)).astype(dtype)
+    for box in (whole[:, 1:5, 2:4, 3:10], whole[1, :, :, 4:5], whole[:2, 0:0], whole):
+        made = copy_box(box)
+        np.testing.assert_array_equal(made, box)
+        assert made.flags.c_contiguous and made.dtype == dtype
+        assert not np.shares_memory(made, whole)
 
 
 def test_up_to_date_cases_are_kept(cohort, out):
