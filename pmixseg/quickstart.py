@@ -22,15 +22,20 @@ from rich.console import Console
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment, RunLogger
 from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.layouts import find_cases
 from pmixseg.data.phantom import PhantomSettings, write_cohort
+from pmixseg.data.prepare import prepare
+from pmixseg.errors import InputError
+from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.evaluation.records import Records
 from pmixseg.evaluation.report import write_report
-from pmixseg.modules import OneCycle, SegmentationModule, StudentModule, TeacherModule
+from pmixseg.modules import OneCycle, SegmentationModule, StudentModule, TeacherModule, load
 from pmixseg.task import BRATS
 
 CASES = 40
 SPACING = 3.0
-PATCH = (48, 48, 48)
+PATCH = (32, 32, 32)
+WINDOW = (64, 64, 56)  # a whole brain at 3 mm in one piece
 WIDTH = 8
 LEVELS = 4
 EPOCHS = 6
@@ -76,7 +81,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
         with stage(say, f"phantom: {CASES} synthetic patients"):
             write_cohort(root, CASES, seed, PhantomSettings(spacing=SPACING), workers=2)
     with stage(say, "prepare: canonical, cropped, z-scored, memory-mapped"):
-        cohort(root, out, seed).prepare_data()
+        prepare_cohort(root, out / "store")
     runs = []
     for arm in ARMS:
         teacher = out / "runs" / f"teacher-{arm.name}"
@@ -84,19 +89,19 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
         with stage(say, f"fit: teacher, {arm.name} (λ = {arm.alignment:g})"):
             train(
                 TeacherModule(**network()),
-                cohort(root, out, seed),
+                cohort(out / "store", seed),
                 teacher,
                 PmixAlignment(weight=arm.alignment),
             )
         with stage(say, f"fit: student of the {arm.name} teacher"):
             train(
                 StudentModule(**network()),
-                cohort(root, out, seed),
+                cohort(out / "store", seed),
                 student,
                 Distillation(str(teacher / "checkpoints" / "last.ckpt"), weight=DISTILLATION),
             )
         with stage(say, "test: every combination of sequences"):
-            test(student, cohort(root, out, seed))
+            test(student, cohort(out / "store", seed))
         runs.append(student)
     with stage(say, "report"):
         report = write_report(runs, out / "report.html")
@@ -104,15 +109,22 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
     return report
 
 
-def cohort(root: Path, out: Path, seed: int) -> BraTSDataModule:
-    """Patches of the cohort, split by cases."""
+def prepare_cohort(root: Path, store: Path) -> None:
+    """Build the store, or bring it up to date.
+
+    Raises:
+        InputError: a case cannot be prepared.
+    """
+    spacing = (SPACING, SPACING, SPACING)
+    report = prepare(find_cases(root, BRATS), store, BRATS, spacing=spacing, workers=2)
+    if report.failed:
+        raise InputError(" ".join(report.failed.values()))
+
+
+def cohort(store: Path, seed: int) -> BraTSDataModule:
+    """Patches of the prepared cohort, split by cases."""
     return BraTSDataModule(
-        root=str(root),
-        store=str(out / "store"),
-        spacing=(SPACING, SPACING, SPACING),
-        patch_size=PATCH,
-        batch_size=2,
-        seed=seed,
+        store=store, patch_size=PATCH, patches_per_case=2, foreground=0.5, batch_size=2, seed=seed
     )
 
 
@@ -124,6 +136,7 @@ def network() -> dict[str, Any]:
         ),
         "optimizer": functools.partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=1e-4),
         "scheduler": OneCycle(),
+        "evaluation": EvaluationSettings(window=WINDOW),
     }
 
 
@@ -145,8 +158,6 @@ def train(module: SegmentationModule, data: BraTSDataModule, run: Path, *terms: 
 
 def test(run: Path, data: BraTSDataModule) -> Records:
     """Score the last checkpoint on every combination; the module writes the records."""
-    from pmixseg.modules import load
-
     trainer(run, logger=False).test(load(run / "checkpoints" / "last.ckpt"), data, verbose=False)
     return Records.read(run)
 
@@ -159,6 +170,7 @@ def trainer(run: Path, **arguments: Any) -> Trainer:
         use_distributed_sampler=False,
         enable_model_summary=False,
         log_every_n_steps=1,
+        check_val_every_n_epoch=3,
         **arguments,
     )
 

@@ -58,11 +58,14 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add a row."""
+        """Add a row, or to the row of the same step (validation and training of one epoch)."""
         if not self._rows and self.path.is_file():
             before = pd.read_csv(self.path)
             self._history = before[before["step"] < (step or 0)]
-        self._rows.append({**metrics, "step": step})
+        if self._rows and self._rows[-1]["step"] == step:
+            self._rows[-1].update(metrics)
+        else:
+            self._rows.append({**metrics, "step": step})
         self._unsaved += 1
         if self._unsaved >= FLUSH_ROWS:
             self.save()

@@ -32,6 +32,9 @@ from pmixseg.modules.checkpoint import read_checkpoint, restore
 RUN_VARIABLE = "PMIXSEG_RUN"
 """Environment variable with the run folder, so that DDP's child processes use the same one."""
 
+DEFAULT_TERMS = {"logit": "pmixseg.losses.LogitKL", "latent": "pmixseg.losses.LatentMatch"}
+"""Distillation terms where no file names others."""
+
 
 class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run folder, and into the logger as hyper-parameters."""
@@ -74,6 +77,9 @@ class TrainingCLI(LightningCLI):
         """Groups ``align`` and ``distill``, the run folder, and weights to start from."""
         parser.add_lightning_class_args(PmixAlignment, "align")
         parser.add_lightning_class_args(Distillation, "distill")
+        # Named here, so that one flag can change one argument of one term; a file replaces them.
+        terms = {name: {"class_path": path} for name, path in DEFAULT_TERMS.items()}
+        parser.set_defaults({"distill.terms": terms})
         parser.add_argument("--run", type=str | None, default=None, help="Folder of this run.")
         parser.add_argument(
             "--init_from", type=str | None, default=None, help="Checkpoint to take weights from."

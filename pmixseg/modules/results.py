@@ -90,7 +90,7 @@ def _publish(records: Records, folder: Path) -> None:
     cases = records.table["case"].nunique()
     path = records.write(folder / "records.csv")
     console = Console(highlight=False)
-    console.print(combination_table(records))
+    console.print(combination_table(records, width=console.width))
     console.print(f"{cases} cases; {path}, conventions in {path.with_suffix('.json').name}")
 
 

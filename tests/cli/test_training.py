@@ -1,0 +1,207 @@
+"""fit → test → predict through the command line, on the phantom store."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+import pmixseg.modules
+from pmixseg.cli import main
+from pmixseg.evaluation.records import Records
+from pmixseg.modules import StudentModule, TeacherModule, load
+from pmixseg.modules.checkpoint import read_checkpoint
+
+TINY = [
+    "--model.backbone=MultiEncoderUNet",
+    "--model.backbone.width=4",
+    "--model.backbone.levels=2",
+    "--model.evaluation.window=[48,48,32]",
+    "--data.patch_size=16",
+    "--data.val_cases=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+def fit(store, run, *flags):
+    assert main(["fit", f"--run={run}", f"--data.store={store}", *TINY, *flags]) == 0
+
+
+@pytest.fixture(scope="module")
+def teacher_run(phantom_store, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "teacher"
+    fit(phantom_store, run, "--model=TeacherModule", "--align.weight=0.1")
+    return run
+
+
+@pytest.fixture(scope="module")
+def student_run(phantom_store, teacher_run):
+    run = teacher_run.parent / "student"
+    teacher = f"--distill.teacher={teacher_run}/checkpoints/last.ckpt"
+    flags = ["--distill.weight=1", "--distill.terms.logit.temperature=7"]
+    fit(phantom_store, run, "--model=StudentModule", teacher, *flags)
+    return run
+
+
+def test_fit_leaves_a_run(teacher_run):
+    assert (teacher_run / "checkpoints" / "best.ckpt").is_file()
+    assert (teacher_run / "checkpoints" / "last.ckpt").is_file()
+    config = yaml.safe_load((teacher_run / "config.yaml").read_text())
+    assert config["align"]["weight"] == 0.1
+    metrics = pd.read_csv(teacher_run / "metrics.csv")
+    for name in ("train/loss", "train/seg", "train/align", "val/dice", "val/dice/WT"):
+        assert metrics[name].notna().any(), name
+
+
+def test_checkpoint_holds_primitives_and_the_preparation(teacher_run):
+    payload = read_checkpoint(teacher_run / "checkpoints" / "last.ckpt")["pmixseg"]
+    assert payload["class_path"] == "pmixseg.modules.teacher.TeacherModule"
+    assert payload["patch"] == [16, 16, 16]
+    assert payload["normalisation"] == "zscore-own-mask"
+    assert payload["spacing"] is None
+    assert payload["task"]["modalities"] == ["flair", "t1ce", "t1", "t2"]
+    assert isinstance(load(teacher_run / "checkpoints" / "last.ckpt"), TeacherModule)
+
+
+def test_nested_flag_reaches_a_distillation_term(student_run):
+    config = yaml.safe_load((student_run / "config.yaml").read_text())
+    assert config["distill"]["terms"]["logit"]["init_args"]["temperature"] == 7
+    assert "latent" in config["distill"]["terms"]
+    metrics = pd.read_csv(student_run / "metrics.csv")
+    for name in ("train/distill", "train/distill/logit", "train/distill/latent"):
+        assert metrics[name].notna().any(), name
+
+
+def test_test_needs_only_checkpoint_and_data_and_scores_every_combination(
+    student_run, phantom_store, capsys
+):
+    checkpoint = f"--ckpt_path={student_run}/checkpoints/last.ckpt"
+    quiet = "--trainer.enable_progress_bar=false"
+    assert main(["test", checkpoint, f"--data.store={phantom_store}", quiet]) == 0
+    records = Records.read(student_run)
+    table = records.table
+    assert list(table.columns[:7]) == [
+        "run", "case", "combination", "n_present", "region", "dice", "hd95",
+    ]  # fmt: skip
+    assert len(table) == table["case"].nunique() * 15 * 3
+    assert set(table["run"]) == {"student"}
+    assert records.sidecar.phantom is True
+    assert records.sidecar.conventions["hd95_one_empty_mm"] == pytest.approx(373.12866)
+    assert records.sidecar.checkpoint["file"] == "last.ckpt"
+    printed = capsys.readouterr().out
+    assert "WT" in printed
+    assert "●" in printed
+    assert (student_run / "metrics.csv").is_file()  # testing forgets nothing of the training
+
+
+def test_predict_writes_nifti_that_overlays_its_source(student_run, phantom_store, phantom_root):
+    checkpoint = f"--ckpt_path={student_run}/checkpoints/last.ckpt"
+    quiet = "--trainer.enable_progress_bar=false"
+    assert main(["predict", checkpoint, f"--data.store={phantom_store}", quiet]) == 0
+    written = sorted((student_run / "predictions").glob("*_seg.nii.gz"))
+    assert written
+    for path in written:
+        case = path.name.removesuffix("_seg.nii.gz")
+        source = nib.load(next(Path(phantom_root).rglob(f"{case}_flair.nii.gz")))
+        labels = nib.load(path)
+        assert labels.shape == source.shape
+        np.testing.assert_allclose(labels.affine, source.affine)
+        assert set(np.unique(labels.dataobj)) <= {0, 1, 2, 4}
+        assert b"research use only" in labels.header["descrip"].item()
+
+
+def test_flags_beat_the_checkpoint_and_the_difference_is_printed(
+    student_run, phantom_store, tmp_path, capfd
+):
+    checkpoint = f"--ckpt_path={student_run}/checkpoints/last.ckpt"
+    flags = [
+        "--model.evaluation.overlap=0.25",
+        f"--run={tmp_path}",
+        "--trainer.limit_test_batches=1",
+    ]
+    data = f"--data.store={phantom_store}"
+    assert main(["test", checkpoint, data, *flags, "--trainer.enable_progress_bar=false"]) == 0
+    captured = capfd.readouterr()
+    said = captured.err + captured.out
+    assert "model.evaluation.overlap is 0.25, the checkpoint had 0.5" in said
+    config = Records.read(tmp_path).sidecar.config
+    assert config["evaluation"]["overlap"] == 0.25
+
+
+def test_init_from_takes_weights_only(teacher_run, phantom_store, tmp_path):
+    start = f"--init_from={teacher_run}/checkpoints/last.ckpt"
+    still = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0"]
+    fit(phantom_store, tmp_path / "r", "--model=TeacherModule", start, *still)
+    was = load(teacher_run / "checkpoints" / "last.ckpt").state_dict()
+    now = load(tmp_path / "r" / "checkpoints" / "last.ckpt").state_dict()
+    for name, value in was.items():
+        torch.testing.assert_close(now[name], value, rtol=0, atol=0)
+
+
+def test_resumed_training_continues_its_log(teacher_run, phantom_store, tmp_path):
+    flags = ["--model=TeacherModule", "--align.weight=0.1"]
+    fit(phantom_store, tmp_path / "r", *flags)
+    resume = f"--ckpt_path={tmp_path}/r/checkpoints/last.ckpt"
+    fit(phantom_store, tmp_path / "r", *flags, "--trainer.max_epochs=2", resume)
+    metrics = pd.read_csv(tmp_path / "r" / "metrics.csv")
+    assert metrics["epoch"].tolist() == [0, 1]
+    assert metrics["train/loss"].notna().all()
+
+
+def test_resuming_with_other_terms_is_one_sentence(teacher_run, phantom_store, tmp_path, capsys):
+    resume = f"--ckpt_path={teacher_run}/checkpoints/last.ckpt"
+    code = main(
+        ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
+        + ["--model=TeacherModule", resume, "--trainer.max_epochs=2"]
+    )
+    assert code == 1
+    assert "--init_from" in capsys.readouterr().err
+
+
+def test_own_student_by_subclassing(phantom_store, tmp_path, monkeypatch):
+    (tmp_path / "mine_for_test.py").write_text(
+        "from pmixseg.backbones import MultiEncoderUNet\n"
+        "from pmixseg.modules import StudentModule\n\n"
+        "class MyStudent(StudentModule):\n"
+        "    def build_backbone(self):\n"
+        "        return MultiEncoderUNet(self.modalities, self.task.num_classes, width=4, levels=2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = [f for f in TINY if "backbone" not in f]
+    assert (
+        main(
+            ["fit", "--import", "mine_for_test", "--model=mine_for_test.MyStudent", "--run=r"]
+            + [f"--data.store={phantom_store}", *flags]
+        )
+        == 0
+    )
+    module = load("r/checkpoints/last.ckpt", modules=["mine_for_test"])
+    assert type(module).__name__ == "MyStudent"
+    assert isinstance(module, StudentModule)
+    assert pmixseg.modules.load is load
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("data", "teacher", "align"),
+        ("data", "student"),
+        ("data", "student", "distill"),
+    ],
+)
+def test_experiment_files_compose(files, phantom_store, teacher_run, tmp_path):
+    folder = Path(__file__).parents[2] / "experiments" / "brats2018"
+    configs = [f"--config={folder / name}.yaml" for name in files]
+    flags = [f for f in TINY if "backbone=" not in f]
+    if "distill" in files:
+        flags.append(f"--distill.teacher={teacher_run}/checkpoints/last.ckpt")
+    whole = [*configs, f"--run={tmp_path}", f"--data.store={phantom_store}", *flags]
+    extra = ["--trainer.limit_train_batches=1", "--data.num_workers=0"]
+    split = ["--data.split=pmixseg.data.splits.Fractions"]
+    assert main(["fit", *whole, *extra, *split, "--trainer.limit_val_batches=0"]) == 0
