@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 
 from pmixseg.callbacks.alignment import PmixAlignment
 from pmixseg.callbacks.distillation import Distillation
@@ -134,12 +135,18 @@ class TrainingCLI(LightningCLI):
         if checkpoint:
             stored = read_checkpoint(checkpoint)["pmixseg"]["init_args"]
             for line in differences(stored, describe(self.model)["init_args"]):
-                rank_zero_info(f"pmixseg: {line} (the flags win)")
+                say(f"{line} (the flags win)")
         if start := self._get(self.config, "init_from"):
             restore(self.model, read_checkpoint(start))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+
+@rank_zero_only
+def say(sentence: str) -> None:
+    """Tell the person at the terminal, once however many processes there are."""
+    print(f"pmixseg: {sentence}", file=sys.stderr)  # noqa: T201  # the command line's own output
 
 
 def with_checkpoint_defaults(args: Sequence[str]) -> list[str]:

@@ -64,9 +64,10 @@ class EvaluationSettings:
         return asdict(self)
 
 
-@dataclass(frozen=True)
 class CasePrediction:
     """Probabilities of one case for one combination, where that combination has voxels.
+
+    No dataclass: Lightning would take one apart to move what it finds in it.
 
     Args:
         combination: what the network was shown.
@@ -77,12 +78,21 @@ class CasePrediction:
         steps: post-processing, applied to label maps in the source grid.
     """
 
-    combination: Combination
-    probabilities: Float[Tensor, "c d h w"]
-    box: Box
-    geometry: Geometry
-    task: Task
-    steps: tuple[str, ...] = ()
+    def __init__(
+        self,
+        combination: Combination,
+        probabilities: Float[Tensor, "c d h w"],
+        box: Box,
+        geometry: Geometry,
+        task: Task,
+        steps: tuple[str, ...] = (),
+    ) -> None:
+        self.combination = combination
+        self.probabilities = probabilities
+        self.box = box
+        self.geometry = geometry
+        self.task = task
+        self.steps = steps
 
     @property
     def classes(self) -> Int64[Tensor, "d h w"]:

@@ -117,7 +117,7 @@ def test_predict_writes_nifti_that_overlays_its_source(student_run, phantom_stor
 
 
 def test_flags_beat_the_checkpoint_and_the_difference_is_printed(
-    student_run, phantom_store, tmp_path, capfd
+    student_run, phantom_store, tmp_path, capsys
 ):
     checkpoint = f"--ckpt_path={student_run}/checkpoints/last.ckpt"
     flags = [
@@ -127,8 +127,7 @@ def test_flags_beat_the_checkpoint_and_the_difference_is_printed(
     ]
     data = f"--data.store={phantom_store}"
     assert main(["test", checkpoint, data, *flags, "--trainer.enable_progress_bar=false"]) == 0
-    captured = capfd.readouterr()
-    said = captured.err + captured.out
+    said = capsys.readouterr().err
     assert "model.evaluation.overlap is 0.25, the checkpoint had 0.5" in said
     config = Records.read(tmp_path).sidecar.config
     assert config["evaluation"]["overlap"] == 0.25
