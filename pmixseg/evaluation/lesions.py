@@ -152,17 +152,14 @@ class Brats2023Lesions:
     Args:
         truth: the region inside ``extent``.
         extent: where it lies in the volume.
-        shape: of the volume.
         spacing: mm along each axis.
     """
 
-    def __init__(
-        self, truth: Mask, extent: Extent, shape: tuple[int, ...], spacing: Spacing
-    ) -> None:
+    def __init__(self, truth: Mask, extent: Extent, spacing: Spacing) -> None:
         self._spacing = spacing
         self._surfels: dict[int, Surfels] = {}
-        # A dilation never leaves the volume, so two lesions cannot meet outside it.
-        around = extent.grown(DILATIONS, shape)
+        # Dilations that meet beyond the volume's border also meet inside it, so it may be crossed.
+        around = extent.grown(DILATIONS)
         wide = np.zeros(around.shape, bool)
         wide[extent.within(around)] = truth
         zones = Components.of(ndimage.binary_dilation(wide, _DILATION, DILATIONS), around)
@@ -259,7 +256,6 @@ def lesion_metrics(
     rule: LesionRule,
     truth: Mask,
     extent: Extent,
-    shape: tuple[int, ...],
     spacing: Spacing,
 ) -> LesionMetrics | None:
     """The lesions of one truth region under a named convention, or None for ``none``.
@@ -268,11 +264,10 @@ def lesion_metrics(
         rule: name of the convention.
         truth: the region inside ``extent``.
         extent: where it lies in the volume.
-        shape: of the volume.
         spacing: mm along each axis.
     """
     if rule == "brats2023-gli":
-        return Brats2023Lesions(truth, extent, shape, spacing)
+        return Brats2023Lesions(truth, extent, spacing)
     if rule == "panoptica-0.0.10":
         return PanopticaLesions(truth, extent, spacing)
     return None

@@ -175,7 +175,6 @@ class CaseMetrics:
                 self.conventions.lesion,
                 self.truth.mask(r),
                 self.truth.extent,
-                self.truth.shape,
                 self.spacing,
             )
         lesions = self._lesions[r]

@@ -50,10 +50,10 @@ class Extent:
         high = tuple(min(a, b) for a, b in zip(self.high, other.high, strict=True))
         return Extent(low, high) if all(map(operator.lt, low, high)) else None
 
-    def grown(self, margin: int, shape: Sequence[int]) -> Extent:
-        """The box with a margin on every side, as far as a volume of ``shape`` reaches."""
-        low = tuple(max(a - margin, 0) for a in self.low)
-        return Extent(low, tuple(min(b + margin, n) for b, n in zip(self.high, shape, strict=True)))
+    def grown(self, margin: int) -> Extent:
+        """The box with a margin on every side, also where that leaves the volume."""
+        low = tuple(a - margin for a in self.low)
+        return Extent(low, tuple(b + margin for b in self.high))
 
     def within(self, outer: Extent) -> tuple[slice, ...]:
         """The box as an index of an array that covers ``outer``."""

@@ -167,6 +167,7 @@ def test_empty_masks_count_what_the_convention_says(rule, one_empty, both_empty)
     assert [r["empty"] for r in (missed, invented, neither)] == ["prediction", "truth", "both"]
     assert [r["presence_fn"] for r in (missed, invented, neither)] == [True, False, False]
     assert [r["presence_fp"] for r in (missed, invented, neither)] == [False, True, False]
+    assert [r["volume_error_ml"] for r in (missed, invented, neither)] == [-0.001, 0.001, 0.0]
     assert missed["sensitivity"] == 0.0
     assert math.isnan(missed["precision"])
     assert math.isnan(invented["sensitivity"])
