@@ -163,6 +163,29 @@ def test_latent_match_by_hand():
     assert value([0, 1], target="fused") == pytest.approx(10 / 4)
 
 
+def test_latent_match_divides_by_the_mean_of_the_channels_variances():
+    two = network(("a",), (2,), (1,), 2)
+    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    t = torch.tensor([[0.0, 4.0], [1.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # variances 4 and 0
+    term = LatentMatch(epsilon=0.0)
+    term.bind(two, two, modalities=("a",))
+    given = output(logits, [t + 1], ("a",)), output(logits, [t], ("a",))
+    assert term(*given, batch_of(label, flags([1]))).item() == pytest.approx(1 / 2)
+
+
+def test_same_leaves_out_what_the_teacher_was_not_shown():
+    two = network(("a", "b"), (1,), (1,), 2)
+    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    taught = one_level([[0.0, 4.0], [math.nan, math.nan]])
+    teacher = output(logits, [taught], ("a", "b"), flags([1, 0]))
+    student = output(logits, [one_level([[1.0, 6.0], [3.0, 9.0]])], ("a", "b"))
+    term = LatentMatch(target="same", epsilon=0.0)
+    term.bind(two, two)
+    # a alone: (1 + 4)/2 over its variance 4.
+    got = term(student, teacher, batch_of(label, flags([1, 1]))).item()
+    assert got == pytest.approx(2.5 / 4)
+
+
 def test_latent_match_uses_the_teachers_anchor_if_it_has_features():
     two = network(("a", "b"), (1,), (1,), 2)
     logits = torch.zeros(1, 2, 2, 1, 1)

@@ -115,8 +115,8 @@ class LatentTerm(DistillationTerm):
         anchor = self._borrowed[0] if self._borrowed else self.uniform
         assert anchor is not None  # bind() chooses one
         latents = teacher.latents
-        features = full_precision(latents.features[pair.teacher].detach())
         with torch.no_grad():
+            features = full_precision(latents.features[pair.teacher])
             return anchor(features, latents.present[pair.teacher], pair.teacher)[:, None]
 
     def to_teacher(self, features: Features, pair: Pair) -> Features:
