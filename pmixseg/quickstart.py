@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
 from pmixseg.backbones import MultiEncoderUNet
-from pmixseg.callbacks import Distillation, PmixAlignment, RunLogger
+from pmixseg.callbacks import Distillation, PmixAlignment, RunCheckpoint, RunLogger
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.layouts import find_cases
 from pmixseg.data.phantom import PhantomSettings, write_cohort
@@ -143,17 +142,8 @@ def network() -> dict[str, Any]:
 def train(module: SegmentationModule, data: BraTSDataModule, run: Path, *terms: Callback) -> None:
     """Fit one module; Lightning does the rest."""
     seed_everything(data.seed, verbose=False)
-    keep = ModelCheckpoint(
-        run / "checkpoints",
-        filename="best",
-        monitor="val/dice",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-    )
-    trainer(run, max_epochs=EPOCHS, logger=RunLogger(run), callbacks=[*terms, keep]).fit(
-        module, data
-    )
+    callbacks = [*terms, RunCheckpoint(run)]
+    trainer(run, max_epochs=EPOCHS, logger=RunLogger(run), callbacks=callbacks).fit(module, data)
 
 
 def test(run: Path, data: BraTSDataModule) -> Records:

@@ -1,4 +1,4 @@
-"""The run folder's own log: one ``metrics.csv`` that a resumed training continues."""
+"""What a training leaves in its run folder: one log that a resumed one continues, checkpoints."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -91,3 +93,31 @@ class RunLogger(Logger):
     def finalize(self, status: str) -> None:
         """Save what is left."""
         self.save()
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """``<run>/checkpoints/{best,last}.ckpt``: the highest ``val/dice``, and the latest epoch.
+
+    Without validation there is no best epoch, only the last.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        super().__init__(
+            Path(run) / "checkpoints",
+            filename="best",
+            monitor="val/dice",
+            mode="max",
+            save_last=True,
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See :class:`ModelCheckpoint`."""
+        data = getattr(trainer, "datamodule", None)
+        validated = trainer.limit_val_batches and (data is None or data.parts.val)
+        if not validated:
+            self.monitor, self.save_top_k = None, 0
+        super().setup(trainer, pl_module, stage)

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pmixseg.callbacks.alignment import PmixAlignment
 from pmixseg.callbacks.distillation import Distillation
 from pmixseg.callbacks.predictions import PredictionWriter
-from pmixseg.callbacks.run import RunLogger
+from pmixseg.callbacks.run import RunCheckpoint, RunLogger
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe
 from pmixseg.modules.base import SegmentationModule
@@ -102,16 +102,7 @@ class TrainingCLI(LightningCLI):
             config["logger"] = RunLogger(run) if self.subcommand == "fit" else False
         trains = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
         if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            callbacks.append(
-                ModelCheckpoint(
-                    run / "checkpoints",
-                    filename="best",
-                    monitor="val/dice",
-                    mode="max",
-                    save_last=True,
-                    enable_version_counter=False,
-                )
-            )
+            callbacks.append(RunCheckpoint(run))
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter())
         terms = [self._get(self.config_init, k) for k in ("align", "distill")]
