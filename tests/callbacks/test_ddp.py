@@ -1,12 +1,17 @@
 """Two gloo processes: the same weights on both ranks, and the same as one process (DESIGN.md 5)."""
 
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback
 from memory_data import MemoryData, quiet_trainer, tiny
 
 from pmixseg.callbacks import Distillation, PmixAlignment
-from pmixseg.modules import StudentModule, TeacherModule
+from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.splits import WholeCohort
+from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.evaluation.records import Records
+from pmixseg.modules import StudentModule, TeacherModule, load
 
 pytestmark = pytest.mark.ddp
 
@@ -82,3 +87,20 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path, teacher, make):
 def test_bf16_and_ranks_that_lack_different_modalities(tmp_path, teacher):
     state = train(tmp_path, teacher, processes=2, precision="bf16-mixed")
     assert all(torch.isfinite(v).all() for v in state.values())
+
+
+def test_records_of_two_processes_are_those_of_one(tmp_path, teacher, phantom_store):
+    data = {"store": phantom_store, "patch_size": 16, "split": WholeCohort()}
+    tables = []
+    for processes in (1, 2):
+        folder = tmp_path / f"of{processes}"
+        module = load(teacher)
+        module.evaluation = EvaluationSettings(window=(48, 48, 32), examples=1)
+        spread = {"devices": 2, "strategy": "ddp_spawn"} if processes == 2 else {"devices": 1}
+        trainer = quiet_trainer(folder, limit_test_batches=2 if processes == 1 else 1, **spread)
+        trainer.test(module, BraTSDataModule(**data), verbose=False)
+        tables.append(Records.read(folder).table)
+    one, two = (t.drop(columns="run") for t in tables)
+    assert one["case"].nunique() == 2
+    assert not two.duplicated(["case", "combination", "region"]).any()
+    pd.testing.assert_frame_equal(one, two)
