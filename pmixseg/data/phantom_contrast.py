@@ -27,7 +27,7 @@ class Contrast:
         oedema: added in oedema.
         core: added to white matter's signal inside the core.
         fluid: added where the core is liquid; liquid and enhancing parts are independent.
-        enhancement: added where the core enhances, and in vessels.
+        enhancement: added where the core enhances, and partly in vessels.
         lesion: added in white-matter lesions of age, which are no tumour.
         blur: how far (mm, standard deviation) the border seen here strays from the labelled one.
     """
@@ -44,14 +44,14 @@ class Contrast:
 
 
 CONTRASTS: Mapping[str, Contrast] = {
-    "flair": Contrast(0.95, 1.05, 0.25, oedema=0.60, core=0.62, fluid=-0.25, lesion=0.5, blur=1.0),
+    "flair": Contrast(0.95, 1.05, 0.25, oedema=0.60, core=0.62, fluid=-0.20, lesion=0.4, blur=0.9),
     "t1ce": Contrast(
-        1.0, 0.84, 0.36, oedema=-0.16, core=-0.28, fluid=-0.08, enhancement=0.9, blur=1.8
+        1.0, 0.84, 0.36, oedema=-0.20, core=-0.40, fluid=-0.08, enhancement=1.0, blur=1.3
     ),
-    "t1": Contrast(1.0, 0.76, 0.30, oedema=-0.20, core=-0.32, fluid=-0.08, blur=2.0),
-    "t2": Contrast(0.85, 1.10, 2.10, oedema=0.50, core=0.68, fluid=0.35, lesion=0.25, blur=1.4),
-    "pd": Contrast(0.90, 1.10, 1.10, oedema=0.25, core=0.32, fluid=0.1, lesion=0.2, blur=1.8),
-    "adc": Contrast(0.80, 0.90, 2.60, oedema=0.55, core=0.45, fluid=0.5, lesion=0.2, blur=2.5),
+    "t1": Contrast(1.0, 0.78, 0.30, oedema=-0.24, core=-0.40, fluid=-0.08, blur=1.6),
+    "t2": Contrast(0.85, 1.10, 2.10, oedema=0.50, core=0.66, fluid=0.30, lesion=0.2, blur=1.3),
+    "pd": Contrast(0.90, 1.10, 1.10, oedema=0.25, core=0.32, fluid=0.1, lesion=0.2, blur=1.6),
+    "adc": Contrast(0.80, 0.90, 2.60, oedema=0.55, core=0.45, fluid=0.5, lesion=0.2, blur=2.0),
 }
 """The four sequences of BraTS, and proton density and a diffusion map for tasks with more."""
 
@@ -84,8 +84,8 @@ class Scanner:
 
     noise: float = 0.05
     bias: float = 0.10
-    texture: float = 0.3
-    private_signal: float = 0.2
+    texture: float = 0.25
+    private_signal: float = 0.15
     dependence: float = 0.4
     disagreement: float = 1.0
     thick_slices: float = 0.3
@@ -159,15 +159,15 @@ def scan(shared: Shared, modality: str, contrast: Contrast, scanner: Scanner) ->
     wm, gm, csf = (
         level * rng.normal(1, 0.04) for level in (contrast.wm, contrast.gm, contrast.csf)
     )
-    strength = rng.lognormal(0, 0.2, 3)
-    seen = 1 - scanner.private_signal * (1 - shared.owned[modality])
-    seen = seen * np.clip(1 + scanner.texture * texture, 0.1, None)
+    strength = rng.lognormal(0, 0.15, 3)
+    uneven = np.clip(1 + scanner.texture * texture, 0.1, None)
+    seen = uneven * (1 - scanner.private_signal * (1 - shared.owned[modality]))
     signal = wm * tissues.wm + gm * tissues.gm + csf * tissues.csf
     signal += contrast.lesion * shared.lesions
-    signal += contrast.enhancement * shared.vessels
+    signal += 0.6 * contrast.enhancement * shared.vessels
     signal += oedema * (1 - tissues.csf) * contrast.oedema * strength[0] * seen
     inner = (contrast.core + contrast.fluid * shared.fluid) * strength[1] * seen
-    inner = wm + inner + contrast.enhancement * strength[2] * enhancing * seen
+    inner = wm + inner + contrast.enhancement * strength[2] * enhancing * uneven
     signal += core * (inner - signal)
 
     signal *= np.exp(scanner.bias * smooth_noise(rng, grid, 140.0))
