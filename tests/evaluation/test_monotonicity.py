@@ -45,6 +45,11 @@ def test_only_cases_with_both_combinations_count():
     run = records({"a": 0.5, "b": 0.5, "a+b": 0.4})
     run = run[~((run["case"] == "c0") & (run["combination"] == "a+b"))]
     assert violations([run])["cases"].tolist() == [3, 3]
+    # The case counts only if every run has both.
+    full = records({"a": 0.5, "b": 0.5, "a+b": 0.4})
+    found = violations([full, run])
+    assert found["cases"].tolist() == [3, 3]
+    assert found["change"].tolist() == pytest.approx([-0.1, -0.1])
 
 
 def test_the_order_of_names_in_a_combination_does_not_matter():
