@@ -235,7 +235,8 @@ def _predict(
         total = back if total is None else total.add_(back)
     assert found is not None  # there is always the volume as it is
     assert total is not None
-    return replace(found, probabilities=total.div_(len(mirrorings)))
+    found.probabilities = total.div_(len(mirrorings))
+    return found
 
 
 def _mirrorings(tta: bool) -> Iterator[tuple[int, ...]]:

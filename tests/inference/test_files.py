@@ -1,0 +1,200 @@
+"""Case folders, cohorts, single files: what is found, and what is written."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tiny_models import save, tiny_student
+
+from pmixseg.cli import main
+from pmixseg.data.layouts import find_cases
+from pmixseg.errors import InputError
+from pmixseg.evaluation.segment import SegmentSettings
+from pmixseg.evaluation.sidecar import file_hash
+from pmixseg.inference.segment import Outputs, channels_of, segment_files, segment_folder
+from pmixseg.task import BRATS
+
+
+@pytest.fixture(scope="module")
+def cases(phantom_root):
+    return find_cases(phantom_root, BRATS)
+
+
+@pytest.fixture(scope="module")
+def small_root(cases, tmp_path_factory):
+    """Three cases: complete, with two scans, damaged."""
+    root = tmp_path_factory.mktemp("small")
+    for case in cases[:3]:
+        folder = next(iter(case.images.values())).parent
+        shutil.copytree(folder, root / "HGG" / folder.name)
+    for modality in ("t1", "flair"):
+        (root / "HGG" / cases[1].case_id / f"{cases[1].case_id}_{modality}.nii.gz").unlink()
+    (root / "HGG" / cases[2].case_id / f"{cases[2].case_id}_t2.nii.gz").write_bytes(b"no scan")
+    return root
+
+
+def test_a_cohort_is_segmented_case_by_case(model, cases, small_root, tmp_path):
+    told = []
+    outputs = Outputs(tmp_path / "out")
+    results = list(segment_folder(model, small_root, outputs, progress=lambda *n: told.append(n)))
+    assert [r.name for r in results] == [c.case_id for c in cases[:3]]
+    assert [r.combination for r in results] == [BRATS.modalities, ("t1ce", "t2"), ()]
+    assert "not a NIfTI" in results[2].problem
+    assert all(r.problem is None for r in results[:2])
+    shares = [done / total for done, total in told]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(2 / 3)  # the third one failed
+
+    written = nib.load(results[1].files["seg"])
+    truth = nib.load(cases[1].label)
+    assert written.shape == truth.shape
+    np.testing.assert_allclose(written.affine, truth.affine)
+    direct = model.segment({m: cases[1].images[m] for m in ("t1ce", "t2")})
+    table = np.array([0, 1, 2, 4])  # BraTS 2018 writes enhancing tumour as 4
+    assert np.array_equal(written.dataobj, table[direct.classes])
+    assert "research use only" in str(written.header["descrip"])
+
+
+def test_the_folder_of_one_case(model, cases, small_root, tmp_path):
+    folder = small_root / "HGG" / cases[0].case_id
+    (result,) = segment_folder(model, folder, Outputs(tmp_path))
+    assert result.name == cases[0].case_id
+
+
+def test_everything_that_can_be_written(model, cases, tmp_path, checkpoint):
+    outputs = Outputs(tmp_path, probabilities=True, entropy=True, compress=False)
+    images = {m: cases[0].images[m] for m in ("t2", "flair")}
+    result = segment_files(model, images, outputs, SegmentSettings(overlap=0.25), name="me")
+    assert {k: p.name for k, p in result.files.items()} == {
+        "seg": "me_seg.nii",
+        "probabilities": "me_probabilities.nii",
+        "entropy": "me_entropy.nii",
+        "json": "me_seg.json",
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        p.name for p in result.files.values()
+    )
+    found = model.segment(images, SegmentSettings(overlap=0.25))
+    probabilities = np.asarray(nib.load(result.files["probabilities"]).dataobj)
+    assert probabilities.shape == (*found.classes.shape, 4)
+    assert np.array_equal(probabilities, np.moveaxis(found.probabilities, 0, -1))
+    assert np.array_equal(nib.load(result.files["entropy"]).dataobj, found.entropy)
+    for key in ("seg", "probabilities", "entropy"):
+        assert "research use only" in str(nib.load(result.files[key]).header["descrip"])
+
+    facts = json.loads(result.files["json"].read_text())
+    assert facts["notice"].startswith("Research use only")
+    assert facts["combination"] == "flair+t2"
+    assert facts["volumes_ml"] == {k: round(v, 4) for k, v in found.volumes.items()}
+    assert facts["checkpoint"] == {"file": "tiny.ckpt", "sha256": file_hash(checkpoint)}
+    assert facts["inputs"]["t2"] == {
+        "file": cases[0].images["t2"].name,
+        "sha256": file_hash(cases[0].images["t2"]),
+    }
+    assert facts["settings"]["overlap"] == 0.25
+    assert facts["settings"]["window"] == [32, 32, 32]
+
+
+def test_no_result_takes_the_place_of_a_label(model, cases, small_root):
+    folder = small_root / "HGG" / cases[0].case_id
+    label = (folder / f"{cases[0].case_id}_seg.nii.gz").read_bytes()
+    (result,) = segment_folder(model, folder, Outputs(folder))
+    assert "would replace" in result.problem
+    assert (folder / f"{cases[0].case_id}_seg.nii.gz").read_bytes() == label
+
+
+def test_a_student_of_one_scan_leaves_the_others_out(cases, small_root, tmp_path):
+    module = tiny_student(combination="t1")
+    results = list(segment_folder(module, small_root, Outputs(tmp_path)))
+    assert [r.combination for r in results] == [("t1",), (), ("t1",)]
+    assert "has t1ce, t2, but this model reads t1" in results[1].problem
+
+
+def test_channels_must_be_named(model, tmp_path):
+    path = tmp_path / "x.nii.gz"
+    assert channels_of(path, "t2, -,flair", model) == {"t2": (path, 0), "flair": (path, 2)}
+    for wrong in ("t1,t1", "-,-"):
+        with pytest.raises(InputError, match="different modalities"):
+            channels_of(path, wrong, model)
+
+
+# ------------------------------------------------------------------- command line
+
+
+def test_command_with_a_flag_per_modality(checkpoint, model, cases, tmp_path, capsys):
+    images = {m: cases[0].images[m] for m in ("t1ce", "t1")}
+    flags = [f for m, p in images.items() for f in (f"--{m}", str(p))]
+    codes = ["--codes", "NCR=1,ED=2,ET=4"]
+    assert main(["segment", str(checkpoint), *flags, *codes, "-o", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    found = model.segment(images)
+    for region, volume in found.volumes.items():
+        assert region in said
+        assert f"{volume:.2f}" in said
+    assert "research use only" in said
+    written = nib.load(tmp_path / f"{cases[0].case_id}_seg.nii.gz")
+    assert np.array_equal(written.dataobj, np.array([0, 1, 2, 4])[found.classes])
+
+
+def test_command_on_a_cohort_goes_on_after_a_bad_case(checkpoint, small_root, tmp_path, capsys):
+    arguments = ["segment", str(checkpoint), str(small_root), "-o", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "problem: case 'Brats18_PHANTOM_002_1'" in said
+    assert "4 files in" in said
+
+
+def test_command_on_a_four_dimensional_file(checkpoint, model, cases, tmp_path, capsys):
+    scans = [nib.load(cases[0].images[m]) for m in ("t2", "t1")]
+    stacked = np.stack([np.asarray(s.dataobj) for s in (*scans, scans[0])], axis=-1)
+    path = tmp_path / "both.nii.gz"
+    nib.save(nib.Nifti1Image(stacked, scans[0].affine), path)
+    out = ["-o", str(tmp_path / "out")]
+    assert main(["segment", str(checkpoint), str(path), *out]) == 1
+    assert "--channels" in capsys.readouterr().err
+    assert main(["segment", str(checkpoint), str(path), "--channels", "t2,t1,-", *out]) == 0
+    found = nib.load(tmp_path / "out" / "both_seg.nii.gz")
+    expected = model.segment({m: cases[0].images[m] for m in ("t1", "t2")})
+    assert np.array_equal(found.dataobj, expected.labels)
+
+
+def test_command_says_what_is_wrong(checkpoint, cases, tmp_path, capsys):
+    scan, out = str(cases[0].images["t1"]), ["-o", str(tmp_path / "out")]
+    for arguments, words in (
+        ([str(checkpoint), *out], "either a folder or 4-D file"),
+        ([str(checkpoint), str(tmp_path), "--t1", scan, *out], "either a folder or 4-D file"),
+        ([str(checkpoint), str(tmp_path / "none"), *out], "does not exist"),
+        ([str(checkpoint), "--t1", scan, "--codes", "ET", *out], "NCR=1,ED=2,ET=4"),
+        ([str(checkpoint), "--t1", scan, "--device", "abacus", *out], "use cpu"),
+        ([str(checkpoint), "--t1", scan, "--postprocess", "polish", *out], "polish"),
+        ([str(tmp_path / "none.ckpt"), "--t1", scan, *out], "does not exist"),
+        (["--t1", scan, str(checkpoint), *out], "the checkpoint comes first"),
+    ):
+        assert main(["segment", *arguments]) == 1, words
+        said = capsys.readouterr().err
+        assert words in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_knows_the_modalities_of_the_task(tmp_path, capsys):
+    for arguments in ([], ["--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["segment", *arguments])
+        assert stop.value.code == 0
+        assert "--t1ce" in capsys.readouterr().out
+
+
+def test_a_task_of_other_modalities_has_other_flags(tmp_path, capsys):
+    from pmixseg.task import Task
+
+    task = Task("knee", ("pd", "t2fs"), ("effusion",), {"all": ("effusion",)})
+    module = tiny_student(task=task)
+    path = save(module, tmp_path / "knee.ckpt")
+    with pytest.raises(SystemExit):
+        main(["segment", str(path), "--help"])
+    said = capsys.readouterr().out
+    assert "--t2fs FILE" in said
+    assert "--t1ce" not in said

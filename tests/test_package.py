@@ -1,0 +1,52 @@
+"""``import pmixseg`` is quick, and every public name can be had from it."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pmixseg
+
+
+def test_every_public_name_can_be_imported():
+    for name in pmixseg.__all__:
+        found = getattr(pmixseg, name)
+        assert getattr(pmixseg, name) is found
+        assert name in dir(pmixseg)
+    assert pmixseg.__version__.count(".") == 2
+
+
+def test_names_for_type_checkers_are_the_same():
+    tree = ast.parse(Path(pmixseg.__file__).read_text())
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {a.name: node.module for node in typed.body for a in node.names}
+    assert homes == pmixseg._HOMES
+    assert sorted(homes) == sorted(pmixseg.__all__)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'magic'"):
+        _ = pmixseg.magic
+
+
+def test_import_takes_no_heavy_library():
+    code = "import sys, pmixseg; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_import_is_quick():
+    def seconds(code):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return time.perf_counter() - began
+
+    taken = [seconds("import pmixseg") - seconds("pass") for _ in range(3)]
+    assert min(taken) < 0.3
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(pmixseg.__file__).parent / "py.typed").exists()
