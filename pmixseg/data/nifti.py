@@ -96,6 +96,7 @@ class ScanReader:
 
     def _file(self, path: Path, role: str) -> Scan:
         if self._held is None or self._held[0] != path:
+            self._held = None
             packed = self._bytes(path)
             self._held = (path, self._decode(path, packed), _digest(packed))
         self.digests[role] = self._held[2]

@@ -104,7 +104,8 @@ class Signal:
             # Not a product with the mask afterwards: that would make zeros negative.
             scores -= np.multiply(scores != 0, mean, dtype=np.float32)
             scores *= factor
-            view[:, start : start + _BLOCK] = _rounded(scores, target.dtype)
+            for offset, plane in enumerate(_rounded(scores, target.dtype).swapaxes(0, 1)):
+                view[:, start + offset] = plane
 
 
 def signal_of(scan: Scan, geometry: Geometry, where: str) -> Signal:
@@ -120,7 +121,8 @@ def signal_of(scan: Scan, geometry: Geometry, where: str) -> Signal:
     box = bounds(values)
     if box is None:
         raise InputError(f"{where}: {scan.name} is 0 everywhere; leave the file out or replace it.")
-    values = values[box.slices]
+    # A copy, so that the file's whole content can go: its memory serves the next file again.
+    values = values[box.slices].copy(order="K")
     with np.errstate(over="ignore", invalid="ignore"):  # told below
         count, mean, deviation = _statistics(values)
     if count == 0 or not np.isfinite(mean + deviation):
