@@ -304,4 +304,4 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
         Line2D([], [], marker="s", ls="", ms=7, mew=0, color=COLOURS[k % len(COLOURS)])
         for k in range(len(names))
     ]
-    figure.legend(handles, names, loc="outside upper right", ncols=min(len(names), 4))
+    figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4))

@@ -40,7 +40,7 @@ from pmixseg.evaluation.pictures import (
 )
 from pmixseg.evaluation.published import recognised_split, references
 from pmixseg.evaluation.records import Records
-from pmixseg.evaluation.summary import region_summaries, remarks, worst_cases
+from pmixseg.evaluation.summary import additions, region_summaries, remarks, worst_cases
 from pmixseg.evaluation.tables import (
     DICE,
     HD95,
@@ -153,6 +153,7 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
         summaries=region_summaries(records),
         remarks=remarks(records),
         worst=[case for one in records for case in worst_cases(one, 5 if len(runs) == 1 else 3)],
+        additions=[additions(one) for one in records] if task.num_modalities > 1 else [],
         ranks=_ranks(dice, hd95) if len(runs) > 1 else [],
         references=named,
         split=recognised_split(records[0]),
@@ -187,7 +188,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "codes": _codes, "sort_regions": _sort_regions}
+    environment.filters |= {
+        "number": _number,
+        "signed": _signed,
+        "codes": _codes,
+        "sort_regions": _sort_regions,
+    }
     return environment
 
 
@@ -198,6 +204,10 @@ def _source(environment: Environment, name: str) -> Markup:
 
 def _number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def _signed(value: float) -> str:
+    return "–" if value != value else f"{value:+.1f}".replace("-", "−")
 
 
 def _codes(text: str) -> Markup:

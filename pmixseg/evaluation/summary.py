@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pmixseg.evaluation.monotonicity import added_modalities
 from pmixseg.evaluation.records import Records
 from pmixseg.evaluation.tables import run_name
 from pmixseg.task import format_combination
@@ -141,6 +143,41 @@ def worst_cases(records: Records, count: int = 5) -> list[WorstCase]:
             )
         )
     return found
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What adding one more modality does to the mean Dice of one run.
+
+    Args:
+        run: name of the run.
+        pairs: (region, combination, added modality) that were looked at.
+        hurt: how many of them lowered the mean.
+        clear: how many of those by more than the bootstrap interval over cases.
+        worst: rows of :func:`pmixseg.evaluation.monotonicity.added_modalities` that lowered it,
+            the worst first.
+    """
+
+    run: str
+    pairs: int
+    hurt: int
+    clear: int
+    worst: list[dict[str, Any]]
+
+
+def additions(records: Records, count: int = 6) -> Additions:
+    """Where a run segments worse when it is shown more."""
+    table = added_modalities([records.table])
+    hurt = table[table["change"] < 0]
+    worst = hurt.head(count).to_dict("records")
+    clear = int(hurt["clear"].sum())
+    return Additions(
+        run_name(records),
+        len(table),
+        len(hurt),
+        clear,
+        [{str(k): v for k, v in row.items()} for row in worst],
+    )
 
 
 def remarks(runs: Sequence[Records]) -> list[str]:

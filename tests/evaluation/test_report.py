@@ -21,7 +21,7 @@ from pmixseg.evaluation.figures import as_svg, by_count, heat_map, themed
 from pmixseg.evaluation.records import Records
 from pmixseg.evaluation.report import html_table, write_report
 from pmixseg.evaluation.sidecar import Sidecar
-from pmixseg.evaluation.summary import region_summaries, remarks, worst_cases
+from pmixseg.evaluation.summary import additions, region_summaries, remarks, worst_cases
 from pmixseg.evaluation.tables import HD95, tabulate
 from pmixseg.task import BRATS, Task
 
@@ -116,12 +116,32 @@ def test_a_page_of_one_run(written):
     assert "percentile pooled" in page.text
     assert "ET is absent" not in page.text  # the records do not say which masks are empty
     assert "6 cases: too few" in page.text
+    assert "lowered the mean Dice" in page.text
+
+
+def test_only_clear_losses_are_bold(tmp_path):
+    dice = {"flair": 0.6, "t1": 0.3, "t2": 0.5, "flair+t1": 0.4}
+    rows = [
+        {"case": str(i), "combination": c, "region": "WT", "dice": d + 0.01 * i}
+        for i in range(3)
+        for c, d in dice.items()
+    ]
+    # A loss of 0.5 points on average, from +10, -15 and +3.5.
+    changes = (0.1, -0.15, 0.035)
+    rows += [
+        {"case": str(i), "combination": "flair+t2", "region": "WT", "dice": 0.6 + 0.01 * i + change}
+        for i, change in enumerate(changes)
+    ]
+    run = make_run(tmp_path, "r", rows, pictures=(), course=False)
+    source = Page(write_report([run], tmp_path)).source
+    assert "<b>−20.0</b>" in source
+    assert "<td>−0.5</td>" in source
 
 
 def test_a_page_of_several_runs_ranks_them_and_escapes_their_names(written):
     page = Page(written / "two" / "report.html")
     assert "2 runs side by side" in page.text
-    assert "Mean rank by Dice" in page.text
+    assert "Mean rank (1 is best)" in page.text
     assert "luck of its seed" in page.text
     assert "<b>&</b>" in page.text
     assert "<b>&</b>" not in page.source
@@ -233,6 +253,19 @@ def test_worst_cases_by_hand():
         0,
     )
     assert second.case == "2"
+
+
+def test_additions_that_hurt_by_hand():
+    rows = [
+        {"case": case, "combination": c, "region": "WT", "dice": d + 0.01 * int(case)}
+        for case in "123"
+        for c, d in (("flair", 0.6), ("t1", 0.3), ("flair+t1", 0.5))
+    ]
+    found = additions(Records.from_rows(rows, "r", Sidecar(BRATS)))
+    assert (found.pairs, found.hurt, found.clear) == (2, 1, 1)
+    (row,) = found.worst
+    assert (row["combination"], row["added"], row["cases"]) == ("flair", "t1", 3)
+    assert row["change"] == pytest.approx(-0.1)
 
 
 def test_remarks_say_what_differs():
