@@ -57,14 +57,16 @@ class Distillation(TermCallback):
 
     def build_term(self, module: SegmentationModule) -> Term:
         """See :class:`TermCallback`."""
-        if self.teacher is None:
-            raise InputError(
-                f"{self.name}.weight is {self.weight}, but {self.name}.teacher names no checkpoint."
-            )
         if not self.terms:
             raise InputError(f"{self.name}.terms is empty; name at least one term.")
-        teacher = self.load_teacher()
-        if teacher.task.to_dict() != module.task.to_dict():
+        taught = [name for name, term in self.terms.items() if not term.self_taught]
+        if taught and self.teacher is None:
+            raise InputError(
+                f"{self.name}.weight is {self.weight} and the terms {taught} need a teacher, but "
+                f"{self.name}.teacher names no checkpoint."
+            )
+        teacher = self.load_teacher() if taught else None
+        if teacher is not None and teacher.task.to_dict() != module.task.to_dict():
             raise InputError(
                 f"the teacher {self.teacher} was trained for the task '{teacher.task.name}' "
                 f"(modalities {list(teacher.task.modalities)}, labels {list(teacher.task.labels)}),"
@@ -72,13 +74,14 @@ class Distillation(TermCallback):
                 f"{list(module.task.labels)}); train a teacher for this task."
             )
         for term in self.terms.values():
+            source = module if teacher is None or term.self_taught else teacher
             term.bind(
                 module.backbone,
-                teacher.backbone,
+                source.backbone,
                 modalities=module.task.modalities,
-                anchor=teacher.anchor,
+                anchor=source.anchor,
             )
-        return DistillationLoss(teacher, self.terms)
+        return DistillationLoss(teacher, self.terms, student=module)
 
     def load_teacher(self) -> SegmentationModule:
         """The teacher, frozen and in eval mode."""
@@ -93,8 +96,10 @@ class Distillation(TermCallback):
         if stage != "fit" or self.weight == 0 or data is None:
             return
         assert isinstance(pl_module, SegmentationModule)
-        loss = cast(DistillationLoss, pl_module.terms[self.name])
-        trained = loss.teacher.preparation.spacing
+        teacher = cast(DistillationLoss, pl_module.terms[self.name]).teacher
+        if teacher is None:
+            return
+        trained = teacher.preparation.spacing
         given = None if data.spacing is None else tuple(float(s) for s in data.spacing)
         if trained != given:
             raise InputError(
@@ -104,38 +109,51 @@ class Distillation(TermCallback):
 
 
 class DistillationLoss(Term):
-    """All distillation terms of one step, over one pass of the teacher.
+    """All distillation terms of one step, over one pass of each teacher.
 
     Args:
-        teacher: frozen module.
+        teacher: frozen module; ``None`` where every term is taught by the student itself.
         terms: name -> bound term.
+        student: the module in training; it teaches the terms that say ``self_taught``, shown
+            everything acquired and without gradient.
     """
 
-    def __init__(self, teacher: SegmentationModule, terms: Mapping[str, DistillationTerm]) -> None:
+    def __init__(
+        self,
+        teacher: SegmentationModule | None,
+        terms: Mapping[str, DistillationTerm],
+        student: SegmentationModule,
+    ) -> None:
         super().__init__()
         self.terms = nn.ModuleDict(dict(terms))
-        # A tuple hides the teacher from nn.Module: out of checkpoint, optimizer, DDP and train().
-        self._teacher = (teacher,)
+        # A tuple hides modules from nn.Module: out of checkpoint, optimizer, DDP and train().
+        self._sources = (teacher, student)
 
     @property
-    def teacher(self) -> SegmentationModule:
+    def teacher(self) -> SegmentationModule | None:
         """The frozen teacher."""
-        return self._teacher[0]
+        return self._sources[0]
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
         """See :class:`~pmixseg.losses.term.Term`."""
-        image = batch["image"]
-        teacher = self.teacher
-        if teacher.device != image.device:
-            teacher.to(image.device)
-        with torch.no_grad():
-            seen = teacher.columns(batch["acquired"])
-            latents = teacher.encode(teacher.columns(image), seen)
-            taught = teacher.decode(latents)
+        lessons: dict[bool, SegOutput] = {}
         total: Tensor = output.logits.new_zeros((), dtype=torch.float32)
         for name, module in self.terms.items():
             term = cast(DistillationTerm, module)
-            value = term(output, taught, batch)
+            if term.self_taught not in lessons:
+                source = self._sources[1] if term.self_taught else self._sources[0]
+                lessons[term.self_taught] = _lesson(cast(SegmentationModule, source), batch)
+            value = term(output, lessons[term.self_taught], batch)
             self.parts[name] = value.detach()
             total = total + term.weight * value
         return total
+
+
+@torch.no_grad()
+def _lesson(teacher: SegmentationModule, batch: Batch) -> SegOutput:
+    """What a module makes of everything acquired."""
+    image = batch["image"]
+    if teacher.device != image.device:
+        teacher.to(image.device)
+    seen = teacher.columns(batch["acquired"])
+    return teacher.decode(teacher.encode(teacher.columns(image), seen))

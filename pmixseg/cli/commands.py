@@ -149,7 +149,7 @@ def _compare(subparsers: Any) -> None:
         from pmixseg.evaluation.statistics import compare
 
         sides = [[Records.read(path).table for path in side] for side in (args.a, args.b)]
-        console.print(compare(sides[0], sides[1]).to_text())
+        console.print(compare(sides[0], sides[1]).to_text(), markup=False)
         return 0
 
     parser.set_defaults(run=run)

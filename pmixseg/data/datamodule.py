@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,7 +28,7 @@ from pmixseg.data.patches import (
 )
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler
 from pmixseg.data.splits import Fractions, Split, SplitPlan
-from pmixseg.data.store import Store, prepare
+from pmixseg.data.store import Store, StoredCase, prepare
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task
@@ -201,14 +201,16 @@ class BraTSDataModule(LightningDataModule):
                 validate on has no label.
         """
         cases = {name: self.store.read(name) for name in self.store.cases}
+        if stage == "predict" and self.predict_part == "all":
+            self._apply_masks(cases)
+            return  # no split is needed to go through everything
         parts = self.parts
         known = f"published split {parts.published}, " if parts.published else ""
         rank_zero_info(
             f"Split: {known}{len(parts.train)} train, {len(parts.val)} val, "
             f"{len(parts.test)} test, hash {parts.hash}"
         )
-        if self.masks is not None:
-            self._allowed = self.masks.allowed(list(cases.values()), self.task.modalities)
+        self._apply_masks(cases)
         if stage in ("fit", "validate"):
             used = (*(parts.train if stage == "fit" else ()), *self._validated())
             unlabelled = sorted(name for name in used if cases[name].label is None)
@@ -292,6 +294,10 @@ class BraTSDataModule(LightningDataModule):
         return self.augmentation(cast(Batch, batch), self._keys, self._voxel)
 
     # ---------------------------------------------------------------- inside
+
+    def _apply_masks(self, cases: Mapping[str, StoredCase]) -> None:
+        if self.masks is not None:
+            self._allowed = self.masks.allowed(list(cases.values()), self.task.modalities)
 
     def _whole(self, cases: Sequence[str], part: str = "val") -> DataLoader[CaseItem]:
         if not cases:

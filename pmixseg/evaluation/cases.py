@@ -53,7 +53,7 @@ class EvaluationSettings:
             return given
         values = dict(given)
         if isinstance(values.get("conventions"), Mapping):
-            values["conventions"] = Conventions(**values["conventions"])
+            values["conventions"] = Conventions.from_dict(values["conventions"])
         if values.get("window") is not None:
             values["window"] = tuple(values["window"])
         values["postprocess"] = tuple(values.get("postprocess") or ())

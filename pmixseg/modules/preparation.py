@@ -37,7 +37,7 @@ class Preparation:
             spacing=None if data.spacing is None else tuple(float(s) for s in data.spacing),
             normalisation=data.normalisation,
             patch=tuple(data.patch_size),
-            split=data.split_name,
+            split=data.split_name if fitting else self.split,
         )
         if fitting or self.normalisation is None:
             return theirs

@@ -9,6 +9,7 @@ from memory_data import MemoryData, quiet_trainer, tiny
 from pmixseg.callbacks import Distillation, PmixAlignment, TermCallback
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
+from pmixseg.losses.distillation import SelfDistillation
 from pmixseg.losses.term import Term
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore
@@ -158,6 +159,13 @@ def test_teacher_at_another_spacing_is_refused(tmp_path, teacher_path):
 def test_distillation_without_a_teacher_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"distill\.teacher"):
         fit(tmp_path, student(), Distillation(weight=1.0))
+
+
+def test_a_network_can_teach_itself_without_a_teacher(tmp_path):
+    module = student()
+    fit(tmp_path, module, Distillation(weight=1.0, terms={"self": SelfDistillation()}))
+    assert module.terms["distill"].teacher is None
+    assert torch.isfinite(module.terms["distill"].parts["self"])
 
 
 def test_terms_are_set_up_before_weight_averaging(tmp_path):
