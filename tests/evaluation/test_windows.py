@@ -246,3 +246,15 @@ def test_a_predictor_in_training_mode_is_refused(tiny):
         predict_combinations(tiny.train(), volume(8, 8, 8), ALL, patch=(8, 8, 8))
     with pytest.raises(InputError, match="chunk is 0"):
         next(iterate_combinations(tiny.eval(), volume(8, 8, 8), ALL, patch=(8, 8, 8), chunk=0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_network_on_the_gpu_reads_an_image_in_main_memory(tiny):
+    image = volume(12, 16, 20)
+    expected = predict_combinations(tiny, image, ALL, patch=(8, 8, 8), batch_size=4)
+    found = predict_combinations(
+        tiny.cuda(), image, ALL, patch=(8, 8, 8), batch_size=4, device="cuda"
+    )
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)  # TF32 convolutions
