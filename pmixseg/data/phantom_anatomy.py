@@ -71,7 +71,8 @@ class Grid:
     def axes(self) -> list[NDArray[np.float64]]:
         """Positions of the voxel centres per axis, in mm."""
         return [
-            o + self.spacing * np.arange(n) for o, n in zip(self.origin, self.shape, strict=True)
+            o + self.spacing * np.arange(n, dtype=np.float64)
+            for o, n in zip(self.origin, self.shape, strict=True)
         ]
 
     def affine(self) -> NDArray[np.float64]:

@@ -153,7 +153,7 @@ def _statistics(values: npt.NDArray[Any]) -> tuple[int, float, float]:
     count = sum(counts)
     mean = float(np.dot(counts, means)) / max(count, 1)
     spread = sum(squares) + float(np.dot(counts, (np.array(means) - mean) ** 2))
-    return count, mean, math.sqrt(spread / max(count, 1))
+    return int(count), mean, math.sqrt(spread / max(count, 1))
 
 
 def _rounded(values: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -31,7 +31,7 @@ from pmixseg.evaluation.segmentation import Segmentation
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.preparation import Preparation
-from pmixseg.modules.results import keep_example, warn_without_label, write_records
+from pmixseg.modules.results import forget_examples, keep_example, warn_without_label, write_records
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -196,8 +196,9 @@ class SegmentationNetwork(LightningModule, Described):
         self.log("val/dice", torch.stack(list(means.values())).mean(), prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
-        """Start with no records."""
+        """Start with no records and no pictures of an earlier test."""
         self.records = []
+        forget_examples(self)
 
     def test_step(self, item: CaseItem, batch_idx: int) -> None:
         """Score a case on every combination of what was acquired, in its native grid."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError
 from pmixseg.evaluation.cases import CasePrediction
-from pmixseg.evaluation.examples import Example
+from pmixseg.evaluation.examples import Example, examples_of
 from pmixseg.evaluation.records import Records, gather_rows
 from pmixseg.evaluation.sidecar import Sidecar, checkpoint_identity
 from pmixseg.evaluation.tables import combination_table
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 def run_folder(module: SegmentationNetwork) -> Path:
     """Where the trainer writes."""
     return Path(module.trainer.default_root_dir)
+
+
+@rank_zero_only
+def forget_examples(module: SegmentationNetwork) -> None:
+    """Remove the pictures of an earlier test of this run."""
+    for path in examples_of(run_folder(module)).values():
+        path.unlink(missing_ok=True)
 
 
 def keep_example(
