@@ -1,0 +1,1 @@
+"""Using trained models: segmenting scans, bringing published weights in, taking models out."""

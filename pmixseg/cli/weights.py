@@ -1,0 +1,32 @@
+"""``pmixseg import``: weights of published code in."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pmixseg.cli.commands import console, read_task
+
+
+def add_import(subparsers: Any) -> None:
+    """Add ``pmixseg import``."""
+    parser = subparsers.add_parser("import", help="read a checkpoint of published code")
+    parser.add_argument("kind", choices=("rfnet", "mmformer"), help="which code wrote it")
+    parser.add_argument("file", type=Path, help="its .pth file")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="checkpoint to write")
+    parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.inference.official import DIFFERENCE, import_official
+
+        found = import_official(args.kind, args.file, read_task(args.task))
+        path = found.save(args.out)
+        trained = "" if found.epoch is None else f", trained for {found.epoch} epochs"
+        console.print(f"{found.tensors} tensors of {args.kind}{trained}, now in {path}")
+        if found.dropped:
+            console.print(f"{len(found.dropped)} tensors left out, which the network never uses.")
+        console.print(f"warning: {DIFFERENCE}", markup=False)
+        return 0
+
+    parser.set_defaults(run=run)
