@@ -24,6 +24,7 @@ from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.layouts import find_cases
 from pmixseg.data.phantom import PhantomSettings, write_cohort
 from pmixseg.data.prepare import prepare
+from pmixseg.data.splits import Fractions
 from pmixseg.errors import InputError
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.evaluation.records import Records
@@ -34,10 +35,10 @@ from pmixseg.task import BRATS
 CASES = 40
 SPACING = 3.0
 PATCH = (32, 32, 32)
-WINDOW = (64, 64, 56)  # a whole brain at 3 mm in one piece
+WINDOW = (40, 40, 40)
 WIDTH = 8
 LEVELS = 4
-EPOCHS = 6
+EPOCHS = 5
 LEARNING_RATE = 4e-3
 ALIGNMENT = 0.1
 DISTILLATION = 0.5
@@ -123,7 +124,13 @@ def prepare_cohort(root: Path, store: Path) -> None:
 def cohort(store: Path, seed: int) -> BraTSDataModule:
     """Patches of the prepared cohort, split by cases."""
     return BraTSDataModule(
-        store=store, patch_size=PATCH, patches_per_case=2, foreground=0.5, batch_size=2, seed=seed
+        store=store,
+        split=Fractions(train=0.75, val=0.1, test=0.15),
+        patch_size=PATCH,
+        patches_per_case=2,
+        foreground=0.2,
+        batch_size=2,
+        seed=seed,
     )
 
 
@@ -135,7 +142,7 @@ def network() -> dict[str, Any]:
         ),
         "optimizer": functools.partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=1e-4),
         "scheduler": OneCycle(),
-        "evaluation": EvaluationSettings(window=WINDOW),
+        "evaluation": EvaluationSettings(window=WINDOW, overlap=0.25),
     }
 
 
@@ -160,7 +167,7 @@ def trainer(run: Path, **arguments: Any) -> Trainer:
         use_distributed_sampler=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        check_val_every_n_epoch=3,
+        check_val_every_n_epoch=EPOCHS,
         **arguments,
     )
 
