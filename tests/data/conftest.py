@@ -24,13 +24,14 @@ def real_root() -> Path:
 
 @pytest.fixture
 def volume() -> Callable[..., np.ndarray]:
-    """A brain of positive int16 inside a box that differs by seed."""
+    """A brain of positive int16, with holes, inside a box that differs by seed."""
 
     def make(seed: int = 0, shape=SHAPE) -> np.ndarray:
         random = np.random.default_rng(seed)
         data = np.zeros(shape, np.int16)
         inner = tuple(slice(1 + 4 * (seed % 4), n - 1 - 3 * (seed % 3)) for n in shape)
         data[inner] = random.integers(20, 900, data[inner].shape)
+        data[inner] *= random.random(data[inner].shape) > 0.1
         return data
 
     return make

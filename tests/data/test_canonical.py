@@ -141,14 +141,14 @@ def test_number_type_does_not_matter(tmp_path, save, volume, kind):
 
 
 def test_scale_factors_are_honoured(tmp_path, volume):
-    data = volume()
+    data = volume() // 3 * 3
     header = nib.Nifti1Header()
     header.set_data_shape(data.shape)
     header.set_data_dtype(np.int16)
     header.set_sform(np.eye(4), code=1)
-    header["scl_slope"], header["scl_inter"], header["vox_offset"] = 0.1, -0.3, 352
-    # An intercept moves the background: it is 3 in the file, and 0.1 * 3 - 0.3 is not quite 0.
-    stored = (data * 10 + 3).astype(np.int16)
+    header["scl_slope"], header["scl_inter"], header["vox_offset"] = 0.3, -2.1, 352
+    # An intercept moves the background: it is 7 in the file, and 0.3 * 7 - 2.1 is not quite 0.
+    stored = (data // 3 * 10 + 7).astype(np.int16)
     path = tmp_path / "scaled.nii.gz"
     path.write_bytes(gzip.compress(header.binaryblock + bytes(4) + stored.tobytes(order="F")))
     assert (nib.load(path).get_fdata() != 0).all()
