@@ -24,21 +24,18 @@ from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.layouts import find_cases
 from pmixseg.data.phantom import PhantomSettings, write_cohort
 from pmixseg.data.prepare import prepare
-from pmixseg.data.splits import Fractions
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.evaluation.records import Records
 from pmixseg.evaluation.report import write_report
 from pmixseg.modules import OneCycle, SegmentationModule, StudentModule, TeacherModule, load
 from pmixseg.task import BRATS
 
 CASES = 40
-SPACING = 3.0
-PATCH = (32, 32, 32)
-WINDOW = (40, 40, 40)
+SPACING = 5.0
+PATCH = (32, 40, 32)  # a whole brain at 5 mm
 WIDTH = 8
 LEVELS = 4
-EPOCHS = 5
+EPOCHS = 9
 LEARNING_RATE = 4e-3
 ALIGNMENT = 0.1
 DISTILLATION = 0.5
@@ -125,11 +122,10 @@ def cohort(store: Path, seed: int) -> BraTSDataModule:
     """Patches of the prepared cohort, split by cases."""
     return BraTSDataModule(
         store=store,
-        split=Fractions(train=0.75, val=0.1, test=0.15),
         patch_size=PATCH,
-        patches_per_case=2,
-        foreground=0.2,
-        batch_size=2,
+        patches_per_case=1,
+        foreground=0.0,
+        batch_size=1,
         seed=seed,
     )
 
@@ -142,7 +138,6 @@ def network() -> dict[str, Any]:
         ),
         "optimizer": functools.partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=1e-4),
         "scheduler": OneCycle(),
-        "evaluation": EvaluationSettings(window=WINDOW, overlap=0.25),
     }
 
 
