@@ -35,7 +35,7 @@ SPACING = 5.0
 PATCH = (32, 40, 32)  # a whole brain at 5 mm
 WIDTH = 8
 LEVELS = 4
-EPOCHS = 9
+EPOCHS = 12
 LEARNING_RATE = 4e-3
 ALIGNMENT = 0.1
 DISTILLATION = 0.5
@@ -125,7 +125,7 @@ def cohort(store: Path, seed: int) -> BraTSDataModule:
         patch_size=PATCH,
         patches_per_case=1,
         foreground=0.0,
-        batch_size=1,
+        batch_size=2,
         seed=seed,
     )
 
