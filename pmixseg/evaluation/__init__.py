@@ -1,0 +1,1 @@
+"""Evaluation: windows over all combinations, metrics, records, statistics, report."""

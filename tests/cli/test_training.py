@@ -156,8 +156,10 @@ def test_resumed_training_continues_its_log(teacher_run, phantom_store, tmp_path
 def test_resuming_with_other_terms_is_one_sentence(teacher_run, phantom_store, tmp_path, capsys):
     resume = f"--ckpt_path={teacher_run}/checkpoints/last.ckpt"
     code = main(
-        ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
-        + ["--model=TeacherModule", resume, "--trainer.max_epochs=2"]
+        [
+            *["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY],
+            *["--model=TeacherModule", resume, "--trainer.max_epochs=2"],
+        ]
     )
     assert code == 1
     assert "--init_from" in capsys.readouterr().err
@@ -169,14 +171,17 @@ def test_own_student_by_subclassing(phantom_store, tmp_path, monkeypatch):
         "from pmixseg.modules import StudentModule\n\n"
         "class MyStudent(StudentModule):\n"
         "    def build_backbone(self):\n"
-        "        return MultiEncoderUNet(self.modalities, self.task.num_classes, width=4, levels=2)\n"
+        "        classes = self.task.num_classes\n"
+        "        return MultiEncoderUNet(self.modalities, classes, width=4, levels=2)\n"
     )
     monkeypatch.chdir(tmp_path)
     flags = [f for f in TINY if "backbone" not in f]
     assert (
         main(
-            ["fit", "--import", "mine_for_test", "--model=mine_for_test.MyStudent", "--run=r"]
-            + [f"--data.store={phantom_store}", *flags]
+            [
+                *["fit", "--import", "mine_for_test", "--model=mine_for_test.MyStudent"],
+                *["--run=r", f"--data.store={phantom_store}", *flags],
+            ]
         )
         == 0
     )
