@@ -87,7 +87,7 @@ def run_plain(args: Sequence[str]) -> int:
         subparsers.add_parser(name, help=text, add_help=False)
     commands.add_to(subparsers)
     subparsers.add_parser(segment.NAME, help=segment.HELP, add_help=False)
-    weights.add_import(subparsers)
+    weights.add_to(subparsers)
     chosen = parser.parse_args(args)
     code: int = chosen.run(chosen)
     return code

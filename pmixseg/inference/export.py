@@ -1,0 +1,204 @@
+"""Trained models for other programs, for a fixed combination: torch.export, ONNX, MONAI bundle.
+
+What is exported maps one window of normalised scans to class probabilities. The caller brings
+scans to RAS and to the model's spacing, z-scores each inside its own non-zero voxels, leaves the
+background 0, and slides the window; a MONAI bundle holds a configuration that does all of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.segmentation import NOTICE
+from pmixseg.evaluation.sidecar import checkpoint_identity
+from pmixseg.inference.bundle import write_bundle
+from pmixseg.inference.tracing import FixedCombination
+from pmixseg.modules import SegmentationModule
+from pmixseg.task import format_combination, parse_combination
+
+Format = Literal["torch", "onnx", "bundle"]
+
+ALLOWED_DIFFERENCE = 1e-4
+"""Largest difference in probability between the model and what was exported."""
+
+FACTS = "pmixseg.json"
+"""Name under which an exported file holds what it is."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model.
+
+    Args:
+        path: file, or folder of a bundle.
+        facts: what is written beside the weights; primitives.
+        difference: largest difference in probability on another window of noise.
+    """
+
+    path: Path
+    facts: dict[str, Any]
+    difference: float
+
+
+def export(
+    module: SegmentationModule,
+    path: str | Path,
+    kind: Format = "torch",
+    combination: str | tuple[str, ...] | None = None,
+) -> Exported:
+    """Write a model for one combination, and compare what was written with the model.
+
+    Args:
+        module: a loaded model.
+        path: file to write (``.pt2``, ``.onnx``), or the folder of a bundle.
+        kind: ``torch`` (``torch.export``), ``onnx`` (needs the extra ``export``) or ``bundle``
+            (MONAI, weights as TorchScript).
+        combination: modalities that will be given, in task order; by default all of the model's.
+
+    Raises:
+        InputError: an unknown format or combination, a package that is not installed, or a file
+            that cannot be written.
+        RuntimeError: the exported model answers otherwise than the model.
+    """
+    if kind not in WRITERS:
+        raise InputError(f"format '{kind}' is unknown; use one of {', '.join(WRITERS)}.")
+    shown = parse_combination(combination or module.modalities, module.modalities)
+    window = module.preparation.window(module.evaluation, module.strides)
+    path = Path(path)
+    facts = describe_export(module, shown, window)
+    network = FixedCombination(module.cpu(), shown)
+    noise = torch.randn(2, 1, len(shown), *window, generator=torch.Generator().manual_seed(0))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad(), _quiet():
+            again = WRITERS[kind](network, noise[0], path, facts)
+            difference = float((again(noise[1]) - network(noise[1])).abs().max())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error}); choose another place.") from error
+    if not difference <= ALLOWED_DIFFERENCE:
+        raise RuntimeError(
+            f"the exported model differs from the model by {difference:.2g} in probability: the "
+            "backbone does something that depends on the values it is traced with."
+        )
+    return Exported(path, facts, difference)
+
+
+def describe_export(
+    module: SegmentationModule, combination: tuple[str, ...], window: tuple[int, int, int]
+) -> dict[str, Any]:
+    """What a user of the exported model must know; primitives."""
+    ready, source = module.preparation, module.loaded_from
+    return {
+        "notice": NOTICE,
+        "task": module.task.to_dict(),
+        "combination": format_combination(combination),
+        "channels": list(combination),
+        "classes": ["background", *module.task.labels],
+        "window": list(window),
+        "overlap": module.evaluation.overlap,
+        "blend": module.evaluation.blend,
+        "orientation": "RAS",
+        "spacing": None if ready.spacing is None else list(ready.spacing),
+        "normalisation": ready.normalisation,
+        "checkpoint": None if source is None else checkpoint_identity(Path(source)),
+        "versions": {name: version(name) for name in ("pmixseg", "torch")},
+    }
+
+
+Again = Callable[[Tensor], Tensor]
+"""The exported model, read back."""
+
+
+def _write_torch(
+    network: FixedCombination, example: Tensor, path: Path, facts: dict[str, Any]
+) -> Again:
+    program = torch.export.export(network, (example,), strict=False)
+    with _replacing(path) as part:
+        torch.export.save(program, part, extra_files={FACTS: json.dumps(facts)})
+    again: Again = torch.export.load(path).module()
+    return again
+
+
+def _write_onnx(
+    network: FixedCombination, example: Tensor, path: Path, facts: dict[str, Any]
+) -> Again:
+    try:
+        for package in ("onnx", "onnxscript"):
+            importlib.import_module(package)
+        onnxruntime = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise InputError(f"ONNX needs the package {error.name}; install pmixseg[export].") from None
+    program = torch.export.export(network, (example,), strict=False)
+    made = torch.onnx.export(
+        program,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["image"],
+        output_names=["probabilities"],
+    )
+    assert made is not None  # it is only None where a file is named
+    made.model.metadata_props.update({k: json.dumps(v) for k, v in facts.items()})
+    with _replacing(path) as part:
+        made.save(part, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def again(image: Tensor) -> Tensor:
+        (answer,) = session.run(["probabilities"], {"image": image.numpy()})
+        return torch.from_numpy(answer)
+
+    return again
+
+
+def _write_bundle(
+    network: FixedCombination, example: Tensor, path: Path, facts: dict[str, Any]
+) -> Again:
+    # The exported graph is plain operators; backbones may run Python that TorchScript cannot hold.
+    plain = torch.export.export(network, (example,), strict=False).module(check_guards=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch discourages TorchScript; MONAI's bundles hold it
+        traced = torch.jit.trace(plain, (example,), check_trace=False)  # type: ignore[no-untyped-call]  # torch ships no type
+        return write_bundle(traced, path, facts)
+
+
+WRITERS: dict[str, Callable[[FixedCombination, Tensor, Path, dict[str, Any]], Again]] = {
+    "torch": _write_torch,
+    "onnx": _write_onnx,
+    "bundle": _write_bundle,
+}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to ``path`` if all went well."""
+    part = path.with_name(f".part.{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of operators of packages that are not there, and are not needed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,202 @@
+"""Exported models answer as the model does, in the format that others read."""
+
+import json
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tiny_models import Glance, save, tiny_student
+from torch import nn
+
+from pmixseg.backbones import Backbone, MultiEncoderUNet
+from pmixseg.cli import main
+from pmixseg.data.layouts import find_cases
+from pmixseg.errors import InputError
+from pmixseg.inference.export import FACTS, export
+from pmixseg.inference.tracing import FixedCombination
+from pmixseg.task import BRATS
+from pmixseg.types import Latents, SegOutput
+
+PAIR = ("flair", "t1")
+
+
+def pocket(**arguments):
+    net = MultiEncoderUNet(BRATS.modalities, 4, width=2, levels=2)
+    return tiny_student(window=16, backbone=net, **arguments)
+
+
+@pytest.fixture(scope="module")
+def module():
+    return pocket()
+
+
+@pytest.fixture
+def windows():
+    return torch.randn(3, 1, 2, 16, 16, 16, generator=torch.Generator().manual_seed(7))
+
+
+class Local(Backbone):
+    """Sees one voxel around each: where windows lie makes no difference to it."""
+
+    def __init__(self, modalities=BRATS.modalities, num_classes=4):
+        super().__init__(modalities, num_classes, [3], [1])
+        self.look = nn.ModuleList(nn.Conv3d(1, 3, 3, padding=1) for _ in modalities)
+        self.head = nn.Conv3d(3, num_classes, 1)
+
+    def encode(self, image, present):
+        features = [look(image[:, m : m + 1]) for m, look in enumerate(self.look)]
+        return Latents([torch.stack(features, 1)], self.modalities, [present])
+
+    def decode(self, latents):
+        return SegOutput(self.head(latents.masked(0).sum(1)), latents)
+
+
+def by_hand(module, window):
+    """The model itself, with both absent channels 0."""
+    image = torch.zeros(1, 4, *window.shape[2:])
+    image[:, 0], image[:, 2] = window[:, 0], window[:, 1]
+    present = torch.tensor([[True, False, True, False]])
+    with torch.no_grad():
+        return module(image, present).logits.softmax(1)
+
+
+def test_a_fixed_combination_is_the_model(module, windows):
+    network = FixedCombination(module, PAIR)
+    for window in windows:
+        with torch.no_grad():
+            found = network(window)
+        torch.testing.assert_close(found, by_hand(module, window), atol=1e-6, rtol=0)
+    assert sum(p.numel() for p in network.parameters()) == sum(
+        p.numel() for n, p in module.named_parameters() if n.startswith(("backbone", "anchor"))
+    )
+
+
+def test_torch_export(module, windows, tmp_path):
+    made = export(module, tmp_path / "deep" / "m.pt2", "torch", "t1+flair")
+    assert made.difference < 1e-5
+    extra = {FACTS: ""}
+    program = torch.export.load(made.path, extra_files=extra).module()
+    for window in windows:
+        torch.testing.assert_close(program(window), by_hand(module, window), atol=1e-5, rtol=0)
+    facts = json.loads(extra[FACTS])
+    assert facts == json.loads(json.dumps(made.facts))
+    assert facts["channels"] == list(PAIR)
+    assert facts["notice"].startswith("Research use only")
+
+
+def test_onnx(module, windows, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+    pytest.importorskip("onnxscript", reason="needs the extra 'export'")
+    made = export(module, tmp_path / "m.onnx", "onnx", PAIR)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    session = onnxruntime.InferenceSession(made.path)
+    for window in windows:
+        (answer,) = session.run(None, {"image": window.numpy()})
+        np.testing.assert_allclose(answer, by_hand(module, window).numpy(), atol=1e-4)
+    held = session.get_modelmeta().custom_metadata_map
+    assert json.loads(held["window"]) == [16, 16, 16]
+
+
+def test_a_bundle_that_monai_loads(module, windows, tmp_path):
+    from monai.bundle import load
+
+    export(module, tmp_path / "tumour", "bundle", PAIR)
+    network, meta, _ = load(
+        "tumour", bundle_dir=tmp_path, load_ts_module=True, device="cpu", source="github"
+    )
+    for window in windows:
+        torch.testing.assert_close(network(window), by_hand(module, window), atol=1e-5, rtol=0)
+    assert meta["combination"] == "flair+t1"
+
+
+def test_the_configuration_of_a_bundle_prepares_scans_as_segment_does(phantom_root, tmp_path):
+    from monai.bundle import ConfigParser
+
+    module = tiny_student(window=16, backbone=Local())
+    made = export(module, tmp_path / "local", "bundle", PAIR)
+    case = find_cases(phantom_root, BRATS)[0]
+    parser = ConfigParser()
+    parser.read_config(made.path / "configs" / "inference.json")
+    parser.read_meta(made.path / "configs" / "metadata.json")
+    parser["bundle_root"], parser["device"] = str(made.path), "cpu"
+    parser["dataset_dir"] = str(case.images["t1"].parent)
+    parser["output_dir"] = str(tmp_path / "out")
+    item = parser.get_parsed_content("dataset")[0]
+    inferer = parser.get_parsed_content("inferer")
+    network = parser.get_parsed_content("network_def")
+    with torch.no_grad():
+        item["pred"] = inferer(item["image"][None], network)[0]
+    parser.get_parsed_content("postprocessing")(item)
+    (path,) = (tmp_path / "out").iterdir()
+    found = nib.load(path)
+    ours = module.segment({m: case.images[m] for m in PAIR})
+    assert found.shape == ours.classes.shape
+    np.testing.assert_allclose(found.affine, ours.affine, atol=1e-4)
+    inside = np.asarray(nib.load(case.images["t1"]).dataobj) != 0
+    assert (np.asarray(found.dataobj) == ours.classes)[inside].mean() > 0.98  # borders of windows
+    assert len(np.unique(ours.classes)) > 1
+
+
+def test_the_bundle_runs_as_a_workflow(module, phantom_root, tmp_path):
+    pytest.importorskip("ignite", reason="MONAI's evaluators need pytorch-ignite")
+    from monai.bundle import ConfigWorkflow
+
+    made = export(module, tmp_path / "tumour", "bundle", PAIR)
+    case = find_cases(phantom_root, BRATS)[0]
+    workflow = ConfigWorkflow(
+        workflow_type="infer",
+        config_file=str(made.path / "configs" / "inference.json"),
+        meta_file=str(made.path / "configs" / "metadata.json"),
+        logging_file=False,
+        bundle_root=str(made.path),
+        dataset_dir=str(case.images["t1"].parent),
+        output_dir=str(tmp_path / "out"),
+        device="$torch.device('cpu')",
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    workflow.run()
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+class Moody(Glance):
+    """Answers otherwise every second time, which no trace can follow."""
+
+    calls = 0
+
+    def encode(self, image, present):
+        latents = super().encode(image, present)
+        self.calls += 1
+        return replace(latents, features=[f * (self.calls % 2) for f in latents.features])
+
+
+@pytest.mark.parametrize("kind", ["torch", "bundle"])
+def test_an_export_that_answers_otherwise_is_an_error(tmp_path, kind):
+    with pytest.raises(RuntimeError, match="differs from the model"):
+        export(tiny_student(window=16, backbone=Moody()), tmp_path / "x", kind)
+
+
+def test_wrong_requests_are_refused_in_words(module, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="format 'caffe'"):
+        export(module, tmp_path / "m", "caffe")
+    with pytest.raises(InputError, match="dwi"):
+        export(module, tmp_path / "m", "torch", "dwi")
+    with pytest.raises(InputError, match="not an empty folder"):
+        (tmp_path / "used").mkdir()
+        (tmp_path / "used" / "file").write_text("mine")
+        export(module, tmp_path / "used", "bundle")
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(InputError, match=r"onnxscript; install pmixseg\[export\]"):
+        export(module, tmp_path / "m.onnx", "onnx")
+
+
+def test_command(module, tmp_path, capsys):
+    path = save(pocket(), tmp_path / "a.ckpt")
+    out = tmp_path / "a.pt2"
+    assert main(["export", str(path), "--combination", "t2", "-o", str(out)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "research use only" in said
+    assert out.exists()
+    assert main(["export", str(path), "--combination", "x", "-o", str(out)]) == 1
