@@ -8,26 +8,21 @@ before it. Names of the parts are those of the published checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from pmixseg.backbones.lean import (
+    AS_IT_IS,
+    CONCATENATED,
+    UPSAMPLED,
+    LeanConv3d,
+    Padding,
+    Prepare,
+    norm_act,
+)
 
 SLOPE = 0.2
 """Negative slope of every LeakyReLU."""
-
-Padding = Literal["zeros", "reflect"]
-
-
-def conv(inside: int, outside: int, size: int, stride: int, padding: Padding) -> nn.Conv3d:
-    """Convolution with bias that keeps the resolution, or divides it by the stride."""
-    return nn.Conv3d(inside, outside, size, stride, size // 2, padding_mode=padding)
-
-
-def norm_act(x: Tensor) -> Tensor:
-    """Instance norm, then LeakyReLU in place."""
-    return F.leaky_relu(F.instance_norm(x), SLOPE, inplace=True)
 
 
 class PostNorm(nn.Module):
@@ -36,7 +31,7 @@ class PostNorm(nn.Module):
     Args:
         inside: channels of the input.
         outside: channels of the output.
-        size: kernel size.
+        size: kernel size, 1 or 3.
         stride: stride.
         padding: how a kernel larger than 1 is padded.
     """
@@ -50,19 +45,19 @@ class PostNorm(nn.Module):
         padding: Padding = "reflect",
     ) -> None:
         super().__init__()
-        self.conv = conv(inside, outside, size, stride, padding)
+        self.conv = LeanConv3d(inside, outside, size, stride, padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``[B, C, D, H, W]``."""
-        return norm_act(self.conv(x))
+    def forward(self, *inputs: Tensor, prepare: Prepare = AS_IT_IS) -> Tensor:
+        """Transform what ``prepare`` makes of the inputs, ``[B, C, D, H, W]``."""
+        return norm_act(self.conv(*inputs, prepare=prepare), SLOPE)
 
 
 class PreNorm(PostNorm):
     """Instance norm, LeakyReLU, convolution (mmFormer); arguments as :class:`PostNorm`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``[B, C, D, H, W]``."""
-        y: Tensor = self.conv(norm_act(x))
+    def forward(self, *inputs: Tensor, prepare: Prepare = AS_IT_IS) -> Tensor:
+        """Transform what ``prepare`` makes of the inputs, ``[B, C, D, H, W]``."""
+        y: Tensor = self.conv(norm_act(prepare.plain(*inputs), SLOPE))
         return y
 
 
@@ -117,17 +112,17 @@ class Decoder(nn.ModuleDict):
             self[f"d{level}_c1"] = block(below, width)
             self[f"d{level}_c2"] = block(2 * width, width)
             self[f"d{level}_out"] = block(width, width, 1)
-        self["seg_layer"] = nn.Conv3d(widths[0], num_classes, 1)
+        self["seg_layer"] = LeanConv3d(widths[0], num_classes, 1)
 
     def up(self, level: int, x: Tensor) -> Tensor:
         """From level ``level + 1`` (levels count from 1 here) to ``level``."""
-        larger = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
-        y: Tensor = self[f"d{level}_c1"](larger)
+        y: Tensor = self[f"d{level}_c1"](x, prepare=UPSAMPLED)
         return y
 
     def join(self, level: int, first: Tensor, second: Tensor) -> Tensor:
         """Fuse upsampled map and skip connection, concatenated in the given order."""
-        y: Tensor = self[f"d{level}_out"](self[f"d{level}_c2"](torch.cat([first, second], 1)))
+        joined = self[f"d{level}_c2"](first, second, prepare=CONCATENATED)
+        y: Tensor = self[f"d{level}_out"](joined)
         return y
 
 

@@ -13,30 +13,29 @@ from torch.nn import functional as F
 from pmixseg.backbones.attention import TransformerLayer
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.blocks import (
+    SLOPE,
     Decoder,
     Encoder,
     PreNorm,
     SeparateDecoder,
-    conv,
     initialise,
-    norm_act,
 )
+from pmixseg.backbones.lean import LeanConv3d, norm_act
 from pmixseg.backbones.slots import (
     EncodedLatents,
     SlotConv,
     check_input,
     decode_slots,
     encode_slots,
+    join_levels,
 )
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
 LEVELS = 5
-
-
-def _first(inside: int, outside: int, stride: int) -> nn.Conv3d:
-    return conv(inside, outside, 3, stride, "reflect")
+BEFORE_TRANSFORMER = (0, 1, 2, 3, 5)
+"""Which outputs of :class:`ModalityEncoder` are purely convolutional."""
 
 
 class ModalityEncoder(nn.Module):
@@ -61,8 +60,8 @@ class ModalityEncoder(nn.Module):
         grid: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(widths, PreNorm, _first)
-        self.encode_conv = nn.Conv3d(widths[-1], embedding, 1)
+        self.encoder = Encoder(widths, PreNorm, first=LeanConv3d)
+        self.encode_conv = LeanConv3d(widths[-1], embedding, 1)
         self.pos = nn.Parameter(torch.zeros(1, grid[0] * grid[1] * grid[2], embedding))
         self.transformer = TransformerLayer(embedding, heads, hidden, dropout)
         self.grid = grid
@@ -85,13 +84,17 @@ class ModalityEncoder(nn.Module):
         return [*features, tokens.transpose(1, 2).reshape(embedded.shape), lowest]
 
 
+def _norm_act(x: Tensor) -> Tensor:
+    return norm_act(x, SLOPE)
+
+
 class SlotPreNorm(nn.Module):
     """:class:`PreNorm` block whose 1x1x1 convolution reads all slots of a level."""
 
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
         # The norm treats every channel of every slot by itself and keeps an absent slot 0.
-        self.conv = SlotConv(slots, width, width, before=norm_act)
+        self.conv = SlotConv(slots, width, width, before=_norm_act)
 
     def forward(self, latents: Latents, level: int, name: str) -> Tensor:
         """Fuse one level into ``[B, C, D, H, W]``."""
@@ -131,7 +134,7 @@ class FusedDecoder(Decoder):
             first = PreNorm(slots * width, width, 1) if lowest else SlotPreNorm(slots, width)
             self[f"RFM{level}"] = Fusion(first, width)
         for level, width in enumerate(widths[1:], 1):
-            self[f"seg_d{level}"] = nn.Conv3d(width, num_classes, 1)
+            self[f"seg_d{level}"] = LeanConv3d(width, num_classes, 1)
 
     def forward(self, latents: Latents, lowest: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and in training logits ``ds1 …`` at strides 2, 4, ….
@@ -213,7 +216,7 @@ class MMFormer(Backbone):
             for _ in self.modalities
         )
         self.multimodal_transformer = TransformerLayer(embedding, heads, hidden, dropout)
-        self.multimodal_decode_conv = nn.Conv3d(slots * embedding, slots * widths[-1], 1)
+        self.multimodal_decode_conv = LeanConv3d(slots * embedding, slots * widths[-1], 1)
         self.decoder_fuse = FusedDecoder(slots, widths, num_classes)
         self.decoder_sep = (
             SeparateDecoder(widths, num_classes, PreNorm) if separate == "encoded" else None
@@ -229,20 +232,16 @@ class MMFormer(Backbone):
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`."""
         check_input(image, present, self.modalities, self.strides, least=2)
-        *features, lowest = encode_slots(self.encoders, image, present)
-        return EncodedLatents(
-            features,
-            self.modalities,
-            [present] * len(features),
-            encoded=present,
-            raw=[*features[:-1], lowest],
-        )
+        pieces = encode_slots(self.encoders, image, present)
+        features = join_levels(pieces, present, LEVELS)
+        flags = [present] * LEVELS
+        return EncodedLatents(features, self.modalities, flags, encoded=present, pieces=pieces)
 
     def decode(self, latents: Latents) -> SegOutput:
         """See :meth:`Backbone.decode`."""
         logits, extras = self.decoder_fuse(latents, self._between(latents.masked(LEVELS - 1)))
         if self.training and self.decoder_sep is not None and isinstance(latents, EncodedLatents):
-            extras["separate"] = decode_slots(self.decoder_sep, latents.raw, latents.encoded)
+            extras["separate"] = decode_slots(self.decoder_sep, latents, BEFORE_TRANSFORMER)
             extras["separate_slots"] = latents.encoded
         return SegOutput(logits, latents, extras)
 

@@ -8,10 +8,11 @@ level. Region descriptors are one matrix product of latents and region maps, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.blocks import (
@@ -21,7 +22,13 @@ from pmixseg.backbones.blocks import (
     PostNorm,
     SeparateDecoder,
     initialise,
+)
+from pmixseg.backbones.lean import (
+    CONCATENATED,
+    LeanConv3d,
+    mix_channels,
     norm_act,
+    voxel_rows,
 )
 from pmixseg.backbones.slots import (
     EncodedLatents,
@@ -29,6 +36,9 @@ from pmixseg.backbones.slots import (
     check_input,
     decode_slots,
     encode_slots,
+    join_levels,
+    masked_weight,
+    side_by_side,
 )
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -48,7 +58,7 @@ class SlotBlock(nn.Module):
 
     def forward(self, latents: Latents, level: int, name: str) -> Tensor:
         """Fuse one level into ``[B, outside, D, H, W]``."""
-        return norm_act(self.conv(latents, level, name))
+        return norm_act(self.conv(latents, level, name), SLOPE)
 
 
 class SlotStack(nn.ModuleList):
@@ -77,15 +87,16 @@ class RegionMap(nn.Module):
     def __init__(self, slots: int, width: int, num_classes: int, joins_decoder: bool) -> None:
         super().__init__()
         self.embedding_layer = SlotStack(slots, width, width // 4, width)
-        self.prm_layer = nn.Sequential(
-            PostNorm(2 * width if joins_decoder else width, HEAD, 1),
-            nn.Conv3d(HEAD, num_classes, 1),
+        inside = 2 * width if joins_decoder else width
+        self.prm_layer = nn.ModuleList(
+            [PostNorm(inside, HEAD, 1), LeanConv3d(HEAD, num_classes, 1)]
         )
 
     def forward(self, latents: Latents, level: int, below: Tensor | None) -> Tensor:
         """Logits ``[B, R, D, H, W]`` at the level's own resolution."""
         x = self.embedding_layer(latents, level, f"prm.{level}")
-        logits: Tensor = self.prm_layer(x if below is None else torch.cat([below, x], 1))
+        read = (x,) if below is None else (below, x)
+        logits: Tensor = self.prm_layer[1](self.prm_layer[0](*read, prepare=CONCATENATED))
         return logits
 
 
@@ -94,17 +105,19 @@ class ModalWeights(nn.Module):
 
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
-        self.weight_layer = nn.Sequential(
-            # Linear maps, kept in the shape of the published checkpoints.
-            nn.Conv3d(slots * width + 1, HIDDEN, 1),
-            nn.LeakyReLU(SLOPE, inplace=True),
-            nn.Conv3d(HIDDEN, slots, 1),
+        # Linear maps, kept in the shape and under the names of the published checkpoints.
+        self.weight_layer = nn.ModuleDict(
+            {"0": nn.Conv3d(slots * width + 1, HIDDEN, 1), "2": nn.Conv3d(HIDDEN, slots, 1)}
         )
 
     def forward(self, descriptor: Tensor) -> Tensor:
         """``[B, M·C + 1]`` to ``[B, M]``."""
-        weights: Tensor = self.weight_layer(descriptor[:, :, None, None, None])
-        return weights.flatten(1).sigmoid()
+        hidden = F.leaky_relu(self._linear("0", descriptor), SLOPE)
+        return self._linear("2", hidden).sigmoid()
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        layer = cast(nn.Conv3d, self.weight_layer[name])
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
 class RegionFusion(nn.Module):
@@ -142,6 +155,7 @@ class RegionAwareFusion(nn.Module):
 
     def __init__(self, slots: int, width: int, num_classes: int) -> None:
         super().__init__()
+        self.width = width
         self.modal_fusion = nn.ModuleList(ModalWeights(slots, width) for _ in range(num_classes))
         self.region_fusion = RegionFusion(num_classes * width, width)
         self.short_cut = SlotStack(slots, width, width, width // 2)
@@ -157,19 +171,29 @@ class RegionAwareFusion(nn.Module):
         Returns:
             ``[B, C, D, H, W]``.
         """
-        x = latents.masked(level)
+        x = side_by_side(latents, level)
+        flags = latents.present[level]
         regions = regions.detach().to(x.dtype)
-        maps = regions.flatten(2)
-        mean = maps.float().mean(2, keepdim=True) + 1e-7
-        # [B, M·C, V] @ [B, V, R]: every modality's mean in every region at once.
-        sums = torch.bmm(x.flatten(1, 2).flatten(2), maps.transpose(1, 2))
-        inside = (sums / maps.shape[2]).transpose(1, 2) / mean
+        mean = regions.float().mean((2, 3, 4))[:, :, None] + 1e-7
+        # [B, R, V] @ [B, V, M·C]: every modality's mean in every region at once.
+        rows = voxel_rows(x)
+        sums = torch.bmm(voxel_rows(regions).transpose(1, 2), rows)
+        inside = masked_weight(sums / rows.shape[1], flags) / mean
         descriptors = torch.cat([inside, mean], 2).unbind(1)
         weights = [weigh(some) for weigh, some in zip(self.modal_fusion, descriptors, strict=True)]
-        mixed = torch.bmm(torch.stack(weights, 1).to(x.dtype), x.flatten(2))
-        fused = mixed.view(*regions.shape[:2], *x.shape[2:]) * regions[:, :, None]
+        mixed = mix_channels(x, masked_weight(self._spread(torch.stack(weights, 1)), flags))
+        by_region = mixed.view(*regions.shape[:2], -1, *regions.shape[2:])
+        fused = (by_region * regions[:, :, None]).flatten(1, 2)
         shortcut = self.short_cut(latents, level, f"rfm.{level}")
-        return torch.cat([self.region_fusion(fused.flatten(1, 2)), shortcut], 1)
+        return torch.cat([self.region_fusion(fused), shortcut], 1)
+
+    def _spread(self, weights: Tensor) -> Tensor:
+        """α ``[B, R, M]`` as the 1x1x1 convolution ``Σ_k α_kr x_k``, ``[B, R·C, M·C]``."""
+        samples, regions, slots = weights.shape
+        width = self.width
+        each = torch.eye(width, device=weights.device, dtype=weights.dtype)
+        wide = weights[:, :, None, :, None] * each[:, None, :]
+        return wide.reshape(samples, regions * width, slots * width)
 
 
 class RegionDecoder(Decoder):
@@ -250,14 +274,10 @@ class RFNet(Backbone):
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`."""
         check_input(image, present, self.modalities, self.strides, least=2)
-        features = encode_slots(self.encoders, image, present)
-        return EncodedLatents(
-            features,
-            self.modalities,
-            [present] * len(features),
-            encoded=present,
-            raw=list(features),
-        )
+        pieces = encode_slots(self.encoders, image, present)
+        features = join_levels(pieces, present, len(self.strides))
+        flags = [present] * len(features)
+        return EncodedLatents(features, self.modalities, flags, encoded=present, pieces=pieces)
 
     def decode(self, latents: Latents) -> SegOutput:
         """See :meth:`Backbone.decode`."""
@@ -266,6 +286,6 @@ class RFNet(Backbone):
         if self.training:
             extras = {f"ds{level}": region for level, region in enumerate(regions, 1)}
             if self.decoder_sep is not None and isinstance(latents, EncodedLatents):
-                extras["separate"] = decode_slots(self.decoder_sep, latents.raw, latents.encoded)
+                extras["separate"] = decode_slots(self.decoder_sep, latents, range(4))
                 extras["separate_slots"] = latents.encoded
         return SegOutput(logits, latents, extras)

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pmixseg.backbones.lean import fast_layout, is_channels_last, mix_channels
 from pmixseg.errors import InputError
 from pmixseg.types import Image, Latents, Presence
+
+Pieces = list[list[Tensor] | None]
+"""Per modality what its encoder made of the samples that have it, finest level first."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep a function, but not what it calls, out of compiled graphs; export goes through it."""
+    # torch refuses to export what is kept out of graphs non-recursively.
+    outside = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]  # torch ships no type
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        chosen = function if torch.compiler.is_exporting() else outside
+        return chosen(*args, **kwargs)
+
+    return call
 
 
 def check_input(
@@ -52,10 +73,10 @@ def check_input(
 
 # Which rows an encoder sees is data. Dynamo would compile one graph for each of the 15^B patterns
 # of presence; kept out of it, every encoder is compiled once.
-@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]  # torch ships no type
+@eager
 def encode_slots(
     encoders: Sequence[nn.Module] | nn.ModuleList, image: Image, present: Presence
-) -> list[Tensor]:
+) -> Pieces:
     """Run encoder m on channel m of the samples that have modality m.
 
     Args:
@@ -64,34 +85,53 @@ def encode_slots(
         image: ``[B, M, D, H, W]``.
         present: ``[B, M]``.
 
-    Returns:
-        Per level ``[B, M, C, d, h, w]``; slots that are not present are 0.
-
     Raises:
         InputError: no sample has any modality.
     """
     flags: list[list[bool]] = present.tolist()
-    samples = len(flags)
-    outputs: list[list[Tensor] | None] = []
+    pieces: Pieces = []
     for m, encoder in enumerate(encoders):
-        rows = [b for b in range(samples) if flags[b][m]]
+        rows = [b for b, row in enumerate(flags) if row[m]]
         channel = image[:, m : m + 1]
-        if not rows:
-            outputs.append(None)
-        elif len(rows) == samples:
-            outputs.append(list(encoder(channel)))
-        else:
-            index = torch.tensor(rows, device=image.device)
-            some = encoder(channel.index_select(0, index))
-            outputs.append(
-                [f.new_zeros(samples, *f.shape[1:]).index_copy(0, index, f) for f in some]
-            )
-    template = next((levels for levels in outputs if levels is not None), None)
-    if template is None:
+        if rows and len(rows) < len(flags):
+            channel = channel[rows]
+        pieces.append(list(encoder(channel)) if rows else None)
+    if all(piece is None for piece in pieces):
         raise InputError("no sample shows any modality; mark at least one as present.")
+    return pieces
+
+
+@eager
+def join_slots(pieces: Sequence[Tensor | None], present: Presence) -> Tensor:
+    """Put the rows of every modality into their places.
+
+    Args:
+        pieces: per modality ``[b, C, D, H, W]`` of the b samples that have it, or None.
+        present: ``[B, M]``.
+
+    Returns:
+        ``[B, M, C, D, H, W]``, 0 where a slot is not present. In memory the channels of all slots
+        lie side by side where those of the pieces do, so that ``flatten(1, 2)`` is a view.
+    """
+    flags: list[list[bool]] = present.tolist()
+    some = next(piece for piece in pieces if piece is not None)
+    zero = torch.zeros_like(some[:1])
+    columns = []
+    for m, piece in enumerate(pieces):
+        if piece is not None and len(piece) == len(flags):
+            columns.append(piece)
+        else:
+            rows = iter(() if piece is None else torch.split(piece, 1))
+            columns.append(torch.cat([next(rows) if row[m] else zero for row in flags]))
+    joined = torch.cat(columns, 1)
+    return joined.view(len(flags), len(pieces), -1, *joined.shape[2:])
+
+
+def join_levels(pieces: Pieces, present: Presence, levels: int) -> list[Tensor]:
+    """:func:`join_slots` of each of the first ``levels`` levels."""
     return [
-        torch.stack([zero if o is None else o[level] for o in outputs], 1)
-        for level, zero in enumerate([torch.zeros_like(t) for t in template])
+        join_slots([None if maps is None else maps[level] for maps in pieces], present)
+        for level in range(levels)
     ]
 
 
@@ -104,30 +144,53 @@ class EncodedLatents(Latents):
 
     Args:
         encoded: ``[B, M]``, which slots encoders have computed.
-        raw: per level the encoders' features ``[B, M, C, D, H, W]``.
+        pieces: what they computed.
     """
 
     encoded: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
-    raw: list[Tensor] = field(default_factory=list)
+    pieces: Pieces = field(default_factory=list, repr=False)
 
 
-@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]  # torch ships no type
-def decode_slots(decoder: nn.Module, features: Sequence[Tensor], encoded: Presence) -> Tensor:
-    """Run one decoder on every encoded slot of every sample, as one batch.
+@eager
+def decode_slots(decoder: nn.Module, latents: EncodedLatents, levels: Sequence[int]) -> Tensor:
+    """Run one decoder on every encoded slot.
 
     Args:
         decoder: maps a list of feature maps ``[b, C, d, h, w]`` to ``[b, C', D, H, W]``.
-        features: per level ``[B, M, C, d, h, w]``.
-        encoded: ``[B, M]``, the slots to decode.
+        latents: what was encoded.
+        levels: which of an encoder's maps the decoder takes.
 
     Returns:
         ``[B, M, C', D, H, W]``, 0 where a slot is not encoded.
     """
-    flags = encoded.flatten()
-    index = flags.nonzero()[:, 0]
-    decoded: Tensor = decoder([f.flatten(0, 1).index_select(0, index) for f in features])
-    slots = decoded.new_zeros(len(flags), *decoded.shape[1:]).index_copy(0, index, decoded)
-    return slots.view(*encoded.shape, *decoded.shape[1:])
+    decoded = [
+        None if maps is None else decoder([maps[level] for level in levels])
+        for maps in latents.pieces
+    ]
+    joined: Tensor = join_slots(decoded, latents.encoded)
+    return joined
+
+
+def side_by_side(latents: Latents, level: int) -> Tensor:
+    """Slots of one level as channels, ``[B, M·C, D, H, W]``; absent ones are not masked."""
+    channels = latents.features[level].flatten(1, 2)
+    return channels if is_channels_last(channels) else fast_layout(channels)
+
+
+def masked_weight(weight: Tensor, flags: Presence) -> Tensor:
+    """Weights of a 1x1x1 convolution that reads no absent slot: its columns are 0.
+
+    Features of absent slots need not be copied and masked then; they must be finite.
+
+    Args:
+        weight: ``[out, M·C]`` or ``[B, out, M·C]``.
+        flags: ``[B, M]``.
+
+    Returns:
+        ``[B, out, M·C]``.
+    """
+    columns = flags.repeat_interleave(weight.shape[-1] // flags.shape[1], 1)
+    return weight * columns[:, None].to(weight.dtype)
 
 
 class SlotConv(nn.Conv3d):
@@ -135,7 +198,7 @@ class SlotConv(nn.Conv3d):
 
     As ``Σ_m W_m f_m + b`` it is a sum of one term per slot. Without gradients the terms are kept in
     ``latents.cache``, where every combination decoded from one encoding finds them: a decode then
-    costs M additions instead of M·C multiplications per output value.
+    costs additions only.
 
     Args:
         slots: number of slots M.
@@ -161,26 +224,44 @@ class SlotConv(nn.Conv3d):
         """Fuse one level.
 
         Args:
-            latents: where the slots are.
+            latents: where the slots are; those of absent ones must be finite.
             level: which level.
             name: the convolution's own name, under which its terms are kept.
 
         Returns:
             ``[B, out_channels, D, H, W]``.
         """
+        weight, present = self.weight.flatten(1), latents.present[level]
         if torch.is_grad_enabled():
-            return super().forward(self.before(latents.masked(level).flatten(1, 2)))
-        terms = latents.cache.get(name)
-        if terms is None:
-            wide = latents.features[level]
-            # [out, M·C, 1, 1, 1] -> [M·out, C, 1, 1, 1]: one group per slot.
-            weight = self.weight.view(-1, self.slots, wide.shape[2], 1, 1, 1).transpose(0, 1)
-            inside = self.before(wide.flatten(1, 2))
-            terms = F.conv3d(inside, weight.flatten(0, 1), groups=self.slots)
-            terms = terms.view(wide.shape[0], self.slots, -1, *wide.shape[3:])
-            latents.cache[name] = terms
-        fused = torch.where(latents.flags(level), terms, 0.0).sum(1)
-        return fused if self.bias is None else fused + self.bias[:, None, None, None]
+            inside = self.before(side_by_side(latents, level))
+            return mix_channels(inside, masked_weight(weight, present), self.bias)
+        total: Tensor = _sum_of_present(self._terms(latents, level, name), present)
+        return total if self.bias is None else total + self.bias[:, None, None, None]
+
+    def _terms(self, latents: Latents, level: int, name: str) -> list[Tensor]:
+        keys = [f"{name}.{m}" for m in range(self.slots)]
+        if keys[0] not in latents.cache:
+            weights = self.weight.flatten(1).chunk(self.slots, 1)
+            for m, (key, weight) in enumerate(zip(keys, weights, strict=True)):
+                inside = fast_layout(latents.features[level][:, m])
+                latents.cache[key] = mix_channels(self.before(inside), weight)
+        return [latents.cache[key] for key in keys]
+
+
+@eager
+def _sum_of_present(terms: Sequence[Tensor], present: Presence) -> Tensor:
+    flags: list[list[bool]] = present.tolist()
+    if all(row == flags[0] for row in flags):
+        shown = [term for term, flag in zip(terms, flags[0], strict=True) if flag]
+    else:
+        shown = [
+            torch.where(present[:, m, None, None, None, None], term, 0.0)
+            for m, term in enumerate(terms)
+        ]
+    total = shown[0] if shown else torch.zeros_like(terms[0])
+    for term in shown[1:]:
+        total = total + term
+    return total
 
 
 def _nothing(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.slots import check_input, encode_slots
+from pmixseg.backbones.slots import check_input, encode_slots, join_levels
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -163,7 +163,9 @@ class UHVED(Backbone):
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`."""
         check_input(image, present, self.modalities, self.strides)
-        halves = [f.chunk(2, 2) for f in encode_slots(self.encoders, image, present)]
+        pieces = encode_slots(self.encoders, image, present)
+        joined = join_levels(pieces, present, LEVELS)
+        halves = [level.chunk(2, 2) for level in joined]
         return Latents(
             [mean for mean, _ in halves],
             self.modalities,

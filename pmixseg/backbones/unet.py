@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.slots import SlotConv, check_input, encode_slots
+from pmixseg.backbones.lean import LeanConv3d, NormAct
+from pmixseg.backbones.slots import SlotConv, check_input, encode_slots, join_levels
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -21,10 +22,9 @@ def conv_block(inside: int, outside: int, stride: int, dropout: float) -> nn.Seq
     """Convolution 3x3x3, dropout of whole channels, instance norm, LeakyReLU."""
     return nn.Sequential(
         # The norm removes any bias again.
-        nn.Conv3d(inside, outside, 3, stride, padding=1, bias=False),
+        LeanConv3d(inside, outside, 3, stride, "zeros", bias=False),
         nn.Dropout3d(dropout) if dropout else nn.Identity(),
-        nn.InstanceNorm3d(outside, affine=True),
-        nn.LeakyReLU(SLOPE, inplace=True),
+        NormAct(outside, SLOPE),
     )
 
 
@@ -61,12 +61,11 @@ class Fusion(nn.Module):
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
         self.conv = SlotConv(slots, width, width, bias=False)
-        self.norm = nn.InstanceNorm3d(width, affine=True)
-        self.act = nn.LeakyReLU(SLOPE, inplace=True)
+        self.norm = NormAct(width, SLOPE)
 
     def forward(self, latents: Latents, level: int) -> Tensor:
         """Fused features ``[B, C, D, H, W]`` of one level."""
-        fused: Tensor = self.act(self.norm(self.conv(latents, level, f"fusion.{level}")))
+        fused: Tensor = self.norm(self.conv(latents, level, f"fusion.{level}"))
         return fused
 
 
@@ -119,7 +118,7 @@ class MultiEncoderUNet(Backbone):
             for w in widths[:-1]
         )
         supervised = levels - 1 if deep_supervision else 1
-        self.heads = nn.ModuleList(nn.Conv3d(w, num_classes, 1) for w in widths[:supervised])
+        self.heads = nn.ModuleList(LeanConv3d(w, num_classes, 1) for w in widths[:supervised])
         for part in self.modules():
             if isinstance(part, nn.Conv3d | nn.ConvTranspose3d):
                 nn.init.kaiming_normal_(part.weight, a=SLOPE)
@@ -129,7 +128,8 @@ class MultiEncoderUNet(Backbone):
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`; encoder m sees only the samples that have modality m."""
         check_input(image, present, self.modalities, self.strides)
-        features = encode_slots(self.encoders, image, present)
+        pieces = encode_slots(self.encoders, image, present)
+        features = join_levels(pieces, present, len(self.strides))
         return Latents(features, self.modalities, [present] * len(features))
 
     def decode(self, latents: Latents) -> SegOutput:

@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from pmixseg.backbones.slots import SlotConv, check_input, decode_slots, encode_slots
+from pmixseg.backbones.slots import (
+    EncodedLatents,
+    SlotConv,
+    check_input,
+    decode_slots,
+    encode_slots,
+    join_levels,
+    join_slots,
+)
 from pmixseg.errors import InputError
 from pmixseg.types import Latents
 
@@ -23,12 +31,25 @@ def test_encoders_see_only_the_samples_that_have_the_modality():
     encoders = [Counting(k) for k in (1.0, 2.0, 3.0)]
     image = torch.randn(2, 3, 4, 4, 4)
     present = torch.tensor([[True, True, False], [True, False, False]])
-    features = encode_slots(encoders, image, present)
+    pieces = encode_slots(encoders, image, present)
     assert [e.seen for e in encoders] == [[2], [1], []]
+    assert pieces[2] is None
+    features = join_levels(pieces, present, 2)
     assert [tuple(f.shape) for f in features] == [(2, 3, 1, 4, 4, 4), (2, 3, 1, 2, 2, 2)]
     expected = image * torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 0.0]])[:, :, None, None, None]
     torch.testing.assert_close(features[0][:, :, 0], expected, rtol=0, atol=0)
     torch.testing.assert_close(features[1], features[0][..., ::2, ::2, ::2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_joined_slots_lie_side_by_side(layout):
+    present = torch.tensor([[False, True], [True, True]])
+    pieces = [torch.randn(n, 3, 2, 4, 5).contiguous(memory_format=layout) for n in (1, 2)]
+    joined = join_slots(pieces, present)
+    assert joined.flatten(1, 2).data_ptr() == joined.data_ptr()
+    assert joined.flatten(1, 2).is_contiguous(memory_format=layout)
+    assert torch.equal(joined[1, 0], pieces[0][0]) and not joined[0, 0].any()
+    assert torch.equal(joined[:, 1], pieces[1])
 
 
 def test_nothing_present_at_all_is_refused():
@@ -42,32 +63,57 @@ def test_slot_conv_is_the_convolution_of_the_concatenated_masked_slots():
     features = torch.randn(2, 3, 5, 3, 4, 2)
     present = torch.tensor([[True, True, False], [False, False, True]])
     latents = Latents([features], ("a", "b", "c"), [present])
-    masked = (features * present[:, :, None, None, None, None]).reshape(2, 15, 3, 4, 2)
-    wanted = nn.functional.conv3d(masked, conv.weight, conv.bias)
-    torch.testing.assert_close(conv(latents, 0, "f"), wanted)
+
+    def wanted(some):
+        masked = torch.where(some.flags(0), features, 0.0).flatten(1, 2)
+        return nn.functional.conv3d(masked, conv.weight, conv.bias)
+
+    torch.testing.assert_close(conv(latents, 0, "f"), wanted(latents))
     assert not latents.cache, "with gradients nothing is kept"
     with torch.no_grad():
-        torch.testing.assert_close(conv(latents, 0, "f"), wanted)
-        assert set(latents.cache) == {"f"}
+        torch.testing.assert_close(conv(latents, 0, "f"), wanted(latents))
+        assert set(latents.cache) == {"f.0", "f.1", "f.2"}
         # The kept terms serve every restriction; the features themselves are not read again.
         latents.features[0] = torch.full_like(features, torch.nan)
-        few = latents.restrict(torch.tensor([True, False, True]))
-        masked = torch.where(few.flags(0), features, 0.0).reshape(2, 15, 3, 4, 2)
-        wanted = nn.functional.conv3d(masked, conv.weight, conv.bias)
-        torch.testing.assert_close(conv(few, 0, "f"), wanted)
+        for shown in ([True, False, True], [True, True, True]):
+            few = latents.restrict(torch.tensor(shown))
+            torch.testing.assert_close(conv(few, 0, "f"), wanted(few))
+        same = Latents(latents.features, latents.modalities, [present[:1].expand(2, -1)])
+        same.cache = latents.cache
+        torch.testing.assert_close(conv(same, 0, "f"), wanted(same))
+
+
+@pytest.mark.parametrize("layout", ["slots", "channels"])
+def test_slot_conv_has_the_gradients_of_the_masked_convolution(layout):
+    torch.manual_seed(0)
+    conv = SlotConv(2, 3, 4).double()
+    features = torch.randn(2, 2, 3, 2, 3, 4, dtype=torch.float64)
+    if layout == "channels":
+        features = features.permute(0, 3, 4, 5, 1, 2).contiguous().permute(0, 4, 5, 1, 2, 3)
+    features.requires_grad_()
+    latents = Latents([features], ("a", "b"), [torch.tensor([[True, True], [False, True]])])
+    weight = torch.randn(2, 4, 2, 3, 4, dtype=torch.float64)
+    inputs = (features, conv.weight, conv.bias)
+    ours = torch.autograd.grad((conv(latents, 0, "f") * weight).sum(), inputs)
+    plain = nn.functional.conv3d(latents.masked(0).flatten(1, 2), conv.weight, conv.bias)
+    for mine, theirs in zip(ours, torch.autograd.grad((plain * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_one_decoder_decodes_every_encoded_slot():
     class Last(nn.Module):
         def forward(self, features):
-            assert all(len(f) == 3 for f in features), "absent slots are not decoded"
-            return 2 * features[-1]
+            assert len(features) == 1
+            return 2 * features[0]
 
-    features = [torch.randn(2, 2, 3, 4, 4, 4), torch.randn(2, 2, 5, 2, 2, 2)]
-    encoded = torch.tensor([[True, True], [False, True]])
-    decoded = decode_slots(Last(), features, encoded)
-    wanted = 2 * features[1] * encoded[:, :, None, None, None, None]
-    torch.testing.assert_close(decoded, wanted, rtol=0, atol=0)
+    image, encoded = torch.randn(2, 2, 4, 4, 4), torch.tensor([[True, True], [False, True]])
+    pieces = encode_slots([Counting(1.0), Counting(3.0)], image, encoded)
+    latents = EncodedLatents([], ("a", "b"), [], encoded=encoded, pieces=pieces)
+    decoded = decode_slots(Last(), latents, [1])
+    wanted = (
+        image[..., ::2, ::2, ::2] * torch.tensor([[2.0, 6.0], [0.0, 6.0]])[..., None, None, None]
+    )
+    torch.testing.assert_close(decoded[:, :, 0], wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,375 @@
+"""Layers that compute what torch's do, in less time and memory.
+
+On a CPU, 3-D convolutions with few channels run about twice as fast on the channels-last layout
+(oneDNN need not reorder), trilinear upsampling six times; 1x1x1 convolutions and instance norm are
+slow there, unless written as below. In training, a layer keeps only what it cannot cheaply make
+again: a norm with LeakyReLU keeps its result instead of its input and its result, a convolution
+keeps what stood before padding, concatenation or upsampling. Measurements:
+``experiments/benchmarks/README.md``, section Backbones.
+
+The layout of a GPU is left as it is; there and under ``torch.compile`` torch's own layers run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ONEDNN_TYPES = (torch.float32, torch.bfloat16)
+EPSILON = 1e-5
+"""Added to a variance before its root."""
+
+Padding = Literal["zeros", "reflect"]
+
+
+def runs_lean(x: Tensor) -> bool:
+    """Whether these layers take their own way for ``x``: on a CPU, not under a compiler."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def fast_layout(x: Tensor) -> Tensor:
+    """``[B, C, D, H, W]`` in the layout that its device convolves fastest."""
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a voxel of ``[B, C, D, H, W]`` lie side by side."""
+    return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+
+
+def voxel_rows(x: Tensor) -> Tensor:
+    """``[B, C, D, H, W]`` as ``[B, V, C]``; a view."""
+    return (
+        x.flatten(2).transpose(1, 2)
+        if x.is_contiguous()
+        else x.permute(0, 2, 3, 4, 1).flatten(1, 3)
+    )
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: int
+) -> Tensor:
+    """``F.conv3d`` in channels-last, always by oneDNN where that exists.
+
+    ``F.conv3d`` leaves small inputs and 1x1x1 kernels in float32 to a path three times slower.
+    """
+    x = fast_layout(x)
+    if torch.backends.mkldnn.is_available() and x.dtype in ONEDNN_TYPES:  # type: ignore[no-untyped-call]  # untyped in torch
+        y: Tensor = torch.mkldnn_convolution(x, weight, bias, [padding] * 3, stride, [1] * 3, 1)
+    else:
+        y = F.conv3d(x, weight, bias, list(stride), padding)
+    return fast_layout(y)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    """What autocast would hand to a convolution."""
+    if not torch.is_autocast_enabled("cpu"):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype("cpu")
+    return [t if t is None else t.to(dtype) for t in tensors]
+
+
+def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """1x1x1 convolution, possibly with weights of each sample's own.
+
+    Args:
+        x: ``[B, C, D, H, W]``.
+        weight: ``[B, C', C]`` or ``[C', C]``.
+        bias: ``[C']``.
+
+    Returns:
+        ``[B, C', D, H, W]``.
+    """
+    if runs_lean(x):
+        y: Tensor = _Mix.apply(*_autocast(x, weight, bias))  # type: ignore[no-untyped-call]  # untyped in torch
+        return y
+    mixed = torch.matmul(weight, x.flatten(2))
+    mixed = mixed if bias is None else mixed + bias[:, None]
+    return mixed.view(x.shape[0], -1, *x.shape[2:])
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = fast_layout(x)
+        ctx.save_for_backward(x, weight)
+        return _mixed(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        g = fast_layout(gradients[0])
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = _mixed(g, weight.transpose(-1, -2), None)
+        if ctx.needs_input_grad[1]:
+            few, many = sorted((voxel_rows(g), voxel_rows(x)), key=lambda rows: rows.shape[2])
+            # Matrix products of long thin operands are fastest with the thinner one first.
+            to_weight = torch.bmm(few.transpose(1, 2), many)
+            to_weight = to_weight.transpose(1, 2) if few.shape[2] != g.shape[1] else to_weight
+            to_weight = to_weight.sum(0) if weight.ndim == 2 else to_weight
+        if ctx.needs_input_grad[2]:
+            to_bias = _sum(g).sum(0).to(weight.dtype)
+        return to_x, to_weight, to_bias
+
+
+def _mixed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kernels = weight[..., None, None, None]
+    if weight.ndim == 2:
+        return _convolve(x, kernels, bias, [1] * 3, 0)
+    parts = [
+        _convolve(some, kernel, bias, [1] * 3, 0)
+        for some, kernel in zip(torch.split(x, 1), kernels, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class NormAct(nn.Module):
+    """Instance norm with scale and shift, then LeakyReLU; see :func:`norm_act`."""
+
+    def __init__(self, channels: int, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[B, C, D, H, W]``."""
+        return norm_act(x, self.slope, self.weight, self.bias)
+
+
+def norm_act(
+    x: Tensor, slope: float, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Instance norm (ε = 1e-5), optional scale and shift ``[C]``, then LeakyReLU.
+
+    torch's own norms of channels-last tensors add a million values one by one on a CPU, which costs
+    three digits; here they are summed pairwise.
+    """
+    if not runs_lean(x):
+        normed = F.instance_norm(x, weight=weight, bias=bias, eps=EPSILON)
+        return F.leaky_relu(normed, slope, inplace=True)
+    y: Tensor = _NormAct.apply(x, slope, weight, bias)  # type: ignore[no-untyped-call]  # untyped in torch
+    return y
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x · scale + shift`` with factors ``[B, C]``, by batch norm's fast kernel for it."""
+    zero, variance = torch.zeros_like(scale[0]), torch.full_like(scale[0], 1 - EPSILON)
+    parts = [
+        F.batch_norm(some, zero, variance, by, plus, eps=EPSILON)
+        for some, by, plus in zip(torch.split(x, 1), scale, shift, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((2, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class _NormAct(torch.autograd.Function):
+    """Without scale and shift it keeps its result y alone: x̂ is y, or y / slope where y < 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        voxels = x[0, 0].numel()
+        mean = _sum(x) / voxels
+        # The mean of conv outputs is about as large as their deviation: nothing cancels here.
+        variance = _sum(x.to(mean.dtype).square()) / voxels - mean.square()
+        rstd = (variance.clamp(min=0) + EPSILON).rsqrt()
+        scale = rstd if weight is None else rstd * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        y = F.leaky_relu(_affine(x, scale, shift), slope, inplace=True)
+        ctx.slope = slope
+        ctx.save_for_backward(y, rstd, *(() if weight is None else (x, mean, weight)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        y, rstd, *rest = ctx.saved_tensors
+        inner = torch.ops.aten.leaky_relu_backward(gradients[0], y, ctx.slope, True)
+        if rest:
+            x, mean, weight = rest
+            hat, scale = _affine(x, rstd, -mean * rstd), rstd * weight
+        else:
+            hat, scale = F.leaky_relu(y, 1 / ctx.slope), rstd
+        to_bias, to_weight = _sum(inner), _sum(inner * hat)
+        # scale · (g - mean(g) - x̂ mean(g x̂))
+        share = scale / y[0, 0].numel()
+        to_x = _affine(inner, scale, -share * to_bias)
+        to_x -= _affine(hat, share * to_weight, torch.zeros_like(share))
+        if rest:
+            return to_x, None, to_weight.sum(0), to_bias.sum(0)
+        return to_x, None, None, None
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Cheap operation without parameters before a convolution, run again in its backward pass.
+
+    Args:
+        plain: the operation, differentiable.
+        write: writes it into a given tensor.
+        back: gradient to the inputs from the gradient to the result, and the inputs.
+        scale: resolution of the result by that of the inputs.
+    """
+
+    plain: Callable[..., Tensor]
+    write: Callable[..., object]
+    back: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
+    scale: int = 1
+
+
+def _upsample(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+
+
+def _concatenate_into(into: Tensor, *xs: Tensor) -> None:
+    for part, x in zip(torch.split(into, [x.shape[1] for x in xs], 1), xs, strict=True):
+        part.copy_(x)
+
+
+def _upsample_back(g: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    size = list(inputs[0].shape)
+    back: Tensor = torch.ops.aten.upsample_trilinear3d_backward(
+        g.contiguous(memory_format=torch.channels_last_3d), list(g.shape[2:]), size, True
+    )
+    return [back]
+
+
+AS_IT_IS = Prepare(lambda x: x, lambda into, x: into.copy_(x), lambda g, xs: [g])
+"""Nothing."""
+CONCATENATED = Prepare(
+    lambda *xs: torch.cat(xs, 1),
+    _concatenate_into,
+    lambda g, xs: torch.split(g, [x.shape[1] for x in xs], 1),
+)
+"""Channels of all inputs."""
+UPSAMPLED = Prepare(_upsample, lambda into, x: into.copy_(_upsample(x)), _upsample_back, scale=2)
+"""Twice the resolution, trilinear with aligned corners."""
+
+
+def _inside(padded: Tensor) -> Tensor:
+    return padded[..., 1:-1, 1:-1, 1:-1]
+
+
+def _prepared_and_reflected(prepare: Prepare, inputs: Sequence[Tensor]) -> Tensor:
+    """Result of ``prepare`` with one reflected voxel around it, written once."""
+    channels = sum(x.shape[1] for x in inputs)
+    sides = [prepare.scale * side + 2 for side in inputs[0].shape[2:]]
+    padded = torch.empty(
+        inputs[0].shape[0],
+        channels,
+        *sides,
+        dtype=inputs[0].dtype,
+        memory_format=torch.channels_last_3d,
+    )
+    prepare.write(_inside(padded), *inputs)
+    for axis in (4, 3, 2):
+        last = padded.shape[axis] - 1
+        padded.narrow(axis, 0, 1).copy_(padded.narrow(axis, 2, 1))
+        padded.narrow(axis, last, 1).copy_(padded.narrow(axis, last - 2, 1))
+    return padded
+
+
+def _fold(g: Tensor) -> Tensor:
+    """Gradient of the reflection; changes ``g``."""
+    for axis in (2, 3, 4):
+        last = g.shape[axis] - 1
+        g.narrow(axis, 2, 1).add_(g.narrow(axis, 0, 1))
+        g.narrow(axis, last - 2, 1).add_(g.narrow(axis, last, 1))
+    return _inside(g)
+
+
+class LeanConv3d(nn.Conv3d):
+    """Convolution 1x1x1 or 3x3x3 that keeps the resolution, or divides it by the stride.
+
+    Args:
+        inside: channels of the input.
+        outside: channels of the output.
+        size: 1 or 3.
+        stride: stride of a 3x3x3 kernel.
+        padding: how the border is padded.
+        bias: whether to add a bias.
+    """
+
+    def __init__(
+        self,
+        inside: int,
+        outside: int,
+        size: int = 3,
+        stride: int = 1,
+        padding: Padding = "reflect",
+        bias: bool = True,
+    ) -> None:
+        super().__init__(inside, outside, size, stride, size // 2, bias=bias, padding_mode=padding)
+
+    def forward(self, *inputs: Tensor, prepare: Prepare = AS_IT_IS) -> Tensor:
+        """Convolve ``prepare(*inputs)``, ``[B, C, D, H, W]``."""
+        if self.kernel_size[0] == 1:
+            return mix_channels(prepare.plain(*inputs), self.weight.flatten(1), self.bias)
+        if not runs_lean(inputs[0]):
+            return super().forward(prepare.plain(*inputs))
+        y: Tensor = _ConvOf.apply(  # type: ignore[no-untyped-call]  # untyped in torch
+            prepare,
+            self.padding_mode == "reflect",
+            self.stride,
+            *_autocast(self.weight, self.bias, *inputs),
+        )
+        return y
+
+
+class _ConvOf(torch.autograd.Function):
+    """3x3x3 convolution that keeps its inputs as they were before preparation and padding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        prepare: Prepare,
+        reflects: bool,
+        stride: tuple[int, ...],
+        weight: Tensor,
+        bias: Tensor | None,
+        *inputs: Tensor,
+    ) -> Tensor:
+        ctx.prepare, ctx.reflects, ctx.stride = prepare, reflects, stride
+        ctx.save_for_backward(weight, *inputs)
+        x = _ConvOf.source(ctx, inputs)
+        return _convolve(x, weight, bias, stride, 0 if reflects else 1)
+
+    @staticmethod
+    def source(ctx: Any, inputs: Sequence[Tensor]) -> Tensor:
+        """What is convolved."""
+        if ctx.reflects:
+            return _prepared_and_reflected(ctx.prepare, inputs)
+        plain: Tensor = ctx.prepare.plain(*inputs)
+        return plain
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
+            fast_layout(gradients[0]),
+            _ConvOf.source(ctx, inputs),
+            weight,
+            [len(weight)],
+            ctx.stride,
+            [0 if ctx.reflects else 1] * 3,
+            [1] * 3,
+            False,
+            [0] * 3,
+            1,
+            [any(needs[5:]), needs[3], needs[4]],
+        )
+        back: Sequence[Tensor | None] = [None] * len(inputs)
+        if to_x is not None:
+            back = ctx.prepare.back(_fold(to_x) if ctx.reflects else to_x, inputs)
+        return None, None, None, to_weight, to_bias, *back

@@ -1,0 +1,137 @@
+"""The lean layers against torch's own, in double precision and in both layouts."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pmixseg.backbones.lean import (
+    AS_IT_IS,
+    CONCATENATED,
+    UPSAMPLED,
+    LeanConv3d,
+    NormAct,
+    is_channels_last,
+    mix_channels,
+    norm_act,
+    voxel_rows,
+)
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
+INPUTS = [(AS_IT_IS, (3,)), (CONCATENATED, (2, 1)), (UPSAMPLED, (3,))]
+
+
+def draw(channels, *sides, samples=2, dtype=torch.float64):
+    return torch.randn(samples, channels, *sides, dtype=dtype).requires_grad_()
+
+
+def close_gradients(ours, theirs, inputs):
+    weight = torch.randn_like(theirs)
+    torch.testing.assert_close(ours, theirs)
+    mine = torch.autograd.grad((ours * weight).sum(), inputs)
+    for a, b in zip(mine, torch.autograd.grad((theirs * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("affine", [False, True])
+def test_norm_act(layout, samples, affine):
+    torch.manual_seed(0)
+    x = draw(3, 3, 4, 5, samples=samples)
+    layer = NormAct(3, 0.1).double()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    given = x.contiguous(memory_format=layout)
+    ours = layer(given) if affine else norm_act(given, 0.1)
+    scale = (layer.weight, layer.bias) if affine else (None, None)
+    plain = F.leaky_relu(F.instance_norm(x, weight=scale[0], bias=scale[1]), 0.1)
+    close_gradients(ours, plain, (x, *(s for s in scale if s is not None)))
+
+
+def test_norm_of_many_channels_last_voxels_is_exact_where_torch_s_is_not():
+    torch.manual_seed(0)
+    x = (torch.randn(1, 16, 64, 64, 64) + 1).contiguous(memory_format=torch.channels_last_3d)
+    exact = F.leaky_relu(F.instance_norm(x.double()), 0.2)
+    ours = norm_act(x, 0.2)
+    assert is_channels_last(ours)
+    assert (ours - exact).abs().max() < 5e-6
+    assert (F.leaky_relu(F.group_norm(x, 16), 0.2) - exact).abs().max() > 5e-5, "torch has improved"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("prepare", "channels"), INPUTS, ids=["one", "cat", "up"])
+def test_convolution(layout, padding, stride, prepare, channels):
+    torch.manual_seed(0)
+    conv = LeanConv3d(3, 2, stride=stride, padding=padding).double()
+    inputs = [draw(c, 2, 4, 6) for c in channels]
+    ours = conv(*(x.contiguous(memory_format=layout) for x in inputs), prepare=prepare)
+    plain = nn.Conv3d.forward(conv, prepare.plain(*inputs))
+    close_gradients(ours, plain, (*inputs, conv.weight, conv.bias))
+
+
+@pytest.mark.parametrize(("prepare", "channels"), INPUTS, ids=["one", "cat", "up"])
+def test_pointwise_convolution(prepare, channels):
+    torch.manual_seed(0)
+    conv = LeanConv3d(3, 5, 1).double()
+    inputs = [draw(c, 2, 2, 3) for c in channels]
+    plain = F.conv3d(prepare.plain(*inputs), conv.weight, conv.bias)
+    close_gradients(conv(*inputs, prepare=prepare), plain, (*inputs, conv.weight, conv.bias))
+
+
+@pytest.mark.parametrize("out", [2, 7])
+def test_every_sample_can_be_mixed_by_its_own_weights(out):
+    torch.manual_seed(0)
+    x = draw(4, 2, 3, 2)
+    weight = torch.randn(2, out, 4, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(out, dtype=torch.float64).requires_grad_()
+    plain = torch.einsum("boc,bcdhw->bodhw", weight, x) + bias[:, None, None, None]
+    close_gradients(mix_channels(x, weight, bias), plain, (x, weight, bias))
+
+
+def test_first_of_several_steps_needs_no_gradient():
+    conv = LeanConv3d(1, 2)
+    image = torch.randn(1, 1, 4, 4, 4)
+    conv(image).sum().backward()
+    assert conv.weight.grad is not None and image.grad is None
+    conv.requires_grad_(False)
+    assert not conv(image).requires_grad
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_autocast_computes_in_bf16_and_gives_float32_gradients(size):
+    torch.manual_seed(0)
+    conv = LeanConv3d(4, 4, size)
+    x = draw(4, 4, 4, 4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm_act(conv(x), 0.2)
+    assert y.dtype == torch.bfloat16
+    plain = F.leaky_relu(F.instance_norm(nn.Conv3d.forward(conv, x)), 0.2)
+    torch.testing.assert_close(y.float(), plain, rtol=0.1, atol=0.1)
+    y.float().square().sum().backward()
+    assert x.grad.dtype == conv.weight.grad.dtype == torch.float32
+
+
+def test_a_norm_keeps_one_tensor_and_a_padded_convolution_its_input():
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    a, b = (draw(4, 4, 4, 4, dtype=torch.float32) for _ in range(2))
+    conv = LeanConv3d(8, 4)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = norm_act(conv(a, b, prepare=CONCATENATED), 0.2)
+    large = {t.data_ptr() for t in kept if t.numel() >= a.numel() and t is not conv.weight}
+    assert large - {conv.weight.data_ptr()} == {a.data_ptr(), b.data_ptr(), y.data_ptr()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_voxel_rows_are_a_view(layout):
+    x = torch.randn(2, 3, 2, 3, 4).contiguous(memory_format=layout)
+    rows = voxel_rows(x)
+    assert rows.shape == (2, 24, 3) and rows.data_ptr() == x.data_ptr()
+    assert torch.equal(rows, x.flatten(2).transpose(1, 2))
