@@ -27,6 +27,9 @@ MAX_FILL = 0.88
 """Largest credible share of non-zero voxels in their own bounding box. Whole brains fill 0.43 to
 0.48 of it, the fullest 5 mm slab of one 0.81, a scan with noise around the head about 1."""
 
+MIN_VALUES = 16
+"""Fewest different intensities of a scan; the seven cases have 1000 and more."""
+
 MAX_GAIN = 1.1
 """A scan is out of place if, moved, it shares this many times the information with the others."""
 
@@ -58,12 +61,12 @@ def implausible(case: CanonicalCase, task: Task) -> list[str]:
         for index, (name, there) in enumerate(zip(task.modalities, case.acquired, strict=True))
         if there
     }
-    found = [text for name, scan in scans.items() if (text := not_stripped(scan, zooms, name))]
+    found = [text for name, scan in scans.items() if (text := not_a_brain(scan, zooms, name))]
     return found or misplaced(scans, zooms)
 
 
-def not_stripped(scan: npt.NDArray[np.generic], zooms: tuple[float, ...], name: str) -> str | None:
-    """Suspect a skull, or a background that is not 0.
+def not_a_brain(scan: npt.NDArray[np.generic], zooms: tuple[float, ...], name: str) -> str | None:
+    """Suspect a skull, a background that is not 0, or a label map.
 
     Args:
         scan: ``[D, H, W]``.
@@ -78,6 +81,9 @@ def not_stripped(scan: npt.NDArray[np.generic], zooms: tuple[float, ...], name: 
     if box is not None and count > MAX_FILL * np.prod(box.shape):
         share = count / np.prod(box.shape)
         return f"{name} is non-zero in {share:.0%} of the box around it, so its background is not 0"
+    values = len(np.unique(scan[scan != 0]))
+    if values < MIN_VALUES:
+        return f"{name} has {values} different values only, as a label map has"
     return None
 
 
@@ -148,7 +154,7 @@ def misplaced(scans: Mapping[str, npt.NDArray[np.generic]], zooms: tuple[float, 
             if gain > worst:
                 worst = gain
                 rest = " and ".join(n for n in names if n != name)
-                words = f"{name} would fit {rest} better if it were {move.words}"
+                words = f"{name} does not seem to lie on {rest}: {move.words} it would fit better"
     return [words] if words else []
 
 

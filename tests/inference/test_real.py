@@ -92,6 +92,7 @@ def test_one_case_at_a_few_combinations(real_model, real_root, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CASES)
 def test_every_combination(real_model, real_root, tmp_path, name):
     (case,) = find_cases(real_root / name, BRATS)
@@ -99,6 +100,7 @@ def test_every_combination(real_model, real_root, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CASES)
 def test_every_orientation_spacing_and_packing(real_model, real_root, tmp_path, name):
     (case,) = find_cases(real_root / name, BRATS)
@@ -108,6 +110,7 @@ def test_every_orientation_spacing_and_packing(real_model, real_root, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_model_of_another_spacing_answers_in_the_grid_of_the_scan(real_root):
     model = tiny_student(window=48, spacing=(2.0, 2.0, 2.0), backbone=Glance())
     for name in CASES:

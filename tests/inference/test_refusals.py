@@ -10,7 +10,7 @@ from tiny_models import tiny_student
 from pmixseg.data.canonical import canonicalise
 from pmixseg.data.grids import on_one_grid
 from pmixseg.data.layouts import find_cases
-from pmixseg.data.plausibility import MAX_BRAIN_ML, implausible, misplaced, not_stripped
+from pmixseg.data.plausibility import MAX_BRAIN_ML, implausible, misplaced, not_a_brain
 from pmixseg.errors import InputError
 from pmixseg.evaluation.segment import SegmentSettings
 from pmixseg.modules.preparation import Preparation
@@ -181,12 +181,21 @@ def test_scans_with_skull_or_background(model, images, change, says):
 def test_thresholds_by_hand():
     ball = np.zeros((60, 60, 60), np.float16)
     z, y, x = np.ogrid[:60, :60, :60]
-    ball[(z - 30) ** 2 + (y - 30) ** 2 + (x - 30) ** 2 <= 20**2] = 1  # 33401 voxels
-    assert not_stripped(ball, (3.0, 3.0, 3.0), "t1") is None  # 902 ml
+    inside = (z - 30) ** 2 + (y - 30) ** 2 + (x - 30) ** 2 <= 20**2  # 33401 voxels
+    ball[inside] = np.arange(np.count_nonzero(inside)) % 16 + 1
+    assert not_a_brain(ball, (3.0, 3.0, 3.0), "t1") is None  # 902 ml
     limit = (MAX_BRAIN_ML / np.count_nonzero(ball) * 1000) ** (1 / 3)
-    assert not_stripped(ball, (limit - 0.01,) * 3, "t1") is None
-    assert "more than a brain" in not_stripped(ball, (limit + 0.01,) * 3, "t1")
-    assert "100% of the box" in not_stripped(np.ones((20, 20, 20), np.float16), (1.0,) * 3, "t1")
+    assert not_a_brain(ball, (limit - 0.01,) * 3, "t1") is None
+    assert "more than a brain" in not_a_brain(ball, (limit + 0.01,) * 3, "t1")
+    few = np.where(ball == 16, 15, ball)
+    assert "15 different values" in not_a_brain(few, (3.0, 3.0, 3.0), "t1")
+    assert "100% of the box" in not_a_brain(np.ones((20, 20, 20), np.float16), (1.0,) * 3, "t1")
+
+
+def test_a_label_map_is_no_scan(model, phantom_root):
+    label = find_cases(phantom_root, BRATS)[0].label
+    with pytest.raises(InputError, match="t1 has 3 different values only"):
+        model.segment({"t1": label})
 
 
 def test_scans_that_do_not_meet():
@@ -224,12 +233,13 @@ def test_real_scans_pass_and_damaged_ones_are_named(real_root, number):
     ):
         damaged = {**scans, modality: changed(scans[modality], change)}
         (found,) = implausible(canonicalise(damaged, None, BRATS), BRATS)
-        assert found.startswith(f"{modality} would fit ")
+        assert found.startswith(f"{modality} does not seem to lie on ")
         assert says in found
 
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_no_real_scan_is_suspected_in_any_combination(real_root):
     for folder in sorted(real_root.iterdir()):
         if folder.is_dir():
