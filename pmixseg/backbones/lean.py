@@ -12,7 +12,7 @@ The layout of a GPU is left as it is; there and under ``torch.compile`` torch's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ONEDNN_TYPES = (torch.float32, torch.bfloat16)
+SLAB = 1 << 21
+"""Bytes of a tensor that are worked on at a time."""
 EPSILON = 1e-5
 """Added to a variance before its root."""
 
@@ -58,12 +60,18 @@ def _convolve(
 
     ``F.conv3d`` leaves small inputs and 1x1x1 kernels in float32 to a path three times slower.
     """
-    x = fast_layout(x)
+    x = _canonical(fast_layout(x))
     if torch.backends.mkldnn.is_available() and x.dtype in ONEDNN_TYPES:  # type: ignore[no-untyped-call]  # untyped in torch
         y: Tensor = torch.mkldnn_convolution(x, weight, bias, [padding] * 3, stride, [1] * 3, 1)
     else:
         y = F.conv3d(x, weight, bias, list(stride), padding)
     return fast_layout(y)
+
+
+def _canonical(x: Tensor) -> Tensor:
+    """Channels-last as oneDNN recognises it: a view of one sample may have any batch stride."""
+    _, c, d, h, w = x.shape
+    return x.as_strided(x.shape, (c * d * h * w, 1, c * h * w, c * w, c))
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
@@ -159,13 +167,18 @@ def norm_act(
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``x · scale + shift`` with factors ``[B, C]``, by batch norm's fast kernel for it."""
-    zero, variance = torch.zeros_like(scale[0]), torch.full_like(scale[0], 1 - EPSILON)
-    parts = [
-        F.batch_norm(some, zero, variance, by, plus, eps=EPSILON)
-        for some, by, plus in zip(torch.split(x, 1), scale, shift, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """``x · scale + shift`` of one sample with factors ``[C]``, by batch norm's fast kernel."""
+    variance = torch.full_like(scale, 1 - EPSILON)
+    return F.batch_norm(x, torch.zeros_like(scale), variance, scale, shift, eps=EPSILON)
+
+
+def _slabs(*volumes: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Samples cut into slabs that fit the cache, so that several steps read memory once."""
+    size = volumes[0][0].numel() * volumes[0].element_size()
+    pieces = min(-(-size // SLAB), volumes[0].shape[2])
+    for b in range(len(volumes[0])):
+        for slabs in zip(*(v[b : b + 1].chunk(pieces, 2) for v in volumes), strict=True):
+            yield b, slabs
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -179,14 +192,20 @@ class _NormAct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        voxels = x[0, 0].numel()
-        mean = _sum(x) / voxels
-        # The mean of conv outputs is about as large as their deviation: nothing cancels here.
-        variance = _sum(x.to(mean.dtype).square()) / voxels - mean.square()
-        rstd = (variance.clamp(min=0) + EPSILON).rsqrt()
+        voxels, exact = x[0, 0].numel(), torch.promote_types(x.dtype, torch.float32)
+        sums = torch.zeros(2, *x.shape[:2], dtype=exact)
+        for b, (slab,) in _slabs(x):
+            precise = slab.to(exact)
+            sums[0, b] += _sum(precise)[0]
+            sums[1, b] += _sum(precise.square())[0]
+        mean, square = sums / voxels
+        # Means of convolutions are about as large as their deviations: nothing cancels here.
+        rstd = ((square - mean.square()).clamp(min=0) + EPSILON).rsqrt()
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale if bias is None else bias - mean * scale
-        y = F.leaky_relu(_affine(x, scale, shift), slope, inplace=True)
+        y = torch.empty_like(x)
+        for b, (slab, into) in _slabs(x, y):
+            torch.ops.aten.leaky_relu.out(_affine(slab, scale[b], shift[b]), slope, out=into)
         ctx.slope = slope
         ctx.save_for_backward(y, rstd, *(() if weight is None else (x, mean, weight)))
         return y
@@ -194,20 +213,31 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         y, rstd, *rest = ctx.saved_tensors
-        inner = torch.ops.aten.leaky_relu_backward(gradients[0], y, ctx.slope, True)
-        if rest:
-            x, mean, weight = rest
-            hat, scale = _affine(x, rstd, -mean * rstd), rstd * weight
-        else:
-            hat, scale = F.leaky_relu(y, 1 / ctx.slope), rstd
-        to_bias, to_weight = _sum(inner), _sum(inner * hat)
+        g = fast_layout(gradients[0])
+        x, mean, weight = rest or (y, None, None)
+
+        def inner_and_hat(b: int, dy: Tensor, out: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+            inner = torch.ops.aten.leaky_relu_backward(dy, out, ctx.slope, True)
+            if mean is None:
+                return inner, F.leaky_relu(given, 1 / ctx.slope)
+            return inner, _affine(given, rstd[b], -mean[b] * rstd[b])
+
+        sums = torch.zeros(2, *rstd.shape, dtype=rstd.dtype)
+        for b, slabs in _slabs(g, y, x):
+            inner, hat = inner_and_hat(b, *slabs)
+            sums[0, b] += _sum(inner)[0]
+            sums[1, b] += _sum(inner * hat)[0]
+        scale = rstd if weight is None else rstd * weight
         # scale · (g - mean(g) - x̂ mean(g x̂))
-        share = scale / y[0, 0].numel()
-        to_x = _affine(inner, scale, -share * to_bias)
-        to_x -= _affine(hat, share * to_weight, torch.zeros_like(share))
-        if rest:
-            return to_x, None, to_weight.sum(0), to_bias.sum(0)
-        return to_x, None, None, None
+        shift, slant = -scale * sums / y[0, 0].numel()
+        to_x = torch.empty_like(y)
+        for b, (dy, out, given, into) in _slabs(g, y, x, to_x):
+            inner, hat = inner_and_hat(b, dy, out, given)
+            straight = _affine(inner, scale[b], shift[b])
+            torch.add(straight, _affine(hat, slant[b], torch.zeros_like(slant[b])), out=into)
+        if weight is None:
+            return to_x, None, None, None
+        return to_x, None, sums[1].sum(0), sums[0].sum(0)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pmixseg.backbones import lean
 from pmixseg.backbones.lean import (
     AS_IT_IS,
     CONCATENATED,
     UPSAMPLED,
     LeanConv3d,
     NormAct,
+    fast_layout,
     is_channels_last,
     mix_channels,
     norm_act,
@@ -36,9 +38,11 @@ def close_gradients(ours, theirs, inputs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("affine", [False, True])
-def test_norm_act(layout, samples, affine):
+@pytest.mark.parametrize("slab", [1 << 21, 3 * 2 * 20 * 8, 1])
+def test_norm_act(layout, samples, affine, slab, monkeypatch):
+    monkeypatch.setattr(lean, "SLAB", slab)  # all at once, two slices (the last slab one), one
     torch.manual_seed(0)
-    x = draw(3, 3, 4, 5, samples=samples)
+    x = draw(3, 5, 4, 5, samples=samples)
     layer = NormAct(3, 0.1).double()
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
@@ -47,6 +51,34 @@ def test_norm_act(layout, samples, affine):
     scale = (layer.weight, layer.bias) if affine else (None, None)
     plain = F.leaky_relu(F.instance_norm(x, weight=scale[0], bias=scale[1]), 0.1)
     close_gradients(ours, plain, (x, *(s for s in scale if s is not None)))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_norm_act_passes_gradcheck(affine, monkeypatch):
+    monkeypatch.setattr(lean, "SLAB", 100)
+    torch.manual_seed(0)
+    factors = [torch.randn(2, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    inputs = (draw(2, 3, 2, 2), *(factors if affine else ()))
+    assert torch.autograd.gradcheck(lambda x, *some: norm_act(x, 0.1, *some), inputs)
+
+
+def test_bf16_sums_are_made_in_float32():
+    torch.manual_seed(0)
+    x = fast_layout((torch.randn(1, 4, 40, 40, 40) + 3).bfloat16())
+    exact = F.leaky_relu(F.instance_norm(x.double()), 0.2)
+    torch.testing.assert_close(norm_act(x, 0.2).double(), exact, rtol=2**-8, atol=2e-3)
+
+
+def test_a_sample_or_slot_of_a_larger_tensor_is_convolved_the_same():
+    torch.manual_seed(0)
+    conv = LeanConv3d(3, 2)
+    whole = fast_layout(torch.randn(2, 6, 4, 4, 4))
+    for some in (whole[1:, :3], whole[:1, 3:], whole[:, 3:], whole[::2, :3]):
+        plain = nn.Conv3d.forward(conv, some.contiguous())
+        torch.testing.assert_close(conv(some), plain, rtol=1e-4, atol=1e-5)
+        mixed = mix_channels(some, conv.weight[:, :, 0, 0, 0])
+        plain = F.conv3d(some.contiguous(), conv.weight[:, :, :1, :1, :1])
+        torch.testing.assert_close(mixed, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_norm_of_many_channels_last_voxels_is_exact_where_torch_s_is_not():
