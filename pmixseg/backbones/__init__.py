@@ -1,5 +1,6 @@
 """Backbones: plain ``nn.Module`` networks under the contract of :mod:`pmixseg.backbones.base`."""
 
+from pmixseg.backbones.april2025 import April2025Network
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.mmformer import MMFormer
 from pmixseg.backbones.monai import EarlyFusion
@@ -7,4 +8,12 @@ from pmixseg.backbones.rfnet import RFNet
 from pmixseg.backbones.uhved import UHVED
 from pmixseg.backbones.unet import MultiEncoderUNet
 
-__all__ = ["UHVED", "Backbone", "EarlyFusion", "MMFormer", "MultiEncoderUNet", "RFNet"]
+__all__ = [
+    "UHVED",
+    "April2025Network",
+    "Backbone",
+    "EarlyFusion",
+    "MMFormer",
+    "MultiEncoderUNet",
+    "RFNet",
+]

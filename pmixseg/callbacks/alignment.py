@@ -13,6 +13,7 @@ from pmixseg.errors import InputError
 from pmixseg.losses.alignment import Alignment
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances import Distance
+from pmixseg.losses.official import OfficialAlignment
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.task import Task
@@ -33,13 +34,16 @@ class PmixAlignment(TermCallback):
         levels: levels that are aligned, 0 the finest; by default the bottleneck and its neighbour.
         projection: ``linear``: a 1x1x1 map per modality before the distance; none by default.
         detach: what is held still: the ``anchor``, ``none``, or the ``features``.
+        official: the loss of one of the authors' public snippets, for comparison; it has its own
+            distance, level and stop-gradients, so these arguments must be left alone.
         start_epoch: first epoch with a weight above 0.
         warmup_epochs: epochs over which the weight rises linearly.
         name: key in log and checkpoint.
 
     Raises:
-        InputError: in ``setup``: a backbone that mixes modalities at the input; a model without
-            an anchor; learned weights that no segmentation loss would reach; unknown levels.
+        InputError: ``official`` beside arguments it would ignore; in ``setup``: a backbone that
+            mixes modalities at the input; a model without an anchor; learned weights that no
+            segmentation loss would reach; unknown levels.
     """
 
     def __init__(
@@ -52,9 +56,17 @@ class PmixAlignment(TermCallback):
         detach: Literal["anchor", "none", "features"] = "anchor",
         start_epoch: int = 0,
         warmup_epochs: int = 0,
+        official: OfficialAlignment | None = None,
         name: str = "align",
     ) -> None:
         super().__init__(name, weight, start_epoch, warmup_epochs)
+        given = (distance, levels, projection, detach, anchor)
+        if official is not None and given != ("nmse", None, None, "anchor", None):
+            raise InputError(
+                f"{name}.official is a whole loss, and would ignore the distance, levels, "
+                "projection, detach or anchor that are given as well; leave them out."
+            )
+        self.official: OfficialAlignment | None = build(official)
         self.anchor: Anchor | None = build(anchor)
         self.distance: str | Distance = build(distance)
         self.levels = levels
@@ -64,10 +76,22 @@ class PmixAlignment(TermCallback):
     def build_term(self, module: SegmentationModule) -> Term:
         """See :class:`TermCallback`."""
         backbone = module.backbone
-        if backbone.slots != backbone.modalities:
+        separate = backbone.slots == backbone.modalities
+        if self.official is not None and self.official.fused:
+            if separate:
+                raise InputError(
+                    f"{type(self.official).__name__} takes one fused latent apart, and "
+                    f"{type(backbone).__name__} has one latent per modality; use EarlyFusion."
+                )
+            return AlignmentTerm(module.task, self.official, None, owned=False)
+        if not separate:
             raise InputError(
                 f"{type(backbone).__name__} mixes the modalities at its input, so there are no "
                 "latents to align one by one; use a backbone with one encoder per modality."
+            )
+        if self.official is not None:
+            return AlignmentTerm(
+                module.task, self.official, self._anchor_for(module), owned=self.anchor is not None
             )
         count = len(backbone.channels)
         levels = range(max(count - 2, 0), count) if self.levels is None else self.levels
@@ -106,14 +130,21 @@ class AlignmentTerm(Term):
     Args:
         task: gives the order of ``present`` and ``acquired``.
         alignment: the loss.
-        anchor: what is aligned to.
+        anchor: what is aligned to; ``None`` for a loss over one fused latent.
         owned: the anchor belongs to this term; otherwise it is the module's and must not be
             registered twice.
     """
 
     needs_acquired = True
 
-    def __init__(self, task: Task, alignment: Alignment, anchor: Anchor, *, owned: bool) -> None:
+    def __init__(
+        self,
+        task: Task,
+        alignment: Alignment | OfficialAlignment,
+        anchor: Anchor | None,
+        *,
+        owned: bool,
+    ) -> None:
         super().__init__()
         self.task = task
         self.alignment = alignment
@@ -124,6 +155,9 @@ class AlignmentTerm(Term):
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
         """See :class:`~pmixseg.losses.term.Term`."""
         latents = output.latents
+        if self._borrowed[0] is None:
+            shown = latents.present[0]
+            return self.alignment(latents, None, shown, shown)
         index = [self.task.modalities.index(m) for m in latents.modalities]
         present: Tensor = batch["present"][:, index]
         acquired: Tensor = batch["acquired"][:, index]

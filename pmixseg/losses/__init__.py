@@ -36,6 +36,12 @@ from pmixseg.losses.distillation import (
     WeightedSoftCE,
 )
 from pmixseg.losses.gaussian import KL, VID
+from pmixseg.losses.official import (
+    April2025Alignment,
+    July2025Alignment,
+    July2025Anchor,
+    OfficialAlignment,
+)
 from pmixseg.losses.samples import MMD, SlicedWasserstein
 from pmixseg.losses.segmentation import Criterion, DiceCE, area_fractions
 
@@ -48,6 +54,7 @@ __all__ = [
     "VID",
     "Alignment",
     "Anchor",
+    "April2025Alignment",
     "ContrastiveMatch",
     "Cosine",
     "Criterion",
@@ -55,11 +62,14 @@ __all__ = [
     "Distance",
     "DistillationTerm",
     "GramMatch",
+    "July2025Alignment",
+    "July2025Anchor",
     "LatentMatch",
     "LogitKL",
     "MixtureAnchor",
     "ModalityAnchor",
     "NormalAnchor",
+    "OfficialAlignment",
     "ProbabilityMSE",
     "ProductAnchor",
     "PrototypeMatch",

@@ -23,12 +23,14 @@ convolutions before it mix them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pmixseg.describe import Described
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide
 from pmixseg.types import Latents, Presence, Scalar
@@ -48,7 +50,30 @@ class July2025Anchor(MixtureAnchor):
         nn.init.normal_(self.scores, std=INITIAL_DEVIATION)
 
 
-class July2025Alignment(nn.Module):
+class OfficialAlignment(nn.Module, Described, ABC):
+    """The whole alignment loss of a public snippet, in place of a distance, levels and the rest.
+
+    Attributes:
+        needs_acquired: hidden modalities must be encoded.
+        fused: it takes one fused latent apart, of early fusion, and has weights of its own.
+    """
+
+    needs_acquired: bool = False
+    fused: bool = False
+
+    @abstractmethod
+    def forward(
+        self, latents: Latents, anchor: Anchor | None, present: Presence, acquired: Presence
+    ) -> Scalar:
+        """Loss; arguments as of :meth:`pmixseg.losses.alignment.Alignment.forward`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
+        """Typed call of :meth:`forward`."""
+        loss: Scalar = super().__call__(*args, **kwargs)
+        return loss
+
+
+class July2025Alignment(OfficialAlignment):
     r"""Alignment loss of the snippet of July 2025: ``official-2025-07``.
 
     .. math:: L = \frac{1}{2M} \sum_m \operatorname{mean} (f_m - P)^2, \qquad
@@ -59,20 +84,19 @@ class July2025Alignment(nn.Module):
     1/8. Where a sample lacks a modality, which the snippet does not foresee, w is renormalised
     and the modality has no term.
 
-    Attributes:
-        needs_acquired: hidden modalities must be encoded.
-        couples_samples: no.
-
     Source: BASELINES.md A2.
     """
 
     needs_acquired = True
-    couples_samples = False
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(
-        self, latents: Latents, anchor: Anchor, present: Presence, acquired: Presence
+        self, latents: Latents, anchor: Anchor | None, present: Presence, acquired: Presence
     ) -> Scalar:
-        """Loss; arguments as of :meth:`pmixseg.losses.alignment.Alignment.forward`."""
+        """See :class:`OfficialAlignment`."""
+        assert anchor is not None  # only a fused loss comes without
         raw = latents.features[0]
         subset = latents.present[0] & acquired.to(raw.device)
         with torch.autocast(raw.device.type, enabled=False):
@@ -80,11 +104,6 @@ class July2025Alignment(nn.Module):
             mixed = anchor(features, subset, 0)[:, None]
             errors = (features - mixed).square().mean((2, 3, 4, 5))
             return torch.where(subset, errors, 0.0).sum(1).mean() / (2 * subset.shape[1])
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
-        """Typed call of :meth:`forward`."""
-        loss: Scalar = super().__call__(*args, **kwargs)
-        return loss
 
 
 def fill_july_2025(
@@ -122,7 +141,7 @@ def fill_july_2025(
     )
 
 
-class April2025Alignment(nn.Module):
+class April2025Alignment(OfficialAlignment):
     r"""Alignment loss of the early-fusion snippet of April 2025: ``official-2025-04``.
 
     .. math:: L = \frac{1}{M} \sum_c \operatorname{mean} (z_c - P)^2, \qquad
@@ -138,8 +157,7 @@ class April2025Alignment(nn.Module):
     Source: BASELINES.md A3.
     """
 
-    needs_acquired = False
-    couples_samples = False
+    fused = True
 
     def __init__(self, modalities: int = 4, level: int = 0) -> None:
         super().__init__()
@@ -171,8 +189,3 @@ class April2025Alignment(nn.Module):
             weights = (self.scores / self.scores.sum()).to(z.dtype)
             mixed = torch.einsum("c,bcdhw->bdhw", weights, z.detach())
             return (z - mixed[:, None]).square().mean()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
-        """Typed call of :meth:`forward`."""
-        loss: Scalar = super().__call__(*args, **kwargs)
-        return loss

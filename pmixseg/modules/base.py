@@ -79,6 +79,9 @@ class SegmentationModule(SegmentationNetwork):
 
     # ---------------------------------------------------------------- training
 
+    encodes_hidden: bool = False
+    """Whether training encodes everything acquired even if no term looks at it."""
+
     @abstractmethod
     def draw_present(self, batch: Batch) -> Presence:
         """What each training sample shows, ``[B, M]`` in task order, from its key alone."""
@@ -92,11 +95,14 @@ class SegmentationModule(SegmentationNetwork):
         present = self.draw_present(batch)
         batch = cast(Batch, {**batch, "present": present})
         # What a term may look at and the network may not is encoded, but never decoded.
-        look = any(isinstance(t, Term) and t.needs_acquired for t in self.terms.values())
-        seen = batch["acquired"] if look and self.shares_encoding else present
+        wanted = any(isinstance(t, Term) and t.needs_acquired for t in self.terms.values())
+        look = (wanted or self.encodes_hidden) and self.shares_encoding
+        seen = batch["acquired"] if look else present
         latents = self.encode(self.columns(batch["image"]), self.columns(seen))
-        shown = latents.restrict(self.columns(present)) if seen is not present else latents
-        output = replace(self.decode(shown), latents=latents)
+        decoded = (
+            self.decode_subset(latents, self.columns(present)) if look else self.decode(latents)
+        )
+        output = replace(decoded, latents=latents)
 
         parts: dict[str, Tensor] = {"seg": self.segmentation_loss(output, batch)}
         total = parts["seg"] + self.extra_loss(latents, batch, parts)
@@ -109,6 +115,10 @@ class SegmentationModule(SegmentationNetwork):
         total = total + self._touch_every_parameter()
         self._log_losses(total, parts, len(batch["case_id"]))
         return total
+
+    def decode_subset(self, latents: Latents, shown: Presence) -> SegOutput:
+        """Segment from the slots ``shown`` of an encoding that may hold more (training only)."""
+        return self.decode(latents.restrict(shown))
 
     def extra_loss(self, latents: Latents, batch: Batch, parts: dict[str, Tensor]) -> Tensor:
         """A further loss on the same encoding, already weighted; 0 by default."""

@@ -1,0 +1,89 @@
+"""The early-fusion network of the authors' public snippet of April 2025: for comparison only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pmixseg.backbones.monai import cut
+from pmixseg.describe import build
+
+
+def embedding(channels: int) -> nn.Sequential:
+    """Convolution 3x3x3, batch normalisation, ReLU: the V-Net block of the snippet."""
+    return nn.Sequential(
+        nn.Conv3d(channels, channels, 3, padding=1), nn.BatchNorm3d(channels), nn.ReLU()
+    )
+
+
+class April2025Network(nn.Module):
+    """Two blocks with one channel per modality, then any ordinary network: ``official-2025-04``.
+
+    For :class:`~pmixseg.backbones.EarlyFusion`. Level 0 is the output of the second block, whose
+    channels the snippet takes for modalities although both convolutions mix them; the levels
+    after it are those of the network behind.
+
+    Args:
+        in_channels: number of modalities.
+        out_channels: softmax classes.
+        network: class of the network behind, by its dotted path.
+        arguments: its arguments beside ``spatial_dims``, ``in_channels`` and ``out_channels``.
+
+    Source: BASELINES.md A3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        network: str = "monai.networks.nets.SegResNet",
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed = embedding(in_channels)
+        self.latent = embedding(in_channels)
+        sizes = {"spatial_dims": 3, "in_channels": in_channels, "out_channels": out_channels}
+        description = {"class_path": network, "init_args": dict(arguments or {})}
+        self.network: nn.Module = build(description, None, **sizes)
+        self._halves = cut(self.network, in_channels)
+        self.channels = (in_channels, *self._halves.channels)
+        self.strides = (1, *self._halves.strides)
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """The latent with one channel per modality, then the network's own levels."""
+        latent = self.latent(self.embed(x))
+        return [latent, *self._halves.encode(latent)]
+
+    def decode(self, features: list[Tensor]) -> Tensor | list[Tensor]:
+        """Logits from the network's levels."""
+        logits, extras = self._halves.decode(features[1:], self.training)
+        return [logits, *extras.values()] if extras else logits
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """``decode(encode(x))``."""
+        return self.decode(self.encode(x))
+
+
+def channel_mixing(network: April2025Network, image: Tensor) -> Tensor:
+    """How much each latent channel changes when one modality is removed.
+
+    Args:
+        network: in eval mode.
+        image: ``[B, M, D, H, W]``.
+
+    Returns:
+        ``[M, M]``: row m, column c: root mean squared change of channel c when modality m is set
+        to 0, relative to the channel's standard deviation. Diagonal if channels were modalities.
+    """
+    with torch.no_grad():
+        whole = network.encode(image)[0]
+        rows = []
+        for m in range(image.shape[1]):
+            without = image.clone()
+            without[:, m] = 0
+            change = (network.encode(without)[0] - whole).square().mean((0, 2, 3, 4)).sqrt()
+            rows.append(change / whole.std((0, 2, 3, 4)).clamp_min(1e-12))
+    return torch.stack(rows)

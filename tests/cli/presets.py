@@ -1,0 +1,37 @@
+"""Composing experiment files with flags that make them tiny."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from pmixseg.cli import main
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+TINY = [
+    "--model.evaluation.window=[48,48,32]",
+    "--data.patch_size=16",
+    "--data.num_workers=0",
+    "--data.split=pmixseg.data.splits.Fractions",
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=32",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+SMALL_UNET = ["--model.backbone.width=4", "--model.backbone.levels=3"]
+
+
+def fit(store, run, *files_and_flags):
+    """``pmixseg fit`` with experiment files (paths without ``--``), then flags; the exit code."""
+    files = ["brats2018/data.yaml", *(f for f in files_and_flags if not f.startswith("--"))]
+    flags = [f for f in files_and_flags if f.startswith("--")]
+    configs = [f"--config={EXPERIMENTS / name}" for name in files]
+    return main(["fit", *configs, f"--run={run}", f"--data.store={store}", *TINY, *flags])
+
+
+def metrics(run):
+    """Last value of every column of ``metrics.csv``."""
+    table = pd.read_csv(Path(run) / "metrics.csv")
+    return table.ffill().iloc[-1]
