@@ -12,8 +12,9 @@ from pmixseg.testing import check_backbone
         MultiEncoderUNet(width=3, levels=3, deep_supervision=True, dropout=0.2),
         MultiEncoderUNet(("pet", "ct.venous"), num_classes=2, width=2, levels=2),
         MultiEncoderUNet(("only",), num_classes=3, width=2, levels=4),
+        MultiEncoderUNet(width=4, levels=3, stem=2, deep_supervision=True),
     ],
-    ids=["four", "two", "one"],
+    ids=["four", "two", "one", "stem"],
 )
 def test_contract(net):
     check_backbone(net)
@@ -56,5 +57,8 @@ def test_deep_supervision_at_every_stride_but_the_lowest_in_training_only():
 def test_widths_and_strides():
     net = MultiEncoderUNet(width=5, levels=3)
     assert (net.channels, net.strides) == ((5, 10, 20), (1, 2, 4))
+    assert MultiEncoderUNet(width=5, levels=3, stem=2).strides == (2, 4, 8)
     with pytest.raises(InputError, match="2 or more"):
         MultiEncoderUNet(levels=1)
+    with pytest.raises(InputError, match="1 or 2"):
+        MultiEncoderUNet(stem=3)
