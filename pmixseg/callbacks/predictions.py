@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from pmixseg.data.outputs import write_labels
+from pmixseg.data.outputs import write_labels, write_volume
 from pmixseg.evaluation.cases import CasePrediction
 
 
@@ -18,11 +19,20 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         folder: where to; by default ``predictions`` in the run folder.
+        probabilities: also ``<case>_probabilities.nii.gz``, ``[x, y, z, C]``, background first.
+        entropy: also ``<case>_entropy.nii.gz``, the voxel-wise uncertainty in nats.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        probabilities: bool = False,
+        entropy: bool = False,
+    ) -> None:
         super().__init__(write_interval="batch")
         self.folder = folder
+        self.probabilities = probabilities
+        self.entropy = entropy
 
     def write_on_batch_end(
         self,
@@ -34,7 +44,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """One file ``<case>_seg.nii.gz`` per case."""
+        """``<case>_seg.nii.gz``, and what else was asked for."""
         assert isinstance(prediction, CasePrediction)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions")
         stored = batch["stored"]
@@ -45,3 +55,10 @@ class PredictionWriter(BasePredictionWriter):
             stored.codes,
             prediction.task,
         )
+        affine = stored.geometry.source_affine
+        if self.probabilities:
+            last = np.moveaxis(prediction.source_probabilities(), 0, -1)
+            write_volume(folder / f"{stored.case_id}_probabilities.nii.gz", last, affine)
+        if self.entropy:
+            path = folder / f"{stored.case_id}_entropy.nii.gz"
+            write_volume(path, prediction.source_entropy(), affine)

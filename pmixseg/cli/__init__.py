@@ -39,12 +39,29 @@ def main(args: Sequence[str] | None = None) -> int:
         if given and given[0] == segment.NAME:  # its flags depend on the checkpoint
             return segment.run(given[1:])
         return run_plain(given)
-    except InputError as error:
-        print(f"pmixseg: {error}", file=sys.stderr)  # noqa: T201  # the command line's own output
+    except ValueError as error:
+        cause = input_error(error)
+        if cause is None:
+            raise
+        print(f"pmixseg: {cause}", file=sys.stderr)  # noqa: T201  # the command line's own output
         return 1
     except KeyboardInterrupt:
         print("pmixseg: stopped.", file=sys.stderr)  # noqa: T201  # the command line's own output
         return 130
+
+
+def input_error(error: BaseException | None) -> InputError | None:
+    """The :class:`InputError` that an error is, or was raised from.
+
+    jsonargparse wraps what a constructor says in the types that it tried.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, InputError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def import_modules(args: list[str]) -> list[str]:

@@ -25,8 +25,10 @@ from pmixseg.callbacks.alignment import PmixAlignment
 from pmixseg.callbacks.distillation import Distillation
 from pmixseg.callbacks.predictions import PredictionWriter
 from pmixseg.callbacks.run import RunCheckpoint, RunLogger
+from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe
+from pmixseg.errors import InputError
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import read_checkpoint, restore
 
@@ -85,6 +87,13 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--init_from", type=str | None, default=None, help="Checkpoint to take weights from."
         )
+        parser.add_argument(
+            "--calibrate",
+            type=str | None,
+            default=None,
+            help="With validate: fit temperatures on the validation cases and write this "
+            "checkpoint, which has them.",
+        )
         parser.link_arguments("data.task", "model.init_args.task")
 
     def _parse_ckpt_path(self) -> None:
@@ -103,11 +112,27 @@ class TrainingCLI(LightningCLI):
         trains = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
         if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(RunCheckpoint(run))
-        if self.subcommand == "predict":
+        writes = any(isinstance(c, PredictionWriter) for c in callbacks)
+        if self.subcommand == "predict" and not writes:
             callbacks.append(PredictionWriter())
+        if out := self._get(self.config_init, "calibrate"):
+            callbacks.append(self.fitting(out))
         terms = [self._get(self.config_init, k) for k in ("align", "distill")]
         config["callbacks"] = [*terms, *callbacks]
         return self._instantiate_trainer(config, [])
+
+    def fitting(self, out: str) -> Callback:
+        """The callback of ``--calibrate``.
+
+        Raises:
+            InputError: another command than validate.
+        """
+        if self.subcommand != "validate":
+            raise InputError(
+                "--calibrate fits on validation cases; use `pmixseg validate --ckpt_path … "
+                "--calibrate OUT.ckpt`."
+            )
+        return TemperatureFitting(out)
 
     def run_folder(self) -> Path:
         """``--run``; else the folder of the checkpoint; else a new one under ``runs/``."""

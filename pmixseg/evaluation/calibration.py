@@ -75,6 +75,83 @@ class Reliability:
         return self.confidence[held] / count, self.positive[held] / count, count
 
 
+class CaseCalibration:
+    """Calibration of many predictions of one case; what depends on the truth is done once.
+
+    Voxels that a prediction does not reach, because nothing that it was shown lies there, count as
+    certain background: all predictions of a case are scored on the same voxels.
+
+    Args:
+        truth: class indices, ``[d, h, w]``.
+        task: names the regions.
+        where: voxels that count, ``[d, h, w]``; default all.
+        bins: number of bins.
+    """
+
+    def __init__(
+        self,
+        truth: Int[Tensor, "d h w"],
+        task: Task,
+        where: Bool[Tensor, "d h w"] | None = None,
+        bins: int = BINS,
+    ) -> None:
+        self.task, self.bins = task, bins
+        self._truth = truth.cpu()
+        self._where = torch.ones_like(self._truth, dtype=torch.bool) if where is None else where
+        self._chosen: dict[Any, tuple[Tensor, dict[str, NDArray[np.int64]]]] = {}
+        self._inside = {r: torch.isin(self._truth, self._members(r)) for r in task.regions}
+        self._voxels = int(self._where.sum())
+        self._positive = {r: int(m[self._where].sum()) for r, m in self._inside.items()}
+
+    def score(
+        self, probabilities: Float[Tensor, "c d h w"], box: tuple[slice, slice, slice] | None = None
+    ) -> dict[str, Reliability]:
+        """Bins of one prediction, per region.
+
+        The probability of a region is the sum over its classes.
+
+        Args:
+            probabilities: softmax probabilities.
+            box: where they lie in the truth's array; default all of it.
+        """
+        index, positives = self._choose(box)
+        columns = index.to(probabilities.device)
+        chosen = probabilities.flatten(1).index_select(1, columns).double().cpu()
+        found = {}
+        for region, members in positives.items():
+            p = chosen[self._members(region)].sum(0).clamp_(0, 1).numpy()
+            bin_of = np.minimum((p * self.bins).astype(np.int64), self.bins - 1)
+            count = np.bincount(bin_of, minlength=self.bins)
+            confidence = np.bincount(bin_of, weights=p, minlength=self.bins).astype(np.float64)
+            positive = np.bincount(bin_of[members], minlength=self.bins)
+            # Voxels out of reach: probability 0, right unless the truth is there.
+            count[0] += self._voxels - len(p)
+            unreached = self._positive[region] - len(members)
+            positive[0] += unreached
+            # Σ(p - y)² = Σp² + Σ over positives of (1 - 2p)
+            squared = float(p @ p) + float((1 - 2 * p[members]).sum()) + unreached
+            found[region] = Reliability(count, confidence, positive, squared)
+        return found
+
+    def _members(self, region: str) -> Tensor:
+        return torch.tensor(self.task.region_classes(region))
+
+    def _choose(
+        self, box: tuple[slice, slice, slice] | None
+    ) -> tuple[Tensor, dict[str, NDArray[np.int64]]]:
+        """Voxels that count inside a box, and which of them belong to each region."""
+        key = None if box is None else tuple((s.start, s.stop) for s in box)
+        if key not in self._chosen:
+            cut = box or (slice(None),) * 3
+            where = self._where[cut].cpu()
+            inside = {r: m[cut][where].numpy() for r, m in self._inside.items()}
+            self._chosen[key] = (
+                where.flatten().nonzero()[:, 0],
+                {r: np.flatnonzero(m) for r, m in inside.items()},
+            )
+        return self._chosen[key]
+
+
 def reliability(
     probabilities: Float[Tensor, "c d h w"],
     truth: Int[Tensor, "d h w"],
@@ -82,16 +159,7 @@ def reliability(
     where: Bool[Tensor, "d h w"] | None = None,
     bins: int = BINS,
 ) -> dict[str, Reliability]:
-    """Calibration of one prediction, per region.
-
-    The probability of a region is the sum over its classes.
-
-    Args:
-        probabilities: softmax probabilities.
-        truth: class indices.
-        task: names the regions.
-        where: voxels that count; default all.
-        bins: number of bins.
+    """Calibration of one prediction, per region; see :class:`CaseCalibration`.
 
     Example:
         >>> from pmixseg.task import BRATS
@@ -100,31 +168,21 @@ def reliability(
         >>> found["WT"].ece, found["WT"].brier
         (0.25, 0.0625)
     """
-    chosen, labels = _voxels(probabilities, truth, where)
-    found = {}
-    for region in task.regions:
-        members = list(task.region_classes(region))
-        p = chosen[members].sum(0).double().clamp(0, 1).numpy()
-        y = np.isin(labels.numpy(), members)
-        index = np.minimum((p * bins).astype(np.int64), bins - 1)
-        found[region] = Reliability(
-            np.bincount(index, minlength=bins),
-            np.bincount(index, weights=p, minlength=bins).astype(np.float64),
-            np.bincount(index[y], minlength=bins),
-            float(((p - y) ** 2).sum()),
-        )
-    return found
+    return CaseCalibration(truth, task, where, bins).score(probabilities)
 
 
-def _voxels(
-    values: Float[Tensor, "c d h w"],
-    truth: Int[Tensor, "d h w"],
-    where: Bool[Tensor, "d h w"] | None,
-) -> tuple[Float[Tensor, "c n"], Int[Tensor, " n"]]:
-    """The chosen voxels, on the CPU."""
-    if where is None:
-        return values.flatten(1).cpu(), truth.flatten().cpu()
-    return values[:, where].cpu(), truth[where].cpu()
+def tempered(probabilities: Float[Tensor, "c ..."], temperature: float) -> Float[Tensor, "c ..."]:
+    """softmax(log p / T): what logits divided by T would have given; no label changes.
+
+    Args:
+        probabilities: softmax probabilities, classes first.
+        temperature: T > 0; above 1 makes them less certain.
+    """
+    if temperature == 1.0:
+        return probabilities
+    exact = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
+    # A probability of 0 has no logarithm; the smallest number stands for it.
+    return exact.clamp_min(torch.finfo(exact.dtype).tiny).log_().div_(temperature).softmax(0)
 
 
 @dataclass(frozen=True)
@@ -156,18 +214,8 @@ class Temperatures:
     def apply(
         self, probabilities: Float[Tensor, "c ..."], n_present: int
     ) -> Float[Tensor, "c ..."]:
-        """softmax(log p / T): what the logits divided by T would have given.
-
-        Args:
-            probabilities: softmax probabilities, classes first.
-            n_present: how many modalities the network was shown.
-        """
-        temperature = self.by_size.get(n_present, 1.0)
-        if temperature == 1.0:
-            return probabilities
-        exact = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
-        # A probability of 0 has no logarithm; the smallest number stands for it.
-        return (exact.clamp_min(torch.finfo(exact.dtype).tiny).log() / temperature).softmax(0)
+        """The probabilities of a network that was shown ``n_present`` modalities, tempered."""
+        return tempered(probabilities, self.by_size.get(n_present, 1.0))
 
     def to_dict(self) -> dict[str, float]:
         """Primitives only; JSON keys are text."""
@@ -216,13 +264,14 @@ class TemperatureFit:
             n_present: how many modalities the network was shown.
             where: voxels that count; default all.
         """
-        chosen, labels = _voxels(logits, truth, where)
+        chosen = logits.flatten(1) if where is None else logits[:, where]
+        labels = truth.flatten() if where is None else truth[where]
         draw = np.random.default_rng((self.seed, self._added))
         size = min(self.voxels_per_case, len(labels))
         kept = torch.from_numpy(draw.choice(len(labels), size, replace=False))
         self._added += 1
-        self._logits.setdefault(n_present, []).append(chosen[:, kept].double())
-        self._truth.setdefault(n_present, []).append(labels[kept].long())
+        self._logits.setdefault(n_present, []).append(chosen[:, kept.to(chosen.device)].cpu())
+        self._truth.setdefault(n_present, []).append(labels[kept.to(labels.device)].long().cpu())
 
     def temperatures(self) -> Temperatures:
         """Fit every size that was added.
@@ -236,8 +285,17 @@ class TemperatureFit:
         if not any(len(t) for parts in self._truth.values() for t in parts):
             raise InputError("no validation voxel to fit temperatures on; give labelled cases.")
         return Temperatures(
-            {n: _fit(torch.cat(z, 1), torch.cat(self._truth[n])) for n, z in self._logits.items()}
+            {
+                n: _fit(torch.cat(z, 1).double(), torch.cat(self._truth[n]))
+                for n, z in sorted(self._logits.items())
+            }
         )
+
+    def cross_entropy(self, n_present: int, temperature: float) -> float:
+        """Mean cross-entropy in nats of the voxels of one size at a temperature."""
+        logits = torch.cat(self._logits[n_present], 1).double() / temperature
+        truth = torch.cat(self._truth[n_present])
+        return float(torch.nn.functional.cross_entropy(logits.T, truth))
 
 
 def _fit(logits: Float[Tensor, "c n"], truth: Int[Tensor, " n"]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from pmixseg.data.geometry import Box, Geometry
 from pmixseg.data.patches import CaseItem
+from pmixseg.errors import InputError
+from pmixseg.evaluation.calibration import CaseCalibration, Temperatures, tempered
 from pmixseg.evaluation.metrics import CaseMetrics, Conventions
 from pmixseg.evaluation.postprocess import postprocess
 from pmixseg.evaluation.windows import Blend, Predictor, iterate_combinations
@@ -34,6 +37,13 @@ class EvaluationSettings:
         postprocess: names of post-processing steps, in order (none by default).
         conventions: empty-mask and percentile rules.
         examples: test cases per process of which a small copy is kept for pictures.
+        records: file of the results in the run folder, ``.csv`` or ``.parquet``.
+        calibration: whether records hold ECE and Brier score.
+        temperatures: number of modalities shown -> temperature of the probabilities, as
+            ``pmixseg validate --calibrate`` fits them; they change no label. ``None``: all 1.
+
+    Raises:
+        InputError: a temperature is not positive, or records have another ending.
     """
 
     window: tuple[int, int, int] | None = None
@@ -43,6 +53,23 @@ class EvaluationSettings:
     postprocess: tuple[str, ...] = ()
     conventions: Conventions = field(default_factory=Conventions)
     examples: int = 3
+    records: str = "records.csv"
+    calibration: bool = True
+    temperatures: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        if Path(self.records).suffix not in (".csv", ".parquet") or Path(self.records).parent.name:
+            raise InputError(
+                f"evaluation.records is '{self.records}'; give the name of a .csv or .parquet file "
+                "in the run folder."
+            )
+        if self.temperatures is not None:
+            checked = dict(Temperatures(self.temperatures).by_size)
+            object.__setattr__(self, "temperatures", checked)
+
+    def temperature(self, n_present: int) -> float:
+        """The temperature of predictions from so many modalities."""
+        return 1.0 if self.temperatures is None else self.temperatures.get(n_present, 1.0)
 
     @classmethod
     def of(cls, given: EvaluationSettings | Mapping[str, Any] | None) -> EvaluationSettings:
@@ -71,11 +98,12 @@ class CasePrediction:
 
     Args:
         combination: what the network was shown.
-        probabilities: ``[C, d, h, w]`` in ``box`` of the prepared grid.
+        probabilities: ``[C, d, h, w]`` in ``box`` of the prepared grid, at temperature 1.
         box: union of the boxes of the combination's modalities; background outside.
         geometry: the way back to the source.
         task: meaning of the classes.
         steps: post-processing, applied to label maps in the source grid.
+        temperature: of the probabilities that are scored and written; labels do not depend on it.
     """
 
     def __init__(
@@ -86,6 +114,7 @@ class CasePrediction:
         geometry: Geometry,
         task: Task,
         steps: tuple[str, ...] = (),
+        temperature: float = 1.0,
     ) -> None:
         self.combination = combination
         self.probabilities = probabilities
@@ -93,6 +122,7 @@ class CasePrediction:
         self.geometry = geometry
         self.task = task
         self.steps = steps
+        self.temperature = temperature
 
     @property
     def classes(self) -> Int64[Tensor, "d h w"]:
@@ -109,11 +139,20 @@ class CasePrediction:
         placed[self.box.relative_to(whole).slices] = classes
         return placed
 
+    @property
+    def calibrated(self) -> Float[Tensor, "c d h w"]:
+        """Probabilities at the temperature that was fitted, in ``box``."""
+        return tempered(self.probabilities, self.temperature)
+
     def source_probabilities(self) -> Float[np.ndarray, "c x y z"]:
-        """Probabilities in the source grid and orientation; background 1 outside ``box``."""
-        found = self.geometry.to_source(self.probabilities.cpu().numpy(), self.box, order=1)
+        """Calibrated probabilities in the source grid; background 1 outside ``box``."""
+        found = self.geometry.to_source(self.calibrated.cpu().numpy(), self.box, order=1)
         found[0] += 1 - found.sum(0)
         return found
+
+    def source_entropy(self) -> Float[np.ndarray, "x y z"]:
+        r"""Voxel-wise uncertainty :math:`-\sum_c p_c \ln p_c` in nats, 0 to ln C."""
+        return entropy_of(self.source_probabilities())
 
     def labels(self) -> UInt8[np.ndarray, "x y z"]:
         """Class indices in the source grid and orientation, post-processed.
@@ -181,13 +220,36 @@ def predict_case(
         )
         for rows, probabilities in found:
             for row, one in zip(rows, probabilities, strict=True):
-                yield CasePrediction(members[row], one, box, geometry, task, settings.postprocess)
+                yield CasePrediction(
+                    members[row],
+                    one,
+                    box,
+                    geometry,
+                    task,
+                    settings.postprocess,
+                    settings.temperature(len(members[row])),
+                )
+
+
+def entropy_of(probabilities: Float[np.ndarray, "c x y z"]) -> Float[np.ndarray, "x y z"]:
+    r"""Entropy :math:`-\sum_c p_c \ln p_c` in nats.
+
+    Args:
+        probabilities: they sum to 1 over the first axis.
+    """
+    total = np.zeros(probabilities.shape[1:], dtype=np.float32)
+    for one in probabilities:
+        total -= one * np.log(np.maximum(one, np.finfo(np.float32).tiny))
+    return np.maximum(total, 0)
 
 
 def score_case(
     predictions: Iterable[CasePrediction], item: CaseItem, settings: EvaluationSettings
 ) -> list[dict[str, Any]]:
     """Score predictions in the native grid, in mm.
+
+    Calibration (``ece``, ``brier``) is measured in the prepared grid, where probabilities live,
+    over the voxels in which any sequence of the case has signal: the same for every combination.
 
     Returns:
         One row per combination and region; none where the case has no label.
@@ -197,12 +259,24 @@ def score_case(
     if truth is None:
         return []  # nothing is predicted either: the iterator is not consumed
     metrics: CaseMetrics | None = None
+    calibration: CaseCalibration | None = None
+    whole = stored.geometry.box()
     rows: list[dict[str, Any]] = []
     for prediction in predictions:
         if metrics is None:
             spacing = stored.geometry.source_zooms
             metrics = CaseMetrics(truth, prediction.task, spacing, settings.conventions)
+            if settings.calibration:
+                brain = (item["image"] != 0).any(0).cpu()
+                calibration = CaseCalibration(item["label"], prediction.task, brain)
+        bins = {}
+        if calibration is not None:
+            bins = calibration.score(
+                prediction.calibrated, prediction.box.relative_to(whole).slices
+            )
         for row in metrics.score(prediction.labels()):
+            if row["region"] in bins:
+                row |= {"ece": bins[row["region"]].ece, "brier": bins[row["region"]].brier}
             rows.append(
                 {
                     "case": item["case_id"],

@@ -10,11 +10,21 @@ column             meaning
 ``region``         name of a region of the task
 ``dice``           0 to 1, empty masks by the convention in the sidecar
 ``hd95``           mm, percentile and empty masks by the convention in the sidecar
-others             whatever :mod:`pmixseg.evaluation.metrics` measured, by its names
+``ece``            expected calibration error of the region's probability, 0 to 1, 15 bins
+``brier``          mean squared error of that probability, 0 to 1
+others             whatever :mod:`pmixseg.evaluation.metrics` measured, by its names: ``asd`` (mm),
+                   ``nsd``, ``sensitivity``, ``specificity``, ``precision``, ``volume_ml``,
+                   ``truth_volume_ml``, ``volume_error_ml``, ``empty`` (``none``, ``truth``,
+                   ``prediction``, ``both``), ``presence_fp``, ``presence_fn``, and lesion-wise
+                   ``lesion_dice``, ``lesion_hd95``, ``lesion_tp``, ``lesion_fp``, ``lesion_fn``
 =================  ==================================================================
 
-A combination that was not acquired for a case has no row. ``records.csv`` (or ``.parquet``) lies
-in the run's folder, its sidecar beside it with the suffix ``.json``.
+Only the first six columns are always there. ``ece`` and ``brier`` are taken over the voxels of the
+prepared grid in which any sequence of the case has signal, after the temperatures of the sidecar's
+``config``. A combination that was not acquired for a case has no row.
+
+``records.csv`` (or ``.parquet``, see :class:`~pmixseg.evaluation.cases.EvaluationSettings`) lies in
+the run's folder, its sidecar beside it with the suffix ``.json``.
 """
 
 from __future__ import annotations
@@ -222,11 +232,17 @@ def gather_rows(rows: Sequence[Row]) -> list[Row]:
 def find_records(path: Path) -> Path:
     """The table that ``path`` names: itself, or the one in that run folder.
 
+    A folder may hold a table of either kind; the sidecar names the one that was written last.
+
     Raises:
         InputError: there is none.
     """
     if path.is_file():
         return path
+    if (path / "records.json").is_file():
+        named = read_sidecar(path / "records.json").get("table") or {}
+        if "file" in named and (path / Path(str(named["file"])).name).is_file():
+            return path / Path(str(named["file"])).name
     for name in ("records.csv", "records.parquet"):
         if (path / name).is_file():
             return path / name
@@ -312,7 +328,8 @@ def _parquet(action: Callable[[], Any]) -> Any:
         return action()
     except ImportError as error:
         raise InputError(
-            "Parquet needs the package pyarrow; install it or use a name that ends in .csv."
+            "Parquet needs the package pyarrow; `pip install pmixseg[parquet]` or use a name that "
+            "ends in .csv."
         ) from error
 
 

@@ -149,7 +149,7 @@ def segment_scans(
     columns = [task.modalities.index(m) for m in predictor.modalities]
     image = torch.from_numpy(case.image[columns]).to(recipe.device, torch.float32)
     geometry = _in_reference(case.geometry, grid, recipe.spacing)
-    facts = _facts(recipe, settings)
+    facts = _facts(recipe, settings, len(chosen))
     inputs = _inputs(images, chosen, {**grid.digests, **case.digests})
     del case  # its arrays are as large as all windows' sums
     prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
@@ -257,7 +257,7 @@ def _part(progress: Progress | None, done: int, parts: int) -> Progress | None:
     return lambda windows, total: tell(done * total + windows, parts * total)
 
 
-def _facts(recipe: Recipe, settings: SegmentSettings) -> dict[str, Any]:
+def _facts(recipe: Recipe, settings: SegmentSettings, n_present: int) -> dict[str, Any]:
     used = recipe.evaluation
     return {
         **asdict(settings),
@@ -265,6 +265,7 @@ def _facts(recipe: Recipe, settings: SegmentSettings) -> dict[str, Any]:
         "overlap": used.overlap,
         "blend": used.blend,
         "postprocess": list(used.postprocess),
+        "temperature": used.temperature(n_present),
         "spacing": None if recipe.spacing is None else list(recipe.spacing),
         "device": recipe.device.type,
     }

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pmixseg.data.outputs import write_labels, write_volume
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import CasePrediction
+from pmixseg.evaluation.cases import CasePrediction, entropy_of
 from pmixseg.task import Combination, Task, format_combination
 
 NOTICE = "Research use only: not a medical device, not for diagnosis or treatment."
@@ -77,17 +77,13 @@ class Segmentation:
 
     @cached_property
     def probabilities(self) -> Float[np.ndarray, "c x y z"]:
-        """Softmax probabilities, background first, before post-processing."""
+        """Calibrated softmax probabilities, background first, before post-processing."""
         return self.prediction.source_probabilities()
 
     @property
     def entropy(self) -> Float[np.ndarray, "x y z"]:
         r"""Voxel-wise uncertainty :math:`-\sum_c p_c \ln p_c` in nats, 0 to ln C."""
-        p = self.probabilities
-        total = np.zeros(p.shape[1:], dtype=np.float32)
-        for one in p:
-            total -= one * np.log(np.maximum(one, np.finfo(np.float32).tiny))
-        return np.maximum(total, 0)
+        return entropy_of(self.probabilities)
 
     @cached_property
     def volumes(self) -> dict[str, float]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from pmixseg.evaluation.monotonicity import added_modalities
 from pmixseg.evaluation.records import Records
-from pmixseg.evaluation.tables import run_name
+from pmixseg.evaluation.tables import BRIER, ECE, run_name, tabulate
 from pmixseg.task import format_combination
 
 FEW_CASES = 10
@@ -146,6 +147,47 @@ def worst_cases(records: Records, count: int = 5) -> list[WorstCase]:
 
 
 @dataclass(frozen=True)
+class CalibrationSummary:
+    """Calibration of one run in one region, times 100.
+
+    Args:
+        run: name of the run.
+        region: name of the region.
+        ece: mean expected calibration error over cases and the combinations of each size, sizes
+            ascending; last the mean over all combinations.
+        brier: Brier score, likewise.
+    """
+
+    run: str
+    region: str
+    ece: tuple[float, ...]
+    brier: tuple[float, ...]
+
+
+def calibration_summaries(runs: Sequence[Records]) -> list[CalibrationSummary]:
+    """Calibration by region and run; empty unless all runs measured it."""
+    if not all({"ece", "brier"} <= set(one.table) for one in runs):
+        return []
+    ece, brier = tabulate(runs, ECE), tabulate(runs, BRIER)
+    found = []
+    for a, b in zip(ece.lines, brier.lines, strict=True):
+        sizes = np.array([len(c) for c in ece.combinations])
+        by_size = [
+            tuple(_mean_of(np.array(line.values)[sizes == n]) for n in sorted(set(sizes)))
+            for line in (a, b)
+        ]
+        found.append(
+            CalibrationSummary(a.run, a.region, (*by_size[0], a.mean), (*by_size[1], b.mean))
+        )
+    return found
+
+
+def _mean_of(values: NDArray[np.float64]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+@dataclass(frozen=True)
 class Additions:
     """What adding one more modality does to the mean Dice of one run.
 
@@ -217,10 +259,20 @@ def remarks(runs: Sequence[Records]) -> list[str]:
             found.append(f"The table of {run_name(one)} was changed after it was written.")
         if "source" in one.sidecar.conventions:
             found.append(f"{run_name(one)} does not state its conventions.")
+    heated = [_temperatures(one) for one in runs]
+    if any(t != heated[0] for t in heated):
+        found.append(
+            "The runs differ in the temperatures of their probabilities, which ECE and Brier score "
+            "depend on and nothing else does."
+        )
     dirty = [run_name(r) for r in runs if r.sidecar.git and r.sidecar.git.get("dirty")]
     if dirty:
         found.append(f"Made from a checkout with uncommitted changes: {', '.join(dirty)}.")
     return found
+
+
+def _temperatures(records: Records) -> object:
+    return (records.sidecar.config.get("evaluation") or {}).get("temperatures")
 
 
 def _spell(name: str, values: Sequence[object]) -> str:

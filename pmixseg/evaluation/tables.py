@@ -47,6 +47,8 @@ class Measure:
 
 DICE = Measure("dice", "Dice", "%", scale=100, digits=2)
 HD95 = Measure("hd95", "HD95", "mm", higher=False)
+ECE = Measure("ece", "ECE", "%", scale=100, digits=2, higher=False)
+BRIER = Measure("brier", "Brier score", "× 100", scale=100, digits=2, higher=False)
 
 
 @dataclass(frozen=True)

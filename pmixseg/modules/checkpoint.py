@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pmixseg.describe import TRUSTED_PACKAGES, build
+from pmixseg.describe import TRUSTED_PACKAGES, build, describe
 from pmixseg.errors import InputError
+from pmixseg.evaluation.calibration import Temperatures
+from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.payload import FORMAT, check_terms, preparation_of
 from pmixseg.task import Task
@@ -79,6 +82,34 @@ def load(
     restore(module, checkpoint)
     module.loaded_from = str(path)
     return module.to(map_location).eval()
+
+
+def write_temperatures(source: str | Path, found: Temperatures, out: str | Path) -> Path:
+    """Write a checkpoint that equals another but for the temperatures of its probabilities.
+
+    Args:
+        source: the checkpoint that the temperatures were fitted for.
+        found: one temperature per number of shown modalities.
+        out: where to; may be ``source``. Complete or not at all.
+
+    Raises:
+        InputError: see :func:`read_checkpoint`; or ``out`` cannot be written.
+    """
+    checkpoint, out = read_checkpoint(source), Path(out)
+    arguments = checkpoint["pmixseg"]["init_args"]
+    evaluation = EvaluationSettings.of(arguments.get("evaluation"))
+    arguments["evaluation"] = describe(replace(evaluation, temperatures=found.by_size))
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, part)
+        part.replace(out)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise InputError(
+            f"{out} cannot be written ({error}); free space or choose another file."
+        ) from error
+    return out
 
 
 def restore(module: SegmentationModule, checkpoint: dict[str, Any]) -> None:

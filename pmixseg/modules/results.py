@@ -85,7 +85,7 @@ def write_records(module: SegmentationNetwork, rows: list[dict[str, Any]]) -> di
         },
     ).stamped()
     records = Records.from_rows(every, folder.resolve().name, sidecar)
-    _publish(records, folder)
+    _publish(records, folder / module.evaluation.records)
     table = records.table
     means = table.groupby("region", sort=False)["dice"].mean()
     found = {f"test/dice/{region}": float(value) for region, value in means.items()}
@@ -93,9 +93,9 @@ def write_records(module: SegmentationNetwork, rows: list[dict[str, Any]]) -> di
 
 
 @rank_zero_only
-def _publish(records: Records, folder: Path) -> None:
+def _publish(records: Records, path: Path) -> None:
     cases = records.table["case"].nunique()
-    path = records.write(folder / "records.csv")
+    records.write(path)
     console = Console(highlight=False)
     console.print(combination_table(records, width=console.width))
     console.print(f"{cases} cases; {path}, conventions in {path.with_suffix('.json').name}")

@@ -11,7 +11,12 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.classification import BinaryCalibrationError
 
 from pmixseg.errors import InputError
-from pmixseg.evaluation.calibration import TemperatureFit, Temperatures, reliability
+from pmixseg.evaluation.calibration import (
+    CaseCalibration,
+    TemperatureFit,
+    Temperatures,
+    reliability,
+)
 from pmixseg.task import BRATS
 
 
@@ -70,6 +75,23 @@ def test_no_voxel_gives_nan():
     probabilities, truth = made_up()
     found = reliability(probabilities, truth, BRATS, torch.zeros_like(truth, dtype=torch.bool))
     assert all(math.isnan(r.ece) and math.isnan(r.brier) for r in found.values())
+
+
+def test_voxels_that_a_prediction_does_not_reach_are_certain_background():
+    probabilities, truth = made_up()
+    where = torch.rand(truth.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    box = (slice(2, 7), slice(0, 5), slice(3, 10))
+    whole = torch.zeros_like(probabilities)
+    whole[0] = 1
+    whole[(slice(None), *box)] = probabilities[(slice(None), *box)]
+    scores = CaseCalibration(truth, BRATS, where)
+    for _ in range(2):  # the second time from what was remembered
+        found = scores.score(probabilities[(slice(None), *box)], box)
+        for region, expected in reliability(whole, truth, BRATS, where).items():
+            assert found[region].count.tolist() == expected.count.tolist()
+            assert found[region].positive.tolist() == expected.positive.tolist()
+            assert found[region].ece == pytest.approx(expected.ece)
+            assert found[region].brier == pytest.approx(expected.brier)
 
 
 def drawn_from(logits, seed):
@@ -146,3 +168,10 @@ def test_a_network_that_is_never_wrong_gets_the_sharpest_temperature_allowed():
     fit = TemperatureFit()
     fit.add(logits, torch.zeros(1, 1, 1, dtype=torch.long), 1)
     assert fit.temperatures().by_size[1] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_cross_entropy_by_hand():
+    fit = TemperatureFit()
+    fit.add(torch.tensor([2.0, 0.0]).reshape(2, 1, 1, 1), torch.ones(1, 1, 1), 2)
+    assert fit.cross_entropy(2, 1.0) == pytest.approx(math.log1p(math.exp(2)))
+    assert fit.cross_entropy(2, 2.0) == pytest.approx(math.log1p(math.exp(1)))

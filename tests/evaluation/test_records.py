@@ -287,19 +287,33 @@ def test_a_folder_without_records_is_named(tmp_path):
         made(row()).write(tmp_path / "records.xlsx")
 
 
-def test_parquet_round_trip_or_a_sentence(tmp_path):
+def test_parquet_without_its_package_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # an import of None is an ImportError
+    with pytest.raises(InputError, match=r"needs the package pyarrow.*pmixseg\[parquet\]"):
+        made(row("00014")).write(tmp_path / "records.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parquet_is_written_appended_and_read_like_csv(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pmixseg[parquet]")
     path = tmp_path / "records.parquet"
     before = made(row("00014", dice=0.1), row("b", "flair+t2", hd95=2.0))
-    try:
-        import pyarrow  # noqa: F401  # only whether it is there
-    except ImportError:
-        with pytest.raises(InputError, match="needs the package pyarrow"):
-            before.write(path)
-        assert not list(tmp_path.iterdir())
-        return
     before.write(path)
     after = Records.read(tmp_path)
+    assert not after.altered
     pd.testing.assert_frame_equal(after.table, before.table, check_dtype=False)
+    merged = made(row("00014", dice=0.7), row("c")).append(path)
+    expected = before.append(tmp_path / "other.csv")
+    expected = made(row("00014", dice=0.7), row("c")).append(tmp_path / "other.csv")
+    pd.testing.assert_frame_equal(merged.table, expected.table, check_dtype=False)
+    pd.testing.assert_frame_equal(Records.read(path).table, expected.table, check_dtype=False)
+
+
+def test_of_two_tables_the_one_written_last_is_read(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pmixseg[parquet]")
+    for name, case in (("records.csv", "old"), ("records.parquet", "new"), ("records.csv", "last")):
+        made(row(case)).write(tmp_path / name)
+        assert Records.read(tmp_path).table["case"].tolist() == [case]
 
 
 def test_a_combination_needs_what_was_acquired():

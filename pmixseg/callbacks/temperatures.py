@@ -1,0 +1,97 @@
+"""Temperatures fitted on validation cases, written into a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from pmixseg.data.patches import CaseItem
+from pmixseg.errors import InputError
+from pmixseg.evaluation.calibration import TemperatureFit, Temperatures
+from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.checkpoint import write_temperatures
+
+
+class TemperatureFitting(Callback):
+    """Fit one temperature per number of shown sequences while a model is validated.
+
+    Every validation case is predicted from every combination that it has, and
+    ``softmax(log p / T)`` is fitted by cross-entropy over the voxels in which any of its sequences
+    has signal (Guo et al. 2017, arXiv 1706.04599, one T per number of sequences). The fitted
+    checkpoint equals the validated one but for ``evaluation.temperatures``, which test, predict and
+    segment apply; no label changes.
+
+    Example: ``pmixseg validate --ckpt_path best.ckpt --data.store store --calibrate fitted.ckpt``.
+
+    Args:
+        out: checkpoint to write.
+        voxels_per_case: voxels of one prediction that enter the fit.
+    """
+
+    def __init__(self, out: str | Path, voxels_per_case: int = 20_000) -> None:
+        self.out = Path(out)
+        self.fit = TemperatureFit(voxels_per_case)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be fitted.
+
+        Raises:
+            InputError: several processes, or a model that no checkpoint holds.
+        """
+        if trainer.world_size > 1:
+            raise InputError(
+                f"temperatures are fitted in one process, not in {trainer.world_size}; give "
+                "--trainer.devices=1."
+            )
+        self._source(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add one case, seen through each of its combinations."""
+        module, item = cast(SegmentationModule, pl_module), cast(CaseItem, batch)
+        brain = (item["image"] != 0).any(0)
+        whole = item["stored"].geometry.box()
+        for prediction in module.predict_item(item, module.test_combinations(item)):
+            cut = prediction.box.relative_to(whole).slices
+            p = prediction.probabilities
+            logits = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+            label, where = item["label"][cut], brain[cut]
+            self.fit.add(logits, label, len(prediction.combination), where)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the checkpoint and say what was found.
+
+        Raises:
+            InputError: no validation case, or the file cannot be written.
+        """
+        found = self.fit.temperatures()
+        write_temperatures(self._source(trainer, pl_module), found, self.out)
+        Console(highlight=False).print(self._table(found), f"wrote {self.out}")
+
+    def _source(self, trainer: Trainer, pl_module: LightningModule) -> str | Path:
+        source = trainer.ckpt_path or cast(SegmentationModule, pl_module).loaded_from
+        if source is None:
+            raise InputError("temperatures belong to a checkpoint; name it with --ckpt_path.")
+        return source
+
+    def _table(self, found: Temperatures) -> Table:
+        table = Table(title="temperatures, fitted on validation cases", title_justify="left")
+        for name in ("sequences shown", "temperature", "cross-entropy before", "after"):
+            table.add_column(name, justify="right")
+        for size, temperature in found.by_size.items():
+            losses = (self.fit.cross_entropy(size, t) for t in (1.0, temperature))
+            numbers = (f"{value:.4f}" for value in losses)
+            table.add_row(str(size), f"{temperature:.3f}", *numbers)
+        return table
