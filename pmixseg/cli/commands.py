@@ -90,10 +90,11 @@ def _inspect(subparsers: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from pmixseg.data.inspection import inspect_cohort
 
-        inspection = inspect_cohort(args.root, read_task(args.task), layout=args.layout)
-        console.print(inspection.table())
-        for problem in inspection.problems:
-            console.print(f"problem: {problem}")
+        task = read_task(args.task)
+        inspection = inspect_cohort(
+            args.root, task, layout=args.layout, progress=console.is_terminal
+        )
+        console.print(inspection)
         return 1 if inspection.problems else 0
 
     parser.set_defaults(run=run)
