@@ -114,8 +114,8 @@ class DistillationLoss(Term):
     Args:
         teacher: frozen module; ``None`` where every term is taught by the student itself.
         terms: name -> bound term.
-        student: the module in training; it teaches the terms that say ``self_taught``, shown
-            everything acquired and without gradient.
+        student: the module in training; it teaches the terms that say ``self_taught``, without
+            gradient.
     """
 
     def __init__(
@@ -136,24 +136,32 @@ class DistillationLoss(Term):
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
         """See :class:`~pmixseg.losses.term.Term`."""
-        lessons: dict[bool, SegOutput] = {}
+        lessons: dict[tuple[bool, str], SegOutput] = {}
         total: Tensor = output.logits.new_zeros((), dtype=torch.float32)
         for name, module in self.terms.items():
             term = cast(DistillationTerm, module)
-            if term.self_taught not in lessons:
-                source = self._sources[1] if term.self_taught else self._sources[0]
-                lessons[term.self_taught] = _lesson(cast(SegmentationModule, source), batch)
-            value = term(output, lessons[term.self_taught], batch)
+            kind = (term.self_taught, term.lesson)
+            if kind not in lessons:
+                source = cast(SegmentationModule, self._sources[1 if term.self_taught else 0])
+                lessons[kind] = _lesson(source, batch, drawn=term.lesson == "drawn")
+            value = term(output, lessons[kind], batch)
             self.parts[name] = value.detach()
             total = total + term.weight * value
         return total
 
 
+SECOND_DRAW = 0x5DEECE66D
+"""Turns a sample's key into that of a second draw."""
+
+
 @torch.no_grad()
-def _lesson(teacher: SegmentationModule, batch: Batch) -> SegOutput:
-    """What a module makes of everything acquired."""
+def _lesson(teacher: SegmentationModule, batch: Batch, *, drawn: bool) -> SegOutput:
+    """What a module makes of everything acquired, or of a combination drawn apart."""
     image = batch["image"]
     if teacher.device != image.device:
         teacher.to(image.device)
-    seen = teacher.columns(batch["acquired"])
+    seen = batch["acquired"]
+    if drawn:
+        seen = teacher.draw_present(cast(Batch, {**batch, "key": batch["key"] ^ SECOND_DRAW}))
+    seen = teacher.columns(seen)
     return teacher.decode(teacher.encode(teacher.columns(image), seen))

@@ -3,7 +3,7 @@
 * :mod:`~pmixseg.losses.segmentation`: the criterion contract, Dice + cross-entropy.
 * :mod:`~pmixseg.losses.anchors`: P_mix, what latents are aligned to and missing ones filled with.
 * :mod:`~pmixseg.losses.alignment`: the alignment loss; its distances are in ``distances``,
-  ``gaussian`` and ``samples``.
+  ``gaussian``, ``samples`` and ``joint``.
 * :mod:`~pmixseg.losses.distillation`: terms between a student and a teacher.
 * :mod:`~pmixseg.losses.official`: the authors' public snippets to the letter, for comparison.
 * :mod:`~pmixseg.losses.bounds` and :mod:`~pmixseg.losses.gap`: the theory's identities, and the
@@ -32,10 +32,12 @@ from pmixseg.losses.distillation import (
     ProbabilityMSE,
     PrototypeMatch,
     SelfDistillation,
+    SubsetMatch,
     VariationalMatch,
     WeightedSoftCE,
 )
 from pmixseg.losses.gaussian import KL, VID
+from pmixseg.losses.joint import JointKL
 from pmixseg.losses.official import (
     April2025Alignment,
     July2025Alignment,
@@ -62,6 +64,7 @@ __all__ = [
     "Distance",
     "DistillationTerm",
     "GramMatch",
+    "JointKL",
     "July2025Alignment",
     "July2025Anchor",
     "LatentMatch",
@@ -76,6 +79,7 @@ __all__ = [
     "SelfDistillation",
     "SlicedWasserstein",
     "SmoothL1",
+    "SubsetMatch",
     "VariationalMatch",
     "WeightedAnchor",
     "WeightedSoftCE",

@@ -31,6 +31,7 @@ from pmixseg.losses.distances import (
     mean_over_shown,
 )
 from pmixseg.losses.gaussian import KL, VID
+from pmixseg.losses.joint import JointKL
 from pmixseg.losses.projections import SlotLinear
 from pmixseg.losses.samples import MMD, SlicedWasserstein
 from pmixseg.types import Latents, Presence, Scalar
@@ -44,6 +45,7 @@ DISTANCES: dict[str, type[Distance]] = {
     "cosine": Cosine,
     "mmd": MMD,
     "sliced_wasserstein": SlicedWasserstein,
+    "joint": JointKL,
 }
 """Short names of the distances with their default arguments."""
 

@@ -9,7 +9,7 @@ from memory_data import MemoryData, quiet_trainer, tiny
 from pmixseg.callbacks import Distillation, PmixAlignment, TermCallback
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
-from pmixseg.losses.distillation import SelfDistillation
+from pmixseg.losses.distillation import SelfDistillation, SubsetMatch
 from pmixseg.losses.term import Term
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore
@@ -166,6 +166,24 @@ def test_a_network_can_teach_itself_without_a_teacher(tmp_path):
     fit(tmp_path, module, Distillation(weight=1.0, terms={"self": SelfDistillation()}))
     assert module.terms["distill"].teacher is None
     assert torch.isfinite(module.terms["distill"].parts["self"])
+
+
+def test_a_second_draw_teaches_the_first(tmp_path, monkeypatch):
+    module = student()
+    seen = []
+    forward = SubsetMatch.forward
+
+    def spy(self, learnt, taught, batch):
+        seen.append((batch["present"].clone(), taught.latents.present[0].clone()))
+        assert not taught.logits.requires_grad
+        return forward(self, learnt, taught, batch)
+
+    monkeypatch.setattr(SubsetMatch, "forward", spy)
+    fit(tmp_path, module, Distillation(weight=1.0, terms={"subsets": SubsetMatch()}), max_epochs=3)
+    assert module.terms["distill"].teacher is None
+    shown, second = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert not torch.equal(shown, second)
+    assert second.any(1).all() and not second.all()
 
 
 def test_terms_are_set_up_before_weight_averaging(tmp_path):

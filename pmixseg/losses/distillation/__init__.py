@@ -5,7 +5,8 @@ The teacher is frozen and sees everything acquired; its outputs and latents are 
 * outputs: :class:`LogitKL`, :class:`WeightedSoftCE`, :class:`ProbabilityMSE`;
 * latents: :class:`LatentMatch`, :class:`GramMatch`, :class:`VariationalMatch`,
   :class:`ContrastiveMatch`, :class:`PrototypeMatch`;
-* both, from the network itself: :class:`SelfDistillation`.
+* the network itself as teacher: :class:`SelfDistillation` (outputs and latents),
+  :class:`SubsetMatch` (latents).
 
 Constants of published methods stand in the docstrings as "Preset"; a constant that no opened
 source states is marked "from memory".
@@ -17,6 +18,7 @@ from pmixseg.losses.distillation.latents import (
     ContrastiveMatch,
     GramMatch,
     LatentMatch,
+    SubsetMatch,
     VariationalMatch,
 )
 from pmixseg.losses.distillation.outputs import LogitKL, ProbabilityMSE, WeightedSoftCE
@@ -36,6 +38,7 @@ __all__ = [
     "PrototypeMatch",
     "SelfDistillation",
     "SlotwiseTerm",
+    "SubsetMatch",
     "VariationalMatch",
     "WeightedSoftCE",
 ]

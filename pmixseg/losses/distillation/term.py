@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,9 @@ class DistillationTerm(nn.Module, Described, ABC):
 
     Attributes:
         couples_samples: see :class:`~pmixseg.losses.distances.Distance`.
-        self_taught: the teacher is the student network itself, shown everything acquired.
+        self_taught: the teacher is the student network itself.
+        lesson: what the teacher is shown: everything ``acquired``, or a combination ``drawn``
+            by the student's own sampler, apart from the student's draw (only if self-taught).
 
     Raises:
         InputError: a negative weight.
@@ -47,6 +49,7 @@ class DistillationTerm(nn.Module, Described, ABC):
 
     couples_samples: bool = False
     self_taught: bool = False
+    lesson: Literal["acquired", "drawn"] = "acquired"
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

@@ -1,0 +1,104 @@
+"""Every preset of experiments/distillation through the command line, on two batches."""
+
+import math
+
+import pytest
+import yaml
+from presets import EXPERIMENTS, fit, metrics
+
+from pmixseg.modules import load
+
+SMALL = ["--model.backbone.width=4", "--model.backbone.levels=4"]
+TERMS = {
+    "kdnet": {"logit", "latent"},
+    "pmkl": {"soft", "contrast"},
+    "protokd": {"logit", "prototype"},
+    "smunet": {"content", "style", "output"},
+    "acn": {"variational", "output"},
+    "passion": {"self"},
+    "m3ae": {"subsets"},
+}
+SELF_TAUGHT = {"passion", "m3ae"}
+
+
+@pytest.fixture(scope="module")
+def teachers(phantom_store, tmp_path_factory):
+    """An unaligned teacher and, with mind-the-gap.yaml, an aligned one."""
+    runs = tmp_path_factory.mktemp("teachers")
+    plain = ["distillation/teacher.yaml"]
+    assert fit(phantom_store, runs / "plain", *plain, *SMALL) == 0
+    aligned = [*plain, "distillation/mind-the-gap.yaml"]
+    assert fit(phantom_store, runs / "aligned", *aligned, *SMALL) == 0
+    return runs
+
+
+def taught_by(teachers, which):
+    return f"--distill.teacher={teachers}/{which}/checkpoints/last.ckpt"
+
+
+def test_mind_the_gap_is_the_teacher_with_alignment(teachers):
+    assert math.isfinite(metrics(teachers / "aligned")["train/align"])
+    assert "train/align" not in metrics(teachers / "plain")
+    teacher = load(teachers / "aligned" / "checkpoints" / "last.ckpt")
+    assert teacher.anchor.learned
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_preset(name, teachers, phantom_store, tmp_path):
+    """Each student from the aligned teacher, which is mind-the-gap with that student."""
+    taught = [] if name in SELF_TAUGHT else [taught_by(teachers, "aligned")]
+    assert fit(phantom_store, tmp_path, f"distillation/{name}.yaml", *SMALL, *taught) == 0
+    found = metrics(tmp_path)
+    for term in TERMS[name]:
+        assert math.isfinite(found[f"train/distill/{term}"]), term
+        assert found[f"train/distill/{term}"] > 0, term
+    if "warmup_epochs" not in (EXPERIMENTS / "distillation" / f"{name}.yaml").read_text():
+        parts = found["train/seg"] + found["train/distill"]
+        assert found["train/loss"] == pytest.approx(parts, rel=1e-4)
+
+
+def test_every_preset_of_the_folder_is_tested():
+    files = {path.stem for path in (EXPERIMENTS / "distillation").glob("*.yaml")}
+    assert files == {*TERMS, "teacher", "mind-the-gap"}
+    for name in TERMS:
+        raw = yaml.safe_load((EXPERIMENTS / "distillation" / f"{name}.yaml").read_text())
+        assert set(raw["distill"]["terms"]) == TERMS[name]
+
+
+def test_an_unaligned_teacher_and_one_flag_over_a_preset(teachers, phantom_store, tmp_path):
+    flags = [*SMALL, taught_by(teachers, "plain"), "--distill.terms.logit.temperature=3"]
+    assert fit(phantom_store, tmp_path, "distillation/protokd.yaml", *flags) == 0
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["distill"]["terms"]["logit"]["init_args"]["temperature"] == 3
+    assert config["distill"]["terms"]["logit"]["init_args"]["weight"] == 2.5
+
+
+def test_student_of_another_backbone_width_and_sequences(teachers, phantom_store, tmp_path):
+    """Levels are matched by stride: an RFNet of two sequences learns from a U-Net of four."""
+    flags = [
+        "--model.backbone=pmixseg.backbones.RFNet",
+        "--model.backbone.width=4",
+        "--model.combination=flair+t2",
+        taught_by(teachers, "aligned"),
+    ]
+    assert fit(phantom_store, tmp_path, "distillation/acn.yaml", *flags) == 0
+    student = load(tmp_path / "checkpoints" / "last.ckpt")
+    assert student.modalities == ("flair", "t2")
+    assert math.isfinite(metrics(tmp_path)["train/distill/variational"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.task.modalities=[t1,t2,flair,t1ce]"], "labels|modalities"),
+        (["--distill.teacher=nowhere.ckpt"], "does not exist"),
+    ],
+)
+def test_impossible_teachers_are_one_sentence(
+    flags, words, teachers, phantom_store, tmp_path, capsys
+):
+    given = [*SMALL, taught_by(teachers, "plain"), *flags]
+    assert fit(phantom_store, tmp_path, "distillation/acn.yaml", *given) == 1
+    said = capsys.readouterr().err
+    assert any(word in said for word in words.split("|"))
+    assert "Traceback" not in said
