@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pmixseg.backbones import Backbone, MultiEncoderUNet
-    from pmixseg.callbacks import Distillation, PmixAlignment
+    from pmixseg.callbacks import Distillation, GapMonitor, PmixAlignment
     from pmixseg.data.datamodule import BraTSDataModule
     from pmixseg.errors import InputError
     from pmixseg.evaluation.segment import SegmentSettings
@@ -29,6 +29,7 @@ __all__ = [
     "Backbone",
     "BraTSDataModule",
     "Distillation",
+    "GapMonitor",
     "InputError",
     "MultiEncoderUNet",
     "PmixAlignment",
@@ -46,6 +47,7 @@ _HOMES = {
     "Backbone": "pmixseg.backbones",
     "BraTSDataModule": "pmixseg.data.datamodule",
     "Distillation": "pmixseg.callbacks",
+    "GapMonitor": "pmixseg.callbacks",
     "InputError": "pmixseg.errors",
     "MultiEncoderUNet": "pmixseg.backbones",
     "PmixAlignment": "pmixseg.callbacks",

@@ -64,7 +64,7 @@ class RunLogger(Logger):
         if not self._rows and self.path.is_file():
             before = pd.read_csv(self.path)
             self._history = before[before["step"] < (step or 0)]
-        if self._rows and self._rows[-1]["step"] == step:
+        if self._rows and _together(self._rows[-1], {**metrics, "step": step}):
             self._rows[-1].update(metrics)
         else:
             self._rows.append({**metrics, "step": step})
@@ -93,6 +93,12 @@ class RunLogger(Logger):
     def finalize(self, status: str) -> None:
         """Save what is left."""
         self.save()
+
+
+def _together(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two sets of values belong to one row: of one step, and not of two epochs."""
+    epochs = {r["epoch"] for r in (row, other) if "epoch" in r}
+    return row["step"] == other["step"] and len(epochs) < 2
 
 
 class RunCheckpoint(ModelCheckpoint):

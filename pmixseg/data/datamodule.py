@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -275,6 +275,15 @@ class BraTSDataModule(LightningDataModule):
         part = self.predict_part
         cases = self.store.cases if part == "all" else getattr(self.parts, part)
         return self._whole(cases, part)
+
+    def items(self, part: Part) -> Iterator[CaseItem]:
+        """Whole cases of a part, one after the other, all of them on every process.
+
+        ``val`` are the cases that are validated on. Nothing random is drawn.
+        """
+        cases = self._validated() if part == "val" else getattr(self.parts, part)
+        dataset = CaseDataset(self.store, cases, self.seed, self._allowed)
+        return (dataset[index] for index in range(len(dataset)))
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int

@@ -13,6 +13,10 @@ DRAWN = ("train", "val", "gap", "align", "anchor")
 """First parts of names that are drawn, in this order; others are not part of the course."""
 
 
+GAP_DRAWN = ("ratio", "numerator", "variance", "effective_rank")
+"""Measures of the gap that are drawn, a chart each with a curve per level."""
+
+
 @dataclass(frozen=True)
 class Chart:
     """Curves that share a plot.
@@ -30,7 +34,8 @@ def read_curves(run: Path) -> list[Chart]:
     """Curves of ``metrics.csv`` (Lightning's CSVLogger or this package's), grouped by name.
 
     ``train/loss`` and other training losses share a chart, ``val/dice`` and its regions another,
-    as do names of three parts with the first two in common (``anchor/level3/t1``).
+    as do names of three parts with the first two in common (``anchor/level3/t1``), and levels of
+    one measure of the gap (``gap/level3/ratio``).
 
     Returns:
         Nothing if the run has no such file.
@@ -58,6 +63,8 @@ def read_curves(run: Path) -> list[Chart]:
             continue
         # One point an epoch: of values logged within it, the mean.
         series = curve.groupby(axis)[name].mean()
+        if parts[0] == "gap" and (len(parts) > 3 or parts[-1] not in GAP_DRAWN):
+            continue
         title, label = _place(parts)
         found.setdefault(title, {})[label.removesuffix("_epoch")] = series
     order = sorted(found, key=lambda title: (DRAWN.index(title.split("/")[0]), title))
@@ -68,6 +75,8 @@ def _place(parts: list[str]) -> tuple[str, str]:
     """Title of the chart and name of the curve."""
     if parts[:2] == ["val", "dice"]:
         return "val/dice", "/".join(parts[2:]) or "mean"
+    if parts[0] == "gap" and len(parts) == 3:
+        return f"gap/{parts[2]}", parts[1]
     if len(parts) >= 3:
         return "/".join(parts[:2]), "/".join(parts[2:])
     return parts[0], parts[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from pmixseg.evaluation.figures import (
     save_png,
     themed,
 )
+from pmixseg.evaluation.gap_changes import GapChange, read_gap_changes
 from pmixseg.evaluation.pictures import (
     CONFUSED,
     INVENTED,
@@ -40,9 +41,17 @@ from pmixseg.evaluation.pictures import (
 )
 from pmixseg.evaluation.published import recognised_split, references
 from pmixseg.evaluation.records import Records
-from pmixseg.evaluation.summary import additions, region_summaries, remarks, worst_cases
+from pmixseg.evaluation.summary import (
+    additions,
+    calibration_summaries,
+    region_summaries,
+    remarks,
+    worst_cases,
+)
 from pmixseg.evaluation.tables import (
+    BRIER,
     DICE,
+    ECE,
     HD95,
     Tabulation,
     check_together,
@@ -64,12 +73,14 @@ class Run:
         records: its results.
         charts: the course of its training; empty without ``metrics.csv``.
         examples: case id -> file of its pictures.
+        gaps: the gap before and after its training; empty where it was not measured.
     """
 
     folder: Path
     records: Records
     charts: list[Chart]
     examples: dict[str, Path]
+    gaps: list[GapChange] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -85,7 +96,14 @@ class Run:
         """
         records = Records.read(folder)
         home = folder if folder.is_dir() else folder.parent
-        return cls(home, records, read_curves(home), examples_of(home))
+        tested = (records.sidecar.checkpoint or {}).get("file", "")
+        gaps = read_gap_changes(home, best=tested == "best.ckpt")
+        return cls(home, records, read_curves(home), examples_of(home), gaps)
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean over cases, combinations and regions, in percent."""
+        return 100 * float(self.records.table["dice"].mean())
 
 
 def write_report(runs: Sequence[Path], out: Path, images: bool = True) -> Path:
@@ -138,7 +156,7 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
     pictures = _pictures(runs) if images else []
     named = references(records[0]) if _same_references(records) else []
     charts = _write_figures(beside, _figures(runs, dice, hd95))
-    _write_tables(beside, dice, hd95, records)
+    _write_tables(beside, [t for t in (dice, hd95) if t is not None], records)
     for k, shown in enumerate(pictures):
         save_png(case_figure(shown, task), beside / f"case_{k + 1}.png")
     loader = _environment()
@@ -151,6 +169,10 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
         hd95=hd95,
         colours=dict(zip([r.name for r in runs], COLOURS * len(runs), strict=False)),
         summaries=region_summaries(records),
+        calibration=calibration_summaries(records),
+        temperatures=[
+            (one.sidecar.config.get("evaluation") or {}).get("temperatures") for one in records
+        ],
         remarks=remarks(records),
         worst=[case for one in records for case in worst_cases(one, 5 if len(runs) == 1 else 3)],
         additions=[additions(one) for one in records] if task.num_modalities > 1 else [],
@@ -239,7 +261,7 @@ def _training(runs: list[Run], charts: dict[str, Markup]) -> list[tuple[str, Mar
 
 
 def _measured(records: Sequence[Records], column: str) -> bool:
-    return all(one.table[column].notna().any() for one in records)
+    return all(column in one.table and one.table[column].notna().any() for one in records)
 
 
 def _same_references(records: Sequence[Records]) -> bool:
@@ -302,12 +324,11 @@ def _write_figures(beside: Path, figures: dict[str, Figure]) -> dict[str, Markup
     return shown
 
 
-def _write_tables(
-    beside: Path, dice: Tabulation, hd95: Tabulation | None, records: list[Records]
-) -> None:
+def _write_tables(beside: Path, tables: list[Tabulation], records: list[Records]) -> None:
     rules = [f"{k}: {v}" for k, v in records[0].sidecar.conventions.items()]
     comment = "\n".join([f"cases: {records[0].table['case'].nunique()}", *rules])
-    for table in (t for t in (dice, hd95) if t is not None):
+    others = [tabulate(records, m) for m in (ECE, BRIER) if _measured(records, m.column)]
+    for table in (*tables, *others):
         stem = f"table_{table.measure.column}"
         table.frame().to_csv(beside / f"{stem}.csv", index=False)
         (beside / f"{stem}.tex").write_text(table.latex(comment), encoding="utf-8")

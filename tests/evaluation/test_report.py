@@ -205,6 +205,31 @@ def test_any_task(tmp_path):
     assert "HD95 (mm) on every combination" not in text
 
 
+def test_calibration_by_size_and_its_temperatures(tmp_path):
+    rows = [
+        {**row, "ece": 0.01 * (5 - row["combination"].count("+")), "brier": 0.002}
+        for row in made_up_rows(3)
+    ]
+    fitted = replace(ABOUT, config={"evaluation": {"temperatures": {"1": 1.75}}})
+    plain = {"pictures": (), "course": False}
+    run = make_run(tmp_path, "a", rows, fitted, **plain)
+    text = Page(write_report([run], tmp_path)).text
+    table = text[text.index("Calibration of each") :]
+    # One sequence 5, two 4, three 3, four 2; (4·5 + 6·4 + 4·3 + 2) / 15 = 3.87.
+    assert "WT 5.00 4.00 3.00 2.00 3.87 0.20 0.20 0.20 0.20 0.20" in table
+    assert "Probabilities at temperatures fitted on validation cases (see below)" in table
+    assert "temperatures 1 shown: 1.75" in table
+    frame = pd.read_csv(tmp_path / "report_files" / "table_ece.csv")
+    assert frame["flair+t1"].tolist() == pytest.approx([4.0] * 3)
+    assert (tmp_path / "report_files" / "table_brier.tex").is_file()
+    other = make_run(tmp_path, "b", rows, **plain)
+    text = Page(write_report([run, other], tmp_path)).text
+    assert "in some runs only" in text
+    assert "differ in the temperatures" in text
+    older = make_run(tmp_path, "c", made_up_rows(3), **plain)
+    assert "Calibration of each" not in Page(write_report([run, older], tmp_path)).text
+
+
 def test_what_a_person_gets_wrong(tmp_path):
     with pytest.raises(InputError, match="holds no records"):
         write_report([tmp_path / "nowhere"], tmp_path)
@@ -302,6 +327,30 @@ def test_curves_are_grouped_by_name(tmp_path):
     (run / "metrics.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"metrics\.csv"):
         read_curves(run)
+
+
+def test_gap_before_and_after_beside_dice(tmp_path):
+    plain = make_run(tmp_path, "plain", made_up_rows())
+    aligned = make_run(tmp_path, "aligned", made_up_rows(seed=1))
+    rows = [
+        "epoch,step,val/dice,gap/level1/ratio,gap/level1/variance,gap/level1/effective_rank,"
+        "gap/level1/cka,gap/level1/collapsed,gap/level1/ratio/flair+t1",
+        "-1,0,,0.61234,0.5,7.25,0.125,0,0.9",
+        "0,9,0.5,0.31234,0.25,6.25,0.5,0,0.9",
+        "1,19,0.4,0.01234,0.0125,1.5,0.75,1,0.9",
+    ]
+    (aligned / "metrics.csv").write_text("\n".join(rows))
+    page = write_report([plain, aligned], tmp_path / "out", images=False).read_text()
+    section = page[page.index("Gap between sequences") :]
+    section = section[: section.index("</section>")]
+    assert section.count("<tbody>") == 1  # the other run was not monitored
+    for number in ("0.612", "0.012", "0.500", "0.013", "7.2", "1.5", "0.12", "0.75", ">yes<"):
+        assert number in section, number
+    titles = {chart.title: set(chart.curves) for chart in read_curves(aligned)}
+    assert titles["gap/ratio"] == {"level1"}
+    assert set(titles) == {"val/dice", "gap/ratio", "gap/variance", "gap/effective_rank"}
+    alone = write_report([plain], tmp_path / "alone", images=False).read_text()
+    assert "Gap between sequences" not in alone
 
 
 def test_figures_hold_the_values_of_the_table(records):

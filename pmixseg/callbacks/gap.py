@@ -1,0 +1,285 @@
+"""The gap between modalities, measured while a network trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from pmixseg.describe import Described
+from pmixseg.errors import InputError
+from pmixseg.evaluation.figures import save_png
+from pmixseg.evaluation.gap_figure import projection_figure
+from pmixseg.evaluation.latents import (
+    LatentSample,
+    centre_window,
+    named_subsets,
+    sample_latents,
+)
+from pmixseg.losses.alignment import resolve_levels
+from pmixseg.losses.gap import COLLAPSE_SHARE, Gap
+from pmixseg.modules.base import SegmentationModule
+from pmixseg.task import format_combination
+
+GUARDED = ("variance", "effective_rank")
+"""What must not collapse."""
+
+
+class GapMonitor(Callback, Described):
+    """Measures the gap before training, after validations and at the end (METHOD.md 5).
+
+    Logged for every level l under ``gap/level<l>/``: the numbers of
+    :class:`~pmixseg.losses.gap.Gap` (``numerator``, ``variance`` and ``effective_rank`` apart, and
+    ``ratio``, the gap), ``collapsed`` (0 or 1), and the ratio among every smaller combination,
+    ``ratio/flair+t1``; ``gap/ratio`` is the mean over levels. The row of ``metrics.csv`` from
+    before the first step has epoch -1. Scatter plots of the latents, before and after, go to
+    wandb and TensorBoard, and as files into ``<run>/gap`` with any other logger.
+
+    It changes nothing: no gradient, no random number, no weight. Process 0 measures the same
+    validation cases however many processes there are, and tells the others.
+
+    Args:
+        levels: which levels; all if not given.
+        cases: at most so many validation cases, those with every modality.
+        points: voxels per level.
+        every: measure after every n-th validation.
+        reference: run folder of the same network trained *without* alignment: collapse is a
+            variance or effective rank below a tenth of its last. By default below a tenth of
+            this run's own before training.
+        pictures: draw the latents.
+
+    Raises:
+        InputError: ``every``, ``cases`` or ``points`` below 1; when training starts: a backbone
+            without a latent per modality, no complete validation case, or a reference run that
+            has no gap.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int] | None = None,
+        cases: int = 4,
+        points: int = 1024,
+        every: int = 1,
+        reference: str | Path | None = None,
+        pictures: bool = True,
+    ) -> None:
+        if min(every, cases, points) < 1:
+            raise InputError(
+                f"GapMonitor: every {every}, cases {cases} and points {points} must be 1 or more."
+            )
+        self.levels = levels
+        self.cases, self.points, self.every = cases, points, every
+        self.reference, self.pictures = reference, pictures
+        self._guard: dict[str, float] = {}
+        self._images: list[torch.Tensor] = []
+        self._validations = 0
+        self._last_step = -1
+
+    # ---------------------------------------------------------------- Lightning's hooks
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what cannot be measured, and read the reference."""
+        module = _checked(pl_module)
+        self._levels_of(module)
+        if self.reference is not None:
+            self._guard = read_reference(Path(self.reference))
+        self._images = complete_images(trainer, module, self.cases)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure before the first step; a resumed training has done so."""
+        if trainer.global_step:
+            return
+        values = self._measure(trainer, _checked(pl_module), picture="before")
+        if not self._guard:
+            names = [n for n in values if n.rsplit("/", 1)[-1] in GUARDED]
+            self._guard = {name: values[name] for name in names}
+        _log(trainer, {**values, "epoch": -1.0}, step=0)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure beside the validation's Dice."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validations += 1
+        if self._validations % self.every:
+            return
+        values = self._measure(trainer, _checked(pl_module))
+        self._last_step = trainer.global_step
+        pl_module.log_dict(values)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the latents, and measure if the last validation did not."""
+        values = self._measure(trainer, _checked(pl_module), picture="after")
+        if self._last_step != trainer.global_step:
+            step = trainer.global_step
+            _log(trainer, {**values, "epoch": float(trainer.current_epoch - 1)}, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the collapse guard compares with."""
+        return {"guard": dict(self._guard), "validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`; a reference that is given now wins."""
+        self._guard = self._guard or dict(state_dict["guard"])
+        self._validations = state_dict["validations"]
+
+    # ---------------------------------------------------------------- measuring
+
+    def _levels_of(self, module: SegmentationModule) -> tuple[int, ...]:
+        count = len(module.backbone.channels)
+        return resolve_levels(range(count) if self.levels is None else self.levels, count)
+
+    def _measure(
+        self, trainer: Trainer, module: SegmentationModule, picture: str | None = None
+    ) -> dict[str, float]:
+        """All values on every process, measured by the first."""
+        values: dict[str, float] = {}
+        if trainer.is_global_zero:
+            samples = self._sample(module)
+            values = gap_values(samples, module.backbone.slots)
+            values |= self._collapses(values, samples)
+            if picture and self.pictures:
+                self._draw(trainer, module, samples, picture)
+        found: dict[str, float] = trainer.strategy.broadcast(values)
+        return found
+
+    def _sample(self, module: SegmentationModule) -> dict[int, LatentSample]:
+        modes = [(part, part.training) for part in module.modules()]
+        devices = [module.device] if module.device.type == "cuda" else []
+        weight = next(module.backbone.parameters())
+        images = (image.to(module.device, weight.dtype) for image in self._images)
+        window = module.preparation.window(module.evaluation, module.strides)
+        try:
+            module.eval()
+            with torch.random.fork_rng(devices):
+                return sample_latents(
+                    module, images, window, module.anchor, self._levels_of(module), self.points
+                )
+        finally:
+            for part, training in modes:
+                part.training = training
+
+    def _collapses(
+        self, values: dict[str, float], samples: dict[int, LatentSample]
+    ) -> dict[str, float]:
+        found = {}
+        for level in samples:
+            names = [f"gap/level{level}/{what}" for what in GUARDED]
+            low = [n for n in names if n in self._guard and values[n] < _floor(self._guard[n])]
+            found[f"gap/level{level}/collapsed"] = float(bool(low))
+            for name in low:
+                rank_zero_warn(
+                    f"{name} is {values[name]:.3g}, below a tenth of {self._guard[name]:.3g} "
+                    f"({'the reference run' if self.reference else 'before training'}): the "
+                    "latents collapse, and the gap means nothing; lower the alignment's weight."
+                )
+        return found
+
+    def _draw(
+        self,
+        trainer: Trainer,
+        module: SegmentationModule,
+        samples: dict[int, LatentSample],
+        when: str,
+    ) -> None:
+        names = [module.task.show(name) for name in module.backbone.slots]
+        figure = projection_figure(samples, names, f"Latents {when} training")
+        written = False
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(f"gap/{when}", [figure])
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure(f"gap/{when}", figure, trainer.global_step)
+            elif not written:
+                folder = Path(trainer.default_root_dir) / "gap"
+                folder.mkdir(parents=True, exist_ok=True)
+                save_png(figure, folder / f"{when}.png")
+                written = True
+
+
+def gap_values(samples: dict[int, LatentSample], names: Sequence[str]) -> dict[str, float]:
+    """Names of the log and their numbers; see :class:`GapMonitor`."""
+    values: dict[str, float] = {}
+    for level, sample in samples.items():
+        gap: Gap = sample.gap()
+        values |= {f"gap/level{level}/{k}": v for k, v in gap.to_dict().items()}
+        for combination in named_subsets(names):
+            slots = [list(names).index(name) for name in combination]
+            title = f"gap/level{level}/ratio/{format_combination(combination)}"
+            values[title] = sample.ratio(slots)
+    ratios = [values[f"gap/level{level}/ratio"] for level in samples]
+    values["gap/ratio"] = sum(ratios) / len(ratios)
+    return values
+
+
+def complete_images(trainer: Trainer, module: SegmentationModule, count: int) -> list[torch.Tensor]:
+    """Windows of validation cases with all modalities of the module, first by name.
+
+    Raises:
+        InputError: there is none.
+    """
+    data = getattr(trainer, "datamodule", None)
+    items = data.items("val") if data is not None and hasattr(data, "items") else ()
+    window = module.preparation.window(module.evaluation, module.strides)
+    found: list[torch.Tensor] = []
+    for item in items:
+        if bool(module.columns(item["acquired"][None]).all()):
+            whole = module.columns(item["image"][None])[0]
+            found.append(centre_window(whole, window).clone())  # not a view: the case is let go
+        if len(found) == count:
+            break
+    if not found:
+        raise InputError(
+            "GapMonitor compares the modalities of one case, but no validation case has all of "
+            f"{list(module.modalities)}; give the split validation cases, or leave it out."
+        )
+    return found
+
+
+def read_reference(run: Path) -> dict[str, float]:
+    """Last variance and effective rank of every level in a run's ``metrics.csv``.
+
+    Raises:
+        InputError: no such file, or no gap in it.
+    """
+    path = run / "metrics.csv"
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"GapMonitor.reference: {path} cannot be read ({error}).") from error
+    names = [n for n in table.columns if n.startswith("gap/") and n.rsplit("/", 1)[-1] in GUARDED]
+    if not names:
+        raise InputError(
+            f"GapMonitor.reference: {path} holds no gap; train that run with GapMonitor as well."
+        )
+    return {name: float(table[name].dropna().iloc[-1]) for name in names}
+
+
+def _floor(reference: float) -> float:
+    return COLLAPSE_SHARE * reference
+
+
+def _checked(module: LightningModule) -> SegmentationModule:
+    if not isinstance(module, SegmentationModule):
+        raise InputError(
+            f"GapMonitor needs a SegmentationModule, not a {type(module).__name__}; derive yours "
+            "from TeacherModule or StudentModule."
+        )
+    if module.backbone.slots != module.backbone.modalities or len(module.modalities) < 2:
+        raise InputError(
+            f"{type(module.backbone).__name__} has the latents {list(module.backbone.slots)}, and "
+            "a gap lies between the latents of two modalities or more; leave GapMonitor out."
+        )
+    return module
+
+
+def _log(trainer: Trainer, values: dict[str, float], step: int) -> None:
+    if trainer.is_global_zero:
+        logger: Logger
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)

@@ -1,0 +1,75 @@
+"""The gap before and after a training, from the ``metrics.csv`` of its run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from pmixseg.errors import InputError
+
+MEASURES = ("ratio", "variance", "effective_rank", "cka")
+"""What the report's table shows, in this order."""
+
+_COLUMN = re.compile(r"gap/level(\d+)/(\w+)")
+
+
+@dataclass(frozen=True)
+class GapChange:
+    """What training did to the latents of one level.
+
+    Args:
+        level: 0 is the finest.
+        before: measure -> value before the first step.
+        after: measure -> value of the weights that were kept.
+        collapsed: variance or effective rank fell below a tenth of what it was compared with.
+    """
+
+    level: int
+    before: dict[str, float]
+    after: dict[str, float]
+    collapsed: bool
+
+
+def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
+    """What ``GapMonitor`` logged in a run, first and last, by level.
+
+    Args:
+        run: the run folder.
+        best: after means the epoch with the highest ``val/dice`` (whose weights ``best.ckpt``
+            holds), not the last.
+
+    Returns:
+        Nothing where no gap was measured.
+
+    Raises:
+        InputError: the file is not a table.
+    """
+    path = run / "metrics.csv"
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a table ({error}); remove it.") from error
+    names = [str(c) for c in table.columns]
+    found = {m.groups() for n in names if (m := _COLUMN.fullmatch(n))}
+    changes = []
+    for level in sorted({int(level) for level, _ in found}):
+        here = {what: f"gap/level{level}/{what}" for number, what in found if int(number) == level}
+        rows = table.dropna(subset=list(here.values()), how="all")
+        kept = rows.iloc[-1]
+        if best and "val/dice" in rows and rows["val/dice"].notna().any():
+            kept = rows.loc[rows["val/dice"].idxmax()]
+        shown = [m for m in MEASURES if m in here]
+        changes.append(
+            GapChange(
+                level,
+                {m: float(rows.iloc[0][here[m]]) for m in shown},
+                {m: float(kept[here[m]]) for m in shown},
+                "collapsed" in here and bool(kept[here["collapsed"]] > 0),
+            )
+        )
+    return changes
