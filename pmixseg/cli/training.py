@@ -61,6 +61,7 @@ class TrainingCLI(LightningCLI):
     """Model and data by class or YAML, alignment and distillation as top-level groups."""
 
     def __init__(self, args: Sequence[str]) -> None:
+        self.given = list(args)
         with warnings.catch_warnings():
             # We pass what the console script was given; both are the same.
             warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
@@ -150,7 +151,7 @@ class TrainingCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint:
             stored = read_checkpoint(checkpoint)["pmixseg"]["init_args"]
-            for line in differences(stored, describe(self.model)["init_args"]):
+            for line in differences(stored, describe(self.model)["init_args"], self.given):
                 say(f"{line} (the flags win)")
         if start := self._get(self.config, "init_from"):
             restore(self.model, read_checkpoint(start))
@@ -195,13 +196,24 @@ def option(args: Sequence[str], name: str) -> str | None:
     return found
 
 
-def differences(stored: Any, given: Any, where: str = "model") -> list[str]:
-    """Leaves in which two descriptions differ, in words."""
+def differences(
+    stored: Any, given: Any, args: Sequence[str] = (), where: str = "model"
+) -> list[str]:
+    """Leaves in which two descriptions differ, in words.
+
+    What a checkpoint does not state had its default, and has it still unless a flag says otherwise.
+
+    Args:
+        stored: the checkpoint's description.
+        given: that of the model as it is now.
+        args: the command line.
+        where: how the first lines begin.
+    """
     if isinstance(stored, dict) and isinstance(given, dict):
-        keys = [k for k in [*stored, *(g for g in given if g not in stored)] if k != "task"]
+        flagged = [g for g in given if g not in stored and any(f".{g}" in arg for arg in args)]
         return [
             line
-            for key in keys
-            for line in differences(stored.get(key), given.get(key), f"{where}.{key}")
+            for key in [*(k for k in stored if k != "task"), *flagged]
+            for line in differences(stored.get(key), given.get(key), args, f"{where}.{key}")
         ]
     return [] if stored == given else [f"{where} is {given}, the checkpoint had {stored}"]
