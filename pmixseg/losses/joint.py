@@ -121,7 +121,7 @@ class JointKL(Distance):
         # Pairs are averaged over different samples where some are missing, so the matrix need
         # not be one of correlations; the nearest one with a floor is taken.
         values, vectors = torch.linalg.eigh(torch.where(unit > 0, unit, matched))
-        floored = (vectors * values.clamp_min(SMALLEST_EIGENVALUE)) @ vectors.mT
+        floored: Tensor = (vectors * values.clamp_min(SMALLEST_EIGENVALUE)) @ vectors.mT
         length = floored.diagonal().rsqrt()
         return floored * length[:, None] * length[None, :]
 
