@@ -18,8 +18,8 @@ from pmixseg.backbones.lean import (
     LeanConv3d,
     Padding,
     Prepare,
-    norm_act,
 )
+from pmixseg.backbones.norm import norm_act
 
 SLOPE = 0.2
 """Negative slope of every LeakyReLU."""
@@ -49,7 +49,7 @@ class PostNorm(nn.Module):
 
     def forward(self, *inputs: Tensor, prepare: Prepare = AS_IT_IS) -> Tensor:
         """Transform what ``prepare`` makes of the inputs, ``[B, C, D, H, W]``."""
-        return norm_act(self.conv(*inputs, prepare=prepare), SLOPE)
+        return norm_act(self.conv(*inputs, prepare=prepare), SLOPE, reuse=True)
 
 
 class PreNorm(PostNorm):
@@ -119,9 +119,9 @@ class Decoder(nn.ModuleDict):
         y: Tensor = self[f"d{level}_c1"](x, prepare=UPSAMPLED)
         return y
 
-    def join(self, level: int, first: Tensor, second: Tensor) -> Tensor:
+    def join(self, level: int, *maps: Tensor) -> Tensor:
         """Fuse upsampled map and skip connection, concatenated in the given order."""
-        joined = self[f"d{level}_c2"](first, second, prepare=CONCATENATED)
+        joined = self[f"d{level}_c2"](*maps, prepare=CONCATENATED)
         y: Tensor = self[f"d{level}_out"](joined)
         return y
 

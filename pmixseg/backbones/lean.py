@@ -2,9 +2,9 @@
 
 On a CPU, 3-D convolutions with few channels run about twice as fast on the channels-last layout
 (oneDNN need not reorder), trilinear upsampling six times; 1x1x1 convolutions and instance norm are
-slow there, unless written as below. In training, a layer keeps only what it cannot cheaply make
-again: a norm with LeakyReLU keeps its result instead of its input and its result, a convolution
-keeps what stood before padding, concatenation or upsampling. Measurements:
+slow there, unless written as here and in :mod:`pmixseg.backbones.norm`. In training, a layer keeps
+only what it cannot cheaply make again: a norm with LeakyReLU keeps its result instead of its input
+and its result, a convolution what stood before padding, concatenation or upsampling. Measurements:
 ``experiments/benchmarks/README.md``, section Backbones.
 
 The layout of a GPU is left as it is; there and under ``torch.compile`` torch's own layers run.
@@ -23,8 +23,6 @@ from torch.nn import functional as F
 ONEDNN_TYPES = (torch.float32, torch.bfloat16)
 SLAB = 1 << 21
 """Bytes of a tensor that are worked on at a time."""
-EPSILON = 1e-5
-"""Added to a variance before its root."""
 
 Padding = Literal["zeros", "reflect"]
 
@@ -53,7 +51,21 @@ def voxel_rows(x: Tensor) -> Tensor:
     )
 
 
-def _convolve(
+def slabs(*volumes: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Samples cut into slabs that fit the cache, so that several steps read memory once."""
+    size = volumes[0][0].numel() * volumes[0].element_size()
+    pieces = min(-(-size // SLAB), volumes[0].shape[2])
+    for b in range(len(volumes[0])):
+        for slab in zip(*(v[b : b + 1].chunk(pieces, 2) for v in volumes), strict=True):
+            yield b, slab
+
+
+def voxel_sum(x: Tensor) -> Tensor:
+    """Sum over voxels in float32 at least, ``[B, C]``."""
+    return x.sum((2, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: int
 ) -> Tensor:
     """``F.conv3d`` in channels-last, always by oneDNN where that exists.
@@ -74,7 +86,7 @@ def _canonical(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (c * d * h * w, 1, c * h * w, c * w, c))
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
+def as_autocast(*tensors: Tensor | None) -> list[Any]:
     """What autocast would hand to a convolution."""
     if not torch.is_autocast_enabled("cpu"):
         return list(tensors)
@@ -94,7 +106,7 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         ``[B, C', D, H, W]``.
     """
     if runs_lean(x):
-        y: Tensor = _Mix.apply(*_autocast(x, weight, bias))  # type: ignore[no-untyped-call]  # untyped in torch
+        y: Tensor = _Mix.apply(*as_autocast(x, weight, bias))  # type: ignore[no-untyped-call]  # untyped in torch
         return y
     mixed = torch.matmul(weight, x.flatten(2))
     mixed = mixed if bias is None else mixed + bias[:, None]
@@ -122,122 +134,19 @@ class _Mix(torch.autograd.Function):
             to_weight = to_weight.transpose(1, 2) if few.shape[2] != g.shape[1] else to_weight
             to_weight = to_weight.sum(0) if weight.ndim == 2 else to_weight
         if ctx.needs_input_grad[2]:
-            to_bias = _sum(g).sum(0).to(weight.dtype)
+            to_bias = voxel_sum(g).sum(0).to(weight.dtype)
         return to_x, to_weight, to_bias
 
 
 def _mixed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kernels = weight[..., None, None, None]
     if weight.ndim == 2:
-        return _convolve(x, kernels, bias, [1] * 3, 0)
+        return convolve(x, kernels, bias, [1] * 3, 0)
     parts = [
-        _convolve(some, kernel, bias, [1] * 3, 0)
+        convolve(some, kernel, bias, [1] * 3, 0)
         for some, kernel in zip(torch.split(x, 1), kernels, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class NormAct(nn.Module):
-    """Instance norm with scale and shift, then LeakyReLU; see :func:`norm_act`."""
-
-    def __init__(self, channels: int, slope: float) -> None:
-        super().__init__()
-        self.slope = slope
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[B, C, D, H, W]``."""
-        return norm_act(x, self.slope, self.weight, self.bias)
-
-
-def norm_act(
-    x: Tensor, slope: float, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """Instance norm (ε = 1e-5), optional scale and shift ``[C]``, then LeakyReLU.
-
-    torch's own norms of channels-last tensors add a million values one by one on a CPU, which costs
-    three digits; here they are summed pairwise.
-    """
-    if not runs_lean(x):
-        normed = F.instance_norm(x, weight=weight, bias=bias, eps=EPSILON)
-        return F.leaky_relu(normed, slope, inplace=True)
-    y: Tensor = _NormAct.apply(x, slope, weight, bias)  # type: ignore[no-untyped-call]  # untyped in torch
-    return y
-
-
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``x · scale + shift`` of one sample with factors ``[C]``, by batch norm's fast kernel."""
-    variance = torch.full_like(scale, 1 - EPSILON)
-    return F.batch_norm(x, torch.zeros_like(scale), variance, scale, shift, eps=EPSILON)
-
-
-def _slabs(*volumes: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Samples cut into slabs that fit the cache, so that several steps read memory once."""
-    size = volumes[0][0].numel() * volumes[0].element_size()
-    pieces = min(-(-size // SLAB), volumes[0].shape[2])
-    for b in range(len(volumes[0])):
-        for slabs in zip(*(v[b : b + 1].chunk(pieces, 2) for v in volumes), strict=True):
-            yield b, slabs
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.sum((2, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-class _NormAct(torch.autograd.Function):
-    """Without scale and shift it keeps its result y alone: x̂ is y, or y / slope where y < 0."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        voxels, exact = x[0, 0].numel(), torch.promote_types(x.dtype, torch.float32)
-        sums = torch.zeros(2, *x.shape[:2], dtype=exact)
-        for b, (slab,) in _slabs(x):
-            precise = slab.to(exact)
-            sums[0, b] += _sum(precise)[0]
-            sums[1, b] += _sum(precise.square())[0]
-        mean, square = sums / voxels
-        # Means of convolutions are about as large as their deviations: nothing cancels here.
-        rstd = ((square - mean.square()).clamp(min=0) + EPSILON).rsqrt()
-        scale = rstd if weight is None else rstd * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        y = torch.empty_like(x)
-        for b, (slab, into) in _slabs(x, y):
-            torch.ops.aten.leaky_relu.out(_affine(slab, scale[b], shift[b]), slope, out=into)
-        ctx.slope = slope
-        ctx.save_for_backward(y, rstd, *(() if weight is None else (x, mean, weight)))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        y, rstd, *rest = ctx.saved_tensors
-        g = fast_layout(gradients[0])
-        x, mean, weight = rest or (y, None, None)
-
-        def inner_and_hat(b: int, dy: Tensor, out: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-            inner = torch.ops.aten.leaky_relu_backward(dy, out, ctx.slope, True)
-            if mean is None:
-                return inner, F.leaky_relu(given, 1 / ctx.slope)
-            return inner, _affine(given, rstd[b], -mean[b] * rstd[b])
-
-        sums = torch.zeros(2, *rstd.shape, dtype=rstd.dtype)
-        for b, slabs in _slabs(g, y, x):
-            inner, hat = inner_and_hat(b, *slabs)
-            sums[0, b] += _sum(inner)[0]
-            sums[1, b] += _sum(inner * hat)[0]
-        scale = rstd if weight is None else rstd * weight
-        # scale · (g - mean(g) - x̂ mean(g x̂))
-        shift, slant = -scale * sums / y[0, 0].numel()
-        to_x = torch.empty_like(y)
-        for b, (dy, out, given, into) in _slabs(g, y, x, to_x):
-            inner, hat = inner_and_hat(b, dy, out, given)
-            straight = _affine(inner, scale[b], shift[b])
-            torch.add(straight, _affine(hat, slant[b], torch.zeros_like(slant[b])), out=into)
-        if weight is None:
-            return to_x, None, None, None
-        return to_x, None, sums[1].sum(0), sums[0].sum(0)
 
 
 @dataclass(frozen=True)
@@ -344,15 +253,25 @@ class LeanConv3d(nn.Conv3d):
     def forward(self, *inputs: Tensor, prepare: Prepare = AS_IT_IS) -> Tensor:
         """Convolve ``prepare(*inputs)``, ``[B, C, D, H, W]``."""
         if self.kernel_size[0] == 1:
-            return mix_channels(prepare.plain(*inputs), self.weight.flatten(1), self.bias)
+            return self._mix(prepare, inputs)
         if not runs_lean(inputs[0]):
             return super().forward(prepare.plain(*inputs))
         y: Tensor = _ConvOf.apply(  # type: ignore[no-untyped-call]  # untyped in torch
             prepare,
             self.padding_mode == "reflect",
             self.stride,
-            *_autocast(self.weight, self.bias, *inputs),
+            *as_autocast(self.weight, self.bias, *inputs),
         )
+        return y
+
+    def _mix(self, prepare: Prepare, inputs: Sequence[Tensor]) -> Tensor:
+        if prepare is not CONCATENATED:
+            return mix_channels(prepare.plain(*inputs), self.weight.flatten(1), self.bias)
+        # A sum over the inputs needs no concatenated copy of them.
+        weights = self.weight.flatten(1).split([x.shape[1] for x in inputs], 1)
+        y = mix_channels(inputs[0], weights[0], self.bias)
+        for x, weight in zip(inputs[1:], weights[1:], strict=True):
+            y += mix_channels(x, weight)
         return y
 
 
@@ -372,7 +291,7 @@ class _ConvOf(torch.autograd.Function):
         ctx.prepare, ctx.reflects, ctx.stride = prepare, reflects, stride
         ctx.save_for_backward(weight, *inputs)
         x = _ConvOf.source(ctx, inputs)
-        return _convolve(x, weight, bias, stride, 0 if reflects else 1)
+        return convolve(x, weight, bias, stride, 0 if reflects else 1)
 
     @staticmethod
     def source(ctx: Any, inputs: Sequence[Tensor]) -> Tensor:

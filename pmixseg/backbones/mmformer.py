@@ -20,7 +20,8 @@ from pmixseg.backbones.blocks import (
     SeparateDecoder,
     initialise,
 )
-from pmixseg.backbones.lean import LeanConv3d, norm_act
+from pmixseg.backbones.lean import LeanConv3d
+from pmixseg.backbones.norm import norm_act
 from pmixseg.backbones.slots import (
     EncodedLatents,
     SlotConv,
@@ -175,6 +176,7 @@ class MMFormer(Backbone):
         official: arrange the tokens of the inter-modal transformer as the published code does: its
             result, (modality, voxel) by channel, is read as if it were voxel by (modality,
             channel), which scrambles voxels and modalities. For published weights only.
+        recompute: train with less memory and more time: encoders run again in the backward pass.
 
     Raises:
         InputError: a patch size that 16 does not divide, or heads that do not divide ``embedding``.
@@ -195,6 +197,7 @@ class MMFormer(Backbone):
         dropout: float = 0.1,
         separate: Literal["encoded", "none"] = "encoded",
         official: bool = False,
+        recompute: bool = False,
     ) -> None:
         widths = [width * 2**k for k in range(LEVELS)]
         strides = [2**k for k in range(LEVELS)]
@@ -222,6 +225,7 @@ class MMFormer(Backbone):
             SeparateDecoder(widths, num_classes, PreNorm) if separate == "encoded" else None
         )
         self.official = official
+        self.recompute = recompute
         initialise(self)
 
     @property
@@ -232,7 +236,7 @@ class MMFormer(Backbone):
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`."""
         check_input(image, present, self.modalities, self.strides, least=2)
-        pieces = encode_slots(self.encoders, image, present)
+        pieces = encode_slots(self.encoders, image, present, self.recompute)
         features = join_levels(pieces, present, LEVELS)
         flags = [present] * LEVELS
         return EncodedLatents(features, self.modalities, flags, encoded=present, pieces=pieces)

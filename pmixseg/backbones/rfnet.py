@@ -23,13 +23,9 @@ from pmixseg.backbones.blocks import (
     SeparateDecoder,
     initialise,
 )
-from pmixseg.backbones.lean import (
-    CONCATENATED,
-    LeanConv3d,
-    mix_channels,
-    norm_act,
-    voxel_rows,
-)
+from pmixseg.backbones.lean import CONCATENATED, LeanConv3d, voxel_rows
+from pmixseg.backbones.norm import norm_act
+from pmixseg.backbones.regions import mix_regions
 from pmixseg.backbones.slots import (
     EncodedLatents,
     SlotConv,
@@ -58,7 +54,7 @@ class SlotBlock(nn.Module):
 
     def forward(self, latents: Latents, level: int, name: str) -> Tensor:
         """Fuse one level into ``[B, outside, D, H, W]``."""
-        return norm_act(self.conv(latents, level, name), SLOPE)
+        return norm_act(self.conv(latents, level, name), SLOPE, reuse=True)
 
 
 class SlotStack(nn.ModuleList):
@@ -129,10 +125,22 @@ class RegionFusion(nn.Module):
             PostNorm(inside, width, 1), PostNorm(width, width), PostNorm(width, width // 2, 1)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, R·C, D, H, W]`` to ``[B, C/2, D, H, W]``."""
-        y: Tensor = self.fusion_layer(x)
-        return y
+    def forward(self, x: Tensor, mixing: Tensor, regions: Tensor) -> Tensor:
+        """Fuse ``p_r Σ_k α_kr x_k``; see :func:`~pmixseg.backbones.regions.mix_regions`.
+
+        Args:
+            x: ``[B, M·C, D, H, W]``.
+            mixing: ``[B, R·C, M·C]``.
+            regions: ``[B, R, D, H, W]``.
+
+        Returns:
+            ``[B, C/2, D, H, W]``.
+        """
+        first = cast(PostNorm, self.fusion_layer[0]).conv
+        mixed = mix_regions(x, mixing, regions, first.weight.flatten(1), first.bias)
+        y = norm_act(mixed, SLOPE, reuse=True)
+        z: Tensor = self.fusion_layer[2](self.fusion_layer[1](y))
+        return z
 
 
 class RegionAwareFusion(nn.Module):
@@ -160,7 +168,7 @@ class RegionAwareFusion(nn.Module):
         self.region_fusion = RegionFusion(num_classes * width, width)
         self.short_cut = SlotStack(slots, width, width, width // 2)
 
-    def forward(self, latents: Latents, level: int, regions: Tensor) -> Tensor:
+    def forward(self, latents: Latents, level: int, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse a level.
 
         Args:
@@ -169,7 +177,7 @@ class RegionAwareFusion(nn.Module):
             regions: ``[B, R, D, H, W]``, summing to 1 over R; no gradient flows into it.
 
         Returns:
-            ``[B, C, D, H, W]``.
+            The two halves of the result, ``[B, C/2, D, H, W]`` each.
         """
         x = side_by_side(latents, level)
         flags = latents.present[level]
@@ -181,11 +189,9 @@ class RegionAwareFusion(nn.Module):
         inside = masked_weight(sums / rows.shape[1], flags) / mean
         descriptors = torch.cat([inside, mean], 2).unbind(1)
         weights = [weigh(some) for weigh, some in zip(self.modal_fusion, descriptors, strict=True)]
-        mixed = mix_channels(x, masked_weight(self._spread(torch.stack(weights, 1)), flags))
-        by_region = mixed.view(*regions.shape[:2], -1, *regions.shape[2:])
-        fused = (by_region * regions[:, :, None]).flatten(1, 2)
-        shortcut = self.short_cut(latents, level, f"rfm.{level}")
-        return torch.cat([self.region_fusion(fused), shortcut], 1)
+        mixing = masked_weight(self._spread(torch.stack(weights, 1)), flags)
+        fused = self.region_fusion(x, mixing, regions)
+        return fused, self.short_cut(latents, level, f"rfm.{level}")
 
     def _spread(self, weights: Tensor) -> Tensor:
         """α ``[B, R, M]`` as the 1x1x1 convolution ``Σ_k α_kr x_k``, ``[B, R·C, M·C]``."""
@@ -222,7 +228,7 @@ class RegionDecoder(Decoder):
             logits = self[f"prm_generator{level}"](latents, level - 1, x)
             regions.insert(0, logits)
             fused = self[f"RFM{level}"](latents, level - 1, logits.softmax(1))
-            x = fused if x is None else self.join(level, fused, x)
+            x = torch.cat(fused, 1) if x is None else self.join(level, *fused, x)
         return self["seg_layer"](x), regions
 
 
@@ -244,6 +250,7 @@ class RFNet(Backbone):
         separate: which modalities the separate decoder is trained on: every encoded one
             (``encoded``; the paper's rule, if everything acquired is encoded) or ``none``, without
             the decoder.
+        recompute: train with less memory and more time: encoders run again in the backward pass.
 
     Faithful to the published code: padding, blocks, fusion, parameter count (8.985 M). Different:
     computed in the cheap form above, and outputs are logits where the code has probabilities.
@@ -255,9 +262,11 @@ class RFNet(Backbone):
         num_classes: int = BRATS.num_classes,
         width: int = 16,
         separate: Literal["encoded", "none"] = "encoded",
+        recompute: bool = False,
     ) -> None:
         widths = [width * 2**k for k in range(4)]
         super().__init__(modalities, num_classes, widths, [1, 2, 4, 8])
+        self.recompute = recompute
         slots = len(self.modalities)
         self.encoders = nn.ModuleList(Encoder(widths, PostNorm) for _ in self.modalities)
         self.decoder_fuse = RegionDecoder(slots, widths, num_classes)
@@ -274,7 +283,7 @@ class RFNet(Backbone):
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`."""
         check_input(image, present, self.modalities, self.strides, least=2)
-        pieces = encode_slots(self.encoders, image, present)
+        pieces = encode_slots(self.encoders, image, present, self.recompute)
         features = join_levels(pieces, present, len(self.strides))
         flags = [present] * len(features)
         return EncodedLatents(features, self.modalities, flags, encoded=present, pieces=pieces)

@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pmixseg.backbones.lean import fast_layout, is_channels_last, mix_channels
 from pmixseg.errors import InputError
@@ -75,7 +76,10 @@ def check_input(
 # of presence; kept out of it, every encoder is compiled once.
 @eager
 def encode_slots(
-    encoders: Sequence[nn.Module] | nn.ModuleList, image: Image, present: Presence
+    encoders: Sequence[nn.Module] | nn.ModuleList,
+    image: Image,
+    present: Presence,
+    recompute: bool = False,
 ) -> Pieces:
     """Run encoder m on channel m of the samples that have modality m.
 
@@ -84,18 +88,26 @@ def encode_slots(
             first.
         image: ``[B, M, D, H, W]``.
         present: ``[B, M]``.
+        recompute: in training, keep only what the encoders return and run each once more in the
+            backward pass (activation checkpointing): less memory for more time.
 
     Raises:
         InputError: no sample has any modality.
     """
     flags: list[list[bool]] = present.tolist()
+    again = recompute and torch.is_grad_enabled()
     pieces: Pieces = []
     for m, encoder in enumerate(encoders):
         rows = [b for b, row in enumerate(flags) if row[m]]
         channel = image[:, m : m + 1]
         if rows and len(rows) < len(flags):
             channel = channel[rows]
-        pieces.append(list(encoder(channel)) if rows else None)
+        if not rows:
+            pieces.append(None)
+        elif again:
+            pieces.append(list(checkpoint(encoder, channel, use_reentrant=False)))
+        else:
+            pieces.append(list(encoder(channel)))
     if all(piece is None for piece in pieces):
         raise InputError("no sample shows any modality; mark at least one as present.")
     return pieces
@@ -236,7 +248,8 @@ class SlotConv(nn.Conv3d):
             inside = self.before(side_by_side(latents, level))
             return mix_channels(inside, masked_weight(weight, present), self.bias)
         total: Tensor = _sum_of_present(self._terms(latents, level, name), present)
-        return total if self.bias is None else total + self.bias[:, None, None, None]
+        # A bias of float32 would make a bf16 sum float32.
+        return total if self.bias is None else total.add_(_beside(self.bias, total))
 
     def _terms(self, latents: Latents, level: int, name: str) -> list[Tensor]:
         keys = [f"{name}.{m}" for m in range(self.slots)]
@@ -258,10 +271,16 @@ def _sum_of_present(terms: Sequence[Tensor], present: Presence) -> Tensor:
             torch.where(present[:, m, None, None, None, None], term, 0.0)
             for m, term in enumerate(terms)
         ]
-    total = shown[0] if shown else torch.zeros_like(terms[0])
-    for term in shown[1:]:
-        total = total + term
+    if len(shown) < 2:
+        return shown[0].clone() if shown else torch.zeros_like(terms[0])
+    total = shown[0] + shown[1]
+    for term in shown[2:]:
+        total += term
     return total
+
+
+def _beside(bias: Tensor, x: Tensor) -> Tensor:
+    return bias.to(x.dtype)[:, None, None, None]
 
 
 def _nothing(x: Tensor) -> Tensor:

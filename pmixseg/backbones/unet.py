@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.lean import LeanConv3d, NormAct
+from pmixseg.backbones.lean import LeanConv3d
+from pmixseg.backbones.norm import NormAct
 from pmixseg.backbones.slots import SlotConv, check_input, encode_slots, join_levels
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
@@ -24,7 +25,7 @@ def conv_block(inside: int, outside: int, stride: int, dropout: float) -> nn.Seq
         # The norm removes any bias again.
         LeanConv3d(inside, outside, 3, stride, "zeros", bias=False),
         nn.Dropout3d(dropout) if dropout else nn.Identity(),
-        NormAct(outside, SLOPE),
+        NormAct(outside, SLOPE, reuse=True),
     )
 
 
@@ -62,7 +63,7 @@ class Fusion(nn.Module):
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
         self.conv = SlotConv(slots, width, width, bias=False)
-        self.norm = NormAct(width, SLOPE)
+        self.norm = NormAct(width, SLOPE, reuse=True)
 
     def forward(self, latents: Latents, level: int) -> Tensor:
         """Fused features ``[B, C, D, H, W]`` of one level."""
@@ -90,6 +91,7 @@ class MultiEncoderUNet(Backbone):
         stem: stride of the first convolution, 1 or 2. With 2 the network never works at full
             resolution, and a transposed convolution draws its logits there: about a fifth of the
             cost at equal width, for quick studies on a CPU.
+        recompute: train with less memory and more time: encoders run again in the backward pass.
 
     Raises:
         InputError: fewer than two levels, or another stem.
@@ -111,6 +113,7 @@ class MultiEncoderUNet(Backbone):
         deep_supervision: bool = False,
         dropout: float = 0.0,
         stem: int = 1,
+        recompute: bool = False,
     ) -> None:
         if levels < 2:
             raise InputError(f"MultiEncoderUNet: levels is {levels}; give 2 or more.")
@@ -118,6 +121,7 @@ class MultiEncoderUNet(Backbone):
             raise InputError(f"MultiEncoderUNet: stem is {stem}; give 1 or 2.")
         widths = [width * 2**k for k in range(levels)]
         super().__init__(modalities, num_classes, widths, [stem * 2**k for k in range(levels)])
+        self.recompute = recompute
         self.encoders = nn.ModuleList(Encoder(widths, dropout, stem) for _ in self.modalities)
         self.fusions = nn.ModuleList(Fusion(len(self.modalities), w) for w in widths)
         self.ups = nn.ModuleList(nn.ConvTranspose3d(2 * w, w, 2, 2) for w in widths[:-1])
@@ -138,7 +142,7 @@ class MultiEncoderUNet(Backbone):
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`; encoder m sees only the samples that have modality m."""
         check_input(image, present, self.modalities, self.strides)
-        pieces = encode_slots(self.encoders, image, present)
+        pieces = encode_slots(self.encoders, image, present, self.recompute)
         features = join_levels(pieces, present, len(self.strides))
         return Latents(features, self.modalities, [present] * len(features))
 

@@ -6,18 +6,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from pmixseg.backbones import lean
+from pmixseg.backbones import regions as regions_module
 from pmixseg.backbones.lean import (
     AS_IT_IS,
     CONCATENATED,
     UPSAMPLED,
     LeanConv3d,
-    NormAct,
     fast_layout,
     is_channels_last,
     mix_channels,
-    norm_act,
     voxel_rows,
 )
+from pmixseg.backbones.norm import NormAct, norm_act
+from pmixseg.backbones.regions import mix_regions
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 INPUTS = [(AS_IT_IS, (3,)), (CONCATENATED, (2, 1)), (UPSAMPLED, (3,))]
@@ -60,6 +61,24 @@ def test_norm_act_passes_gradcheck(affine, monkeypatch):
     factors = [torch.randn(2, dtype=torch.float64).requires_grad_() for _ in range(2)]
     inputs = (draw(2, 3, 2, 2), *(factors if affine else ()))
     assert torch.autograd.gradcheck(lambda x, *some: norm_act(x, 0.1, *some), inputs)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_norm_act_may_take_the_memory_of_its_input(affine):
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 4, 4, 4)
+    conv, layer = LeanConv3d(3, 4), NormAct(4, 0.1, reuse=True)
+    scale = (layer.weight, layer.bias) if affine else (None, None)
+    with torch.no_grad():
+        x = conv(image)
+        plain = F.leaky_relu(F.instance_norm(x, weight=scale[0], bias=scale[1]), 0.1)
+        y = layer(x) if affine else norm_act(x, 0.1, reuse=True)
+        assert y.data_ptr() == x.data_ptr()
+        torch.testing.assert_close(y, plain)
+    x = conv(image)
+    y = layer(x) if affine else norm_act(x, 0.1, reuse=True)
+    assert (y.data_ptr() == x.data_ptr()) is not affine  # its backward pass needs x
+    close_gradients(y, F.leaky_relu(F.instance_norm(conv(image)), 0.1), (conv.weight,))
 
 
 def test_bf16_sums_are_made_in_float32():
@@ -167,3 +186,26 @@ def test_voxel_rows_are_a_view(layout):
     rows = voxel_rows(x)
     assert rows.shape == (2, 24, 3) and rows.data_ptr() == x.data_ptr()
     assert torch.equal(rows, x.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slab", [1 << 21, 100])
+def test_mixing_by_region(layout, slab, monkeypatch):
+    monkeypatch.setattr(lean, "SLAB", slab)
+    torch.manual_seed(0)
+    x, regions = draw(6, 3, 2, 4), draw(3, 3, 2, 4).detach().softmax(1)
+    mixing, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64).requires_grad_()
+        for shape in ((2, 3 * 2, 6), (5, 3 * 2), (5,))
+    )
+
+    def plain():
+        mixed = torch.einsum("bqn,bndhw->bqdhw", mixing, x).unflatten(1, (3, 2))
+        inside = (mixed * regions[:, :, None]).flatten(1, 2)
+        return torch.einsum("oq,bqdhw->bodhw", weight, inside) + bias[:, None, None, None]
+
+    inputs = (x, mixing, weight, bias)
+    given = [t.contiguous(memory_format=layout) for t in (x, regions)]
+    close_gradients(mix_regions(given[0], mixing, given[1], weight, bias), plain(), inputs)
+    monkeypatch.setattr(regions_module, "runs_lean", lambda x: False)
+    close_gradients(mix_regions(x, mixing, regions, weight, bias), plain(), inputs)

@@ -31,7 +31,7 @@ def literal_fusion(module, latents, regions):
         vector = torch.cat([descriptor.flatten(1), share[:, None]], 1)
         alpha = weigh.double()(vector)
         fused.append((product * alpha[:, :, None, None, None, None]).sum(1))
-    region = module.region_fusion.double()(torch.cat(fused, 1))
+    region = module.region_fusion.fusion_layer.double()(torch.cat(fused, 1))
     shortcut = x.flatten(1, 2)
     for part in module.short_cut:
         conv = part.conv.double()
@@ -47,8 +47,9 @@ def test_cheap_fusion_equals_the_literal_one(slots, width, regions):
     latents, maps = example(slots, width, regions=regions)
     module = RegionAwareFusion(slots, width, regions)
     with torch.no_grad():
-        cheap = module(latents, 0, maps)
-    trained = module(Latents(latents.features, latents.modalities, latents.present), 0, maps)
+        cheap = torch.cat(module(latents, 0, maps), 1)
+    again = Latents(latents.features, latents.modalities, latents.present)
+    trained = torch.cat(module(again, 0, maps), 1)
     wanted = literal_fusion(module, latents, maps).float()
     torch.testing.assert_close(cheap, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(trained, wanted, rtol=1e-5, atol=1e-5)
@@ -57,7 +58,7 @@ def test_cheap_fusion_equals_the_literal_one(slots, width, regions):
 def test_no_gradient_flows_into_the_region_map():
     latents, maps = example(width=4, regions=2)
     maps.requires_grad_()
-    RegionAwareFusion(4, 4, 2)(latents, 0, maps).sum().backward()
+    torch.cat(RegionAwareFusion(4, 4, 2)(latents, 0, maps)).sum().backward()
     assert maps.grad is None
 
 

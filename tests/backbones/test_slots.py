@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from pmixseg.backbones import MMFormer, MultiEncoderUNet, RFNet
 from pmixseg.backbones.slots import (
     EncodedLatents,
     SlotConv,
@@ -132,3 +133,25 @@ def test_check_input_says_what_does_not_fit(shape, words):
     check_input(*flat)
     with pytest.raises(InputError, match="8 or more\\."):
         check_input(*flat, least=2)
+
+
+@pytest.mark.parametrize("kind", [MultiEncoderUNet, RFNet, MMFormer])
+def test_recomputed_encoders_give_the_same_gradients_and_keep_less(kind):
+    torch.manual_seed(0)
+    small = {"embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0, "patch_size": 32}
+    args = {"width": 4, **(small if kind is MMFormer else {})}
+    net, image = kind(**args).train(), torch.randn(2, 4, 32, 32, 32)
+    present = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    found = {}
+    for net.recompute in (False, True):
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        net.zero_grad()
+        with hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            latents = net.encode(image, present)
+        net.decode(latents).logits.square().mean().backward()
+        found[net.recompute] = sum(kept), [p.grad for p in net.encoders.parameters()]
+    assert found[True][0] < found[False][0] / 2
+    for ours, wanted in zip(found[True][1], found[False][1], strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(ours, wanted)

@@ -1,0 +1,348 @@
+"""RFNet of this package against the published code: testing 15 combinations, and a training step.
+
+    python experiments/benchmarks/backbones.py test --official PATH --case CASE [--crop 80 80 120]
+    python experiments/benchmarks/backbones.py train --official PATH
+    python experiments/benchmarks/backbones.py options
+
+PATH is a checkout of github.com/dyh127/RFNet; CASE a folder with one BraTS case. Both sides have
+the same random weights, carried over by this package's importer, the same windows and as many
+threads.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from pmixseg.backbones import MultiEncoderUNet, RFNet, lean, norm, regions
+from pmixseg.data.canonical import canonicalise
+from pmixseg.data.layouts import find_cases
+from pmixseg.evaluation.windows import predict_combinations
+from pmixseg.inference.official import import_official
+from pmixseg.losses.rfnet import RFNetCriterion
+from pmixseg.losses.segmentation import DiceCE
+from pmixseg.task import BRATS
+
+SIDE = 80
+COMBINATIONS = [[bool(k >> m & 1) for m in range(4)] for k in range(1, 16)]
+
+
+def published(path: str) -> nn.Module:
+    """The published network with random weights and non-zero biases."""
+    sys.path.insert(0, path)
+    import models  # type: ignore[import-not-found]  # the checkout's
+
+    torch.manual_seed(0)
+    network: nn.Module = models.Model(num_cls=4)
+    return network
+
+
+def imported(network: nn.Module) -> nn.Module:
+    """This package's network with the same weights, by way of a checkpoint file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "official.pth"
+        state = {f"module.{name}": value for name, value in network.state_dict().items()}
+        torch.save({"epoch": 0, "state_dict": state}, file)
+        return import_official("rfnet", file).module.backbone
+
+
+@contextlib.contextmanager
+def torch_layers() -> Iterator[None]:
+    """Run torch's own layers instead of the lean ones: in any layout, seen by the FLOP counter."""
+    with contextlib.ExitStack() as stack:
+        for module in (lean, norm, regions):
+            stack.enter_context(mock.patch.object(module, "runs_lean", lambda x: False))
+        yield
+
+
+def gflop(call: Callable[[], Any]) -> float:
+    """Billions of operations (2 per multiply-add), by ``torch.utils.flop_counter``."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch_layers(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def matmul_gflops(dtype: torch.dtype, size: int = 2048) -> float:
+    """Best GFLOP/s of a square matrix product, the yardstick of this machine."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return float(2 * size**3 / min(times) / 1e9)
+
+
+def autocast(precision: str) -> torch.autocast:
+    """Automatic bf16, or nothing."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def timed(call: Callable[[], Any], cpu: bool = False) -> tuple[float, Any]:
+    """Seconds of the wall clock or of the processor, and the result."""
+    clock = time.process_time if cpu else time.perf_counter
+    start = clock()
+    result = call()
+    return clock() - start, result
+
+
+# ---------------------------------------------------------------- testing
+
+
+def read_case(folder: Path, crop: list[int]) -> Tensor:
+    """The middle of a case, ``[4, *crop]``, normalised as everywhere in this package."""
+    case = find_cases(folder, BRATS)[0]
+    image = torch.from_numpy(canonicalise(case.images, None, BRATS, dtype="float32").image)
+    for axis, side in enumerate(crop, 1):
+        side = min(side, image.shape[axis])
+        image = image.narrow(axis, (image.shape[axis] - side) // 2, side)
+    return image.contiguous()
+
+
+def official_loop(network: nn.Module, image: Tensor, flags: Tensor) -> Tensor:
+    """The published test: for each mask, each window in turn, softmax added, divided by counts."""
+    starts = [[*range(0, n - SIDE, SIDE // 2), n - SIDE] for n in image.shape[1:]]
+    sums = image.new_zeros(len(flags), 4, *image.shape[1:])
+    counts = torch.zeros_like(image[0])
+    windows = [
+        tuple(slice(k, k + SIDE) for k in (h, w, z))
+        for h in starts[0]
+        for w in starts[1]
+        for z in starts[2]
+    ]
+    for row, total in zip(flags, sums, strict=True):
+        for window in windows:
+            part = network(image[(None, slice(None), *window)], row[None])
+            total[(slice(None), *window)] += part[0].float()
+    for window in windows:
+        counts[window] += 1
+    return sums / counts
+
+
+@torch.no_grad()
+def test(given: argparse.Namespace) -> None:
+    """Time both loops over the same crop, and compare what they predict."""
+    image = read_case(given.case, given.crop)
+    flags = torch.tensor(COMBINATIONS)
+    theirs = published(given.official).eval()
+    ours = imported(theirs).eval()
+
+    cpu = given.threads == 1  # on one thread, waiting for other jobs need not count
+
+    def predict(precision: str) -> tuple[float, Tensor]:
+        with autocast(precision):
+            return timed(
+                lambda: predict_combinations(
+                    ours, image, flags, patch=(SIDE,) * 3, overlap=0.5, blend="uniform"
+                ),
+                cpu,
+            )
+
+    everything, row = torch.ones(1, 4, dtype=torch.bool), flags[4:5]
+    window = image[None, :, :SIDE, :SIDE, :SIDE]
+
+    def combinations() -> None:
+        latents = ours.encode(window, everything)
+        for _ in COMBINATIONS:
+            ours.decode(latents.restrict(everything))
+
+    work = {"official": 15 * gflop(lambda: theirs(window, row)), "pmixseg": gflop(combinations)}
+    windows = 1
+    for side in image.shape[1:]:
+        windows *= len([*range(0, side - SIDE, SIDE // 2), side - SIDE])
+    sides = "x".join(map(str, image.shape[1:]))
+    clock = "CPU" if cpu else "wall"
+    print(f"{sides} voxels, {windows} windows x 15, {given.threads} threads, {clock} seconds")
+    yard = {p: matmul_gflops(d) for p, d in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    print(f"matrix product: {yard['fp32']:.0f} GFLOP/s fp32, {yard['bf16']:.0f} bf16", flush=True)
+
+    before = {p: predict(p) for p in ("fp32", "bf16")}
+    with autocast(given.theirs):
+        official_s, wanted = timed(lambda: official_loop(theirs, image, flags), cpu)
+    after = {p: predict(p)[0] for p in ("fp32", "bf16")}
+    rate = windows * work["official"] / official_s
+    print(f"official {given.theirs}: {official_s:.1f} s, {rate:.0f} GFLOP/s")
+    for precision, (seconds, found) in before.items():
+        best = min(seconds, after[precision])
+        equal = (found.argmax(1) == wanted.argmax(1)).float().mean()
+        print(
+            f"pmixseg {precision}: {seconds:.1f} and {after[precision]:.1f} s, "
+            f"{official_s / best:.2f} x, {windows * work['pmixseg'] / best:.0f} GFLOP/s; "
+            f"{100 * equal:.4f} % equal voxels, largest difference "
+            f"{(found - wanted).abs().max():.1e}"
+        )
+
+
+# ---------------------------------------------------------------- training
+
+
+def training_step(given: argparse.Namespace) -> Callable[[], None]:
+    """Forward, loss and backward of one random patch; everything acquired, everything shown."""
+    torch.manual_seed(0)
+    side = given.side
+    image = torch.randn(1, 4, side, side, side)
+    label = torch.randint(0, 4, (1, side, side, side))
+    shown = torch.ones(1, 4, dtype=torch.bool)
+    if given.network == "official":
+        network = published(given.official)
+        network.is_training = True  # type: ignore[assignment]  # a plain attribute there
+        from utils import criterions  # type: ignore[import-not-found]  # the checkout's
+
+        truth = nn.functional.one_hot(label, 4).permute(0, 4, 1, 2, 3).float()
+
+        def step() -> None:
+            network.zero_grad()
+            with autocast(given.precision):
+                fused, separate, maps = network(image, shown)
+            parts = [p.float() for p in (fused, *separate, *maps)]
+            loss = sum(
+                criterions.softmax_weighted_loss(p, truth, num_cls=4)
+                + criterions.dice_loss(p, truth, num_cls=4)
+                for p in parts
+            )
+            loss.backward()
+
+        return step
+
+    net = RFNet(recompute=given.recompute) if given.network == "rfnet" else None
+    net = net or MultiEncoderUNet(recompute=given.recompute)
+    net.train()
+    criterion = RFNetCriterion() if given.network == "rfnet" else DiceCE()
+    encode, decode = net.encode, net.decode
+    if given.layers == "compiled":
+        encode, decode = torch.compile(encode), torch.compile(decode)
+    if given.layers == "channels_last":
+        nn.Module.to(net, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # missing in torch's stub
+        image = image.contiguous(memory_format=torch.channels_last_3d)
+
+    def own_step() -> None:
+        net.zero_grad()
+        with autocast(given.precision):
+            output = decode(encode(image, shown))
+        criterion(output, {"label": label}, 0).backward()
+
+    return own_step
+
+
+def child(given: argparse.Namespace) -> None:
+    """Measure in this process, which nothing else has grown."""
+    plain = given.layers in ("torch", "channels_last")
+    with torch_layers() if plain else contextlib.nullcontext():
+        step = training_step(given)
+        first, _ = timed(step)
+        cpu = time.process_time()
+        walls = [timed(step)[0] for _ in range(given.repeats)]
+        cpu = (time.process_time() - cpu) / given.repeats
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"first_s": first, "wall_s": min(walls), "cpu_s": cpu, "peak_gib": peak}))
+
+
+def measure(given: argparse.Namespace, **chosen: Any) -> dict[str, float]:
+    """One row: a process of its own."""
+    options = {
+        "--official": given.official,
+        "--threads": given.threads,
+        "--repeats": given.repeats,
+        "--side": given.side,
+        **{f"--{name}": value for name, value in chosen.items()},
+    }
+    flags = [str(word) for pair in options.items() for word in pair if pair[1] is not None]
+    done = subprocess.run(
+        [sys.executable, __file__, "child", *flags], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        raise SystemExit(done.returncode)
+    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    said = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    print(f"{said}: " + ", ".join(f"{name} {value:.2f}" for name, value in row.items()), flush=True)
+    return row
+
+
+def train(given: argparse.Namespace) -> None:
+    """One step of each, in turn, each in a process of its own."""
+    for precision in ("fp32", "bf16"):
+        ours = measure(given, network="rfnet", precision=precision)
+        theirs = measure(given, network="official", precision=precision)
+        again = measure(given, network="rfnet", precision=precision)
+        best = {k: min(ours[k], again[k]) for k in ours}
+        print(
+            f"{precision}: {theirs['wall_s'] / best['wall_s']:.2f} x in wall time, "
+            f"{theirs['cpu_s'] / best['cpu_s']:.2f} x in CPU time, peak memory "
+            f"{max(ours['peak_gib'], again['peak_gib']) / theirs['peak_gib']:.2f} of the official"
+        )
+
+
+# ---------------------------------------------------------------- options
+
+
+def options(given: argparse.Namespace) -> None:
+    """Every option alone, for one network, in both precisions."""
+    for precision in ("fp32", "bf16"):
+        for layers in ("lean", "torch", "channels_last", "compiled"):
+            measure(given, network=given.network, precision=precision, layers=layers)
+        measure(given, network=given.network, precision=precision, recompute=1)
+
+
+def grouping(given: argparse.Namespace) -> None:
+    """The 3x3x3 convolutions of four encoders one by one, or as one grouped convolution."""
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for width, side in ((16, 80), (32, 40), (64, 20), (128, 10)):
+            x = lean.fast_layout(torch.randn(1, 4 * width, side, side, side, dtype=dtype))
+            each = [lean.fast_layout(part) for part in x.chunk(4, 1)]
+            weight = torch.randn(4 * width, width, 3, 3, 3, dtype=dtype)
+            kernels = weight.chunk(4)
+
+            def separate(each: Any = each, kernels: Any = kernels) -> None:
+                for some, kernel in zip(each, kernels, strict=True):
+                    torch.mkldnn_convolution(some, kernel, None, [1] * 3, [1] * 3, [1] * 3, 1)
+
+            def grouped(x: Tensor = x, weight: Tensor = weight) -> None:
+                torch.mkldnn_convolution(x, weight, None, [1] * 3, [1] * 3, [1] * 3, 4)
+
+            best = [min(timed(call)[0] for _ in range(5)) * 1e3 for call in (separate, grouped)]
+            print(f"{precision} 4 x {width} channels at {side}^3: {best[0]:.1f} ms one by one, "
+                  f"{best[1]:.1f} ms grouped")  # fmt: skip
+
+
+PARTS = {"test": test, "train": train, "options": options, "grouping": grouping, "child": child}
+
+
+def main() -> int:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--official", help="checkout of github.com/dyh127/RFNet")
+    parser.add_argument("--case", type=Path, help="folder of one BraTS case")
+    parser.add_argument("--crop", type=int, nargs=3, default=[80, 80, 120])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--side", type=int, default=SIDE, help="training patch")
+    parser.add_argument("--theirs", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--network", choices=("rfnet", "official", "unet"), default="rfnet")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--layers", choices=("lean", "torch", "channels_last", "compiled"), default="lean"
+    )
+    parser.add_argument("--recompute", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    PARTS[given.part](given)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
