@@ -1,0 +1,175 @@
+"""Run the ablation: unattended, and again from where it stopped.
+
+python experiments/ablation/run.py --jobs 2
+
+Cohort, store and checkpoints go to ``--work``; a table and a JSON per training to ``results/``,
+which is committed. A training whose JSON is there is not repeated. Plan: PLAN.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from study import (
+    ANCHORS,
+    CHOICE_SEEDS,
+    CURVE_STEPS,
+    LAMBDAS,
+    MOST_STEPS,
+    Job,
+    confirm_jobs,
+    curve_jobs,
+    first_choice_jobs,
+    second_choice_jobs,
+)
+from training import make_cohort, train_job
+
+HERE = Path(__file__).parent
+FLAT = 0.01
+"""Doubling the steps gains less mean Dice than this: the curve is flat."""
+
+
+class Runner:
+    """Trains jobs in processes of their own, teachers before their students.
+
+    Args:
+        work: folder of store and checkpoints.
+        results: folder of what is committed.
+        jobs: processes.
+        until: do not start a training after this moment (``time.time()``).
+    """
+
+    def __init__(self, work: Path, results: Path, jobs: int, until: float) -> None:
+        self.work, self.results, self.jobs, self.until = work, results, jobs, until
+        # Forked children of a process that has used torch's threads may hang.
+        self.context = multiprocessing.get_context("spawn")
+
+    def done(self, job: Job) -> bool:
+        """Whether its last file is there, and a teacher's checkpoint with it."""
+        checkpoint = self.work / "checkpoints" / f"{job.name}.ckpt"
+        kept = job.role == "student" or checkpoint.is_file()
+        return kept and (self.results / f"{job.name}.json").is_file()
+
+    def dice(self, job: Job) -> float:
+        """Its primary endpoint on the cases it was scored on."""
+        return float(json.loads((self.results / f"{job.name}.json").read_text())["dice"])
+
+    def run(self, jobs: list[Job]) -> None:
+        """Train what is not there yet, in order.
+
+        Raises:
+            SystemExit: a training failed, or time is up.
+        """
+        waiting = [job for job in jobs if not self.done(job)]
+        finished = {job.name for job in jobs if self.done(job)}
+        running: dict[Future[dict[str, Any]], Job] = {}
+        failed: list[str] = []
+        with ProcessPoolExecutor(self.jobs, mp_context=self.context) as pool:
+            while waiting or running:
+                ready = [j for j in waiting if j.teacher is None or j.teacher in finished]
+                for job in ready[: self.jobs - len(running)]:
+                    if time.time() > self.until:
+                        break
+                    waiting.remove(job)
+                    running[pool.submit(train_job, job, self.work, self.results)] = job
+                if not running:
+                    break
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    job = running.pop(future)
+                    try:
+                        found = future.result()
+                    except Exception:
+                        traceback.print_exc()
+                        failed.append(job.name)
+                        continue
+                    finished.add(job.name)
+                    print(
+                        f"{time.strftime('%H:%M:%S')}  {job.name:<64} dice {found['dice']:.4f}  "
+                        f"{found['cpu_seconds']:.0f} + {found['scoring_cpu_seconds']:.0f} s CPU, "
+                        f"{len(waiting)} of this stage wait",
+                        flush=True,
+                    )
+        if failed:
+            raise SystemExit(f"failed: {', '.join(failed)}")
+        if waiting:
+            raise SystemExit(f"{len(waiting)} trainings are left; run the command again.")
+
+
+def choose_steps(runner: Runner) -> int:
+    """The least steps whose doubling gains less than :data:`FLAT`, or what the time allows."""
+    jobs = curve_jobs()
+    runner.run(jobs)
+    mean = {n: _mean([runner.dice(j) for j in jobs if j.steps == n]) for n in CURVE_STEPS}
+    for steps, doubled in itertools.pairwise(CURVE_STEPS):
+        if mean[doubled] - mean[steps] < FLAT or steps == MOST_STEPS:
+            return steps
+    return MOST_STEPS
+
+
+def choose_weights(runner: Runner, steps: int) -> dict[str, float]:
+    """Per arm, the weight with the best mean over seeds on validation cases."""
+    first = first_choice_jobs(steps)
+    runner.run(first)
+    taught = [j for j in first if j.teacher is not None]
+    aligned = [j for j in first if j.role == "student" and j.anchor != "none"]
+    chosen = {
+        "distillation": _best(runner, taught, "distillation"),
+        "aligned": _best(runner, aligned, "weight"),
+    }
+    second = second_choice_jobs(steps, chosen["distillation"])
+    runner.run(second)
+    for anchor in ANCHORS:
+        students = {
+            weight: [
+                j for j in second if j.teacher and f"teacher-{anchor}-{weight:g}_" in j.teacher
+            ]
+            for weight in LAMBDAS
+        }
+        means = {w: _mean([runner.dice(j) for j in js]) for w, js in students.items()}
+        chosen[f"distilled-{anchor}"] = max(means, key=lambda w: means[w])
+    return chosen
+
+
+def _best(runner: Runner, jobs: list[Job], what: str) -> float:
+    means = {w: _mean([runner.dice(j) for j in jobs if getattr(j, what) == w]) for w in LAMBDAS}
+    return max(means, key=lambda w: means[w])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start none later")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    runner = Runner(args.work, args.results, args.jobs, time.time() + 60 * args.minutes)
+    make_cohort(args.work)
+    steps = choose_steps(runner)
+    print(f"steps: {steps}", flush=True)
+    chosen = choose_weights(runner, steps)
+    print(
+        f"weights, chosen with the seeds {CHOICE_SEEDS} on validation cases: {chosen}", flush=True
+    )
+    decided = args.results / "chosen.json"
+    decided.write_text(json.dumps({"steps": steps, **chosen}, indent=1) + "\n")
+    runner.run([job for _, job in confirm_jobs(steps, chosen)])
+    print("all trainings are done; now: python experiments/ablation/analyse.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""One job of the ablation: train a module, score it, measure its gap. Public classes only."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from study import BUDGET, COHORT_SEED, Job
+from torch.nn.functional import adaptive_avg_pool3d
+
+from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.callbacks import Distillation, PmixAlignment
+from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.layouts import find_cases
+from pmixseg.data.phantom import PhantomSettings, write_cohort
+from pmixseg.data.prepare import prepare
+from pmixseg.data.splits import SplitJson
+from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.evaluation.metrics import region_dice
+from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
+from pmixseg.losses.gap import measure_gap, voxel_vectors
+from pmixseg.modules import OneCycle, SegmentationModule, StudentModule, TeacherModule
+from pmixseg.task import BRATS, format_combination
+
+GAP_POINTS = 256
+"""Brain voxels per validation case and level that the gap is measured on."""
+
+
+def make_cohort(work: Path) -> None:
+    """Phantom, store and split; what is there is kept."""
+    cases = BUDGET.train + BUDGET.val + BUDGET.test
+    settings = PhantomSettings(spacing=BUDGET.spacing, shape=BUDGET.shape)
+    names = write_cohort(work / "cohort", cases, COHORT_SEED, settings)
+    grid = (BUDGET.spacing,) * 3
+    report = prepare(find_cases(work / "cohort", BRATS), work / "store", BRATS, spacing=grid)
+    if report.failed:
+        raise SystemExit(" ".join(report.failed.values()))
+    first, last = BUDGET.train, BUDGET.train + BUDGET.val
+    split = {"train": names[:first], "val": names[first:last], "test": names[last:]}
+    part = work / "split.json.part"
+    part.write_text(json.dumps(split))
+    part.replace(work / "split.json")
+
+
+def data_module(work: Path, seed: int) -> BraTSDataModule:
+    """Whole brains, augmented."""
+    return BraTSDataModule(
+        store=work / "store",
+        split=SplitJson(work / "split.json"),
+        patch_size=BUDGET.shape,
+        foreground=0.0,
+        batch_size=BUDGET.batch_size,
+        seed=seed,
+    )
+
+
+def build_module(job: Job) -> SegmentationModule:
+    """Teacher or student; one architecture, with the learned mixture as fill, in every arm."""
+    kind = TeacherModule if job.role == "teacher" else StudentModule
+    return kind(
+        backbone=MultiEncoderUNet(
+            modalities=BRATS.modalities,
+            num_classes=BRATS.num_classes,
+            width=BUDGET.width,
+            levels=BUDGET.levels,
+        ),
+        anchor=MixtureAnchor("learned"),
+        fill="anchor",
+        optimizer=functools.partial(torch.optim.AdamW, lr=BUDGET.learning_rate, weight_decay=1e-4),
+        scheduler=OneCycle(),
+        evaluation=EvaluationSettings(window=BUDGET.shape, batch_size=2),
+    )
+
+
+def alignment(anchor: str, weight: float) -> PmixAlignment:
+    """``learned`` borrows the module's anchor; the others belong to the callback."""
+    own = {"normal": NormalAnchor, "uniform": functools.partial(MixtureAnchor, "uniform")}
+    made: Callable[[], Any] | None = own.get(anchor)
+    return PmixAlignment(weight=weight, anchor=made() if made else None, distance="nmse")
+
+
+def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
+    """Train, score, measure; the JSON of the results is written last, and says that all is done."""
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    seed_everything(job.seed, verbose=False)
+    module, data = build_module(job), data_module(work, job.seed)
+    terms: list[Callback] = []
+    if job.weight:
+        terms.append(alignment(job.anchor, job.weight))
+    if job.teacher is not None:
+        checkpoint = str(work / "checkpoints" / f"{job.teacher}.ckpt")
+        terms.append(Distillation(checkpoint, weight=job.distillation))
+    trainer = Trainer(
+        default_root_dir=work,
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=job.steps,
+        max_epochs=-1,
+        logger=False,
+        callbacks=terms,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    before = gap(module, data)
+    started, cpu = time.monotonic(), time.process_time()
+    trainer.fit(module, data)
+    spent = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
+    losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+    module.eval()
+    if job.role == "teacher":
+        path = work / "checkpoints" / f"{job.name}.ckpt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(path.with_suffix(".part"), weights_only=True)
+        path.with_suffix(".part").replace(path)
+    scores = score(module, data, job.part)
+    results.mkdir(parents=True, exist_ok=True)
+    table = results / f"{job.name}.csv"
+    scores.to_csv(table.with_suffix(".part"), index=False, float_format="%.4f")
+    table.with_suffix(".part").replace(table)
+    found: dict[str, Any] = {
+        "job": vars(job),
+        "part": job.part,
+        "dice": float(scores[list(BRATS.regions)].to_numpy().mean()),
+        "train": losses,
+        "gap_before": before,
+        "gap_after": gap(module, data),
+        "anchor_weights": anchor_weights(module),
+        **spent,
+        "scoring_cpu_seconds": time.process_time() - cpu - spent["cpu_seconds"],
+    }
+    written = results / f"{job.name}.json"
+    written.with_suffix(".json.part").write_text(json.dumps(found, indent=1) + "\n")
+    written.with_suffix(".json.part").replace(written)
+    return found
+
+
+@torch.no_grad()
+def score(module: SegmentationModule, data: BraTSDataModule, part: str) -> pd.DataFrame:
+    """Dice per case and combination, a column per region; both empty counts 1, one empty 0.
+
+    The phantom is prepared at its own voxel size, so the store's grid is the native one. Teachers
+    are scored on everything acquired only: they are not meant for less.
+    """
+    data.setup("test" if part == "test" else "validate")
+    loader = data.test_dataloader() if part == "test" else data.val_dataloader()
+    everything = isinstance(module, TeacherModule)
+    rows = []
+    for item in loader:
+        shown = [module.acquired_names(item)] if everything else module.test_combinations(item)
+        for found in module.predict_item(item, shown):
+            dice = region_dice(found.on_grid(), item["label"], module.task)
+            row = {r: float(v) for r, v in dice.items()}
+            name = format_combination(found.combination)
+            rows.append({"case": item["case_id"], "combination": name, **row})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def gap(module: SegmentationModule, data: BraTSDataModule) -> dict[str, dict[str, float]]:
+    """The gap at the aligned levels, on validation cases, to the uniform mixture in every arm.
+
+    One anchor for all, so that arms with different anchors can be compared.
+    """
+    data.setup("validate")
+    module.eval()
+    anchor = MixtureAnchor("uniform")
+    anchor.bind(module.backbone.slots, len(module.backbone.channels))
+    parts: dict[int, list[Any]] = {}
+    for number, item in enumerate(data.val_dataloader()):
+        image = item["image"][None]
+        shown = torch.ones(1, image.shape[1], dtype=torch.bool)
+        latents = module.encode(image, shown)
+        for level in list(range(len(latents.features)))[-2:]:
+            features = latents.features[level]
+            brain = (image != 0).any(1, keepdim=True).float()
+            inside = adaptive_avg_pool3d(brain, features.shape[-3:])[:, 0] > 0.5
+            target = anchor(features, shown, level)
+            drawn = voxel_vectors(features, target, inside, points=GAP_POINTS, seed=number)
+            parts.setdefault(level, []).append(drawn)
+    measured = {}
+    for level, drawn in parts.items():
+        vectors, targets = (torch.cat(t) for t in zip(*drawn, strict=True))
+        measured[f"level{level}"] = measure_gap(vectors, targets).to_dict()
+    return measured
+
+
+def anchor_weights(module: SegmentationModule) -> dict[str, list[float]]:
+    """The learned mixture of the fill, per level, in the order of the modalities."""
+    anchor = module.anchor
+    assert isinstance(anchor, MixtureAnchor)
+    everything = torch.ones(1, len(module.backbone.slots), dtype=torch.bool)
+    return {
+        f"level{level}": anchor.weights(everything, level, detach=True)[0].tolist()
+        for level in range(len(module.backbone.channels))
+    }
