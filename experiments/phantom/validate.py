@@ -134,12 +134,14 @@ def evaluate(net: BlockUNet, cases: list[tuple[Tensor, Tensor]]) -> NDArray[np.f
     """Dice per case, combination and region; both empty counts 1, one empty 0."""
     dice = np.zeros((len(cases), len(COMBINATIONS), len(REGIONS)))
     for i, (image, label) in enumerate(cases):
-        for k, shown in enumerate(_flags()):
+        predicted: list[Tensor] = []
+        for shown in _flags().split(5):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                predicted = net((image * shown)[None])[0].argmax(0)
+                predicted += net(image * shown).argmax(1)
+        for k, found in enumerate(predicted):
             for r, region in enumerate(REGIONS):
                 classes = torch.tensor(BRATS.region_classes(region))
-                a, b = torch.isin(predicted, classes), torch.isin(label, classes)
+                a, b = torch.isin(found, classes), torch.isin(label, classes)
                 size = int(a.sum() + b.sum())
                 dice[i, k, r] = 2 * int((a & b).sum()) / size if size else 1.0
     return dice
@@ -192,9 +194,9 @@ def judge(dice: NDArray[np.float64]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--spacing", type=float, default=3.0, help="mm")
-    parser.add_argument("--train-cases", type=int, default=100)
-    parser.add_argument("--test-cases", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--train-cases", type=int, default=80)
+    parser.add_argument("--test-cases", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--cohort-seed", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0, help="of the network and its training")
     parser.add_argument("--threads", type=int, default=1)

@@ -39,7 +39,7 @@ LABEL_CODES = {"NCR": 1, "ED": 2, "ET": 4}
 _GOLDEN = (5**0.5 - 1) / 2
 _SETTINGS_FILE = "phantom.json"
 _ABOUT = "synthetic phantom, no patient"
-_VERSION = 1  # raised when the same seed and settings give other voxels
+_VERSION = 2  # raised when the same seed and settings give other voxels
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class PhantomSettings:
     modalities: tuple[str, ...] = BRATS.modalities
     contrasts: Mapping[str, Contrast] = field(default_factory=dict)
     scanner: Scanner = field(default_factory=Scanner)
-    high_grade: float = 0.74
-    not_enhancing: float = 0.08
+    high_grade: float = 0.9
+    not_enhancing: float = 0.04
     multifocal: float = 0.15
     mass_effect: float = 1.0
     elastic: float = 1.0

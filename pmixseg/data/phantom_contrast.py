@@ -44,12 +44,12 @@ class Contrast:
 
 
 CONTRASTS: Mapping[str, Contrast] = {
-    "flair": Contrast(0.95, 1.05, 0.25, oedema=0.60, core=0.62, fluid=-0.20, lesion=0.4, blur=0.9),
+    "flair": Contrast(0.95, 1.05, 0.25, oedema=0.60, core=0.56, fluid=-0.26, lesion=0.4, blur=0.9),
     "t1ce": Contrast(
-        1.0, 0.84, 0.36, oedema=-0.20, core=-0.40, fluid=-0.08, enhancement=1.0, blur=1.3
+        1.0, 0.84, 0.36, oedema=-0.20, core=-0.36, fluid=-0.16, enhancement=1.0, blur=1.3
     ),
-    "t1": Contrast(1.0, 0.78, 0.30, oedema=-0.24, core=-0.40, fluid=-0.08, blur=1.6),
-    "t2": Contrast(0.85, 1.10, 2.10, oedema=0.50, core=0.66, fluid=0.30, lesion=0.2, blur=1.3),
+    "t1": Contrast(1.0, 0.78, 0.30, oedema=-0.24, core=-0.36, fluid=-0.16, blur=1.6),
+    "t2": Contrast(0.85, 1.10, 2.10, oedema=0.50, core=0.66, fluid=0.40, lesion=0.2, blur=1.3),
     "pd": Contrast(0.90, 1.10, 1.10, oedema=0.25, core=0.32, fluid=0.1, lesion=0.2, blur=1.6),
     "adc": Contrast(0.80, 0.90, 2.60, oedema=0.55, core=0.45, fluid=0.5, lesion=0.2, blur=2.0),
 }

@@ -113,14 +113,16 @@ def test_enhancement_is_uncorrelated_with_intensity_in_flair_and_t2(cases):
 
 def test_the_enhancing_share_spans_almost_none_to_all():
     shares = []
-    for index in range(160):  # a share below 0.2 is one core in twenty
+    for index in range(200):  # one core in seven may have any share
         # Only the level fields: what they become in a scan needs no checking here.
         core = np.zeros(GROWTH_GRID.shape, dtype=np.float32) - 5
         core[20:30, 20:30, 20:30] = 5
         field = enhancement(stream(0, index, "t"), core)
         shares.append((field[core > 0] > 0).mean())
-    assert min(shares) < 0.2 and max(shares) > 0.9
-    assert 0.4 < np.mean(shares) < 0.7
+    assert min(shares) < 0.05 and max(shares) > 0.98
+    # Every fifth of the range is drawn; without T1ce a network still does best to guess "all".
+    assert np.all(np.histogram(shares, bins=5, range=(0, 1))[0] >= 3)
+    assert 0.7 < np.mean(shares) < 0.85
 
 
 def test_regions_are_nested(cases):
