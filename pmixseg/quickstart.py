@@ -7,7 +7,9 @@ unaligned teacher and the student it teaches. Every step is the library's public
 from __future__ import annotations
 
 import functools
+import logging
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +87,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
         InputError: an unusable cohort.
     """
     say, began = Console(highlight=False), time.monotonic()
+    calm()
     out.mkdir(parents=True, exist_ok=True)
     root = data or out / "cohort"
     if data is None:
@@ -201,6 +204,12 @@ def trainer(run: Path, **arguments: Any) -> Trainer:
         log_every_n_steps=1,
         **arguments,
     )
+
+
+def calm() -> None:
+    """Leave out what Lightning says about its accelerators and products at every fit."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
 
 
 @contextmanager

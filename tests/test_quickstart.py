@@ -1,0 +1,51 @@
+"""The quickstart in small: the same path with fewer and coarser cases and hardly any steps."""
+
+import re
+
+import pytest
+
+from pmixseg import quickstart
+from pmixseg.__main__ import main
+from pmixseg.data.phantom import PhantomSettings, write_cohort
+from pmixseg.evaluation.records import Records
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for name, value in {
+        "CASES": 7,
+        "SPACING": 6.0,
+        "WIDTH": 4,
+        "TEACHER_EPOCHS": 2,
+        "STUDENT_EPOCHS": 1,
+    }.items():
+        monkeypatch.setattr(quickstart, name, value)
+
+
+def test_phantom_then_again_from_the_same_store(tmp_path, capsys):
+    out = tmp_path / "q"
+    assert main(["quickstart", "--out", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert "student-aligned" in page and "student-unaligned" in page
+    assert not re.search(r"(src|href)=[\"']https?://", page), "the page loads something"
+    for arm in ("aligned", "unaligned"):
+        table = Records.read(out / "runs" / f"student-{arm}").table
+        assert table.combination.nunique() == 15 and set(table.region) == {"WT", "TC", "ET"}
+    stamps = {p: p.stat().st_mtime_ns for p in sorted((out / "store").rglob("*.npy"))}
+    assert stamps
+    assert main(["quickstart", "--out", str(out)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in sorted((out / "store").rglob("*.npy"))} == stamps
+    assert len(Records.read(out / "runs" / "student-aligned").table) == len(table)
+    assert "research use only" in capsys.readouterr().out.lower()
+
+
+def test_a_cohort_of_ones_own(tmp_path):
+    write_cohort(tmp_path / "mine", 7, 3, PhantomSettings(spacing=6.0))
+    assert main(["quickstart", "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "q")]) == 0
+    assert (tmp_path / "q" / "report.html").stat().st_size > 10_000
+    assert not (tmp_path / "q" / "cohort").exists()
+
+
+def test_a_missing_cohort_is_one_sentence(tmp_path, capsys):
+    assert main(["quickstart", "--data", str(tmp_path / "no"), "--out", str(tmp_path / "q")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
