@@ -13,11 +13,12 @@ from pmixseg.errors import InputError
 from pmixseg.losses.alignment import Alignment
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances import Distance
+from pmixseg.losses.gaussian import KL
 from pmixseg.losses.official import OfficialAlignment
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.task import Task
-from pmixseg.types import Batch, Scalar, SegOutput
+from pmixseg.types import Batch, Latents, Scalar, SegOutput
 
 
 class PmixAlignment(TermCallback):
@@ -34,6 +35,8 @@ class PmixAlignment(TermCallback):
         levels: levels that are aligned, 0 the finest; by default the bottleneck and its neighbour.
         projection: ``linear``: a 1x1x1 map per modality before the distance; none by default.
         detach: what is held still: the ``anchor``, ``none``, or the ``features``.
+        sample: with the distance ``kl``: in training, decode latents drawn from their Gaussians
+            (reparametrised) instead of the encoders' own; at test the decoder reads the latter.
         official: the loss of one of the authors' public snippets, for comparison; it has its own
             distance, level and stop-gradients, so these arguments must be left alone.
         start_epoch: first epoch with a weight above 0.
@@ -56,15 +59,16 @@ class PmixAlignment(TermCallback):
         detach: Literal["anchor", "none", "features"] = "anchor",
         start_epoch: int = 0,
         warmup_epochs: int = 0,
+        sample: bool = False,
         official: OfficialAlignment | None = None,
         name: str = "align",
     ) -> None:
         super().__init__(name, weight, start_epoch, warmup_epochs)
-        given = (distance, levels, projection, detach, anchor)
-        if official is not None and given != ("nmse", None, None, "anchor", None):
+        given = (distance, levels, projection, detach, anchor, sample)
+        if official is not None and given != ("nmse", None, None, "anchor", None, False):
             raise InputError(
                 f"{name}.official is a whole loss, and would ignore the distance, levels, "
-                "projection, detach or anchor that are given as well; leave them out."
+                "projection, detach, anchor or sample that is given as well; leave it out."
             )
         self.official: OfficialAlignment | None = build(official)
         self.anchor: Anchor | None = build(anchor)
@@ -72,6 +76,7 @@ class PmixAlignment(TermCallback):
         self.levels = levels
         self.projection = projection
         self.detach = detach
+        self.sample = sample
 
     def build_term(self, module: SegmentationModule) -> Term:
         """See :class:`TermCallback`."""
@@ -104,7 +109,13 @@ class PmixAlignment(TermCallback):
             projection=self.projection,
             detach=self.detach,
         )
-        return AlignmentTerm(module.task, alignment, anchor, owned=self.anchor is not None)
+        if self.sample and not isinstance(alignment.distance, KL):
+            raise InputError(
+                f"{self.name}.sample draws from Gaussian latents, which only the distance 'kl' "
+                f"has; use --{self.name}.distance kl, or do not sample."
+            )
+        owned = self.anchor is not None
+        return AlignmentTerm(module.task, alignment, anchor, owned=owned, sample=self.sample)
 
     def _anchor_for(self, module: SegmentationModule) -> Anchor:
         if self.anchor is None:
@@ -133,6 +144,7 @@ class AlignmentTerm(Term):
         anchor: what is aligned to; ``None`` for a loss over one fused latent.
         owned: the anchor belongs to this term; otherwise it is the module's and must not be
             registered twice.
+        sample: the decoder reads latents drawn from the distance's Gaussians.
     """
 
     needs_acquired = True
@@ -144,6 +156,7 @@ class AlignmentTerm(Term):
         anchor: Anchor | None,
         *,
         owned: bool,
+        sample: bool = False,
     ) -> None:
         super().__init__()
         self.task = task
@@ -151,6 +164,14 @@ class AlignmentTerm(Term):
         self.anchor = anchor if owned else None
         # A tuple hides the borrowed module from nn.Module, so that it is registered once only.
         self._borrowed = (anchor,)
+        self.sample = sample
+
+    def decoded(self, latents: Latents) -> Latents:
+        """Samples of the aligned levels, where asked for."""
+        if not self.sample:
+            return latents
+        assert isinstance(self.alignment, Alignment)  # an official loss has no Gaussians
+        return self.alignment.sample(latents)
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
         """See :class:`~pmixseg.losses.term.Term`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pmixseg.types import Batch, Scalar, SegOutput
+from pmixseg.types import Batch, Latents, Scalar, SegOutput
 
 
 class Term(nn.Module, ABC):
@@ -39,6 +39,13 @@ class Term(nn.Module, ABC):
             batch: the batch, with ``present`` (what the network was shown) and ``acquired``, both
                 ``[B, M]`` in task order.
         """
+
+    def decoded(self, latents: Latents) -> Latents:
+        """What the decoder reads instead of ``latents`` in a training step; they themselves here.
+
+        Terms are given the latents of the encoders all the same.
+        """
+        return latents
 
     def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
         """Typed call of :meth:`forward`."""

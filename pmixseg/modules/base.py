@@ -96,12 +96,14 @@ class SegmentationModule(SegmentationNetwork):
         batch = cast(Batch, {**batch, "present": present})
         # What a term may look at and the network may not is encoded, but never decoded.
         wanted = any(isinstance(t, Term) and t.needs_acquired for t in self.terms.values())
-        look = (wanted or self.encodes_hidden) and self.shares_encoding
+        wanted = wanted or self.encodes_hidden or self.backbone.needs_acquired
+        look = wanted and self.shares_encoding
         seen = batch["acquired"] if look else present
         latents = self.encode(self.columns(batch["image"]), self.columns(seen))
-        decoded = (
-            self.decode_subset(latents, self.columns(present)) if look else self.decode(latents)
-        )
+        read = latents
+        for term in self.terms.values():
+            read = cast(Term, term).decoded(read)
+        decoded = self.decode_subset(read, self.columns(present)) if look else self.decode(read)
         output = replace(decoded, latents=latents)
 
         parts: dict[str, Tensor] = {"seg": self.segmentation_loss(output, batch)}
