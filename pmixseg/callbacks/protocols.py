@@ -1,0 +1,116 @@
+"""Test scores under missingness protocols, beside the full table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from pmixseg.data.keys import make_key
+from pmixseg.data.missing import MissingnessSampler
+from pmixseg.describe import Described, build
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records import Row, gather_rows
+from pmixseg.modules.network import SegmentationNetwork
+from pmixseg.task import Combination, format_combination, parse_combination, presence
+
+
+class ProtocolScores(Callback, Described):
+    r"""What a test's Dice would be if sequences went missing by a protocol (METHOD.md 7).
+
+    A protocol says how often each combination occurs, so its score is an average of what the test
+    has measured: for every case and region :math:`\sum_c p(c \mid \text{acquired}) \,
+    \mathrm{Dice}(c)`, then the mean over cases. Nothing is predicted again. Written to
+    ``<run>/protocols.csv`` and logged as ``test/protocol/<name>`` (mean over regions).
+
+    Args:
+        protocols: name -> sampler, the same classes that training draws from.
+        draws: how often a combination is drawn to find its probability.
+
+    Raises:
+        InputError: no protocol, or no draw.
+    """
+
+    def __init__(self, protocols: dict[str, MissingnessSampler], draws: int = 4096) -> None:
+        if not protocols or draws < 1:
+            raise InputError("ProtocolScores needs a protocol or more, and a draw or more.")
+        self.protocols: dict[str, MissingnessSampler] = {
+            name: build(sampler) for name, sampler in protocols.items()
+        }
+        self.draws = draws
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average the rows of all processes."""
+        assert isinstance(pl_module, SegmentationNetwork)
+        rows = gather_rows(pl_module.records)
+        if not rows:
+            return  # the module says that no case has a label
+        tables = [
+            protocol_scores(rows, sampler, pl_module.task.modalities, self.draws).assign(
+                protocol=name
+            )
+            for name, sampler in self.protocols.items()
+        ]
+        for name, table in zip(self.protocols, tables, strict=True):
+            pl_module.log(f"test/protocol/{name}", float(table["dice"].mean()))
+        _write(pd.concat(tables), Path(trainer.default_root_dir) / "protocols.csv")
+
+
+def protocol_scores(
+    rows: Sequence[Row], sampler: MissingnessSampler, modalities: Sequence[str], draws: int
+) -> pd.DataFrame:
+    """Expected Dice per region under a protocol.
+
+    Args:
+        rows: records: case, combination, region, dice.
+        sampler: the protocol.
+        modalities: of the task.
+        draws: see :class:`ProtocolScores`.
+
+    Returns:
+        Columns ``region``, ``dice`` (mean over cases) and ``cases``.
+    """
+    table = pd.DataFrame(rows)
+    odds: dict[Combination, Mapping[str, float]] = {}
+    parts = []
+    for _, case in table.groupby("case", sort=False):
+        named = {m for text in case["combination"].unique() for m in str(text).split("+")}
+        acquired = parse_combination(named, modalities)
+        if acquired not in odds:
+            odds[acquired] = frequencies(sampler, acquired, modalities, draws)
+        weights = case["combination"].map(odds[acquired]).fillna(0.0)
+        parts.append(case.assign(dice=case["dice"] * weights))
+    whole = pd.concat(parts)
+    cases = whole.groupby(["case", "region"], sort=False)["dice"].sum().reset_index()
+    means = cases.groupby("region", sort=False)["dice"].agg(["mean", "count"]).reset_index()
+    return means.rename(columns={"mean": "dice", "count": "cases"})
+
+
+def frequencies(
+    sampler: MissingnessSampler, acquired: Combination, modalities: Sequence[str], draws: int
+) -> dict[str, float]:
+    """How often each combination comes up for a case that has ``acquired``."""
+    keys = torch.tensor([make_key(0, None, i) for i in range(draws)])
+    flags = torch.tensor([presence(acquired, modalities)]).expand(draws, -1)
+    drawn = sampler.draw(keys, flags, modalities).tolist()
+    counted = Counter(
+        format_combination(m for m, shown in zip(modalities, row, strict=True) if shown)
+        for row in drawn
+    )
+    return {name: count / draws for name, count in counted.items()}
+
+
+@rank_zero_only
+def _write(table: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{uuid4().hex}.csv")
+    columns: list[Any] = ["protocol", "region", "dice", "cases"]
+    table[columns].to_csv(part, index=False)
+    part.replace(path)

@@ -1,0 +1,153 @@
+"""Every protocol of METHOD.md section 7 from YAML, at training and at test."""
+
+import json
+
+import pandas as pd
+import pytest
+import yaml
+from presets import EXPERIMENTS, SMALL_UNET, fit
+
+from pmixseg.callbacks.protocols import frequencies, protocol_scores
+from pmixseg.cli import main
+from pmixseg.data.missing import FixedList, UniformCombinations
+from pmixseg.data.store import Store
+from pmixseg.modules import StudentModule, load
+from pmixseg.task import BRATS
+
+SAMPLERS = {
+    "uniform": "UniformCombinations",
+    "uniform-sizes": "UniformSizes",
+    "bernoulli": "Bernoulli",
+    "fixed-list": "FixedList",
+    "structured": "Protocols",
+    "dependent": "Dependent",
+}
+MASKS = ["mask-file", "imbalanced", "by-site", "by-tumour-size"]
+STUDENT = ["brats2018/student.yaml", *SMALL_UNET]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What every training sample had and was shown: lists of (case, acquired, present)."""
+    rows, draw = [], StudentModule.draw_present
+
+    def spy(self, batch):
+        present = draw(self, batch)
+        rows.extend(
+            zip(batch["case_id"], batch["acquired"].tolist(), present.tolist(), strict=True)
+        )
+        return present
+
+    monkeypatch.setattr(StudentModule, "draw_present", spy)
+    return rows
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_protocols_that_are_drawn_anew_in_every_step(name, seen, phantom_store, tmp_path):
+    flags = ["--data.patches_per_case=4", "--trainer.limit_train_batches=8"]
+    assert fit(phantom_store, tmp_path, *STUDENT, f"missingness/{name}.yaml", *flags) == 0
+    sampler = load(tmp_path / "checkpoints" / "last.ckpt").sampler
+    assert type(sampler).__name__ == SAMPLERS[name]
+    allowed = set(frequencies(sampler, BRATS.modalities, BRATS.modalities, 4096))
+    shown = {
+        "+".join(m for m, flag in zip(BRATS.modalities, present, strict=True) if flag)
+        for _, _, present in seen
+    }
+    assert len(seen) == 16
+    assert len(shown) > 1
+    assert shown <= allowed
+
+
+def masked(name, store, tmp_path):
+    """Flags that make the mask preset fit the phantom."""
+    if name == "mask-file":
+        (tmp_path / "m.csv").write_text(
+            "data_name,mask_id,mask,pos_mask_ids\n"
+            + "".join(f'{c},1,"[True, False, False, True]",[1]\n' for c in Store.open(store).cases)
+        )
+        return [f"--data.mask_file={tmp_path / 'm.csv'}"]
+    if name == "by-site":
+        rates = "--data.masks.init_args.rates={PHANTOM: {t1ce: 0.7}}"
+        return [rates]
+    return []
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_that_stay_with_a_case_in_training_and_at_test(
+    name, seen, phantom_store, tmp_path, capsys
+):
+    flags = [f"missingness/{name}.yaml", *masked(name, phantom_store, tmp_path)]
+    assert fit(phantom_store, tmp_path / "run", *STUDENT, *flags) == 0
+    assert any(not all(acquired) for _, acquired, _ in seen)
+    for _, acquired, present in seen:
+        assert not any(p and not a for p, a in zip(present, acquired, strict=True))
+    test = [
+        "test",
+        f"--ckpt_path={tmp_path}/run/checkpoints/last.ckpt",
+        f"--config={EXPERIMENTS / flags[0]}",
+        f"--data.store={phantom_store}",
+        "--data.split=pmixseg.data.splits.WholeCohort",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.limit_test_batches=3",
+        *flags[1:],
+    ]
+    assert main(test) == 0
+    records = pd.read_csv(tmp_path / "run" / "records.csv")
+    per_case = records.groupby("case")["combination"].nunique()
+    assert (per_case < 15).any()
+    if name == "mask-file":
+        assert set(records["combination"]) == {"flair", "t2", "flair+t2"}
+
+
+def test_json_masks(seen, phantom_store, tmp_path):
+    listed = {case: ["t1ce", "t1"] for case in Store.open(phantom_store).cases}
+    (tmp_path / "m.json").write_text(json.dumps(listed))
+    flags = ["missingness/mask-file.yaml", f"--data.mask_file={tmp_path / 'm.json'}"]
+    assert fit(phantom_store, tmp_path / "run", *STUDENT, *flags) == 0
+    assert all(acquired == [False, True, True, False] for _, acquired, _ in seen)
+
+
+def test_every_preset_of_the_folder_is_tested():
+    files = {path.stem for path in (EXPERIMENTS / "missingness").glob("*.yaml")}
+    assert files == {*SAMPLERS, *MASKS, "test-protocols"}
+
+
+def test_protocols_beside_the_full_table_at_test(phantom_store, tmp_path):
+    flags = ["--data.split=pmixseg.data.splits.WholeCohort", "--data.split.part=train"]
+    assert fit(phantom_store, tmp_path, *STUDENT, *flags) == 0
+    path = EXPERIMENTS / "missingness" / "test-protocols.yaml"
+    test = [
+        "test",
+        f"--config={path}",
+        f"--ckpt_path={tmp_path}/checkpoints/last.ckpt",
+        f"--data.store={phantom_store}",
+        "--data.split=pmixseg.data.splits.WholeCohort",
+        "--trainer.limit_test_batches=2",
+        "--trainer.enable_progress_bar=false",
+    ]
+    assert main(test) == 0
+    scores = pd.read_csv(tmp_path / "protocols.csv").set_index(["protocol", "region"])
+    raw = yaml.safe_load(path.read_text())["trainer"]["callbacks+"][0]
+    assert set(scores.index.get_level_values(0)) == set(raw["init_args"]["protocols"])
+    records = pd.read_csv(tmp_path / "records.csv")
+    for region, table in records.groupby("region"):
+        one = table[table["combination"] == "flair+t1+t2"]["dice"].mean()
+        assert scores.loc[("no-contrast-agent", region), "dice"] == pytest.approx(one)
+        uniform = scores.loc[("uniform", region), "dice"]
+        assert uniform == pytest.approx(table["dice"].mean(), abs=0.05)
+    assert (scores["cases"] == 2).all()
+
+
+def test_scores_by_hand():
+    rows = [
+        {"case": "a", "combination": c, "region": "WT", "dice": d}
+        for c, d in (("flair", 0.2), ("t1", 0.4), ("flair+t1", 0.9))
+    ]
+    rows.append({"case": "b", "combination": "t1", "region": "WT", "dice": 0.5})
+    sampler = FixedList(["flair", "flair+t1"], [1, 3])
+    found = protocol_scores(rows, sampler, BRATS.modalities, 20000)
+    # a: ¼ · 0.2 + ¾ · 0.9 = 0.725; b has T1 alone: 0.5.
+    assert found["dice"].item() == pytest.approx((0.725 + 0.5) / 2, abs=0.005)
+    assert found["cases"].item() == 2
+    odds = frequencies(UniformCombinations(), ("t1", "t2"), BRATS.modalities, 20000)
+    assert odds == pytest.approx({"t1": 1 / 3, "t2": 1 / 3, "t1+t2": 1 / 3}, abs=0.02)
