@@ -144,7 +144,9 @@ class TrainingCLI(LightningCLI):
         if checkpoint:
             parent = Path(checkpoint).resolve().parent
             return parent.parent if parent.name == "checkpoints" else parent
-        return Path(os.environ.setdefault(RUN_VARIABLE, f"runs/{time.strftime('%Y%m%d-%H%M%S')}"))
+        # Agents of a wandb sweep may start within one second; each of their runs has an id.
+        parts = [time.strftime("%Y%m%d-%H%M%S"), os.environ.get("WANDB_RUN_ID", "")]
+        return Path(os.environ.setdefault(RUN_VARIABLE, "runs/" + "-".join(filter(None, parts))))
 
     def after_instantiate_classes(self) -> None:
         """Start from given weights; say where flags differ from the checkpoint."""
