@@ -269,9 +269,9 @@ def gaps(results: Results, seeds: dict[int, dict[str, Job]], names: Sequence[str
 
 
 def mixture(results: Results, seeds: dict[int, dict[str, Job]]) -> str:
-    """Learned weights of the fill at the coarsest level, mean over seeds."""
+    """Learned weights of the teachers' mixture, mean over seeds."""
     rows = []
-    for name in ("alone", "aligned", "distilled-learned", "teacher-none", "teacher-learned"):
+    for name in ("teacher-none", *(f"teacher-{a}" for a in ANCHORS)):
         found = [results.read(jobs[name])["anchor_weights"] for jobs in seeds.values()]
         for level in found[0]:
             mean = np.mean([f[level] for f in found], axis=0)
@@ -323,7 +323,7 @@ def sections(results: Results) -> list[tuple[str, str]]:
         ("Gap of the teachers", gaps(results, seeds, names)),
         ("Gap of the students", gaps(results, seeds, ARMS)),
         ("Teachers", teachers(results, seeds)),
-        ("Learned mixture weights of the fill", mixture(results, seeds)),
+        ("Learned mixture weights of the teachers", mixture(results, seeds)),
         ("Cost of the training", costs(results, seeds)),
     ]
 

@@ -121,7 +121,7 @@ def first_choice_jobs(steps: int) -> list[Job]:
             Job("choice", "student", "none", 0.0, seed, steps, teacher.name, weight)
             for weight in LAMBDAS
         ]
-        jobs += [Job("choice", "student", "learned", w, seed, steps) for w in LAMBDAS]
+        jobs += [Job("choice", "student", "uniform", w, seed, steps) for w in LAMBDAS]
     return jobs
 
 
@@ -144,7 +144,7 @@ def confirm_jobs(steps: int, chosen: dict[str, float]) -> list[tuple[str, Job]]:
     jobs: list[tuple[str, Job]] = []
     for seed in SEEDS:
         jobs.append(("alone", Job("confirm", "student", "none", 0.0, seed, steps)))
-        aligned = Job("confirm", "student", "learned", chosen["aligned"], seed, steps)
+        aligned = Job("confirm", "student", "uniform", chosen["aligned"], seed, steps)
         jobs.append(("aligned", aligned))
         for anchor in ("none", *ANCHORS):
             arm = f"distilled-{anchor}"
