@@ -30,6 +30,7 @@ from pmixseg.evaluation.figures import (
     themed,
 )
 from pmixseg.evaluation.gap_changes import GapChange, read_gap_changes
+from pmixseg.evaluation.grouped import MOST_COLUMNS, group_by_size
 from pmixseg.evaluation.pictures import (
     CONFUSED,
     INVENTED,
@@ -167,6 +168,8 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
         several=len(runs) > 1,
         dice=dice,
         hd95=hd95,
+        group=group_by_size,
+        most_columns=MOST_COLUMNS,
         colours=dict(zip([r.name for r in runs], COLOURS * len(runs), strict=False)),
         summaries=region_summaries(records),
         calibration=calibration_summaries(records),

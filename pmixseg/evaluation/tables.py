@@ -262,7 +262,7 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
         same = [len(set(column)) == 1 for column in zip(*(cases[k] for k in keys), strict=True)]
         comparable[region] = tuple(same)
         full = {k: [*means[k], means[k].mean()] for k in keys}
-        marks = _best(list(full.values()), [*same, all(same)], measure)
+        marks = best_of(list(full.values()), [*same, all(same)], measure)
         for key, best in zip(keys, marks, strict=True):
             *values, mean = full[key]
             sizes = tuple(len(ids) for ids in cases[key])
@@ -324,7 +324,7 @@ def check_together(runs: Sequence[Records]) -> None:
         raise InputError(f"two runs are named {twice}; rename the folder of one.")
 
 
-def _best(
+def best_of(
     rows: list[list[float]], comparable: list[bool], measure: Measure
 ) -> list[tuple[bool, ...]]:
     """Per row and column, whether it is the best of several rows, as printed."""

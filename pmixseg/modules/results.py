@@ -14,9 +14,9 @@ from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError
 from pmixseg.evaluation.cases import CasePrediction
 from pmixseg.evaluation.examples import Example, examples_of
+from pmixseg.evaluation.grouped import result_table
 from pmixseg.evaluation.records import Records, gather_rows
 from pmixseg.evaluation.sidecar import Sidecar, checkpoint_identity
-from pmixseg.evaluation.tables import combination_table
 from pmixseg.task import Combination
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _publish(records: Records, path: Path) -> None:
     cases = records.table["case"].nunique()
     records.write(path)
     console = Console(highlight=False)
-    console.print(combination_table(records, width=console.width))
+    console.print(result_table(records, width=console.width))
     console.print(f"{cases} cases; {path}, conventions in {path.with_suffix('.json').name}")
 
 
