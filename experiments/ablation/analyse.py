@@ -17,16 +17,13 @@ import pandas as pd
 from study import (
     ANCHORS,
     ARMS,
-    CHOICE_SEEDS,
     CURVE_STEPS,
     HYPOTHESES,
-    LAMBDAS,
     SEEDS,
     Job,
     confirm_jobs,
     curve_jobs,
-    first_choice_jobs,
-    second_choice_jobs,
+    grid_jobs,
 )
 
 from pmixseg.evaluation.paired_tests import holm
@@ -48,8 +45,6 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        decided = folder / "chosen.json"
-        self.chosen: dict[str, Any] = json.loads(decided.read_text()) if decided.is_file() else {}
 
     def has(self, job: Job) -> bool:
         """Whether the training ended."""
@@ -69,11 +64,8 @@ class Results:
 
     def by_arm(self) -> dict[int, dict[str, Job]]:
         """Whole seeds of the confirmatory stage: seed -> arm or teacher -> job."""
-        if not self.chosen:
-            return {}
-        weights = {k: v for k, v in self.chosen.items() if k != "steps"}
         seeds: dict[int, dict[str, Job]] = {}
-        for arm, job in confirm_jobs(self.chosen["steps"], weights):
+        for arm, job in confirm_jobs():
             seeds.setdefault(job.seed, {})[arm] = job
         return {s: jobs for s, jobs in seeds.items() if all(map(self.has, jobs.values()))}
 
@@ -100,38 +92,24 @@ def curve(results: Results) -> str:
     return markdown(["steps", "mean Dice on validation cases, %"], rows)
 
 
-def choice(results: Results) -> str:
+def grid(results: Results) -> str:
     """Per arm and λ: the student's endpoint, the teacher's Dice on all four sequences."""
-    steps = results.chosen["steps"]
-    first = first_choice_jobs(steps)
-    second = second_choice_jobs(steps, results.chosen["distillation"])
-    groups: list[tuple[str, str, list[Job]]] = [
-        ("alone", "", [j for j in first if j.role == "student" and not j.weight and not j.teacher])
-    ]
-    for weight in LAMBDAS:
-        groups.append(("aligned", f"{weight:g}", [j for j in first if j.weight == weight]))
-    for weight in LAMBDAS:
-        taught = [j for j in first if j.teacher and j.distillation == weight]
-        groups.append(("distilled-none, λ of distillation", f"{weight:g}", taught))
-    for anchor in ANCHORS:
-        for weight in LAMBDAS:
-            key = f"teacher-{anchor}-{weight:g}_"
-            students = [j for j in second if j.teacher and key in j.teacher]
-            groups.append((f"distilled-{anchor}", f"{weight:g}", students))
-    teachers = {j.name: j for j in (*first, *second) if j.role == "teacher"}
+    jobs = [job for job in grid_jobs() if results.has(job)]
+    teachers = {job.name: job for job in jobs if job.role == "teacher"}
     rows = []
-    for arm, weight, jobs in groups:
-        done = [j for j in jobs if results.has(j)]
-        if not done:
+    for job in jobs:
+        if job.role == "teacher":
             continue
-        student = float(np.mean([results.read(j)["dice"] for j in done]))
-        ties = [teachers[j.teacher] for j in done if j.teacher]
-        full = percent(float(np.mean([full_dice(results, t) for t in ties]))) if ties else ""
-        rows.append([arm, weight, percent(student), full])
-    seeds = ", ".join(map(str, CHOICE_SEEDS))
-    table = markdown(["arm", "λ", "student, 15 combinations", "its teacher, all four"], rows)
-    told = ", ".join(f"{k} {v:g}" for k, v in results.chosen.items())
-    return f"{table}\n\nMean Dice (%) on validation cases, seed {seeds}. Chosen: {told}."
+        arm, weight, full = "alone" if not job.weight else "aligned", job.weight, ""
+        if job.teacher is not None:
+            teacher = teachers[job.teacher]
+            arm, weight = f"distilled-{teacher.anchor}", teacher.weight
+            full = percent(full_dice(results, teacher))
+        told = f"{job.distillation:g}" if job.teacher else ""
+        dice = percent(results.read(job)["dice"])
+        rows.append([arm, f"{weight:g}", told, str(job.seed), dice, full])
+    header = ["arm", "λ of alignment", "λ of distillation", "seed", "student", "its teacher"]
+    return markdown(header, rows)
 
 
 def full_dice(results: Results, job: Job) -> float:
@@ -305,8 +283,7 @@ def teachers(results: Results, seeds: dict[int, dict[str, Job]]) -> str:
 def sections(results: Results) -> list[tuple[str, str]]:
     """Titles and tables of what there is so far."""
     found = [("Where the curve is flat (student alone)", curve(results))]
-    if results.chosen:
-        found.append(("Weights chosen on validation cases", choice(results)))
+    found.append(("Exploratory: every λ, validation cases, mean Dice in %", grid(results)))
     seeds = results.by_arm()
     if len(seeds) < 2:
         return found

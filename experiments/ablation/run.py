@@ -9,8 +9,6 @@ which is committed. A training whose JSON is there is not repeated. Plan: PLAN.m
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import multiprocessing
 import sys
 import time
@@ -19,23 +17,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-from study import (
-    ANCHORS,
-    CHOICE_SEEDS,
-    CURVE_STEPS,
-    LAMBDAS,
-    MOST_STEPS,
-    Job,
-    confirm_jobs,
-    curve_jobs,
-    first_choice_jobs,
-    second_choice_jobs,
-)
+from study import SEEDS, Job, confirm_jobs, curve_jobs, grid_jobs
 from training import make_cohort, train_job
 
 HERE = Path(__file__).parent
-FLAT = 0.01
-"""Doubling the steps gains less mean Dice than this: the curve is flat."""
 
 
 class Runner:
@@ -58,10 +43,6 @@ class Runner:
         checkpoint = self.work / "checkpoints" / f"{job.name}.ckpt"
         kept = job.role == "student" or checkpoint.is_file()
         return kept and (self.results / f"{job.name}.json").is_file()
-
-    def dice(self, job: Job) -> float:
-        """Its primary endpoint on the cases it was scored on."""
-        return float(json.loads((self.results / f"{job.name}.json").read_text())["dice"])
 
     def run(self, jobs: list[Job]) -> None:
         """Train what is not there yet, in order.
@@ -105,50 +86,6 @@ class Runner:
             raise SystemExit(f"{len(waiting)} trainings are left; run the command again.")
 
 
-def choose_steps(runner: Runner) -> int:
-    """The least steps whose doubling gains less than :data:`FLAT`, or what the time allows."""
-    jobs = curve_jobs()
-    runner.run(jobs)
-    mean = {n: _mean([runner.dice(j) for j in jobs if j.steps == n]) for n in CURVE_STEPS}
-    for steps, doubled in itertools.pairwise(CURVE_STEPS):
-        if mean[doubled] - mean[steps] < FLAT or steps == MOST_STEPS:
-            return steps
-    return MOST_STEPS
-
-
-def choose_weights(runner: Runner, steps: int) -> dict[str, float]:
-    """Per arm, the weight with the best mean over seeds on validation cases."""
-    first = first_choice_jobs(steps)
-    runner.run(first)
-    taught = [j for j in first if j.teacher is not None]
-    aligned = [j for j in first if j.role == "student" and j.anchor != "none"]
-    chosen = {
-        "distillation": _best(runner, taught, "distillation"),
-        "aligned": _best(runner, aligned, "weight"),
-    }
-    second = second_choice_jobs(steps, chosen["distillation"])
-    runner.run(second)
-    for anchor in ANCHORS:
-        students = {
-            weight: [
-                j for j in second if j.teacher and f"teacher-{anchor}-{weight:g}_" in j.teacher
-            ]
-            for weight in LAMBDAS
-        }
-        means = {w: _mean([runner.dice(j) for j in js]) for w, js in students.items()}
-        chosen[f"distilled-{anchor}"] = max(means, key=lambda w: means[w])
-    return chosen
-
-
-def _best(runner: Runner, jobs: list[Job], what: str) -> float:
-    means = {w: _mean([runner.dice(j) for j in jobs if getattr(j, what) == w]) for w in LAMBDAS}
-    return max(means, key=lambda w: means[w])
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
@@ -159,15 +96,10 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     runner = Runner(args.work, args.results, args.jobs, time.time() + 60 * args.minutes)
     make_cohort(args.work)
-    steps = choose_steps(runner)
-    print(f"steps: {steps}", flush=True)
-    chosen = choose_weights(runner, steps)
-    print(
-        f"weights, chosen with the seeds {CHOICE_SEEDS} on validation cases: {chosen}", flush=True
-    )
-    decided = args.results / "chosen.json"
-    decided.write_text(json.dumps({"steps": steps, **chosen}, indent=1) + "\n")
-    runner.run([job for _, job in confirm_jobs(steps, chosen)])
+    confirm = [job for _, job in confirm_jobs()]
+    half = [job for job in confirm if job.seed in SEEDS[: len(SEEDS) // 2]]
+    for stage in (half, curve_jobs(), confirm, grid_jobs()):
+        runner.run(stage)
     print("all trainings are done; now: python experiments/ablation/analyse.py")
 
 

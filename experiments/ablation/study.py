@@ -8,10 +8,12 @@ LAMBDAS = (0.01, 0.1, 1.0)
 ANCHORS = ("normal", "uniform", "learned")
 
 CURVE_SEEDS = (900,)
-CURVE_STEPS = (25, 50, 100, 200, 400)
-MOST_STEPS = 100
+CURVE_STEPS = (25, 50, 100, 200)
+STEPS = 100
 """What the time allows, flat or not."""
-CHOICE_SEEDS = (800,)
+DISTILLATION = 0.5
+ALIGNMENT = 0.1
+GRID_SEEDS = (800,)
 SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
 
 ARMS = (
@@ -71,7 +73,7 @@ class Job:
     """One training and its test.
 
     Args:
-        stage: ``curve``, ``choice`` or ``confirm``.
+        stage: ``curve``, ``confirm`` or ``grid``.
         role: ``teacher`` or ``student``.
         anchor: what this training aligns to: ``none``, ``normal``, ``uniform`` or ``learned``.
         weight: λ of the alignment.
@@ -111,48 +113,39 @@ def curve_jobs() -> list[Job]:
     return [Job("curve", "student", "none", 0.0, s, n) for s in CURVE_SEEDS for n in CURVE_STEPS]
 
 
-def first_choice_jobs(steps: int) -> list[Job]:
-    """What needs no chosen weight: students alone and aligned, and those of unaligned teachers."""
+def grid_jobs() -> list[Job]:
+    """Exploratory: every arm at every λ, on validation cases; teachers before their students."""
     jobs = []
-    for seed in CHOICE_SEEDS:
-        teacher = Job("choice", "teacher", "none", 0.0, seed, steps)
-        jobs += [Job("choice", "student", "none", 0.0, seed, steps), teacher]
-        jobs += [
-            Job("choice", "student", "none", 0.0, seed, steps, teacher.name, weight)
-            for weight in LAMBDAS
-        ]
-        jobs += [Job("choice", "student", "uniform", w, seed, steps) for w in LAMBDAS]
-    return jobs
-
-
-def second_choice_jobs(steps: int, distillation: float) -> list[Job]:
-    """Aligned teachers at every λ, and their students at the chosen weight of distillation."""
-    jobs = []
-    for seed in CHOICE_SEEDS:
+    for seed in GRID_SEEDS:
         for anchor in ANCHORS:
             for weight in LAMBDAS:
-                teacher = Job("choice", "teacher", anchor, weight, seed, steps)
+                teacher = Job("grid", "teacher", anchor, weight, seed, STEPS)
                 student = Job(
-                    "choice", "student", "none", 0.0, seed, steps, teacher.name, distillation
+                    "grid", "student", "none", 0.0, seed, STEPS, teacher.name, DISTILLATION
                 )
                 jobs += [teacher, student]
+        teacher = Job("grid", "teacher", "none", 0.0, seed, STEPS)
+        jobs.append(teacher)
+        jobs += [
+            Job("grid", "student", "none", 0.0, seed, STEPS, teacher.name, weight)
+            for weight in (*LAMBDAS, DISTILLATION)
+        ]
+        jobs.append(Job("grid", "student", "none", 0.0, seed, STEPS))
+        jobs += [Job("grid", "student", "uniform", weight, seed, STEPS) for weight in LAMBDAS]
     return jobs
 
 
-def confirm_jobs(steps: int, chosen: dict[str, float]) -> list[tuple[str, Job]]:
+def confirm_jobs() -> list[tuple[str, Job]]:
     """Pairs (arm or teacher, job), seed by seed, so that a stop leaves whole seeds."""
     jobs: list[tuple[str, Job]] = []
     for seed in SEEDS:
-        jobs.append(("alone", Job("confirm", "student", "none", 0.0, seed, steps)))
-        aligned = Job("confirm", "student", "uniform", chosen["aligned"], seed, steps)
-        jobs.append(("aligned", aligned))
+        jobs.append(("alone", Job("confirm", "student", "none", 0.0, seed, STEPS)))
+        jobs.append(("aligned", Job("confirm", "student", "uniform", ALIGNMENT, seed, STEPS)))
         for anchor in ("none", *ANCHORS):
-            arm = f"distilled-{anchor}"
-            weight = 0.0 if anchor == "none" else chosen[arm]
-            teacher = Job("confirm", "teacher", anchor, weight, seed, steps)
-            jobs.append((f"teacher-{anchor}", teacher))
+            weight = 0.0 if anchor == "none" else ALIGNMENT
+            teacher = Job("confirm", "teacher", anchor, weight, seed, STEPS)
             student = Job(
-                "confirm", "student", "none", 0.0, seed, steps, teacher.name, chosen["distillation"]
+                "confirm", "student", "none", 0.0, seed, STEPS, teacher.name, DISTILLATION
             )
-            jobs.append((arm, student))
+            jobs += [(f"teacher-{anchor}", teacher), (f"distilled-{anchor}", student)]
     return jobs
