@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.console import Console
 
 from pmixseg.backbones import MultiEncoderUNet
-from pmixseg.callbacks import Distillation, PmixAlignment, RunCheckpoint, RunLogger
+from pmixseg.callbacks import Distillation, GapMonitor, PmixAlignment, RunCheckpoint, RunLogger
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.layouts import find_cases
@@ -47,8 +47,9 @@ PATCH = (32, 40, 32)  # a whole brain at 5 mm
 WIDTH = 16
 LEVELS = 3
 STEM = 2
-TEACHER_EPOCHS = 48
-STUDENT_EPOCHS = 28
+BATCH = 4
+TEACHER_STEPS = 336
+STUDENT_STEPS = 196
 TEACHER_RATE = 1.2e-2
 STUDENT_RATE = 6e-3
 GRADIENT_NORM = 1.0
@@ -105,7 +106,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
                 TeacherModule(**network(TEACHER_RATE)),
                 cohort(out / "store", seed),
                 teacher,
-                TEACHER_EPOCHS,
+                TEACHER_STEPS,
                 PmixAlignment(weight=arm.alignment, anchor=MixtureAnchor(weights="uniform")),
             )
         with stage(say, f"fit: student of the {arm.name} teacher"):
@@ -117,7 +118,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
                 pupil,
                 cohort(out / "store", seed),
                 student,
-                STUDENT_EPOCHS,
+                STUDENT_STEPS,
                 Distillation(str(lesson), weight=DISTILLATION),
             )
         with stage(say, "test: every combination of sequences"):
@@ -148,7 +149,7 @@ def cohort(store: Path, seed: int) -> BraTSDataModule:
         patch_size=PATCH,
         patches_per_case=1,
         foreground=0.0,
-        batch_size=4,
+        batch_size=BATCH,
         # Left and right only: in so few steps there is no time to learn heads upside down.
         augmentation=Augmentation(flip=(0.5, 0.0, 0.0), resample=0.2),
         seed=seed,
@@ -175,17 +176,24 @@ def network(rate: float) -> dict[str, Any]:
 
 
 def train(
-    module: SegmentationModule, data: BraTSDataModule, run: Path, epochs: int, *terms: Callback
+    module: SegmentationModule, data: BraTSDataModule, run: Path, steps: int, *terms: Callback
 ) -> None:
-    """Fit one module; Lightning does the rest."""
+    """Fit one module for whole epochs of at least so many steps; Lightning does the rest."""
+    epochs = -(-steps // max(len(data.parts.train) // BATCH, 1))
     trainer(
         run,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
         gradient_clip_val=GRADIENT_NORM,
         logger=RunLogger(run),
-        callbacks=[*terms, RunCheckpoint(run)],
+        callbacks=[*terms, *gap_monitor(data), RunCheckpoint(run)],
     ).fit(module, data)
+
+
+def gap_monitor(data: BraTSDataModule) -> list[Callback]:
+    """Measures how far apart the modalities' latents are, where a validation case has them all."""
+    complete = any(all(data.store.read(case).acquired) for case in data.parts.val)
+    return [GapMonitor()] if complete else []
 
 
 def test(run: Path, data: BraTSDataModule) -> Records:

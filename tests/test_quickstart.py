@@ -16,8 +16,8 @@ def small(monkeypatch):
         "CASES": 7,
         "SPACING": 6.0,
         "WIDTH": 4,
-        "TEACHER_EPOCHS": 2,
-        "STUDENT_EPOCHS": 1,
+        "TEACHER_STEPS": 2,
+        "STUDENT_STEPS": 1,
     }.items():
         monkeypatch.setattr(quickstart, name, value)
 
