@@ -77,6 +77,7 @@ class GapMonitor(Callback, Described):
         self.cases, self.points, self.every = cases, points, every
         self.reference, self.pictures = reference, pictures
         self._guard: dict[str, float] = {}
+        self._warned: set[str] = set()
         self._images: list[torch.Tensor] = []
         self._validations = 0
         self._last_step = -1
@@ -173,6 +174,9 @@ class GapMonitor(Callback, Described):
             low = [n for n in names if n in self._guard and values[n] < _floor(self._guard[n])]
             found[f"gap/level{level}/collapsed"] = float(bool(low))
             for name in low:
+                if name in self._warned:
+                    continue
+                self._warned.add(name)
                 rank_zero_warn(
                     f"{name} is {values[name]:.3g}, below a tenth of {self._guard[name]:.3g} "
                     f"({'the reference run' if self.reference else 'before training'}): the "
