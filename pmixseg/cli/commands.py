@@ -60,23 +60,39 @@ def _phantom(subparsers: Any) -> None:
     parser.add_argument("--spacing", type=float, default=3.0, help="voxel size in mm, 1 to 6")
     parser.add_argument("--private-signal", type=float, help="signal of one modality only, 0 to 1")
     parser.add_argument("--dependence", type=float, help="dependence between modalities, 0 to 1")
+    parser.add_argument("--task", type=Path, help="YAML file of a task whose sequences are made")
+    parser.add_argument(
+        "--labels", nargs="+", default=[], metavar="LABEL=TISSUE", help="of the task: NCR, ED or ET"
+    )
+    parser.add_argument("--contrasts", type=Path, help="YAML file of contrasts for new sequences")
     parser.add_argument("--workers", type=int, default=2)
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.data.phantom import PhantomSettings, write_cohort
         from pmixseg.data.phantom_contrast import Scanner
+        from pmixseg.data.phantom_task import label_codes, read_contrasts, write_layout
 
+        task = read_task(args.task)
+        codes = label_codes(task, dict(text.partition("=")[::2] for text in args.labels))
         knobs = {
             k: getattr(args, k)
             for k in ("private_signal", "dependence")
             if getattr(args, k) is not None
         }
-        settings = PhantomSettings(spacing=args.spacing, scanner=Scanner(**knobs))
+        settings = PhantomSettings(
+            spacing=args.spacing,
+            modalities=task.modalities,
+            contrasts=read_contrasts(args.contrasts),
+            scanner=Scanner(**knobs),
+        )
         with bar("phantom cases") as report:
             made = write_cohort(
                 args.out, args.cases, args.seed, settings, args.workers, progress=report
             )
         console.print(f"{len(made)} synthetic cases in {args.out}: no patient, research use only.")
+        if args.task is not None:
+            layout = write_layout(args.out, task, codes)
+            console.print(f"prepare them with --task {args.task} --layout {layout}")
         return 0
 
     parser.set_defaults(run=run)
