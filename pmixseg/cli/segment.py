@@ -41,14 +41,21 @@ def run(args: Sequence[str]) -> int:
     if args[0].startswith("-"):
         raise InputError("the checkpoint comes first: pmixseg segment CHECKPOINT INPUT -o OUT.")
     task = Task.from_dict(read_checkpoint(args[0])["pmixseg"]["task"])
-    given = parser_for(task).parse_args(args)
+    given, rest = parser_for(task).parse_known_args(args)
+    if rest:
+        raise InputError(
+            f"'{rest[0]}' is neither an option nor a scan of this model, whose task '{task.name}' "
+            f"knows {', '.join(f'--{m}' for m in task.modalities)}; see `pmixseg segment "
+            "CHECKPOINT --help`."
+        )
+    settings = settings_of(given)
     scans = {m: Path(v) for m in task.modalities if (v := getattr(given, f"scan_{m}", None))}
     module = load(given.checkpoint, map_location=device_of(given.device))
     results: list[CaseResult] = []
     with bar("windows") as progress, warnings.catch_warnings():
         # They are in the results, and printed with them.
         warnings.filterwarnings("ignore", message="case '")
-        for result in segmented(module, given, scans, progress):
+        for result in segmented(module, given, scans, settings, progress):
             results.append(result)
     report(results, task)
     return 1 if any(r.problem for r in results) else 0
@@ -94,6 +101,7 @@ def segmented(
     module: SegmentationModule,
     given: argparse.Namespace,
     scans: Mapping[str, Source],
+    settings: SegmentSettings,
     progress: Callable[[int, int], None],
 ) -> Iterator[CaseResult]:
     """Find out what was given, and segment it.
@@ -110,7 +118,6 @@ def segmented(
             f"({', '.join(f'--{m} FILE' for m in module.task.modalities)})."
         )
     outputs = Outputs(given.out, given.probabilities, given.entropy, not given.no_gzip)
-    settings = settings_of(given)
     if source is not None and source.is_dir():
         if given.channels or given.name or given.codes:
             raise InputError(

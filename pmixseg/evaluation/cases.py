@@ -36,7 +36,8 @@ class EvaluationSettings:
         batch_size: windows in one forward pass.
         postprocess: names of post-processing steps, in order (none by default).
         conventions: empty-mask and percentile rules.
-        examples: test cases per process of which a small copy is kept for pictures.
+        examples: test cases per process of which a small copy is kept for pictures (under 1 MB
+            each); a report shows the worst of them.
         records: file of the results in the run folder, ``.csv`` or ``.parquet``.
         calibration: whether records hold ECE and Brier score.
         temperatures: number of modalities shown -> temperature of the probabilities, as
@@ -52,7 +53,7 @@ class EvaluationSettings:
     batch_size: int = 1
     postprocess: tuple[str, ...] = ()
     conventions: Conventions = field(default_factory=Conventions)
-    examples: int = 3
+    examples: int = 64
     records: str = "records.csv"
     calibration: bool = True
     temperatures: Mapping[int, float] | None = None

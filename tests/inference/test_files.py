@@ -168,6 +168,8 @@ def test_command_says_what_is_wrong(checkpoint, cases, tmp_path, capsys):
         ([str(checkpoint), str(tmp_path / "none"), *out], "does not exist"),
         ([str(checkpoint), "--t1", scan, "--codes", "ET", *out], "NCR=1,ED=2,ET=4"),
         ([str(checkpoint), "--t1", scan, "--device", "abacus", *out], "use cpu"),
+        ([str(checkpoint), "--t3", scan, *out], "'--t3' is neither an option nor a scan"),
+        ([str(checkpoint), "--t1", scan, "--overlap", "1", *out], "at least 0 and below 1"),
         ([str(checkpoint), "--t1", scan, "--postprocess", "polish", *out], "polish"),
         ([str(tmp_path / "none.ckpt"), "--t1", scan, *out], "does not exist"),
         (["--t1", scan, str(checkpoint), *out], "the checkpoint comes first"),
