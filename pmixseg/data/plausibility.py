@@ -31,8 +31,9 @@ MIN_VALUES = 16
 """Fewest different intensities of a scan; the seven cases have 1000 and more."""
 
 MAX_SHARE = 0.5
-"""Largest share of a scan's voxels in its five commonest intensities (the seven cases: 0.02). A label
-map that was resampled has many values, but most of its voxels still hold one of its labels."""
+"""Largest share of a scan's voxels in its five commonest intensities (the seven cases: 0.02).
+
+A label map that was resampled has many values, but most voxels still hold one of its labels."""
 
 SAMPLE = 100_000
 """About so many voxels are looked at to count intensities."""
