@@ -39,7 +39,12 @@ SPLIT = [
 ]
 
 
-@pytest.mark.parametrize("name", LABELS)
+SLOW = ("three", "five")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n not in SLOW else pytest.param(n, marks=pytest.mark.slow) for n in LABELS]
+)
 def test_the_whole_path(name, tmp_path, capsys):
     file, cohort, store = TASKS / f"{name}.yaml", tmp_path / "cohort", tmp_path / "store"
     task, run = read_task(file), tmp_path / name

@@ -157,6 +157,7 @@ def test_one_command_of_each_file_runs_offline(name, teacher, tmp_path, monkeypa
     load(tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_runs_of_two_agents_have_folders_of_their_own(tmp_path, phantom_store, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = []
