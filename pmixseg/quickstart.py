@@ -167,8 +167,7 @@ def network(rate: float) -> dict[str, Any]:
             levels=LEVELS,
             stem=STEM,
         ),
-        # With fill: anchor, a shown T1ce and a filled one look alike to the decoder; telling them
-        # apart takes more steps than a quickstart has.
+        # Filling from a learned mixture costs the teacher a second pass through the decoder.
         "fill": "zero",
         "criterion": DiceCE(include_background=False, batch_dice=True),
         "optimizer": functools.partial(torch.optim.AdamW, lr=rate, weight_decay=1e-4),
