@@ -17,6 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from pmixseg.evaluation.curves import Chart
@@ -199,7 +200,11 @@ def by_count(tables: Tabulation) -> Figure:
 
 
 def courses(charts: Sequence[Chart]) -> Figure:
-    """Curves of a training, one small plot per chart, three in a row."""
+    """Curves of a training, one small plot per chart, three in a row.
+
+    Charts of single points are left out, where any has a course to show.
+    """
+    charts = [c for c in charts if any(len(v) > 1 for v in c.curves.values())] or charts
     with drawing():
         across = min(len(charts), 3)
         down = -(-len(charts) // across)
@@ -217,7 +222,8 @@ def courses(charts: Sequence[Chart]) -> Figure:
                     markersize=3,
                     label=name,
                 )
-            axes.set_title(chart.title)
+            axes.set_title(chart.title.replace("_", " "))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             axes.set_xlabel(next(iter(chart.curves.values())).index.name or "")
             axes.grid(axis="y")
             if len(chart.curves) > 1:

@@ -61,8 +61,8 @@ from pmixseg.evaluation.tables import (
 )
 from pmixseg.task import Task
 
-EXAMPLES = 3
-"""Cases with pictures: the worst, the middle and the best of those that the runs kept."""
+WORST = 2
+"""Worst cases with pictures; the middle and the best one stand beside them."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
     charts = _write_figures(beside, _figures(runs, dice, hd95))
     _write_tables(beside, [t for t in (dice, hd95) if t is not None], records)
     for k, shown in enumerate(pictures):
-        save_png(case_figure(shown, task), beside / f"case_{k + 1}.png")
+        save_png(case_figure(shown.examples, task), beside / f"case_{k + 1}.png")
     loader = _environment()
     template = loader.get_template("report.html.j2")
     return template.render(
@@ -184,7 +184,7 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
         split=recognised_split(records[0]),
         figures=charts,
         training=_training(runs, charts),
-        pictures=[(next(iter(p.values())).case, panels(p, task)) for p in pictures],
+        pictures=[(p.case, p.note, panels(p.examples, task)) for p in pictures],
         viewer=_viewer(pictures, task) if pictures else None,
         legend=list(zip(task.labels, class_colours(len(task.labels)), strict=True)),
         errors=[
@@ -288,22 +288,52 @@ def _figures(runs: list[Run], dice: Tabulation, hd95: Tabulation | None) -> dict
     return found
 
 
-def _pictures(runs: list[Run]) -> list[dict[str, Example]]:
-    """Worst, middle and best case of those that every run with pictures kept."""
+@dataclass(frozen=True)
+class PicturedCase:
+    """A case that is shown.
+
+    Args:
+        examples: run -> small copy of the case.
+        note: where its Dice stands among those that could be shown.
+    """
+
+    examples: dict[str, Example]
+    note: str
+
+    @property
+    def case(self) -> str:
+        """Case id."""
+        return next(iter(self.examples.values())).case
+
+
+def _pictures(runs: list[Run]) -> list[PicturedCase]:
+    """The worst cases, the middle and the best of those that every run with pictures kept."""
     holders = [run for run in runs if run.examples]
     if not holders:
         return []
     shared = set.intersection(*(set(run.examples) for run in holders))
     table = pd.concat([run.records.table for run in holders])
-    order = table[table["case"].isin(shared)].groupby("case")["dice"].mean().sort_values()
-    names = [str(case) for case in order.index] or sorted(shared)
-    chosen = [names[0], names[len(names) // 2], names[-1]] if len(names) >= EXAMPLES else names
-    return [{run.name: Example.load(run.examples[case]) for run in holders} for case in chosen]
+    dice = table[table["case"].isin(shared)].groupby("case")["dice"].mean().sort_values()
+    count = len(dice)
+    places = {k: f"{_ordinal(k)} lowest" if k else "lowest" for k in range(min(WORST, count))}
+    if count > WORST:
+        places = {**places, count // 2: "middle", count - 1: "highest"}
+    found = []
+    for k, place in sorted(places.items()):
+        name = str(dice.index[k])
+        note = f"mean Dice {100 * dice.iloc[k]:.1f}, the {place} of {count} cases with pictures"
+        examples = {run.name: Example.load(run.examples[name]) for run in holders}
+        found.append(PicturedCase(examples, note))
+    return found
 
 
-def _viewer(pictures: list[dict[str, Example]], task: Task) -> dict[str, Any]:
+def _ordinal(index: int) -> str:
+    return ("first", "second", "third")[index] if index < 3 else f"{index + 1}th"
+
+
+def _viewer(pictures: list[PicturedCase], task: Task) -> dict[str, Any]:
     return {
-        "cases": [viewer_case(p) for p in pictures],
+        "cases": [viewer_case(p.examples) for p in pictures],
         "names": {m: task.show(m) for m in task.modalities},
         "colours": class_colours(len(task.labels)),
         "errors": [MISSED, INVENTED, CONFUSED],

@@ -15,9 +15,9 @@ from conftest import made_up_rows
 from pmixseg.data.splits import PUBLISHED, hash_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation import published
-from pmixseg.evaluation.curves import read_curves
+from pmixseg.evaluation.curves import Chart, read_curves
 from pmixseg.evaluation.examples import Example
-from pmixseg.evaluation.figures import as_svg, by_count, heat_map, themed
+from pmixseg.evaluation.figures import as_svg, by_count, courses, heat_map, themed
 from pmixseg.evaluation.records import Records
 from pmixseg.evaluation.report import html_table, write_report
 from pmixseg.evaluation.sidecar import Sidecar
@@ -167,6 +167,21 @@ def test_without_images_nothing_of_a_scan_is_left(written):
     assert "volumes" not in page.source
     assert "Left out on request" in page.text
     assert not list((written / "bare_files").glob("case_*"))
+
+
+def test_the_worst_cases_are_shown(tmp_path):
+    rows = [r for r in made_up_rows(7) if r["case"] not in ("case_001", "case_002")]
+    order = ["case_005", "case_000", "case_006", "case_003", "case_004"]
+    rows = [{**r, "dice": 0.1 + 0.2 * order.index(r["case"])} for r in rows]
+    run = make_run(tmp_path, "r", rows, pictures=sorted(order), course=False)
+    text = Page(write_report([run], tmp_path)).text
+    shown = re.findall(r"(case_\d+): mean Dice ([\d.]+), the ([a-z ]+) of 5 cases", text)
+    assert shown == [
+        ("case_005", "10.0", "lowest"),
+        ("case_000", "30.0", "second lowest"),
+        ("case_006", "50.0", "middle"),
+        ("case_004", "90.0", "highest"),
+    ]
 
 
 def test_scans_carry_a_notice_also_when_nothing_is_known_of_them(tmp_path):
@@ -351,6 +366,15 @@ def test_gap_before_and_after_beside_dice(tmp_path):
     assert set(titles) == {"val/dice", "gap/ratio", "gap/variance", "gap/effective_rank"}
     alone = write_report([plain], tmp_path / "alone", images=False).read_text()
     assert "Gap between sequences" not in alone
+
+
+def test_single_points_are_no_course():
+    line, point = pd.Series([1.0, 0.5, 0.4], [0, 1, 2]), pd.Series([0.7], [2])
+    charts = [Chart("train_loss", {"loss": line}), Chart("val", {"mean": point})]
+    (axes,) = [a for a in courses(charts).axes if a.get_visible()]
+    assert axes.get_title(loc="left") == "train loss"
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+    assert len(courses(charts[1:]).axes) == 1  # better than nothing
 
 
 def test_figures_hold_the_values_of_the_table(records):
