@@ -39,9 +39,9 @@ class Runner:
         self.context = multiprocessing.get_context("spawn")
 
     def done(self, job: Job) -> bool:
-        """Whether its last file is there, and a teacher's checkpoint with it."""
+        """Whether its last file is there, and with it a checkpoint that others need."""
         checkpoint = self.work / "checkpoints" / f"{job.name}.ckpt"
-        kept = job.role == "student" or checkpoint.is_file()
+        kept = job.role == "student" or job.stage == "curve" or checkpoint.is_file()
         return kept and (self.results / f"{job.name}.json").is_file()
 
     def run(self, jobs: list[Job]) -> None:
@@ -56,7 +56,7 @@ class Runner:
         failed: list[str] = []
         with ProcessPoolExecutor(self.jobs, mp_context=self.context) as pool:
             while waiting or running:
-                ready = [j for j in waiting if j.teacher is None or j.teacher in finished]
+                ready = [j for j in waiting if j.needs <= finished]
                 for job in ready[: self.jobs - len(running)]:
                     if time.time() > self.until:
                         break

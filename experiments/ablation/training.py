@@ -19,6 +19,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment
+from pmixseg.data.augment import Augmentation
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.layouts import find_cases
 from pmixseg.data.phantom import PhantomSettings, write_cohort
@@ -26,9 +27,10 @@ from pmixseg.data.prepare import prepare
 from pmixseg.data.splits import SplitJson
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.evaluation.metrics import region_dice
+from pmixseg.losses import DiceCE
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.gap import measure_gap, voxel_vectors
-from pmixseg.modules import OneCycle, SegmentationModule, StudentModule, TeacherModule
+from pmixseg.modules import OneCycle, SegmentationModule, StudentModule, TeacherModule, load
 from pmixseg.task import BRATS, format_combination
 
 GAP_POINTS = 256
@@ -59,6 +61,7 @@ def data_module(work: Path, seed: int) -> BraTSDataModule:
         patch_size=BUDGET.shape,
         foreground=0.0,
         batch_size=BUDGET.batch_size,
+        augmentation=Augmentation(flip=(0.5, 0.0, 0.0), resample=0.2),
         seed=seed,
     )
 
@@ -66,8 +69,7 @@ def data_module(work: Path, seed: int) -> BraTSDataModule:
 def build_module(job: Job) -> SegmentationModule:
     """Teacher or student; every teacher with the learned mixture, every student with zeros as fill.
 
-    A student that fills a missing T1ce from the others hardly learns to tell it from a real one in
-    so short a training.
+    The recipe of ``pmixseg quickstart``, which was found on another phantom cohort.
     """
     kind = TeacherModule if job.role == "teacher" else StudentModule
     return kind(
@@ -76,10 +78,14 @@ def build_module(job: Job) -> SegmentationModule:
             num_classes=BRATS.num_classes,
             width=BUDGET.width,
             levels=BUDGET.levels,
+            stem=BUDGET.stem,
         ),
         fill="anchor" if job.role == "teacher" else "zero",
-        optimizer=functools.partial(torch.optim.AdamW, lr=BUDGET.learning_rate, weight_decay=1e-4),
-        scheduler=OneCycle(),
+        optimizer=functools.partial(
+            torch.optim.AdamW, lr=BUDGET.rate if job.start else BUDGET.base_rate, weight_decay=1e-4
+        ),
+        criterion=DiceCE(include_background=False, batch_dice=True),
+        scheduler=OneCycle(warmup_fraction=0.1),
         evaluation=EvaluationSettings(window=BUDGET.shape, batch_size=2),
     )
 
@@ -98,6 +104,9 @@ def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     seed_everything(job.seed, verbose=False)
     module, data = build_module(job), data_module(work, job.seed)
+    if job.start is not None:
+        base = load(work / "checkpoints" / f"{job.start}.ckpt")
+        module.backbone.load_state_dict(base.backbone.state_dict())
     terms: list[Callback] = []
     if job.weight:
         terms.append(alignment(job.anchor, job.weight))
@@ -108,6 +117,7 @@ def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
         default_root_dir=work,
         accelerator="cpu",
         precision="bf16-mixed",
+        gradient_clip_val=1.0,
         max_steps=job.steps,
         max_epochs=-1,
         logger=False,
@@ -124,7 +134,7 @@ def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
     spent = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
     losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
     module.eval()
-    if job.role == "teacher":
+    if job.role != "student" and job.stage != "curve":
         path = work / "checkpoints" / f"{job.name}.ckpt"
         path.parent.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(path.with_suffix(".part"), weights_only=True)
