@@ -148,6 +148,15 @@ def test_teacher_of_another_task_is_refused(tmp_path, teacher_path):
         Distillation(teacher_path, weight=1.0).build_term(module)
 
 
+def test_teacher_with_other_classes_is_refused(tmp_path, teacher_path):
+    from pmixseg.task import BRATS, Task
+
+    merged = Task("brats", BRATS.modalities, ("tumour",), {"WT": ("tumour",)})
+    module = StudentModule(task=merged)
+    with pytest.raises(InputError, match=r"labels \['NCR', 'ED', 'ET'\].*\['tumour'\]"):
+        Distillation(teacher_path, weight=1.0).build_term(module)
+
+
 def test_teacher_at_another_spacing_is_refused(tmp_path, teacher_path):
     data = MemoryData()
     data.spacing = (2.0, 2.0, 2.0)

@@ -1,6 +1,7 @@
 """Every protocol of METHOD.md section 7 from YAML, at training and at test."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -105,6 +106,31 @@ def test_json_masks(seen, phantom_store, tmp_path):
     flags = ["missingness/mask-file.yaml", f"--data.mask_file={tmp_path / 'm.json'}"]
     assert fit(phantom_store, tmp_path / "run", *STUDENT, *flags) == 0
     assert all(acquired == [False, True, True, False] for _, acquired, _ in seen)
+
+
+def test_a_case_without_a_file_is_never_imputed(seen, phantom_root, tmp_path):
+    """The file of one sequence is gone: acquired says so, and no record claims the sequence."""
+    root = tmp_path / "cohort"
+    shutil.copytree(phantom_root, root)
+    (lost, *_) = sorted(root.rglob("*_t1ce.nii.gz"))
+    lost.unlink()
+    name = lost.name.removesuffix("_t1ce.nii.gz")
+    store = tmp_path / "store"
+    assert main(["prepare", str(root), str(store), "--workers", "0"]) == 0
+    run = tmp_path / "run"
+    whole = ["--data.split.part=train", "--trainer.limit_train_batches=4"]
+    split = "--data.split=pmixseg.data.splits.WholeCohort"
+    assert fit(store, run, *STUDENT, split, *whole) == 0
+    for case, acquired, present in seen:
+        assert acquired == [True, case != name, True, True]
+        assert acquired[1] or not present[1]
+    assert name in {case for case, _, _ in seen}
+    test = ["test", f"--ckpt_path={run}/checkpoints/last.ckpt", f"--data.store={store}", split]
+    assert main([*test, "--trainer.enable_progress_bar=false"]) == 0
+    table = pd.read_csv(run / "records.csv").groupby("case")["combination"].unique()
+    assert not [c for c in table[name] if "t1ce" in c.split("+")]
+    assert len(table[name]) == 7
+    assert all(len(table[case]) == 15 for case in table.index if case != name)
 
 
 def test_every_preset_of_the_folder_is_tested():
