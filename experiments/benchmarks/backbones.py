@@ -33,6 +33,7 @@ from pmixseg.inference.official import import_official
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.segmentation import DiceCE
 from pmixseg.task import BRATS
+from pmixseg.types import Latents
 
 SIDE = 80
 COMBINATIONS = [[bool(k >> m & 1) for m in range(4)] for k in range(1, 16)]
@@ -75,15 +76,11 @@ def gflop(call: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def matmul_gflops(dtype: torch.dtype, size: int = 2048) -> float:
+def matmul_gflops(dtype: torch.dtype, cpu: bool, size: int = 2048) -> float:
     """Best GFLOP/s of a square matrix product, the yardstick of this machine."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return float(2 * size**3 / min(times) / 1e9)
+    best = min(timed(lambda: a @ b, cpu)[0] for _ in range(8))
+    return 2 * size**3 / best / 1e9
 
 
 def autocast(precision: str) -> torch.autocast:
@@ -132,6 +129,11 @@ def official_loop(network: nn.Module, image: Tensor, flags: Tensor) -> Tensor:
     return sums / counts
 
 
+def _later_decode(net: Any, latents: Latents) -> float:
+    net.decode(latents)  # fills the cache of terms
+    return gflop(lambda: net.decode(latents))
+
+
 @torch.no_grad()
 def test(given: argparse.Namespace) -> None:
     """Time both loops over the same crop, and compare what they predict."""
@@ -151,38 +153,39 @@ def test(given: argparse.Namespace) -> None:
                 cpu,
             )
 
-    everything, row = torch.ones(1, 4, dtype=torch.bool), flags[4:5]
+    shown, half = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[True, True, False, False]])
     window = image[None, :, :SIDE, :SIDE, :SIDE]
-
-    def combinations() -> None:
-        latents = ours.encode(window, everything)
-        for _ in COMBINATIONS:
-            ours.decode(latents.restrict(everything))
-
-    work = {"official": 15 * gflop(lambda: theirs(window, row)), "pmixseg": gflop(combinations)}
+    latents = ours.encode(window, shown)
+    work = {
+        "official": 15 * gflop(lambda: theirs(window, half)),
+        "pmixseg": gflop(lambda: ours.decode(ours.encode(window, shown)))
+        + 14 * _later_decode(ours, latents.restrict(half)),
+    }
     windows = 1
     for side in image.shape[1:]:
         windows *= len([*range(0, side - SIDE, SIDE // 2), side - SIDE])
     sides = "x".join(map(str, image.shape[1:]))
     clock = "CPU" if cpu else "wall"
     print(f"{sides} voxels, {windows} windows x 15, {given.threads} threads, {clock} seconds")
-    yard = {p: matmul_gflops(d) for p, d in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    yard = {
+        p: matmul_gflops(d, cpu) for p, d in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
     print(f"matrix product: {yard['fp32']:.0f} GFLOP/s fp32, {yard['bf16']:.0f} bf16", flush=True)
 
-    before = {p: predict(p) for p in ("fp32", "bf16")}
+    found = {p: predict(p) for p in ("fp32", "bf16")}
+    some = flags[torch.linspace(0, 14, given.combinations).long()]
     with autocast(given.theirs):
-        official_s, wanted = timed(lambda: official_loop(theirs, image, flags), cpu)
-    after = {p: predict(p)[0] for p in ("fp32", "bf16")}
-    rate = windows * work["official"] / official_s
-    print(f"official {given.theirs}: {official_s:.1f} s, {rate:.0f} GFLOP/s")
-    for precision, (seconds, found) in before.items():
-        best = min(seconds, after[precision])
-        equal = (found.argmax(1) == wanted.argmax(1)).float().mean()
+        seconds, wanted = timed(lambda: official_loop(theirs, image, some), cpu)
+    seconds *= 15 / given.combinations
+    rate = windows * work["official"] / seconds
+    print(f"official {given.theirs}: {seconds:.1f} s, {rate:.0f} GFLOP/s")
+    for precision, (ours_s, every) in found.items():
+        ours_p = every[torch.linspace(0, 14, given.combinations).long()]
+        equal = (ours_p.argmax(1) == wanted.argmax(1)).float().mean()
         print(
-            f"pmixseg {precision}: {seconds:.1f} and {after[precision]:.1f} s, "
-            f"{official_s / best:.2f} x, {windows * work['pmixseg'] / best:.0f} GFLOP/s; "
-            f"{100 * equal:.4f} % equal voxels, largest difference "
-            f"{(found - wanted).abs().max():.1e}"
+            f"pmixseg {precision}: {ours_s:.1f} s, {seconds / ours_s:.2f} x, "
+            f"{windows * work['pmixseg'] / ours_s:.0f} GFLOP/s; {100 * equal:.4f} % equal voxels, "
+            f"largest difference {(ours_p - wanted).abs().max():.1e}"
         )
 
 
@@ -331,6 +334,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--side", type=int, default=SIDE, help="training patch")
+    parser.add_argument(
+        "--combinations", type=int, default=15, help="of the official loop; its time is scaled up"
+    )
     parser.add_argument("--theirs", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--network", choices=("rfnet", "official", "unet"), default="rfnet")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

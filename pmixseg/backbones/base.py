@@ -28,6 +28,8 @@ class Backbone(nn.Module, Described, ABC):
             ``present``, so evaluation encodes once for all combinations.
         fillable: a missing slot may be filled from the others before decoding; False where the
             backbone has a rule of its own for combining what is present.
+        needs_acquired: training wants everything acquired encoded, and restricted to what is shown:
+            auxiliary outputs or the loss read the rest.
         slots: names of the latents' slots: the modalities, or ``("fused",)`` for early fusion.
     """
 
@@ -37,6 +39,7 @@ class Backbone(nn.Module, Described, ABC):
     strides: tuple[int, ...]
     shares_encoding: bool = True
     fillable: bool = True
+    needs_acquired: bool = False
 
     def __init__(
         self,

@@ -268,7 +268,7 @@ class LeanConv3d(nn.Conv3d):
         if prepare is not CONCATENATED:
             return mix_channels(prepare.plain(*inputs), self.weight.flatten(1), self.bias)
         # A sum over the inputs needs no concatenated copy of them.
-        weights = self.weight.flatten(1).split([x.shape[1] for x in inputs], 1)
+        weights = torch.split(self.weight.flatten(1), [x.shape[1] for x in inputs], 1)
         y = mix_channels(inputs[0], weights[0], self.bias)
         for x, weight in zip(inputs[1:], weights[1:], strict=True):
             y += mix_channels(x, weight)

@@ -224,14 +224,10 @@ class MMFormer(Backbone):
         self.decoder_sep = (
             SeparateDecoder(widths, num_classes, PreNorm) if separate == "encoded" else None
         )
+        self.needs_acquired = self.decoder_sep is not None
         self.official = official
         self.recompute = recompute
         initialise(self)
-
-    @property
-    def needs_acquired(self) -> bool:
-        """Whether training wants everything acquired encoded, and restricted to present."""
-        return self.decoder_sep is not None
 
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`."""

@@ -273,12 +273,9 @@ class RFNet(Backbone):
         self.decoder_sep = (
             SeparateDecoder(widths, num_classes, PostNorm) if separate == "encoded" else None
         )
+        # The published code trains the separate decoder on modalities that are not shown, too.
+        self.needs_acquired = self.decoder_sep is not None
         initialise(self)
-
-    @property
-    def needs_acquired(self) -> bool:
-        """Whether training wants everything acquired encoded, and restricted to present."""
-        return self.decoder_sep is not None
 
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`."""

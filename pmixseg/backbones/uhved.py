@@ -7,6 +7,7 @@ Modality Completion and Segmentation (MICCAI 2019).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.slots import check_input, encode_slots, join_levels
+from pmixseg.backbones.slots import EncodedLatents, check_input, encode_slots, join_levels
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -107,15 +108,44 @@ def product_of_gaussians(latents: Latents, level: int) -> tuple[Tensor, Tensor]:
     return (precision * means).sum(1) / total, -total.log()
 
 
+Gaussian = tuple[Tensor, Tensor]
+"""Mean and log-variance."""
+
+
+def gaussian_kl(one: Gaussian, other: Gaussian) -> Tensor:
+    r"""KL(N(μ, σ²) ‖ N(ν, τ²)) of each sample, the mean over its elements, ``[B]``.
+
+    .. math:: \tfrac12 \left[\log\tau^2 - \log\sigma^2 + \frac{\sigma^2 + (\mu - \nu)^2}{\tau^2}
+              - 1\right]
+    """
+    (mean, log), (to_mean, to_log) = one, other
+    ratio = (log - to_log).exp() + (mean - to_mean).square() * (-to_log).exp()
+    return 0.5 * (to_log - log + ratio - 1).flatten(1).mean(1)
+
+
+def _divergence(latents: EncodedLatents, shown: Sequence[Gaussian]) -> Tensor:
+    everything = replace(latents, present=[latents.encoded] * len(latents))
+    parts = []
+    for level, posterior in enumerate(shown):
+        prior = (torch.zeros_like(posterior[0]), torch.zeros_like(posterior[1]))
+        full = product_of_gaussians(everything, level)
+        parts.append(gaussian_kl(full, posterior) + gaussian_kl(posterior, prior))
+    return torch.stack(parts).sum(0)
+
+
 class UHVED(Backbone):
     """U-HVED, for any modalities, classes and patches (Dorent et al., MICCAI 2019).
 
     Four levels at strides 1, 2, 4, 8. A level's latent is a Gaussian per modality
     (``latents.features`` are means, ``latents.log_variance`` clamped to ±10); the code of a
     combination is :func:`product_of_gaussians`, sampled in training, its mean in eval mode. So a
-    missing slot needs no fill. In training, ``extras["reconstruction"]`` ``[B, M, D, H, W]`` holds
-    every modality rebuilt from the same code; the terms of its loss between posteriors follow from
-    ``output.latents``.
+    missing slot needs no fill. Trained by :class:`~pmixseg.losses.uhved.UHVEDCriterion`; in
+    training, ``extras`` hold
+
+    * ``reconstruction`` ``[B, M, D, H, W]``: every modality rebuilt from the same code, and
+      ``reconstruction_slots`` ``[B, M]``: which of them were encoded, so that there is a target;
+    * ``divergence`` ``[B]``: Σ over levels of KL(q_encoded ‖ q_shown) + KL(q_shown ‖ N(0, I)), the
+      mean over voxels and channels.
 
     Args:
         modalities: names of the input channels.
@@ -132,6 +162,8 @@ class UHVED(Backbone):
     norm has no parameters, log-variances are clamped at ±10.
     """
 
+    fillable = False
+
     def __init__(
         self,
         modalities: Sequence[str] = BRATS.modalities,
@@ -146,19 +178,13 @@ class UHVED(Backbone):
         super().__init__(modalities, num_classes, codes, [2**k for k in range(LEVELS)])
         self.encoders = nn.ModuleList(Encoder(widths) for _ in self.modalities)
         self.decoder = Decoder(codes, num_classes)
+        # The published loss compares a combination's posterior with that of everything.
+        self.needs_acquired = reconstruct
         rebuilt = self.modalities if reconstruct else ()
         self.image_decoders = nn.ModuleList(Decoder(codes, 1) for _ in rebuilt)
         for part in self.modules():
             if isinstance(part, nn.Conv3d):
                 nn.init.kaiming_normal_(part.weight, a=SLOPE)
-
-    @property
-    def needs_acquired(self) -> bool:
-        """Whether training wants everything acquired encoded, and restricted to present.
-
-        The published loss compares the posterior of a combination with that of everything.
-        """
-        return len(self.image_decoders) > 0
 
     def encode(self, image: Image, present: Presence) -> Latents:
         """See :meth:`Backbone.encode`."""
@@ -166,24 +192,27 @@ class UHVED(Backbone):
         pieces = encode_slots(self.encoders, image, present)
         joined = join_levels(pieces, present, LEVELS)
         halves = [level.chunk(2, 2) for level in joined]
-        return Latents(
+        return EncodedLatents(
             [mean for mean, _ in halves],
             self.modalities,
             [present] * LEVELS,
             log_variance=[variance.clamp(-LIMIT, LIMIT) for _, variance in halves],
+            encoded=present,
         )
 
     def decode(self, latents: Latents) -> SegOutput:
         """See :meth:`Backbone.decode`."""
-        codes = [self._code(latents, level) for level in range(len(latents))]
+        posteriors = [product_of_gaussians(latents, level) for level in range(len(latents))]
+        codes = [self._code(*posterior) for posterior in posteriors]
         extras: dict[str, Tensor] = {}
-        if self.training and len(self.image_decoders):
+        if self.training and isinstance(latents, EncodedLatents) and len(self.image_decoders):
             rebuilt = [decoder(codes)[:, 0] for decoder in self.image_decoders]
             extras["reconstruction"] = torch.stack(rebuilt, 1)
+            extras["reconstruction_slots"] = latents.encoded
+            extras["divergence"] = _divergence(latents, posteriors)
         return SegOutput(self.decoder(codes), latents, extras)
 
-    def _code(self, latents: Latents, level: int) -> Tensor:
-        mean, log_variance = product_of_gaussians(latents, level)
+    def _code(self, mean: Tensor, log_variance: Tensor) -> Tensor:
         if not self.training:
             return mean
         return mean + (0.5 * log_variance).exp() * torch.randn_like(mean)

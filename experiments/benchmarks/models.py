@@ -1,0 +1,137 @@
+"""The model table: parameters, operations, training memory and time of every backbone.
+
+    python experiments/benchmarks/models.py [--only rfnet unet]
+
+Operations (2 per multiply-add, in billions) are counted by ``torch.utils.flop_counter`` for one
+forward pass of all sequences at the stated patch. A training step is forward, Dice + cross-entropy
+and backward of one patch in a process of its own: processor seconds of one thread, and how much the
+largest resident set (``ru_maxrss``) grew. Testing is one window, every combination of four
+sequences.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+
+import torch
+from backbones import torch_layers
+from torch.utils.flop_counter import FlopCounterMode
+
+from pmixseg.backbones import UHVED, Backbone, EarlyFusion, MMFormer, MultiEncoderUNet, RFNet
+from pmixseg.evaluation.windows import predict_combinations
+from pmixseg.losses import DiceCE
+
+SIDE = 80
+DYNUNET = {
+    "class_path": "monai.networks.nets.DynUNet",
+    "init_args": {
+        "kernel_size": [3] * 5,
+        "strides": [1, 2, 2, 2, 2],
+        "upsample_kernel_size": [2] * 4,
+        "filters": [32, 64, 128, 256, 320],
+        "norm_name": ["INSTANCE", {"affine": True}],
+    },
+}
+SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 16}}
+MODELS: dict[str, Callable[[], Backbone]] = {
+    "MultiEncoderUNet": MultiEncoderUNet,
+    "RFNet": RFNet,
+    "MMFormer": partial(MMFormer, patch_size=SIDE),
+    "UHVED": UHVED,
+    "EarlyFusion(DynUNet)": partial(EarlyFusion, DYNUNET),
+    "EarlyFusion(SegResNet)": partial(EarlyFusion, SEGRESNET),
+}
+SOURCES = {
+    "MultiEncoderUNet": ("this package; blocks of nnU-Net", "–", "–"),
+    "RFNet": (
+        "Ding et al., ICCV 2021",
+        "layers, fusion, losses, weights (importable)",
+        "cheap form of the fusion; logits instead of probabilities",
+    ),
+    "MMFormer": (
+        "Zhang et al., MICCAI 2022",
+        "layers, transformers, losses, weights (importable)",
+        "token order corrected unless `official: true`",
+    ),
+    "UHVED": (
+        "Dorent et al., MICCAI 2019",
+        "blocks, widths, codes, product with the prior",
+        "biases, norm without parameters, log-variances within ±10",
+    ),
+    "EarlyFusion(DynUNet)": ("MONAI; nnU-Net", "MONAI's network, unchanged", "–"),
+    "EarlyFusion(SegResNet)": ("MONAI; Myronenko 2018", "MONAI's network, unchanged", "–"),
+}
+"""Source, what is faithful, what differs."""
+
+
+def measure(name: str) -> dict[str, float]:
+    """One row, in this process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = MODELS[name]()
+    image = torch.randn(1, 4, SIDE, SIDE, SIDE)
+    label = torch.randint(0, 4, (1, SIDE, SIDE, SIDE))
+    shown = torch.ones(1, 4, dtype=torch.bool)
+    flags = torch.tensor([row for row in product([False, True], repeat=4) if any(row)])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    DiceCE()(net.train()(image, shown), {"label": label}, 0).backward()  # type: ignore[typeddict-item]  # the loss reads no more
+    step = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    net.zero_grad()
+    start = time.process_time()
+    predict_combinations(net.eval(), image[0], flags, patch=(SIDE,) * 3, overlap=0.0)
+    test = time.process_time() - start
+    with torch_layers(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(image, shown)
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()) / 1e6,
+        "gflop": counter.get_total_flops() / 1e9,
+        "train_gib": (peak - before) / 2**20,
+        "train_s": step,
+        "test_s": test,
+        "shares": float(net.shares_encoding),
+    }
+
+
+def main() -> int:
+    """Print the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--child", choices=MODELS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(measure(given.child)))
+        return 0
+    print(
+        f"| backbone | parameters, M | GFLOP at {SIDE}³ | training step: memory, GiB | CPU s | "
+        "15 combinations of one window, CPU s | shares encoding | source | faithful | differs |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name in given.only:
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", name],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        row = json.loads(done.stdout.splitlines()[-1])
+        shares = "yes" if row["shares"] else "no"
+        print(
+            f"| `{name}` | {row['parameters']:.2f} | {row['gflop']:.0f} | {row['train_gib']:.1f} | "
+            f"{row['train_s']:.1f} | {row['test_s']:.1f} | {shares} | "
+            + " | ".join(SOURCES[name])
+            + " |",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The loss that U-HVED is trained with."""
+
+from __future__ import annotations
+
+from pmixseg.errors import InputError
+from pmixseg.losses.segmentation import Criterion, DiceCE
+from pmixseg.types import Batch, Scalar, SegOutput
+
+
+class UHVEDCriterion(Criterion):
+    r"""Segmentation, two divergences of posteriors, and reconstruction of every modality.
+
+    .. math:: L = L_\mathrm{Dice} + L_\mathrm{CE}
+              + \lambda_\mathrm{kl} \sum_l \left[\mathrm{KL}(q^l_\mathrm{all} \| q^l_A)
+              + \mathrm{KL}(q^l_A \| \mathcal N(0, I))\right]
+              + \lambda_\mathrm{rec} \operatorname{mean}_m \|x_m - \hat x_m\|^2
+
+    A is what the sample was shown, "all" what was acquired, q the product of Gaussians of level l.
+    The published code sums the divergences over all 14 smaller combinations and divides by 14 (15
+    for the prior); the drawn A is one sample of that mean, under the sampler's weights. Outputs
+    without these extras (eval mode, ``reconstruct=False``) are scored on the segmentation alone.
+
+    Args:
+        kl_weight: λ_kl, 0.1 in the published code.
+        reconstruction_weight: λ_rec, 0.1 there.
+
+    Raises:
+        InputError: a negative weight; in ``forward``: a network without all of the task's
+            modalities, whose reconstructions could not be told apart.
+
+    Source: Dorent et al., U-HVED (MICCAI 2019); ReubenDo/U-HVED, extensions/u_hved.
+    """
+
+    def __init__(self, kl_weight: float = 0.1, reconstruction_weight: float = 0.1) -> None:
+        super().__init__()
+        if min(kl_weight, reconstruction_weight) < 0:
+            raise InputError(
+                f"UHVEDCriterion: kl_weight {kl_weight} and reconstruction_weight "
+                f"{reconstruction_weight} must be 0 or more."
+            )
+        self.kl_weight, self.reconstruction_weight = kl_weight, reconstruction_weight
+        self.segmentation = DiceCE()
+
+    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+        """See :meth:`Criterion.forward`."""
+        total = self.segmentation(output, batch, epoch)
+        if "reconstruction" not in output.extras:
+            return total
+        rebuilt, image = output.extras["reconstruction"].float(), batch["image"].float()
+        if rebuilt.shape != image.shape:
+            raise InputError(
+                f"UHVEDCriterion: the network rebuilds {rebuilt.shape[1]} of {image.shape[1]} "
+                "modalities; for a dedicated student use backbone.reconstruct: false."
+            )
+        errors = (rebuilt - image).square().mean((2, 3, 4))
+        known = output.extras["reconstruction_slots"]
+        total = total + self.reconstruction_weight * errors[known].mean()
+        return total + self.kl_weight * output.extras["divergence"].mean()
