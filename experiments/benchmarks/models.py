@@ -23,7 +23,15 @@ import torch
 from backbones import torch_layers
 from torch.utils.flop_counter import FlopCounterMode
 
-from pmixseg.backbones import UHVED, Backbone, EarlyFusion, MMFormer, MultiEncoderUNet, RFNet
+from pmixseg.backbones import (
+    UHVED,
+    Backbone,
+    EarlyFusion,
+    MMFormer,
+    MultiEncoderUNet,
+    RFNet,
+    ShaSpec,
+)
 from pmixseg.evaluation.windows import predict_combinations
 from pmixseg.losses import DiceCE
 
@@ -44,6 +52,7 @@ MODELS: dict[str, Callable[[], Backbone]] = {
     "RFNet": RFNet,
     "MMFormer": partial(MMFormer, patch_size=SIDE),
     "UHVED": UHVED,
+    "ShaSpec": ShaSpec,
     "EarlyFusion(DynUNet)": partial(EarlyFusion, DYNUNET),
     "EarlyFusion(SegResNet)": partial(EarlyFusion, SEGRESNET),
 }
@@ -63,6 +72,11 @@ SOURCES = {
         "Dorent et al., MICCAI 2019",
         "blocks, widths, codes, product with the prior",
         "biases, norm without parameters, log-variances within ±10",
+    ),
+    "ShaSpec": (
+        "Wang et al., CVPR 2023",
+        "two encoders, mean of shared features for the missing, both auxiliary tasks",
+        "blocks, widths and decoder of `MultiEncoderUNet`",
     ),
     "EarlyFusion(DynUNet)": ("MONAI; nnU-Net", "MONAI's network, unchanged", "–"),
     "EarlyFusion(SegResNet)": ("MONAI; Myronenko 2018", "MONAI's network, unchanged", "–"),

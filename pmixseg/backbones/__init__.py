@@ -5,6 +5,7 @@ from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.mmformer import MMFormer
 from pmixseg.backbones.monai import EarlyFusion
 from pmixseg.backbones.rfnet import RFNet
+from pmixseg.backbones.shaspec import ShaSpec
 from pmixseg.backbones.uhved import UHVED
 from pmixseg.backbones.unet import MultiEncoderUNet
 
@@ -16,4 +17,5 @@ __all__ = [
     "MMFormer",
     "MultiEncoderUNet",
     "RFNet",
+    "ShaSpec",
 ]

@@ -32,9 +32,7 @@ FEW = {
         f"--model.backbone.network={json.dumps(NETWORK)}",
         "--model.combination=t1+t2",
     ],
-    "m3ae": ["--model.backbone.width=4", "--data.patch_size=16"],
-    "m3ae-pretrain": ["--model.backbone.width=4", "--data.patch_size=16"],
-    "shaspec": ["--model.backbone.width=4"],
+    "shaspec": ["--model.backbone.width=4", "--trainer.max_steps=2"],
 }
 RECIPES = sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "common")
 BACKBONES = sorted(p.stem for p in (FOLDER / "backbones").glob("*.yaml"))

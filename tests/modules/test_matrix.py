@@ -6,13 +6,14 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from pmixseg.backbones import UHVED, EarlyFusion, MMFormer, MultiEncoderUNet, RFNet
+from pmixseg.backbones import UHVED, EarlyFusion, MMFormer, MultiEncoderUNet, RFNet, ShaSpec
 from pmixseg.callbacks import Distillation, PmixAlignment, RunCheckpoint
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.errors import InputError
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.losses import DiceCE, LogitKL, MixtureAnchor
 from pmixseg.losses.rfnet import RFNetCriterion
+from pmixseg.losses.shaspec import ShaSpecCriterion
 from pmixseg.modules import StudentModule, TeacherModule, load
 
 DYNUNET = {
@@ -33,6 +34,7 @@ BACKBONES = {
     "rfnet": (lambda: RFNet(width=4), RFNetCriterion, 16),
     "mmformer": (lambda: MMFormer(**SMALL), RFNetCriterion, 32),
     "uhved": (lambda: UHVED(width=4), DiceCE, 16),
+    "shaspec": (lambda: ShaSpec(width=4, levels=2), ShaSpecCriterion, 16),
     "dynunet": (lambda: EarlyFusion(DYNUNET), DiceCE, 16),
 }
 
@@ -56,8 +58,9 @@ def train(phantom_store):
             criterion=criterion(),
             evaluation=EvaluationSettings(window=(48, 48, 32), overlap=0.0),
         )
-        # U-HVED combines slots by its own product, so the module has no anchor to lend.
-        anchor = MixtureAnchor(weights="uniform") if name == "uhved" else None
+        # They have a rule of their own for missing slots, so the module has no anchor to lend.
+        own = name in ("uhved", "shaspec")
+        anchor = MixtureAnchor(weights="uniform") if own else None
         terms = [PmixAlignment(weight=0.1, anchor=anchor)] if align else []
         if teacher is not None:
             # Latents of early fusion have no slots to match, so the logits alone teach it.

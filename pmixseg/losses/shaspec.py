@@ -1,0 +1,65 @@
+"""The loss that ShaSpec is trained with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pmixseg.errors import InputError
+from pmixseg.losses.segmentation import Criterion, DiceCE
+from pmixseg.types import Batch, Scalar, SegOutput
+
+
+class ShaSpecCriterion(Criterion):
+    r"""Segmentation, equal shared features, and specific features that tell their modality.
+
+    .. math:: L = L_\mathrm{Dice} + L_\mathrm{CE}
+              + \lambda_s \operatorname{mean}_{(m, n)} \operatorname{mean} |s_m - s_n|
+              + \lambda_c \operatorname{mean}_m \mathrm{CE}(\mathrm{classifier}(p_m), m)
+
+    over neighbours (m, n) in the ring of the modalities that a sample was encoded with. Outputs
+    without these extras (eval mode) are scored on the segmentation alone.
+
+    Args:
+        shared_weight: λ_s, 0.1 in the published code.
+        specific_weight: λ_c, 0.02 there.
+
+    Raises:
+        InputError: a negative weight.
+
+    Source: Wang et al., ShaSpec (CVPR 2023); billhhh/ShaSpec, train_SS.py. There the segmentation
+    loss is Dice + binary cross-entropy on the three regions; here it is on the labels.
+    """
+
+    def __init__(self, shared_weight: float = 0.1, specific_weight: float = 0.02) -> None:
+        super().__init__()
+        if min(shared_weight, specific_weight) < 0:
+            raise InputError(
+                f"ShaSpecCriterion: shared_weight {shared_weight} and specific_weight "
+                f"{specific_weight} must be 0 or more."
+            )
+        self.shared_weight, self.specific_weight = shared_weight, specific_weight
+        self.segmentation = DiceCE()
+
+    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+        """See :meth:`Criterion.forward`."""
+        total = self.segmentation(output, batch, epoch)
+        if "shared" not in output.extras:
+            return total
+        encoded = output.extras["encoded"]
+        logits = output.extras["modality"].float()
+        truth = torch.arange(encoded.shape[1], device=encoded.device).expand_as(encoded)
+        entropy = F.cross_entropy(logits[encoded], truth[encoded])
+        shared = _ring(output.extras["shared"].float(), encoded)
+        return total + self.shared_weight * shared + self.specific_weight * entropy
+
+
+def _ring(shared: Tensor, encoded: Tensor) -> Tensor:
+    """Mean absolute difference of neighbours; 0 if no sample has two modalities."""
+    differences = []
+    for maps, flags in zip(shared, encoded, strict=True):
+        some = maps[flags]
+        if len(some) > 1:
+            differences.append((some - some.roll(1, 0)).abs().mean())
+    return torch.stack(differences).mean() if differences else shared.sum() * 0
