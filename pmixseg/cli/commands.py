@@ -162,11 +162,12 @@ def _compare(subparsers: Any) -> None:
     parser.add_argument("--b", type=Path, nargs="+", required=True, metavar="RUN")
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.evaluation.records import Records
+        from pmixseg.evaluation.records import read_comparable
         from pmixseg.evaluation.statistics import compare
 
-        sides = [[Records.read(path).table for path in side] for side in (args.a, args.b)]
-        console.print(compare(sides[0], sides[1]).to_text(), markup=False)
+        tables = [one.table for one in read_comparable([*args.a, *args.b])]
+        found = compare(tables[: len(args.a)], tables[len(args.a) :])
+        console.print(found.to_text(), markup=False)
         return 0
 
     parser.set_defaults(run=run)

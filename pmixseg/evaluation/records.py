@@ -229,6 +229,24 @@ def gather_rows(rows: Sequence[Row]) -> list[Row]:
     return sorted(once.values(), key=lambda row: str(row["case"]))
 
 
+def read_comparable(paths: Iterable[Path | str]) -> list[Records]:
+    """Read the records of several runs that were scored in the same way.
+
+    Raises:
+        InputError: see :meth:`Records.read`; or runs with another task, convention or
+            post-processing.
+    """
+    found = [(str(path), Records.read(path)) for path in paths]
+    for path, one in found[1:]:
+        differ = [d for d in one.sidecar.differences(found[0][1].sidecar) if d != "checkpoint"]
+        if differ:
+            raise InputError(
+                f"{path}: was scored with another {' and another '.join(differ)} than {found[0][0]}"
+                "; test the runs again in the same way, or compare others."
+            )
+    return [one for _, one in found]
+
+
 def find_records(path: Path) -> Path:
     """The table that ``path`` names: itself, or the one in that run folder.
 

@@ -116,6 +116,16 @@ def test_predict_and_segment_write_the_tempered_entropy(run, phantom_store, phan
     assert nib.load(out / f"{case}_entropy.nii.gz").get_fdata().mean() < found.mean()
 
 
+def test_post_processing_is_recorded_and_not_compared_with_none(run, phantom_store, capsys):
+    flags = ["--model.evaluation.postprocess=[largest_component]", f"--run={run / 'post'}"]
+    assert main(command("test", run / "raw.ckpt", phantom_store, run, *flags)) == 0
+    assert Records.read(run / "post").sidecar.postprocess == ["largest_component"]
+    assert main(command("test", run / "raw.ckpt", phantom_store, run, f"--run={run / 'no'}")) == 0
+    assert list(Records.read(run / "no").sidecar.postprocess) == []
+    assert main(["compare", "--a", str(run / "post"), "--b", str(run / "no")]) == 1
+    assert "another postprocess" in capsys.readouterr().err
+
+
 def test_only_validation_cases_are_fitted_on(run, phantom_store, capsys):
     flags = command("test", run / "raw.ckpt", phantom_store, run, "--calibrate=x.ckpt")
     assert main(flags) == 1

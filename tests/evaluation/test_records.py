@@ -21,6 +21,7 @@ from pmixseg.evaluation.records import (
     combinations_within,
     find_records,
     gather_rows,
+    read_comparable,
 )
 from pmixseg.evaluation.sidecar import FORMAT, Sidecar, checkpoint_identity, git_state
 from pmixseg.task import BRATS, Task
@@ -314,6 +315,17 @@ def test_of_two_tables_the_one_written_last_is_read(tmp_path):
     for name, case in (("records.csv", "old"), ("records.parquet", "new"), ("records.csv", "last")):
         made(row(case)).write(tmp_path / name)
         assert Records.read(tmp_path).table["case"].tolist() == [case]
+
+
+def test_runs_that_were_scored_in_other_ways_are_not_compared(tmp_path):
+    about = Sidecar(BRATS, conventions={"percentile": "pooled"})
+    paths = [tmp_path / name for name in "abc"]
+    made(row(), about=replace(about, checkpoint={"sha256": "1"})).write(paths[0])
+    made(row(), about=replace(about, checkpoint={"sha256": "2"})).write(paths[1])
+    made(row(), about=replace(about, postprocess=("fill_holes",))).write(paths[2])
+    assert len(read_comparable(paths[:2])) == 2
+    with pytest.raises(InputError, match=r"c: was scored with another postprocess than .*a;"):
+        read_comparable(paths)
 
 
 def test_a_combination_needs_what_was_acquired():
