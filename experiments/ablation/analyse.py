@@ -175,7 +175,7 @@ def primary(found: dict[tuple[str, str], Comparison]) -> str:
         "95 % (bootstrap, seeds × cases)",
         "p",
         "p, Holm",
-        "detectable",
+        "detectable, points",
         "per seed",
     ]
     return markdown(header, rows)
@@ -284,20 +284,26 @@ def teachers(results: Results, seeds: dict[int, dict[str, Job]]) -> str:
 
 def sections(results: Results) -> list[tuple[str, str]]:
     """Titles and tables of what there is so far."""
-    found = [("Where the curve is flat (student alone)", curve(results))]
-    found.append(("Exploratory: every λ, validation cases, mean Dice in %", grid(results)))
+    found = []
+    if any(map(results.has, curve_jobs())):
+        found.append(("Where the curve is flat (student alone)", curve(results)))
     seeds = results.by_arm()
+    if any(map(results.has, grid_jobs())):
+        found.append(("Exploratory: every λ, validation cases, mean Dice in %", grid(results)))
     if len(seeds) < 2:
         return found
     named = ", ".join(map(str, seeds))
     tested = comparisons(results, seeds)
-    notes = dict.fromkeys(note for c in tested.values() for note in c.notes)
-    told = "\n".join(f"- {note}" for note in notes)
+    few = f"Fewer than the {len(SEEDS)} seeds planned. " if len(seeds) < len(SEEDS) else ""
+    told = (
+        f"{few}Seeds {named}; {len(next(iter(tested.values())).cases)} test cases. Detectable: the "
+        "difference that four in five such studies would find."
+    )
     names = ("teacher-none", *(f"teacher-{a}" for a in ANCHORS))
     return [
         *found,
         (f"Arms: {len(seeds)} of {len(SEEDS)} planned seeds ended ({named})", arms(results, seeds)),
-        ("Confirmatory tests of the primary endpoint", f"{primary(tested)}\n\n{told}".strip()),
+        ("Confirmatory tests of the primary endpoint", f"{primary(tested)}\n\n{told}"),
         ("Exploratory: where the differences lie", exploratory(tested)),
         ("Gap of the teachers", gaps(results, seeds, names)),
         ("Gap of the students", gaps(results, seeds, ("alone", *ARMS[1:]))),
