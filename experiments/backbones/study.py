@@ -49,7 +49,7 @@ DYNUNET = {
     },
 }
 BACKBONES: dict[str, Callable[[], Backbone]] = {
-    "unet": partial(MultiEncoderUNet, width=8, levels=3),
+    "unet": partial(MultiEncoderUNet, width=16, levels=3, stem=2),
     "rfnet": partial(RFNet, width=8, separate="none"),
     "mmformer": partial(
         MMFormer, width=8, patch_size=32, embedding=64, hidden=128, separate="none"
@@ -82,7 +82,7 @@ def train(name: str, aligned: bool, seed: int, steps: int, work: Path) -> pd.Dat
         backbone=BACKBONES[name](),
         fill="zero",
         criterion=DiceCE(include_background=False, batch_dice=True),
-        optimizer=partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-4),
+        optimizer=partial(torch.optim.AdamW, lr=6e-3, weight_decay=1e-4),
         scheduler=OneCycle(warmup_fraction=0.1),
         evaluation=EvaluationSettings(window=PATCH, batch_size=2),
     )
