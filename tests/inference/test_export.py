@@ -140,6 +140,14 @@ def test_the_configuration_of_a_bundle_prepares_scans_as_segment_does(phantom_ro
     assert len(np.unique(ours.classes)) > 1
 
 
+@pytest.fixture(autouse=True)
+def gradients_stay_as_they_were():
+    """A bundle's workflow switches them off for the whole process."""
+    was = torch.is_grad_enabled()
+    yield
+    torch.set_grad_enabled(was)
+
+
 def test_the_bundle_runs_as_a_workflow(module, phantom_root, tmp_path):
     pytest.importorskip("ignite", reason="MONAI's evaluators need pytorch-ignite")
     from monai.bundle import ConfigWorkflow
