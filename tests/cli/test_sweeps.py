@@ -142,11 +142,14 @@ def teacher(tmp_path, phantom_store):
 
 @pytest.mark.parametrize("name", FILES)
 def test_one_command_of_each_file_runs_offline(name, teacher, tmp_path, monkeypatch):
+    import wandb
+
+    # An earlier test of this process may have made wandb read its environment for good.
+    wandb.teardown()
     monkeypatch.setenv("WANDB_RUN_ID", "sweeprun1")
     _, *arguments = command(name, GOLDEN[name]["runs"][0])
     place = [f"--run={tmp_path}/run", f"--trainer.logger.save_dir={tmp_path}"]
     assert main([*arguments, *TINY, *place]) == 0
-    import wandb
 
     summary = dict(wandb.run.summary)
     wandb.finish()
