@@ -30,6 +30,21 @@ class Chart:
     curves: dict[str, pd.Series[float]]
 
 
+def read_log(run: Path) -> pd.DataFrame:
+    """``metrics.csv`` of a run; a table without columns where nothing was logged.
+
+    Raises:
+        InputError: the file is not a table.
+    """
+    path = run / "metrics.csv"
+    if not path.is_file() or not path.stat().st_size:
+        return pd.DataFrame()
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a table ({error}); remove it.") from error
+
+
 def read_curves(run: Path) -> list[Chart]:
     """Curves of ``metrics.csv`` (Lightning's CSVLogger or this package's), grouped by name.
 
@@ -43,13 +58,7 @@ def read_curves(run: Path) -> list[Chart]:
     Raises:
         InputError: the file is not a table.
     """
-    path = run / "metrics.csv"
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a table ({error}); remove it.") from error
+    table = read_log(run)
     axis = next((name for name in ("epoch", "step") if name in table), None)
     if axis is None:
         return []

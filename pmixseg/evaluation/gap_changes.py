@@ -6,9 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
-from pmixseg.errors import InputError
+from pmixseg.evaluation.curves import read_log
 
 MEASURES = ("ratio", "variance", "effective_rank", "cka")
 """What the report's table shows, in this order."""
@@ -47,13 +45,7 @@ def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
     Raises:
         InputError: the file is not a table.
     """
-    path = run / "metrics.csv"
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a table ({error}); remove it.") from error
+    table = read_log(run)
     names = [str(c) for c in table.columns]
     found = {m.groups() for n in names if (m := _COLUMN.fullmatch(n))}
     changes = []

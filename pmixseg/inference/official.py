@@ -18,6 +18,7 @@ from pmixseg.data.canonical import NORMALISATION
 from pmixseg.errors import InputError
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.modules import SegmentationModule, StudentModule
+from pmixseg.modules.checkpoint import write_checkpoint
 from pmixseg.modules.payload import payload_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.task import BRATS, Task
@@ -86,7 +87,6 @@ class Imported:
         Raises:
             InputError: the file cannot be written.
         """
-        path = Path(path)
         checkpoint = {
             "pytorch-lightning_version": version("lightning"),  # Lightning asks for these three
             "epoch": 0,
@@ -94,15 +94,7 @@ class Imported:
             "state_dict": self.module.state_dict(),
             "pmixseg": payload_of(self.module),
         }
-        part = path.with_name(f".{path.name}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(checkpoint, part)
-            part.replace(path)
-        except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
-            raise InputError(f"{path} cannot be written ({error}); choose another.") from error
-        return path
+        return write_checkpoint(checkpoint, path)
 
 
 def import_official(kind: str, path: str | Path, task: Task = BRATS) -> Imported:

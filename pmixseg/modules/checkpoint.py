@@ -95,10 +95,20 @@ def write_temperatures(source: str | Path, found: Temperatures, out: str | Path)
     Raises:
         InputError: see :func:`read_checkpoint`; or ``out`` cannot be written.
     """
-    checkpoint, out = read_checkpoint(source), Path(out)
+    checkpoint = read_checkpoint(source)
     arguments = checkpoint["pmixseg"]["init_args"]
     evaluation = EvaluationSettings.of(arguments.get("evaluation"))
     arguments["evaluation"] = describe(replace(evaluation, temperatures=found.by_size))
+    return write_checkpoint(checkpoint, out)
+
+
+def write_checkpoint(checkpoint: dict[str, Any], out: str | Path) -> Path:
+    """Write a checkpoint, complete or not at all.
+
+    Raises:
+        InputError: ``out`` cannot be written.
+    """
+    out = Path(out)
     part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
