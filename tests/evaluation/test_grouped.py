@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from conftest import made_up_rows
+from made_up import made_up_rows
 from rich.console import Console
 
 from pmixseg.evaluation.grouped import group_by_size, result_table

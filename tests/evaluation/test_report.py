@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import made_up_rows
+from made_up import made_up_rows
 
 from pmixseg.data.splits import PUBLISHED, hash_cases
 from pmixseg.errors import InputError
