@@ -1,5 +1,7 @@
 """One training step of teacher and student, without a trainer."""
 
+import functools
+
 import pytest
 import torch
 
@@ -186,3 +188,25 @@ def test_described_arguments_build_the_same_module():
     text = describe(module)
     assert text["class_path"] == "pmixseg.modules.student.StudentModule"
     assert text["init_args"]["anchor"]["init_args"]["weights"] == "uniform"
+
+
+def test_compiled_is_the_same_network_with_the_same_keys(batch, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    plain, compiled = (
+        StudentModule(backbone=tiny(), compile=flag).eval() for flag in (False, True)
+    )
+    compiled.load_state_dict(plain.state_dict())
+    present = batch["acquired"]
+    with torch.no_grad():
+        expected = plain.decode(plain.encode(batch["image"], present)).logits
+        assert not graphs
+        found = compiled.decode(compiled.encode(batch["image"], present)).logits
+    assert len(graphs) >= 2, "encode and decode are compiled apart"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
