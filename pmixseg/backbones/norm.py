@@ -12,10 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pmixseg.backbones.lean import fast_layout, runs_lean, slabs, voxel_sum
+from pmixseg.backbones.lean import (
+    fast_layout,
+    is_channels_last,
+    runs_lean,
+    slabs,
+    voxel_rows,
+    voxel_sum,
+)
 
 EPSILON = 1e-5
 """Added to a variance before its root."""
+SMALL = 1 << 18
+"""Values of a whole batch up to which one call for all samples is faster than slabs of one sample.
+
+There the cost is that of starting operations, not that of memory.
+"""
 
 
 class NormAct(nn.Module):
@@ -63,7 +75,11 @@ def norm_act(
     if not runs_lean(x):
         normed = F.instance_norm(x, weight=weight, bias=bias, eps=EPSILON)
         return F.leaky_relu(normed, slope, inplace=True)
-    y: Tensor = _NormAct.apply(x, slope, weight, bias, reuse)  # type: ignore[no-untyped-call]  # untyped in torch
+    y: Tensor
+    if x.numel() <= SMALL and is_channels_last(x):
+        y = _SmallNormAct.apply(x, slope, weight, bias)  # type: ignore[no-untyped-call]  # untyped in torch
+    else:
+        y = _NormAct.apply(x, slope, weight, bias, reuse)  # type: ignore[no-untyped-call]  # untyped in torch
     return y
 
 
@@ -133,3 +149,42 @@ class _NormAct(torch.autograd.Function):
         if weight is None:
             return to_x, None, None, None, None
         return to_x, None, sums[1].sum(0), sums[0].sum(0), None
+
+
+class _SmallNormAct(torch.autograd.Function):
+    """The same for all samples at once; keeps x̂ and y in float32, which is little here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        rows = voxel_rows(x).to(torch.promote_types(x.dtype, torch.float32))
+        hat = rows - rows.mean(1, keepdim=True)
+        rstd = (hat.square().mean(1, keepdim=True) + EPSILON).rsqrt()
+        hat *= rstd
+        scaled = hat if weight is None else hat * weight
+        y = F.leaky_relu(scaled if bias is None else scaled + bias, slope)
+        ctx.slope = slope
+        ctx.save_for_backward(y, hat, rstd, weight)
+        return _volume(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        y, hat, rstd, weight = ctx.saved_tensors
+        g = voxel_rows(fast_layout(gradients[0])).to(y.dtype)
+        inner = torch.ops.aten.leaky_relu_backward(g, y, ctx.slope, True)
+        mean, slant = inner.mean(1, keepdim=True), (inner * hat).mean(1, keepdim=True)
+        # scale · (g - mean(g) - x̂ mean(g x̂))
+        to_x = torch.addcmul(inner - mean, hat, slant, value=-1)
+        to_x *= rstd if weight is None else rstd * weight
+        into = _volume(to_x, gradients[0])
+        if weight is None:
+            return into, None, None, None
+        voxels = y.shape[1]
+        return into, None, slant.sum((0, 1)) * voxels, mean.sum((0, 1)) * voxels
+
+
+def _volume(rows: Tensor, like: Tensor) -> Tensor:
+    """``[B, V, C]`` in the shape and type of ``like``, channels-last."""
+    b, c, d, h, w = like.shape
+    return rows.to(like.dtype).view(b, d, h, w, c).permute(0, 4, 1, 2, 3)

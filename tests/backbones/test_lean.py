@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pmixseg.backbones import lean
+from pmixseg.backbones import norm as norm_module
 from pmixseg.backbones import regions as regions_module
 from pmixseg.backbones.lean import (
     AS_IT_IS,
@@ -39,9 +40,11 @@ def close_gradients(ours, theirs, inputs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("slab", [1 << 21, 3 * 2 * 20 * 8, 1])
+@pytest.mark.parametrize("slab", [None, 1 << 21, 3 * 2 * 20 * 8, 1])
 def test_norm_act(layout, samples, affine, slab, monkeypatch):
-    monkeypatch.setattr(lean, "SLAB", slab)  # all at once, two slices (the last slab one), one
+    if slab is not None:  # all at once, two slices (the last slab one), one
+        monkeypatch.setattr(norm_module, "SMALL", 0)
+        monkeypatch.setattr(lean, "SLAB", slab)
     torch.manual_seed(0)
     x = draw(3, 5, 4, 5, samples=samples)
     layer = NormAct(3, 0.1).double()
@@ -54,17 +57,41 @@ def test_norm_act(layout, samples, affine, slab, monkeypatch):
     close_gradients(ours, plain, (x, *(s for s in scale if s is not None)))
 
 
+@pytest.mark.parametrize("small", [0, norm_module.SMALL])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("affine", [False, True])
-def test_norm_act_passes_gradcheck(affine, monkeypatch):
+def test_norm_act_passes_gradcheck(affine, layout, small, monkeypatch):
     monkeypatch.setattr(lean, "SLAB", 100)
+    monkeypatch.setattr(norm_module, "SMALL", small)
     torch.manual_seed(0)
     factors = [torch.randn(2, dtype=torch.float64).requires_grad_() for _ in range(2)]
     inputs = (draw(2, 3, 2, 2), *(factors if affine else ()))
-    assert torch.autograd.gradcheck(lambda x, *some: norm_act(x, 0.1, *some), inputs)
+
+    def normed(x, *some):
+        return norm_act(x.contiguous(memory_format=layout), 0.1, *some)
+
+    assert torch.autograd.gradcheck(normed, inputs)
+
+
+def test_a_small_batch_and_slabs_give_the_same_norm_in_half_precision(monkeypatch):
+    torch.manual_seed(0)
+    x = fast_layout((torch.randn(3, 8, 6, 5, 4) + 1).bfloat16()).requires_grad_()
+    layer, weight = NormAct(8, 0.1), torch.randn(3, 8, 6, 5, 4)
+    found = []
+    for small in (norm_module.SMALL, 0):
+        monkeypatch.setattr(norm_module, "SMALL", small)
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        assert is_channels_last(y)
+        found.append((y, *torch.autograd.grad((y * weight).sum(), (x, *layer.parameters()))))
+    rounding = 2**-9 * (3 * 6 * 5 * 4) ** 0.5  # of a sum over 360 products in bfloat16
+    for a, b, atol in zip(*found, (2**-6, 2**-6, 3 * rounding, 3 * rounding), strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=atol)
 
 
 @pytest.mark.parametrize("affine", [False, True])
-def test_norm_act_may_take_the_memory_of_its_input(affine):
+def test_norm_act_may_take_the_memory_of_its_input(affine, monkeypatch):
+    monkeypatch.setattr(norm_module, "SMALL", 0)
     torch.manual_seed(0)
     image = torch.randn(2, 3, 4, 4, 4)
     conv, layer = LeanConv3d(3, 4), NormAct(4, 0.1, reuse=True)
@@ -165,7 +192,8 @@ def test_autocast_computes_in_bf16_and_gives_float32_gradients(size):
     assert x.grad.dtype == conv.weight.grad.dtype == torch.float32
 
 
-def test_a_norm_keeps_one_tensor_and_a_padded_convolution_its_input():
+def test_a_norm_keeps_one_tensor_and_a_padded_convolution_its_input(monkeypatch):
+    monkeypatch.setattr(norm_module, "SMALL", 0)
     kept = []
 
     def keep(tensor):
