@@ -13,11 +13,14 @@ import multiprocessing
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from study import SEEDS, Job, confirm_jobs, curve_jobs, grid_jobs
+from arms import alignment_jobs, confirm_jobs, curve_jobs, distillation_jobs, explore_jobs
+from choice import choose, choose_distillation
+from study import Job
 from training import make_cohort, train_job
 
 HERE = Path(__file__).parent
@@ -51,6 +54,8 @@ class Runner:
             SystemExit: a training failed, or time is up.
         """
         waiting = [job for job in jobs if not self.done(job)]
+        for cohort in sorted({job.cohort for job in waiting}):
+            make_cohort(self.work, cohort)
         finished = {job.name for job in jobs if self.done(job)}
         running: dict[Future[dict[str, Any]], Job] = {}
         failed: list[str] = []
@@ -86,6 +91,11 @@ class Runner:
             raise SystemExit(f"{len(waiting)} trainings are left; run the command again.")
 
 
+def unique(jobs: Iterable[Job]) -> list[Job]:
+    """Each once, in order."""
+    return list({job.name: job for job in jobs}.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
@@ -95,11 +105,18 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     runner = Runner(args.work, args.results, args.jobs, time.time() + 60 * args.minutes)
-    make_cohort(args.work)
-    confirm = [job for _, job in confirm_jobs()]
-    half = [job for job in confirm if job.seed in SEEDS[: len(SEEDS) // 2]]
-    for stage in (half, curve_jobs(), confirm, grid_jobs()):
-        runner.run(stage)
+    runner.run(curve_jobs())
+    first = distillation_jobs()
+    runner.run([job for _, job in first])
+    told = choose_distillation(args.results)
+    runner.run([job for _, job in first] + [job for _, _, job in alignment_jobs(told)])
+    weights = choose(args.results)
+    print(f"chosen on validation cases: {weights}", flush=True)
+    runner.run([job for _, job in confirm_jobs(weights)])
+    questions = explore_jobs(weights)
+    for question, rows in questions.items():
+        print(f"exploratory: {question}", flush=True)
+        runner.run(unique(job for _, job in rows))
     print("all trainings are done; now: python experiments/ablation/analyse.py")
 
 

@@ -1,41 +1,12 @@
-"""What the ablation compares and what every training may cost: read by run.py and analyse.py."""
+"""What every training of the ablation has in common, and what tells one from another."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-LAMBDAS = (0.01, 0.1, 1.0)
-ANCHORS = ("normal", "uniform", "learned")
-
-CURVE_SEEDS = (900,)
-CURVE_STEPS = (75, 150, 300, 600)
-BASE_STEPS = 300
-"""Student alone from random weights, with which every training of the same seed begins."""
-STEPS = 100
-"""Of every training after that."""
-DISTILLATION = 0.5
-ALIGNMENT = 0.1
-GRID_SEEDS = (800,)
-SEEDS = (20, 21, 22, 23, 24, 25, 26, 27)
-
-ARMS = (
-    "alone",
-    "aligned",
-    "distilled-none",
-    "distilled-normal",
-    "distilled-uniform",
-    "distilled-learned",
-)
-"""The confirmatory arms. ``distilled-X``: from a teacher aligned to anchor X; ``none``: to none."""
-
-HYPOTHESES = (
-    ("distilled-learned", "distilled-none"),
-    ("distilled-uniform", "distilled-none"),
-    ("distilled-normal", "distilled-none"),
-    ("distilled-none", "alone"),
-    ("aligned", "alone"),
-)
-"""Pairs (A, B) of arms whose primary endpoint is tested, A minus B, Holm-corrected."""
+from pmixseg.data.phantom_contrast import CONTRASTS
+from pmixseg.task import BRATS, Task
 
 
 @dataclass(frozen=True)
@@ -47,14 +18,16 @@ class Budget:
         shape: its voxels: a whole brain, up to a voxel at the sides of the largest, which is also
             the training patch and the inference window.
         train: training cases.
-        val: validation cases, on which weights are chosen.
+        val: validation cases, on which weights are chosen and gaps measured.
         test: test cases.
         width: channels of the finest level of the MultiEncoderUNet.
         levels: its levels.
         stem: stride of its first convolution.
         batch_size: patches per step.
+        base_steps: of a base, a student alone from random weights.
+        steps: of every training that begins with the weights of a base.
         base_rate: peak of the one-cycle schedule of AdamW from random weights.
-        rate: the same for every training that begins with the base.
+        rate: the same for every training that begins with a base.
     """
 
     spacing: float = 6.0
@@ -66,12 +39,47 @@ class Budget:
     levels: int = 3
     stem: int = 2
     batch_size: int = 4
+    base_steps: int = 960
+    steps: int = 240
     base_rate: float = 1.2e-2
     rate: float = 6e-3
 
 
 BUDGET = Budget()
-COHORT_SEED = 22
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A phantom cohort; all have the same seed.
+
+    Args:
+        modalities: its sequences.
+        dependence: correlation between the modalities' errors
+            (:class:`pmixseg.data.phantom_contrast.Scanner`).
+    """
+
+    modalities: tuple[str, ...] = BRATS.modalities
+    dependence: float = 0.4
+
+    @property
+    def task(self) -> Task:
+        """BraTS with these sequences."""
+        return Task(f"m{len(self.modalities)}", self.modalities, BRATS.labels, dict(BRATS.regions))
+
+
+COHORT_SEED = 23
+DEFAULT = "default"
+DEPENDENCES = (0.0, 0.5, 1.0)
+COHORTS: Mapping[str, Cohort] = {
+    DEFAULT: Cohort(),
+    **{f"dep{value:g}": Cohort(dependence=value) for value in DEPENDENCES},
+    **{f"m{n}": Cohort(tuple(CONTRASTS)[:n]) for n in (2, 3, 5, 6)},
+}
+"""By name. The default one has four sequences, so there is no ``m4``."""
+
+UNIFORM, NO_CONTRAST, NOT_AT_RANDOM = "uniform", "no-contrast", "not-at-random"
+PROTOCOLS = (UNIFORM, NO_CONTRAST, NOT_AT_RANDOM)
+"""Missingness: all combinations alike; never T1ce; the odds of FLAIR follow the tumour's size."""
 
 
 @dataclass(frozen=True)
@@ -79,36 +87,56 @@ class Job:
     """One training and its test.
 
     Args:
-        stage: ``curve``, ``confirm`` or ``grid``.
+        stage: ``curve``, ``grid``, ``confirm`` or ``explore``.
         role: ``base``, ``teacher`` or ``student``.
-        anchor: what this training aligns to: ``none``, ``normal``, ``uniform`` or ``learned``.
-        weight: λ of the alignment.
         seed: of weights, patches, augmentation and missingness.
         steps: optimizer steps.
+        anchor: what this training aligns to: ``none``, ``normal``, ``uniform`` or ``learned``.
+        weight: λ of the alignment.
+        distance: of the alignment.
+        levels: that are aligned; default: the two coarsest.
         teacher: the job that trained the teacher.
         distillation: λ of the distillation.
+        term: the only term of the distillation; default: both.
         start: the job whose weights it begins with.
+        missing: the protocol it is trained with.
+        cohort: a name of :data:`COHORTS`.
     """
 
     stage: str
     role: str
-    anchor: str
-    weight: float
     seed: int
     steps: int
+    anchor: str = "none"
+    weight: float = 0.0
+    distance: str = "nmse"
+    levels: tuple[int, ...] | None = None
     teacher: str | None = None
     distillation: float = 0.0
+    term: str | None = None
     start: str | None = None
+    missing: str = UNIFORM
+    cohort: str = field(default=DEFAULT)
 
     @property
     def name(self) -> str:
-        """Unique, and the name of its files."""
-        own = self.role if self.anchor == "none" else f"{self.role}-{self.anchor}-{self.weight:g}"
-        taught = ""
+        """Unique, and the name of its files: what differs from the default."""
+        parts = [self.role]
+        if self.role == "base":
+            parts.append(str(self.steps))
+        if self.anchor != "none":
+            parts.append(f"{self.anchor}-{self.distance}-{self.weight:g}")
+        if self.levels is not None:
+            parts.append("levels" + "".join(map(str, self.levels)))
         if self.teacher is not None:
-            taught = f"_by-{self.teacher.split('_')[1]}_d{self.distillation:g}"
-        budget = f"_{self.steps}" if self.stage == "curve" else ""
-        return f"{self.stage}_{own}{taught}{budget}_s{self.seed}"
+            taught = self.teacher.split("_")[2]
+            parts.append(
+                f"by-{'none' if taught.startswith('s') else taught}-d{self.distillation:g}"
+            )
+        if self.term is not None:
+            parts.append(self.term)
+        parts += [part for part in (self.missing, self.cohort) if part not in (UNIFORM, DEFAULT)]
+        return "_".join([self.stage, *parts, f"s{self.seed}"])
 
     @property
     def needs(self) -> set[str]:
@@ -117,56 +145,5 @@ class Job:
 
     @property
     def part(self) -> str:
-        """Cases it is scored on: the test cases in the confirmatory stage alone."""
-        return "test" if self.stage == "confirm" else "val"
-
-
-def curve_jobs() -> list[Job]:
-    """Students alone with growing budgets: where does the curve flatten?"""
-    return [Job("curve", "base", "none", 0.0, s, n) for s in CURVE_SEEDS for n in CURVE_STEPS]
-
-
-def grid_jobs() -> list[Job]:
-    """Exploratory: every arm at every λ, on validation cases; teachers before their students."""
-    jobs = []
-    for seed in GRID_SEEDS:
-        base = Job("grid", "base", "none", 0.0, seed, BASE_STEPS)
-        plain = _teacher("grid", "none", 0.0, base)
-        jobs += [base, _student("grid", "none", 0.0, base), plain]
-        for weight in LAMBDAS:
-            for anchor in ANCHORS:
-                teacher = _teacher("grid", anchor, weight, base)
-                jobs += [teacher, _student("grid", "none", 0.0, base, teacher.name, DISTILLATION)]
-            jobs.append(_student("grid", "uniform", weight, base))
-            jobs.append(_student("grid", "none", 0.0, base, plain.name, weight))
-        jobs.append(_student("grid", "none", 0.0, base, plain.name, DISTILLATION))
-    return jobs
-
-
-def confirm_jobs() -> list[tuple[str, Job]]:
-    """Pairs (arm, teacher or base, job), seed by seed, so that a stop leaves whole seeds."""
-    jobs: list[tuple[str, Job]] = []
-    for seed in SEEDS:
-        base = Job("confirm", "base", "none", 0.0, seed, BASE_STEPS)
-        jobs += [("base", base), ("alone", _student("confirm", "none", 0.0, base))]
-        jobs.append(("aligned", _student("confirm", "uniform", ALIGNMENT, base)))
-        for anchor in ("none", *ANCHORS):
-            teacher = _teacher("confirm", anchor, 0.0 if anchor == "none" else ALIGNMENT, base)
-            student = _student("confirm", "none", 0.0, base, teacher.name, DISTILLATION)
-            jobs += [(f"teacher-{anchor}", teacher), (f"distilled-{anchor}", student)]
-    return jobs
-
-
-def _teacher(stage: str, anchor: str, weight: float, base: Job) -> Job:
-    return Job(stage, "teacher", anchor, weight, base.seed, STEPS, start=base.name)
-
-
-def _student(
-    stage: str,
-    anchor: str,
-    weight: float,
-    base: Job,
-    teacher: str | None = None,
-    distillation: float = 0.0,
-) -> Job:
-    return Job(stage, "student", anchor, weight, base.seed, STEPS, teacher, distillation, base.name)
+        """Cases it is scored on: validation cases where something is chosen by it."""
+        return "val" if self.stage in ("curve", "grid") else "test"

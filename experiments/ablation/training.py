@@ -7,63 +7,124 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from study import BUDGET, COHORT_SEED, Job
+from study import (
+    BUDGET,
+    COHORT_SEED,
+    COHORTS,
+    NO_CONTRAST,
+    NOT_AT_RANDOM,
+    UNIFORM,
+    Job,
+)
 from torch.nn.functional import adaptive_avg_pool3d
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.layouts import find_cases
+from pmixseg.data.layouts import find_cases, load_layout
+from pmixseg.data.masks import CaseMasks, CovariateMasks, Flags, MaskableCase
 from pmixseg.data.phantom import PhantomSettings, write_cohort
+from pmixseg.data.phantom_contrast import Scanner
+from pmixseg.data.phantom_task import label_codes, write_layout
 from pmixseg.data.prepare import prepare
 from pmixseg.data.splits import SplitJson
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.evaluation.metrics import region_dice
 from pmixseg.losses import DiceCE
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
+from pmixseg.losses.distillation import DistillationTerm, LatentMatch, LogitKL
 from pmixseg.losses.gap import measure_gap, voxel_vectors
+from pmixseg.losses.joint import JointKL
 from pmixseg.modules import OneCycle, SegmentationModule, StudentModule, TeacherModule, load
 from pmixseg.task import BRATS, format_combination
 
+TERMS: dict[str, Callable[[], DistillationTerm]] = {
+    "LogitKL": LogitKL,
+    "LatentMatch": LatentMatch,
+}
 GAP_POINTS = 256
 """Brain voxels per validation case and level that the gap is measured on."""
 
 
-def make_cohort(work: Path) -> None:
-    """Phantom, store and split; what is there is kept."""
+def make_cohort(work: Path, name: str) -> None:
+    """Phantom, store and split of one of the cohorts in ``work / name``; what is there is kept."""
+    folder, cohort = work / name, COHORTS[name]
+    if (folder / "split.json").is_file():
+        return
     cases = BUDGET.train + BUDGET.val + BUDGET.test
-    settings = PhantomSettings(spacing=BUDGET.spacing, shape=BUDGET.shape)
-    names = write_cohort(work / "cohort", cases, COHORT_SEED, settings)
-    grid = (BUDGET.spacing,) * 3
-    report = prepare(find_cases(work / "cohort", BRATS), work / "store", BRATS, spacing=grid)
+    settings = PhantomSettings(
+        spacing=BUDGET.spacing,
+        shape=BUDGET.shape,
+        modalities=cohort.modalities,
+        scanner=Scanner(dependence=cohort.dependence),
+    )
+    names = write_cohort(folder / "cohort", cases, COHORT_SEED, settings)
+    grid, task = (BUDGET.spacing,) * 3, cohort.task
+    layout = load_layout(write_layout(folder / "cohort", task, label_codes(task, {})))
+    found = find_cases(folder / "cohort", task, layout)
+    report = prepare(found, folder / "store", task, spacing=grid, progress=False)
     if report.failed:
         raise SystemExit(" ".join(report.failed.values()))
     first, last = BUDGET.train, BUDGET.train + BUDGET.val
     split = {"train": names[:first], "val": names[first:last], "test": names[last:]}
-    part = work / "split.json.part"
+    part = folder / "split.json.part"
     part.write_text(json.dumps(split))
-    part.replace(work / "split.json")
+    part.replace(folder / "split.json")
 
 
-def data_module(work: Path, seed: int) -> BraTSDataModule:
-    """Whole brains, augmented."""
+def data_module(job: Job, work: Path) -> BraTSDataModule:
+    """Whole brains, augmented; what the job's protocol takes from a case for good is not there."""
+    folder = work / job.cohort
     return BraTSDataModule(
-        store=work / "store",
-        split=SplitJson(work / "split.json"),
+        store=folder / "store",
+        split=SplitJson(folder / "split.json"),
+        task=COHORTS[job.cohort].task,
         patch_size=BUDGET.shape,
         foreground=0.0,
         batch_size=BUDGET.batch_size,
         augmentation=Augmentation(flip=(0.5, 0.0, 0.0), resample=0.2),
-        seed=seed,
+        masks=protocol(job.missing),
+        seed=job.seed,
     )
+
+
+def protocol(name: str, seed: int = 0) -> CaseMasks | None:
+    """What a protocol takes from each case for good; nothing for ``uniform``.
+
+    Not at random: half of the cases lack FLAIR, the more so the smaller the tumour, and a third
+    each of the others.
+    """
+    if name == NOT_AT_RANDOM:
+        rates = dict.fromkeys(BRATS.modalities, 1 / 3) | {"flair": 0.5}
+        return CovariateMasks(rates, {"flair": -2.0}, seed=seed)
+    return Without("t1ce") if name == NO_CONTRAST else None
+
+
+class Without(CaseMasks):
+    """No case has this modality.
+
+    Args:
+        modality: its name.
+    """
+
+    def __init__(self, modality: str) -> None:
+        self.modality = modality
+
+    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+        """See :class:`CaseMasks`."""
+        kept = [m != self.modality for m in modalities]
+        return {
+            c.case_id: tuple(a and k for a, k in zip(c.acquired, kept, strict=True)) for c in cases
+        }
 
 
 def build_module(job: Job) -> SegmentationModule:
@@ -72,14 +133,16 @@ def build_module(job: Job) -> SegmentationModule:
     The recipe of ``pmixseg quickstart``, which was found on another phantom cohort.
     """
     kind = TeacherModule if job.role == "teacher" else StudentModule
+    task = COHORTS[job.cohort].task
     return kind(
         backbone=MultiEncoderUNet(
-            modalities=BRATS.modalities,
-            num_classes=BRATS.num_classes,
+            modalities=task.modalities,
+            num_classes=task.num_classes,
             width=BUDGET.width,
             levels=BUDGET.levels,
             stem=BUDGET.stem,
         ),
+        task=task,
         fill="anchor" if job.role == "teacher" else "zero",
         optimizer=functools.partial(
             torch.optim.AdamW, lr=BUDGET.rate if job.start else BUDGET.base_rate, weight_decay=1e-4
@@ -90,11 +153,21 @@ def build_module(job: Job) -> SegmentationModule:
     )
 
 
-def alignment(anchor: str, weight: float) -> PmixAlignment:
+def alignment(job: Job) -> PmixAlignment:
     """``learned`` borrows the module's anchor; the others belong to the callback."""
     own = {"normal": NormalAnchor, "uniform": functools.partial(MixtureAnchor, "uniform")}
-    made: Callable[[], Any] | None = own.get(anchor)
-    return PmixAlignment(weight=weight, anchor=made() if made else None, distance="nmse")
+    made: Callable[[], Any] | None = own.get(job.anchor)
+    distance = JointKL("matched") if job.distance == "joint" else job.distance
+    return PmixAlignment(
+        weight=job.weight, anchor=made() if made else None, distance=distance, levels=job.levels
+    )
+
+
+def distillation(job: Job, work: Path) -> Distillation:
+    """Both terms of ``Distillation`` with their defaults, or one of them."""
+    checkpoint = str(work / "checkpoints" / f"{job.teacher}.ckpt")
+    terms = None if job.term is None else {"only": TERMS[job.term]()}
+    return Distillation(checkpoint, weight=job.distillation, terms=terms)
 
 
 def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
@@ -103,16 +176,15 @@ def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     seed_everything(job.seed, verbose=False)
-    module, data = build_module(job), data_module(work, job.seed)
+    module, data = build_module(job), data_module(job, work)
     if job.start is not None:
-        base = load(work / "checkpoints" / f"{job.start}.ckpt")
-        module.backbone.load_state_dict(base.backbone.state_dict())
+        start = load(work / "checkpoints" / f"{job.start}.ckpt")
+        module.backbone.load_state_dict(start.backbone.state_dict())
     terms: list[Callback] = []
     if job.weight:
-        terms.append(alignment(job.anchor, job.weight))
+        terms.append(alignment(job))
     if job.teacher is not None:
-        checkpoint = str(work / "checkpoints" / f"{job.teacher}.ckpt")
-        terms.append(Distillation(checkpoint, weight=job.distillation))
+        terms.append(distillation(job, work))
     trainer = Trainer(
         default_root_dir=work,
         accelerator="cpu",
@@ -128,7 +200,7 @@ def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
-    before = gap(module, data)
+    before = gap(module, data_module(replace(job, missing=UNIFORM), work))
     started, cpu = time.monotonic(), time.process_time()
     trainer.fit(module, data)
     spent = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
@@ -139,18 +211,19 @@ def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(path.with_suffix(".part"), weights_only=True)
         path.with_suffix(".part").replace(path)
-    scores = score(module, data, job.part)
+    whole = data_module(replace(job, missing=UNIFORM), work)
+    scores = score(module, whole, job.part)
     results.mkdir(parents=True, exist_ok=True)
     table = results / f"{job.name}.csv"
     scores.to_csv(table.with_suffix(".part"), index=False, float_format="%.4f")
     table.with_suffix(".part").replace(table)
     found: dict[str, Any] = {
-        "job": vars(job),
+        "job": asdict(job),
         "part": job.part,
         "dice": float(scores[list(BRATS.regions)].to_numpy().mean()),
         "train": losses,
         "gap_before": before,
-        "gap_after": gap(module, data),
+        "gap_after": gap(module, whole),
         "anchor_weights": anchor_weights(module),
         **spent,
         "scoring_cpu_seconds": time.process_time() - cpu - spent["cpu_seconds"],

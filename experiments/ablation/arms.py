@@ -1,0 +1,208 @@
+"""The trainings of each stage: teachers and bases before what begins with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from study import BUDGET, COHORTS, DEFAULT, DEPENDENCES, PROTOCOLS, UNIFORM, Job
+
+LAMBDAS = (0.01, 0.1, 1.0)
+ANCHORS = ("normal", "uniform", "learned")
+
+CURVE_SEED = 900
+CURVE_STEPS = (300, 600, 1200, 2400)
+GRID_SEEDS = (800, 801)
+SEEDS = (30, 31, 32, 33, 34, 35, 36, 37)
+EXPLORE_SEEDS = (700, 701)
+
+ARMS = (
+    "alone",
+    "aligned",
+    "distilled-none",
+    "distilled-normal",
+    "distilled-uniform",
+    "distilled-learned",
+)
+"""The confirmatory arms. ``distilled-X``: from a teacher aligned to anchor X; ``none``: to none."""
+
+HYPOTHESES = (
+    ("distilled-learned", "distilled-none"),
+    ("distilled-uniform", "distilled-none"),
+    ("distilled-normal", "distilled-none"),
+    ("distilled-none", "alone"),
+    ("aligned", "alone"),
+)
+"""Pairs (A, B) of arms whose primary endpoint is tested, A minus B, Holm-corrected."""
+
+DISTANCES = ("mse", "smooth_l1", "cosine", "mmd", "sliced_wasserstein", "kl", "vid", "joint")
+"""Besides ``nmse``, which every other training uses."""
+DISTANCE_WEIGHTS = (0.1, 1.0)
+LEVELS = ((2,), (1,), (0,), (0, 1, 2))
+"""Besides the two coarsest (1, 2); 0 is the finest."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the grid chose.
+
+    Args:
+        distillation: λ of the distillation, by the arm ``distilled-none``, for every distilled one.
+        alignment: arm -> λ of the alignment of the student itself (``aligned``), or of its teacher.
+    """
+
+    distillation: float
+    alignment: Mapping[str, float]
+
+
+def base(stage: str, seed: int, missing: str = UNIFORM, cohort: str = DEFAULT) -> Job:
+    """A student alone, from random weights."""
+    return Job(stage, "base", seed, BUDGET.base_steps, missing=missing, cohort=cohort)
+
+
+def teacher(start: Job, anchor: str, weight: float) -> Job:
+    """A teacher that begins with a base, aligned unless the anchor is ``none``."""
+    return Job(start.stage, "teacher", start.seed, BUDGET.steps, anchor, weight, start=start.name)
+
+
+def distilled(start: Job, by: Job, weight: float, term: str | None = None) -> Job:
+    """A student of a teacher."""
+    return Job(
+        start.stage,
+        "student",
+        start.seed,
+        BUDGET.steps,
+        teacher=by.name,
+        distillation=weight,
+        term=term,
+        start=start.name,
+    )
+
+
+def student(
+    start: Job,
+    weight: float = 0.0,
+    distance: str = "nmse",
+    levels: tuple[int, ...] | None = None,
+) -> Job:
+    """A student without a teacher; aligned to the uniform mixture where ``weight`` is above 0.
+
+    Without fill nothing would train the weights of the learned one. ``vid`` learns its own Gaussian
+    in the place of the normal anchor.
+    """
+    anchor = "none" if not weight else "normal" if distance == "vid" else "uniform"
+    return Job(
+        start.stage,
+        "student",
+        start.seed,
+        BUDGET.steps,
+        anchor,
+        weight,
+        distance,
+        levels,
+        start=start.name,
+        missing=start.missing,
+        cohort=start.cohort,
+    )
+
+
+def curve_jobs() -> list[Job]:
+    """Students alone from random weights with growing budgets: where does the curve flatten?"""
+    return [Job("curve", "base", CURVE_SEED, steps) for steps in CURVE_STEPS]
+
+
+def distillation_jobs() -> list[tuple[float, Job]]:
+    """First half of the grid: (λ of distillation, job), students of an unaligned teacher."""
+    jobs: list[tuple[float, Job]] = []
+    for seed in GRID_SEEDS:
+        start = base("grid", seed)
+        plain = teacher(start, "none", 0.0)
+        jobs += [(0.0, start), (0.0, plain), (0.0, student(start))]
+        jobs += [(weight, distilled(start, plain, weight)) for weight in LAMBDAS]
+    return jobs
+
+
+def alignment_jobs(distillation: float) -> list[tuple[str, float, Job]]:
+    """Second half: (arm or teacher, λ of alignment, job), at the chosen λ of distillation."""
+    jobs: list[tuple[str, float, Job]] = []
+    for seed in GRID_SEEDS:
+        start = base("grid", seed)
+        for weight in LAMBDAS:
+            jobs.append(("aligned", weight, student(start, weight)))
+            for anchor in ANCHORS:
+                taught = teacher(start, anchor, weight)
+                jobs.append((f"teacher-{anchor}", weight, taught))
+                own = distilled(start, taught, distillation)
+                jobs.append((f"distilled-{anchor}", weight, own))
+    return jobs
+
+
+def confirm_jobs(weights: Weights) -> list[tuple[str, Job]]:
+    """Pairs (arm, teacher or base, job), seed by seed, so that a stop leaves whole seeds."""
+    jobs: list[tuple[str, Job]] = []
+    for seed in SEEDS:
+        start = base("confirm", seed)
+        jobs += [("base", start), ("alone", student(start))]
+        jobs.append(("aligned", student(start, weights.alignment["aligned"])))
+        for anchor in ("none", *ANCHORS):
+            arm = f"distilled-{anchor}"
+            taught = teacher(start, anchor, weights.alignment.get(arm, 0.0))
+            jobs.append((f"teacher-{anchor}", taught))
+            jobs.append((arm, distilled(start, taught, weights.distillation)))
+    return jobs
+
+
+def explore_jobs(weights: Weights) -> dict[str, list[tuple[str, Job]]]:
+    """Question -> pairs (row of its table, job); what several questions need is in each."""
+    aligned = weights.alignment["aligned"]
+    found: dict[str, list[tuple[str, Job]]] = {
+        "terms": [],
+        "levels": [],
+        "distances": [],
+        "dependence": [],
+        "modalities": [],
+        "missingness": [],
+    }
+    for seed in EXPLORE_SEEDS:
+        start = base("explore", seed)
+        plain = teacher(start, "none", 0.0)
+        shared = [("base", start), ("alone", student(start))]
+        ours = ("1, 2", student(start, aligned))
+        found["terms"] += [*shared, ("teacher", plain)]
+        for term in (None, "LogitKL", "LatentMatch"):
+            row = term or "both"
+            found["terms"].append((row, distilled(start, plain, weights.distillation, term)))
+        found["levels"] += [*shared, ours]
+        found["levels"] += [
+            (", ".join(map(str, levels)), student(start, aligned, levels=levels))
+            for levels in LEVELS
+        ]
+        found["distances"] += shared
+        found["distances"] += [
+            (f"{distance}, λ {weight:g}", student(start, weight, distance))
+            for distance in ("nmse", *DISTANCES)
+            for weight in DISTANCE_WEIGHTS
+        ]
+        for value in DEPENDENCES:
+            of = base("explore", seed, cohort=f"dep{value:g}")
+            found["dependence"] += [
+                (f"{value:g}, base", of),
+                (f"{value:g}, alone", student(of)),
+                (f"{value:g}, factorised", student(of, aligned)),
+                (f"{value:g}, joint", student(of, aligned, "joint")),
+            ]
+        for cohort, made in {"m4": DEFAULT, **{c: c for c in COHORTS if c[0] == "m"}}.items():
+            of = base("explore", seed, cohort=made)
+            found["modalities"] += [
+                (f"{cohort[1:]}, base", of),
+                (f"{cohort[1:]}, alone", student(of)),
+                (f"{cohort[1:]}, aligned", student(of, aligned)),
+            ]
+        for protocol in PROTOCOLS:
+            of = base("explore", seed, missing=protocol)
+            found["missingness"] += [
+                (f"{protocol}, base", of),
+                (f"{protocol}, alone", student(of)),
+                (f"{protocol}, aligned", student(of, aligned)),
+            ]
+    return found
