@@ -20,8 +20,9 @@ from typing import Any
 
 from arms import alignment_jobs, confirm_jobs, curve_jobs, distillation_jobs, explore_jobs
 from choice import choose, choose_distillation
+from exploratory import TEST_WEIGHTS
 from study import Job
-from training import make_cohort, train_job
+from training import make_cohort, protocol_weights, train_job
 
 HERE = Path(__file__).parent
 
@@ -117,6 +118,8 @@ def main() -> None:
     for question, rows in questions.items():
         print(f"exploratory: {question}", flush=True)
         runner.run(unique(job for _, job in rows))
+        if question == "missingness":
+            protocol_weights(args.work).to_csv(args.results / TEST_WEIGHTS, index=False)
     print("all trainings are done; now: python experiments/ablation/analyse.py")
 
 

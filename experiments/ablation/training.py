@@ -7,6 +7,7 @@ import json
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from study import (
     BUDGET,
     COHORT_SEED,
     COHORTS,
+    DEFAULT,
     NO_CONTRAST,
     NOT_AT_RANDOM,
     UNIFORM,
@@ -37,6 +39,7 @@ from pmixseg.data.phantom_contrast import Scanner
 from pmixseg.data.phantom_task import label_codes, write_layout
 from pmixseg.data.prepare import prepare
 from pmixseg.data.splits import SplitJson
+from pmixseg.data.store import Store
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.evaluation.metrics import region_dice
 from pmixseg.losses import DiceCE
@@ -107,6 +110,30 @@ def protocol(name: str, seed: int = 0) -> CaseMasks | None:
         rates = dict.fromkeys(BRATS.modalities, 1 / 3) | {"flair": 0.5}
         return CovariateMasks(rates, {"flair": -2.0}, seed=seed)
     return Without("t1ce") if name == NO_CONTRAST else None
+
+
+def protocol_weights(work: Path, draws: int = 500) -> pd.DataFrame:
+    """How often each test case is seen with each combination when it is missing not at random.
+
+    Args:
+        work: folder of the default cohort.
+        draws: of the rule, seeds 1 to this: 0 was drawn for training.
+    """
+    data = data_module(Job("explore", "student", 0, 0), work)
+    data.setup("test")
+    store = Store.open(work / DEFAULT / "store")
+    cases = [store.read(name) for name in store.cases]
+    tested = {str(item["case_id"]) for item in data.test_dataloader()}
+    counts: Counter[tuple[str, str]] = Counter()
+    for seed in range(1, draws + 1):
+        rule = protocol(NOT_AT_RANDOM, seed)
+        assert rule is not None
+        for case, flags in rule.allowed(cases, BRATS.modalities).items():
+            if case in tested:
+                shown = [m for m, kept in zip(BRATS.modalities, flags, strict=True) if kept]
+                counts[case, format_combination(shown)] += 1
+    rows = [(case, shown, n / draws) for (case, shown), n in sorted(counts.items())]
+    return pd.DataFrame(rows, columns=["case", "combination", "weight"])
 
 
 class Without(CaseMasks):
