@@ -17,6 +17,15 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def real_root() -> Path:
+    """Seven BraTS 2021 cases, which are never copied into the project."""
+    root = Path(__file__).parents[1] / "../shared/data/brats2021"
+    if not root.is_dir():
+        pytest.skip("needs the real scans in ../shared/data/brats2021")
+    return root
+
+
+@pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory) -> Path:
     """Eight synthetic cases at 5 mm."""
     from pmixseg.data.phantom import PhantomSettings, write_cohort

@@ -12,9 +12,11 @@ from pathlib import Path
 import confirmatory
 import exploratory
 import grid
+import real
 from arms import ANCHORS, ARMS, SEEDS, alignment_jobs, curve_jobs, distillation_jobs
 from choice import choose, choose_distillation
 from results import Results
+from study import REAL_COHORTS
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -64,6 +66,10 @@ def sections(results: Results) -> list[tuple[str, str]]:
             ("Learned mixture weights of the teachers", confirmatory.mixture(results, seeds)),
             ("Cost of the training", confirmatory.costs(results, seeds)),
         ]
+    folds = real.whole_folds(results, weights)
+    if folds:
+        title = f"Real scans: {len(folds)} of {len(REAL_COHORTS)} cases left out, no inference"
+        found.append((title, real.cases(results, folds)))
     return found + exploratory.tables(results, weights)
 
 

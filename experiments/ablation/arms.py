@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from study import BUDGET, COHORTS, DEFAULT, DEPENDENCES, PROTOCOLS, UNIFORM, Job
+from study import COHORTS, DEFAULT, DEPENDENCES, PROTOCOLS, REAL_COHORTS, UNIFORM, Job, budget
 
 LAMBDAS = (0.01, 0.1, 1.0)
 ANCHORS = ("normal", "uniform", "learned")
@@ -15,6 +16,7 @@ CURVE_STEPS = (300, 600, 1200, 2400)
 GRID_SEEDS = (800, 801)
 SEEDS = (30, 31, 32, 33, 34, 35, 36, 37)
 EXPLORE_SEEDS = (700, 701)
+REAL_SEED = 600
 
 ARMS = (
     "alone",
@@ -57,26 +59,17 @@ class Weights:
 
 def base(stage: str, seed: int, missing: str = UNIFORM, cohort: str = DEFAULT) -> Job:
     """A student alone, from random weights."""
-    return Job(stage, "base", seed, BUDGET.base_steps, missing=missing, cohort=cohort)
+    return Job(stage, "base", seed, budget(cohort).base_steps, missing=missing, cohort=cohort)
 
 
 def teacher(start: Job, anchor: str, weight: float) -> Job:
     """A teacher that begins with a base, aligned unless the anchor is ``none``."""
-    return Job(start.stage, "teacher", start.seed, BUDGET.steps, anchor, weight, start=start.name)
+    return continued(start, "teacher", anchor=anchor, weight=weight)
 
 
 def distilled(start: Job, by: Job, weight: float, term: str | None = None) -> Job:
     """A student of a teacher."""
-    return Job(
-        start.stage,
-        "student",
-        start.seed,
-        BUDGET.steps,
-        teacher=by.name,
-        distillation=weight,
-        term=term,
-        start=start.name,
-    )
+    return continued(start, "student", teacher=by.name, distillation=weight, term=term)
 
 
 def student(
@@ -91,19 +84,15 @@ def student(
     in the place of the normal anchor.
     """
     anchor = "none" if not weight else "normal" if distance == "vid" else "uniform"
-    return Job(
-        start.stage,
-        "student",
-        start.seed,
-        BUDGET.steps,
-        anchor,
-        weight,
-        distance,
-        levels,
-        start=start.name,
-        missing=start.missing,
-        cohort=start.cohort,
+    return continued(
+        start, "student", anchor=anchor, weight=weight, distance=distance, levels=levels
     )
+
+
+def continued(start: Job, role: str, **what: Any) -> Job:
+    """A training that begins with the weights of a base, on the same cases."""
+    steps = budget(start.cohort).steps
+    return replace(start, role=role, steps=steps, start=start.name, **what)
 
 
 def curve_jobs() -> list[Job]:
@@ -137,19 +126,30 @@ def alignment_jobs(distillation: float) -> list[tuple[str, float, Job]]:
     return jobs
 
 
-def confirm_jobs(weights: Weights) -> list[tuple[str, Job]]:
-    """Pairs (arm, teacher or base, job), seed by seed, so that a stop leaves whole seeds."""
-    jobs: list[tuple[str, Job]] = []
-    for seed in SEEDS:
-        start = base("confirm", seed)
-        jobs += [("base", start), ("alone", student(start))]
-        jobs.append(("aligned", student(start, weights.alignment["aligned"])))
-        for anchor in ("none", *ANCHORS):
-            arm = f"distilled-{anchor}"
-            taught = teacher(start, anchor, weights.alignment.get(arm, 0.0))
-            jobs.append((f"teacher-{anchor}", taught))
-            jobs.append((arm, distilled(start, taught, weights.distillation)))
+def six_arms(start: Job, weights: Weights) -> list[tuple[str, Job]]:
+    """Pairs (arm, teacher or base, job) of one base."""
+    jobs = [
+        ("base", start),
+        ("alone", student(start)),
+        ("aligned", student(start, weights.alignment["aligned"])),
+    ]
+    for anchor in ("none", *ANCHORS):
+        arm = f"distilled-{anchor}"
+        taught = teacher(start, anchor, weights.alignment.get(arm, 0.0))
+        jobs.append((f"teacher-{anchor}", taught))
+        jobs.append((arm, distilled(start, taught, weights.distillation)))
     return jobs
+
+
+def confirm_jobs(weights: Weights) -> list[tuple[str, Job]]:
+    """Seed by seed, so that a stop leaves whole seeds."""
+    return [pair for seed in SEEDS for pair in six_arms(base("confirm", seed), weights)]
+
+
+def real_jobs(weights: Weights) -> list[tuple[str, Job]]:
+    """The six arms on real scans, case by case left out; weights are those of the phantom."""
+    bases = [base("real", REAL_SEED, cohort=cohort) for cohort in REAL_COHORTS]
+    return [pair for start in bases for pair in six_arms(start, weights)]
 
 
 def explore_jobs(weights: Weights) -> dict[str, list[tuple[str, Job]]]:

@@ -18,11 +18,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-from arms import alignment_jobs, confirm_jobs, curve_jobs, distillation_jobs, explore_jobs
+from arms import (
+    alignment_jobs,
+    confirm_jobs,
+    curve_jobs,
+    distillation_jobs,
+    explore_jobs,
+    real_jobs,
+)
 from choice import choose, choose_distillation
+from cohorts import make_cohort, make_real, protocol_weights
 from exploratory import TEST_WEIGHTS
-from study import Job
-from training import make_cohort, protocol_weights, train_job
+from study import REAL_COHORTS, Job
+from training import train_job
 
 HERE = Path(__file__).parent
 
@@ -35,10 +43,14 @@ class Runner:
         results: folder of what is committed.
         jobs: processes.
         until: do not start a training after this moment (``time.time()``).
+        real: folder of the real cases, where they are trained on.
     """
 
-    def __init__(self, work: Path, results: Path, jobs: int, until: float) -> None:
+    def __init__(
+        self, work: Path, results: Path, jobs: int, until: float, real: Path | None = None
+    ) -> None:
         self.work, self.results, self.jobs, self.until = work, results, jobs, until
+        self.real = real
         # Forked children of a process that has used torch's threads may hang.
         self.context = multiprocessing.get_context("spawn")
 
@@ -56,7 +68,10 @@ class Runner:
         """
         waiting = [job for job in jobs if not self.done(job)]
         for cohort in sorted({job.cohort for job in waiting}):
-            make_cohort(self.work, cohort)
+            if cohort not in REAL_COHORTS:
+                make_cohort(self.work, cohort)
+            elif self.real is not None:
+                make_real(self.work, self.real)
         finished = {job.name for job in jobs if self.done(job)}
         running: dict[Future[dict[str, Any]], Job] = {}
         failed: list[str] = []
@@ -103,9 +118,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start none later")
+    parser.add_argument("--real", type=Path, help="seven BraTS 2021 cases: the six arms on them")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    runner = Runner(args.work, args.results, args.jobs, time.time() + 60 * args.minutes)
+    until = time.time() + 60 * args.minutes
+    runner = Runner(args.work, args.results, args.jobs, until, args.real)
     runner.run(curve_jobs())
     first = distillation_jobs()
     runner.run([job for _, job in first])
@@ -114,6 +131,9 @@ def main() -> None:
     weights = choose(args.results)
     print(f"chosen on validation cases: {weights}", flush=True)
     runner.run([job for _, job in confirm_jobs(weights)])
+    if args.real is not None:
+        print("real scans", flush=True)
+        runner.run([job for _, job in real_jobs(weights)])
     questions = explore_jobs(weights)
     for question, rows in questions.items():
         print(f"exploratory: {question}", flush=True)

@@ -15,14 +15,15 @@ class Budget:
 
     Args:
         spacing: voxel size of the phantom in mm.
-        shape: its voxels: a whole brain, up to a voxel at the sides of the largest, which is also
-            the training patch and the inference window.
+        shape: its voxels: a whole brain, up to a voxel at the sides of the largest; also the
+            training patch.
         train: training cases.
         val: validation cases, on which weights are chosen and gaps measured.
         test: test cases.
         width: channels of the finest level of the MultiEncoderUNet.
         levels: its levels.
         stem: stride of its first convolution.
+        window: of inference.
         batch_size: patches per step.
         base_steps: of a base, a student alone from random weights.
         steps: of every training that begins with the weights of a base.
@@ -38,6 +39,7 @@ class Budget:
     width: int = 16
     levels: int = 3
     stem: int = 2
+    window: tuple[int, int, int] = (24, 32, 24)
     batch_size: int = 4
     base_steps: int = 960
     steps: int = 240
@@ -46,6 +48,21 @@ class Budget:
 
 
 BUDGET = Budget()
+
+REAL_BUDGET = Budget(
+    spacing=2.0,
+    shape=(48, 48, 48),
+    window=(72, 88, 72),
+    train=6,
+    val=0,
+    test=1,
+    batch_size=2,
+    base_steps=480,
+    steps=120,
+)
+"""Of real scans, whose patches are half of tumour; steps are what the time allows."""
+REAL_COHORTS = tuple(f"real{number}" for number in range(7))
+"""Seven cases, each left out once."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,17 @@ COHORTS: Mapping[str, Cohort] = {
 }
 """By name. The default one has four sequences, so there is no ``m4``."""
 
+
+def budget(cohort: str) -> Budget:
+    """What is equal in the trainings of a cohort."""
+    return REAL_BUDGET if cohort in REAL_COHORTS else BUDGET
+
+
+def task(cohort: str) -> Task:
+    """Sequences, labels and regions of a cohort."""
+    return BRATS if cohort in REAL_COHORTS else COHORTS[cohort].task
+
+
 UNIFORM, NO_CONTRAST, NOT_AT_RANDOM = "uniform", "no-contrast", "not-at-random"
 PROTOCOLS = (UNIFORM, NO_CONTRAST, NOT_AT_RANDOM)
 """Missingness: all combinations alike; never T1ce; the odds of FLAIR follow the tumour's size."""
@@ -87,7 +115,7 @@ class Job:
     """One training and its test.
 
     Args:
-        stage: ``curve``, ``grid``, ``confirm`` or ``explore``.
+        stage: ``curve``, ``grid``, ``confirm``, ``explore`` or ``real``.
         role: ``base``, ``teacher`` or ``student``.
         seed: of weights, patches, augmentation and missingness.
         steps: optimizer steps.
@@ -100,7 +128,7 @@ class Job:
         term: the only term of the distillation; default: both.
         start: the job whose weights it begins with.
         missing: the protocol it is trained with.
-        cohort: a name of :data:`COHORTS`.
+        cohort: a name of :data:`COHORTS` or :data:`REAL_COHORTS`.
     """
 
     stage: str

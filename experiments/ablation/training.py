@@ -7,39 +7,21 @@ import json
 import logging
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from cohorts import data_module
 from lightning.pytorch import Callback, Trainer, seed_everything
-from study import (
-    BUDGET,
-    COHORT_SEED,
-    COHORTS,
-    DEFAULT,
-    NO_CONTRAST,
-    NOT_AT_RANDOM,
-    UNIFORM,
-    Job,
-)
+from study import UNIFORM, Budget, Job, budget, task
 from torch.nn.functional import adaptive_avg_pool3d
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment
-from pmixseg.data.augment import Augmentation
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.layouts import find_cases, load_layout
-from pmixseg.data.masks import CaseMasks, CovariateMasks, Flags, MaskableCase
-from pmixseg.data.phantom import PhantomSettings, write_cohort
-from pmixseg.data.phantom_contrast import Scanner
-from pmixseg.data.phantom_task import label_codes, write_layout
-from pmixseg.data.prepare import prepare
-from pmixseg.data.splits import SplitJson
-from pmixseg.data.store import Store
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.evaluation.metrics import region_dice
 from pmixseg.losses import DiceCE
@@ -58,125 +40,29 @@ GAP_POINTS = 256
 """Brain voxels per validation case and level that the gap is measured on."""
 
 
-def make_cohort(work: Path, name: str) -> None:
-    """Phantom, store and split of one of the cohorts in ``work / name``; what is there is kept."""
-    folder, cohort = work / name, COHORTS[name]
-    if (folder / "split.json").is_file():
-        return
-    cases = BUDGET.train + BUDGET.val + BUDGET.test
-    settings = PhantomSettings(
-        spacing=BUDGET.spacing,
-        shape=BUDGET.shape,
-        modalities=cohort.modalities,
-        scanner=Scanner(dependence=cohort.dependence),
-    )
-    names = write_cohort(folder / "cohort", cases, COHORT_SEED, settings)
-    grid, task = (BUDGET.spacing,) * 3, cohort.task
-    layout = load_layout(write_layout(folder / "cohort", task, label_codes(task, {})))
-    found = find_cases(folder / "cohort", task, layout)
-    report = prepare(found, folder / "store", task, spacing=grid, progress=False)
-    if report.failed:
-        raise SystemExit(" ".join(report.failed.values()))
-    first, last = BUDGET.train, BUDGET.train + BUDGET.val
-    split = {"train": names[:first], "val": names[first:last], "test": names[last:]}
-    part = folder / "split.json.part"
-    part.write_text(json.dumps(split))
-    part.replace(folder / "split.json")
-
-
-def data_module(job: Job, work: Path) -> BraTSDataModule:
-    """Whole brains, augmented; what the job's protocol takes from a case for good is not there."""
-    folder = work / job.cohort
-    return BraTSDataModule(
-        store=folder / "store",
-        split=SplitJson(folder / "split.json"),
-        task=COHORTS[job.cohort].task,
-        patch_size=BUDGET.shape,
-        foreground=0.0,
-        batch_size=BUDGET.batch_size,
-        augmentation=Augmentation(flip=(0.5, 0.0, 0.0), resample=0.2),
-        masks=protocol(job.missing),
-        seed=job.seed,
-    )
-
-
-def protocol(name: str, seed: int = 0) -> CaseMasks | None:
-    """What a protocol takes from each case for good; nothing for ``uniform``.
-
-    Not at random: half of the cases lack FLAIR, the more so the smaller the tumour, and a third
-    each of the others.
-    """
-    if name == NOT_AT_RANDOM:
-        rates = dict.fromkeys(BRATS.modalities, 1 / 3) | {"flair": 0.5}
-        return CovariateMasks(rates, {"flair": -2.0}, seed=seed)
-    return Without("t1ce") if name == NO_CONTRAST else None
-
-
-def protocol_weights(work: Path, draws: int = 500) -> pd.DataFrame:
-    """How often each test case is seen with each combination when it is missing not at random.
-
-    Args:
-        work: folder of the default cohort.
-        draws: of the rule, seeds 1 to this: 0 was drawn for training.
-    """
-    data = data_module(Job("explore", "student", 0, 0), work)
-    data.setup("test")
-    store = Store.open(work / DEFAULT / "store")
-    cases = [store.read(name) for name in store.cases]
-    tested = {str(item["case_id"]) for item in data.test_dataloader()}
-    counts: Counter[tuple[str, str]] = Counter()
-    for seed in range(1, draws + 1):
-        rule = protocol(NOT_AT_RANDOM, seed)
-        assert rule is not None
-        for case, flags in rule.allowed(cases, BRATS.modalities).items():
-            if case in tested:
-                shown = [m for m, kept in zip(BRATS.modalities, flags, strict=True) if kept]
-                counts[case, format_combination(shown)] += 1
-    rows = [(case, shown, n / draws) for (case, shown), n in sorted(counts.items())]
-    return pd.DataFrame(rows, columns=["case", "combination", "weight"])
-
-
-class Without(CaseMasks):
-    """No case has this modality.
-
-    Args:
-        modality: its name.
-    """
-
-    def __init__(self, modality: str) -> None:
-        self.modality = modality
-
-    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
-        """See :class:`CaseMasks`."""
-        kept = [m != self.modality for m in modalities]
-        return {
-            c.case_id: tuple(a and k for a, k in zip(c.acquired, kept, strict=True)) for c in cases
-        }
-
-
 def build_module(job: Job) -> SegmentationModule:
     """Teacher or student; every teacher with the learned mixture, every student with zeros as fill.
 
     The recipe of ``pmixseg quickstart``, which was found on another phantom cohort.
     """
     kind = TeacherModule if job.role == "teacher" else StudentModule
-    task = COHORTS[job.cohort].task
+    own, of = budget(job.cohort), task(job.cohort)
     return kind(
         backbone=MultiEncoderUNet(
-            modalities=task.modalities,
-            num_classes=task.num_classes,
-            width=BUDGET.width,
-            levels=BUDGET.levels,
-            stem=BUDGET.stem,
+            modalities=of.modalities,
+            num_classes=of.num_classes,
+            width=own.width,
+            levels=own.levels,
+            stem=own.stem,
         ),
-        task=task,
+        task=of,
         fill="anchor" if job.role == "teacher" else "zero",
         optimizer=functools.partial(
-            torch.optim.AdamW, lr=BUDGET.rate if job.start else BUDGET.base_rate, weight_decay=1e-4
+            torch.optim.AdamW, lr=own.rate if job.start else own.base_rate, weight_decay=1e-4
         ),
         criterion=DiceCE(include_background=False, batch_dice=True),
         scheduler=OneCycle(warmup_fraction=0.1),
-        evaluation=EvaluationSettings(window=BUDGET.shape, batch_size=2),
+        evaluation=EvaluationSettings(window=own.window, batch_size=2),
     )
 
 
@@ -227,7 +113,7 @@ def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
-    before = gap(module, data_module(replace(job, missing=UNIFORM), work))
+    before = gap(module, data_module(replace(job, missing=UNIFORM), work), budget(job.cohort))
     started, cpu = time.monotonic(), time.process_time()
     trainer.fit(module, data)
     spent = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
@@ -250,7 +136,7 @@ def train_job(job: Job, work: Path, results: Path) -> dict[str, Any]:
         "dice": float(scores[list(BRATS.regions)].to_numpy().mean()),
         "train": losses,
         "gap_before": before,
-        "gap_after": gap(module, whole),
+        "gap_after": gap(module, whole, budget(job.cohort)),
         "anchor_weights": anchor_weights(module),
         **spent,
         "scoring_cpu_seconds": time.process_time() - cpu - spent["cpu_seconds"],
@@ -283,11 +169,16 @@ def score(module: SegmentationModule, data: BraTSDataModule, part: str) -> pd.Da
 
 
 @torch.no_grad()
-def gap(module: SegmentationModule, data: BraTSDataModule) -> dict[str, dict[str, float]]:
+def gap(
+    module: SegmentationModule, data: BraTSDataModule, own: Budget
+) -> dict[str, dict[str, float]]:
     """The gap at the aligned levels, on validation cases, to the uniform mixture in every arm.
 
-    One anchor for all, so that arms with different anchors can be compared.
+    One anchor for all, so that arms with different anchors can be compared. Empty without
+    validation cases.
     """
+    if not own.val:
+        return {}
     data.setup("validate")
     module.eval()
     anchor = MixtureAnchor("uniform")

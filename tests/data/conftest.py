@@ -14,14 +14,6 @@ LPS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
 SHAPE = (44, 40, 36)
 
 
-@pytest.fixture(scope="session")
-def real_root() -> Path:
-    root = Path(__file__).parents[2] / "../shared/data/brats2021"
-    if not root.is_dir():
-        pytest.skip("needs the real scans in ../shared/data/brats2021")
-    return root
-
-
 @pytest.fixture
 def volume() -> Callable[..., np.ndarray]:
     """A brain of positive int16, with holes, inside a box that differs by seed."""

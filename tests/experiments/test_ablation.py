@@ -36,11 +36,19 @@ def weights():
 
 
 def every_job(weights):
-    from arms import alignment_jobs, confirm_jobs, curve_jobs, distillation_jobs, explore_jobs
+    from arms import (
+        alignment_jobs,
+        confirm_jobs,
+        curve_jobs,
+        distillation_jobs,
+        explore_jobs,
+        real_jobs,
+    )
 
     grid = [job for _, job in distillation_jobs()] + [job for *_, job in alignment_jobs(0.1)]
     explored = [job for rows in explore_jobs(weights).values() for _, job in rows]
-    return [*curve_jobs(), *grid, *(job for _, job in confirm_jobs(weights)), *explored]
+    named = [job for _, job in (*confirm_jobs(weights), *real_jobs(weights))]
+    return [*curve_jobs(), *grid, *named, *explored]
 
 
 def write(folder, job, dice):
@@ -139,14 +147,14 @@ def test_dice_under_a_protocol_by_hand():
 def tiny(tmp_path_factory):
     """Every kind of training, two steps long, in this process."""
     import arms
+    import cohorts
     import study
-    import training
 
     budget = dataclasses.replace(study.BUDGET, train=4, val=2, test=2, base_steps=2, steps=2)
     work = tmp_path_factory.mktemp("ablation")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "BUDGET", budget)
-        patch.setattr(training, "BUDGET", budget)
+        patch.setattr(study, "BUDGET", budget)
+        patch.setattr(cohorts, "BUDGET", budget)
         weights = arms.Weights(
             0.1, dict.fromkeys(("aligned", *(f"distilled-{a}" for a in arms.ANCHORS)), 0.1)
         )
@@ -158,19 +166,21 @@ def tiny(tmp_path_factory):
             for row, job in explored[question]
             if job.seed == arms.EXPLORE_SEEDS[0] and not row.startswith(("3", "4", "5", "6"))
         ]
-        yield work, weights, confirm, list(dict.fromkeys(some)), training
+        yield work, weights, confirm, list(dict.fromkeys(some))
 
 
 def test_trainings_run_and_their_tables_are_written(tiny, tmp_path):
     import analyse
+    import cohorts
     import confirmatory
     import exploratory
+    import training
     from results import Results
 
-    work, weights, confirm, some, training = tiny
+    work, weights, confirm, some = tiny
     folder = tmp_path / "results"
     for job in [*confirm, *some]:
-        training.make_cohort(work, job.cohort)
+        cohorts.make_cohort(work, job.cohort)
         found = training.train_job(job, work, folder)
         assert 0 <= found["dice"] <= 1
         assert json.loads((folder / f"{job.name}.json").read_text())["job"]["seed"] == job.seed
@@ -199,7 +209,7 @@ def test_trainings_run_and_their_tables_are_written(tiny, tmp_path):
     shift = 50 * sum(dice[s, "aligned"] - dice[s, "alone"] for s in seeds)
     assert f"| aligned − alone | {shift:+.2f} |" in written
 
-    chances = training.protocol_weights(work, draws=20)
+    chances = cohorts.protocol_weights(work, draws=20)
     assert chances.groupby("case")["weight"].sum().tolist() == pytest.approx([1, 1])
     chances.to_csv(folder / exploratory.TEST_WEIGHTS, index=False)
     titles = [title for title, _ in exploratory.tables(results, weights)]
@@ -211,12 +221,14 @@ def test_trainings_run_and_their_tables_are_written(tiny, tmp_path):
 
 
 def test_protocols_take_modalities_for_good(tiny):
-    work, *_, training = tiny
-    training.make_cohort(work, "default")
+    import cohorts
     from study import Job
 
+    work, *_ = tiny
+    cohorts.make_cohort(work, "default")
+
     def acquired(missing):
-        data = training.data_module(Job("explore", "base", 0, 2, missing=missing), work)
+        data = cohorts.data_module(Job("explore", "base", 0, 2, missing=missing), work)
         data.setup("fit")
         batch = next(iter(data.train_dataloader()))
         return batch["acquired"], batch["image"]
@@ -231,3 +243,26 @@ def test_protocols_take_modalities_for_good(tiny):
     flags, _ = acquired("not-at-random")
     assert flags.any(1).all()
     assert not flags.all()
+
+
+@pytest.mark.real
+def test_real_scans_are_left_out_one_by_one(tmp_path, real_root, weights, monkeypatch):
+    import arms
+    import cohorts
+    import real
+    import study
+    import training
+    from results import Results
+
+    quick = dataclasses.replace(study.REAL_BUDGET, base_steps=1, steps=1, shape=(16, 16, 16))
+    monkeypatch.setattr(study, "REAL_BUDGET", quick)
+    cohorts.make_real(tmp_path, real_root)
+    jobs = dict(arms.real_jobs(weights)[:2])
+    for arm in ("base", "alone"):
+        training.train_job(jobs[arm], tmp_path, tmp_path / "results")
+    results = Results(tmp_path / "results")
+    assert set(results.records(jobs["alone"])["case"]) == {"BraTS2021_00000"}
+    train = json.loads((tmp_path / "real0" / "split.json").read_text())["train"]
+    assert len(train) == 6
+    assert "BraTS2021_00000" not in train
+    assert real.whole_folds(results, weights) == []  # the other arms have not ended

@@ -7,8 +7,6 @@ from tiny_models import save, tiny_student
 
 from pmixseg.modules import load
 
-REAL = Path(__file__).parents[2] / "../shared/data/brats2021"
-
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
@@ -39,10 +37,3 @@ def cropped_root(phantom_root, tmp_path_factory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             nib.save(nib.Nifti1Image(data, image.affine), target)
     return root
-
-
-@pytest.fixture(scope="session")
-def real_root() -> Path:
-    if not REAL.is_dir():
-        pytest.skip("needs ../shared/data/brats2021 beside the repository")
-    return REAL
