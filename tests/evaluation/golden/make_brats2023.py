@@ -64,6 +64,7 @@ if "--check" in sys.argv:
         for region, values in regions.items()
         if not np.allclose(values, scores[name][region], rtol=1e-9)
     ]
-    print(f"{len(held['scores'])} pairs compared, {len(off)} differ: {off[:5]}")
-    sys.exit(bool(off))
+    sys.exit(
+        f"{len(off)} of {len(held['scores'])} pairs and regions differ: {off[:5]}" if off else 0
+    )
 path.write_text(json.dumps(found) + "\n")
