@@ -4,11 +4,13 @@ from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import load
 from pmixseg.modules.official import July2025Student
 from pmixseg.modules.optimization import OneCycle, Polynomial, Schedule
+from pmixseg.modules.pretraining import MaskedPretraining
 from pmixseg.modules.student import StudentModule
 from pmixseg.modules.teacher import TeacherModule
 
 __all__ = [
     "July2025Student",
+    "MaskedPretraining",
     "OneCycle",
     "Polynomial",
     "Schedule",

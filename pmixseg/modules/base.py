@@ -22,7 +22,12 @@ from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.network import SegmentationNetwork
-from pmixseg.modules.optimization import Schedule, callable_from, parameter_groups
+from pmixseg.modules.optimization import (
+    Schedule,
+    callable_from,
+    parameter_groups,
+    schedule_from,
+)
 from pmixseg.modules.payload import check_terms, payload_of
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch, Latents, Presence, Scalar, SegOutput
@@ -73,7 +78,7 @@ class SegmentationModule(SegmentationNetwork):
         super().__init__(task, backbone, fill, anchor, fill_levels, sampler, evaluation, compile)
         self.criterion: Criterion = build(criterion) or DiceCE()
         self.make_optimizer = callable_from(optimizer)
-        self.make_scheduler = build(scheduler)
+        self.make_scheduler = schedule_from(scheduler)
         self.terms = nn.ModuleDict()
         self.term_weights: dict[str, TermWeight] = {}
 
@@ -210,7 +215,7 @@ class SegmentationModule(SegmentationNetwork):
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
             }
-        scheduler = callable_from(self.make_scheduler)(optimizer)
+        scheduler = self.make_scheduler(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "monitor": "val/dice"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from pmixseg.describe import Described, find_class, is_description
+from pmixseg.describe import Described, build, find_class, is_description
 
 
 class Schedule(Described, ABC):
@@ -72,6 +73,20 @@ def callable_from(value: Callable[..., Any] | Mapping[str, Any]) -> Callable[...
         return functools.partial(find_class(value["class_path"]), **(value.get("init_args") or {}))
     assert callable(value)
     return value
+
+
+def schedule_from(value: Any) -> Schedule | Callable[..., Any] | None:
+    """A :class:`Schedule`, or what makes a scheduler from an optimizer: given ready or described.
+
+    PyTorch's schedulers cannot be built before there is an optimizer, so of these a description
+    becomes a partial.
+    """
+    if is_description(value):
+        cls = find_class(value["class_path"])
+        if not (inspect.isclass(cls) and issubclass(cls, Schedule)):
+            return callable_from(value)
+    made: Schedule | Callable[..., Any] | None = build(value)
+    return made
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

@@ -32,6 +32,13 @@ FEW = {
         f"--model.backbone.network={json.dumps(NETWORK)}",
         "--model.combination=t1+t2",
     ],
+    "m3ae-pretrain": [
+        "--model.backbone.width=4",
+        "--model.backbone.levels=3",
+        "--model.block=4",
+        "--data.batch_size=1",
+    ],
+    "m3ae": ["--model.backbone.width=4", "--model.backbone.levels=3"],
     "shaspec": ["--model.backbone.width=4", "--trainer.max_steps=2"],
 }
 RECIPES = sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "common")
@@ -65,3 +72,22 @@ def test_every_recipe_is_named_in_the_readme():
     text = (FOLDER / "README.md").read_text()
     for name in RECIPES:
         assert f"`{name}.yaml`" in text, name
+
+
+def test_m3ae_goes_from_pre_training_to_fine_tuning(phantom_store, tmp_path):
+    first, second = tmp_path / "pretrained", tmp_path / "student"
+    assert fit(phantom_store, first, "baselines/m3ae-pretrain.yaml", *FEW["m3ae-pretrain"]) == 0
+    start = first / "checkpoints" / "last.ckpt"
+    flags = [*FEW["m3ae"], f"--init_from={start}", "--trainer.limit_train_batches=1"]
+    # A learning rate of 0: what comes out is what came in.
+    flags.append("--model.optimizer.lr=0")
+    assert fit(phantom_store, second, "baselines/m3ae.yaml", *flags) == 0
+    before, after = (load(run / "checkpoints" / "last.ckpt") for run in (first, second))
+    states = before.backbone.state_dict(), after.backbone.state_dict()
+    assert all(states[0][key].equal(states[1][key]) for key in states[1])
+
+
+def test_pre_training_is_not_validated(phantom_store, tmp_path, capsys):
+    flags = [*FEW["m3ae-pretrain"], "--trainer.limit_val_batches=1"]
+    assert fit(phantom_store, tmp_path, "baselines/m3ae-pretrain.yaml", *flags) == 1
+    assert "--trainer.limit_val_batches 0" in capsys.readouterr().err

@@ -210,3 +210,21 @@ def test_compiled_is_the_same_network_with_the_same_keys(batch, monkeypatch):
         found = compiled.decode(compiled.encode(batch["image"], present)).logits
     assert len(graphs) >= 2, "encode and decode are compiled apart"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pytorch_schedule_given_by_name_is_stepped_per_epoch_and_survives_a_checkpoint(batch):
+    cosine = {
+        "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR",
+        "init_args": {"T_max": 4},
+    }
+    module = StudentModule(backbone=tiny(), scheduler=cosine)
+    for given in (module, StudentModule(**describe(module)["init_args"])):
+        made = given.configure_optimizers()
+        scheduler = made["lr_scheduler"]["scheduler"]
+        assert isinstance(scheduler, torch.optim.lr_scheduler.CosineAnnealingLR)
+        assert "interval" not in made["lr_scheduler"]
+        start = scheduler.get_last_lr()[0]
+        for _ in range(2):
+            made["optimizer"].step()
+            scheduler.step()
+        assert scheduler.get_last_lr()[0] == pytest.approx(start / 2)
