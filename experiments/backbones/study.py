@@ -90,8 +90,8 @@ BACKBONES = {
     "shaspec": Entry(partial(ShaSpec, width=8, levels=4), (4e-3,)),
     "dynunet": Entry(partial(EarlyFusion, DYNUNET), (4e-3,), aligned=False),
     "mmformer": Entry(
-        partial(MMFormer, width=8, patch_size=32, embedding=64, hidden=128, separate="none"),
-        (4e-3, 1.3e-3),
+        partial(MMFormer, width=4, patch_size=32, embedding=64, hidden=128, separate="none"),
+        (4e-3,),
         (32, 32, 32),
     ),
 }
