@@ -160,14 +160,26 @@ def _compare(subparsers: Any) -> None:
     parser = subparsers.add_parser("compare", help="compare two methods over seed-matched runs")
     parser.add_argument("--a", type=Path, nargs="+", required=True, metavar="RUN")
     parser.add_argument("--b", type=Path, nargs="+", required=True, metavar="RUN")
+    parser.add_argument(
+        "--measure", default="dice", help="of the exploratory table; the primary endpoint is Dice"
+    )
+    parser.add_argument("-o", "--out", type=Path, help="also write everything as JSON")
 
     def run(args: argparse.Namespace) -> int:
+        from pmixseg.data.outputs import write_json
+        from pmixseg.evaluation.matching import matching_notes
         from pmixseg.evaluation.records import read_comparable
         from pmixseg.evaluation.statistics import compare
 
-        tables = [one.table for one in read_comparable([*args.a, *args.b])]
-        found = compare(tables[: len(args.a)], tables[len(args.a) :])
-        console.print(found.to_text(), markup=False)
+        runs = read_comparable([*args.a, *args.b])
+        a, b = runs[: len(args.a)], runs[len(args.a) :]
+        notes = matching_notes(a, b)
+        found = compare([r.table for r in a], [r.table for r in b], args.measure, notes)
+        # Whole lines: a log or a narrow window may not fold the table.
+        console.print(found.to_text(max(80, console.width)), markup=False, soft_wrap=True)
+        if args.out is not None:
+            write_json(args.out, found.to_dict())
+            console.print(f"wrote {args.out}")
         return 0
 
     parser.set_defaults(run=run)

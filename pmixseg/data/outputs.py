@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,26 @@ def write_volume(path: Path, volume: np.ndarray, affine: Sequence[Sequence[float
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
+        raise InputError(
+            f"{path} cannot be written ({error}); free space or choose another folder."
+        ) from error
+    return path
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> Path:
+    """Write primitives as JSON, complete or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise InputError(
             f"{path} cannot be written ({error}); free space or choose another folder."
         ) from error

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
@@ -61,6 +62,9 @@ def _range(interval: Interval) -> str:
 
 def _exploratory(comparison: Comparison) -> Table:
     table = Table(
+        box=HORIZONTALS,
+        padding=0,  # the table fits 80 characters
+        show_edge=False,
         title=f"\nEXPLORATORY: {comparison.measure} per region and combination, A - B",
         caption="p: Wilcoxon over cases, for these trained networks; Holm: corrected for all rows. "
         "They generate hypotheses and prove none.",
@@ -68,9 +72,9 @@ def _exploratory(comparison: Comparison) -> Table:
         caption_justify="left",
     )
     for name in ("region", "combination"):
-        table.add_column(name)
-    for name in ("A - B", "95 % interval", "cases", "wins", "losses", "p", "Holm"):
-        table.add_column(name, justify="right")
+        table.add_column(name, overflow="fold")
+    for name in ("A - B", "95 % interval", "cases", "won", "lost", "p", "Holm"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.exploratory.itertuples(index=False):
         table.add_row(
             str(row.region),
@@ -80,8 +84,8 @@ def _exploratory(comparison: Comparison) -> Table:
             str(row.cases),
             str(row.wins),
             str(row.losses),
-            f"{row.p:.3g}",
-            f"{row.p_holm:.3g}" + ("*" if row.p_holm < LEVEL else ""),
+            f"{row.p:.2g}",
+            f"{row.p_holm:.2g}" + ("*" if row.p_holm < LEVEL else ""),
         )
     return table
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,8 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
-from pmixseg.data.outputs import write_labels, write_volume
-from pmixseg.errors import InputError
+from pmixseg.data.outputs import write_json, write_labels, write_volume
 from pmixseg.evaluation.cases import CasePrediction, entropy_of
 from pmixseg.task import Combination, Task, format_combination
 
@@ -136,7 +134,7 @@ class Segmentation:
         if entropy:
             made["entropy"] = write_volume(path("entropy"), self.entropy, affine)
         facts = {**self.to_dict(), "files": {k: p.name for k, p in made.items()}}
-        made["json"] = _write_json(path("seg", ".json"), facts)
+        made["json"] = write_json(path("seg", ".json"), facts)
         return made
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,16 +153,3 @@ class Segmentation:
             "versions": {name: version(name) for name in ("pmixseg", "torch")},
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-
-
-def _write_json(path: Path, facts: Mapping[str, Any]) -> Path:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(
-            f"{path} cannot be written ({error}); free space or choose another folder."
-        ) from error
-    return path

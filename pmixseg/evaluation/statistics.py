@@ -87,7 +87,10 @@ class Comparison:
 
 
 def compare(
-    a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], measure: str = "dice"
+    a: Sequence[pd.DataFrame],
+    b: Sequence[pd.DataFrame],
+    measure: str = "dice",
+    notes: Sequence[str] = (),
 ) -> Comparison:
     """Compare two methods.
 
@@ -96,23 +99,25 @@ def compare(
             ``n_present``, ``region``, ``dice`` and ``measure``.
         b: of B; run i has the seed of run i of A.
         measure: column of the exploratory table. The primary endpoint is Dice in any case.
+        notes: what is known of the runs besides and belongs beside the numbers, see
+            :func:`pmixseg.evaluation.matching.matching_notes`.
 
     Raises:
         InputError: no run, unequal numbers of runs, a column is missing, rows occur twice, or
             nothing is common to all runs.
     """
     _check(a, b, measure)
-    notes: list[str] = []
-    dice = _aligned([*a, *b], "dice", notes)
+    said = list(notes)
+    dice = _aligned([*a, *b], "dice", said)
     by_case = dice.groupby(level="case", sort=False).mean().to_numpy().T
     of_a, of_b = by_case[: len(a)], by_case[len(a) :]
     differences = of_a - of_b
     cases = tuple(dict.fromkeys(str(c) for c in dice.index.get_level_values("case")))
     primary = paired_t(differences)
     per_case = differences.mean(axis=0)
-    cells = dice if measure == "dice" else _aligned([*a, *b], measure, notes)
+    cells = dice if measure == "dice" else _aligned([*a, *b], measure, said)
     exploratory = _exploratory(cells, len(a), measure)
-    notes += _limits(primary, len(cases), exploratory)
+    said += _limits(primary, len(cases), exploratory)
     return Comparison(
         runs_a=tuple(_name(run, f"a{i}") for i, run in enumerate(a)),
         runs_b=tuple(_name(run, f"b{i}") for i, run in enumerate(b)),
@@ -127,7 +132,7 @@ def compare(
         exploratory=exploratory,
         violations_a=violations(a),
         violations_b=violations(b),
-        notes=tuple(notes),
+        notes=tuple(said),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pmixseg.describe import describe
@@ -29,6 +30,7 @@ def payload_of(module: SegmentationModule) -> dict[str, Any]:
         "patch": None if ready.patch is None else list(ready.patch),
         "overlap": module.evaluation.overlap,
         "split": ready.split,
+        "seed": None if ready.seed is None else dict(ready.seed),
         "terms": sorted(module.terms),
     }
 
@@ -41,6 +43,7 @@ def preparation_of(payload: dict[str, Any]) -> Preparation:
         normalisation=payload["normalisation"],
         patch=None if patch is None else tuple(patch),
         split=payload.get("split"),
+        seed=payload.get("seed"),
     )
 
 
@@ -78,5 +81,8 @@ def check_terms(module: SegmentationModule, checkpoint: dict[str, Any], *, fitti
     if not fitting:
         own = module.state_dict()
         state.update({k: v for k, v in own.items() if k.startswith("terms.") and k not in state})
+        trained = preparation_of(payload)
         if module.preparation.normalisation is None:
-            module.preparation = preparation_of(payload)
+            module.preparation = trained
+        else:  # taken from the data to be tested on, which cannot know these
+            module.preparation = replace(module.preparation, split=trained.split, seed=trained.seed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,15 @@ class Preparation:
         normalisation: name of the intensity normalisation.
         patch: training patch in voxels; the inference window unless settings say otherwise.
         split: name or hash of the split the model was trained on.
+        seed: ``everything`` (Lightning's, for the first weights) and ``data`` (patches,
+            augmentation, missingness) of that training, as far as known.
     """
 
     spacing: tuple[float, ...] | None = None
     normalisation: str | None = None
     patch: tuple[int, ...] | None = None
     split: str | None = None
+    seed: Mapping[str, int] | None = None
 
     def merge(self, data: Any, evaluation: EvaluationSettings, *, fitting: bool) -> Preparation:
         """Take over a data module's preparation, or check it against a checkpoint's.
@@ -38,6 +42,7 @@ class Preparation:
             normalisation=data.normalisation,
             patch=tuple(data.patch_size),
             split=data.split_name if fitting else self.split,
+            seed=_seeds(data) if fitting else self.seed,
         )
         if fitting or self.normalisation is None:
             return theirs
@@ -81,3 +86,10 @@ class Preparation:
         if self.spacing is None:
             return None
         return self.spacing[0], self.spacing[1], self.spacing[2]
+
+
+def _seeds(data: Any) -> dict[str, int]:
+    """The seeds of a training that starts now."""
+    given = os.environ.get("PL_GLOBAL_SEED", "")  # where seed_everything leaves it
+    found = {"everything": int(given)} if given.isdigit() else {}
+    return {**found, "data": int(getattr(data, "seed", 0) or 0)}

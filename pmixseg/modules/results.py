@@ -82,6 +82,7 @@ def write_records(module: SegmentationNetwork, rows: list[dict[str, Any]]) -> di
             "evaluation": module.evaluation.to_dict(),
             "spacing": module.preparation.spacing,
             "patch": module.preparation.patch,
+            "seed": module.preparation.seed,
         },
     ).stamped()
     records = Records.from_rows(every, folder.resolve().name, sidecar)

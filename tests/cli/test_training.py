@@ -45,6 +45,7 @@ def student_run(phantom_store, teacher_run):
     run = teacher_run.parent / "student"
     teacher = f"--distill.teacher={teacher_run}/checkpoints/last.ckpt"
     flags = ["--distill.weight=1", "--distill.terms.logit.temperature=7"]
+    flags += ["--seed_everything=3", "--data.seed=5"]
     fit(phantom_store, run, "--model=StudentModule", teacher, *flags)
     return run
 
@@ -94,6 +95,8 @@ def test_test_needs_only_checkpoint_and_data_and_scores_every_combination(
     assert records.sidecar.phantom is True
     assert records.sidecar.conventions["hd95_one_empty_mm"] == pytest.approx(373.12866)
     assert records.sidecar.checkpoint["file"] == "last.ckpt"
+    # The seeds of the training, not of this test: compare matches runs by them.
+    assert records.sidecar.config["seed"] == {"everything": 3, "data": 5}
     printed = capsys.readouterr().out
     assert "WT" in printed
     assert "●" in printed

@@ -1,0 +1,90 @@
+"""``pmixseg compare`` from run folders to what a person reads."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pmixseg.cli import main
+from pmixseg.evaluation.records import Records
+from pmixseg.evaluation.sidecar import Sidecar
+from pmixseg.task import BRATS, format_combination
+
+WHERE = Sidecar(BRATS, conventions={"percentile": "pooled"})
+
+
+def write_run(root, name, seed, gain=0.0, known=True, checkpoint=None):
+    """Records of a training with this seed; less Dice with fewer sequences."""
+    rng = np.random.default_rng((seed, len(name), ord(name[0])))
+    rows = []
+    for case in range(6):
+        for combination in BRATS.combinations():
+            for region in BRATS.regions:
+                dice = 0.5 + 0.05 * len(combination) + gain + rng.normal(0, 0.02)
+                row = {"case": f"c{case}", "combination": format_combination(combination)}
+                rows.append({**row, "region": region, "dice": dice, "hd95": 90 * (1 - dice)})
+    digest = {"file": "best.ckpt", "sha256": checkpoint or name}
+    config = {"seed": {"everything": 0, "data": seed}} if known else {}
+    about = replace(WHERE, checkpoint=digest, config=config)
+    Records.from_rows(rows, name, about).write(root / name / "records.csv")
+    return str(root / name)
+
+
+@pytest.fixture
+def arms(tmp_path):
+    a = [write_run(tmp_path, f"a{s}", s, gain=0.1) for s in range(3)]
+    return a, [write_run(tmp_path, f"b{s}", s) for s in range(3)]
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setattr("pmixseg.cli.commands.console.width", 80)
+
+
+def test_every_row_of_the_table_is_one_line_of_80_characters(arms, narrow, capsys):
+    a, b = arms
+    assert main(["compare", "--a", *a, "--b", *b]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said)) <= 80
+    rows = [line for line in said if line.split()[:1] in (["WT"], ["TC"], ["ET"])]
+    assert len(rows) == 45
+    assert all(len(row.split()) == 11 for row in rows)  # "low to high" is three words
+    text = " ".join(" ".join(said).split())
+    assert "Two methods: A = a0, a1, a2; B = b0, b1, b2" in text
+    assert "A is better" in text
+    assert "different seeds" not in text
+
+
+def test_another_measure_and_everything_as_json(arms, tmp_path, capsys):
+    a, b = arms
+    out = tmp_path / "new" / "found.json"
+    command = ["compare", "--a", *a, "--b", *b, "--measure", "hd95", "-o", str(out)]
+    assert main(command) == 0
+    assert "EXPLORATORY: hd95" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["exploratory"]["measure"] == "hd95"
+    assert found["primary"]["difference"] == pytest.approx(0.1, abs=0.01)
+    assert main([*command[:-1], str(tmp_path / "a0" / "records.csv" / "x.json")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["compare", "--a", *a, "--b", *b, "--measure", "nds"]) == 1
+    assert "nds" in capsys.readouterr().err
+
+
+def test_one_training_is_not_counted_twice(arms, tmp_path, capsys):
+    a, b = arms
+    again = write_run(tmp_path, "copy", 0, checkpoint="a0")
+    assert main(["compare", "--a", *a, again, "--b", *b, b[0]]) == 1
+    assert "'a0' and 'copy' of A were scored with the same checkpoint" in capsys.readouterr().err
+
+
+def test_pairs_of_different_seeds_are_named(arms, tmp_path, capsys):
+    a, b = arms
+    assert main(["compare", "--a", *a, "--b", b[0], b[2], b[1]]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a1 (data 1, everything 0) with b2 (data 2, everything 0)" in said
+    assert "a0 (" not in said
+    # Runs of older code do not say their seed: nothing is claimed about them.
+    older = write_run(tmp_path, "older", 5, known=False)
+    assert main(["compare", "--a", a[0], "--b", older]) == 0
+    assert "different seeds" not in capsys.readouterr().out
