@@ -14,6 +14,10 @@ import pandas as pd
 from pmixseg.errors import InputError
 from pmixseg.evaluation.paired_tests import two_way_bootstrap
 
+FEWEST_CLEAR = 6
+"""Cases below which no change is called clear: all of 5 fall by chance in 1 of 16 draws of signs,
+and a bootstrap over so few reaches no further than their own spread."""
+
 COLUMNS = ["region", "combination", "added", "change", "low", "high", "cases", "hurt", "clear"]
 
 
@@ -27,7 +31,8 @@ def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
         One row per region, combination and modality that it lacks, worst change first:
         ``region``, ``combination``, ``added``, ``change`` (mean Dice after minus before, over runs
         and the cases that have both), ``low`` and ``high`` (95 %, bootstrap over runs and cases),
-        ``cases``, ``hurt`` (cases whose mean over runs fell), ``clear`` (``high`` is below 0).
+        ``cases``, ``hurt`` (cases whose mean over runs fell), ``clear`` (``high`` is below 0, over
+        :data:`FEWEST_CLEAR` cases or more).
 
     Raises:
         InputError: no run.
@@ -61,7 +66,7 @@ def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
                 hurt = int((changes.mean(0) < 0).sum())
                 count = changes.shape[1]
                 row = (region, before, added, float(changes.mean()), low, high, count, hurt)
-                rows.append((*row, bool(high < 0)))
+                rows.append((*row, bool(high < 0 and count >= FEWEST_CLEAR)))
     found = pd.DataFrame(rows, columns=COLUMNS)
     return found.sort_values("change", kind="stable").reset_index(drop=True)
 

@@ -19,13 +19,13 @@ def records(values, region="WT", cases=4):
 
 
 def test_the_one_modality_that_hurts_is_listed():
-    run = records({"flair": 0.6, "t1": 0.7, "flair+t1": 0.65})
+    run = records({"flair": 0.6, "t1": 0.7, "flair+t1": 0.65}, cases=6)
     found = violations([run])
     assert len(found) == 1
     row = found.iloc[0]
     assert (row["region"], row["combination"], row["added"]) == ("WT", "t1", "flair")
     assert row["change"] == pytest.approx(-0.05)
-    assert (row["cases"], row["hurt"], row["clear"]) == (4, 4, True)
+    assert (row["cases"], row["hurt"], row["clear"]) == (6, 6, True)
     every = added_modalities([run])
     assert len(every) == 2
     assert every["change"].tolist() == pytest.approx([-0.05, 0.05])
@@ -68,6 +68,15 @@ def test_an_uncertain_fall_is_not_called_clear():
     row = violations([run]).iloc[0]
     assert not row["clear"]
     assert row["hurt"] == 1
+
+
+def test_nothing_is_clear_of_few_cases():
+    # Two cases that both fall are one coin in four.
+    for cases, clear in ((2, False), (5, False), (6, True)):
+        row = violations([records({"a": 0.5, "a+b": 0.4}, cases=cases)]).iloc[0]
+        assert row["high"] < 0
+        assert row["hurt"] == cases
+        assert bool(row["clear"]) is clear
 
 
 def test_no_run_is_refused():
