@@ -54,6 +54,11 @@ def _export(subparsers: Any) -> None:
             f"{made.path}: {facts['combination']}, window {facts['window']}, research use only; "
             f"probabilities differ from the model's by at most {made.difference:.1g}"
         )
+        if facts["temperature"] != 1:
+            console.print(
+                f"They are at temperature 1; the fitted one, {facts['temperature']:g}, belongs "
+                "after the averaging of windows: softmax(log p / T)."
+            )
         return 0
 
     parser.set_defaults(run=run)

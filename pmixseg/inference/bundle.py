@@ -25,12 +25,16 @@ Segments {regions} from {channels}. {notice}
 Written by `pmixseg export` from a model for these scans only. `models/model.ts` maps one window
 [1, {count}, {window}] of normalised scans to probabilities of {classes}.
 
+    pip install "monai[fire,ignite]" nibabel
     python -m monai.bundle run --config_file configs/inference.json --bundle_root . \\
         --dataset_dir COHORT --output_dir OUT
 
-COHORT holds skull-stripped, co-registered scans named `*_{first}.nii.gz` and so on. The windows lie
-on the box of the brain as MONAI crops it, which differs from pmixseg's by up to 7 voxels; so labels
-may differ in a few voxels from those of `pmixseg segment`.
+COHORT holds skull-stripped, co-registered scans named `*_{first}.nii.gz` and so on. They reach the
+network exactly as in `pmixseg segment`, but the windows lie on the box of the brain as MONAI crops
+it, up to 7 voxels from where pmixseg puts them. A network is not indifferent to that: labels differ
+where it is unsure, as they do between two overlaps, and are no better or worse for it.
+Probabilities are at temperature 1; the one fitted for these scans is {temperature:g} (1: none), for
+softmax(log p / T).
 """
 
 
@@ -224,4 +228,5 @@ def _readme(name: str, facts: Mapping[str, Any]) -> str:
         window=", ".join(str(n) for n in facts["window"]),
         classes=", ".join(facts["classes"]),
         first=facts["channels"][0],
+        temperature=facts["temperature"],
     )

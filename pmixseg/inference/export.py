@@ -99,7 +99,11 @@ def export(
 def describe_export(
     module: SegmentationModule, combination: tuple[str, ...], window: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """What a user of the exported model must know; primitives."""
+    """What a user of the exported model must know; primitives.
+
+    ``temperature`` T, where one was fitted, is not in the graph: it belongs after the averaging of
+    windows, as softmax(log p / T), where ``pmixseg segment`` applies it. Labels do not need it.
+    """
     ready, source = module.preparation, module.loaded_from
     return {
         "notice": NOTICE,
@@ -113,6 +117,7 @@ def describe_export(
         "orientation": "RAS",
         "spacing": None if ready.spacing is None else list(ready.spacing),
         "normalisation": ready.normalisation,
+        "temperature": module.evaluation.temperature(len(combination)),
         "checkpoint": None if source is None else checkpoint_identity(Path(source)),
         "versions": {name: version(name) for name in ("pmixseg", "torch")},
     }
@@ -194,11 +199,15 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of operators of packages that are not there, and are not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Exporters warn of what a user cannot mend: operators that are not needed, their own age."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -13,10 +13,13 @@ from torch import nn
 
 from pmixseg.backbones import Backbone, MultiEncoderUNet
 from pmixseg.cli import main
+from pmixseg.data.canonical import canonicalise
+from pmixseg.data.grids import on_one_grid
 from pmixseg.data.layouts import find_cases
 from pmixseg.errors import InputError
 from pmixseg.inference.export import FACTS, export
 from pmixseg.inference.tracing import FixedCombination
+from pmixseg.modules import load
 from pmixseg.task import BRATS
 from pmixseg.types import Latents, SegOutput
 
@@ -52,6 +55,16 @@ class Local(Backbone):
 
     def decode(self, latents):
         return SegOutput(self.head(latents.masked(0).sum(1)), latents)
+
+
+def assert_same_inside(found, expected):
+    """Equal in the boxes around what is not 0, wherever these lie."""
+    inner = []
+    for image in (found, expected):
+        where = np.argwhere((image != 0).any(0))
+        box = zip(where.min(0), where.max(0) + 1, strict=True)
+        inner.append(image[(slice(None), *(slice(a, b) for a, b in box))])
+    np.testing.assert_allclose(inner[0], inner[1], atol=1e-5)
 
 
 def by_hand(module, window):
@@ -101,10 +114,10 @@ def test_onnx(module, windows, tmp_path):
 
 
 def test_a_bundle_that_monai_loads(module, windows, tmp_path):
-    from monai.bundle import load
+    from monai.bundle import load as monai_load
 
     export(module, tmp_path / "tumour", "bundle", PAIR)
-    network, meta, _ = load(
+    network, meta, _ = monai_load(
         "tumour", bundle_dir=tmp_path, load_ts_module=True, device="cpu", source="github"
     )
     for window in windows:
@@ -125,6 +138,12 @@ def test_the_configuration_of_a_bundle_prepares_scans_as_segment_does(phantom_ro
     parser["dataset_dir"] = str(case.images["t1"].parent)
     parser["output_dir"] = str(tmp_path / "out")
     item = parser.get_parsed_content("dataset")[0]
+    # What reaches the network is what `segment` and `test` give it, to rounding.
+    files = {m: case.images[m] for m in PAIR}
+    grid = on_one_grid(files, reference=None, strict=False, where="case")
+    canonical = canonicalise(grid.images, None, BRATS, dtype="float32", where="case").image
+    canonical = canonical[[BRATS.modalities.index(m) for m in PAIR]]
+    assert_same_inside(item["image"].numpy(), canonical)
     inferer = parser.get_parsed_content("inferer")
     network = parser.get_parsed_content("network_def")
     with torch.no_grad():
@@ -185,6 +204,20 @@ class Moody(Glance):
 def test_an_export_that_answers_otherwise_is_an_error(tmp_path, kind):
     with pytest.raises(RuntimeError, match="differs from the model"):
         export(tiny_student(window=16, backbone=Moody()), tmp_path / "x", kind)
+
+
+def test_the_fitted_temperature_is_named_and_not_in_the_graph(windows, tmp_path, capsys):
+    path = save(
+        pocket(evaluation={"window": (16, 16, 16), "temperatures": {2: 2.5}}), tmp_path / "t.ckpt"
+    )
+    out = tmp_path / "t.pt2"
+    assert main(["export", str(path), "--combination", "flair+t1", "-o", str(out)]) == 0
+    assert "fitted one, 2.5" in " ".join(capsys.readouterr().out.split())
+    extra = {FACTS: ""}
+    program = torch.export.load(out, extra_files=extra).module()
+    assert json.loads(extra[FACTS])["temperature"] == 2.5
+    plain = by_hand(load(path), windows[0])
+    torch.testing.assert_close(program(windows[0]), plain, atol=1e-5, rtol=0)
 
 
 def test_wrong_requests_are_refused_in_words(module, tmp_path, monkeypatch):
