@@ -15,6 +15,7 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.calibration import TemperatureFit, Temperatures
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import write_temperatures
+from pmixseg.task import Task
 
 
 class TemperatureFitting(Callback):
@@ -78,7 +79,12 @@ class TemperatureFitting(Callback):
         """
         found = self.fit.temperatures()
         write_temperatures(self._source(trainer, pl_module), found, self.out)
-        Console(highlight=False).print(self._table(found), f"wrote {self.out}")
+        task = cast(SegmentationModule, pl_module).task
+        console = Console(highlight=False)
+        console.print(self._table(found, task))
+        if warning := self.caution(found, task):
+            console.print(f"warning: {warning}", markup=False)
+        console.print(f"wrote {self.out}")
 
     def _source(self, trainer: Trainer, pl_module: LightningModule) -> str | Path:
         source = trainer.ckpt_path or cast(SegmentationModule, pl_module).loaded_from
@@ -86,12 +92,29 @@ class TemperatureFitting(Callback):
             raise InputError("temperatures belong to a checkpoint; name it with --ckpt_path.")
         return source
 
-    def _table(self, found: Temperatures) -> Table:
+    def caution(self, found: Temperatures, task: Task) -> str | None:
+        """A sentence where temperatures mend cross-entropy and spoil the calibration error."""
+        worse = [
+            str(n)
+            for n, t in found.by_size.items()
+            if self.fit.ece(n, t, task) > self.fit.ece(n, 1.0, task)
+        ]
+        if not worse:
+            return None
+        return (
+            f"with {' and '.join(worse)} shown the calibration error (ECE) rises although "
+            "cross-entropy falls: one temperature for all voxels softens sure background too. "
+            "Compare the records of both checkpoints before using this one."
+        )
+
+    def _table(self, found: Temperatures, task: Task) -> Table:
         table = Table(title="temperatures, fitted on validation cases", title_justify="left")
-        for name in ("sequences shown", "temperature", "cross-entropy before", "after"):
+        names = ("shown", "temperature", "cross-entropy before", "after", "ECE % before", "after")
+        for name in names:
             table.add_column(name, justify="right")
         for size, temperature in found.by_size.items():
-            losses = (self.fit.cross_entropy(size, t) for t in (1.0, temperature))
-            numbers = (f"{value:.4f}" for value in losses)
-            table.add_row(str(size), f"{temperature:.3f}", *numbers)
+            both = (1.0, temperature)
+            losses = (f"{self.fit.cross_entropy(size, t):.4f}" for t in both)
+            errors = (f"{100 * self.fit.ece(size, t, task):.2f}" for t in both)
+            table.add_row(str(size), f"{temperature:.3f}", *losses, *errors)
         return table

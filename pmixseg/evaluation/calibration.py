@@ -297,6 +297,17 @@ class TemperatureFit:
         truth = torch.cat(self._truth[n_present])
         return float(torch.nn.functional.cross_entropy(logits.T, truth))
 
+    def ece(self, n_present: int, temperature: float, task: Task) -> float:
+        """ECE of the voxels of one size at a temperature, mean over the task's regions.
+
+        It is not what is minimised and may rise where cross-entropy and Brier score fall: one T
+        for all voxels softens also the many that are surely background.
+        """
+        logits = torch.cat(self._logits[n_present], 1).double() / temperature
+        truth = torch.cat(self._truth[n_present])
+        bins = reliability(logits.softmax(0)[..., None, None], truth[:, None, None], task)
+        return float(np.mean([one.ece for one in bins.values()]))
+
 
 def _fit(logits: Float[Tensor, "c n"], truth: Int[Tensor, " n"]) -> float:
     right = logits.gather(0, truth[None]).mean()

@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import BinaryCalibrationError
 
+from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.errors import InputError
 from pmixseg.evaluation.calibration import (
     CaseCalibration,
@@ -175,3 +176,40 @@ def test_cross_entropy_by_hand():
     fit.add(torch.tensor([2.0, 0.0]).reshape(2, 1, 1, 1), torch.ones(1, 1, 1), 2)
     assert fit.cross_entropy(2, 1.0) == pytest.approx(math.log1p(math.exp(2)))
     assert fit.cross_entropy(2, 2.0) == pytest.approx(math.log1p(math.exp(1)))
+
+
+def mostly_background():
+    """Sure and right in 95 of 100 voxels; in the others as sure, and wrong in half of them."""
+    p = torch.full((4, 1000), 0.02 / 3)
+    p[0] = 0.98
+    truth = torch.zeros(1000, dtype=torch.long)
+    p[:, :50] = torch.tensor([0.001, 0.001, 0.001, 0.997])[:, None]
+    truth[:25] = 3
+    fit = TemperatureFit()
+    fit.add(p.log()[..., None, None], truth[:, None, None], n_present=2)
+    return fit, p, truth
+
+
+def test_the_error_of_the_fitted_voxels_is_that_of_torchmetrics():
+    fit, p, truth = mostly_background()
+    for temperature in (1.0, 2.5):
+        heated = (p.log() / temperature).softmax(0)
+        expected = [
+            BinaryCalibrationError(n_bins=15, norm="l1")(
+                heated[list(members)].sum(0), torch.isin(truth, torch.tensor(members)).int()
+            ).item()
+            for members in map(BRATS.region_classes, BRATS.regions)
+        ]
+        found = fit.ece(2, temperature, BRATS)
+        assert found == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_a_temperature_that_spoils_the_calibration_error_is_called_so(tmp_path):
+    fitting = TemperatureFitting(tmp_path / "x.ckpt")
+    fitting.fit, *_ = mostly_background()
+    (t,) = fitting.fit.temperatures().by_size.values()
+    assert t > 1.1
+    assert fitting.fit.cross_entropy(2, t) < fitting.fit.cross_entropy(2, 1.0)
+    assert fitting.fit.ece(2, t, BRATS) > fitting.fit.ece(2, 1.0, BRATS)
+    assert "with 2 shown" in fitting.caution(Temperatures({2: t}), BRATS)
+    assert fitting.caution(Temperatures({2: 1.0}), BRATS) is None
