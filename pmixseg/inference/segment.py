@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pmixseg.data.layouts import Case, Layout, find_cases
@@ -124,7 +125,8 @@ def segment_folder(
     """Segment every case under a folder, which may be that of one case.
 
     Each case is segmented from all scans that it has and the model reads, and written with the
-    label codes of its layout. A case that fails is reported, and the next one is done.
+    label codes of its layout. A case that fails is reported, and the next one is done. Where no
+    layout fits, files that are named by modality are one patient's, see :func:`scans_in`.
 
     Args:
         module: a loaded model.
@@ -141,7 +143,14 @@ def segment_folder(
     Raises:
         InputError: no case can be found.
     """
-    cases = find_cases(root, module.task, layout)
+    try:
+        cases = find_cases(root, module.task, layout)
+    except InputError:
+        images = {} if layout is not None else scans_in(Path(root), module.modalities)
+        if not images:
+            raise
+        yield _named_by_modality(module, images, outputs, settings, progress)
+        return
     for done, case in enumerate(cases):
         try:
             yield segment_case(
@@ -178,6 +187,30 @@ def segment_case(
         images, settings, codes=case.codes or None, name=case.case_id, progress=progress
     )
     return _result(found, outputs.write(found))
+
+
+def scans_in(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
+    """Scans of one patient whose files are named by modality: ``T1.nii``, ``x7_flair.nii.gz``.
+
+    A name is cut into words at what is neither letter nor digit; a scan has one modality among
+    them, in any case of letters.
+
+    Args:
+        folder: holds the files itself.
+        modalities: names that are looked for.
+
+    Returns:
+        Modality -> file; nothing where a name fits two modalities, or two files one modality.
+    """
+    known = {m.lower(): m for m in modalities}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.nii*")):
+        words = re.split(r"[^a-z0-9]+", path.name.lower().removesuffix(".gz").removesuffix(".nii"))
+        here = {known[w] for w in words if w in known}
+        if len(here) > 1 or not here.isdisjoint(found):
+            return {}
+        found |= dict.fromkeys(here, path)
+    return {m: found[m] for m in modalities if m in found}
 
 
 def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str, Source]:
@@ -236,6 +269,26 @@ def _path_of(source: Source) -> Path | None:
 
 def _result(found: Segmentation, files: Mapping[str, Path]) -> CaseResult:
     return CaseResult(found.name, found.combination, found.volumes, files, found.warnings)
+
+
+def _named_by_modality(
+    module: SegmentationModule,
+    images: Mapping[str, Path],
+    outputs: Outputs,
+    settings: SegmentSettings | None,
+    progress: Progress | None,
+) -> CaseResult:
+    name = common_name(images)
+    numbers = ", ".join(f"{label} {i + 1}" for i, label in enumerate(module.task.labels))
+    note = (
+        f"case '{name}': no layout fits this folder, so its scans were told by their names and the "
+        f"labels are numbered {numbers}."
+    )
+    try:
+        result = segment_files(module, images, outputs, settings, name=name, progress=progress)
+    except InputError as error:
+        return CaseResult(name, problem=str(error))
+    return replace(result, warnings=(note, *result.warnings))
 
 
 def _share(progress: Progress | None, done: int, cases: int) -> Progress | None:

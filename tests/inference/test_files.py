@@ -13,7 +13,13 @@ from pmixseg.data.layouts import find_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.segment import SegmentSettings
 from pmixseg.evaluation.sidecar import file_hash
-from pmixseg.inference.segment import Outputs, channels_of, segment_files, segment_folder
+from pmixseg.inference.segment import (
+    Outputs,
+    channels_of,
+    scans_in,
+    segment_files,
+    segment_folder,
+)
 from pmixseg.task import BRATS
 
 
@@ -55,6 +61,44 @@ def test_a_cohort_is_segmented_case_by_case(model, cases, small_root, tmp_path):
     table = np.array([0, 1, 2, 4])  # BraTS 2018 writes enhancing tumour as 4
     assert np.array_equal(written.dataobj, table[direct.classes])
     assert "research use only" in str(written.header["descrip"])
+
+
+def test_a_patients_folder_under_any_name(model, cases, tmp_path, checkpoint, capsys):
+    """A layout wants the case's name twice; a person's folder is called as it is called."""
+    case = cases[0]
+    folder, out = tmp_path / "Mrs X", tmp_path / "out"
+    folder.mkdir()
+    for modality, name in (("t1ce", "x7 T1CE.nii.gz"), ("flair", "x7_flair.nii.gz")):
+        shutil.copy(case.images[modality], folder / name)
+    shutil.copy(case.label, folder / "x7_mask.nii.gz")
+    assert main(["segment", str(checkpoint), str(folder), "-o", str(out), "--device=cpu"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "flair+t1ce" in said
+    assert "told by their names and the labels are numbered NCR 1, ED 2, ET 3" in said
+    direct = model.segment({m: case.images[m] for m in ("flair", "t1ce")})
+    assert np.array_equal(nib.load(out / "x7_seg.nii.gz").dataobj, direct.labels)
+
+    (folder / "y_t1ce.nii.gz").write_bytes(b"")  # two files of one modality: not ours to choose
+    assert main(["segment", str(checkpoint), str(folder), "-o", str(out), "--device=cpu"]) == 1
+    assert "no known layout fits" in capsys.readouterr().err
+    assert main(["segment", str(checkpoint), str(tmp_path / "no"), "-o", str(out)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("FLAIR.nii", "T1.nii.gz", "notes.txt"), {"flair": "FLAIR.nii", "t1": "T1.nii.gz"}),
+        (("a-t1-b.nii", "a-t2.nii.gz", "a-seg.nii"), {"t1": "a-t1-b.nii", "t2": "a-t2.nii.gz"}),
+        (("at1.nii", "t1c.nii", "dwi.nii"), {}),
+        (("t1.nii", "x_t1.nii"), {}),
+        (("t1_to_t2.nii", "flair.nii"), {}),
+    ],
+)
+def test_scans_told_by_their_names(tmp_path, files, expected):
+    for name in files:
+        (tmp_path / name).touch()
+    found = scans_in(tmp_path, BRATS.modalities)
+    assert {m: p.name for m, p in found.items()} == expected
 
 
 def test_the_folder_of_one_case(model, cases, small_root, tmp_path):
