@@ -9,6 +9,10 @@ from pmixseg.task import BRATS
 
 SPACING = 5.0
 
+# Rooms have a conftest each; as modules for doctests they would get into each other's way where
+# several rooms are named in one call.
+collect_ignore_glob = ["*/conftest.py"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():

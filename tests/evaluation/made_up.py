@@ -1,7 +1,11 @@
-"""A cohort of made-up results."""
+"""A cohort of made-up results, and run folders that hold it."""
 
 import numpy as np
+import pandas as pd
 
+from pmixseg.evaluation.examples import Example
+from pmixseg.evaluation.records import Records
+from pmixseg.evaluation.sidecar import Sidecar
 from pmixseg.task import BRATS, format_combination
 
 
@@ -32,3 +36,35 @@ def made_up_rows(cases=8, seed=0, gain=0.0, task=BRATS):
                     }
                 )
     return rows
+
+
+ABOUT = Sidecar(
+    BRATS, conventions={"percentile": "pooled", "hd95_one_empty_mm": 373.12866}, phantom=True
+)
+
+
+def make_run(root, name, rows, about=ABOUT, pictures=("case_000", "case_001"), course=True):
+    run = root / name
+    Records.from_rows(rows, name, about).write(run / "records.csv")
+    if course:
+        table = {"epoch": [0, 0, 1, 1], "step": [1, 1, 2, 2], "train/loss": [1, None, 0.5, None]}
+        table |= {"val/dice": [None, 0.2, None, 0.4], "val/dice/WT": [None, 0.3, None, 0.5]}
+        table |= {"anchor/level1/t1": [None, 0.25, None, 0.3], "lr-AdamW": [1e-3] * 4}
+        pd.DataFrame(table).to_csv(run / "metrics.csv", index=False)
+    rng = np.random.default_rng(0)
+    for case in pictures:
+        image = rng.normal(size=(4, 12, 10, 8)).astype(np.float32)
+        label = example_label()
+        predictions = {c: np.roll(label, 4 - len(c), 0) for c in BRATS.combinations()}
+        small = Example.from_volumes(
+            case, BRATS.modalities, image, label, predictions, (1.0, 1.0, 1.0)
+        )
+        small.save(run)
+    return run
+
+
+def example_label():
+    label = np.zeros((12, 10, 8), np.uint8)
+    label[3:8, 3:7, 2:5] = 2
+    label[4:6, 4:6, 3] = 3
+    return label

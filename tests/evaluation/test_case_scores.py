@@ -15,7 +15,12 @@ from pmixseg.evaluation.case_scores import CaseScores
 from pmixseg.evaluation.metrics import CaseMetrics, Conventions
 from pmixseg.task import BRATS
 
-MEASURES = ("dice", "hd95", "nsd", "sensitivity", "presence_fn")
+RULES = Conventions(hd95="one", lesion="brats2023-gli")
+MEASURES = tuple(
+    m
+    for m in CaseMetrics(np.zeros((1, 1, 1), np.uint8), BRATS, (1, 1, 1), RULES).measures
+    if m != "empty"
+)
 
 
 def case(i):
@@ -25,20 +30,20 @@ def case(i):
 
 
 def filled(numbers):
-    scores = CaseScores(BRATS, MEASURES, Conventions(hd95="one"))
+    scores = CaseScores(BRATS, MEASURES, RULES)
     for i in numbers:
         scores.update(*case(i))
     return scores
 
 
 def test_means_of_case_metrics_by_region():
+    assert len(MEASURES) == 17  # every number that a record holds, lesion-wise ones included
     found = filled(range(4)).compute()
     for region in range(3):
         rows = []
         for i in range(4):
             prediction, truth, spacing, _ = case(i)
-            rules = Conventions(hd95="one")
-            rows.append(CaseMetrics(truth, BRATS, spacing, rules).score(prediction)[region])
+            rows.append(CaseMetrics(truth, BRATS, spacing, RULES).score(prediction)[region])
         for measure in MEASURES:
             values = [float(r[measure]) for r in rows]
             expected = np.nanmean(values)

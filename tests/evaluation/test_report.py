@@ -1,9 +1,5 @@
-import html
 import json
 import re
-import shutil
-import subprocess
-import tempfile
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,15 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import made_up_rows
+from made_up import ABOUT, made_up_rows, make_run
 
 from pmixseg.data.splits import PUBLISHED, hash_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation import published
 from pmixseg.evaluation.curves import Chart, read_curves
-from pmixseg.evaluation.examples import Example
 from pmixseg.evaluation.figures import as_svg, by_count, courses, heat_map, themed
-from pmixseg.evaluation.pictures import class_colours
 from pmixseg.evaluation.records import Records
 from pmixseg.evaluation.report import html_table, write_report
 from pmixseg.evaluation.sidecar import Sidecar
@@ -27,38 +21,7 @@ from pmixseg.evaluation.summary import additions, region_summaries, remarks, wor
 from pmixseg.evaluation.tables import HD95, tabulate
 from pmixseg.task import BRATS, Task
 
-CLASSES = [colour.lower() for colour in class_colours(3)]
 SPLIT = "BraTS 2018 split 1 (199/29/57)"
-ABOUT = Sidecar(
-    BRATS, conventions={"percentile": "pooled", "hd95_one_empty_mm": 373.12866}, phantom=True
-)
-
-
-def make_run(root, name, rows, about=ABOUT, pictures=("case_000", "case_001"), course=True):
-    run = root / name
-    Records.from_rows(rows, name, about).write(run / "records.csv")
-    if course:
-        table = {"epoch": [0, 0, 1, 1], "step": [1, 1, 2, 2], "train/loss": [1, None, 0.5, None]}
-        table |= {"val/dice": [None, 0.2, None, 0.4], "val/dice/WT": [None, 0.3, None, 0.5]}
-        table |= {"anchor/level1/t1": [None, 0.25, None, 0.3], "lr-AdamW": [1e-3] * 4}
-        pd.DataFrame(table).to_csv(run / "metrics.csv", index=False)
-    rng = np.random.default_rng(0)
-    for case in pictures:
-        image = rng.normal(size=(4, 12, 10, 8)).astype(np.float32)
-        label = example_label()
-        predictions = {c: np.roll(label, 4 - len(c), 0) for c in BRATS.combinations()}
-        small = Example.from_volumes(
-            case, BRATS.modalities, image, label, predictions, (1.0, 1.0, 1.0)
-        )
-        small.save(run)
-    return run
-
-
-def example_label():
-    label = np.zeros((12, 10, 8), np.uint8)
-    label[3:8, 3:7, 2:5] = 2
-    label[4:6, 4:6, 3] = 3
-    return label
 
 
 class Page(HTMLParser):
@@ -414,81 +377,3 @@ def test_html_table_stands_alone(records):
     page = html_table(tabulate([records]))
     assert page.count("<td") == 15 * 4 + 16 * 3
     assert page.count("●") == 32
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def in_browser(page):
-    """The document as it stands after its scripts have run."""
-    with tempfile.TemporaryDirectory() as profile:
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        command += ["--disable-background-networking", "--disable-component-update"]
-        command += ["--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=4000"]
-        done = subprocess.run(
-            [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=200
-        )
-    return done.stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to run the viewer's script")
-def test_the_viewer_works_in_a_browser(written):
-    dom = in_browser(written / "two" / "report.html")
-    assert 'id="viewer" hidden' not in dom
-    assert "Voxels of 1.0 × 1.0 × 1.0 mm" in dom
-    assert (
-        '<option value="0">plain</option><option value="1">&lt;b&gt;&amp;&lt;/b&gt;</option>' in dom
-    )
-    assert re.search(r'<canvas data-layer="error" width="12" height="10"', dom)
-
-
-CHOOSE = """
-<script>
-addEventListener("load", () => setTimeout(() => {
-  const form = document.querySelector("#viewer form");
-  const choose = (name, value) => {
-    const field = form.elements.namedItem(name);
-    field.value = value;
-    field.dispatchEvent(new Event("input", { bubbles: true }));
-  };
-  choose("combination", "t1");
-  choose("plane", "PLANE");
-  choose("slice", "SLICE");
-  choose("opacity", "100");
-  setTimeout(() => {
-    const found = {};
-    for (const layer of ["truth", "prediction"]) {
-      const canvas = document.querySelector(`canvas[data-layer=${layer}]`);
-      const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-      found[layer] = Array.from({ length: canvas.height }, (_, r) =>
-        Array.from({ length: canvas.width }, (_, c) => {
-          const [x, y, z] = pixels.subarray(4 * (r * canvas.width + c));
-          const two = (v) => v.toString(16).padStart(2, "0");
-          return x === y && y === z ? 0 : two(x) + two(y) + two(z);
-        }));
-    }
-    document.body.dataset.found = JSON.stringify(found);
-  }, 500);
-}, 500));
-</script>
-"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to run the viewer's script")
-@pytest.mark.parametrize(("plane", "where"), [(2, 3), (1, 4), (0, 7)])
-def test_the_viewer_shows_the_chosen_combination_plane_and_slice(written, tmp_path, plane, where):
-    source = (written / "pages" / "one.html").read_text(encoding="utf-8")
-    script = CHOOSE.replace("PLANE", str(plane)).replace("SLICE", str(where))
-    page = tmp_path / "chosen.html"
-    page.write_text(source.replace("</body>", script + "</body>"), encoding="utf-8")
-    dom = in_browser(page)
-    found = json.loads(html.unescape(re.search(r'data-found="(.*?)"', dom).group(1)))
-    label = example_label()
-    for layer, volume in (("truth", label), ("prediction", np.roll(label, 4 - len(("t1",)), 0))):
-        # The patient's right on the left, anterior and superior up; sagittal: anterior left.
-        expected = np.flip(volume.take(where, plane), (0, 1)).T
-        shown = np.array(
-            [[CLASSES.index(f"#{v}") + 1 if v else 0 for v in row] for row in found[layer]]
-        )
-        assert expected.any()
-        assert (shown == expected).all(), layer
