@@ -16,6 +16,9 @@ from pmixseg.modules import SegmentationModule
 
 Progress = Callable[[int, int], None]
 
+UNNAMED = "scan"
+"""Name of a case whose files tell none."""
+
 UNUSED_CHANNEL = "-"
 """Stands for a channel of a 4-D file that is not read."""
 
@@ -90,6 +93,7 @@ def segment_files(
     *,
     codes: Mapping[str, int] | None = None,
     name: str | None = None,
+    notes: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> CaseResult:
     """Segment one patient from named files, and write the result.
@@ -101,6 +105,7 @@ def segment_files(
         settings: how.
         codes: label name -> number in the result; by default the class index.
         name: of the case; by default what the files' names have in common.
+        notes: sentences that are added to the result's warnings.
         progress: called with (windows done, windows in all).
 
     Raises:
@@ -110,6 +115,15 @@ def segment_files(
     files = [p for s in images.values() if (p := _path_of(s)) is not None]
     outputs.check(called, files)
     found = module.segment(images, settings, codes=codes, name=called, progress=progress)
+    said = list(notes)
+    if called == UNNAMED and len(files) > 1:
+        # Scans of two patients in one atlas space often pass every test of their voxels.
+        listed = ", ".join(f"{m} {p.name}" for m, s in images.items() if (p := _path_of(s)))
+        said.append(
+            f"case '{called}': neither the names nor the folders of its files agree ({listed}); "
+            "make sure that they are of one patient."
+        )
+    found = replace(found, warnings=(*said, *found.warnings))
     return _result(found, outputs.write(found))
 
 
@@ -259,7 +273,7 @@ def common_name(images: Mapping[str, Source]) -> str:
     for names in (stems, folders):
         if len(names) == 1 and (only := names.pop()):
             return only
-    return "scan"
+    return UNNAMED
 
 
 def _path_of(source: Source) -> Path | None:
@@ -285,10 +299,11 @@ def _named_by_modality(
         f"labels are numbered {numbers}."
     )
     try:
-        result = segment_files(module, images, outputs, settings, name=name, progress=progress)
+        return segment_files(
+            module, images, outputs, settings, name=name, notes=(note,), progress=progress
+        )
     except InputError as error:
         return CaseResult(name, problem=str(error))
-    return replace(result, warnings=(note, *result.warnings))
 
 
 def _share(progress: Progress | None, done: int, cases: int) -> Progress | None:

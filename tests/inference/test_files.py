@@ -84,6 +84,21 @@ def test_a_patients_folder_under_any_name(model, cases, tmp_path, checkpoint, ca
     assert main(["segment", str(checkpoint), str(tmp_path / "no"), "-o", str(out)]) == 1
 
 
+def test_files_that_may_be_of_two_patients_are_named(model, cases, tmp_path):
+    mixed = {"flair": cases[0].images["flair"], "t1": cases[1].images["t1"]}
+    force = SegmentSettings(force=True)  # whatever their voxels say
+    result = segment_files(model, mixed, Outputs(tmp_path), force)
+    assert "make sure that they are of one patient" in result.warnings[0]
+    for path in mixed.values():
+        assert path.name in result.warnings[0]
+    assert result.warnings[0] in json.loads(result.files["json"].read_text())["warnings"]
+    named = segment_files(model, mixed, Outputs(tmp_path), force, name="x7")
+    alone = segment_files(model, {"t1": mixed["t1"]}, Outputs(tmp_path), force)
+    together = {m: cases[0].images[m] for m in ("flair", "t1")}
+    for sure in (named, alone, segment_files(model, together, Outputs(tmp_path), force)):
+        assert not any("one patient" in w for w in sure.warnings)
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
