@@ -2,7 +2,8 @@
 
     python experiments/benchmarks/backbones.py test --official PATH --case CASE [--crop 80 80 120]
     python experiments/benchmarks/backbones.py train --official PATH
-    python experiments/benchmarks/backbones.py options
+    python experiments/benchmarks/backbones.py options [--network unet]
+    python experiments/benchmarks/backbones.py layers --threads 1 --side 48 [--network unet]
 
 PATH is a checkout of github.com/dyh127/RFNet; CASE a folder with one BraTS case. Both sides have
 the same random weights, carried over by this package's importer, the same windows and as many
@@ -12,12 +13,15 @@ threads.
 import argparse
 import contextlib
 import json
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +40,8 @@ from pmixseg.task import BRATS
 from pmixseg.types import Latents
 
 SIDE = 80
+KINDS = ("lean", "torch", "channels_last", "compiled")
+"""Layers of this package on a CPU, torch's own contiguous and channels-last, torch.compile."""
 COMBINATIONS = [[bool(k >> m & 1) for m in range(4)] for k in range(1, 16)]
 
 
@@ -220,24 +226,30 @@ def training_step(given: argparse.Namespace) -> Callable[[], None]:
 
         return step
 
-    net = RFNet(recompute=given.recompute) if given.network == "rfnet" else None
-    net = net or MultiEncoderUNet(recompute=given.recompute)
-    net.train()
+    net, image = own_network(given)
     criterion = RFNetCriterion() if given.network == "rfnet" else DiceCE()
-    encode, decode = net.encode, net.decode
-    if given.layers == "compiled":
-        encode, decode = torch.compile(encode), torch.compile(decode)
-    if given.layers == "channels_last":
-        nn.Module.to(net, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # missing in torch's stub
-        image = image.contiguous(memory_format=torch.channels_last_3d)
 
     def own_step() -> None:
         net.zero_grad()
         with autocast(given.precision):
-            output = decode(encode(image, shown))
+            output = net.decode(net.encode(image, shown))
         criterion(output, {"label": label}, 0).backward()
 
     return own_step
+
+
+def own_network(given: argparse.Namespace) -> tuple[Any, Tensor]:
+    """This package's network in training mode, and a random patch in its layout."""
+    torch.manual_seed(0)
+    image = torch.randn(1, 4, *(given.side,) * 3)
+    make = RFNet if given.network == "rfnet" else MultiEncoderUNet
+    net: Any = make(recompute=bool(given.recompute)).train()
+    if given.layers == "compiled":
+        net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
+    if given.layers == "channels_last":
+        net = net.to(memory_format=torch.channels_last_3d)
+        image = image.contiguous(memory_format=torch.channels_last_3d)
+    return net, image
 
 
 def child(given: argparse.Namespace) -> None:
@@ -295,9 +307,65 @@ def train(given: argparse.Namespace) -> None:
 def options(given: argparse.Namespace) -> None:
     """Every option alone, for one network, in both precisions."""
     for precision in ("fp32", "bf16"):
-        for layers in ("lean", "torch", "channels_last", "compiled"):
+        for layers in KINDS:
             measure(given, network=given.network, precision=precision, layers=layers)
         measure(given, network=given.network, precision=precision, recompute=1)
+
+
+def layers(given: argparse.Namespace) -> None:
+    """Every kind of layers in turn in one process: a training step, testing 15 combinations.
+
+    Processor seconds; the ratio is the median over rounds against the lean layers of that round.
+    The first call, its compilation and child processes included, is apart.
+    """
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1  # a pool of processes would be neither waited for nor counted
+    inductor.force_disable_caches = True
+    kinds = ["lean", *given.kinds]
+    for precision, part in product(given.precisions, (training_step, testing)):
+        torch.compiler.reset()
+        calls, first = {}, {}
+        for kind in kinds:
+            chosen = {**vars(given), "precision": precision, "layers": kind}
+            calls[kind] = part(argparse.Namespace(**chosen))
+            first[kind] = round_of(calls, kind)
+        rounds = [{k: round_of(calls, k) for k in kinds} for _ in range(given.repeats)]
+        for kind in kinds:
+            ratio = statistics.median(found[kind] / found["lean"] for found in rounds)
+            cpu = statistics.median(found[kind] for found in rounds)
+            print(
+                f"{given.network} {part.__name__} {precision} {kind}: {cpu:.2f} CPU s, "
+                f"{ratio:.2f} of lean; first call {first[kind]:.1f} CPU s",
+                flush=True,
+            )
+
+
+def testing(given: argparse.Namespace) -> Callable[[], None]:
+    """Every combination of one random window."""
+    net, image = own_network(given)
+    net.eval()
+    flags, patch = torch.tensor(COMBINATIONS), (given.side,) * 3
+
+    @torch.no_grad()
+    def every_combination() -> None:
+        with autocast(given.precision):
+            predict_combinations(net, image[0], flags, patch=patch, overlap=0.0)
+
+    return every_combination
+
+
+def round_of(calls: dict[str, Callable[[], None]], kind: str) -> float:
+    """Processor seconds of one call, those of ended child processes included."""
+
+    def spent() -> float:
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
+
+    start = spent()
+    with torch_layers() if kind in ("torch", "channels_last") else contextlib.nullcontext():
+        calls[kind]()
+    return spent() - start
 
 
 def grouping(given: argparse.Namespace) -> None:
@@ -322,7 +390,14 @@ def grouping(given: argparse.Namespace) -> None:
                   f"{best[1]:.1f} ms grouped")  # fmt: skip
 
 
-PARTS = {"test": test, "train": train, "options": options, "grouping": grouping, "child": child}
+PARTS = {
+    "test": test,
+    "train": train,
+    "options": options,
+    "layers": layers,
+    "grouping": grouping,
+    "child": child,
+}
 
 
 def main() -> int:
@@ -341,8 +416,12 @@ def main() -> int:
     parser.add_argument("--theirs", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--network", choices=("rfnet", "official", "unet"), default="rfnet")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--layers", choices=KINDS, default="lean")
     parser.add_argument(
-        "--layers", choices=("lean", "torch", "channels_last", "compiled"), default="lean"
+        "--kinds", nargs="*", choices=KINDS[1:], default=KINDS[1:], help="of layers"
+    )
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16")
     )
     parser.add_argument("--recompute", type=int, default=0)
     given = parser.parse_args()
