@@ -191,7 +191,8 @@ def explore_jobs(weights: Weights) -> dict[str, list[tuple[str, Job]]]:
                 (f"{value:g}, factorised", student(of, aligned)),
                 (f"{value:g}, joint", student(of, aligned, "joint")),
             ]
-        for cohort, made in {"m4": DEFAULT, **{c: c for c in COHORTS if c[0] == "m"}}.items():
+        cohorts = {"m4": DEFAULT, **{c: c for c in COHORTS if c[0] == "m"}}
+        for cohort, made in sorted(cohorts.items()):
             of = base("explore", seed, cohort=made)
             found["modalities"] += [
                 (f"{cohort[1:]}, base", of),
