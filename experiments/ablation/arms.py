@@ -11,7 +11,7 @@ from study import COHORTS, DEFAULT, DEPENDENCES, PROTOCOLS, REAL_COHORTS, UNIFOR
 LAMBDAS = (0.01, 0.1, 1.0)
 ANCHORS = ("normal", "uniform", "learned")
 
-CURVE_SEED = 900
+CURVE_SEEDS = (900, 901, 902)
 CURVE_STEPS = (300, 600, 1200, 2400)
 GRID_SEEDS = (800, 801)
 SEEDS = (30, 31, 32, 33, 34, 35, 36, 37)
@@ -97,7 +97,7 @@ def continued(start: Job, role: str, **what: Any) -> Job:
 
 def curve_jobs() -> list[Job]:
     """Students alone from random weights with growing budgets: where does the curve flatten?"""
-    return [Job("curve", "base", CURVE_SEED, steps) for steps in CURVE_STEPS]
+    return [Job("curve", "base", seed, steps) for seed in CURVE_SEEDS for steps in CURVE_STEPS]
 
 
 def distillation_jobs() -> list[tuple[float, Job]]:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from arms import GRID_SEEDS, alignment_jobs, curve_jobs, distillation_jobs
+from arms import (
+    CURVE_SEEDS,
+    CURVE_STEPS,
+    GRID_SEEDS,
+    alignment_jobs,
+    curve_jobs,
+    distillation_jobs,
+)
 from confirmatory import full_dice
 from results import Results, markdown, percent
 
 
 def curve(results: Results) -> str:
-    """Student alone by number of steps."""
-    rows = [
-        [str(job.steps), percent(results.read(job)["dice"])]
-        for job in curve_jobs()
-        if results.has(job)
-    ]
-    return markdown(["steps from random weights", "mean Dice on validation cases, %"], rows)
+    """Student alone by number of steps; each seed and their mean."""
+    ended = [job for job in curve_jobs() if results.has(job)]
+    rows = []
+    for steps in CURVE_STEPS:
+        found = [results.read(job)["dice"] for job in ended if job.steps == steps]
+        if found:
+            each = ", ".join(percent(value) for value in found)
+            rows.append([str(steps), percent(sum(found) / len(found)), each])
+    named = f"seeds {', '.join(map(str, CURVE_SEEDS))}"
+    return markdown(["steps from random weights", "mean Dice on validation cases, %", named], rows)
 
 
 def distillation(results: Results) -> str:

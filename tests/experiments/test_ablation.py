@@ -87,9 +87,10 @@ def test_arms_of_a_seed_differ_in_what_they_are_named_after(weights):
 
 
 def test_seeds_that_choose_are_not_those_that_confirm_or_explore():
-    from arms import CURVE_SEED, EXPLORE_SEEDS, GRID_SEEDS, SEEDS
+    from arms import CURVE_SEEDS, EXPLORE_SEEDS, GRID_SEEDS, REAL_SEED, SEEDS
 
-    assert len({CURVE_SEED, *GRID_SEEDS, *SEEDS, *EXPLORE_SEEDS}) == 1 + 2 + 8 + 2
+    seeds = (*CURVE_SEEDS, *GRID_SEEDS, *SEEDS, *EXPLORE_SEEDS, REAL_SEED)
+    assert len(set(seeds)) == len(seeds) == 3 + 2 + 8 + 2 + 1
 
 
 def test_choice_takes_the_weight_that_is_best_on_average(tmp_path):
