@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,21 @@ def area_fractions(label: Label, num_classes: int, shape: Sequence[int]) -> Tens
     return torch.stack(pooled, 1)
 
 
+def refuse_negative(criterion: str, weights: Mapping[str, float]) -> None:
+    """Check the weights of a criterion's terms.
+
+    Args:
+        criterion: its name, for the message.
+        weights: argument -> value.
+
+    Raises:
+        InputError: a value below 0.
+    """
+    for name, value in weights.items():
+        if value < 0:
+            raise InputError(f"{criterion}: {name} is {value}; use a number that is 0 or more.")
+
+
 class DiceCE(Criterion):
     r"""Soft Dice plus cross-entropy (MONAI's ``DiceCELoss``), with deep supervision.
 
@@ -122,9 +137,7 @@ class DiceCE(Criterion):
             "ce_weight": ce_weight,
             "deep_supervision_decay": deep_supervision_decay,
         }
-        for name, value in weights.items():
-            if value < 0:
-                raise InputError(f"DiceCE: {name} is {value}; use a number that is 0 or more.")
+        refuse_negative("DiceCE", weights)
         self.couples_samples = batch_dice
         self.decay = deep_supervision_decay
         options = {

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmixseg.errors import InputError
-from pmixseg.losses.segmentation import Criterion, DiceCE
+from pmixseg.losses.segmentation import Criterion, DiceCE, refuse_negative
 from pmixseg.types import Batch, Scalar, SegOutput
 
 
@@ -34,11 +33,8 @@ class ShaSpecCriterion(Criterion):
 
     def __init__(self, shared_weight: float = 0.1, specific_weight: float = 0.02) -> None:
         super().__init__()
-        if min(shared_weight, specific_weight) < 0:
-            raise InputError(
-                f"ShaSpecCriterion: shared_weight {shared_weight} and specific_weight "
-                f"{specific_weight} must be 0 or more."
-            )
+        weights = {"shared_weight": shared_weight, "specific_weight": specific_weight}
+        refuse_negative("ShaSpecCriterion", weights)
         self.shared_weight, self.specific_weight = shared_weight, specific_weight
         self.segmentation = DiceCE()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pmixseg.errors import InputError
-from pmixseg.losses.segmentation import Criterion, DiceCE
+from pmixseg.losses.segmentation import Criterion, DiceCE, refuse_negative
 from pmixseg.types import Batch, Scalar, SegOutput
 
 
@@ -33,11 +33,8 @@ class UHVEDCriterion(Criterion):
 
     def __init__(self, kl_weight: float = 0.1, reconstruction_weight: float = 0.1) -> None:
         super().__init__()
-        if min(kl_weight, reconstruction_weight) < 0:
-            raise InputError(
-                f"UHVEDCriterion: kl_weight {kl_weight} and reconstruction_weight "
-                f"{reconstruction_weight} must be 0 or more."
-            )
+        weights = {"kl_weight": kl_weight, "reconstruction_weight": reconstruction_weight}
+        refuse_negative("UHVEDCriterion", weights)
         self.kl_weight, self.reconstruction_weight = kl_weight, reconstruction_weight
         self.segmentation = DiceCE()
 
