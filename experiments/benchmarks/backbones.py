@@ -368,34 +368,11 @@ def round_of(calls: dict[str, Callable[[], None]], kind: str) -> float:
     return spent() - start
 
 
-def grouping(given: argparse.Namespace) -> None:
-    """The 3x3x3 convolutions of four encoders one by one, or as one grouped convolution."""
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        for width, side in ((16, 80), (32, 40), (64, 20), (128, 10)):
-            x = lean.fast_layout(torch.randn(1, 4 * width, side, side, side, dtype=dtype))
-            each = [lean.fast_layout(part) for part in x.chunk(4, 1)]
-            weight = torch.randn(4 * width, width, 3, 3, 3, dtype=dtype)
-            kernels = weight.chunk(4)
-
-            def separate(each: Any = each, kernels: Any = kernels) -> None:
-                for some, kernel in zip(each, kernels, strict=True):
-                    torch.mkldnn_convolution(some, kernel, None, [1] * 3, [1] * 3, [1] * 3, 1)
-
-            def grouped(x: Tensor = x, weight: Tensor = weight) -> None:
-                torch.mkldnn_convolution(x, weight, None, [1] * 3, [1] * 3, [1] * 3, 4)
-
-            cpu = given.threads == 1
-            best = [min(timed(c, cpu)[0] for _ in range(5)) * 1e3 for c in (separate, grouped)]
-            print(f"{precision} 4 x {width} channels at {side}^3: {best[0]:.1f} ms one by one, "
-                  f"{best[1]:.1f} ms grouped")  # fmt: skip
-
-
 PARTS = {
     "test": test,
     "train": train,
     "options": options,
     "layers": layers,
-    "grouping": grouping,
     "child": child,
 }
 
