@@ -66,7 +66,7 @@ def sections(results: Results) -> list[tuple[str, str]]:
             ("Learned mixture weights of the teachers", confirmatory.mixture(results, seeds)),
             ("Cost of the training", confirmatory.costs(results, seeds)),
         ]
-    folds = real.whole_folds(results, weights)
+    folds = real.whole_folds(results)
     if folds:
         title = f"Real scans: {len(folds)} of {len(REAL_COHORTS)} cases left out, no inference"
         found.append((title, real.cases(results, folds)))

@@ -12,10 +12,10 @@ LAMBDAS = (0.01, 0.1, 1.0)
 ANCHORS = ("normal", "uniform", "learned")
 
 CURVE_SEEDS = (900, 901, 902)
-CURVE_STEPS = (300, 600, 1200, 2400)
-GRID_SEEDS = (800, 801)
-SEEDS = (30, 31, 32, 33, 34, 35, 36, 37)
-EXPLORE_SEEDS = (700, 701)
+CURVE_STEPS = (300, 600, 1200, 2400, 4800)
+GRID_SEEDS = (810, 811)
+SEEDS = (40, 41, 42, 43, 44, 45, 46, 47)
+EXPLORE_SEEDS = (710, 711)
 REAL_SEED = 600
 
 ARMS = (
@@ -55,6 +55,18 @@ class Weights:
 
     distillation: float
     alignment: Mapping[str, float]
+
+
+REAL_WEIGHTS = Weights(
+    1.0,
+    {
+        "aligned": 0.1,
+        "distilled-normal": 1.0,
+        "distilled-uniform": 0.01,
+        "distilled-learned": 0.01,
+    },
+)
+"""Of the arms on real scans: what the grid of the second study chose, before this one's ran."""
 
 
 def base(stage: str, seed: int, missing: str = UNIFORM, cohort: str = DEFAULT) -> Job:
@@ -146,22 +158,46 @@ def confirm_jobs(weights: Weights) -> list[tuple[str, Job]]:
     return [pair for seed in SEEDS for pair in six_arms(base("confirm", seed), weights)]
 
 
-def real_jobs(weights: Weights) -> list[tuple[str, Job]]:
-    """The six arms on real scans, case by case left out; weights are those of the phantom."""
+def real_jobs() -> list[tuple[str, Job]]:
+    """The six arms on real scans, case by case left out; weights are those of a phantom."""
     bases = [base("real", REAL_SEED, cohort=cohort) for cohort in REAL_COHORTS]
-    return [pair for start in bases for pair in six_arms(start, weights)]
+    return [pair for start in bases for pair in six_arms(start, REAL_WEIGHTS)]
+
+
+def from_scratch(start: Job, weights: Weights) -> list[tuple[str, Job]]:
+    """Alignment and distillation from the first step, as long as the base, which is the arm alone.
+
+    Args:
+        start: the base; its weights are not used.
+        weights: of the terms.
+    """
+
+    def fresh(job: Job) -> Job:
+        return replace(job, start=None, steps=start.steps)
+
+    plain = fresh(teacher(start, "none", 0.0))
+    taught = fresh(teacher(start, "learned", weights.alignment["distilled-learned"]))
+    return [
+        ("alone", start),
+        ("aligned", fresh(student(start, weights.alignment["aligned"]))),
+        ("teacher-none", plain),
+        ("teacher-learned", taught),
+        ("distilled-none", fresh(distilled(start, plain, weights.distillation))),
+        ("distilled-learned", fresh(distilled(start, taught, weights.distillation))),
+    ]
 
 
 def explore_jobs(weights: Weights) -> dict[str, list[tuple[str, Job]]]:
     """Question -> pairs (row of its table, job); what several questions need is in each."""
     aligned = weights.alignment["aligned"]
     found: dict[str, list[tuple[str, Job]]] = {
-        "terms": [],
+        "modalities": [],
+        "dependence": [],
+        "missingness": [],
         "levels": [],
         "distances": [],
-        "dependence": [],
-        "modalities": [],
-        "missingness": [],
+        "terms": [],
+        "scratch": [],
     }
     for seed in EXPLORE_SEEDS:
         start = base("explore", seed)
@@ -183,6 +219,7 @@ def explore_jobs(weights: Weights) -> dict[str, list[tuple[str, Job]]]:
             for distance in ("nmse", *DISTANCES)
             for weight in DISTANCE_WEIGHTS
         ]
+        found["scratch"] += from_scratch(start, weights)
         for value in DEPENDENCES:
             of = base("explore", seed, cohort=f"dep{value:g}")
             found["dependence"] += [

@@ -11,12 +11,13 @@ from results import REGIONS, Results, markdown, percent
 from study import NO_CONTRAST, NOT_AT_RANDOM, PROTOCOLS, UNIFORM, Job
 
 TITLES = {
-    "terms": "terms of the distillation",
+    "modalities": "number of modalities",
+    "dependence": "dependence between the modalities",
+    "missingness": "missingness in training × at test",
     "levels": "aligned levels",
     "distances": "distances",
-    "dependence": "dependence between the modalities",
-    "modalities": "number of modalities",
-    "missingness": "missingness in training × at test",
+    "terms": "terms of the distillation",
+    "scratch": "aligned and distilled from random weights on",
 }
 TEST_WEIGHTS = "test-weights-not-at-random.csv"
 """How often each test case is seen with each combination when FLAIR is missing not at random."""
@@ -69,14 +70,19 @@ def differences(results: Results, seeds: Mapping[int, Mapping[str, Job]]) -> str
 
 
 def alone(jobs: Mapping[str, Job], job: Job) -> Job:
-    """The student alone that began as this job did, or that began with it."""
+    """The student alone that began as this job did, or that began with it.
+
+    Among trainings that all began from random weights, the base.
+    """
     start = job.name if job.role == "base" else job.start
-    (found,) = (
+    continuing = [
         other
         for other in jobs.values()
         if other.start == start and not other.weight and other.teacher is None
         if other.role == "student"
-    )
+    ]
+    bases = [other for other in jobs.values() if other.role == "base"]
+    (found,) = continuing or bases
     return found
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from arms import ARMS, Weights, real_jobs
+from arms import ARMS, real_jobs
 from results import REGIONS, Results, markdown, percent
 from study import Job
 
 
-def whole_folds(results: Results, weights: Weights) -> list[dict[str, Job]]:
+def whole_folds(results: Results) -> list[dict[str, Job]]:
     """Cases left out all of whose trainings ended: arm -> job."""
     folds: dict[str, dict[str, Job]] = {}
-    for arm, job in real_jobs(weights):
+    for arm, job in real_jobs():
         folds.setdefault(job.cohort, {})[arm] = job
     return [jobs for jobs in folds.values() if all(map(results.has, jobs.values()))]
 

@@ -133,7 +133,7 @@ def main() -> None:
     runner.run([job for _, job in confirm_jobs(weights)])
     if args.real is not None:
         print("real scans", flush=True)
-        runner.run([job for _, job in real_jobs(weights)])
+        runner.run([job for _, job in real_jobs()])
     questions = explore_jobs(weights)
     for question, rows in questions.items():
         print(f"exploratory: {question}", flush=True)

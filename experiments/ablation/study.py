@@ -41,7 +41,7 @@ class Budget:
     stem: int = 2
     window: tuple[int, int, int] = (24, 32, 24)
     batch_size: int = 4
-    base_steps: int = 960
+    base_steps: int = 2400
     steps: int = 240
     base_rate: float = 1.2e-2
     rate: float = 6e-3
@@ -126,7 +126,7 @@ class Job:
         teacher: the job that trained the teacher.
         distillation: λ of the distillation.
         term: the only term of the distillation; default: both.
-        start: the job whose weights it begins with.
+        start: the job whose weights it begins with; default: random ones.
         missing: the protocol it is trained with.
         cohort: a name of :data:`COHORTS` or :data:`REAL_COHORTS`.
     """
@@ -154,6 +154,8 @@ class Job:
             parts.append(str(self.steps))
         if self.anchor != "none":
             parts.append(f"{self.anchor}-{self.distance}-{self.weight:g}")
+        if self.start is None and self.role != "base":
+            parts.append("scratch")
         if self.levels is not None:
             parts.append("levels" + "".join(map(str, self.levels)))
         if self.teacher is not None:
