@@ -13,23 +13,31 @@ threads.
 import argparse
 import contextlib
 import json
-import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from measuring import (
+    KINDS,
+    TORCH_KINDS,
+    autocast,
+    gflop,
+    matmul_gflops,
+    round_of,
+    timed,
+    torch_layers,
+)
 from torch import Tensor, nn
 
-from pmixseg.backbones import MultiEncoderUNet, RFNet, lean, norm, regions
+from pmixseg.backbones import MultiEncoderUNet, RFNet
 from pmixseg.data.canonical import canonicalise
 from pmixseg.data.layouts import find_cases
 from pmixseg.evaluation.windows import predict_combinations
@@ -40,8 +48,6 @@ from pmixseg.task import BRATS
 from pmixseg.types import Latents
 
 SIDE = 80
-KINDS = ("lean", "torch", "channels_last", "compiled")
-"""Layers of this package on a CPU, torch's own contiguous and channels-last, torch.compile."""
 COMBINATIONS = [[bool(k >> m & 1) for m in range(4)] for k in range(1, 16)]
 
 
@@ -62,44 +68,6 @@ def imported(network: nn.Module) -> nn.Module:
         state = {f"module.{name}": value for name, value in network.state_dict().items()}
         torch.save({"epoch": 0, "state_dict": state}, file)
         return import_official("rfnet", file).module.backbone
-
-
-@contextlib.contextmanager
-def torch_layers() -> Iterator[None]:
-    """Run torch's own layers instead of the lean ones: in any layout, seen by the FLOP counter."""
-    with contextlib.ExitStack() as stack:
-        for module in (lean, norm, regions):
-            stack.enter_context(mock.patch.object(module, "runs_lean", lambda x: False))
-        yield
-
-
-def gflop(call: Callable[[], Any]) -> float:
-    """Billions of operations (2 per multiply-add), by ``torch.utils.flop_counter``."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch_layers(), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 1e9
-
-
-def matmul_gflops(dtype: torch.dtype, cpu: bool, size: int = 2048) -> float:
-    """Best GFLOP/s of a square matrix product, the yardstick of this machine."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    best = min(timed(lambda: a @ b, cpu)[0] for _ in range(8))
-    return 2 * size**3 / best / 1e9
-
-
-def autocast(precision: str) -> torch.autocast:
-    """Automatic bf16, or nothing."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-
-
-def timed(call: Callable[[], Any], cpu: bool = False) -> tuple[float, Any]:
-    """Seconds of the wall clock or of the processor, and the result."""
-    clock = time.process_time if cpu else time.perf_counter
-    start = clock()
-    result = call()
-    return clock() - start, result
 
 
 # ---------------------------------------------------------------- testing
@@ -254,8 +222,7 @@ def own_network(given: argparse.Namespace) -> tuple[Any, Tensor]:
 
 def child(given: argparse.Namespace) -> None:
     """Measure in this process, which nothing else has grown."""
-    plain = given.layers in ("torch", "channels_last")
-    with torch_layers() if plain else contextlib.nullcontext():
+    with torch_layers() if given.layers in TORCH_KINDS else contextlib.nullcontext():
         step = training_step(given)
         first, _ = timed(step)
         cpu = time.process_time()
@@ -353,19 +320,6 @@ def testing(given: argparse.Namespace) -> Callable[[], None]:
             predict_combinations(net, image[0], flags, patch=patch, overlap=0.0)
 
     return every_combination
-
-
-def round_of(calls: dict[str, Callable[[], None]], kind: str) -> float:
-    """Processor seconds of one call, those of ended child processes included."""
-
-    def spent() -> float:
-        times = os.times()
-        return times.user + times.system + times.children_user + times.children_system
-
-    start = spent()
-    with torch_layers() if kind in ("torch", "channels_last") else contextlib.nullcontext():
-        calls[kind]()
-    return spent() - start
 
 
 PARTS = {

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import torch
-from backbones import timed
+from measuring import timed
 from torch import Tensor
 
 from pmixseg.backbones import lean

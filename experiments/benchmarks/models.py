@@ -20,7 +20,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from backbones import torch_layers
+from measuring import torch_layers
 from torch.utils.flop_counter import FlopCounterMode
 
 from pmixseg.backbones import (
