@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.lean import LeanConv3d
+from pmixseg.backbones.norm import norm_act
 from pmixseg.backbones.slots import EncodedLatents, check_input, encode_slots, join_levels
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
@@ -33,13 +35,13 @@ class Block(nn.Module):
     def __init__(self, inside: int, middle: int, outside: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
-            [nn.Conv3d(inside, middle, 3, padding=1), nn.Conv3d(middle, outside, 3, padding=1)]
+            LeanConv3d(i, o, padding="zeros") for i, o in ((inside, middle), (middle, outside))
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``[b, C, D, H, W]``."""
         for conv in self.convs:
-            x = conv(F.leaky_relu(F.instance_norm(x), SLOPE, inplace=True))
+            x = conv(norm_act(x, SLOPE))
         return x
 
 
@@ -48,7 +50,7 @@ class Encoder(nn.Module):
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        self.first = nn.Conv3d(1, widths[0], 1)
+        self.first = LeanConv3d(1, widths[0], 1)
         insides = [widths[0], *widths[:-1]]
         self.blocks = nn.ModuleList(Block(i, w, w) for i, w in zip(insides, widths, strict=True))
 
@@ -70,7 +72,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(below + code, 2 * code, code) for code, below in pairwise(codes)
         )
-        self.last = nn.Conv3d(codes[0], outside, 1)
+        self.last = LeanConv3d(codes[0], outside, 1)
 
     def forward(self, codes: Sequence[Tensor]) -> Tensor:
         """``[b, outside, D, H, W]`` from one code per level, finest first."""

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pmixseg.backbones import UHVED
-from pmixseg.backbones.uhved import product_of_gaussians
+from pmixseg.backbones.uhved import SLOPE, Block, product_of_gaussians
 from pmixseg.errors import InputError
 from pmixseg.testing import check_backbone
 from pmixseg.types import Latents
@@ -85,3 +86,20 @@ def test_latents_without_variances_and_odd_widths_are_refused():
         product_of_gaussians(latents, 0)
     with pytest.raises(InputError, match="even"):
         UHVED(width=3)
+
+
+def test_block_is_norm_leaky_relu_convolution_twice():
+    torch.manual_seed(0)
+    block = Block(3, 6, 4)
+    x = torch.randn(2, 3, 5, 4, 6, requires_grad=True)
+    wanted = x
+    for conv in block.convs:
+        normed = F.leaky_relu(F.instance_norm(wanted), SLOPE)
+        wanted = F.conv3d(normed, conv.weight, conv.bias, padding=1)
+    g = torch.randn_like(wanted)
+    leaves = [x, *block.parameters()]
+    expected = torch.autograd.grad(wanted, leaves, g)
+    found = block(x)
+    torch.testing.assert_close(found, wanted)
+    for ours, theirs in zip(torch.autograd.grad(found, leaves, g), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
