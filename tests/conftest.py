@@ -1,5 +1,6 @@
 """Fixtures that every room may use: a small phantom cohort and its store, made once."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ collect_ignore_glob = ["*/conftest.py"]
 def one_thread():
     """Two test processes on two cores must not fight, and sums must not depend on the machine."""
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
 @pytest.fixture(scope="session")
