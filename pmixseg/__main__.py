@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from pmixseg.cli import main
+from pmixseg import cli
+from pmixseg.cli.allocator import keep_freed_memory
+
+
+def main() -> int:
+    """Run one command in a process that is the command's alone; see :func:`pmixseg.cli.main`."""
+    keep_freed_memory()
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

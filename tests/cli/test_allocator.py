@@ -1,0 +1,65 @@
+"""Freed memory is kept by a command, and left alone where the user said otherwise."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+SCRIPT = """
+import resource, sys
+import torch
+from pmixseg.cli.allocator import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.empty(48 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+plain = faults()
+done = keep_freed_memory()
+faults()
+print(done, plain, faults())
+"""
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+
+
+def run(**environment):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**CLEAN, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kept, before, after = done.stdout.split()
+    return kept == "True", int(before), int(after)
+
+
+def test_the_same_pages_are_used_again():
+    kept, before, after = run()
+    assert kept
+    # 48 MiB are 12288 pages of 4 KiB, or 24 huge ones of 2 MiB.
+    assert before >= 3 * 24
+    assert after < before / 10
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_the_environment_has_the_last_word(name):
+    value = "glibc.malloc.trim_threshold=131072" if name == "GLIBC_TUNABLES" else "131072"
+    assert not run(**{name: value})[0]
+
+
+def test_the_console_script_keeps_and_the_function_does_not(monkeypatch):
+    from pmixseg import __main__, cli
+
+    called = []
+    monkeypatch.setattr(__main__, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(cli, "main", lambda: called.append("run") or 0)
+    assert __main__.main() == 0
+    assert called == ["kept", "run"]
