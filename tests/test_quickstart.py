@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pmixseg import quickstart
-from pmixseg.__main__ import main
+from pmixseg.cli import main
 from pmixseg.data.phantom import PhantomSettings, write_cohort
 from pmixseg.evaluation.records import Records
 

@@ -9,23 +9,26 @@ import pytest
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
-SCRIPT = """
+SCRIPT = r'''
 import resource, sys
 import torch
 from pmixseg.cli.allocator import keep_freed_memory
 
 def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(3):
+    """Page faults of writing one large block, median of several."""
+    found = []
+    for _ in range(15):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.empty(48 << 20, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return sorted(found)[7]
 
 torch.set_num_threads(1)
 plain = faults()
 done = keep_freed_memory()
 faults()
 print(done, plain, faults())
-"""
+'''
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_"))}
 
 
@@ -45,7 +48,7 @@ def test_the_same_pages_are_used_again():
     kept, before, after = run()
     assert kept
     # 48 MiB are 12288 pages of 4 KiB, or 24 huge ones of 2 MiB.
-    assert before >= 3 * 24
+    assert before >= 24
     assert after < before / 10
 
 
