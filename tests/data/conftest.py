@@ -64,3 +64,17 @@ def make_case(tmp_path, volume, label, save) -> Callable[..., Case]:
         return Case(name, images, seg, {"NCR": 1, "ED": 2, "ET": 4}, patient=name)
 
     return make
+
+
+@pytest.fixture
+def touch(tmp_path):
+    """Empty files: recognition looks at names, not into images."""
+
+    def make(*names: str) -> Path:
+        for name in names:
+            path = tmp_path / "cohort" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return tmp_path / "cohort"
+
+    return make
