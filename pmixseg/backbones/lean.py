@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pmixseg.backbones.unwritten import convolve_wholly, misses_kernel
+
 ONEDNN_TYPES = (torch.float32, torch.bfloat16)
 SLAB = 1 << 21
 """Bytes of a tensor that are worked on at a time."""
@@ -255,7 +257,7 @@ class LeanConv3d(nn.Conv3d):
         if self.kernel_size[0] == 1:
             return self._mix(prepare, inputs)
         if not runs_lean(inputs[0]):
-            return super().forward(prepare.plain(*inputs))
+            return convolve_wholly(self, prepare.plain(*inputs))
         y: Tensor = _ConvOf.apply(  # type: ignore[no-untyped-call]  # untyped in torch
             prepare,
             self.padding_mode == "reflect",
@@ -324,7 +326,7 @@ def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: int, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients to input, weight and bias of a 3x3x3 convolution."""
-    if misses_kernel(x, stride, padding):
+    if misses_kernel(x.dtype, x.shape[2], weight.shape[2], padding):
         wide = _convolution_backward(g.float(), x.float(), weight.float(), stride, padding, needs)
         return [None if part is None else part.to(x.dtype) for part in wide]
     found: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(
@@ -341,12 +343,3 @@ def _convolution_backward(
         needs,
     )
     return list(found)
-
-
-def misses_kernel(x: Tensor, stride: Sequence[int], padding: int) -> bool:
-    """Whether oneDNN's weight gradient of a 3x3x3 convolution of ``x`` in bf16 is not written.
-
-    oneDNN 3.12 (torch 2.13) leaves parts of it as the memory was, often infinite, where the first
-    axis has two voxels and one voxel of zeros on each side (kernel ``avx512_core_bf16``).
-    """
-    return x.dtype == torch.bfloat16 and padding == 1 and x.shape[2] == 2 and stride[0] == 1

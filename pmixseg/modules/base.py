@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.unwritten import repair_gradients
 from pmixseg.data.keys import make_key
 from pmixseg.data.missing import MissingnessSampler
 from pmixseg.describe import build
@@ -198,6 +199,12 @@ class SegmentationModule(SegmentationNetwork):
                 f"{len(lost)} trainable parameters are in no optimizer ({', '.join(lost[:3])}, …); "
                 "create them in __init__ or a callback's setup, before configure_optimizers."
             )
+        self.repairs = repair_gradients(self)
+
+    def on_fit_end(self) -> None:
+        """Leave torch's layers as they were found."""
+        for repair in self.repairs:
+            repair.remove()
 
     def anchor_gets_gradient(self) -> bool:
         """Whether the segmentation loss reaches the anchor's weights."""

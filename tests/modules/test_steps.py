@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
 from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
 from pmixseg.describe import describe
@@ -228,3 +230,25 @@ def test_a_pytorch_schedule_given_by_name_is_stepped_per_epoch_and_survives_a_ch
             made["optimizer"].step()
             scheduler.step()
         assert scheduler.get_last_lr()[0] == pytest.approx(start / 2)
+
+
+def test_a_foreign_network_gets_whole_gradients_in_bf16_on_a_cpu(batch):
+    """SegResNet's fourth level has two voxels here: oneDNN alone leaves infinities there."""
+    seen = []
+
+    class Look(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            seen.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]))
+
+    network = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 16}}
+    for precision in ("32-true", "bf16-mixed"):
+        torch.manual_seed(0)
+        module = StudentModule(backbone=EarlyFusion(network))
+        trainer = Trainer(
+            accelerator="cpu", precision=precision, fast_dev_run=True, callbacks=[Look()]
+        )
+        trainer.fit(module, DataLoader([batch], batch_size=None))
+    wide, half = seen
+    assert bool(half.isfinite().all())
+    assert (half - wide).norm() < 0.1 * wide.norm()
+    assert not any(layer._forward_hooks for layer in module.modules())
