@@ -3,7 +3,8 @@
     python experiments/benchmarks/models.py [--only rfnet unet]
 
 Operations (2 per multiply-add, in billions) are counted by ``torch.utils.flop_counter`` for one
-forward pass of all sequences at the stated patch. A training step is forward, Dice + cross-entropy
+forward pass of all sequences at the stated patch. Freed memory is kept, as every command of this
+package does. A training step is forward, Dice + cross-entropy
 and backward of one patch in a process of its own: processor seconds of one thread, and how much the
 largest resident set (``ru_maxrss``) grew. Testing is one window, every combination of four
 sequences.
@@ -32,6 +33,7 @@ from pmixseg.backbones import (
     RFNet,
     ShaSpec,
 )
+from pmixseg.cli.allocator import keep_freed_memory
 from pmixseg.evaluation.windows import predict_combinations
 from pmixseg.losses import DiceCE
 
@@ -86,6 +88,7 @@ SOURCES = {
 
 def measure(name: str) -> dict[str, float]:
     """One row, in this process."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = MODELS[name]()
