@@ -226,7 +226,8 @@ def own_network(given: argparse.Namespace) -> tuple[Any, Tensor]:
     make = RFNet if given.network == "rfnet" else MultiEncoderUNet
     net: Any = make(recompute=bool(given.recompute)).train()
     if given.layers == "compiled":
-        net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
+        net.encode = torch.compile(net.encode, dynamic=False)
+        net.decode = torch.compile(net.decode, dynamic=False)
     if given.layers == "channels_last":
         net = net.to(memory_format=torch.channels_last_3d)
         image = image.contiguous(memory_format=torch.channels_last_3d)

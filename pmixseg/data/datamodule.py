@@ -151,6 +151,11 @@ class BraTSDataModule(LightningDataModule):
         return self.store.normalisation
 
     @property
+    def dtype(self) -> str:
+        """How the store's intensities were rounded: ``float16`` or ``float32``."""
+        return self.store.dtype
+
+    @property
     def parts(self) -> Split:
         """The cases of each part.
 

@@ -1,4 +1,4 @@
-"""The scores of :mod:`pmixseg.evaluation.metrics` as a torchmetrics metric that syncs under DDP."""
+"""Means over cases as torchmetrics metrics that sync under DDP and count every case once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,75 @@ from pmixseg.evaluation.metrics import CaseMetrics
 from pmixseg.task import Task
 
 
-class CaseScores(Metric):
-    """Mean over cases of any scores, per region and over regions.
+class CaseMeans(Metric):
+    """Means over cases of numbers that were computed elsewhere.
 
-    A case counts once, whatever the sampler repeats to give every rank as many samples: cases are
-    told apart by their id, also across processes. Undefined values (NaN) are left out of a mean.
+    A case counts once, whatever the sampler repeats so that no rank goes empty: cases are told
+    apart by their id, also across processes. Undefined values (NaN) are left out of a mean.
+
+    Args:
+        shape: of what every case gives.
+        kwargs: arguments of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> dice = CaseMeans([2])
+        >>> dice.update(torch.tensor([0.5, 1.0]), "a7")
+        >>> dice.update(torch.tensor([0.7, float("nan")]), "b2")
+        >>> dice.update(torch.tensor([0.5, 1.0]), "a7")
+        >>> dice.compute()
+        tensor([0.6000, 1.0000])
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def __init__(self, shape: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.shape = tuple(shape)
+        self.add_state("keys", [], dist_reduce_fx="cat")
+        self.add_state("values", [], dist_reduce_fx="cat")
+        self._start()
+
+    def _start(self) -> None:
+        # A rank that saw no case must still join the gathering, with tensors of the right shape.
+        self.keys.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+        self.values.append(torch.zeros(0, *self.shape, device=self.device))
+
+    def reset(self) -> None:
+        """Forget every case."""
+        super().reset()
+        self._start()
+
+    def update(self, found: Tensor, case_id: str) -> None:
+        """Take the numbers of one case.
+
+        Args:
+            found: of ``shape``.
+            case_id: cases with the same id count once.
+        """
+        digest = hashlib.blake2b(case_id.encode(), digest_size=8).digest()
+        key = int.from_bytes(digest) >> 1
+        self.keys.append(torch.tensor([key], device=self.device))
+        self.values.append(found.to(self.device, torch.float32)[None])
+
+    def compute(self) -> Any:
+        """Means over cases, of ``shape``; NaN without any case."""
+        return self.means().float()
+
+    def means(self) -> Tensor:
+        """Means over cases in float64, on the CPU."""
+        keys, values = dim_zero_cat(self.keys), dim_zero_cat(self.values)
+        # Order by key, so that the sum does not depend on which rank saw which case.
+        _, first = np.unique(keys.cpu().numpy(), return_index=True)
+        distinct = values[torch.from_numpy(first).to(values.device)].cpu().double()
+        return distinct.nanmean(0)
+
+
+class CaseScores(CaseMeans):
+    """Mean over cases of any scores, per region and over regions.
 
     Args:
         task: names the regions.
@@ -43,12 +107,6 @@ class CaseScores(Metric):
         {'dice': 1.0, 'dice/WT': 1.0, 'dice/TC': 1.0, 'dice/ET': 1.0}
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-    keys: list[Tensor]
-    values: list[Tensor]
-
     def __init__(
         self,
         task: Task,
@@ -56,30 +114,17 @@ class CaseScores(Metric):
         conventions: Conventions | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.task, self.measures = task, tuple(measures)
+        self.measures = tuple(measures)
+        super().__init__([len(task.regions), len(self.measures)], **kwargs)
+        self.task = task
         self.conventions = conventions or Conventions()
         nothing = np.zeros((1, 1, 1), np.uint8)
         known = CaseMetrics(nothing, task, (1, 1, 1), self.conventions).measures
         unknown = [m for m in self.measures if m not in known or m == "empty"]
         if unknown or not self.measures:
             raise InputError(f"measures {unknown} cannot be averaged; use names of {list(known)}.")
-        self.add_state("keys", [], dist_reduce_fx="cat")
-        self.add_state("values", [], dist_reduce_fx="cat")
-        self._start()
 
-    def _start(self) -> None:
-        # A rank that saw no case must still join the gathering, with tensors of the right shape.
-        size = (0, len(self.task.regions), len(self.measures))
-        self.keys.append(torch.zeros(0, dtype=torch.int64, device=self.device))
-        self.values.append(torch.zeros(size, dtype=torch.float32, device=self.device))
-
-    def reset(self) -> None:
-        """Forget every case."""
-        super().reset()
-        self._start()
-
-    def update(
+    def update(  # type: ignore[override]  # scored here, from what a metric of torchmetrics takes
         self,
         prediction: Tensor | NDArray[np.integer[Any]],
         truth: Tensor | NDArray[np.integer[Any]],
@@ -97,18 +142,11 @@ class CaseScores(Metric):
         case = CaseMetrics(_array(truth), self.task, spacing, self.conventions)
         rows = case.score(_array(prediction), only=self.measures)
         scored = [[float(row[m]) for m in self.measures] for row in rows]
-        digest = hashlib.blake2b(case_id.encode(), digest_size=8).digest()
-        key = int.from_bytes(digest) >> 1
-        self.keys.append(torch.tensor([key], device=self.device))
-        self.values.append(torch.tensor([scored], dtype=torch.float32, device=self.device))
+        super().update(torch.tensor(scored), case_id)
 
     def compute(self) -> dict[str, Tensor]:
         """``{measure}`` and ``{measure}/{region}``, means over cases; NaN without any case."""
-        keys, values = dim_zero_cat(self.keys), dim_zero_cat(self.values)
-        # Order by key, so that the sum does not depend on which rank saw which case.
-        _, first = np.unique(keys.cpu().numpy(), return_index=True)
-        distinct = values[torch.from_numpy(first).to(values.device)].cpu().double()
-        means = distinct.nanmean(0)
+        means = self.means()
         found: dict[str, Tensor] = {}
         for m, measure in enumerate(self.measures):
             found[measure] = means[:, m].nanmean().float()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pmixseg.data.canonical import STORE_DTYPE, CanonicalCase, canonicalise
+from pmixseg.data.canonical import CanonicalCase, canonicalise
 from pmixseg.data.geometry import Geometry, Spacing
 from pmixseg.data.grids import CommonGrid, on_one_grid
 from pmixseg.data.nifti import Source
@@ -44,7 +44,8 @@ class SegmentSettings:
             one with the smallest voxels.
         strict: refuse scans on different grids instead of resampling them.
         force: segment scans that look implausible, with a warning.
-        dtype: rounding of normalised intensities: that of the model's store.
+        dtype: rounding of normalised intensities; ``None``: that of the store the model was
+            trained on.
 
     Raises:
         InputError: an overlap, precision or rounding that does not exist.
@@ -58,15 +59,17 @@ class SegmentSettings:
     reference: str | None = None
     strict: bool = False
     force: bool = False
-    dtype: str = STORE_DTYPE
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for what, value, known in (
             ("precision", self.precision, ("fp32", "bf16")),
-            ("dtype", self.dtype, ("float16", "float32")),
+            ("dtype", self.dtype, (None, "float16", "float32")),
         ):
             if value not in known:
-                raise InputError(f"{what} '{value}' is unknown; use {' or '.join(known)}.")
+                raise InputError(
+                    f"{what} '{value}' is unknown; use {' or '.join(filter(None, known))}."
+                )
         if self.overlap is not None and not 0 <= self.overlap < 1:
             raise InputError(f"overlap is {self.overlap}; give a share of at least 0 and below 1.")
 
@@ -90,6 +93,7 @@ class Recipe:
         window: inference window in voxels.
         evaluation: overlap, blending, post-processing.
         spacing: voxel size in mm to bring scans to; ``None`` keeps theirs.
+        dtype: rounding of normalised intensities in training.
         device: where the network is.
         checkpoint: file that the weights came from.
     """
@@ -98,6 +102,7 @@ class Recipe:
     window: tuple[int, int, int]
     evaluation: EvaluationSettings
     spacing: Spacing | None
+    dtype: str
     device: torch.device
     checkpoint: str | None = None
 
@@ -141,7 +146,12 @@ def segment_scans(
         where=where,
     )
     case = canonicalise(
-        grid.images, None, task, spacing=recipe.spacing, dtype=settings.dtype, where=where
+        grid.images,
+        None,
+        task,
+        spacing=recipe.spacing,
+        dtype=settings.dtype or recipe.dtype,
+        where=where,
     )
     notes = [f"{where}: {note}." for note in grid.notes] + _doubts(case, task, settings, where)
     for note in notes:

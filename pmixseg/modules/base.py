@@ -238,7 +238,7 @@ class SegmentationModule(SegmentationNetwork):
         """Resume with the same terms; test, validate and predict without any.
 
         Raises:
-            InputError: a training is resumed with other terms than it was started with.
+            InputError: see :func:`~pmixseg.modules.payload.check_terms`.
         """
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         check_terms(self, checkpoint, fitting=fitting)

@@ -129,12 +129,5 @@ def restore(module: SegmentationModule, checkpoint: dict[str, Any]) -> None:
         InputError: the checkpoint belongs to another network.
     """
     check_terms(module, checkpoint, fitting=False)
-    try:
-        module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise InputError(
-            f"the checkpoint's weights do not fit this {type(module).__name__}: {first} "
-            "Use the backbone that it was trained with."
-        ) from error
+    module.load_state_dict(checkpoint["state_dict"])
     module.preparation = preparation_of(checkpoint["pmixseg"])

@@ -5,20 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.unet import MultiEncoderUNet
+from pmixseg.data.canonical import STORE_DTYPE
 from pmixseg.data.missing import MissingnessSampler, UniformCombinations
 from pmixseg.data.nifti import Source
 from pmixseg.data.patches import CaseItem
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
+from pmixseg.evaluation.case_scores import CaseMeans
 from pmixseg.evaluation.cases import (
     CasePrediction,
     EvaluationSettings,
@@ -74,12 +75,13 @@ class SegmentationNetwork(LightningModule, Described):
         self.preparation = Preparation()
         self.loaded_from: str | None = None
         self.records: list[dict[str, Any]] = []
-        self.validation_dice = nn.ModuleDict({r: MeanMetric() for r in self.task.regions})
+        self.validation_dice = CaseMeans([len(self.task.regions)])
         self._encode, self._decode = self.backbone.encode, self.backbone.decode
         if compile:
             # A compiled backbone would be bypassed: encode and decode are called, not forward.
-            self._encode = torch.compile(self.backbone.encode)
-            self._decode = torch.compile(self.backbone.decode)
+            # Patches and windows have one size each: symbolic ones only let inductor fail.
+            self._encode = torch.compile(self.backbone.encode, dynamic=False)
+            self._decode = torch.compile(self.backbone.decode, dynamic=False)
 
     # ---------------------------------------------------------------- construction
 
@@ -184,16 +186,16 @@ class SegmentationNetwork(LightningModule, Described):
         prediction = next(iter(self.predict_item(item, [combination])))
         classes = prediction.on_grid()
         scores = region_dice(classes, item["label"].to(classes.device), self.task)
-        for region, dice in scores.items():
-            cast(MeanMetric, self.validation_dice[region]).update(dice)
+        dice = torch.tensor([scores[region] for region in self.task.regions])
+        self.validation_dice.update(dice, item["case_id"])
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/dice`` and ``val/dice/<region>``, averaged over cases of all ranks."""
-        means = {r: cast(MeanMetric, m).compute() for r, m in self.validation_dice.items()}
-        for metric in self.validation_dice.values():
-            cast(MeanMetric, metric).reset()
-        self.log_dict({f"val/dice/{r}": v for r, v in means.items()})
-        self.log("val/dice", torch.stack(list(means.values())).mean(), prog_bar=True)
+        means = self.validation_dice.compute()
+        self.validation_dice.reset()
+        named = zip(self.task.regions, means, strict=True)
+        self.log_dict({f"val/dice/{region}": dice for region, dice in named})
+        self.log("val/dice", means.mean(), prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
         """Start with no records and no pictures of an earlier test."""
@@ -278,6 +280,7 @@ class SegmentationNetwork(LightningModule, Described):
             self.preparation.window(evaluation, self.strides),
             evaluation,
             self.preparation.target_spacing(),
+            self.preparation.dtype or STORE_DTYPE,
             self.device,
             self.loaded_from,
         )

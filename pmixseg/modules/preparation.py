@@ -23,6 +23,7 @@ class Preparation:
         split: name or hash of the split the model was trained on.
         seed: ``everything`` (Lightning's, for the first weights) and ``data`` (patches,
             augmentation, missingness) of that training, as far as known.
+        dtype: rounding of the normalised intensities; ``None``: not known.
     """
 
     spacing: tuple[float, ...] | None = None
@@ -30,6 +31,7 @@ class Preparation:
     patch: tuple[int, ...] | None = None
     split: str | None = None
     seed: Mapping[str, int] | None = None
+    dtype: str | None = None
 
     def merge(self, data: Any, evaluation: EvaluationSettings, *, fitting: bool) -> Preparation:
         """Take over a data module's preparation, or check it against a checkpoint's.
@@ -40,19 +42,30 @@ class Preparation:
         theirs = Preparation(
             spacing=None if data.spacing is None else tuple(float(s) for s in data.spacing),
             normalisation=data.normalisation,
+            dtype=getattr(data, "dtype", None),
             patch=tuple(data.patch_size),
             split=data.split_name if fitting else self.split,
             seed=_seeds(data) if fitting else self.seed,
         )
         if fitting or self.normalisation is None:
             return theirs
+        self.refuse_other(theirs)
+        return self
+
+    def refuse_other(self, data: Preparation) -> None:
+        """Refuse data that the model of this preparation was not trained for.
+
+        Raises:
+            InputError: they have another spacing or normalisation, where both are known.
+        """
+        if self.normalisation is None or data.normalisation is None:
+            return
         for what in ("spacing", "normalisation"):
-            if getattr(self, what) != getattr(theirs, what):
+            if getattr(self, what) != getattr(data, what):
                 raise InputError(
                     f"the checkpoint was trained with {what} {getattr(self, what)}, but the data "
-                    f"have {getattr(theirs, what)}; prepare a store with the checkpoint's {what}."
+                    f"have {getattr(data, what)}; prepare a store with the checkpoint's {what}."
                 )
-        return self
 
     def window(self, settings: EvaluationSettings, strides: Sequence[int]) -> tuple[int, int, int]:
         """Size of an inference window.
