@@ -261,10 +261,11 @@ class SlotConv(nn.Conv3d):
         return [latents.cache[key] for key in keys]
 
 
-@eager
 def _sum_of_present(terms: Sequence[Tensor], present: Presence) -> Tensor:
-    flags: list[list[bool]] = present.tolist()
-    if all(row == flags[0] for row in flags):
+    # One graph for every combination, without a look at the flags; an export is of one combination.
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    flags: list[list[bool]] = [] if compiling else present.tolist()
+    if flags and all(row == flags[0] for row in flags):
         shown = [term for term, flag in zip(terms, flags[0], strict=True) if flag]
     else:
         shown = [

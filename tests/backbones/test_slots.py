@@ -1,5 +1,8 @@
+from functools import partial
+
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from pmixseg.backbones import MMFormer, MultiEncoderUNet, RFNet
@@ -155,3 +158,30 @@ def test_recomputed_encoders_give_the_same_gradients_and_keep_less(kind):
     for ours, wanted in zip(found[True][1], found[False][1], strict=True):
         if wanted is not None:
             torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(MultiEncoderUNet, width=4, levels=3), partial(RFNet, width=4)]
+)
+def test_decoding_without_gradients_is_one_graph_for_every_combination(make):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    net = make().double().eval()
+    image = torch.randn(2, 4, 16, 16, 16, dtype=torch.float64)
+    shown = torch.tensor([[True, True, True, True], [True, False, True, True]])
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(net.decode, backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        latents = net.encode(image, shown)
+        plain = net.encode(image, shown)
+        for flags in (
+            [[1, 1, 1, 1], [1, 0, 1, 1]],
+            [[0, 1, 0, 0], [1, 0, 0, 0]],
+            [[0, 0, 1, 1]] * 2,
+        ):
+            subset = torch.tensor(flags, dtype=torch.bool)
+            torch.testing.assert_close(
+                compiled(latents.restrict(subset)).logits,
+                net.decode(plain.restrict(subset)).logits,
+            )
+    assert counter.frame_count <= 2  # the first decode makes what the others find
