@@ -88,7 +88,11 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
     how.add_argument("--postprocess", nargs="*", metavar="STEP", help="steps by name, in order")
     how.add_argument("--reference", metavar="MODALITY", help="whose grid the result has")
     how.add_argument("--strict", action="store_true", help="refuse scans on different grids")
-    how.add_argument("--force", action="store_true", help="segment scans that look implausible")
+    how.add_argument(
+        "--force",
+        action="store_true",
+        help="segment scans that look implausible, and leave out those of unknown sequences",
+    )
     what = parser.add_argument_group("what is written")
     what.add_argument("--probabilities", action="store_true", help="of every class, 4-D")
     what.add_argument("--entropy", action="store_true", help="voxel-wise uncertainty in nats")

@@ -162,7 +162,8 @@ class Tree:
             deep = len(here.relative_to(root).parts) >= _MAX_DEPTH
             inner[:] = [] if deep else sorted(n for n in inner if not n.startswith("."))
             # Archives made on a Mac hold a hidden "._" twin of every file.
-            files += [here / n for n in names if n.endswith((".nii", ".nii.gz")) and n[0] != "."]
+            endings = (".nii", ".nii.gz")
+            files += [here / n for n in names if n.lower().endswith(endings) and n[0] != "."]
         if root in unreadable:
             raise InputError(
                 f"{root} cannot be read ({unreadable[root]}); check the folder's permissions."

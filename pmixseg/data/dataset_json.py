@@ -9,21 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 from pmixseg.data.cases import Layout, Pattern, Tree
+from pmixseg.data.sequences import modality_of
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
 _ALIASES = {
-    "flair": ("t2f", "t2flair", "fla"),
-    "t1ce": ("t1c", "t1gd", "t1post", "t1wce", "t1wgd", "t1contrast"),
-    "t1": ("t1w", "t1n", "t1pre"),
-    "t2": ("t2w",),
     "ncr": ("ncrnet", "netc", "net", "necrosis", "necroticcore", "nonenhancingtumor"),
     "ed": ("edema", "oedema", "peritumoraledema", "snfh"),
     "et": ("enhancing", "enhancingtumor", "activetumor"),
     "wt": ("whole", "wholetumor"),
     "tc": ("core", "tumorcore"),
 }
-"""Names of the same thing, lower case, American, letters and digits only."""
+"""Names of the same label or region, lower case, American, letters and digits only."""
 
 _OUTSIDE = ("rc", "resectioncavity", "cavity")
 """Labels that are outside every region."""
@@ -58,7 +55,7 @@ def described_layout(layout: Layout, tree: Tree, task: Task) -> Layout:
         ) from error
     images: dict[str, tuple[Pattern, ...]] = {}
     for number, name in channels.items():
-        modality = _matching(str(name), task.modalities)
+        modality = modality_of(str(name), task.modalities)
         if modality is not None:
             index = int(number)
             images[modality] = (

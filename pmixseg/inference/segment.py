@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pmixseg.data.layouts import Case, Layout, find_cases
+from pmixseg.data.layouts import Case, Layout, search
 from pmixseg.data.nifti import Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.segment import SegmentSettings
 from pmixseg.evaluation.segmentation import Segmentation
+from pmixseg.inference.folders import FolderScans, notes_on_strays, scans_in, strays_of
 from pmixseg.modules import SegmentationModule
 
 Progress = Callable[[int, int], None]
@@ -140,7 +140,9 @@ def segment_folder(
 
     Each case is segmented from all scans that it has and the model reads, and written with the
     label codes of its layout. A case that fails is reported, and the next one is done. Where no
-    layout fits, files that are named by modality are one patient's, see :func:`scans_in`.
+    layout fits, files that are named by modality are one patient's, see
+    :func:`~pmixseg.inference.folders.scans_in`. A scan that is not read is named, and one that may
+    be a modality of the model is refused.
 
     Args:
         module: a loaded model.
@@ -155,20 +157,33 @@ def segment_folder(
         One result per case, as it is done.
 
     Raises:
-        InputError: no case can be found.
+        InputError: no case can be found, or it is not certain which file is which modality.
     """
+    force = settings is not None and settings.force
     try:
-        cases = find_cases(root, module.task, layout)
+        found = search(root, module.task, layout)
     except InputError:
-        images = {} if layout is not None else scans_in(Path(root), module.modalities)
-        if not images:
+        scans = (
+            FolderScans({})
+            if layout is not None
+            else scans_in(Path(root), module.task, force=force)
+        )
+        if not scans.images:
             raise
-        yield _named_by_modality(module, images, outputs, settings, progress)
+        yield _named_by_modality(module, scans, outputs, settings, progress)
         return
-    for done, case in enumerate(cases):
+    strays = strays_of(found)
+    trusted = force or layout is not None
+    for done, case in enumerate(found.cases):
         try:
+            beside = strays.get(case.case_id, [])
             yield segment_case(
-                module, case, outputs, settings, progress=_share(progress, done, len(cases))
+                module,
+                case,
+                outputs,
+                settings,
+                notes=notes_on_strays(case, beside, module.task, trusted=trusted),
+                progress=_share(progress, done, len(found.cases)),
             )
         except InputError as error:
             yield CaseResult(case.case_id, problem=str(error))
@@ -180,9 +195,18 @@ def segment_case(
     outputs: Outputs,
     settings: SegmentSettings | None = None,
     *,
+    notes: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> CaseResult:
     """Segment one case that a layout found; scans that the model does not read are left out.
+
+    Args:
+        module: a loaded model.
+        case: what a layout found.
+        outputs: where to.
+        settings: how.
+        notes: sentences that are added to the result's warnings.
+        progress: called with (windows done, windows in all).
 
     Raises:
         InputError: the case cannot be used, or has no scan that the model reads.
@@ -191,40 +215,14 @@ def segment_case(
         raise InputError(case.problem)
     images = {m: f for m, f in case.images.items() if m in module.modalities}
     if not images:
-        raise InputError(
-            f"case '{case.case_id}' has {', '.join(case.images)}, but this model reads "
-            f"{', '.join(module.modalities)}; use a model for these scans."
-        )
+        raise InputError(_of_no_use(module, case.case_id, list(case.images)))
     files = [p for s in case.images.values() if (p := _path_of(s)) is not None]
     outputs.check(case.case_id, files if case.label is None else [*files, case.label])
     found = module.segment(
         images, settings, codes=case.codes or None, name=case.case_id, progress=progress
     )
+    found = replace(found, warnings=(*notes, *found.warnings))
     return _result(found, outputs.write(found))
-
-
-def scans_in(folder: Path, modalities: Sequence[str]) -> dict[str, Path]:
-    """Scans of one patient whose files are named by modality: ``T1.nii``, ``x7_flair.nii.gz``.
-
-    A name is cut into words at what is neither letter nor digit; a scan has one modality among
-    them, in any case of letters.
-
-    Args:
-        folder: holds the files itself.
-        modalities: names that are looked for.
-
-    Returns:
-        Modality -> file; nothing where a name fits two modalities, or two files one modality.
-    """
-    known = {m.lower(): m for m in modalities}
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.nii*")):
-        words = re.split(r"[^a-z0-9]+", path.name.lower().removesuffix(".gz").removesuffix(".nii"))
-        here = {known[w] for w in words if w in known}
-        if len(here) > 1 or not here.isdisjoint(found):
-            return {}
-        found |= dict.fromkeys(here, path)
-    return {m: found[m] for m in modalities if m in found}
 
 
 def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str, Source]:
@@ -287,23 +285,38 @@ def _result(found: Segmentation, files: Mapping[str, Path]) -> CaseResult:
 
 def _named_by_modality(
     module: SegmentationModule,
-    images: Mapping[str, Path],
+    scans: FolderScans,
     outputs: Outputs,
     settings: SegmentSettings | None,
     progress: Progress | None,
 ) -> CaseResult:
-    name = common_name(images)
+    name = common_name(scans.images)
+    images = {m: path for m, path in scans.images.items() if m in module.modalities}
+    if not images:
+        return CaseResult(name, problem=_of_no_use(module, name, list(scans.images)))
     numbers = ", ".join(f"{label} {i + 1}" for i, label in enumerate(module.task.labels))
-    note = (
-        f"case '{name}': no layout fits this folder, so its scans were told by their names and the "
-        f"labels are numbered {numbers}."
-    )
+    told = ", ".join(f"{m} {path.name}" for m, path in images.items())
+    notes = [
+        f"case '{name}': no layout fits this folder, so its scans were told by their names "
+        f"({told}) and the labels are numbered {numbers}.",
+        *(f"case '{name}': {note}." for note in scans.notes),
+    ]
+    useless = [path.name for m, path in scans.images.items() if m not in images]
+    if useless:
+        notes.append(f"case '{name}': this model does not read {', '.join(useless)}.")
     try:
         return segment_files(
-            module, images, outputs, settings, name=name, notes=(note,), progress=progress
+            module, images, outputs, settings, name=name, notes=notes, progress=progress
         )
     except InputError as error:
         return CaseResult(name, problem=str(error))
+
+
+def _of_no_use(module: SegmentationModule, name: str, modalities: Sequence[str]) -> str:
+    return (
+        f"case '{name}' has {', '.join(modalities)}, but this model reads "
+        f"{', '.join(module.modalities)}; use a model for these scans."
+    )
 
 
 def _share(progress: Progress | None, done: int, cases: int) -> Progress | None:

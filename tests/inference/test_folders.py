@@ -1,0 +1,147 @@
+"""A patient's folder under any name: every scan is used, or refused, or left out and named."""
+
+import shutil
+
+import numpy as np
+import pytest
+from tiny_models import tiny_student
+
+from pmixseg.cli import main
+from pmixseg.data.layouts import find_cases
+from pmixseg.errors import InputError
+from pmixseg.evaluation.segment import SegmentSettings
+from pmixseg.inference.folders import scans_in
+from pmixseg.inference.segment import Outputs, segment_folder
+from pmixseg.task import BRATS, Task
+
+PLAIN = Task("plain", ("flair", "t1"), ("tumour",), {"all": ("tumour",)})
+
+
+@pytest.fixture(scope="module")
+def case(phantom_root):
+    return find_cases(phantom_root, BRATS)[0]
+
+
+@pytest.fixture
+def patient(case, tmp_path):
+    """A folder with scans under names of one's own."""
+
+    def make(folder: str = "patient", /, **names: str):
+        made = tmp_path / folder
+        made.mkdir(parents=True)
+        for modality, name in names.items():
+            source = case.label if modality == "label" else case.images[modality]
+            shutil.copy(source, made / f"{name}.nii.gz")
+        return made
+
+    return make
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path, capsys):
+    """The command on a folder: exit code and what it said."""
+
+    def call(folder, *flags: str):
+        arguments = [str(checkpoint), str(folder), "-o", str(tmp_path / "out"), "--device=cpu"]
+        code = main(["segment", *arguments, *flags])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, " ".join((said.out + said.err).split())
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("FLAIR.nii", "T1.nii.gz", "notes.txt"), {"flair": "FLAIR.nii", "t1": "T1.nii.gz"}),
+        (("a-t1-b.nii", "a-t2.nii.gz", "a-seg.nii"), {"t1": "a-t1-b.nii", "t2": "a-t2.nii.gz"}),
+        (("T1C.nii", "T1.NII.GZ"), {"t1ce": "T1C.nii", "t1": "T1.NII.GZ"}),
+        (("._T1.nii", "T2.nii", "out/x_seg.nii", "out/x_entropy.nii"), {"t2": "T2.nii"}),
+        (("scan.nii", "dwi.nii"), {}),  # no folder of this kind
+    ],
+)
+def test_scans_told_by_their_names(tmp_path, files, expected):
+    (tmp_path / "out").mkdir()
+    for name in files:
+        (tmp_path / name).touch()
+    found = scans_in(tmp_path, BRATS).images
+    assert {m: p.name for m, p in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "task", "says"),
+    [
+        (("T1.nii", "T1_CE.nii"), PLAIN, r"T1_CE.nii \(it is contrast-enhanced T1\) is to this"),
+        (("t1.nii", "dwi.nii", "adc.nii"), BRATS, r"adc.nii \(its name .*dwi.nii .* are to this"),
+        (("t1.nii", "x_t1.nii"), BRATS, r"t1.nii and x_t1.nii may both be its t1; .*--t1 FILE"),
+        (("t1_to_t2.nii", "flair.nii"), BRATS, "names more than one sequence"),
+        (("t1.nii", "more/t1ce.nii"), BRATS, r"more/t1ce.nii \(it lies in a folder of its own"),
+        (("t2.nii", "post_t1.nii"), BRATS, "'post' may mean contrast agent"),
+    ],
+)
+def test_files_of_which_nobody_knows_what_they_are(tmp_path, files, task, says):
+    (tmp_path / "more").mkdir()
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=says):
+        scans_in(tmp_path, task)
+    if "both" in says:
+        with pytest.raises(InputError, match=says):
+            scans_in(tmp_path, task, force=True)
+    else:
+        found = scans_in(tmp_path, task, force=True)
+        assert len(found.images) == 1
+        assert "left out because of force" in found.notes[0]
+
+
+def test_a_contrast_enhanced_scan_is_not_plain(patient, run, model, case, tmp_path):
+    folder = patient("pat", t1ce="pat_T1_CE", t2="pat_T2")
+    code, said = run(folder)
+    assert code == 0
+    assert "t1ce+t2" in said
+    assert "(t1ce pat_T1_CE.nii.gz, t2 pat_T2.nii.gz)" in said
+    (result,) = segment_folder(model, folder, Outputs(tmp_path / "two"))
+    assert result.combination == ("t1ce", "t2")
+    code, said = run(patient("both", t1="T1", t1ce="T1C"))
+    assert (code, "t1ce+t1" in said) == (0, True)
+
+
+def test_a_scan_of_an_unknown_sequence_is_refused_or_left_out_by_force(patient, run):
+    folder = patient(t1="T1", t2="DWI")
+    code, said = run(folder)
+    assert code == 1
+    assert "DWI.nii.gz (its name tells no sequence)" in said
+    assert "--force" in said
+    code, said = run(folder, "--force")
+    assert code == 0
+    assert "DWI.nii.gz left out because of force" in said
+
+
+def test_a_scan_beside_those_of_a_layout(patient, run, model, tmp_path):
+    """The folder of a BraTS case by its name, with one scan that is named otherwise."""
+    folder = patient("x7", t1="x7_t1", t2="x7_t2", t1ce="x7_T1_CE", label="x7_seg")
+    assert find_cases(folder, BRATS)[0].layout == "brats"
+    (result,) = segment_folder(model, folder, Outputs(tmp_path / "two"))
+    assert "x7_T1_CE.nii.gz seems to be its t1ce" in result.problem
+    assert run(folder)[0] == 1
+    for flags in (["--force"], ["--layout", "brats"]):
+        code, said = run(folder, *flags)
+        assert code == 0
+        assert "x7_T1_CE.nii.gz not read" in said
+    (folder / "x7_T1_CE.nii.gz").rename(folder / "x7_swi.nii.gz")
+    code, said = run(folder)
+    assert code == 0
+    assert "x7_swi.nii.gz not read, for layout 'brats' has no such name" in said
+
+
+def test_scans_that_a_dedicated_student_does_not_read_are_named(patient, case, tmp_path):
+    module = tiny_student(combination="t1")
+    folder = patient(t1="anatomy_T1", flair="anatomy_FLAIR")
+    (result,) = segment_folder(module, folder, Outputs(tmp_path), SegmentSettings())
+    assert result.combination == ("t1",)
+    assert any("does not read anatomy_FLAIR.nii.gz" in w for w in result.warnings)
+    direct = module.segment({"t1": case.images["t1"]})
+    assert np.isclose(result.volumes["WT"], direct.volumes["WT"])
+    (result,) = segment_folder(module, patient("other", t2="T2"), Outputs(tmp_path))
+    assert "has t2, but this model reads t1" in result.problem
