@@ -10,17 +10,19 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from pmixseg.errors import InputError
 
-TRUSTED_PACKAGES = ("pmixseg", "monai", "torch")
-"""Packages whose classes a checkpoint may name without being asked for with ``--import``."""
+_RESTRICTED: ContextVar[tuple[str, ...] | None] = ContextVar("restricted", default=None)
 
 
 class Described:
@@ -122,26 +124,54 @@ def is_description(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
 
 
+@contextmanager
+def restricted(trusted: Iterable[str]) -> Iterator[None]:
+    """Within this block every :func:`find_class` and :func:`build` trusts only these modules.
+
+    Constructors build their own arguments, and know nothing of where a description came from.
+    """
+    before = _RESTRICTED.set(tuple(trusted))
+    try:
+        yield
+    finally:
+        _RESTRICTED.reset(before)
+
+
 def find_class(class_path: str, trusted: Iterable[str] | None = None) -> Any:
     """Import the object that ``class_path`` names.
 
     Args:
         class_path: dotted path of a class.
-        trusted: if given, only these packages, and modules that are already imported, are looked
-            into: what a checkpoint names must not decide what is imported.
+        trusted: if given, only these modules and what is below them are looked into, and only a
+            class that a model can be made of is returned: what a checkpoint names must not decide
+            what is imported or called. By default what :func:`restricted` says, else anything.
 
     Raises:
         InputError: not importable, or not trusted.
     """
-    package = class_path.split(".", 1)[0]
+    names = _RESTRICTED.get() if trusted is None else tuple(trusted)
+    if names is not None and not any(class_path.startswith(f"{name}.") for name in names):
+        module = class_path.rsplit(".", 1)[0]
+        raise InputError(
+            f"the checkpoint uses {class_path}, which is not part of pmixseg; if you trust it, "
+            f"load with --import {module} (in Python: modules=['{module}'])."
+        )
+    found = _import(class_path)
+    if names is not None and not _is_part_of_a_model(found):
+        raise InputError(
+            f"the checkpoint names {class_path}, which is no network, loss, optimizer or schedule; "
+            "it was damaged or made to do harm, so do not use it."
+        )
+    return found
+
+
+def _is_part_of_a_model(found: Any) -> bool:
+    kinds = (Described, nn.Module, Optimizer, LRScheduler)
+    return inspect.isclass(found) and issubclass(found, kinds)
+
+
+def _import(class_path: str) -> Any:
     parts = class_path.split(".")
-    if trusted is not None and package not in trusted:
-        loaded = any(".".join(parts[:n]) in sys.modules for n in range(1, len(parts)))
-        if not loaded:
-            raise InputError(
-                f"the checkpoint uses {class_path}, which is not part of pmixseg; if you trust it, "
-                f"load with --import {class_path.rsplit('.', 1)[0]}."
-            )
     for cut in range(len(parts) - 1, 0, -1):
         try:
             found: Any = importlib.import_module(".".join(parts[:cut]))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pmixseg.cli import commands, segment, weights
 from pmixseg.errors import InputError
+from pmixseg.trust import trust
 
 TRAINING = {
     "fit": "train a teacher or a student",
@@ -65,7 +66,7 @@ def input_error(error: BaseException | None) -> InputError | None:
 
 
 def import_modules(args: list[str]) -> list[str]:
-    """Take ``--import MODULE`` out of the arguments and import the modules.
+    """Take ``--import MODULE`` out of the arguments, import the modules and trust them.
 
     Raises:
         InputError: a module that cannot be imported.
@@ -88,6 +89,7 @@ def import_modules(args: list[str]) -> list[str]:
             raise InputError(f"--import {name}: cannot be imported ({error}).") from error
         finally:
             sys.path.remove("")
+    trust(names)
     return left
 
 

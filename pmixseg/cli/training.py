@@ -30,7 +30,8 @@ from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.modules.base import SegmentationModule
-from pmixseg.modules.checkpoint import read_checkpoint, restore
+from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
+from pmixseg.trust import check_description, trusted
 
 RUN_VARIABLE = "PMIXSEG_RUN"
 """Environment variable with the run folder, so that DDP's child processes use the same one."""
@@ -183,8 +184,9 @@ def with_checkpoint_defaults(args: Sequence[str]) -> list[str]:
     data = {k: payload[k] for k in ("task", "spacing") if payload[k] is not None}
     if payload["patch"] is not None:
         data["patch_size"] = payload["patch"]
-    model = {"class_path": payload["class_path"], "init_args": payload["init_args"]}
-    return [given[0], f"--config={json.dumps({'model': model, 'data': data})}", *given[1:]]
+    config = {"model": describing(payload), "data": data}
+    check_description(config, trusted(), path)
+    return [given[0], f"--config={json.dumps(config)}", *given[1:]]
 
 
 def option(args: Sequence[str], name: str) -> str | None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pmixseg.describe import TRUSTED_PACKAGES, build, describe
+from pmixseg.describe import build, describe, restricted
 from pmixseg.errors import InputError
 from pmixseg.evaluation.calibration import Temperatures
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.payload import FORMAT, check_terms, preparation_of
 from pmixseg.task import Task
+from pmixseg.trust import check_description, trusted
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -40,7 +41,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path} was not written by pmixseg; import published weights with `pmixseg import`."
         )
-    version = checkpoint["pmixseg"].get("format")
+    payload = checkpoint["pmixseg"]
+    if not isinstance(payload, dict) or not isinstance(payload.get("task", {}), dict):
+        raise InputError(f"{path} does not describe a model and its task; it is damaged.")
+    version = payload.get("format")
     if version != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {version}, this version of pmixseg reads {FORMAT}; "
@@ -59,8 +63,8 @@ def load(
 
     Args:
         path: a ``.ckpt`` file.
-        modules: Python modules to import first, for classes outside pmixseg, MONAI and PyTorch
-            (the command line's ``--import``).
+        modules: Python modules to import and trust, for classes outside pmixseg, MONAI and
+            PyTorch (the command line's ``--import``); those of ``__main__`` need none.
         map_location: device of the weights.
 
     Returns:
@@ -76,12 +80,20 @@ def load(
             raise InputError(f"module '{name}' cannot be imported ({error}).") from error
     checkpoint = read_checkpoint(path)
     payload = checkpoint["pmixseg"]
-    module = build(payload, trusted=TRUSTED_PACKAGES, task=Task.from_dict(payload["task"]))
+    names = trusted(modules)
+    check_description(describing(payload), names, str(path))
+    with restricted(names):
+        module = build(payload, task=Task.from_dict(payload["task"]))
     if not isinstance(module, SegmentationModule):
         raise InputError(f"{path} holds a {type(module).__name__}, which is no SegmentationModule.")
     restore(module, checkpoint)
     module.loaded_from = str(path)
     return module.to(map_location).eval()
+
+
+def describing(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a checkpoint's ``pmixseg`` entry that describes the module."""
+    return {key: payload.get(key) for key in ("class_path", "init_args")}
 
 
 def write_temperatures(source: str | Path, found: Temperatures, out: str | Path) -> Path:
