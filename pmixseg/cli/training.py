@@ -29,6 +29,7 @@ from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
+from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
 from pmixseg.trust import check_description, trusted
@@ -153,11 +154,35 @@ class TrainingCLI(LightningCLI):
         """Start from given weights; say where flags differ from the checkpoint."""
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint:
-            stored = read_checkpoint(checkpoint)["pmixseg"]["init_args"]
-            for line in differences(stored, describe(self.model)["init_args"], self.given):
+            payload = read_checkpoint(checkpoint)["pmixseg"]
+            stored, now = with_evaluation(payload), with_evaluation(describe(self.model))
+            lines = differences(stored, now, self.given)
+            lines += self.changed_data(payload, stored["evaluation"], now["evaluation"])
+            for line in lines:
                 say(f"{line} (the flags win)")
         if start := self._get(self.config, "init_from"):
             restore(self.model, read_checkpoint(start))
+
+    def changed_data(
+        self, payload: dict[str, Any], stored: dict[str, Any], now: dict[str, Any]
+    ) -> list[str]:
+        """Where patch, spacing and inference window are not those of the training, in words.
+
+        Args:
+            payload: what the checkpoint says about itself.
+            stored: its evaluation settings.
+            now: those of the model.
+        """
+        given = {"patch_size": list(self.datamodule.patch_size)}
+        if (spacing := self._get(self.config, "data.spacing")) is not None:
+            given["spacing"] = list(spacing)
+        trained = {"patch_size": payload["patch"], "spacing": payload["spacing"]}
+        trained = {k: trained[k] for k in given if trained[k] or k == "spacing"}
+        lines = differences(trained, given, where="data")
+        windows = [now["window"] or given["patch_size"], stored["window"] or payload["patch"]]
+        if not (now["window"] and stored["window"]) and all(windows) and windows[0] != windows[1]:
+            lines.append(f"the inference window is {windows[0]}, the checkpoint had {windows[1]}")
+        return lines
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
@@ -198,6 +223,13 @@ def option(args: Sequence[str], name: str) -> str | None:
         elif arg.startswith(f"{name}="):
             found = arg.split("=", 1)[1]
     return found
+
+
+def with_evaluation(description: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a described module, with all evaluation settings, defaults too."""
+    arguments = description["init_args"]
+    settings = EvaluationSettings.of(arguments.get("evaluation"))
+    return {**arguments, "evaluation": describe(settings)}
 
 
 def differences(

@@ -136,6 +136,37 @@ def test_flags_beat_the_checkpoint_and_the_difference_is_printed(
     assert config["evaluation"]["overlap"] == 0.25
 
 
+def test_another_patch_than_in_training_is_printed(phantom_store, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [f for f in TINY if "window" not in f]
+    skip = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+    data = f"--data.store={phantom_store}"
+    command = ["fit", f"--run={run}", data, *flags, *skip, "--model=StudentModule"]
+    assert main([*command, "--model.evaluation.overlap=0"]) == 0
+    test = ["test", f"--ckpt_path={run}/checkpoints/last.ckpt", data, "--trainer.logger=false"]
+    test += [f"--run={tmp_path}/test", "--trainer.limit_test_batches=0"]
+
+    def said(*more):
+        capsys.readouterr()
+        assert main([*test, *more]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "the flags win" in line]
+
+    wide, narrow = [32, 32, 32], [16, 16, 16]
+    ending = f"{wide}, the checkpoint had {narrow} (the flags win)"
+    window = f"pmixseg: the inference window is {ending}"
+    assert said() == []
+    assert said("--data.patch_size=32") == [f"pmixseg: data.patch_size is {ending}", window]
+    flagged = said("--model.evaluation.window=[32,32,32]")
+    own = f"pmixseg: model.evaluation.window is {wide}, the checkpoint had None (the flags win)"
+    assert flagged == [own, window]
+    # Where the window is given, the patch says nothing about it.
+    fixed = said("--model.evaluation.window=[16,16,16]", "--data.patch_size=32")
+    assert fixed == [
+        own.replace("32, 32, 32", "16, 16, 16"),
+        f"pmixseg: data.patch_size is {ending}",
+    ]
+
+
 def test_init_from_takes_weights_only(teacher_run, phantom_store, tmp_path):
     start = f"--init_from={teacher_run}/checkpoints/last.ckpt"
     still = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0"]
