@@ -124,6 +124,11 @@ def _prepare(subparsers: Any) -> None:
     parser.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="resample to this")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove cases from the store that are not under ROOT and whose files are gone",
+    )
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.data.layouts import find_cases
@@ -133,9 +138,15 @@ def _prepare(subparsers: Any) -> None:
         cases = find_cases(args.root, task, layout=args.layout)
         spacing = None if args.spacing is None else tuple(args.spacing)
         report = prepare(
-            cases, args.store, task, spacing=spacing, dtype=args.dtype, workers=args.workers
+            cases,
+            args.store,
+            task,
+            spacing=spacing,
+            dtype=args.dtype,
+            workers=args.workers,
+            prune=args.prune,
         )
-        console.print(report.summary())
+        console.print(report.summary(), markup=False)
         return 1 if report.failed else 0
 
     parser.set_defaults(run=run)

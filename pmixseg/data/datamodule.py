@@ -49,6 +49,7 @@ class BraTSDataModule(LightningDataModule):
         store: prepared cohort (``pmixseg prepare``). With ``root``: where to prepare it, by
             default beside ``root``.
         root: the cohort as it lies; it is prepared, or the store brought up to date, before use.
+            Cases of the store that are not under ``root`` are left out.
         task: modalities, labels and regions; the store must have been made for it.
         spacing: voxel size in mm to prepare at; ``None`` keeps each case's own.
         layout: preset or YAML file if the layout of ``root`` is not to be recognised.
@@ -120,6 +121,7 @@ class BraTSDataModule(LightningDataModule):
         self.masks: CaseMasks | None = MaskFile(mask_file) if mask_file else build(masks)
         self.seed, self.val_cases, self.predict_part = seed, val_cases, predict_part
         self._store: Store | None = None
+        self._cases: tuple[str, ...] | None = None
         self._parts: Split | None = None
         self._allowed: dict[str, Flags] = {}
         self._voxel = (1.0, 1.0, 1.0)
@@ -156,6 +158,20 @@ class BraTSDataModule(LightningDataModule):
         return self.store.dtype
 
     @property
+    def cases(self) -> tuple[str, ...]:
+        """The cases that are used: those of the store, of which a file lies under ``root``.
+
+        Raises:
+            InputError: there is no store, or no case under ``root``.
+        """
+        if self._cases is None:
+            self._cases = self.store.cases
+            if self.root is not None:
+                there = {c.case_id for c in find_cases(self.root, self.task, self.layout)}
+                self._cases = tuple(name for name in self.store.cases if name in there)
+        return self._cases
+
+    @property
     def parts(self) -> Split:
         """The cases of each part.
 
@@ -163,7 +179,7 @@ class BraTSDataModule(LightningDataModule):
             InputError: the split does not fit the cohort.
         """
         if self._parts is None:
-            self._parts = self.split_plan.split([self.store.read(c) for c in self.store.cases])
+            self._parts = self.split_plan.split([self.store.read(c) for c in self.cases])
         return self._parts
 
     @property
@@ -189,8 +205,11 @@ class BraTSDataModule(LightningDataModule):
             spacing=self._wanted_spacing,
             workers=self.prepare_workers,
         )
-        self._store, self._parts = None, None  # what was opened before may have changed
+        # What was opened before may have changed.
+        self._store, self._cases, self._parts = None, None, None
         rank_zero_info(report.summary())
+        if left := (*report.gone, *report.elsewhere):
+            rank_zero_info(f"{len(left)} cases of the store are left out: not under {self.root}")
         if report.failed:
             raise InputError(
                 f"{len(report.failed)} cases of {self.root} cannot be used: "
@@ -205,7 +224,7 @@ class BraTSDataModule(LightningDataModule):
             InputError: the store, the split or the masks do not fit, or a case to train or
                 validate on has no label.
         """
-        cases = {name: self.store.read(name) for name in self.store.cases}
+        cases = {name: self.store.read(name) for name in self.cases}
         if stage == "predict" and self.predict_part == "all":
             self._apply_masks(cases)
             return  # no split is needed to go through everything
@@ -278,7 +297,7 @@ class BraTSDataModule(LightningDataModule):
             InputError: there are none.
         """
         part = self.predict_part
-        cases = self.store.cases if part == "all" else getattr(self.parts, part)
+        cases = self.cases if part == "all" else getattr(self.parts, part)
         return self._whole(cases, part)
 
     def items(self, part: Part) -> Iterator[CaseItem]:

@@ -28,7 +28,16 @@ from pmixseg.data.canonical import BOX_MULTIPLE, NORMALISATION, STORE_DTYPE, can
 from pmixseg.data.geometry import Spacing
 from pmixseg.data.layouts import Case
 from pmixseg.data.nifti import ScanReader
-from pmixseg.data.stored import CASES, FORMAT, STORE_JSON, read_meta, write_case
+from pmixseg.data.stored import (
+    CASES,
+    FORMAT,
+    STORE_JSON,
+    origin_of,
+    read_meta,
+    remove_case,
+    write_case,
+    write_origin,
+)
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
@@ -48,6 +57,10 @@ class PrepareReport:
         kept: cases whose stored copy was up to date.
         failed: case -> the sentence that says why; a failed case is not in the store.
         unlabelled: cases in the store without a label.
+        gone: cases that were prepared into the store before, are not among these, and whose
+            source is where it was no longer; they are still split and trained on.
+        elsewhere: the same, but their source is still there: another cohort's, as a rule.
+        pruned: cases that were gone and have been removed from the store.
         seconds: wall time.
     """
 
@@ -56,6 +69,9 @@ class PrepareReport:
     kept: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     unlabelled: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    pruned: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def summary(self) -> str:
@@ -66,6 +82,18 @@ class PrepareReport:
         ]
         if self.unlabelled:
             lines.append(f"without a label: {', '.join(self.unlabelled)}")
+        if self.pruned:
+            lines.append(f"removed, for their sources are gone: {', '.join(self.pruned)}")
+        if self.gone:
+            lines.append(
+                f"still in the store and used, though their sources are gone: "
+                f"{', '.join(self.gone)}; remove them with --prune (prepare(..., prune=True))"
+            )
+        if self.elsewhere:
+            lines.append(
+                f"also in the store, from other folders or under another layout: "
+                f"{', '.join(self.elsewhere)}"
+            )
         return "\n".join([*lines, *(f"failed: {sentence}" for sentence in self.failed.values())])
 
 
@@ -77,13 +105,15 @@ def prepare(
     spacing: Spacing | None = None,
     dtype: str = STORE_DTYPE,
     workers: int = 0,
+    prune: bool = False,
     progress: bool = True,
 ) -> PrepareReport:
     """Prepare cases into a store; what is there and up to date is kept.
 
     A case is done again when a source file, its layout or a parameter has changed. Any number of
     processes may prepare the same store at once. One bad case stops no other; an interrupt leaves
-    complete cases only, and the next call goes on from there.
+    complete cases only, and the next call goes on from there. A store may be filled by several
+    calls, from several cohorts: cases of it that this call was not given are named in the report.
 
     Args:
         cases: from :func:`~pmixseg.data.layouts.find_cases`.
@@ -92,6 +122,8 @@ def prepare(
         spacing: voxel size in mm to resample to, per canonical axis; ``None`` keeps each case's.
         dtype: ``float16`` or ``float32``, the number type of the stored images.
         workers: processes beside this one; 0 does the work here.
+        prune: remove cases from the store that this call was not given and whose sources are gone;
+            a cohort on a disk that is not mounted is gone, too.
         progress: show a progress bar with the time left.
 
     Raises:
@@ -113,6 +145,7 @@ def prepare(
             (report.prepared if outcome == "prepared" else report.kept).append(case.case_id)
             if case.label is None:
                 report.unlabelled.append(case.case_id)
+        _reconcile(report, {c.case_id for c in cases}, parameters, prune)
     except OSError as error:
         raise _cannot_write(out, error) from error
     except BrokenProcessPool as error:
@@ -211,6 +244,8 @@ def _prepare_case(folder: Path, task: Task, parameters: dict[str, Any], case: Ca
             roles = {**case.images, **({"label": case.label} if case.label else {})}
             digests = {role: reader.digest(source) for role, source in roles.items()}
             if stored["sources"] == _sources(case, digests):
+                if origin_of(own) != _origin(case):  # the cohort was moved
+                    write_origin(own, _origin(case))
                 return "kept"
         ready = canonicalise(
             case.images,
@@ -226,8 +261,32 @@ def _prepare_case(folder: Path, task: Task, parameters: dict[str, Any], case: Ca
         # A copy of what the sources were before they broke must not stay in use.
         shutil.rmtree(own, ignore_errors=True)
         return error
-    write_case(own, ready, {**meta, "sources": _sources(case, ready.digests)})
+    write_case(own, ready, {**meta, "sources": _sources(case, ready.digests)}, _origin(case))
     return "prepared"
+
+
+def _origin(case: Case) -> str:
+    """Where one of the case's scans lies, to tell later whether it is still there."""
+    source = next(iter(case.images.values()))
+    return str((source[0] if isinstance(source, tuple) else source).absolute())
+
+
+def _reconcile(
+    report: PrepareReport, given: set[str], parameters: dict[str, Any], prune: bool
+) -> None:
+    """Find cases of the store that were not given, and remove those whose sources are gone."""
+    for folder in sorted((report.store / CASES).iterdir()):
+        meta = None if folder.name in given else read_meta(folder)
+        if meta is None or meta["parameters"] != parameters:
+            continue  # not listed by Store.open, so nobody trains on it
+        origin = origin_of(folder)
+        if origin is not None and Path(origin).exists():
+            report.elsewhere.append(folder.name)
+        elif prune:
+            remove_case(folder)
+            report.pruned.append(folder.name)
+        else:
+            report.gone.append(folder.name)
 
 
 def _sources(case: Case, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ another name on the same disk, which is then renamed.
 ``label.npy``        ``[d, h, w]`` uint8 class indices on the same voxels, if there is a label
 ``label_native.npy`` uint8 class indices at source resolution, where ``label.npy`` cannot give
                      the source label back
+``origin.txt``       where one of the sources lay when the case was last prepared
 ``meta.json``        everything else, see :func:`write_case`
 ===================  =========================================================================
 """
@@ -19,6 +20,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ STORE_JSON, CASES = "store.json", "cases"
 """Description of the whole store, and the folder that holds a folder per case."""
 
 IMAGE, LABEL, NATIVE, META = "image.npy", "label.npy", "label_native.npy", "meta.json"
+ORIGIN = "origin.txt"
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     return dict(meta)
 
 
-def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any]) -> None:
+def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origin: str) -> None:
     """Write a case folder in one step; what had its name before is replaced.
 
     Args:
@@ -154,6 +157,7 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any]) -> No
             ``codes``, ``modalities``, ``parameters`` (what the result depends on beside the
             sources) and ``sources`` (role -> file name, channel, SHA-256). ``format``,
             ``geometry``, ``label_box`` and ``bytes`` are added.
+        origin: path of one of the sources, see :func:`origin_of`.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; nothing of the case remains.
@@ -173,11 +177,41 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any]) -> No
             "label_box": case.label_box.to_dict() if case.label_box else None,
             "bytes": sizes,
         }
+        write_origin(temporary, origin)
         (temporary / META).write_text(json.dumps(full, indent=1), encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def origin_of(folder: Path) -> str | None:
+    """Path of one source of a case when it was last prepared; ``None`` in stores of old."""
+    try:
+        return (folder / ORIGIN).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def write_origin(folder: Path, origin: str) -> None:
+    """Note where a case's source lies; beside ``meta.json``, for a moved cohort is no other one."""
+    with suppress(FileNotFoundError):  # the case is being replaced, with a note of its own
+        (folder / ORIGIN).write_text(origin, encoding="utf-8")
+
+
+def remove_case(folder: Path) -> None:
+    """Remove a case folder; nobody sees a half of it.
+
+    Raises:
+        OSError: the store cannot be written.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.replace(aside)
+    except FileNotFoundError:
+        return  # another process was quicker
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_array(path: Path, array: npt.NDArray[Any]) -> int:
@@ -204,10 +238,4 @@ def _publish(temporary: Path, folder: Path) -> None:
                 raise
         if read_meta(folder) == read_meta(temporary):
             return
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            folder.replace(aside)
-        except FileNotFoundError:
-            continue
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        remove_case(folder)

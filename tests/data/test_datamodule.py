@@ -277,6 +277,24 @@ def test_root_is_prepared_beside_it_once(phantom_root, tmp_path, caplog):
         BraTSDataModule(root=root, spacing=(10, 10, 10.0)).prepare_data()
 
 
+def test_a_case_that_left_the_root_is_not_used(phantom_root, tmp_path, caplog):
+    root = tmp_path / "cohort"
+    shutil.copytree(phantom_root, root)
+    BraTSDataModule(root=root, **SMALL).prepare_data()
+    late = next((root / "HGG").iterdir())
+    shutil.rmtree(late)
+    data = BraTSDataModule(root=root, predict_part="all", **SMALL)
+    with caplog.at_level("INFO"):
+        data.prepare_data()
+    assert "1 cases of the store are left out" in caplog.text
+    data.setup("fit")
+    used = {*data.parts.train, *data.parts.val, *data.parts.test}
+    data.setup("predict")
+    seen = {item["case_id"] for item in data.predict_dataloader()}
+    assert late.name in data.store.cases
+    assert used == seen == set(data.store.cases) - {late.name}
+
+
 def test_a_published_split_is_named_in_the_log(phantom_store, tmp_path, monkeypatch, caplog):
     cases = Store.open(phantom_store).cases
     path = tmp_path / "split.json"

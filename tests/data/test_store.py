@@ -4,6 +4,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -12,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from pmixseg.cli import main
 from pmixseg.data import prepare as preparing
 from pmixseg.data import stored as storing
 from pmixseg.data.canonical import canonicalise
@@ -156,6 +158,49 @@ def test_one_bad_case_stops_no_other_and_its_old_copy_goes(cohort, out):
     assert list(report.failed) == [cohort[0].case_id] and len(report.kept) == 2
     assert "truncated or damaged gzip" in report.failed[cohort[0].case_id]
     assert report.summary().splitlines()[-1].startswith("failed: case 'BraTS2021_00000': ")
+    assert Store.open(out).cases == tuple(c.case_id for c in cohort[1:])
+
+
+def test_cases_whose_sources_are_gone_are_told_and_pruned_on_demand(cohort, make_case, out):
+    other = make_case("BraTS2021_00009")
+    quietly([*cohort, other], out)
+    before = files_of(out)
+    shutil.rmtree(cohort[0].label.parent)
+    report = quietly(cohort[1:], out)
+    assert (report.gone, report.elsewhere, report.pruned) == (
+        [cohort[0].case_id],
+        [other.case_id],
+        [],
+    )
+    assert f"their sources are gone: {cohort[0].case_id}; remove" in report.summary()
+    assert f"from other folders or under another layout: {other.case_id}" in report.summary()
+    assert files_of(out) == before
+    report = quietly(cohort[1:], out, prune=True)
+    assert (report.gone, report.elsewhere) == ([], [other.case_id])
+    assert report.pruned == [cohort[0].case_id]
+    assert Store.open(out).cases == (cohort[1].case_id, cohort[2].case_id, other.case_id)
+    assert sorted(p.name for p in (out / "cases").iterdir()) == list(Store.open(out).cases)
+
+
+def test_a_cohort_that_was_moved_is_not_gone(cohort, out, tmp_path):
+    root = cohort[0].label.parents[1]
+    quietly(find_cases(root, BRATS), out)
+    root.rename(tmp_path / "moved")
+    moved = find_cases(tmp_path / "moved", BRATS)
+    report = quietly(moved, out, prune=True)
+    assert report.kept == [c.case_id for c in cohort]
+    assert not report.pruned
+    report = quietly(moved[1:], out)
+    assert (report.gone, report.elsewhere) == ([], [cohort[0].case_id])
+
+
+def test_prune_at_the_command_line(cohort, out, capsys):
+    root = cohort[0].label.parents[1]
+    assert main(["prepare", str(root), str(out), "--workers=0"]) == 0
+    shutil.rmtree(cohort[0].label.parent)
+    assert main(["prepare", str(root), str(out), "--workers=0"]) == 0
+    assert "--prune" in capsys.readouterr().out
+    assert main(["prepare", str(root), str(out), "--workers=0", "--prune"]) == 0
     assert Store.open(out).cases == tuple(c.case_id for c in cohort[1:])
 
 
