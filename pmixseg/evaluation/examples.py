@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -113,13 +114,17 @@ class Example:
         )
 
     def save(self, run: Path) -> Path:
-        """Write ``slices/<case>.npz`` into a run folder; a reader never sees half a file."""
+        """Write ``slices/<case>.npz`` into a run folder; a reader never sees half a file.
+
+        Raises:
+            InputError: the folder or the file cannot be written.
+        """
         folder = run / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.case}.npz"
         temporary = folder / f".{uuid4().hex}.npz"
         nothing = np.zeros(0, np.uint8)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(
                 temporary,
                 format=np.array(FORMAT),
@@ -136,9 +141,12 @@ class Example:
             )
             temporary.replace(path)
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); make room.") from error
+            raise InputError(
+                f"{path} cannot be written ({error.strerror or error}); make room for it."
+            ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # where the folder is none, there is no file in it either
+                temporary.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,21 +39,28 @@ def forget_examples(module: SegmentationNetwork) -> None:
 def keep_example(
     predictions: Iterable[CasePrediction], module: SegmentationNetwork, item: CaseItem
 ) -> Iterator[CasePrediction]:
-    """Pass predictions on, and write a small copy of the case when all have passed."""
+    """Pass predictions on, and write a small copy of the case when all have passed.
+
+    Warns if it cannot be written: a picture is not worth the results of a long test.
+    """
     shown: dict[Combination, np.ndarray] = {}
     for prediction in predictions:
         shown[prediction.combination] = prediction.on_grid().cpu().numpy().astype(np.uint8)
         yield prediction
     label = item.get("label")
     stored = item["stored"]
-    Example.from_volumes(
+    example = Example.from_volumes(
         item["case_id"],
         module.task.modalities,
         item["image"].float().cpu().numpy(),
         None if label is None else label.cpu().numpy().astype(np.uint8),
         shown,
         stored.geometry.grid_spacing,
-    ).save(run_folder(module))
+    )
+    try:
+        example.save(run_folder(module))
+    except InputError as error:
+        warnings.warn(f"{error} The report will show no picture of this case.", stacklevel=2)
 
 
 def write_records(module: SegmentationNetwork, rows: list[dict[str, Any]]) -> dict[str, float]:

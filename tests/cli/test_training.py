@@ -103,6 +103,15 @@ def test_test_needs_only_checkpoint_and_data_and_scores_every_combination(
     assert (student_run / "metrics.csv").is_file()  # testing forgets nothing of the training
 
 
+def test_pictures_that_cannot_be_written_cost_no_results(student_run, phantom_store, tmp_path):
+    (tmp_path / "slices").write_text("in the way")
+    test = ["test", f"--ckpt_path={student_run}/checkpoints/last.ckpt", f"--run={tmp_path}"]
+    test += [f"--data.store={phantom_store}", "--trainer.enable_progress_bar=false"]
+    with pytest.warns(UserWarning, match=r"npz cannot be written \(File exists\).*no picture of"):
+        assert main([*test, "--trainer.limit_test_batches=1"]) == 0
+    assert Records.read(tmp_path).table["case"].nunique() == 1
+
+
 def test_predict_writes_nifti_that_overlays_its_source(student_run, phantom_store, phantom_root):
     checkpoint = f"--ckpt_path={student_run}/checkpoints/last.ckpt"
     quiet = "--trainer.enable_progress_bar=false"

@@ -131,6 +131,15 @@ def test_what_the_viewer_gets_is_what_was_kept():
     assert len(class_colours(9)) == 9
 
 
+def test_an_example_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "slices").write_text("in the way")
+    with pytest.raises(InputError, match=r"a1\.npz cannot be written \(File exists\); make room"):
+        example().save(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(InputError, match=r"a1\.npz cannot be written \(Not a directory\)"):
+        example().save(tmp_path / "file" / "run")
+
+
 def test_damaged_or_impossible_examples_are_named(tmp_path):
     label = np.zeros((4, 4, 4), np.uint8)
     image = np.zeros((2, 4, 4, 4), np.float32)
