@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,10 +133,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int | None]:
         raise InputError(f"{path} does not exist; give the .pth file of the published code.")
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle can fail in any way, KeyError included
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise InputError(
-            f"{path} cannot be read as a file of tensors ({str(error).splitlines()[0]}); it is "
-            "damaged, or holds more than tensors and is not opened for safety."
+            f"{path} cannot be read as a file of tensors ({reason}); it is damaged or empty, or "
+            "holds more than tensors and is not opened for safety."
         ) from error
     state = raw.get("state_dict", raw) if isinstance(raw, dict) else None
     if (

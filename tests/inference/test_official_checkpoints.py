@@ -152,6 +152,16 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
         import_official("rfnet", tmp_path / "none.pth")
 
 
+@pytest.mark.parametrize("content", [b"", b"hello world", b"PK\x03\x04", b"\x80\x02}q"])
+def test_a_damaged_file_is_one_sentence(tmp_path, capsys, content):
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    assert main(["import", "rfnet", str(path), "-o", str(tmp_path / "x.ckpt")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"pmixseg: {path} cannot be read as a file of tensors (")
+    assert "damaged or empty" in said
+
+
 def test_tasks_that_do_not_fit(tmp_path):
     path = write(tmp_path / "x.pth", filled(rfnet_shapes(width=4)))
     two = Task("two", MODALITIES, ("core", "rest"), {"all": ("core", "rest")})
