@@ -256,7 +256,7 @@ def write_cohort(
         cases: how many cases the cohort shall have.
         seed: the cohort's seed.
         settings: the kind of cohort; default :class:`PhantomSettings`.
-        workers: processes; 0 works in this one.
+        workers: processes; 0 or less works in this one.
         progress: called with (cases done, cases) as they are done.
 
     Returns:
@@ -272,7 +272,7 @@ def write_cohort(
     make = partial(_write_case, out, seed, settings)
     try:
         _claim(out, seed, settings)
-        if workers == 0:
+        if workers <= 0:
             for index in range(cases):
                 make(index)
                 if progress:

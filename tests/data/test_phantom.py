@@ -172,6 +172,10 @@ def test_complete_cases_are_reused_and_more_can_be_added(tmp_path):
     assert np.array_equal(np.asarray(stored.dataobj), alone.images["t1ce"])
 
 
+def test_fewer_than_no_processes_are_none(tmp_path):
+    assert len(write_cohort(tmp_path, 1, 0, TINY, workers=-1)) == 1
+
+
 def test_an_interrupted_case_leaves_nothing_behind(tmp_path, monkeypatch):
     import pmixseg.data.phantom as phantom
 
