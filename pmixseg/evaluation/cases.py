@@ -17,8 +17,8 @@ from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError
 from pmixseg.evaluation.calibration import CaseCalibration, Temperatures, tempered
 from pmixseg.evaluation.metrics import CaseMetrics, Conventions
-from pmixseg.evaluation.postprocess import postprocess
-from pmixseg.evaluation.windows import Blend, Predictor, iterate_combinations
+from pmixseg.evaluation.postprocess import check_names, postprocess
+from pmixseg.evaluation.windows import Blend, Predictor, check_windows, iterate_combinations
 from pmixseg.task import Combination, Task, format_combination, presence
 
 ACCUMULATOR_BYTES = 1 << 30
@@ -44,7 +44,8 @@ class EvaluationSettings:
             ``pmixseg validate --calibrate`` fits them; they change no label. ``None``: all 1.
 
     Raises:
-        InputError: a temperature is not positive, or records have another ending.
+        InputError: a window, overlap, blending, batch size, number of examples or post-processing
+            that does not exist, a temperature that is not positive, or records of another ending.
     """
 
     window: tuple[int, int, int] | None = None
@@ -59,6 +60,14 @@ class EvaluationSettings:
     temperatures: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
+        check_windows(self.window, self.overlap, self.batch_size, self.blend)
+        check_names(self.postprocess)
+        if self.examples < 0:
+            raise InputError(f"evaluation.examples is {self.examples}; give 0 or more cases.")
+        # YAML gives lists where the fields are tuples.
+        object.__setattr__(self, "postprocess", tuple(self.postprocess))
+        if self.window is not None:
+            object.__setattr__(self, "window", tuple(self.window))
         if Path(self.records).suffix not in (".csv", ".parquet") or Path(self.records).parent.name:
             raise InputError(
                 f"evaluation.records is '{self.records}'; give the name of a .csv or .parquet file "
@@ -82,9 +91,7 @@ class EvaluationSettings:
         values = dict(given)
         if isinstance(values.get("conventions"), Mapping):
             values["conventions"] = Conventions.from_dict(values["conventions"])
-        if values.get("window") is not None:
-            values["window"] = tuple(values["window"])
-        values["postprocess"] = tuple(values.get("postprocess") or ())
+        values["postprocess"] = values.get("postprocess") or ()
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -55,11 +55,22 @@ def check_steps(steps: Sequence[str], task: Task) -> None:
     Raises:
         InputError: see :func:`postprocess`.
     """
-    for name in steps:
+    check_names(steps)
+    if "et_below_500" in steps:
+        _enhancing(task)
+
+
+def check_names(steps: Sequence[str]) -> None:
+    """Refuse names that are no step, whatever the task.
+
+    Raises:
+        InputError: an unknown name, or one name where a list belongs.
+    """
+    for name in [steps] if isinstance(steps, str) else steps:
         if name not in STEPS:
             raise InputError(f"post-processing '{name}' is unknown; use names of {list(STEPS)}.")
-        if name == "et_below_500":
-            _enhancing(task)
+    if isinstance(steps, str):
+        raise InputError(f"post-processing is '{steps}'; give a list of steps: ['{steps}'].")
 
 
 def et_below_500(labels: Labels, task: Task, spacing: Spacing) -> Labels:

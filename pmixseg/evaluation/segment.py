@@ -20,10 +20,10 @@ from pmixseg.data.nifti import Source
 from pmixseg.data.plausibility import implausible
 from pmixseg.errors import InputError
 from pmixseg.evaluation.cases import CasePrediction, EvaluationSettings, predict_case
-from pmixseg.evaluation.postprocess import check_steps
+from pmixseg.evaluation.postprocess import check_names, check_steps
 from pmixseg.evaluation.segmentation import Segmentation
 from pmixseg.evaluation.sidecar import checkpoint_identity
-from pmixseg.evaluation.windows import Predictor
+from pmixseg.evaluation.windows import Predictor, check_windows
 from pmixseg.task import Combination, Task
 
 Progress = Callable[[int, int], None]
@@ -48,7 +48,7 @@ class SegmentSettings:
             trained on.
 
     Raises:
-        InputError: an overlap, precision or rounding that does not exist.
+        InputError: a window, overlap, post-processing, precision or rounding that does not exist.
     """
 
     tta: bool = False
@@ -70,8 +70,8 @@ class SegmentSettings:
                 raise InputError(
                     f"{what} '{value}' is unknown; use {' or '.join(filter(None, known))}."
                 )
-        if self.overlap is not None and not 0 <= self.overlap < 1:
-            raise InputError(f"overlap is {self.overlap}; give a share of at least 0 and below 1.")
+        check_windows(self.window, self.overlap)
+        check_names(self.postprocess or ())
 
     def over(self, evaluation: EvaluationSettings) -> EvaluationSettings:
         """A model's evaluation settings with what is set here instead."""

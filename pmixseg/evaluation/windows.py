@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -86,8 +86,8 @@ def predict_combinations(
         4·K·C·d·h·w bytes: :func:`iterate_combinations` bounds that.
 
     Raises:
-        InputError: the patch or the overlap is impossible, a combination is empty, or the image
-            has another number of channels than the predictor.
+        InputError: the patch, the overlap or the blending is impossible, a combination is empty,
+            or the image has another number of channels than the predictor.
         ValueError: the predictor is in training mode.
     """
     found = iterate_combinations(
@@ -102,6 +102,28 @@ def predict_combinations(
         progress=progress,
     )
     return next(found)[1]
+
+
+def check_windows(
+    window: Sequence[int] | None = None,
+    overlap: float | None = None,
+    batch_size: int = 1,
+    blend: str = "gaussian",
+) -> None:
+    """Refuse windows that no network could work with; ``None`` is decided later.
+
+    Raises:
+        InputError: a window that is not three lengths, or an overlap, batch size or blending that
+            does not exist.
+    """
+    if window is not None and (len(window) != 3 or min(window) < 1):
+        raise InputError(f"window is {list(window)}; give three voxel counts of at least 1.")
+    if overlap is not None and not 0 <= overlap < 1:
+        raise InputError(f"overlap is {overlap}; give a share of at least 0 and below 1.")
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1 window.")
+    if blend not in get_args(Blend):
+        raise InputError(f"blend '{blend}' is unknown; use {' or '.join(get_args(Blend))}.")
 
 
 def iterate_combinations(
@@ -134,7 +156,8 @@ def iterate_combinations(
     Yields:
         Rows of ``present`` that were done, and their probabilities.
     """
-    _check(predictor, image, present, patch, overlap, batch_size)
+    _check(predictor, image, present, patch)
+    check_windows(patch, overlap, batch_size, blend)
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk is {chunk}; give at least 1 combination.")
     padded, inner = _pad_to(image, patch)
@@ -201,8 +224,6 @@ def _check(
     image: Tensor,
     present: Tensor,
     patch: Sequence[int],
-    overlap: float,
-    batch_size: int,
 ) -> None:
     names, stride = list(predictor.modalities), predictor.strides[-1]
     if image.ndim != 4 or image.shape[0] != len(names):
@@ -222,9 +243,5 @@ def _check(
             f"patch {list(patch)} must be three lengths divisible by {stride}, the largest stride "
             "of the network; choose such a patch."
         )
-    if not 0 <= overlap < 1:
-        raise InputError(f"overlap is {overlap}; give a share of at least 0 and below 1.")
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; give at least 1 window.")
     if getattr(predictor, "training", False):
         raise ValueError("the predictor is in training mode; call .eval() before predicting.")

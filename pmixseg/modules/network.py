@@ -27,6 +27,7 @@ from pmixseg.evaluation.cases import (
     score_case,
 )
 from pmixseg.evaluation.metrics import region_dice
+from pmixseg.evaluation.postprocess import check_steps
 from pmixseg.evaluation.segment import Recipe, SegmentSettings, segment_scans
 from pmixseg.evaluation.segmentation import Segmentation
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
@@ -72,6 +73,7 @@ class SegmentationNetwork(LightningModule, Described):
         self.anchor = self._make_anchor(build(anchor))
         self.sampler: MissingnessSampler = build(sampler) or UniformCombinations()
         self.evaluation = EvaluationSettings.of(evaluation)
+        check_steps(self.evaluation.postprocess, self.task)  # not after a training, in its test
         self.preparation = Preparation()
         self.loaded_from: str | None = None
         self.records: list[dict[str, Any]] = []

@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
+from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules import StudentModule, TeacherModule
-from pmixseg.task import BRATS
+from pmixseg.task import BRATS, Task
 
 
 def tiny(modalities=BRATS.modalities):
@@ -24,6 +25,14 @@ def step(module, batch):
     module.log_dict = module.log = lambda *args, **kwargs: None
     torch.manual_seed(0)
     return module.training_step(batch, 0)
+
+
+def test_post_processing_that_the_task_has_no_meaning_for_is_refused_at_once():
+    task = Task("lesions", ("t1", "t2"), ("lesion",), {"lesion": ("lesion",)})
+    net = MultiEncoderUNet(task.modalities, 2, width=4, levels=3)
+    with pytest.raises(InputError, match="'et_below_500' needs a region ET"):
+        StudentModule(task, net, evaluation=EvaluationSettings(postprocess=("et_below_500",)))
+    StudentModule(task, net, evaluation=EvaluationSettings(postprocess=("fill_holes",)))
 
 
 @pytest.mark.parametrize("make", [TeacherModule, StudentModule])
