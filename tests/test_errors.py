@@ -1,0 +1,43 @@
+"""The sentence that a person reads stays one sentence, wherever it was raised."""
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from pmixseg.cli import main
+from pmixseg.errors import InputError
+
+SENTENCE = "case 'a7': the label holds value 7; map it in the layout's codes."
+
+
+class Wrong(Dataset):
+    """Every case is at fault, for a reason with a cause of its own."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            raise KeyError(7)
+        except KeyError as error:
+            raise InputError(SENTENCE) from error
+
+
+def test_a_worker_of_a_data_loader_says_the_sentence_only():
+    with pytest.raises(InputError) as raised:
+        next(iter(DataLoader(Wrong(), num_workers=1)))
+    assert str(raised.value) == SENTENCE
+    assert "in __getitem__" in raised.value.__notes__[0]  # where it was stays known
+
+
+def test_other_arguments_are_left_alone():
+    assert InputError().args == ()
+    assert InputError(SENTENCE, 3).args == (SENTENCE, 3)
+    told = "a traceback (most recent call last) of\npmixseg.errors.InputError: is mentioned."
+    assert str(InputError(told)) == told
+
+
+def test_the_command_line_prints_the_sentence_of_a_worker(monkeypatch, capsys):
+    loader = DataLoader(Wrong(), num_workers=1)
+    monkeypatch.setattr("pmixseg.cli.run_plain", lambda args: len(list(loader)))
+    assert main(["any", "command"]) == 1
+    assert capsys.readouterr().err == f"pmixseg: {SENTENCE}\n"
