@@ -29,10 +29,12 @@ def step(module, batch):
 
 def test_post_processing_that_the_task_has_no_meaning_for_is_refused_at_once():
     task = Task("lesions", ("t1", "t2"), ("lesion",), {"lesion": ("lesion",)})
-    net = MultiEncoderUNet(task.modalities, 2, width=4, levels=3)
+    make = functools.partial(
+        StudentModule, task=task, backbone=MultiEncoderUNet(task.modalities, 2, width=4, levels=3)
+    )
     with pytest.raises(InputError, match="'et_below_500' needs a region ET"):
-        StudentModule(task, net, evaluation=EvaluationSettings(postprocess=("et_below_500",)))
-    StudentModule(task, net, evaluation=EvaluationSettings(postprocess=("fill_holes",)))
+        make(evaluation=EvaluationSettings(postprocess=("et_below_500",)))
+    make(evaluation=EvaluationSettings(postprocess=("fill_holes",)))
 
 
 @pytest.mark.parametrize("make", [TeacherModule, StudentModule])
