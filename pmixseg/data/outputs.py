@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -25,7 +26,7 @@ def write_labels(
     codes: Mapping[str, int],
     task: Task,
 ) -> Path:
-    """Write class indices as the source's label codes, uint8 or int16.
+    """Write class indices as the source's label codes, in the number type that holds them.
 
     Args:
         path: ends in ``.nii`` or ``.nii.gz``.
@@ -35,14 +36,54 @@ def write_labels(
         task: order of the classes.
 
     Raises:
-        InputError: a label without a code, or the file cannot be written.
+        InputError: see :func:`code_table`, or the file cannot be written.
+    """
+    return write_volume(path, code_table(codes, task, str(path))[labels], affine)
+
+
+def code_table(codes: Mapping[str, int], task: Task, where: str) -> NDArray[np.integer[Any]]:
+    """The code of every class, background 0 first, in the smallest usual type of NIfTI.
+
+    Args:
+        codes: label name -> code.
+        task: order of the classes.
+        where: what messages begin with.
+
+    Raises:
+        InputError: a label without a code, or a code that no whole number of 32 bits is.
+
+    Example:
+        >>> from pmixseg.task import BRATS
+        >>> code_table({"NCR": 1, "ED": 2, "ET": 400}, BRATS, "x.nii")
+        array([  0,   1,   2, 400], dtype=int16)
     """
     lacking = [name for name in task.labels if name not in codes]
     if lacking:
-        raise InputError(f"{path}: no code is known for the labels {lacking}; name them in codes.")
-    table = np.array([0, *(codes[name] for name in task.labels)])
-    kind = np.uint8 if table.max() < 256 and table.min() >= 0 else np.int16
-    return write_volume(path, table.astype(kind)[labels], affine)
+        raise InputError(f"{where}: no code is known for the labels {lacking}; name them in codes.")
+    numbers = [0, *(codes[name] for name in task.labels)]
+    for kind in (np.uint8, np.int16, np.int32):
+        limits = np.iinfo(kind)
+        if all(limits.min <= n <= limits.max and n == int(n) for n in numbers):
+            return np.asarray(numbers, dtype=kind)
+    raise InputError(
+        f"{where}: the codes {dict(codes)} must be whole numbers from {limits.min} to "
+        f"{limits.max}; correct them."
+    )
+
+
+def nifti_image(volume: np.ndarray, affine: ArrayLike) -> Any:
+    """A ``nibabel.Nifti1Image`` with the research-use notice, in mm and scanner coordinates.
+
+    Args:
+        volume: three or four axes.
+        affine: 4 x 4, voxels to mm.
+    """
+    image: Any = nib.Nifti1Image(volume, np.asarray(affine, dtype=np.float64))
+    image.header["descrip"] = NOTICE
+    image.header.set_xyzt_units("mm")
+    image.set_sform(image.affine, code=1)
+    image.set_qform(image.affine, code=1)
+    return image
 
 
 def write_volume(path: Path, volume: np.ndarray, affine: Sequence[Sequence[float]]) -> Path:
@@ -51,11 +92,7 @@ def write_volume(path: Path, volume: np.ndarray, affine: Sequence[Sequence[float
     Raises:
         InputError: the file cannot be written.
     """
-    image: Any = nib.Nifti1Image(volume, np.asarray(affine, dtype=np.float64))
-    image.header["descrip"] = NOTICE
-    image.header.set_xyzt_units("mm")
-    image.set_sform(image.affine, code=1)
-    image.set_qform(image.affine, code=1)
+    image = nifti_image(volume, affine)
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
     part = path.with_name(f".{path.name}.part{suffix}")
     try:

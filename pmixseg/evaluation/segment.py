@@ -17,6 +17,7 @@ from pmixseg.data.canonical import CanonicalCase, canonicalise
 from pmixseg.data.geometry import Geometry, Spacing
 from pmixseg.data.grids import CommonGrid, on_one_grid
 from pmixseg.data.nifti import Source
+from pmixseg.data.outputs import code_table
 from pmixseg.data.plausibility import implausible
 from pmixseg.errors import InputError
 from pmixseg.evaluation.cases import CasePrediction, EvaluationSettings, predict_case
@@ -192,6 +193,7 @@ def _codes(given: Mapping[str, int] | None, task: Task, where: str) -> dict[str,
             f"{where}: the codes {used} must give each of {list(task.labels)} a number of its own "
             "other than 0; correct them."
         )
+    code_table(used, task, where)  # before the work, not when it is written
     return used
 
 

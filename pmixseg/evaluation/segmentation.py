@@ -10,12 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
-from pmixseg.data.outputs import write_json, write_labels, write_volume
+from pmixseg.data.outputs import (
+    code_table,
+    nifti_image,
+    write_json,
+    write_labels,
+    write_volume,
+)
 from pmixseg.evaluation.cases import CasePrediction, entropy_of
 from pmixseg.task import Combination, Task, format_combination
 
@@ -68,8 +73,7 @@ class Segmentation:
     @property
     def labels(self) -> NDArray[np.integer[Any]]:
         """:attr:`classes` as label codes."""
-        numbers = [0, *(self.codes[name] for name in self.task.labels)]
-        table: NDArray[np.integer[Any]] = np.asarray(numbers, np.min_scalar_type(max(numbers)))
+        table = code_table(self.codes, self.task, f"case '{self.name}'")
         found: NDArray[np.integer[Any]] = table[self.classes]
         return found
 
@@ -94,8 +98,8 @@ class Segmentation:
         }
 
     def to_nifti(self) -> Any:
-        """:attr:`labels` as a ``nibabel.Nifti1Image``."""
-        return nib.Nifti1Image(self.labels, self.affine)
+        """:attr:`labels` as a ``nibabel.Nifti1Image``, with the header of the files written."""
+        return nifti_image(self.labels, self.affine)
 
     def save(
         self,

@@ -181,6 +181,25 @@ def test_command_with_a_flag_per_modality(checkpoint, model, cases, tmp_path, ca
     assert np.array_equal(written.dataobj, np.array([0, 1, 2, 4])[found.classes])
 
 
+def test_codes_of_any_size_arrive_as_they_were_given(checkpoint, model, cases, tmp_path, capsys):
+    scan = str(cases[0].images["t1"])
+    classes = model.segment({"t1": scan}).classes
+    for codes in ((1, 2, 40000), (-3, 300, 70000), (1, -5, 4)):
+        pairs = ",".join(f"{n}={c}" for n, c in zip(BRATS.labels, codes, strict=True))
+        arguments = ["--t1", scan, "--codes", pairs, "-o", str(tmp_path), "--name=x"]
+        assert main(["segment", str(checkpoint), *arguments]) == 0
+        written = np.asarray(nib.load(tmp_path / "x_seg.nii.gz").dataobj)
+        assert np.array_equal(written, np.array([0, *codes])[classes])
+        direct = model.segment({"t1": scan}, codes=dict(zip(BRATS.labels, codes, strict=True)))
+        assert np.array_equal(direct.to_nifti().dataobj, written)
+    arguments = ["--t1", scan, "--codes", "NCR=1,ED=2,ET=3000000000", "-o", str(tmp_path / "no")]
+    assert main(["segment", str(checkpoint), *arguments]) == 1
+    assert "whole numbers from -2147483648 to 2147483647" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "no").exists()
+
+
 def test_command_on_a_cohort_goes_on_after_a_bad_case(checkpoint, small_root, tmp_path, capsys):
     arguments = ["segment", str(checkpoint), str(small_root), "-o", str(tmp_path / "out")]
     assert main(arguments) == 1

@@ -83,6 +83,8 @@ def whole(model, images):
 def test_orientation_of_the_file_changes_no_voxel(model, images, whole, axcodes):
     turned = {m: reoriented(i, tuple(axcodes)) for m, i in images.items()}
     found = model.segment(turned).to_nifti()
+    assert "research use only" in str(found.header["descrip"])
+    assert found.header.get_xyzt_units()[0] == "mm"
     assert nib.aff2axcodes(found.affine) == tuple(axcodes)
     assert found.shape == turned["t1"].shape
     back = reoriented(found, nib.aff2axcodes(images["t1"].affine))
