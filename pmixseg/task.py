@@ -25,7 +25,8 @@ class Task:
         display: modality or region name -> how tables and figures write it (default: the name).
 
     Raises:
-        InputError: empty or repeated names, names with ``+``, or a region of unknown labels.
+        InputError: empty or repeated names, names with ``+``, something that is no list of names,
+            or a region of unknown labels.
 
     Example:
         >>> BRATS.num_classes, BRATS.region_classes("TC")
@@ -39,10 +40,18 @@ class Task:
     display: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for what in ("regions", "display"):
+            given = getattr(self, what)
+            if not isinstance(given, Mapping) or not all(isinstance(k, str) for k in given):
+                raise InputError(
+                    f"task '{self.name}': {what} is {given!r}, not a mapping from names; correct "
+                    "the task."
+                )
         # YAML and checkpoints give lists where the fields are tuples.
-        object.__setattr__(self, "modalities", tuple(self.modalities))
-        object.__setattr__(self, "labels", tuple(self.labels))
-        object.__setattr__(self, "regions", {k: tuple(v) for k, v in self.regions.items()})
+        object.__setattr__(self, "modalities", self._names("modalities", self.modalities))
+        object.__setattr__(self, "labels", self._names("labels", self.labels))
+        regions = {k: self._names(f"region '{k}'", v) for k, v in self.regions.items()}
+        object.__setattr__(self, "regions", regions)
         object.__setattr__(self, "display", dict(self.display))
         for what, names in (("modalities", self.modalities), ("labels", self.labels)):
             if not names or len(set(names)) != len(names) or any("+" in n or not n for n in names):
@@ -61,6 +70,17 @@ class Task:
                     f"task '{self.name}': region '{region}' is {list(members)}, but must be a "
                     f"union of {list(self.labels)}; correct the region."
                 )
+
+    def _names(self, what: str, given: object) -> tuple[str, ...]:
+        """A list of names; one name would be taken apart into its letters."""
+        names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else None
+        if names is None or not all(isinstance(n, str) for n in names):
+            # YAML reads "no", "on" and "1" as other things than names.
+            raise InputError(
+                f"task '{self.name}': {what} is {given!r}, not a list of names; write "
+                "[name, name], in quotes where YAML reads something else."
+            )
+        return names
 
     @property
     def num_modalities(self) -> int:

@@ -56,6 +56,16 @@ def test_unknown_modality_is_named(text, word):
         ({"labels": ("x+y",)}, "without '\\+'"),
         ({"regions": {}}, "no region"),
         ({"regions": {"R": ("z",)}}, "union of"),
+        ({"modalities": "t1"}, "modalities is 't1', not a list of names"),
+        ({"labels": "x"}, "labels is 'x', not a list of names"),
+        ({"regions": {"R": "x"}}, "region 'R' is 'x', not a list"),
+        ({"modalities": [1, 2]}, r"modalities is \[1, 2\], not a list of names"),
+        ({"labels": [True]}, "labels .* in quotes"),
+        ({"labels": 3}, "labels is 3, not a list"),
+        ({"regions": {"R": [None]}}, "region 'R' .* not a list of names"),
+        ({"regions": ["R"]}, "regions is .* not a mapping"),
+        ({"regions": {False: ["x"]}}, "regions is .* not a mapping"),
+        ({"display": "t1"}, "display is 't1', not a mapping"),
     ],
 )
 def test_impossible_tasks_are_refused_in_words(change, words):
