@@ -103,8 +103,8 @@ def compare(
             :func:`pmixseg.evaluation.matching.matching_notes`.
 
     Raises:
-        InputError: no run, unequal numbers of runs, a column is missing, rows occur twice, or
-            nothing is common to all runs.
+        InputError: no run, unequal numbers of runs, a column is missing or holds no numbers, rows
+            occur twice, or nothing is common to all runs.
     """
     _check(a, b, measure)
     said = list(notes)
@@ -145,12 +145,25 @@ def _check(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], measure: str) -
     for side, runs in (("A", a), ("B", b)):
         for i, run in enumerate(runs):
             where = f"run {_name(run, str(i))} of {side}"
-            lacking = [c for c in (*KEY, "n_present", "dice", measure) if c not in run]
+            lacking = [c for c in (*KEY, "n_present", "dice") if c not in run]
             if lacking:
                 raise InputError(f"{where} lacks the columns {lacking}; test the run again.")
+            known = _measures(run)
+            for column in ("dice", measure):
+                if column not in known and len(run):
+                    raise InputError(
+                        f"{where}: '{column}' is no column of numbers that methods can be compared "
+                        f"by; choose one of {', '.join(known)}, or test the run again."
+                    )
             if run.duplicated(KEY).any():
                 twice = run.loc[run.duplicated(KEY), KEY].iloc[0].tolist()
                 raise InputError(f"{where} has {twice} twice; give every run a table of its own.")
+
+
+def _measures(run: pd.DataFrame) -> list[str]:
+    """Columns that hold a number, or yes or no, about the prediction of a row."""
+    keys = ("run", *KEY, "n_present")
+    return [c for c in run if c not in keys and pd.api.types.is_numeric_dtype(run[c].dtype)]
 
 
 def _name(run: pd.DataFrame, otherwise: str) -> str:

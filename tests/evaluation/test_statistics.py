@@ -238,8 +238,10 @@ def test_wrong_records_are_refused():
         compare([], [])
     with pytest.raises(InputError, match="lacks the columns"):
         compare([good.drop(columns="region")], [good])
-    with pytest.raises(InputError, match="lacks the columns"):
+    with pytest.raises(InputError, match="'nsd' .* one of dice, hd95, or test the run again"):
         compare([good], [good], measure="nsd")
+    with pytest.raises(InputError, match="no case, combination and region"):
+        compare([good], [good[:0].astype(object)])
     with pytest.raises(InputError, match="twice"):
         compare([pd.concat([good, good])], [good])
     with pytest.raises(InputError, match="same cases"):
@@ -254,3 +256,15 @@ def test_everything_goes_to_json_and_text():
     text = found.to_text()
     for part in ("PRIMARY", "EXPLORATORY", "Wilcoxon", "prove none", "flair+t1ce+t1+t2"):
         assert part in text
+
+
+@pytest.mark.parametrize("measure", ["empty", "case", "region", "run", "n_present", "dcie"])
+def test_only_columns_of_numbers_are_measures(measure):
+    a, b = (run(seed, cases=2).assign(empty="none", missed=seed > 1) for seed in (1, 2))
+    with pytest.raises(InputError, match=rf"run a1 of A: '{measure}' .* one of dice, hd95, missed"):
+        compare([a], [b], measure)
+    found = compare([a], [b], "missed").exploratory
+    assert (found["difference"] == -1).all()
+    words = a.assign(dice="good")
+    with pytest.raises(InputError, match="'dice' is no column of numbers"):
+        compare([words], [b])
