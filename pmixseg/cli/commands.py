@@ -212,9 +212,9 @@ def read_task(path: Path | None) -> Task:
     import yaml
 
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Task.from_dict(raw.get("task", raw))
-    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not a task ({error}); give name, modalities, labels and regions."
         ) from error

@@ -104,7 +104,7 @@ class MaskFile(CaseMasks):
 
     def _read(self, modalities: Sequence[str]) -> dict[str, Flags]:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"mask file {self.path} cannot be read: {error}.") from error
         rows = self._json(text) if self.path.suffix == ".json" else self._csv(text)
@@ -130,7 +130,10 @@ class MaskFile(CaseMasks):
         return list(raw.items())
 
     def _csv(self, text: str) -> list[tuple[str, Any]]:
-        rows = list(csv.DictReader(text.splitlines()))
+        try:
+            rows = list(csv.DictReader(text.splitlines()))
+        except csv.Error as error:
+            raise InputError(f"mask file {self.path} is not CSV: {error}; correct it.") from error
         columns = rows[0].keys() if rows else ()
         name = next((c for c in ("data_name", "case_id", "case") if c in columns), None)
         mask = next((c for c in ("mask", "combination") if c in columns), None)
@@ -139,6 +142,12 @@ class MaskFile(CaseMasks):
                 f"mask file {self.path} has the columns {list(columns)}; it needs 'case_id' (or "
                 "'data_name') and 'mask' or 'combination'."
             )
+        for number, row in enumerate(rows, start=1):
+            if row[name] is None or row[mask] is None:
+                raise InputError(
+                    f"mask file {self.path}: row {number} lacks its '{name}' or '{mask}'; complete "
+                    "it."
+                )
         return [(row[name].strip(), row[mask]) for row in rows]
 
     def _flags(self, case: str, value: Any, modalities: Sequence[str]) -> Flags:
@@ -278,11 +287,11 @@ class CovariateMasks(CaseMasks):
     def _column(self, cases: Sequence[MaskableCase]) -> Float[np.ndarray, " n"]:
         assert self.file is not None
         try:
-            with self.file.open(newline="", encoding="utf-8") as handle:
+            with self.file.open(newline="", encoding="utf-8-sig") as handle:
                 values = {
                     r["case_id"]: float(r[self.column] or "nan") for r in csv.DictReader(handle)
                 }
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
             raise InputError(
                 f"CovariateMasks: {self.file} must be a CSV with 'case_id' and a number in "
                 f"'{self.column}' ({type(error).__name__}: {error})."

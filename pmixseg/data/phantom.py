@@ -302,7 +302,7 @@ def _claim(out: Path, seed: int, settings: PhantomSettings) -> None:
     marker = out / _SETTINGS_FILE
     if marker.exists():
         try:
-            found = json.loads(marker.read_text())
+            found = json.loads(marker.read_text(encoding="utf-8"))
         except ValueError:
             found = None
         if found != wanted:
@@ -317,7 +317,7 @@ def _claim(out: Path, seed: int, settings: PhantomSettings) -> None:
             f"phantom: {out} is not empty and holds no {marker.name}; choose an empty folder."
         )
     partial_marker = out / f".{_SETTINGS_FILE}.{os.getpid()}"
-    partial_marker.write_text(json.dumps(wanted, indent=1) + "\n")
+    partial_marker.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     partial_marker.replace(marker)
 
 

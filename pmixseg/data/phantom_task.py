@@ -27,7 +27,7 @@ def read_contrasts(path: Path | None) -> dict[str, Contrast]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {str(name): Contrast(**fields) for name, fields in raw.items()}
-    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} does not hold contrasts ({error}); give name: {{wm: …, gm: …, csf: …}}, as "
             f"the built-in {sorted(CONTRASTS)} have them."

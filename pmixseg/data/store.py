@@ -48,18 +48,19 @@ class Store:
         root = Path(root)
         try:
             description = json.loads((root / STORE_JSON).read_text(encoding="utf-8"))
+            version = description.get("format")
         except FileNotFoundError:
             raise InputError(
                 f"{root} is not a prepared store (no {STORE_JSON}); make one with "
                 "`pmixseg prepare ROOT STORE`."
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{root / STORE_JSON} cannot be read ({error}); run `pmixseg prepare` again."
             ) from error
-        if description.get("format") != FORMAT:
+        if version != FORMAT:
             raise InputError(
-                f"{root} has store format {description.get('format')}, but this version reads "
+                f"{root} has store format {version}, but this version reads "
                 f"{FORMAT}; run `pmixseg prepare` again."
             )
         metas = {f.name: read_meta(f) for f in sorted((root / CASES).iterdir())}

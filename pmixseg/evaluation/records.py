@@ -41,6 +41,7 @@ from uuid import uuid4
 
 import pandas as pd
 import torch.distributed as dist
+from pandas.api.types import is_numeric_dtype
 
 from pmixseg.errors import InputError
 from pmixseg.evaluation.sidecar import Sidecar, file_hash, read_sidecar
@@ -117,6 +118,9 @@ class Records:
                 f"{path}: {f'lacks the columns {lacking}' if lacking else 'holds no row'}; a table "
                 f"of records begins with {', '.join(FIRST_COLUMNS)}."
             )
+        words = [c for c in ("dice", "hd95") if c in table and not is_numeric_dtype(table[c])]
+        if words:
+            raise InputError(f"{path}: {words} hold other things than numbers; test again.")
         if "run" in table and table["run"].nunique() > 1:
             raise InputError(
                 f"{path}: holds rows of the runs {sorted(table['run'].unique())}; give each run a "

@@ -1,5 +1,7 @@
 """The command line itself: help, wrong input, --import."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -23,6 +25,40 @@ def test_bad_input_is_one_sentence_and_exit_code_one(tmp_path, capsys):
     assert said.startswith("pmixseg: ")
     assert "nowhere" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect {root} --task {file}",
+        "inspect {root} --layout {file}",
+        "prepare {root} {root}/store --task {file}",
+        "phantom {root}/made --cases 1 --task {file}",
+        "phantom {root}/made --cases 1 --contrasts {file}",
+        "report {root}/records.csv",
+        "compare --a {root}/records.csv --b {root}/records.csv",
+    ],
+)
+def test_a_file_that_is_no_text_is_one_sentence(tmp_path, capsys, command):
+    for name in ("bin.yaml", "records.csv", "records.json"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x80\x81 \x00")
+    given = command.format(root=tmp_path, file=tmp_path / "bin.yaml").split()
+    assert main(given) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pmixseg: ")
+    assert "bin.yaml" in said or "records" in said
+    assert "Traceback" not in said
+
+
+def test_a_task_is_utf_8_wherever_it_is_read(tmp_path):
+    text = "name: größe\nmodalities: [t1]\nlabels: [ödem]\nregions: {all: [ödem]}\n"
+    (tmp_path / "task.yaml").write_text(text, encoding="utf-8")
+    code = (
+        "from pathlib import Path; from pmixseg.cli.commands import read_task; "
+        "assert read_task(Path('task.yaml')).name == 'gr\\u00f6\\u00dfe'"
+    )
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=plain, check=True)
 
 
 def test_missing_checkpoint_is_one_sentence(tmp_path, capsys):

@@ -45,10 +45,12 @@ def test_passion_csv(tmp_path):
         ("m.csv", 'case,mask\na,"[1, 0, 1, 0]"\n'),
         ("m.json", json.dumps({"a": "flair+t1"})),
         ("m.json", json.dumps({"a": ["t1", "flair"]})),
+        ("m.csv", "\ufeffcase_id,combination\na,t1+flair\n"),  # as Excel writes it
+        ("m.json", "\ufeff" + json.dumps({"a": "flair+t1"})),
     ],
 )
 def test_notations(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     assert MaskFile(tmp_path / name).allowed([case("a")], M) == {"a": (True, False, True, False)}
 
 
@@ -65,12 +67,16 @@ def test_notations(tmp_path, name, text):
         ("m.csv", 'case,mask\na,"[1, 0, 1]"\n', "3 flags for the 4"),
         ("m.csv", "case,combination\na,t1\na,t2\n", "twice"),
         ("m.csv", "case,combination\na,t2\n", "without any"),
+        ("m.csv", "case,combination\na\n", "row 1 lacks its 'case' or 'combination'"),
+        ("m.csv", "combination,case\nt1\n", "row 1 lacks"),
+        ("m.csv", 'case,combination\na,"' + 200_000 * "t", "not CSV"),
+        ("m.csv", "\udcff", "cannot be read"),
         ("none.csv", None, "cannot be read"),
     ],
 )
 def test_file_errors(tmp_path, name, text, words):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=words):
         MaskFile(tmp_path / name).allowed([case("a", (True, True, True, False))], M)
 
@@ -131,6 +137,11 @@ def test_covariate_masks_from_a_file(tmp_path):
     assert abs(rate(allowed, cases[1:2000:2], 3) - 0.953) < 0.03
     with pytest.raises(InputError, match="'noise'"):
         CovariateMasks({"t2": 0.5}, {"t2": 3.0}, path, "noise").allowed(cases, M)
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")  # as Excel writes it
+    assert masks.allowed(cases, M) == allowed
+    path.write_bytes(b"case_id,snr\na,\xff\n")
+    with pytest.raises(InputError, match="must be a CSV"):
+        masks.allowed(cases, M)
     with pytest.raises(InputError, match="slope but no rate"):
         CovariateMasks({"t2": 0.5}, {"t1": 3.0})
 

@@ -315,9 +315,10 @@ def test_an_older_format_is_done_again(cohort, out, monkeypatch):
 def test_refusals(cohort, tmp_path):
     with pytest.raises(InputError, match="is not a prepared store"):
         Store.open(tmp_path)
-    (tmp_path / "store.json").write_text("{")
-    with pytest.raises(InputError, match=r"store\.json cannot be read"):
-        Store.open(tmp_path)
+    for damaged in (b"{", b"[]", b"\xff\x80"):
+        (tmp_path / "store.json").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"store\.json cannot be read"):
+            Store.open(tmp_path)
     root = cohort[0].label.parents[1]
     with pytest.raises(InputError, match="holds files and is no store"):
         quietly(cohort, root)

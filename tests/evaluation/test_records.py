@@ -255,6 +255,7 @@ def test_a_bare_table_of_any_code_is_read(tmp_path):
             "run,case,combination,region,dice\nr,1,t1,WT,1\ns,1,t1,WT,1\n",
             r"several|runs \['r', 's'\]",
         ),
+        ("records.csv", "case,combination,region,dice\n1,t1,WT,good\n", r"\['dice'\] hold other"),
     ],
 )
 def test_a_damaged_table_is_named(tmp_path, name, content, words):

@@ -238,7 +238,7 @@ def test_wrong_records_are_refused():
         compare([], [])
     with pytest.raises(InputError, match="lacks the columns"):
         compare([good.drop(columns="region")], [good])
-    with pytest.raises(InputError, match="'nsd' .* one of dice, hd95, or test the run again"):
+    with pytest.raises(InputError, match=r"'nsd' .* one of dice, hd95, or test the run again"):
         compare([good], [good], measure="nsd")
     with pytest.raises(InputError, match="no case, combination and region"):
         compare([good], [good[:0].astype(object)])
