@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+"""What a disk answers to a write; Python then often does not know the file."""
+
+_PLACE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EBUSY),
+}
+"""What is wrong with a path; without a file name it is about something else."""
+
+_TORCH = re.compile(r"PytorchStreamWriter|inline_container\S* \. unexpected pos|iostream error")
+"""What PyTorch says where it could not write all of a file."""
+
 
 class InputError(ValueError):
     """Something a person gave is wrong: one sentence that says what, where and what to do.
@@ -27,3 +45,43 @@ class InputError(ValueError):
             self.add_note(told)
         else:
             super().__init__(*args)
+
+
+@contextmanager
+def writing(path: str | PathLike[str]) -> Iterator[None]:
+    """Within this block an :class:`OSError` means that ``path`` cannot be written.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}); free space, or choose another "
+            "folder."
+        ) from error
+
+
+def disk_error(error: BaseException) -> InputError | None:
+    """An error of disk or path as a sentence; ``None`` for any other error.
+
+    Example:
+        >>> print(disk_error(NotADirectoryError(20, "Not a directory", "a/b")))
+        a/b cannot be read or written (Not a directory); correct the path, or choose another folder.
+        >>> disk_error(RuntimeError("a programming error")) is None
+        True
+    """
+    if isinstance(error, RuntimeError) and _TORCH.search(str(error)):
+        return InputError("the disk refused a file of weights; free space on it.")
+    if not isinstance(error, OSError):
+        return None
+    if error.filename is not None and error.errno in _FULL | _PLACE:
+        advice = "free space" if error.errno in _FULL else "correct the path"
+        return InputError(
+            f"{error.filename} cannot be read or written ({error.strerror}); {advice}, or choose "
+            "another folder."
+        )
+    if error.errno in _FULL:
+        return InputError(f"the disk refused a file ({error.strerror}); free space on it.")
+    return None

@@ -36,6 +36,66 @@ def test_other_arguments_are_left_alone():
     assert str(InputError(told)) == told
 
 
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            NotADirectoryError(20, "Not a directory", "a/b"),
+            "a/b cannot be read or written (Not a directory); correct the path, or choose another "
+            "folder.",
+        ),
+        (
+            PermissionError(13, "Permission denied", "c"),
+            "c cannot be read or written (Permission denied); correct the path, or choose another "
+            "folder.",
+        ),
+        (
+            OSError(28, "No space left on device", "d"),
+            "d cannot be read or written (No space left on device); free space, or choose another "
+            "folder.",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            "the disk refused a file (No space left on device); free space on it.",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+            "the disk refused a file of weights; free space on it.",
+        ),
+    ],
+)
+def test_disk_and_path_are_told_in_a_sentence(monkeypatch, capsys, error, told):
+    monkeypatch.setattr("pmixseg.cli.run_plain", raising(error))
+    assert main(["any", "command"]) == 1
+    assert capsys.readouterr().err == f"pmixseg: {told}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a programming error"),
+        FileNotFoundError("without a file"),
+        PermissionError(13, "Permission denied"),
+        BrokenPipeError(32, "Broken pipe", "a"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        ValueError("a programming error"),
+        KeyError("b"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_keep_their_traceback(monkeypatch, error):
+    monkeypatch.setattr("pmixseg.cli.run_plain", raising(error))
+    with pytest.raises(type(error)):
+        main(["any", "command"])
+
+
 def test_the_command_line_prints_the_sentence_of_a_worker(monkeypatch, capsys):
     loader = DataLoader(Wrong(), num_workers=1)
     monkeypatch.setattr("pmixseg.cli.run_plain", lambda args: len(list(loader)))

@@ -22,6 +22,14 @@ def small(monkeypatch):
         monkeypatch.setattr(quickstart, name, value)
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "afile").touch()
+    out = tmp_path / "afile" / "x"
+    assert main(["quickstart", "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"pmixseg: {out} cannot be read or written (Not a directory); correct")
+
+
 def test_phantom_then_again_from_the_same_store(tmp_path, capsys):
     out = tmp_path / "q"
     assert main(["quickstart", "--out", str(out)]) == 0

@@ -200,10 +200,13 @@ class GapMonitor(Callback, Described):
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure(f"gap/{when}", figure, trainer.global_step)
             elif not written:
-                folder = Path(trainer.default_root_dir) / "gap"
-                folder.mkdir(parents=True, exist_ok=True)
-                save_png(figure, folder / f"{when}.png")
                 written = True
+                path = Path(trainer.default_root_dir) / "gap" / f"{when}.png"
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    save_png(figure, path)
+                except OSError as error:  # a picture is not worth a training
+                    rank_zero_warn(f"{path} cannot be written ({error.strerror or error}).")
 
 
 def gap_values(samples: dict[int, LatentSample], names: Sequence[str]) -> dict[str, float]:

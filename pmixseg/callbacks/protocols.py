@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,7 +12,7 @@ from uuid import uuid4
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from pmixseg.data.keys import make_key
 from pmixseg.data.missing import MissingnessSampler
@@ -109,8 +110,14 @@ def frequencies(
 
 @rank_zero_only
 def _write(table: pd.DataFrame, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{uuid4().hex}.csv")
     columns: list[Any] = ["protocol", "region", "dice", "cases"]
-    table[columns].to_csv(part, index=False)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table[columns].to_csv(part, index=False)
+        part.replace(path)
+    except OSError as error:  # the records, still unwritten, hold all of it
+        rank_zero_warn(f"{path} cannot be written ({error.strerror or error}).")
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from pmixseg.cli import commands, segment, weights
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, disk_error
 from pmixseg.trust import trust
 
 TRAINING = {
@@ -26,7 +26,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: what follows ``pmixseg`` on the command line; by default the process's own.
 
     Returns:
-        0 if all went well, 1 if the input is at fault (one sentence on stderr), 130 after Ctrl-C.
+        0 if all went well, 1 if the input, a path or the disk is at fault (one sentence on
+        stderr), 130 after Ctrl-C.
         Wrong flags end the process with 2, as argparse does.
     """
     given = list(sys.argv[1:] if args is None else args)
@@ -40,8 +41,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if given and given[0] == segment.NAME:  # its flags depend on the checkpoint
             return segment.run(given[1:])
         return run_plain(given)
-    except ValueError as error:
-        cause = input_error(error)
+    except (ValueError, OSError, RuntimeError) as error:
+        cause = input_error(error) if isinstance(error, ValueError) else disk_error(error)
         if cause is None:
             raise
         print(f"pmixseg: {cause}", file=sys.stderr)  # noqa: T201  # the command line's own output

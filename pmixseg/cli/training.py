@@ -28,7 +28,7 @@ from pmixseg.callbacks.run import RunCheckpoint, RunLogger
 from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
@@ -50,11 +50,16 @@ class SaveRunConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See :class:`SaveConfigCallback`."""
+        """See :class:`SaveConfigCallback`.
+
+        Raises:
+            InputError: the run folder cannot be written.
+        """
         folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
-        (folder / "config.yaml").write_text(text)
+        with writing(folder / "config.yaml"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(text)
         if isinstance(trainer.logger, Logger) and not isinstance(trainer.logger, RunLogger):
             trainer.logger.log_hyperparams({"config": text})
 

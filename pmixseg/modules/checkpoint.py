@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from pmixseg.describe import build, describe, restricted
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, disk_error
 from pmixseg.evaluation.calibration import Temperatures
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
@@ -124,13 +125,21 @@ def write_checkpoint(checkpoint: dict[str, Any], out: str | Path) -> Path:
     part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, part)
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
         part.replace(out)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and disk_error(error) is None:
+            raise
+        # PyTorch's writer does not say why it failed; what it was handling may.
+        found = error if isinstance(error, OSError) else error.__context__
+        reason = found.strerror or found if isinstance(found, OSError) else "the file is not whole"
         raise InputError(
-            f"{out} cannot be written ({error}); free space or choose another file."
+            f"{out} cannot be written ({reason}); free space or choose another file."
         ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return out
 
 

@@ -243,3 +243,10 @@ def test_two_processes_log_what_one_does(phantom_store, tmp_path):
     before = [t[t["epoch"] == -1][names] for t in tables]
     pd.testing.assert_frame_equal(*before)  # the same cases, whatever rank they are dealt to
     assert all(len(t.dropna(subset=["gap/ratio"])) == 2 for t in tables)
+
+
+def test_a_picture_that_cannot_be_written_stops_no_training(phantom_store, tmp_path):
+    (tmp_path / "gap").touch()
+    with pytest.warns(UserWarning, match=r"before\.png cannot be written \(File exists\)"):
+        train(phantom_store, tmp_path, GapMonitor(cases=1))
+    assert "gap/ratio" in pd.read_csv(tmp_path / "metrics.csv")

@@ -162,6 +162,14 @@ def test_protocols_beside_the_full_table_at_test(phantom_store, tmp_path):
         uniform = scores.loc[("uniform", region), "dice"]
         assert uniform == pytest.approx(table["dice"].mean(), abs=0.05)
     assert (scores["cases"] == 2).all()
+    # Records are written after it: they must not be lost with it.
+    (tmp_path / "protocols.csv").unlink()
+    (tmp_path / "protocols.csv").mkdir()
+    (tmp_path / "records.csv").unlink()
+    with pytest.warns(UserWarning, match=r"protocols\.csv cannot be written \(Is a directory\)"):
+        assert main(test) == 0
+    assert (tmp_path / "records.csv").is_file()
+    assert not list(tmp_path.glob(".*.csv"))
 
 
 def test_scores_by_hand():

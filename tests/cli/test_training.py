@@ -103,6 +103,19 @@ def test_test_needs_only_checkpoint_and_data_and_scores_every_combination(
     assert (student_run / "metrics.csv").is_file()  # testing forgets nothing of the training
 
 
+@pytest.mark.parametrize("run", ["afile/run", "afile"])
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(phantom_store, tmp_path, capsys, run):
+    (tmp_path / "afile").touch()
+    command = ["fit", f"--run={tmp_path / run}", f"--data.store={phantom_store}", *TINY]
+    assert main([*command, "--model=TeacherModule"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    reason = "Not a directory" if "/" in run else "File exists"
+    assert said == (
+        f"pmixseg: {tmp_path / run}/config.yaml cannot be written ({reason}); free space, or "
+        "choose another folder."
+    )
+
+
 def test_pictures_that_cannot_be_written_cost_no_results(student_run, phantom_store, tmp_path):
     (tmp_path / "slices").write_text("in the way")
     test = ["test", f"--ckpt_path={student_run}/checkpoints/last.ckpt", f"--run={tmp_path}"]
