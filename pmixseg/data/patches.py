@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 from pmixseg.data.keys import make_key, uniform
 from pmixseg.data.masks import Flags
 from pmixseg.data.store import Store, StoredCase
+from pmixseg.data.stored import copy_box
 from pmixseg.describe import Described
 from pmixseg.types import Batch
 
@@ -212,8 +213,8 @@ def _read(volume: npt.NDArray[np.generic], start: Sequence[int], out: Tensor) ->
     for low, size, room in zip(start, out.shape, volume.shape, strict=True):
         there.append(slice(max(low, 0), max(min(low + size, room), 0)))
         here.append(slice(there[-1].start - low, there[-1].stop - low))
-    # NumPy's copy of the box is fast and torch's conversion is; NumPy's of float16 is not.
-    out[tuple(here)] = torch.from_numpy(np.array(volume[tuple(there)]))
+    # A copy of the box and torch's conversion of it are fast; NumPy's conversion of float16 is not.
+    out[tuple(here)] = torch.from_numpy(copy_box(volume[tuple(there)]))
 
 
 def _voxels_by_class(stored: StoredCase) -> list[npt.NDArray[np.int64]]:

@@ -45,7 +45,7 @@ from pandas.api.types import is_numeric_dtype
 
 from pmixseg.errors import InputError
 from pmixseg.evaluation.sidecar import Sidecar, file_hash, read_sidecar
-from pmixseg.task import BRATS, Combination, Task, format_combination, parse_combination
+from pmixseg.task import BRATS, Task, format_combination, parse_combination
 
 if sys.platform != "win32":
     import fcntl
@@ -203,17 +203,6 @@ class Records:
             to.write_text(text, encoding="utf-8")
 
         _replace(path.with_suffix(".json"), save_text)
-
-
-def combinations_within(task: Task, acquired: Sequence[bool]) -> list[Combination]:
-    """Combinations that a case can be tested on: the subsets of what was acquired.
-
-    Example:
-        >>> combinations_within(BRATS, [True, False, True, False])
-        [('flair',), ('t1',), ('flair', 't1')]
-    """
-    have = {m for m, a in zip(task.modalities, acquired, strict=True) if a}
-    return [c for c in task.combinations() if have.issuperset(c)]
 
 
 def gather_rows(rows: Sequence[Row]) -> list[Row]:

@@ -270,22 +270,6 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
     return Tabulation(measure, task, combinations, tuple(lines), comparable)
 
 
-def combination_table(
-    records: Records | Sequence[Records], measure: Measure = DICE, width: int | None = None
-) -> Table:
-    """The table papers print, for a terminal: regions × combinations, and their mean.
-
-    Args:
-        records: one run, or several to be compared.
-        measure: what to print.
-        width: characters of the terminal, see :meth:`Tabulation.rich`.
-
-    Raises:
-        InputError: see :func:`tabulate`.
-    """
-    return tabulate([records] if isinstance(records, Records) else records, measure).rich(width)
-
-
 def run_name(records: Records) -> str:
     """Name of the run that the rows belong to."""
     return str(records.table["run"].iloc[0])

@@ -18,7 +18,6 @@ from pmixseg.evaluation import sidecar as sidecar_module
 from pmixseg.evaluation.records import (
     FIRST_COLUMNS,
     Records,
-    combinations_within,
     find_records,
     gather_rows,
     read_comparable,
@@ -327,12 +326,6 @@ def test_runs_that_were_scored_in_other_ways_are_not_compared(tmp_path):
     assert len(read_comparable(paths[:2])) == 2
     with pytest.raises(InputError, match=r"c: was scored with another postprocess than .*a;"):
         read_comparable(paths)
-
-
-def test_a_combination_needs_what_was_acquired():
-    found = combinations_within(BRATS, [True, False, True, False])
-    assert found == [("flair",), ("t1",), ("flair", "t1")]
-    assert len(combinations_within(BRATS, [True] * 4)) == 15
 
 
 def test_gathering_alone_drops_repeats():

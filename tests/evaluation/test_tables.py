@@ -10,7 +10,7 @@ from rich.console import Console
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records import Records
 from pmixseg.evaluation.sidecar import Sidecar
-from pmixseg.evaluation.tables import DICE, HD95, combination_table, dots, tabulate
+from pmixseg.evaluation.tables import DICE, HD95, dots, tabulate
 from pmixseg.task import BRATS, Task
 
 TWO = Task("two", ("a", "b"), ("x", "y"), {"R": ("x", "y"), "S": ("y",)}, {"a": "A_1"})
@@ -50,7 +50,7 @@ def test_means_by_hand():
 
 def test_a_terminal_shows_circles_in_task_order(records):
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123  # a sink
-    console.print(combination_table(records))
+    console.print(tabulate([records]).rich())
     lines = [re.sub(r"\s+", " ", x).strip() for x in console.export_text().splitlines()]
     assert lines[0] == "Dice (%)"
     assert lines[2] == "FLAIR ● ○ ○ ○ ● ● ● ○ ○ ○ ● ● ● ○ ●"
@@ -68,7 +68,7 @@ def test_a_narrow_terminal_gets_combinations_as_rows(rows, several):
     for width in (60, 80, 104, 130):
         with open("/dev/null", "w") as sink:  # noqa: PTH123  # a sink
             console = Console(width=width, record=True, file=sink)
-            console.print(combination_table(runs, width=width))
+            console.print(tabulate(runs).rich(width))
         text = console.export_text()
         assert "…" not in text
         assert max(len(line.rstrip()) for line in text.splitlines()) <= width
