@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pmixseg.cli import commands, segment, weights
 from pmixseg.errors import InputError, disk_error
@@ -43,6 +44,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return run_plain(given)
     except (ValueError, OSError, RuntimeError) as error:
         cause = input_error(error) if isinstance(error, ValueError) else disk_error(error)
+        if cause is None and isinstance(error, UnicodeDecodeError):
+            cause = no_text(given)
         if cause is None:
             raise
         print(f"pmixseg: {cause}", file=sys.stderr)  # noqa: T201  # the command line's own output
@@ -63,6 +66,22 @@ def input_error(error: BaseException | None) -> InputError | None:
             return error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
+    return None
+
+
+def no_text(args: Sequence[str]) -> InputError | None:
+    """A YAML file among the arguments that is no UTF-8; jsonargparse reads it and does not say so.
+
+    Args:
+        args: of the command line, ``--config FILE`` or ``--config=FILE``.
+    """
+    for arg in args:
+        path = Path(arg.partition("=")[2] or arg)
+        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                return InputError(f"{path} is no text in UTF-8 ({error}); save it as such.")
     return None
 
 

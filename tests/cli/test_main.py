@@ -35,6 +35,8 @@ def test_bad_input_is_one_sentence_and_exit_code_one(tmp_path, capsys):
         "prepare {root} {root}/store --task {file}",
         "phantom {root}/made --cases 1 --task {file}",
         "phantom {root}/made --cases 1 --contrasts {file}",
+        "fit -c {file}",
+        "fit --data.store={root} --data.task={file}",
         "report {root}/records.csv",
         "compare --a {root}/records.csv --b {root}/records.csv",
     ],
