@@ -56,6 +56,11 @@ def described_layout(layout: Layout, tree: Tree, task: Task) -> Layout:
     images: dict[str, tuple[Pattern, ...]] = {}
     for number, name in channels.items():
         modality = modality_of(str(name), task.modalities)
+        if modality in images:
+            raise InputError(
+                f"{path}: more than one of its channels {list(channels.values())} is {modality}; "
+                "write a layout file."
+            )
         if modality is not None:
             index = int(number)
             images[modality] = (

@@ -103,6 +103,18 @@ def test_dataset_json_that_does_not_fit(touch, content, sentence):
         find_cases(root, BRATS)
 
 
+def test_channels_that_are_told_by_their_names_as_files_are(touch):
+    names = {"0": "T1 post contrast", "1": "T1-weighted", "2": "ax T2 FLAIR", "3": "T2 (TSE)"}
+    labels = {"background": 0, "NETC": 1, "SNFH": 2, "ET": 3}
+    root = dataset_json(touch(*NNUNET_FILES), channel_names=names, labels=labels)
+    (case,) = find_cases(root, BRATS)
+    numbers = {m: int(p.name[-8]) for m, p in case.images.items()}
+    assert numbers == {"t1ce": 0, "t1": 1, "flair": 2, "t2": 3}
+    dataset_json(root, channel_names={**names, "4": "T1 (bias)"}, labels=labels)
+    with pytest.raises(InputError, match=r"more than one of its channels .* is t1; write a layout"):
+        find_cases(root, BRATS)
+
+
 def test_dataset_json_missing_or_broken(touch):
     root = touch("imagesTr/a.nii.gz")
     with pytest.raises(InputError, match=r"needs .*dataset\.json, which does not exist"):
