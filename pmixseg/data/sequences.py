@@ -146,8 +146,8 @@ def read_name(name: str, modalities: Iterable[str]) -> Reading:
 
 def _words(name: str) -> list[str]:
     text = name.lower().replace("tumour", "tumor")
-    # Of BIDS names, what says who and when but not which sequence.
-    text = re.sub(r"(^|_)(sub|ses)-[a-z0-9]+", r"\1", text).replace("+", " plus ")
+    # Of BIDS names, what says who and when but not which sequence; it always comes first.
+    text = re.sub(r"^sub-[a-z0-9]+(_ses-[a-z0-9]+)?", "", text).replace("+", " plus ")
     # "T1 C-" is the radiologist's T1 without contrast agent; the hyphen of "t1-c-x7" is a gap.
     text = re.sub(r"(?<![a-z0-9])(t1[a-z]*|c|ce|gd|km)-(?=[_ .]|$)", r"\1 minus ", text)
     return re.findall(r"[^\W_]+", re.sub(r"(?<![a-z0-9])w[ _-]o(?![a-z0-9])", "wo", text))

@@ -38,7 +38,7 @@ UNKNOWN = """
     T2_tirm T2_stir T2_star t2star t2s T2_GRE T2_medic pd_t2 T2_pd T1_map t1rho T1_dce T1_trace
     T1_sub T1_subtraction T1_FLAIR T1-FLAIR t1_to_t2 t1_in_t2 T1_to_T1ce flair_to_t2 t2_to_flair
     T1_C- T1C- T1_minus_C t1_pre_post pre_ce_t1 post_t1 C_T1 CE001_T1 T1_afterGd T1_wGd T1_mitKM
-    T1_postcontr flair_gd FLAIR_CE t2_post seg_T1
+    T1_postcontr T1_sub-gd flair_gd FLAIR_CE t2_post seg_T1
 """
 
 
