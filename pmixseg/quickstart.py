@@ -135,12 +135,17 @@ def prepare_cohort(root: Path, store: Path) -> None:
     """Build the store, or bring it up to date.
 
     Raises:
-        InputError: a case cannot be prepared.
+        InputError: a case cannot be prepared, or the store holds cases of another cohort.
     """
     spacing = (SPACING, SPACING, SPACING)
-    report = prepare(find_cases(root, BRATS), store, BRATS, spacing=spacing, workers=2)
+    report = prepare(find_cases(root, BRATS), store, BRATS, spacing=spacing, workers=2, prune=True)
     if report.failed:
         raise InputError(" ".join(report.failed.values()))
+    if report.elsewhere:
+        raise InputError(
+            f"{store} holds {len(report.elsewhere)} cases that are not under {root}, such as "
+            f"'{report.elsewhere[0]}'; delete it or choose another folder with --out."
+        )
 
 
 def cohort(store: Path, seed: int) -> BraTSDataModule:

@@ -1,12 +1,15 @@
 """The quickstart in small: the same path with fewer and coarser cases and hardly any steps."""
 
 import re
+import shutil
 
 import pytest
 
 from pmixseg import quickstart
 from pmixseg.cli import main
 from pmixseg.data.phantom import PhantomSettings, write_cohort
+from pmixseg.data.store import Store
+from pmixseg.errors import InputError
 from pmixseg.evaluation.records import Records
 
 
@@ -52,6 +55,23 @@ def test_a_cohort_of_ones_own(tmp_path):
     assert main(["quickstart", "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "q")]) == 0
     assert (tmp_path / "q" / "report.html").stat().st_size > 10_000
     assert not (tmp_path / "q" / "cohort").exists()
+
+
+def test_two_cohorts_are_not_mixed(tmp_path):
+    for name, seed in (("one", 3), ("two", 4)):
+        settings = PhantomSettings(spacing=6.0)
+        made = write_cohort(tmp_path / name, 2, seed, settings)
+        for folder in (tmp_path / name / "HGG").iterdir():  # names of its own
+            for file in folder.iterdir():
+                file.rename(file.with_name(file.name.replace("PHANTOM", name)))
+            folder.rename(folder.with_name(folder.name.replace("PHANTOM", name)))
+        assert len(made) == 2
+    quickstart.prepare_cohort(tmp_path / "one", tmp_path / "store")
+    with pytest.raises(InputError, match=r"holds 2 cases that are not under .*two, such as"):
+        quickstart.prepare_cohort(tmp_path / "two", tmp_path / "store")
+    shutil.rmtree(tmp_path / "one")
+    quickstart.prepare_cohort(tmp_path / "two", tmp_path / "store")
+    assert all("_two_" in name for name in Store.open(tmp_path / "store").cases)
 
 
 def test_a_missing_cohort_is_one_sentence(tmp_path, capsys):
