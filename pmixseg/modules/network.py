@@ -33,7 +33,13 @@ from pmixseg.evaluation.segmentation import Segmentation
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.preparation import Preparation
-from pmixseg.modules.results import forget_examples, keep_example, warn_without_label, write_records
+from pmixseg.modules.results import (
+    check_place,
+    forget_examples,
+    keep_example,
+    warn_without_label,
+    write_records,
+)
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -202,6 +208,7 @@ class SegmentationNetwork(LightningModule, Described):
     def on_test_epoch_start(self) -> None:
         """Start with no records and no pictures of an earlier test."""
         self.records = []
+        check_place(self)
         forget_examples(self)
 
     def test_step(self, item: CaseItem, batch_idx: int) -> None:

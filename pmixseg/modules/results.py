@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
 from pmixseg.data.patches import CaseItem
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.cases import CasePrediction
 from pmixseg.evaluation.examples import Example, examples_of
 from pmixseg.evaluation.grouped import result_table
@@ -27,6 +28,20 @@ if TYPE_CHECKING:
 def run_folder(module: SegmentationNetwork) -> Path:
     """Where the trainer writes."""
     return Path(module.trainer.default_root_dir)
+
+
+@rank_zero_only
+def check_place(module: SegmentationNetwork) -> None:
+    """Find out before a long test, not after it, that its records could not be written.
+
+    Raises:
+        InputError: they could not.
+    """
+    path = run_folder(module) / module.evaluation.records
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 @rank_zero_only

@@ -102,6 +102,15 @@ def test_a_model_of_a_float32_store_segments_as_it_was_tested(phantom_root, tmp_
     assert not np.array_equal(seen[None], seen["float16"])
 
 
+def test_a_test_whose_records_cannot_be_written_does_not_begin(trained, phantom_store, tmp_path):
+    (tmp_path / "taken").touch()
+    module = load(trained)
+    module.test_step = lambda item, index: pytest.fail("a case was tested")
+    trainer = Trainer(default_root_dir=tmp_path / "taken" / "run", **QUIET)
+    with pytest.raises(InputError, match=r"records\.csv cannot be written \(.*irectory"):
+        trainer.test(module, data_of(phantom_store))
+
+
 def test_a_repeated_case_weighs_once_in_validation(phantom_store):
     """Three ranks and two cases: the third rank validates on a case of the first again."""
     assert [CaseSampler(2, rank, 3).indices for rank in range(3)] == [[0], [1], [0]]
