@@ -52,7 +52,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
     odd: dict[str, str] = {}
     for path in Tree.of(folder).files:
         name = path.relative_to(folder).as_posix()
-        reading = read_name(_stem(path), task.modalities)
+        reading = read_name(stem_of(path), task.modalities)
         if reading.kind == "label":
             labels.append(name)
         elif path.parent != folder:
@@ -118,7 +118,7 @@ def notes_on_strays(
     """
     unread: list[str] = []
     for path in strays:
-        reading = read_name(_stem(path), task.modalities)
+        reading = read_name(stem_of(path), task.modalities)
         if reading.kind in ("label", "foreign"):
             continue
         unread.append(path.name)
@@ -137,7 +137,8 @@ def notes_on_strays(
     )
 
 
-def _stem(path: Path) -> str:
+def stem_of(path: Path) -> str:
+    """Name of a NIfTI file without its ending, in lower case."""
     return path.name.lower().removesuffix(".gz").removesuffix(".nii")
 
 

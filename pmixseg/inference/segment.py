@@ -8,10 +8,17 @@ from pathlib import Path
 
 from pmixseg.data.layouts import Case, Layout, search
 from pmixseg.data.nifti import Source
+from pmixseg.data.sequences import modality_of
 from pmixseg.errors import InputError
 from pmixseg.evaluation.segment import SegmentSettings
 from pmixseg.evaluation.segmentation import Segmentation
-from pmixseg.inference.folders import FolderScans, notes_on_strays, scans_in, strays_of
+from pmixseg.inference.folders import (
+    FolderScans,
+    notes_on_strays,
+    scans_in,
+    stem_of,
+    strays_of,
+)
 from pmixseg.modules import SegmentationModule
 
 Progress = Callable[[int, int], None]
@@ -115,7 +122,7 @@ def segment_files(
     files = [p for s in images.values() if (p := _path_of(s)) is not None]
     outputs.check(called, files)
     found = module.segment(images, settings, codes=codes, name=called, progress=progress)
-    said = list(notes)
+    said = [*notes, *_contradicted(module, images, called)]
     if called == UNNAMED and len(files) > 1:
         # Scans of two patients in one atlas space often pass every test of their voxels.
         listed = ", ".join(f"{m} {p.name}" for m, s in images.items() if (p := _path_of(s)))
@@ -277,6 +284,17 @@ def common_name(images: Mapping[str, Source]) -> str:
 def _path_of(source: Source) -> Path | None:
     path = source[0] if isinstance(source, tuple) else source
     return Path(path) if isinstance(path, str | Path) else None
+
+
+def _contradicted(
+    module: SegmentationModule, images: Mapping[str, Source], name: str
+) -> Iterator[str]:
+    """Scans that are given as one modality, and by their names are surely another."""
+    for modality, source in images.items():
+        path = None if isinstance(source, tuple) else _path_of(source)
+        says = None if path is None else modality_of(stem_of(path), module.task.modalities)
+        if path is not None and says not in (None, modality):
+            yield f"case '{name}': {path.name} is given as {modality}, but its name says {says}."
 
 
 def _result(found: Segmentation, files: Mapping[str, Path]) -> CaseResult:

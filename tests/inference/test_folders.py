@@ -11,7 +11,7 @@ from pmixseg.data.layouts import find_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.segment import SegmentSettings
 from pmixseg.inference.folders import scans_in
-from pmixseg.inference.segment import Outputs, segment_folder
+from pmixseg.inference.segment import Outputs, segment_files, segment_folder
 from pmixseg.task import BRATS, Task
 
 PLAIN = Task("plain", ("flair", "t1"), ("tumour",), {"all": ("tumour",)})
@@ -145,3 +145,12 @@ def test_scans_that_a_dedicated_student_does_not_read_are_named(patient, case, t
     assert np.isclose(result.volumes["WT"], direct.volumes["WT"])
     (result,) = segment_folder(module, patient("other", t2="T2"), Outputs(tmp_path))
     assert "has t2, but this model reads t1" in result.problem
+
+
+def test_a_flag_that_a_files_name_contradicts_is_told(patient, model, tmp_path):
+    folder = patient(t1ce="x7_T1_CE", flair="x7_T2_FLAIR", t2="scan")
+    given = {"t1": "x7_T1_CE", "flair": "x7_T2_FLAIR", "t2": "scan"}
+    images = {m: folder / f"{name}.nii.gz" for m, name in given.items()}
+    result = segment_files(model, images, Outputs(tmp_path), name="x7")
+    (told,) = [w for w in result.warnings if "its name says" in w]
+    assert told == "case 'x7': x7_T1_CE.nii.gz is given as t1, but its name says t1ce."
