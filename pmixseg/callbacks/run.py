@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from pmixseg.errors import InputError, writing
@@ -151,7 +152,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
 class RunCheckpoint(ModelCheckpoint):
     """``<run>/checkpoints/{best,last}.ckpt``: the highest ``val/dice``, and the latest epoch.
 
-    Without validation there is no best epoch, only the last.
+    ``last`` is written after every training epoch, after its validation if it has one, and when
+    ``max_steps`` ends a training within an epoch; Lightning's ``save_last`` writes it only where
+    ``best`` improves, so what came later would be lost. A validation within an epoch
+    (``val_check_interval``) can write ``best`` there. Without validation there is no best epoch,
+    only the last.
 
     Args:
         run: the run folder.
@@ -166,6 +171,8 @@ class RunCheckpoint(ModelCheckpoint):
             save_last=True,
             enable_version_counter=False,
         )
+        self._to_compare = False
+        self._kept_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See :class:`ModelCheckpoint`."""
@@ -173,6 +180,84 @@ class RunCheckpoint(ModelCheckpoint):
         validated = trainer.limit_val_batches and (data is None or data.parts.val)
         if not validated:
             self.monitor, self.save_top_k = None, 0
+        self._to_compare, self._kept_at = False, -1
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none of the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the next epoch where a checkpoint is from the end of one.
+
+        With ``max_steps`` Lightning goes on within that epoch: it trains a batch too many, or
+        counts the epoch twice and so skips the data of the next. With ``max_epochs`` it does this.
+        """
+        super().on_train_start(trainer, pl_module)
+        loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            loop.epoch_loop.reset_restart_stage()
+            loop._restarting = False  # the setter refuses with max_steps
+            loop.epoch_loop.restarting = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare with the best, or leave that to the end of the epoch if this is its end.
+
+        A checkpoint from there is one of a whole epoch, which resuming does not validate again.
+        """
+        if not _saves(trainer):
+            return
+        if trainer.is_last_batch:
+            self._to_compare = True
+        else:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last, and the best if it is that; they are then one file with two names."""
+        if not _saves(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        # Both are the same to the byte, so the best has to know the other's path already.
+        self.last_model_path = self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST)
+        self._last_checkpoint_saved = ""
+        if self._to_compare:
+            self._to_compare = False
+            self._save_topk_checkpoint(trainer, candidates)
+        if not self._linked(trainer, self._last_checkpoint_saved):
+            self._save_last_checkpoint(trainer, candidates)
+        self._kept_at = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last if steps followed the last end of an epoch."""
+        if _saves(trainer) and self._kept_at != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _linked(self, trainer: Trainer, best: str) -> bool:
+        """Give a checkpoint just written the name of the last too, on every process' word."""
+        done = False
+        if best and isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO):
+            # Such a file is never written into, only replaced, so the other name keeps its content.
+            done = trainer.is_global_zero and _link(Path(best), Path(self.last_model_path))
+            done = bool(trainer.strategy.broadcast(done))
+        return done
+
+
+def _saves(trainer: Trainer) -> bool:
+    """Whether what happens is a training whose state is kept."""
+    fits = trainer.state.fn == TrainerFn.FITTING
+    return fits and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", False)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Put a hard link in place; not every disk has them."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        part.unlink(missing_ok=True)
+        part.hardlink_to(source)
+        part.replace(target)
+    except OSError:
+        return False
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)  # renaming a link to its own file does nothing
+    return True
