@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 from lightning.pytorch import LightningModule, Trainer
@@ -14,9 +14,14 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import Tensor
+from torch.nn import Module
 
 from pmixseg.errors import InputError, writing
 from pmixseg.modules.checkpoint import write_checkpoint
+
+Kept: TypeAlias = Literal["none", "before", "all"]
+"""Rows of an earlier file that stay: none, those before the first new step, or all."""
 
 FLUSH_ROWS = 20
 """Rows that may be lost when the machine fails; Lightning also saves at the end of a training."""
@@ -27,7 +32,8 @@ class RunLogger(Logger):
 
     Lightning's ``CSVLogger`` deletes an earlier file of the same folder, so a training that is
     resumed would lose its history. Here rows before the first new step are kept, rows from that
-    step on are those of the training that is resumed from a checkpoint before them.
+    step on are those of the training that is resumed from a checkpoint before them. A training
+    that resumes nothing starts the file anew; validating or testing keeps all of it.
 
     Args:
         run: the run folder.
@@ -39,6 +45,7 @@ class RunLogger(Logger):
         self._rows: list[dict[str, Any]] = []
         self._unsaved = 0
         self._history: pd.DataFrame | None = None
+        self._kept: Kept = "before"
 
     @property
     def path(self) -> Path:
@@ -65,6 +72,22 @@ class RunLogger(Logger):
         """Nothing: ``config.yaml`` stands beside the file."""
 
     @rank_zero_only
+    def log_graph(self, model: Module, input_array: Tensor | None = None) -> None:
+        """No graph: this is where Lightning lets a logger see what begins, before any metric."""
+        if not isinstance(model, LightningModule):
+            return
+        trainer = model.trainer
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._kept = "all"
+            return
+        resumes = trainer.ckpt_path is not None or trainer.global_step > 0
+        self._kept = "before" if resumes else "none"
+        # What this object has logged is in the file, and treated like the rest of it.
+        if self._unsaved:
+            self.save()
+        self._rows, self._unsaved, self._history = [], 0, None
+
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add a row, or to the row of the same step (validation and training of one epoch)."""
         if not self._rows:
@@ -78,12 +101,12 @@ class RunLogger(Logger):
             self.save()
 
     def _before(self, step: int) -> pd.DataFrame | None:
-        """What an earlier training logged before ``step``."""
-        if not self.path.is_file() or not self.path.stat().st_size:
+        """What the file keeps: of a training that is resumed, rows before ``step``."""
+        if self._kept == "none" or not self.path.is_file() or not self.path.stat().st_size:
             return None
         try:
             table = pd.read_csv(self.path)
-            return table[table["step"] < step]
+            return table if self._kept == "all" else table[table["step"] < step]
         except (OSError, ValueError, KeyError, TypeError) as error:
             rank_zero_warn(f"{self.path} is no log ({error}), so it is written anew.")
             return None

@@ -4,13 +4,14 @@ import multiprocessing
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from memory_data import MemoryData
+from memory_data import MemoryData, quiet_trainer
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import RunCheckpoint, RunLogger
@@ -20,23 +21,17 @@ from pmixseg.modules.checkpoint import write_checkpoint
 from pmixseg.task import BRATS
 
 
-def train(folder, width=2, **arguments):
+def train(folder, width=2, resume=None, logger=None, **arguments):
     module = StudentModule(backbone=MultiEncoderUNet(BRATS.modalities, 4, width=width, levels=2))
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
+    settings = {"limit_val_batches": 0, "limit_train_batches": 1, "log_every_n_steps": 1}
+    trainer = quiet_trainer(
+        folder,
         callbacks=[RunCheckpoint(folder)],
-        logger=RunLogger(folder),
-        limit_val_batches=0,
-        limit_train_batches=1,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        **arguments,
+        logger=RunLogger(folder) if logger is None else logger,
+        enable_checkpointing=True,
+        **{**settings, **arguments},
     )
-    trainer.fit(module, MemoryData())
+    trainer.fit(module, MemoryData(), ckpt_path=resume, weights_only=True)
     return trainer
 
 
@@ -57,6 +52,61 @@ def test_what_is_no_log_is_written_anew(tmp_path, content):
         logger.log_metrics({"train/loss": 1.0}, step=3)
     logger.finalize("success")
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [3]
+
+
+OLD = "epoch,step,gap/ratio\n-1,0,0.5\n0,0,0.4\n7,70,0.3\n"
+"""A log of an earlier training, with rows before and after those of the next."""
+
+
+def test_a_fresh_training_keeps_nothing_of_an_earlier_one(tmp_path):
+    (tmp_path / "metrics.csv").write_text(OLD)
+    logger = RunLogger(tmp_path)
+    train(tmp_path, logger=logger, limit_train_batches=2)
+    once = pd.read_csv(tmp_path / "metrics.csv")
+    assert "gap/ratio" not in once
+    assert set(once["step"]) == {1}  # the loss of an epoch of two steps
+    train(tmp_path, logger=logger)  # the same object again
+    assert set(pd.read_csv(tmp_path / "metrics.csv")["step"]) == {0}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_resumed_training_keeps_what_came_before(tmp_path, same):
+    logger = RunLogger(tmp_path)
+    train(tmp_path, logger=logger)
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    rest = pd.DataFrame({"epoch": [-1, 9], "step": [0, 90], "gap/ratio": [0.5, 0.3]})
+    pd.concat([table, rest]).to_csv(tmp_path / "metrics.csv", index=False)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    train(tmp_path, logger=logger if same else None, max_epochs=2, resume=last)
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert sorted(set(table["step"])) == [0, 1]
+    assert table["gap/ratio"].dropna().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_validating_after_a_training_keeps_its_log(tmp_path, same, monkeypatch):
+    """Its steps begin at 0 again, as those of a new training do."""
+    monkeypatch.setattr(MemoryData, "parts", SimpleNamespace(val=()), raising=False)
+    logger = RunLogger(tmp_path)
+    trainer = train(tmp_path, logger=logger, limit_train_batches=2)
+    before = pd.read_csv(tmp_path / "metrics.csv")
+
+    class Validated(StudentModule):
+        def on_validation_epoch_start(self): ...
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/dice", 0.5, batch_size=1)
+
+        def on_validation_epoch_end(self): ...
+
+    if not same:
+        trainer = quiet_trainer(tmp_path, logger=RunLogger(tmp_path))
+    module = Validated(backbone=MultiEncoderUNet(BRATS.modalities, 4, width=2, levels=2))
+    trainer.limit_val_batches = 1
+    trainer.validate(module, MemoryData().train_dataloader(), verbose=False)
+    after = pd.read_csv(tmp_path / "metrics.csv")
+    assert after["val/dice"].dropna().tolist() == [0.5]
+    pd.testing.assert_frame_equal(after.iloc[: len(before)][list(before)], before)
 
 
 def test_a_log_that_cannot_be_written_hides_no_other_error(tmp_path):
