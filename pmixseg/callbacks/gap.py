@@ -55,9 +55,9 @@ class GapMonitor(Callback, Described):
         pictures: draw the latents.
 
     Raises:
-        InputError: ``every``, ``cases`` or ``points`` below 1; when training starts: a backbone
-            without a latent per modality, no complete validation case, or a reference run that
-            has no gap.
+        InputError: ``every`` or ``cases`` below 1, or ``points`` below 2; when training starts: a
+            backbone without a latent per modality, no complete validation case, or a reference run
+            that has no gap.
     """
 
     def __init__(
@@ -69,9 +69,10 @@ class GapMonitor(Callback, Described):
         reference: str | Path | None = None,
         pictures: bool = True,
     ) -> None:
-        if min(every, cases, points) < 1:
+        if min(every, cases) < 1 or points < 2:
             raise InputError(
-                f"GapMonitor: every {every}, cases {cases} and points {points} must be 1 or more."
+                f"GapMonitor: every ({every}) and cases ({cases}) must be 1 or more, and points "
+                f"({points}) 2 or more."
             )
         self.levels = levels
         self.cases, self.points, self.every = cases, points, every
@@ -83,6 +84,12 @@ class GapMonitor(Callback, Described):
         self._last_step = -1
 
     # ---------------------------------------------------------------- Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier training; what a resumed one had measured is read after this."""
+        if stage == "fit" and not trainer.global_step:
+            self._guard, self._warned = {}, set()
+            self._validations, self._last_step = 0, -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what cannot be measured, and read the reference."""

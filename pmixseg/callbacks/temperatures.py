@@ -36,10 +36,11 @@ class TemperatureFitting(Callback):
 
     def __init__(self, out: str | Path, voxels_per_case: int = 20_000) -> None:
         self.out = Path(out)
+        self.voxels_per_case = voxels_per_case
         self.fit = TemperatureFit(voxels_per_case)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot be fitted.
+        """Begin anew, without cases of an earlier validation; refuse what cannot be fitted.
 
         Raises:
             InputError: several processes, or a model that no checkpoint holds.
@@ -50,6 +51,7 @@ class TemperatureFitting(Callback):
                 "--trainer.devices=1."
             )
         self._source(trainer, pl_module)
+        self.fit = TemperatureFit(self.voxels_per_case)
 
     def on_validation_batch_end(
         self,

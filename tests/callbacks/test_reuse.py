@@ -1,0 +1,71 @@
+"""A callback that serves twice begins anew: nothing of one run gets into the next."""
+
+import pytest
+import torch
+from memory_data import quiet_trainer, tiny
+
+from pmixseg.callbacks import GapMonitor, TemperatureFitting
+from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.errors import InputError
+from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.modules import StudentModule, load
+
+
+def data(store):
+    return BraTSDataModule(store, patch_size=16, batch_size=2, val_cases=1, seed=2)
+
+
+def student(seed):
+    torch.manual_seed(seed)
+    return StudentModule(backbone=tiny(), evaluation=EvaluationSettings(window=(24, 24, 16)))
+
+
+def fit(store, folder, seed, *callbacks, **arguments):
+    settings = {"limit_train_batches": 1, "num_sanity_val_steps": 0, **arguments}
+    trainer = quiet_trainer(folder, callbacks=list(callbacks), **settings)
+    trainer.fit(student(seed), data(store))
+    return trainer
+
+
+def test_temperatures_are_those_of_one_model(phantom_store, tmp_path):
+    for seed in (0, 1):
+        trainer = fit(phantom_store, tmp_path, seed, limit_val_batches=0)
+        trainer.save_checkpoint(tmp_path / f"{seed}.ckpt")
+
+    def fitted(fitting, seed):
+        module = load(tmp_path / f"{seed}.ckpt")
+        trainer = quiet_trainer(tmp_path, callbacks=[fitting])
+        trainer.validate(module, data(phantom_store), verbose=False)
+        return [fitting.fit.cross_entropy(shown, 1.0) for shown in (1, 2, 3, 4)]
+
+    twice = TemperatureFitting(tmp_path / "out.ckpt", voxels_per_case=500)
+    first = fitted(twice, 0)
+    again = fitted(twice, 1)
+    assert again == fitted(TemperatureFitting(tmp_path / "out.ckpt", voxels_per_case=500), 1)
+    assert again != first
+
+
+def test_a_monitor_guards_against_the_start_of_its_own_training(phantom_store, tmp_path):
+    def monitor():
+        return GapMonitor(cases=1, points=64, pictures=False, every=2)
+
+    twice, once = monitor(), monitor()
+    fit(phantom_store, tmp_path, 0, twice)
+    first = dict(twice._guard)
+    twice._warned.add("gap/level0/variance")
+    trainer = fit(phantom_store, tmp_path, 1, twice)
+    fit(phantom_store, tmp_path, 1, once)
+    assert twice._guard == once._guard != first
+    assert (twice._validations, twice._warned) == (once._validations, once._warned)
+    # The same training, told to go on, keeps what it began with.
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(student(1), data(phantom_store))
+    assert twice._guard == once._guard
+    assert twice._validations == 2
+
+
+@pytest.mark.parametrize("wrong", [{"points": 1}, {"points": 0}, {"cases": 0}, {"every": 0}])
+def test_a_monitor_needs_two_points(wrong):
+    with pytest.raises(InputError, match=r"1 or more, and points \(\d+\) 2 or more"):
+        GapMonitor(**wrong)
+    GapMonitor(points=2, cases=1)
