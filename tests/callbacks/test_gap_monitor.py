@@ -92,6 +92,15 @@ def test_changes_first_and_last_or_best(run, tmp_path):
     assert read_gap_changes(tmp_path / "none") == []
 
 
+def test_the_best_epoch_may_be_measured_when_training_ends(phantom_store, tmp_path):
+    train(phantom_store, tmp_path, GapMonitor(cases=1, pictures=False, every=9))
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    measured = table.dropna(subset=["gap/level1/ratio"])
+    assert measured["val/dice"].isna().all()
+    after = read_gap_changes(tmp_path, best=True)[1].after["ratio"]
+    assert after == measured["gap/level1/ratio"].iloc[-1]
+
+
 def test_it_changes_no_weight_and_no_random_number(phantom_store, tmp_path):
     with_it, _ = train(phantom_store, tmp_path / "a", GapMonitor(cases=2), epochs=2)
     one = torch.rand(3)
