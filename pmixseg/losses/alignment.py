@@ -33,6 +33,7 @@ from pmixseg.losses.distances import (
 from pmixseg.losses.gaussian import KL, VID
 from pmixseg.losses.joint import JointKL
 from pmixseg.losses.projections import SlotLinear
+from pmixseg.losses.ranks import SharedSums
 from pmixseg.losses.samples import MMD, SlicedWasserstein
 from pmixseg.types import Latents, Presence, Scalar
 
@@ -141,9 +142,10 @@ class Alignment(nn.Module):
         values: dict[int, Tensor] = {}
         with torch.autocast(device.type, enabled=False):
             for level in self.levels:
-                seen = self._view(latents, level, present, acquired)
+                sums = SharedSums()
+                seen = replace(self._view(latents, level, present, acquired), sums=sums)
                 distances = self.distance(seen, anchor, self.detach)
-                values[level] = mean_over_shown(distances, seen.shown)
+                values[level] = sums.settle(mean_over_shown(distances, seen.shown))
         return values
 
     def sample(self, latents: Latents, generator: torch.Generator | None = None) -> Latents:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, NormalAnchor, ProductAnchor
-from pmixseg.losses.ranks import sum_over_ranks
+from pmixseg.losses.ranks import SharedSums
 from pmixseg.types import Features, Presence, Scalar
 
 Detach = Literal["anchor", "none", "features"]
@@ -43,6 +43,8 @@ class LevelLatents:
         subset: slots that make the anchor (S): acquired and encoded.
         level: which level of the network.
         log_variance: of variational encoders, shaped and cleaned like ``features``.
+        sums: statistics are taken over all processes by these, and whoever gave them settles the
+            loss; ``None``: over this process's samples alone.
     """
 
     features: Features
@@ -50,6 +52,7 @@ class LevelLatents:
     subset: Presence
     level: int
     log_variance: Features | None = None
+    sums: SharedSums | None = None
 
 
 class Distance(nn.Module, Described, ABC):
@@ -122,26 +125,36 @@ def mean_over_shown(distances: PerSlot, shown: Presence) -> Scalar:
     return (total / shown.sum(1).clamp_min(1)).mean()
 
 
-def pooled_moments(features: Features, subset: Presence) -> tuple[Tensor, Tensor]:
+def pooled_moments(
+    features: Features, subset: Presence, sums: SharedSums | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean and population variance per channel, over samples, modalities and voxels.
 
-    The statistics are those of all processes together, and gradients flow through them.
+    Gradients flow through both.
 
     Args:
         features: ``[B, M, C, D, H, W]``, finite in every slot.
         subset: slots that count, ``[B, M]``.
+        sums: takes them over all processes; ``None``: over this one's samples.
 
     Returns:
         Two tensors ``[C]``; 0 where no slot counts.
     """
+    over_all = _as_it_is if sums is None else sums.add
     # Per slot first, then between slots: no difference of large sums, and masks on small tensors.
     variance, mean = torch.var_mean(features, (3, 4, 5), correction=0)
     counts = subset.to(mean)[:, :, None]
-    sums = sum_over_ranks(torch.cat([counts.sum().view(1), (counts * mean).sum((0, 1))]))
-    number = sums[0].clamp_min(1)
-    centre = sums[1:] / number
-    spread = sum_over_ranks((counts * (variance + (mean - centre).square())).sum((0, 1)))
+    totals = over_all(torch.cat([counts.sum().view(1), (counts * mean).sum((0, 1))]))
+    number = totals[0].detach().clamp_min(1)
+    centre = totals[1:] / number
+    # The sum of squares is least at the mean, so no gradient is lost by holding it still.
+    apart = (mean - centre.detach()).square()
+    spread = over_all((counts * (variance + apart)).sum((0, 1)))
     return centre, spread / number
+
+
+def _as_it_is(own: Tensor) -> Tensor:
+    return own
 
 
 def standardise(latents: LevelLatents, epsilon: float) -> LevelLatents:
@@ -150,11 +163,11 @@ def standardise(latents: LevelLatents, epsilon: float) -> LevelLatents:
     The statistics are shared by all modalities: a scale of its own for each would hide the very
     gap that is to be closed. They are not detached, so no gradient points along the scale.
     """
-    centre, variance = pooled_moments(latents.features, latents.subset)
+    centre, variance = pooled_moments(latents.features, latents.subset, latents.sums)
     shape = (1, 1, -1, 1, 1, 1)
     scale = (variance + epsilon).rsqrt()
     features = (latents.features - centre.view(shape)) * scale.view(shape)
-    return LevelLatents(features, latents.shown, latents.subset, latents.level)
+    return replace(latents, features=features, log_variance=None)
 
 
 class MSE(Distance):
@@ -198,7 +211,7 @@ class NMSE(Distance):
         """See the class."""
         features, target = point_and_target(latents, anchor, detach)
         numerator = 0.5 * (features - target).square().mean((2, 3, 4, 5))
-        _, variance = pooled_moments(latents.features, latents.subset)
+        _, variance = pooled_moments(latents.features, latents.subset, latents.sums)
         return numerator / (variance.mean() + self.epsilon)
 
 

@@ -6,23 +6,66 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pmixseg.types import Scalar
+
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum of ``value`` over all processes; ``value`` itself where there is only one.
+    """Sum of ``value`` over all processes, through which no gradient flows.
 
-    The gradient is the sum of the gradients of all processes. With DDP's mean over processes it
-    is what one process on the joined batch computes, if every process adds the *mean* over its
-    own samples to the loss and all have as many. Every process must call this equally often.
+    Every process must call this equally often.
 
     Args:
         value: any shape, the same on all processes.
     """
-    if not _several():
-        return value
-    from torch.distributed.nn.functional import all_reduce  # absent from builds without distributed
-
-    total: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]  # torch ships no type
+    total = value.detach().clone()
+    if _several():
+        dist.all_reduce(total)
     return total
+
+
+class SharedSums:
+    r"""Sums over all processes, with gradients that travel in the forward pass.
+
+    A loss :math:`L_r(x_r, S)` with :math:`S = \sum_q s_q(x_q)` gives every process a gradient
+    through S of all losses, :math:`\frac{\partial s_q}{\partial x_q}^T \sum_r
+    \frac{\partial L_r}{\partial S}`. Left to autograd, the inner sum would be taken in the backward
+    pass, amid DDP's own reductions, and at another place among them where processes skip
+    different encoders: tensors of different meaning would be added up. So :meth:`settle` takes it
+    in the forward pass, where every process does the same in the same order.
+
+    With DDP's mean over processes the gradient is what one process on the joined batch computes,
+    if every process adds the *mean* over its own samples to the loss and all have as many.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, own: Tensor) -> Tensor:
+        """Sum of ``own`` over all processes; ``own`` itself where there is only one."""
+        if not _several():
+            return own
+        total = sum_over_ranks(own)
+        if torch.is_grad_enabled():
+            self._sums.append((own, total.requires_grad_()))
+        return total
+
+    def settle(self, loss: Scalar) -> Scalar:
+        """The same loss, with its gradient through the sums; once, when it is complete.
+
+        Args:
+            loss: of this process, computed from what :meth:`add` gave.
+        """
+        totals = [total for _, total in self._sums]
+        slopes = [torch.zeros_like(total) for total in totals]
+        if totals and loss.requires_grad:
+            slopes = list(
+                torch.autograd.grad(loss, totals, retain_graph=True, materialize_grads=True)
+            )
+        for (own, _), slope in zip(self._sums, slopes, strict=True):
+            of_all = sum_over_ranks(slope)  # on every process, whatever it has to send
+            if own.requires_grad:
+                loss = loss + (of_all * (own - own.detach())).sum()
+        return loss
 
 
 def gather_constants(value: Tensor) -> Tensor:

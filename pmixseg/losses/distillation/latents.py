@@ -15,7 +15,7 @@ from pmixseg.losses.distances import mean_over_shown, pooled_moments
 from pmixseg.losses.distillation.pairing import LatentTerm, Pair, SlotwiseTerm, mean_latent
 from pmixseg.losses.distillation.term import Network, full_precision
 from pmixseg.losses.gaussian import floored_variance, raw_of_unit_variance
-from pmixseg.losses.ranks import gather_constants
+from pmixseg.losses.ranks import SharedSums, gather_constants
 from pmixseg.types import Batch, Features, Scalar, SegOutput
 
 
@@ -93,7 +93,7 @@ class LatentMatch(LatentTerm):
             known = teacher.latents.present[pair.teacher].any(1, keepdim=True)
             if self.target == "fused":
                 features, shown = mean_latent(features, shown), shown.any(1, keepdim=True)
-        _, variance = pooled_moments(target, known)
+        _, variance = pooled_moments(target, known, SharedSums())
         difference = self.to_teacher(features, pair) - target
         distances = difference.square().mean((2, 3, 4, 5)) / (variance.mean() + self.epsilon)
         return mean_over_shown(distances, shown)
@@ -140,7 +140,7 @@ class SubsetMatch(LatentTerm):
         known = teacher.latents.present[pair.teacher]
         raw = full_precision(teacher.latents.features[pair.teacher].detach())
         target = mean_latent(hide(raw, known), known)
-        _, variance = pooled_moments(target, known.any(1, keepdim=True))
+        _, variance = pooled_moments(target, known.any(1, keepdim=True), SharedSums())
         difference = mean_latent(features, shown) - target
         distances = difference.square().mean((2, 3, 4, 5)) / (variance.mean() + self.epsilon)
         return mean_over_shown(distances, shown.any(1, keepdim=True))
