@@ -143,6 +143,16 @@ class RegionFusion(nn.Module):
         return z
 
 
+def _region_means(x: Tensor, regions: Tensor) -> Tensor:
+    """Mean over voxels of every channel times every region, ``[B, R, M·C]``."""
+    # [B, R, V] @ [B, V, M·C]: every modality's mean in every region at once.
+    parts, rows = voxel_rows(regions).transpose(1, 2), voxel_rows(x)
+    if rows.dtype != torch.float16:
+        return torch.bmm(parts, rows) / rows.shape[1]
+    with torch.autocast(x.device.type, enabled=False):  # a sum over voxels is beyond float16
+        return torch.bmm(parts.float(), rows.float()) / rows.shape[1]
+
+
 class RegionAwareFusion(nn.Module):
     r"""Fuse the modalities of a level region by region, with a short cut beside it.
 
@@ -183,10 +193,7 @@ class RegionAwareFusion(nn.Module):
         flags = latents.present[level]
         regions = regions.detach().to(x.dtype)
         mean = regions.float().mean((2, 3, 4))[:, :, None] + 1e-7
-        # [B, R, V] @ [B, V, M·C]: every modality's mean in every region at once.
-        rows = voxel_rows(x)
-        sums = torch.bmm(voxel_rows(regions).transpose(1, 2), rows)
-        inside = masked_weight(sums / rows.shape[1], flags) / mean
+        inside = masked_weight(_region_means(x, regions), flags) / mean
         descriptors = torch.cat([inside, mean], 2).unbind(1)
         weights = [weigh(some) for weigh, some in zip(self.modal_fusion, descriptors, strict=True)]
         mixing = masked_weight(self._spread(torch.stack(weights, 1)), flags)

@@ -137,3 +137,19 @@ def test_a_fill_does_not_reach_the_separate_decoder():
     filled = net.decode(replace(latents, features=full, present=flags, cache={}))
     assert torch.equal(plain.extras["separate"], filled.extras["separate"])
     assert not torch.allclose(plain.logits, filled.logits)
+
+
+def test_region_means_of_a_large_window_in_float16():
+    """110592 voxels of 1 in one region: their sum is beyond float16, their mean is 1."""
+    torch.manual_seed(0)
+    module = RegionAwareFusion(2, 4, 3)
+    features = torch.ones(1, 2, 4, 48, 48, 48)
+    latents = Latents([features.half()], ("a", "b"), [torch.ones(1, 2, dtype=torch.bool)])
+    regions = torch.zeros(1, 3, 48, 48, 48)
+    regions[:, 0] = 1.0
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        half = torch.cat(module(latents, 0, regions), 1)
+    with torch.no_grad():
+        plain = torch.cat(module(replace(latents, features=[features], cache={}), 0, regions), 1)
+    assert bool(half.isfinite().all())
+    torch.testing.assert_close(half.float(), plain, rtol=0.02, atol=0.02)
