@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pmixseg.errors import InputError
 from pmixseg.evaluation.comparison_text import as_primitives, as_text
+from pmixseg.evaluation.directions import DIRECTIONS, direction_of
 from pmixseg.evaluation.monotonicity import violations
 from pmixseg.evaluation.paired_tests import (
     LEVEL,
@@ -31,7 +32,6 @@ from pmixseg.evaluation.paired_tests import (
 KEY = ["case", "combination", "region"]
 ENOUGH_PAIRS = 8
 ENOUGH_CASES = 20
-LOWER_IS_BETTER = ("hd95", "asd", "lesion_hd95", "ece", "brier")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ def compare(
     primary = paired_t(differences)
     per_case = differences.mean(axis=0)
     cells = dice if measure == "dice" else _aligned([*a, *b], measure, said)
+    if measure not in DIRECTIONS:
+        said.append(f"'{measure}' is a column of your own: the higher number counts as a win.")
+    if direction_of(measure) == "zero":
+        cells = cells.abs()
+        said.append(f"'{measure}' has a sign: its distance from 0 is compared.")
     exploratory = _exploratory(cells, len(a), measure)
     said += _limits(primary, len(cases), exploratory)
     return Comparison(
@@ -155,6 +160,11 @@ def _check(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], measure: str) -
                         f"{where}: '{column}' is no column of numbers that methods can be compared "
                         f"by; choose one of {', '.join(known)}, or test the run again."
                     )
+            if len(run) and direction_of(measure) is None:
+                raise InputError(
+                    f"{where}: '{measure}' has no better direction, so nobody can win by it; "
+                    f"choose one of {', '.join(c for c in known if direction_of(c))}."
+                )
             if run.duplicated(KEY).any():
                 twice = run.loc[run.duplicated(KEY), KEY].iloc[0].tolist()
                 raise InputError(f"{where} has {twice} twice; give every run a table of its own.")
@@ -199,7 +209,7 @@ def _exploratory(cells: pd.DataFrame, pairs: int, measure: str) -> pd.DataFrame:
         differences = values[:pairs] - values[pairs:]
         low, high = two_way_bootstrap(differences, 2000)
         per_case = differences.mean(axis=0)
-        better, worse, _ = _wins(-per_case if measure in LOWER_IS_BETTER else per_case)
+        better, worse, _ = _wins(per_case if direction_of(measure) == "higher" else -per_case)
         rows.append(
             {
                 "region": region,
