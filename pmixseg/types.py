@@ -6,7 +6,7 @@ Letters: b samples, m modalities, c channels or classes, d h w voxels, k combina
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NotRequired, TypedDict
 
 import torch
@@ -74,6 +74,12 @@ class Latents:
                 "were given; encode again with the smaller combination instead."
             )
         return replace(self, present=[p & present.to(p.device) for p in self.present])
+
+    def slots_only(self) -> Latents:
+        """The same slots without what a backbone keeps beside them for auxiliary decoders."""
+        if type(self) is Latents:
+            return self
+        return Latents(**{f.name: getattr(self, f.name) for f in fields(Latents) if f.init})
 
     def masked(self, level: int) -> Tensor:
         """Features of one level with absent slots exactly 0, ``[B, M, C, D, H, W]``."""

@@ -65,6 +65,7 @@ class Distillation(TermCallback):
                 f"{self.name}.weight is {self.weight} and the terms {taught} need a teacher, but "
                 f"{self.name}.teacher names no checkpoint."
             )
+        self._check_subsets(module)
         teacher = self.load_teacher() if taught else None
         if teacher is not None and teacher.task.to_dict() != module.task.to_dict():
             raise InputError(
@@ -82,6 +83,22 @@ class Distillation(TermCallback):
                 anchor=source.anchor,
             )
         return DistillationLoss(teacher, self.terms, student=module)
+
+    def _check_subsets(self, module: SegmentationModule) -> None:
+        """Refuse terms that compare the student with its own, unchanged output."""
+        if module.draws and module.shows_subsets:
+            return
+        alone = len(module.backbone.slots) == 1
+        empty = [
+            name for name, t in self.terms.items() if t.self_taught and (t.needs_subsets or alone)
+        ]
+        if empty:
+            raise InputError(
+                f"{self.name}.terms: {empty} compare a network with itself on fewer sequences, but "
+                f"this {type(module).__name__} hides none in training, so that they or a part of "
+                "them are 0; use a StudentModule of several sequences that draws subsets (no "
+                "combination, or a sampler), or leave the terms out."
+            )
 
     def load_teacher(self) -> SegmentationModule:
         """The teacher, frozen and in eval mode."""
@@ -156,7 +173,11 @@ SECOND_DRAW = 0x5DEECE66D
 
 @torch.no_grad()
 def _lesson(teacher: SegmentationModule, batch: Batch, *, drawn: bool) -> SegOutput:
-    """What a module makes of everything acquired, or of a combination drawn apart."""
+    """What a module makes of everything acquired, or of a combination drawn apart, as at test.
+
+    Auxiliary decoders do not run, and nothing in it is random: no term reads the one or wants the
+    other.
+    """
     image = batch["image"]
     if teacher.device != image.device:
         teacher.to(image.device)
@@ -164,4 +185,10 @@ def _lesson(teacher: SegmentationModule, batch: Batch, *, drawn: bool) -> SegOut
     if drawn:
         seen = teacher.draw_present(cast(Batch, {**batch, "key": batch["key"] ^ SECOND_DRAW}))
     seen = teacher.columns(seen)
-    return teacher.decode(teacher.encode(teacher.columns(image), seen))
+    training = [part for part in teacher.backbone.modules() if part.training]
+    try:
+        teacher.backbone.eval()
+        return teacher.decode(teacher.encode(teacher.columns(image), seen))
+    finally:
+        for part in training:
+            part.training = True

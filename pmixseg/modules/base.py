@@ -85,6 +85,9 @@ class SegmentationModule(SegmentationNetwork):
 
     # ---------------------------------------------------------------- training
 
+    draws: bool = True
+    """Whether a training step may show less than what is acquired."""
+
     encodes_hidden: bool = False
     """Whether training encodes everything acquired even if no term looks at it."""
 

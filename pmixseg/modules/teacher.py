@@ -25,6 +25,8 @@ class TeacherModule(SegmentationModule):
         kwargs: see :class:`~pmixseg.modules.base.SegmentationModule`.
     """
 
+    draws = False
+
     def __init__(self, fill_weight: float = 0.5, **kwargs: Any) -> None:
         self.fill_weight = fill_weight
         super().__init__(**kwargs)
@@ -42,7 +44,9 @@ class TeacherModule(SegmentationModule):
         if self.anchor is None or not self.anchor.learned or not self.fill_weight:
             return super().extra_loss(latents, batch, parts)
         drawn = self.sampler.draw(batch["key"], batch["acquired"], self.task.modalities)
-        output = self.decode(latents.restrict(self.columns(drawn)))
+        # Auxiliary decoders of single modalities have seen these latents in the main pass.
+        hidden = latents.slots_only().restrict(self.columns(drawn))
+        output = self.decode(hidden)
         parts["seg_filled"] = self.segmentation_loss(output, batch)
         return self.fill_weight * parts["seg_filled"]
 

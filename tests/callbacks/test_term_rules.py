@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from memory_data import MemoryData, quiet_trainer, tiny
 
+from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment, TermCallback
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
@@ -255,3 +256,27 @@ def test_learned_anchor_moves_and_is_logged(tmp_path):
     weights = [trainer.logged_metrics[f"anchor/level0/{m}"].item() for m in module.modalities]
     assert sum(weights) == pytest.approx(1, abs=1e-5)
     assert max(abs(w - 0.25) for w in weights) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("combination", "term", "refused"),
+    [
+        ("flair+t1", SubsetMatch(), True),
+        ("flair+t1", SelfDistillation(), True),
+        ("flair+t1", SelfDistillation(logit_weight=0.0), False),
+        ("t1", SelfDistillation(logit_weight=0.0), True),
+        (None, SubsetMatch(), False),
+        ("teacher", SubsetMatch(), True),
+        ("teacher", SelfDistillation(logit_weight=0.0), False),
+    ],
+)
+def test_a_self_taught_term_that_could_only_be_0_is_refused(combination, term, refused):
+    net = MultiEncoderUNet(width=4, levels=2)
+    teacher = combination == "teacher"
+    module = TeacherModule(backbone=net) if teacher else StudentModule(combination, backbone=net)
+    callback = Distillation(weight=1.0, terms={"self": term})
+    if not refused:
+        callback.build_term(module)
+        return
+    with pytest.raises(InputError, match="hides none in training"):
+        callback.build_term(module)

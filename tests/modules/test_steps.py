@@ -7,11 +7,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
-from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
+from pmixseg.backbones import EarlyFusion, MultiEncoderUNet, RFNet, rfnet
+from pmixseg.backbones.slots import decode_slots
+from pmixseg.callbacks import Distillation
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.cases import EvaluationSettings
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
+from pmixseg.losses.distillation import SelfDistillation
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.task import BRATS, Task
@@ -263,3 +266,22 @@ def test_a_foreign_network_gets_whole_gradients_in_bf16_on_a_cpu(batch):
     assert bool(half.isfinite().all())
     assert (half - wide).norm() < 0.1 * wide.norm()
     assert not any(layer._forward_hooks for layer in module.modules())
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_separate_decoder_runs_once_in_a_step(batch, monkeypatch, taught):
+    """Not again in the teacher's pass on filled slots, nor in a lesson of the student's own."""
+    calls = []
+
+    def counted(*given):
+        calls.append(1)
+        return decode_slots(*given)
+
+    monkeypatch.setattr(rfnet, "decode_slots", counted)
+    module = (StudentModule if taught else TeacherModule)(backbone=RFNet(width=4)).train()
+    if taught:
+        lessons = Distillation(weight=1.0, terms={"self": SelfDistillation()})
+        module.add_term("distill", lessons.build_term(module), TermWeight(1.0))
+    step(module, batch).backward()
+    assert len(calls) == 1
+    assert all(part.training for part in module.modules())

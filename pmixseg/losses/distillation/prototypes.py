@@ -112,6 +112,8 @@ class SelfDistillation(DistillationTerm):
         super().__init__(weight)
         self.logit = LogitKL(logit_weight, temperature)
         self.prototype = PrototypeMatch(prototype_weight, strides)
+        # Prototypes compare each latent with the anchor of all, which differ with nothing hidden.
+        self.needs_subsets = logit_weight > 0
 
     def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
         """Pair the levels of the prototypes."""

@@ -40,6 +40,7 @@ class DistillationTerm(nn.Module, Described, ABC):
     Attributes:
         couples_samples: see :class:`~pmixseg.losses.distances.Distance`.
         self_taught: the teacher is the student network itself.
+        needs_subsets: some part of a self-taught term is 0 where nothing is hidden in training.
         lesson: what the teacher is shown: everything ``acquired``, or a combination ``drawn``
             by the student's own sampler, apart from the student's draw (only if self-taught).
 
@@ -49,6 +50,7 @@ class DistillationTerm(nn.Module, Described, ABC):
 
     couples_samples: bool = False
     self_taught: bool = False
+    needs_subsets: bool = True
     lesson: Literal["acquired", "drawn"] = "acquired"
 
     def __init__(self, weight: float = 1.0) -> None:
