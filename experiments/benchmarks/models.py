@@ -3,11 +3,10 @@
     python experiments/benchmarks/models.py [--only rfnet unet]
 
 Operations (2 per multiply-add, in billions) are counted by ``torch.utils.flop_counter`` for one
-forward pass of all sequences at the stated patch. Freed memory is kept, as every command of this
-package does. A training step is forward, Dice + cross-entropy
+forward pass of all sequences at the stated patch. A training step is forward, Dice + cross-entropy
 and backward of one patch in a process of its own: processor seconds of one thread, and how much the
 largest resident set (``ru_maxrss``) grew. Testing is one window, every combination of four
-sequences.
+sequences. Freed memory is kept, as every command of this package does.
 """
 
 import argparse
