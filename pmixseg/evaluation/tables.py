@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pmixseg.errors import InputError
+from pmixseg.evaluation.directions import direction_of
 from pmixseg.evaluation.records import Records
 from pmixseg.task import Combination, Task, format_combination
 
@@ -29,7 +30,6 @@ class Measure:
         unit: of what is printed.
         scale: what is printed per unit of the column.
         digits: after the decimal point.
-        higher: more is better.
     """
 
     column: str
@@ -37,7 +37,11 @@ class Measure:
     unit: str
     scale: float = 1.0
     digits: int = 1
-    higher: bool = True
+
+    @property
+    def higher(self) -> bool:
+        """Whether more is better."""
+        return direction_of(self.column) == "higher"
 
     def show(self, value: float, digits: int | None = None) -> str:
         """A scaled value as text, a dash where there is none."""
@@ -46,9 +50,9 @@ class Measure:
 
 
 DICE = Measure("dice", "Dice", "%", scale=100, digits=2)
-HD95 = Measure("hd95", "HD95", "mm", higher=False)
-ECE = Measure("ece", "ECE", "%", scale=100, digits=2, higher=False)
-BRIER = Measure("brier", "Brier score", "× 100", scale=100, digits=2, higher=False)
+HD95 = Measure("hd95", "HD95", "mm")
+ECE = Measure("ece", "ECE", "%", scale=100, digits=2)
+BRIER = Measure("brier", "Brier score", "× 100", scale=100, digits=2)
 
 
 @dataclass(frozen=True)
