@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pmixseg.callbacks import Distillation, GapMonitor, PmixAlignment
     from pmixseg.data.datamodule import BraTSDataModule
     from pmixseg.errors import InputError
-    from pmixseg.evaluation.segment import SegmentSettings
-    from pmixseg.evaluation.segmentation import Segmentation
+    from pmixseg.evaluation.prediction.scans import SegmentSettings
+    from pmixseg.evaluation.prediction.segmentation import Segmentation
     from pmixseg.modules import SegmentationModule, StudentModule, TeacherModule, load
     from pmixseg.task import BRATS, Task
 
@@ -51,8 +51,8 @@ _HOMES = {
     "InputError": "pmixseg.errors",
     "MultiEncoderUNet": "pmixseg.backbones",
     "PmixAlignment": "pmixseg.callbacks",
-    "SegmentSettings": "pmixseg.evaluation.segment",
-    "Segmentation": "pmixseg.evaluation.segmentation",
+    "SegmentSettings": "pmixseg.evaluation.prediction.scans",
+    "Segmentation": "pmixseg.evaluation.prediction.segmentation",
     "SegmentationModule": "pmixseg.modules",
     "StudentModule": "pmixseg.modules",
     "Task": "pmixseg.task",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pmixseg.errors import InputError
+from pmixseg.old_paths import current_path
 
 _RESTRICTED: ContextVar[tuple[str, ...] | None] = ContextVar("restricted", default=None)
 
@@ -116,7 +118,30 @@ def _path_of(obj: Any, where: str) -> str:
             f"{where}: {obj.__qualname__} is defined inside a function, so no checkpoint can name "
             "it; move it to the top of a module."
         )
-    return f"{obj.__module__}.{obj.__qualname__}"
+    return public_path(obj)
+
+
+def public_path(obj: Any) -> str:
+    """Return the shortest dotted path under which a package exports a class.
+
+    A file may move to another folder of its package; what ``__all__`` exports may not. So a
+    checkpoint names ``pmixseg.losses.DiceCE``, and never the file that holds the class today.
+
+    Args:
+        obj: a class or function. One that no package exports keeps the path of its module.
+
+    Example:
+        >>> from pmixseg.losses.segmentation import DiceCE
+        >>> public_path(DiceCE)
+        'pmixseg.losses.DiceCE'
+    """
+    parts, name = obj.__module__.split("."), obj.__qualname__
+    for count in range(1, len(parts)):
+        package = sys.modules.get(".".join(parts[:count]))
+        exported = name in getattr(package, "__all__", ()) and getattr(package, name, None) is obj
+        if exported:
+            return ".".join([*parts[:count], name])
+    return f"{obj.__module__}.{name}"
 
 
 def is_description(value: Any) -> bool:
@@ -149,6 +174,7 @@ def find_class(class_path: str, trusted: Iterable[str] | None = None) -> Any:
     Raises:
         InputError: not importable, or not trusted.
     """
+    class_path = current_path(class_path)
     names = _RESTRICTED.get() if trusted is None else tuple(trusted)
     if names is not None and not any(class_path.startswith(f"{name}.") for name in names):
         module = class_path.rsplit(".", 1)[0]

@@ -23,13 +23,13 @@ from rich.console import Console
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, GapMonitor, PmixAlignment, RunCheckpoint, RunLogger
 from pmixseg.data.augment import Augmentation
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.layouts import find_cases
-from pmixseg.data.phantom import PhantomSettings, write_cohort
-from pmixseg.data.prepare import prepare
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.data.store.prepare import prepare
 from pmixseg.errors import InputError
-from pmixseg.evaluation.records import Records
-from pmixseg.evaluation.report import write_report
+from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.report.page import write_report
 from pmixseg.losses import DiceCE, MixtureAnchor
 from pmixseg.modules import (
     OneCycle,

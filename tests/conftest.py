@@ -34,7 +34,7 @@ def real_root() -> Path:
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory) -> Path:
     """Eight synthetic cases at 5 mm."""
-    from pmixseg.data.phantom import PhantomSettings, write_cohort
+    from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 
     root = tmp_path_factory.mktemp("phantom")
     write_cohort(root, 8, seed=3, settings=PhantomSettings(spacing=SPACING))
@@ -44,8 +44,8 @@ def phantom_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def phantom_store(phantom_root, tmp_path_factory) -> Path:
     """Their store."""
-    from pmixseg.data.layouts import find_cases
-    from pmixseg.data.prepare import prepare
+    from pmixseg.data.cohorts.layouts import find_cases
+    from pmixseg.data.store.prepare import prepare
 
     out = tmp_path_factory.mktemp("store")
     report = prepare(find_cases(phantom_root, BRATS), out, BRATS, progress=False)

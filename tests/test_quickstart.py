@@ -7,10 +7,10 @@ import pytest
 
 from pmixseg import quickstart
 from pmixseg.cli import main
-from pmixseg.data.phantom import PhantomSettings, write_cohort
-from pmixseg.data.store import Store
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.data.store.store import Store
 from pmixseg.errors import InputError
-from pmixseg.evaluation.records import Records
+from pmixseg.evaluation.records.records import Records
 
 
 @pytest.fixture(autouse=True)

@@ -23,15 +23,15 @@ from study import (
 )
 
 from pmixseg.data.augment import Augmentation
+from pmixseg.data.cohorts.layouts import find_cases, load_layout
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.layouts import find_cases, load_layout
 from pmixseg.data.masks import CaseMasks, CovariateMasks, Flags, MaskableCase
-from pmixseg.data.phantom import PhantomSettings, write_cohort
-from pmixseg.data.phantom_contrast import Scanner
-from pmixseg.data.phantom_task import label_codes, write_layout
-from pmixseg.data.prepare import prepare
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.data.phantom.contrast import Scanner
+from pmixseg.data.phantom.task import label_codes, write_layout
 from pmixseg.data.splits import SplitJson
-from pmixseg.data.store import Store
+from pmixseg.data.store.prepare import prepare
+from pmixseg.data.store.store import Store
 from pmixseg.task import BRATS, format_combination
 
 

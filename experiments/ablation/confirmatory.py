@@ -10,9 +10,9 @@ from arms import ANCHORS, ARMS, HYPOTHESES, Weights, confirm_jobs
 from results import REGIONS, Results, markdown, percent
 from study import Job
 
-from pmixseg.evaluation.paired_tests import holm
-from pmixseg.evaluation.statistics import Comparison, compare
-from pmixseg.losses.gap import Gap
+from pmixseg.evaluation.comparison.comparison import Comparison, compare
+from pmixseg.evaluation.comparison.paired_tests import holm
+from pmixseg.evaluation.gap.measure import Gap
 from pmixseg.task import BRATS
 
 

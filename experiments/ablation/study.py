@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pmixseg.data.phantom_contrast import CONTRASTS
+from pmixseg.data.phantom.contrast import CONTRASTS
 from pmixseg.task import BRATS, Task
 
 
@@ -72,7 +72,7 @@ class Cohort:
     Args:
         modalities: its sequences.
         dependence: correlation between the modalities' errors
-            (:class:`pmixseg.data.phantom_contrast.Scanner`).
+            (:class:`pmixseg.data.phantom.contrast.Scanner`).
     """
 
     modalities: tuple[str, ...] = BRATS.modalities

@@ -22,12 +22,12 @@ from torch.nn.functional import adaptive_avg_pool3d
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.evaluation.cases import EvaluationSettings
-from pmixseg.evaluation.metrics import region_dice
+from pmixseg.evaluation.gap.measure import measure_gap, voxel_vectors
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.losses import DiceCE
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.distillation import DistillationTerm, LatentMatch, LogitKL
-from pmixseg.losses.gap import measure_gap, voxel_vectors
 from pmixseg.losses.joint import JointKL
 from pmixseg.modules import OneCycle, SegmentationModule, StudentModule, TeacherModule, load
 from pmixseg.task import BRATS, format_combination

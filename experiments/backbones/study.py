@@ -37,13 +37,13 @@ from pmixseg.backbones import (
 )
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.data.augment import Augmentation
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.layouts import find_cases
-from pmixseg.data.phantom import PhantomSettings, write_cohort
-from pmixseg.data.prepare import prepare
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.data.splits import SplitJson
-from pmixseg.evaluation.cases import EvaluationSettings
-from pmixseg.evaluation.metrics import region_dice
+from pmixseg.data.store.prepare import prepare
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.losses import DiceCE, MixtureAnchor
 from pmixseg.modules import OneCycle, StudentModule
 from pmixseg.task import BRATS, format_combination

@@ -39,10 +39,10 @@ from torch import Tensor, nn
 
 from pmixseg.backbones import MultiEncoderUNet, RFNet
 from pmixseg.cli.allocator import keep_freed_memory
-from pmixseg.data.canonical import canonicalise
-from pmixseg.data.layouts import find_cases
-from pmixseg.evaluation.windows import predict_combinations
-from pmixseg.inference.official import import_official
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.scans.canonical import canonicalise
+from pmixseg.evaluation.prediction.windows import predict_combinations
+from pmixseg.inference.published_weights import import_official
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.segmentation import DiceCE
 from pmixseg.task import BRATS

@@ -25,7 +25,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pmixseg.evaluation.metrics import CaseMetrics, Conventions
+from pmixseg.evaluation.scores.metrics import CaseMetrics, Conventions
 from pmixseg.task import BRATS
 
 LabelMap = NDArray[np.uint8]

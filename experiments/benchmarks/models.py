@@ -33,7 +33,7 @@ from pmixseg.backbones import (
     ShaSpec,
 )
 from pmixseg.cli.allocator import keep_freed_memory
-from pmixseg.evaluation.windows import predict_combinations
+from pmixseg.evaluation.prediction.windows import predict_combinations
 from pmixseg.losses import DiceCE
 
 SIDE = 80

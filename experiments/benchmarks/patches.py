@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pmixseg.data.augment import Augmentation
-from pmixseg.data.layouts import find_cases
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.patches import PatchDataset, collate_patches
-from pmixseg.data.phantom import write_cohort
-from pmixseg.data.store import Store, prepare
+from pmixseg.data.phantom.cohort import write_cohort
+from pmixseg.data.store.store import Store, prepare
 from pmixseg.task import BRATS
 
 PATCH = (80, 80, 80)

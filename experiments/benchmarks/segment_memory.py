@@ -40,7 +40,7 @@ def segment(folder: Path, given: argparse.Namespace) -> dict[str, float]:
     """Segment the case in this process, and say what it took."""
     import torch
 
-    from pmixseg.evaluation.segment import SegmentSettings
+    from pmixseg.evaluation.prediction.scans import SegmentSettings
     from pmixseg.inference.segment import Outputs, segment_files
     from pmixseg.modules import StudentModule
     from pmixseg.modules.preparation import Preparation

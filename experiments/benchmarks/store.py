@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from isal import igzip, isal_zlib
 
-from pmixseg.data.layouts import Case, find_cases
-from pmixseg.data.store import Store, StoredCase, prepare
-from pmixseg.data.stored import copy_box
+from pmixseg.data.cohorts.layouts import Case, find_cases
+from pmixseg.data.store.store import Store, StoredCase, prepare
+from pmixseg.data.store.stored import copy_box
 from pmixseg.task import BRATS
 
 PATCH = 80

@@ -19,13 +19,13 @@ from torch import Tensor
 from pmixseg import BRATS, BraTSDataModule, PmixAlignment, SegmentationModule, StudentModule
 from pmixseg.backbones import April2025Network, MultiEncoderUNet
 from pmixseg.backbones.april2025 import channel_mixing
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.keys import make_key
-from pmixseg.data.layouts import find_cases
 from pmixseg.data.missing import UniformCombinations
-from pmixseg.data.phantom import PhantomSettings, write_cohort
-from pmixseg.data.prepare import prepare
-from pmixseg.evaluation.cases import EvaluationSettings
-from pmixseg.evaluation.latents import sample_latents
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.data.store.prepare import prepare
+from pmixseg.evaluation.gap.latents import sample_latents
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.losses import Alignment, July2025Alignment, July2025Anchor, MixtureAnchor
 from pmixseg.losses.official import INITIAL_DEVIATION, fill_july_2025
 from pmixseg.modules import July2025Student

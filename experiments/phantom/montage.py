@@ -18,7 +18,7 @@ from matplotlib.colors import ListedColormap
 from numpy.typing import NDArray
 from PIL import Image
 
-from pmixseg.data.phantom import PhantomSettings, make_case
+from pmixseg.data.phantom.cohort import PhantomSettings, make_case
 from pmixseg.task import BRATS
 
 WINDOW = (slice(44, 196), slice(26, 222))

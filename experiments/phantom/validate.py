@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from pmixseg.data.phantom import PhantomSettings, make_case
+from pmixseg.data.phantom.cohort import PhantomSettings, make_case
 from pmixseg.task import BRATS, Combination, format_combination, presence
 
 PUBLISHED = Path(__file__).with_name("rfnet_brats2018.csv")

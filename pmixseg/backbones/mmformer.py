@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pmixseg.backbones.attention import TransformerLayer
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.blocks import (
+from pmixseg.backbones.layers.attention import TransformerLayer
+from pmixseg.backbones.layers.blocks import (
     SLOPE,
     Decoder,
     Encoder,
@@ -20,8 +20,8 @@ from pmixseg.backbones.blocks import (
     SeparateDecoder,
     initialise,
 )
-from pmixseg.backbones.lean import LeanConv3d
-from pmixseg.backbones.norm import norm_act
+from pmixseg.backbones.layers.lean import LeanConv3d
+from pmixseg.backbones.layers.norm import norm_act
 from pmixseg.backbones.slots import (
     EncodedLatents,
     SlotConv,

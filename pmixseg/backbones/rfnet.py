@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.blocks import (
+from pmixseg.backbones.layers.blocks import (
     SLOPE,
     Decoder,
     Encoder,
@@ -23,9 +23,9 @@ from pmixseg.backbones.blocks import (
     SeparateDecoder,
     initialise,
 )
-from pmixseg.backbones.lean import CONCATENATED, LeanConv3d, voxel_rows
-from pmixseg.backbones.norm import norm_act
-from pmixseg.backbones.regions import mix_regions
+from pmixseg.backbones.layers.lean import CONCATENATED, LeanConv3d, voxel_rows
+from pmixseg.backbones.layers.norm import norm_act
+from pmixseg.backbones.layers.regions import mix_regions
 from pmixseg.backbones.slots import (
     EncodedLatents,
     SlotConv,
@@ -126,7 +126,7 @@ class RegionFusion(nn.Module):
         )
 
     def forward(self, x: Tensor, mixing: Tensor, regions: Tensor) -> Tensor:
-        """Fuse ``p_r Σ_k α_kr x_k``; see :func:`~pmixseg.backbones.regions.mix_regions`.
+        """Fuse ``p_r Σ_k α_kr x_k``; see :func:`~pmixseg.backbones.layers.regions.mix_regions`.
 
         Args:
             x: ``[B, M·C, D, H, W]``.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.lean import CONCATENATED, LeanConv3d
-from pmixseg.backbones.norm import NormAct
+from pmixseg.backbones.layers.lean import CONCATENATED, LeanConv3d
+from pmixseg.backbones.layers.norm import NormAct
 from pmixseg.backbones.slots import (
     EncodedLatents,
     check_input,

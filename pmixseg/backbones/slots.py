@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pmixseg.backbones.lean import fast_layout, is_channels_last, mix_channels
+from pmixseg.backbones.layers.lean import fast_layout, is_channels_last, mix_channels
 from pmixseg.errors import InputError
 from pmixseg.types import Image, Latents, Presence
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.lean import LeanConv3d
-from pmixseg.backbones.norm import norm_act
+from pmixseg.backbones.layers.lean import LeanConv3d
+from pmixseg.backbones.layers.norm import norm_act
 from pmixseg.backbones.slots import EncodedLatents, check_input, encode_slots, join_levels
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS

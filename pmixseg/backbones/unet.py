@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.lean import LeanConv3d
-from pmixseg.backbones.norm import NormAct
+from pmixseg.backbones.layers.lean import LeanConv3d
+from pmixseg.backbones.layers.norm import NormAct
 from pmixseg.backbones.slots import SlotConv, check_input, encode_slots, join_levels
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS

@@ -14,16 +14,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
-from pmixseg.evaluation.figures import save_png
-from pmixseg.evaluation.gap_figure import projection_figure
-from pmixseg.evaluation.latents import (
+from pmixseg.evaluation.gap.latents import (
     LatentSample,
     centre_window,
     named_subsets,
     sample_latents,
 )
+from pmixseg.evaluation.gap.measure import COLLAPSE_SHARE, Gap
+from pmixseg.evaluation.report.figures import save_png
+from pmixseg.evaluation.report.latents_figure import projection_figure
 from pmixseg.losses.alignment import resolve_levels
-from pmixseg.losses.gap import COLLAPSE_SHARE, Gap
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.task import format_combination
 
@@ -35,10 +35,10 @@ class GapMonitor(Callback, Described):
     """Measures the gap before training, after validations and at the end (METHOD.md 5).
 
     Logged for every level l under ``gap/level<l>/``: the numbers of
-    :class:`~pmixseg.losses.gap.Gap` (``numerator``, ``variance`` and ``effective_rank`` apart, and
-    ``ratio``, the gap), ``collapsed`` (0 or 1), and the ratio among every smaller combination,
-    ``ratio/flair+t1``; ``gap/ratio`` is the mean over levels. The row of ``metrics.csv`` from
-    before the first step has epoch -1. Scatter plots of the latents, before and after, go to
+    :class:`~pmixseg.evaluation.gap.measure.Gap` (``numerator``, ``variance`` and
+    ``effective_rank`` apart, and ``ratio``, the gap), ``collapsed`` (0 or 1), and the ratio
+    among every smaller combination, ``ratio/flair+t1``; ``gap/ratio`` is the mean over levels.
+    The row of ``metrics.csv`` from before the first step has epoch -1. Scatter plots of the latents, before and after, go to
     wandb and TensorBoard, and as files into ``<run>/gap`` with any other logger.
 
     It changes nothing: no gradient, no random number, no weight. Process 0 measures the same

@@ -10,8 +10,8 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from pmixseg.data.outputs import write_labels, write_volume
-from pmixseg.evaluation.cases import CasePrediction
+from pmixseg.data.scans.outputs import write_labels, write_volume
+from pmixseg.evaluation.prediction.cases import CasePrediction
 
 
 class PredictionWriter(BasePredictionWriter):

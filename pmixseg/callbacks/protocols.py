@@ -18,7 +18,7 @@ from pmixseg.data.keys import make_key
 from pmixseg.data.missing import MissingnessSampler
 from pmixseg.describe import Described, build
 from pmixseg.errors import InputError
-from pmixseg.evaluation.records import Row, gather_rows
+from pmixseg.evaluation.records.records import Row, gather_rows
 from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.task import Combination, format_combination, parse_combination, presence
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError
-from pmixseg.evaluation.calibration import TemperatureFit, Temperatures
+from pmixseg.evaluation.scores.calibration import TemperatureFit, Temperatures
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import write_temperatures
 from pmixseg.task import Task

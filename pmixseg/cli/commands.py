@@ -68,9 +68,9 @@ def _phantom(subparsers: Any) -> None:
     parser.add_argument("--workers", type=int, default=2)
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.data.phantom import PhantomSettings, write_cohort
-        from pmixseg.data.phantom_contrast import Scanner
-        from pmixseg.data.phantom_task import label_codes, read_contrasts, write_layout
+        from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+        from pmixseg.data.phantom.contrast import Scanner
+        from pmixseg.data.phantom.task import label_codes, read_contrasts, write_layout
 
         task = read_task(args.task)
         codes = label_codes(task, dict(text.partition("=")[::2] for text in args.labels))
@@ -104,7 +104,7 @@ def _inspect(subparsers: Any) -> None:
     _cohort_flags(parser)
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.data.inspection import inspect_cohort
+        from pmixseg.data.cohorts.inspection import inspect_cohort
 
         task = read_task(args.task)
         inspection = inspect_cohort(
@@ -131,8 +131,8 @@ def _prepare(subparsers: Any) -> None:
     )
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.data.layouts import find_cases
-        from pmixseg.data.prepare import prepare
+        from pmixseg.data.cohorts.layouts import find_cases
+        from pmixseg.data.store.prepare import prepare
 
         task = read_task(args.task)
         cases = find_cases(args.root, task, layout=args.layout)
@@ -159,7 +159,7 @@ def _report(subparsers: Any) -> None:
     parser.add_argument("--no-images", action="store_true", help="leave out pictures of scans")
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.evaluation.report import write_report
+        from pmixseg.evaluation.report.page import write_report
 
         console.print(f"wrote {write_report(args.runs, args.out, images=not args.no_images)}")
         return 0
@@ -177,10 +177,10 @@ def _compare(subparsers: Any) -> None:
     parser.add_argument("-o", "--out", type=Path, help="also write everything as JSON")
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.data.outputs import write_json
-        from pmixseg.evaluation.matching import matching_notes
-        from pmixseg.evaluation.records import read_comparable
-        from pmixseg.evaluation.statistics import compare
+        from pmixseg.data.scans.outputs import write_json
+        from pmixseg.evaluation.comparison.comparison import compare
+        from pmixseg.evaluation.comparison.matching import matching_notes
+        from pmixseg.evaluation.records.records import read_comparable
 
         runs = read_comparable([*args.a, *args.b])
         a, b = runs[: len(args.a)], runs[len(args.a) :]

@@ -15,8 +15,8 @@ from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task, format_combination
 
 if TYPE_CHECKING:
-    from pmixseg.data.nifti import Source
-    from pmixseg.evaluation.segment import SegmentSettings
+    from pmixseg.data.scans.nifti import Source
+    from pmixseg.evaluation.prediction.scans import SegmentSettings
     from pmixseg.inference.segment import CaseResult
     from pmixseg.modules import SegmentationModule
 
@@ -149,7 +149,7 @@ def segmented(
 
 def settings_of(given: argparse.Namespace) -> SegmentSettings:
     """The flags under "how"."""
-    from pmixseg.evaluation.segment import SegmentSettings
+    from pmixseg.evaluation.prediction.scans import SegmentSettings
 
     return SegmentSettings(
         tta=given.tta,

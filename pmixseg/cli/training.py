@@ -29,7 +29,7 @@ from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe, find_class
 from pmixseg.errors import InputError, writing
-from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
 from pmixseg.trust import check_description, trusted

@@ -23,7 +23,7 @@ def _import(subparsers: Any) -> None:
     parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.inference.official import DIFFERENCE, import_official
+        from pmixseg.inference.published_weights import DIFFERENCE, import_official
 
         found = import_official(args.kind, args.file, read_task(args.task))
         path = found.save(args.out)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pmixseg.data.augment import Augmentation
+    from pmixseg.data.cohorts.layouts import LAYOUTS, Case, Layout, find_cases
     from pmixseg.data.datamodule import BraTSDataModule
-    from pmixseg.data.layouts import LAYOUTS, Case, Layout, find_cases
     from pmixseg.data.masks import CaseMasks, CovariateMasks, MaskFile, RandomMasks, SiteMasks
     from pmixseg.data.missing import (
         Bernoulli,
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
         SplitPlan,
         WholeCohort,
     )
-    from pmixseg.data.store import PrepareReport, Store, StoredCase, prepare
+    from pmixseg.data.store.store import PrepareReport, Store, StoredCase, prepare
     from pmixseg.data.torchio_transform import TorchIOTransform
 
 _HOME = {
     "augment": ("Augmentation",),
     "datamodule": ("BraTSDataModule",),
-    "layouts": ("LAYOUTS", "Case", "Layout", "find_cases"),
+    "cohorts.layouts": ("LAYOUTS", "Case", "Layout", "find_cases"),
     "masks": ("CaseMasks", "CovariateMasks", "MaskFile", "RandomMasks", "SiteMasks"),
     "missing": (
         "Bernoulli",
@@ -60,7 +60,7 @@ _HOME = {
         "SplitPlan",
         "WholeCohort",
     ),
-    "store": ("PrepareReport", "Store", "StoredCase", "prepare"),
+    "store.store": ("PrepareReport", "Store", "StoredCase", "prepare"),
     "torchio_transform": ("TorchIOTransform",),
 }
 

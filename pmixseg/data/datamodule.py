@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pmixseg.data.augment import Augmentation
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.keys import make_key
-from pmixseg.data.layouts import find_cases
 from pmixseg.data.masks import CaseMasks, Flags, MaskFile
 from pmixseg.data.patches import (
     CaseDataset,
@@ -28,7 +28,7 @@ from pmixseg.data.patches import (
 )
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler
 from pmixseg.data.splits import Fractions, Split, SplitPlan
-from pmixseg.data.store import Store, StoredCase, prepare
+from pmixseg.data.store.store import Store, StoredCase, prepare
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task

@@ -90,8 +90,8 @@ class CaseSampler(DistributedSampler[int]):
     """Deals cases to ranks in turn, every case once; only a rank left with nothing repeats one.
 
     (A rank without a batch would skip the loop that the others wait in.) Results are keyed by case
-    id (validation's too, :class:`~pmixseg.evaluation.case_scores.CaseMeans`), so the repetition
-    changes no number.
+    id (validation's too, :class:`~pmixseg.evaluation.scores.case_scores.CaseMeans`), so the
+    repetition changes no number.
 
     Args:
         cases: number of cases.

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from pmixseg.errors import InputError
-from pmixseg.evaluation.segmentation import NOTICE
-from pmixseg.evaluation.sidecar import checkpoint_identity
+from pmixseg.evaluation.prediction.segmentation import NOTICE
+from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.inference.bundle import write_bundle
 from pmixseg.inference.tracing import FixedCombination
 from pmixseg.modules import SegmentationModule

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmixseg.data.cases import Case, Found, Tree
-from pmixseg.data.sequences import read_name
+from pmixseg.data.cohorts.cases import Case, Found, Tree
+from pmixseg.data.cohorts.sequences import read_name
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
@@ -34,7 +34,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
 
     Every NIfTI file of the folder must be accounted for: a scan that is left out, or taken for
     another sequence, changes the result without a word. See
-    :mod:`pmixseg.data.sequences` for how names are read.
+    :mod:`pmixseg.data.cohorts.sequences` for how names are read.
 
     Args:
         folder: holds the files itself.

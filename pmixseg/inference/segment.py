@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pmixseg.data.layouts import Case, Layout, search
-from pmixseg.data.nifti import Source
-from pmixseg.data.sequences import modality_of
+from pmixseg.data.cohorts.layouts import Case, Layout, search
+from pmixseg.data.cohorts.sequences import modality_of
+from pmixseg.data.scans.nifti import Source
 from pmixseg.errors import InputError
-from pmixseg.evaluation.segment import SegmentSettings
-from pmixseg.evaluation.segmentation import Segmentation
+from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.inference.folders import (
     FolderScans,
     notes_on_strays,
@@ -47,7 +47,7 @@ class Outputs:
     compress: bool = True
 
     def write(self, result: Segmentation) -> dict[str, Path]:
-        """Write one result; see :meth:`~pmixseg.evaluation.segmentation.Segmentation.save`."""
+        """Write one result; see :meth:`pmixseg.Segmentation.save`."""
         return result.save(
             self.folder,
             probabilities=self.probabilities,
@@ -156,7 +156,7 @@ def segment_folder(
         root: the folder of a cohort or a case.
         outputs: where to.
         settings: how.
-        layout: see :func:`~pmixseg.data.layouts.find_cases`.
+        layout: see :func:`~pmixseg.data.cohorts.layouts.find_cases`.
         progress: called with (windows done, windows in all), over all cases as if they were of
             equal size.
 

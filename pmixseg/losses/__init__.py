@@ -6,8 +6,6 @@
   ``gaussian``, ``samples`` and ``joint``.
 * :mod:`~pmixseg.losses.distillation`: terms between a student and a teacher.
 * :mod:`~pmixseg.losses.official`: the authors' public snippets to the letter, for comparison.
-* :mod:`~pmixseg.losses.bounds` and :mod:`~pmixseg.losses.gap`: the theory's identities, and the
-  gap between modalities in numbers.
 
 Terms that couple the samples of a batch sum or gather over processes (``ranks``), so that DDP
 equals one process; only ``DiceCE(batch_dice=True)`` is exempt.

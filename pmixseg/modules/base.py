@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from pmixseg.backbones.base import Backbone
-from pmixseg.backbones.unwritten import repair_gradients
+from pmixseg.backbones.layers.bf16_gradients import repair_gradients
 from pmixseg.data.keys import make_key
 from pmixseg.data.missing import MissingnessSampler
 from pmixseg.describe import build
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight

@@ -13,8 +13,8 @@ import torch
 
 from pmixseg.describe import build, describe, restricted
 from pmixseg.errors import InputError, disk_error
-from pmixseg.evaluation.calibration import Temperatures
-from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.scores.calibration import Temperatures
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.payload import FORMAT, check_terms, preparation_of
 from pmixseg.task import Task

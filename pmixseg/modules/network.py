@@ -13,27 +13,27 @@ from torch import Tensor
 
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.unet import MultiEncoderUNet
-from pmixseg.data.canonical import STORE_DTYPE
 from pmixseg.data.missing import MissingnessSampler, UniformCombinations
-from pmixseg.data.nifti import Source
 from pmixseg.data.patches import CaseItem
+from pmixseg.data.scans.canonical import STORE_DTYPE
+from pmixseg.data.scans.nifti import Source
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
-from pmixseg.evaluation.case_scores import CaseMeans
-from pmixseg.evaluation.cases import (
+from pmixseg.evaluation.prediction.cases import (
     CasePrediction,
     EvaluationSettings,
     predict_case,
     score_case,
 )
-from pmixseg.evaluation.metrics import region_dice
-from pmixseg.evaluation.postprocess import check_steps
-from pmixseg.evaluation.segment import Recipe, SegmentSettings, segment_scans
-from pmixseg.evaluation.segmentation import Segmentation
+from pmixseg.evaluation.prediction.postprocess import check_steps
+from pmixseg.evaluation.prediction.scans import Recipe, SegmentSettings, segment_scans
+from pmixseg.evaluation.prediction.segmentation import Segmentation
+from pmixseg.evaluation.scores.case_scores import CaseMeans
+from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.preparation import Preparation
-from pmixseg.modules.results import (
+from pmixseg.modules.recording import (
     check_place,
     forget_examples,
     keep_example,
@@ -280,7 +280,7 @@ class SegmentationNetwork(LightningModule, Described):
             progress: called with (windows done, windows in all).
 
         Raises:
-            InputError: see :func:`pmixseg.evaluation.segment.segment_scans`.
+            InputError: see :func:`pmixseg.evaluation.prediction.scans.segment_scans`.
         """
         settings = settings or SegmentSettings()
         evaluation = settings.over(self.evaluation)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmixseg.data.canonical import NORMALISATION
+from pmixseg.data.scans.canonical import NORMALISATION
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pmixseg.data.keys import uniform
 from pmixseg.data.missing import MissingnessSampler, UniformSizes
 from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import CasePrediction
-from pmixseg.evaluation.segmentation import Segmentation
+from pmixseg.evaluation.prediction.cases import CasePrediction
+from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.student import StudentModule
 from pmixseg.task import Combination

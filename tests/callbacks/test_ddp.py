@@ -4,14 +4,14 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback
-from memory_data import MemoryData, quiet_trainer, tiny
 
 from pmixseg.callbacks import Distillation, PmixAlignment
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.splits import WholeCohort
-from pmixseg.evaluation.cases import EvaluationSettings
-from pmixseg.evaluation.records import Records
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.records.records import Records
 from pmixseg.modules import StudentModule, TeacherModule, load
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 pytestmark = pytest.mark.ddp
 

@@ -5,11 +5,11 @@ import datetime
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from memory_data import MemoryData, quiet_trainer
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.modules import StudentModule
+from tests.callbacks.memory_data import MemoryData, quiet_trainer
 
 ALL, LAST = (True, True, True, True), (False, False, False, True)
 

@@ -18,8 +18,8 @@ from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.masks import MaskFile
 from pmixseg.data.splits import WholeCohort
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import EvaluationSettings
-from pmixseg.evaluation.gap_changes import read_gap_changes
+from pmixseg.evaluation.gap.changes import read_gap_changes
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules import StudentModule
 from pmixseg.task import BRATS
 

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from memory_data import MemoryData, Samples, quiet_trainer, tiny
 from torch.utils.data import DataLoader
 
 from pmixseg.callbacks import RunCheckpoint
 from pmixseg.callbacks import run as run_module
 from pmixseg.modules import StudentModule
 from pmixseg.modules.checkpoint import write_checkpoint
+from tests.callbacks.memory_data import MemoryData, Samples, quiet_trainer, tiny
 
 STEPS = 2
 """Steps of one epoch of :class:`Data`."""

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from memory_data import quiet_trainer, tiny
 
 from pmixseg.callbacks import GapMonitor, TemperatureFitting
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules import StudentModule, load
+from tests.callbacks.memory_data import quiet_trainer, tiny
 
 
 def data(store):

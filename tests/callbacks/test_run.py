@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from memory_data import MemoryData, quiet_trainer
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import RunCheckpoint, RunLogger
@@ -19,6 +18,7 @@ from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import write_checkpoint
 from pmixseg.task import BRATS
+from tests.callbacks.memory_data import MemoryData, quiet_trainer
 
 
 def train(folder, width=2, resume=None, logger=None, **arguments):

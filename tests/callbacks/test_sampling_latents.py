@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from memory_data import MemoryData, quiet_trainer, tiny
 
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.errors import InputError
 from pmixseg.losses.term import TermWeight
 from pmixseg.modules import StudentModule
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 
 def build(sample, batch_of=2):

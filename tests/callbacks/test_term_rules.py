@@ -4,7 +4,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from memory_data import MemoryData, quiet_trainer, tiny
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment, TermCallback
@@ -14,6 +13,7 @@ from pmixseg.losses.distillation import SelfDistillation, SubsetMatch
 from pmixseg.losses.term import Term
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 
 class Pull(Term):

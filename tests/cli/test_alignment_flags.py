@@ -4,9 +4,9 @@ import math
 
 import pytest
 import yaml
-from presets import SMALL_UNET, fit, metrics
 
 from pmixseg.losses.alignment import DISTANCES
+from tests.cli.presets import SMALL_UNET, fit, metrics
 
 STUDENT = ["brats2018/student.yaml", *SMALL_UNET, "--align.weight=0.1"]
 NORMAL = "--align.anchor=pmixseg.losses.NormalAnchor"

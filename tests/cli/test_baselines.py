@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
-from presets import EXPERIMENTS, fit, metrics
 
 from pmixseg.modules import load
+from tests.cli.presets import EXPERIMENTS, fit, metrics
 
 FOLDER = EXPERIMENTS / "baselines"
 NETWORK = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pmixseg.cli import main
-from pmixseg.evaluation.records import Records
-from pmixseg.evaluation.sidecar import Sidecar
+from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.task import BRATS, format_combination
 
 WHERE = Sidecar(BRATS, conventions={"percentile": "pooled"})

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import yaml
-from presets import EXPERIMENTS, fit, metrics
 
 from pmixseg.modules import load
+from tests.cli.presets import EXPERIMENTS, fit, metrics
 
 SMALL = ["--model.backbone.width=4", "--model.backbone.levels=4"]
 TERMS = {

@@ -2,9 +2,9 @@
 
 import pandas as pd
 import pytest
-from presets import SMALL_UNET, fit
 
 from pmixseg.cli import main
+from tests.cli.presets import SMALL_UNET, fit
 
 STUDENT = ["brats2018/student.yaml", *SMALL_UNET]
 

@@ -6,14 +6,14 @@ import shutil
 import pandas as pd
 import pytest
 import yaml
-from presets import EXPERIMENTS, SMALL_UNET, fit
 
 from pmixseg.callbacks.protocols import frequencies, protocol_scores
 from pmixseg.cli import main
 from pmixseg.data.missing import FixedList, UniformCombinations
-from pmixseg.data.store import Store
+from pmixseg.data.store.store import Store
 from pmixseg.modules import StudentModule, load
 from pmixseg.task import BRATS
+from tests.cli.presets import EXPERIMENTS, SMALL_UNET, fit
 
 SAMPLERS = {
     "uniform": "UniformCombinations",

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from presets import SMALL_UNET, fit, metrics
 
 from pmixseg.backbones import April2025Network
 from pmixseg.losses import April2025Alignment
 from pmixseg.modules import July2025Student, StudentModule, load
+from tests.cli.presets import SMALL_UNET, fit, metrics
 
 NETWORK = {
     "class_path": "pmixseg.backbones.April2025Network",

@@ -2,14 +2,14 @@
 
 import pandas as pd
 import pytest
-from presets import EXPERIMENTS
 
 from pmixseg.cli import main
 from pmixseg.cli.commands import read_task
-from pmixseg.data.phantom_task import label_codes
-from pmixseg.data.store import Store
+from pmixseg.data.phantom.task import label_codes
+from pmixseg.data.store.store import Store
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
+from tests.cli.presets import EXPERIMENTS
 
 TASKS = EXPERIMENTS / "other_tasks"
 LABELS = {

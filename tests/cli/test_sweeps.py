@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from presets import EXPERIMENTS
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from pmixseg.cli import main
 from pmixseg.modules import load
+from tests.cli.presets import EXPERIMENTS
 
 ROOT = EXPERIMENTS.parent
 FOLDER = EXPERIMENTS / "sweeps"

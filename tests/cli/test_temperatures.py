@@ -9,9 +9,9 @@ import torch
 
 from pmixseg import BraTSDataModule
 from pmixseg.cli import main
-from pmixseg.data.layouts import find_cases
-from pmixseg.evaluation.calibration import reliability
-from pmixseg.evaluation.records import Records
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.scores.calibration import reliability
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.payload import payload_of
 from pmixseg.modules.preparation import Preparation

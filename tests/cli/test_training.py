@@ -11,7 +11,7 @@ import yaml
 
 import pmixseg.modules
 from pmixseg.cli import main
-from pmixseg.evaluation.records import Records
+from pmixseg.evaluation.records.records import Records
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint
 
@@ -62,7 +62,7 @@ def test_fit_leaves_a_run(teacher_run):
 
 def test_checkpoint_holds_primitives_and_the_preparation(teacher_run):
     payload = read_checkpoint(teacher_run / "checkpoints" / "last.ckpt")["pmixseg"]
-    assert payload["class_path"] == "pmixseg.modules.teacher.TeacherModule"
+    assert payload["class_path"] == "pmixseg.TeacherModule"
     assert payload["patch"] == [16, 16, 16]
     assert payload["normalisation"] == "zscore-own-mask"
     assert payload["spacing"] is None

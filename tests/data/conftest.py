@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pmixseg.data.layouts import Case
+from pmixseg.data.cohorts.layouts import Case
 from pmixseg.task import BRATS
 
 LPS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])

@@ -8,9 +8,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pmixseg.data.layouts import find_cases
-from pmixseg.data.nifti import ScanReader
-from pmixseg.data.store import Store, prepare
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.scans.nifti import ScanReader
+from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 

@@ -10,14 +10,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pmixseg.data import splits
 from pmixseg.data.augment import Augmentation
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.keys import make_key
-from pmixseg.data.layouts import find_cases
 from pmixseg.data.masks import RandomMasks
 from pmixseg.data.patches import CaseDataset, PatchDataset, collate_patches
 from pmixseg.data.sampling import EpochSampler
 from pmixseg.data.splits import Fractions, KFold, Split, SplitJson, WholeCohort
-from pmixseg.data.store import Store, prepare
+from pmixseg.data.store.store import Store, prepare
 from pmixseg.data.torchio_transform import TorchIOTransform
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS

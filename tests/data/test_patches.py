@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pmixseg.data.layouts import find_cases
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.patches import CaseDataset, PatchDataset, PatchTransform, collate_patches
-from pmixseg.data.store import Store, prepare
+from pmixseg.data.store.store import Store, prepare
 from pmixseg.task import BRATS
 
 ACQUIRED = (True, False, True, True)

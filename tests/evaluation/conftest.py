@@ -1,11 +1,11 @@
 """Made-up results, shared by the tests of tables and reports."""
 
 import pytest
-from made_up import made_up_rows
 
-from pmixseg.evaluation.records import Records
-from pmixseg.evaluation.sidecar import Sidecar
+from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.task import BRATS
+from tests.evaluation.made_up import made_up_rows
 
 
 @pytest.fixture

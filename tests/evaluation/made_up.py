@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from pmixseg.evaluation.examples import Example
-from pmixseg.evaluation.records import Records
-from pmixseg.evaluation.sidecar import Sidecar
+from pmixseg.evaluation.records.examples import Example
+from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.task import BRATS, format_combination
 
 

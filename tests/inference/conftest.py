@@ -3,9 +3,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny_models import save, tiny_student
 
 from pmixseg.modules import load
+from tests.inference.tiny_models import save, tiny_student
 
 
 @pytest.fixture(scope="session")

@@ -8,20 +8,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tiny_models import Glance, save, tiny_student
 from torch import nn
 
 from pmixseg.backbones import Backbone, MultiEncoderUNet
 from pmixseg.cli import main
-from pmixseg.data.canonical import canonicalise
-from pmixseg.data.grids import on_one_grid
-from pmixseg.data.layouts import find_cases
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.scans.canonical import canonicalise
+from pmixseg.data.scans.grids import on_one_grid
 from pmixseg.errors import InputError
 from pmixseg.inference.export import FACTS, export
 from pmixseg.inference.tracing import FixedCombination
 from pmixseg.modules import load
 from pmixseg.task import BRATS
 from pmixseg.types import Latents, SegOutput
+from tests.inference.tiny_models import Glance, save, tiny_student
 
 PAIR = ("flair", "t1")
 

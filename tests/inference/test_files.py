@@ -6,13 +6,12 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny_models import save, tiny_student
 
 from pmixseg.cli import main
-from pmixseg.data.layouts import find_cases
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.errors import InputError
-from pmixseg.evaluation.segment import SegmentSettings
-from pmixseg.evaluation.sidecar import file_hash
+from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.evaluation.records.sidecar import file_hash
 from pmixseg.inference.segment import (
     Outputs,
     channels_of,
@@ -20,6 +19,7 @@ from pmixseg.inference.segment import (
     segment_folder,
 )
 from pmixseg.task import BRATS
+from tests.inference.tiny_models import save, tiny_student
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,15 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_models import tiny_student
 
 from pmixseg.cli import main
-from pmixseg.data.layouts import find_cases
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.errors import InputError
-from pmixseg.evaluation.segment import SegmentSettings
+from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.inference.folders import scans_in
 from pmixseg.inference.segment import Outputs, segment_files, segment_folder
 from pmixseg.task import BRATS, Task
+from tests.inference.tiny_models import tiny_student
 
 PLAIN = Task("plain", ("flair", "t1"), ("tumour",), {"all": ("tumour",)})
 

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 import torch
 from nibabel.processing import resample_to_output
-from tiny_models import Glance, tiny_student
 
-from pmixseg.data.layouts import find_cases
-from pmixseg.data.prepare import prepare
-from pmixseg.data.store import Store
-from pmixseg.evaluation import segment
-from pmixseg.evaluation.segment import SegmentSettings
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.store.prepare import prepare
+from pmixseg.data.store.store import Store
+from pmixseg.evaluation.prediction import scans as segment
+from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.modules import StudentModule
 from pmixseg.task import BRATS
+from tests.inference.tiny_models import Glance, tiny_student
 
 pytestmark = pytest.mark.real
 

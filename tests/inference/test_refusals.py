@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 from nibabel.processing import resample_to_output
 from scipy import ndimage
-from tiny_models import tiny_student
 
-from pmixseg.data.canonical import canonicalise
-from pmixseg.data.grids import on_one_grid
-from pmixseg.data.layouts import find_cases
-from pmixseg.data.plausibility import MAX_BRAIN_ML, implausible, misplaced, not_a_brain
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.scans.canonical import canonicalise
+from pmixseg.data.scans.grids import on_one_grid
+from pmixseg.data.scans.plausibility import MAX_BRAIN_ML, implausible, misplaced, not_a_brain
 from pmixseg.errors import InputError
-from pmixseg.evaluation.segment import SegmentSettings
+from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.modules.preparation import Preparation
 from pmixseg.task import BRATS
+from tests.inference.tiny_models import tiny_student
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_student
 
-from pmixseg.data.canonical import canonicalise
-from pmixseg.data.layouts import find_cases
-from pmixseg.data.prepare import prepare
-from pmixseg.data.store import Store
-from pmixseg.evaluation.segment import SegmentSettings
-from pmixseg.evaluation.windows import predict_combinations
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.scans.canonical import canonicalise
+from pmixseg.data.store.prepare import prepare
+from pmixseg.data.store.store import Store
+from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.evaluation.prediction.windows import predict_combinations
 from pmixseg.task import BRATS
+from tests.inference.tiny_models import tiny_student
 
 
 def through_the_store(module, stored, combinations):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from alignment_scenes import NAMES, align, bound, flags, latents_of, values
 
 from pmixseg.errors import InputError
 from pmixseg.losses.alignment import Alignment
@@ -16,6 +15,7 @@ from pmixseg.losses.anchors import (
 from pmixseg.losses.distances import NMSE, Cosine, SmoothL1
 from pmixseg.losses.gaussian import KL, VID, gaussian_kl, raw_of_unit_variance
 from pmixseg.losses.samples import MMD, SlicedWasserstein
+from tests.losses.alignment_scenes import NAMES, align, bound, flags, latents_of, values
 
 
 def test_mse_by_hand():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from distillation_scenes import NAMES, batch_of, flags, labels, network, output, scene
 from torch.nn import functional as F
 
 from pmixseg.describe import build, describe
@@ -19,6 +18,7 @@ from pmixseg.losses.distillation import (
     VariationalMatch,
     WeightedSoftCE,
 )
+from tests.losses.distillation_scenes import NAMES, batch_of, flags, labels, network, output, scene
 
 TERMS = [
     LogitKL,

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from distillation_scenes import batch_of, flags, labels, network, output, scene, voxel
 from torch.nn import functional as F
 
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
@@ -21,6 +20,7 @@ from pmixseg.losses.distillation import (
     WeightedSoftCE,
 )
 from pmixseg.losses.distillation.prototypes import similarity_maps
+from tests.losses.distillation_scenes import batch_of, flags, labels, network, output, scene, voxel
 
 
 def test_logit_kl_by_hand():

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
+from pmixseg.evaluation.gap.information import gaussian_divergence, total_correlation
 from pmixseg.losses.alignment import Alignment
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
-from pmixseg.losses.bounds import gaussian_divergence, total_correlation
 from pmixseg.losses.gaussian import gaussian_kl
 from pmixseg.losses.joint import (
     SMALLEST_VARIANCE,

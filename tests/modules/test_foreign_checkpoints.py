@@ -6,13 +6,13 @@ import torch
 from lightning.pytorch import Trainer
 
 from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.layouts import find_cases
-from pmixseg.data.prepare import prepare
 from pmixseg.data.sampling import CaseSampler
+from pmixseg.data.store.prepare import prepare
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import EvaluationSettings
-from pmixseg.evaluation.segment import SegmentSettings
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.modules import StudentModule, load
 from pmixseg.task import BRATS, Task
 

@@ -10,7 +10,7 @@ from pmixseg.backbones import UHVED, EarlyFusion, MMFormer, MultiEncoderUNet, RF
 from pmixseg.callbacks import Distillation, PmixAlignment, RunCheckpoint
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.losses import DiceCE, LogitKL, MixtureAnchor
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.shaspec import ShaSpecCriterion

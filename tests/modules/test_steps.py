@@ -12,7 +12,7 @@ from pmixseg.backbones.slots import decode_slots
 from pmixseg.callbacks import Distillation
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
-from pmixseg.evaluation.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.distillation import SelfDistillation
 from pmixseg.losses.term import Term, TermWeight
@@ -202,7 +202,7 @@ def test_own_backbone_by_overriding_one_method(batch):
 def test_described_arguments_build_the_same_module():
     module = StudentModule(combination="flair+t2", anchor=MixtureAnchor(weights="uniform"))
     text = describe(module)
-    assert text["class_path"] == "pmixseg.modules.student.StudentModule"
+    assert text["class_path"] == "pmixseg.StudentModule"
     assert text["init_args"]["anchor"]["init_args"]["weights"] == "uniform"
 
 

@@ -1,0 +1,190 @@
+"""Instance norm and LeakyReLU that keep one tensor for the backward pass.
+
+On a CPU both work on slabs that fit the cache; elsewhere, and under ``torch.compile``, torch's own
+layers run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pmixseg.backbones.layers.lean import (
+    fast_layout,
+    is_channels_last,
+    runs_lean,
+    slabs,
+    voxel_rows,
+    voxel_sum,
+)
+
+EPSILON = 1e-5
+"""Added to a variance before its root."""
+SMALL = 1 << 18
+"""Values of a whole batch up to which one call for all samples is faster than slabs of one sample.
+
+There the cost is that of starting operations, not that of memory.
+"""
+
+
+class NormAct(nn.Module):
+    """Instance norm with scale and shift, then LeakyReLU; see :func:`norm_act`.
+
+    Args:
+        channels: channels C.
+        slope: negative slope of the LeakyReLU.
+        reuse: without gradients, write into the memory of the input, which nobody else may need.
+    """
+
+    def __init__(self, channels: int, slope: float, reuse: bool = False) -> None:
+        super().__init__()
+        self.slope = slope
+        self.reuse = reuse
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[B, C, D, H, W]``."""
+        reuse = self.reuse and not torch.is_grad_enabled()
+        return norm_act(x, self.slope, self.weight, self.bias, reuse)
+
+
+def norm_act(
+    x: Tensor,
+    slope: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    reuse: bool = False,
+) -> Tensor:
+    """Instance norm (ε = 1e-5), optional scale and shift, then LeakyReLU.
+
+    torch's own norms of channels-last tensors add a million values one by one on a CPU, which costs
+    three digits; here they are summed pairwise.
+
+    Args:
+        x: ``[B, C, D, H, W]``.
+        slope: negative slope of the LeakyReLU.
+        weight: scale, ``[C]``.
+        bias: shift, ``[C]``.
+        reuse: nobody needs ``x`` again, so the result may take its memory (fresh pages cost as much
+            as the arithmetic); with a scale only where no gradient is wanted.
+    """
+    if not runs_lean(x):
+        normed = F.instance_norm(x, weight=weight, bias=bias, eps=EPSILON)
+        return F.leaky_relu(normed, slope, inplace=True)
+    y: Tensor
+    if x.numel() <= SMALL and is_channels_last(x):
+        y = _SmallNormAct.apply(x, slope, weight, bias)  # type: ignore[no-untyped-call]  # untyped in torch
+    else:
+        y = _NormAct.apply(x, slope, weight, bias, reuse)  # type: ignore[no-untyped-call]  # untyped in torch
+    return y
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x · scale + shift`` of one sample with factors ``[C]``, by batch norm's fast kernel."""
+    variance = torch.full_like(scale, 1 - EPSILON)
+    return F.batch_norm(x, torch.zeros_like(scale), variance, scale, shift, eps=EPSILON)
+
+
+class _NormAct(torch.autograd.Function):
+    """Without scale and shift it keeps its result y alone: x̂ is y, or y / slope where y < 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        slope: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        reuse: bool,
+    ) -> Tensor:
+        voxels, exact = x[0, 0].numel(), torch.promote_types(x.dtype, torch.float32)
+        sums = torch.zeros(2, *x.shape[:2], dtype=exact)
+        for b, (slab,) in slabs(x):
+            precise = slab.to(exact)
+            sums[0, b] += voxel_sum(precise)[0]
+            sums[1, b] += voxel_sum(precise.square())[0]
+        mean, square = sums / voxels
+        # Means of convolutions are about as large as their deviations: nothing cancels here.
+        rstd = ((square - mean.square()).clamp(min=0) + EPSILON).rsqrt()
+        scale = rstd if weight is None else rstd * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        y = x if reuse else torch.empty_like(x)
+        if reuse:
+            ctx.mark_dirty(x)
+        for b, (slab, into) in slabs(x, y):
+            torch.ops.aten.leaky_relu.out(_affine(slab, scale[b], shift[b]), slope, out=into)
+        ctx.slope = slope
+        ctx.save_for_backward(y, rstd, *(() if weight is None else (x, mean, weight)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        y, rstd, *rest = ctx.saved_tensors
+        g = fast_layout(gradients[0])
+        x, mean, weight = rest or (y, None, None)
+
+        def inner_and_hat(b: int, dy: Tensor, out: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+            inner = torch.ops.aten.leaky_relu_backward(dy, out, ctx.slope, True)
+            if mean is None:
+                return inner, F.leaky_relu(given, 1 / ctx.slope)
+            return inner, _affine(given, rstd[b], -mean[b] * rstd[b])
+
+        sums = torch.zeros(2, *rstd.shape, dtype=rstd.dtype)
+        for b, slab in slabs(g, y, x):
+            inner, hat = inner_and_hat(b, *slab)
+            sums[0, b] += voxel_sum(inner)[0]
+            sums[1, b] += voxel_sum(inner * hat)[0]
+        scale = rstd if weight is None else rstd * weight
+        # scale · (g - mean(g) - x̂ mean(g x̂))
+        shift, slant = -scale * sums / y[0, 0].numel()
+        to_x = torch.empty_like(y)
+        for b, (dy, out, given, into) in slabs(g, y, x, to_x):
+            inner, hat = inner_and_hat(b, dy, out, given)
+            straight = _affine(inner, scale[b], shift[b])
+            torch.add(straight, _affine(hat, slant[b], torch.zeros_like(slant[b])), out=into)
+        if weight is None:
+            return to_x, None, None, None, None
+        return to_x, None, sums[1].sum(0), sums[0].sum(0), None
+
+
+class _SmallNormAct(torch.autograd.Function):
+    """The same for all samples at once; keeps x̂ and y in float32, which is little here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        rows = voxel_rows(x).to(torch.promote_types(x.dtype, torch.float32))
+        hat = rows - rows.mean(1, keepdim=True)
+        rstd = (hat.square().mean(1, keepdim=True) + EPSILON).rsqrt()
+        hat *= rstd
+        scaled = hat if weight is None else hat * weight
+        y = F.leaky_relu(scaled if bias is None else scaled + bias, slope)
+        ctx.slope = slope
+        ctx.save_for_backward(y, hat, rstd, weight)
+        return _volume(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        y, hat, rstd, weight = ctx.saved_tensors
+        g = voxel_rows(fast_layout(gradients[0])).to(y.dtype)
+        inner = torch.ops.aten.leaky_relu_backward(g, y, ctx.slope, True)
+        mean, slant = inner.mean(1, keepdim=True), (inner * hat).mean(1, keepdim=True)
+        # scale · (g - mean(g) - x̂ mean(g x̂))
+        to_x = torch.addcmul(inner - mean, hat, slant, value=-1)
+        to_x *= rstd if weight is None else rstd * weight
+        into = _volume(to_x, gradients[0])
+        if weight is None:
+            return into, None, None, None
+        voxels = y.shape[1]
+        return into, None, slant.sum((0, 1)) * voxels, mean.sum((0, 1)) * voxels
+
+
+def _volume(rows: Tensor, like: Tensor) -> Tensor:
+    """``[B, V, C]`` in the shape and type of ``like``, channels-last."""
+    b, c, d, h, w = like.shape
+    return rows.to(like.dtype).view(b, d, h, w, c).permute(0, 4, 1, 2, 3)

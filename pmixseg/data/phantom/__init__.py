@@ -1,0 +1,1 @@
+"""A synthetic glioma cohort: anatomy, contrast, tumours."""

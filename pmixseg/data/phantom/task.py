@@ -1,0 +1,78 @@
+"""A phantom cohort for any task: which contrasts it needs, and the layout it is read with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from pmixseg.data.phantom.cohort import LABEL_CODES
+from pmixseg.data.phantom.contrast import CONTRASTS, Contrast
+from pmixseg.errors import InputError
+from pmixseg.task import Task
+
+LAYOUT_FILE = "layout.yaml"
+"""Written beside the cases; ``pmixseg prepare --layout`` takes it."""
+
+
+def read_contrasts(path: Path | None) -> dict[str, Contrast]:
+    """Contrasts of a YAML file: name -> fields of :class:`~pmixseg.data.phantom.contrast.Contrast`.
+
+    Raises:
+        InputError: no such file, or not contrasts.
+    """
+    if path is None:
+        return {}
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {str(name): Contrast(**fields) for name, fields in raw.items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} does not hold contrasts ({error}); give name: {{wm: …, gm: …, csf: …}}, as "
+            f"the built-in {sorted(CONTRASTS)} have them."
+        ) from error
+
+
+def label_codes(task: Task, given: Mapping[str, str]) -> dict[str, int]:
+    """The number in the phantom's label files of each label of a task.
+
+    Args:
+        task: the task.
+        given: label of the task -> tissue of the phantom (NCR, ED or ET); a label that bears a
+            tissue's name needs no entry.
+
+    Raises:
+        InputError: a label without a tissue, an unknown label or tissue, or a tissue twice.
+    """
+    tissue = {label: given.get(label, label) for label in task.labels}
+    wrong = [label for label, name in tissue.items() if name not in LABEL_CODES]
+    wrong += [label for label in given if label not in task.labels]
+    if wrong or len(set(tissue.values())) < len(tissue):
+        raise InputError(
+            f"phantom: the labels {list(task.labels)} of task '{task.name}' must each be one of "
+            f"the tissues {list(LABEL_CODES)}; say which with --labels LABEL=TISSUE "
+            f"({', '.join(wrong) or 'one tissue is named twice'})."
+        )
+    return {label: LABEL_CODES[name] for label, name in tissue.items()}
+
+
+def write_layout(out: Path, task: Task, codes: Mapping[str, int]) -> Path:
+    """Write the layout file of a phantom cohort.
+
+    Args:
+        out: folder of the cohort.
+        task: whose sequences were made.
+        codes: see :func:`label_codes`; numbers of other tissues become background.
+    """
+    stem = "{grade}/{case}/{case}_"
+    layout = {
+        "name": "phantom",
+        "images": {m: f"{stem}{m}.nii.gz" for m in task.modalities},
+        "label": f"{stem}seg.nii.gz",
+        "codes": dict(codes),
+        "ignored": [code for code in LABEL_CODES.values() if code not in codes.values()],
+    }
+    path = out / LAYOUT_FILE
+    path.write_text(yaml.safe_dump(layout, sort_keys=False), encoding="utf-8")
+    return path

@@ -1,0 +1,1 @@
+"""Scans: reading NIfTI, geometry, common grids, orientation, plausibility, results."""

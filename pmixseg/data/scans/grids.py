@@ -1,0 +1,113 @@
+"""Scans of one patient on different grids, brought to the grid of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.processing import resample_from_to
+from nibabel.spatialimages import HeaderDataError, SpatialImage
+
+from pmixseg.data.scans.geometry import Geometry
+from pmixseg.data.scans.nifti import ScanReader, Source
+from pmixseg.data.scans.volumes import check_same_grid
+from pmixseg.errors import InputError
+
+
+@dataclass
+class CommonGrid:
+    """Scans on one grid.
+
+    Args:
+        images: the scans; those that lay on the grid as they were given.
+        reference: grid, orientation and axis order of the reference scan, if its header can be
+            read.
+        notes: what was resampled, one phrase each.
+        digests: modality -> SHA-256 of the file, of those that were resampled.
+    """
+
+    images: dict[str, Source]
+    reference: Geometry | None = None
+    notes: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def on_one_grid(
+    images: Mapping[str, Source],
+    *,
+    reference: str | None = None,
+    strict: bool = False,
+    where: str = "case",
+) -> CommonGrid:
+    """Resample scans whose grid is not the reference's; only headers are read where all agree.
+
+    Positions come from the affines: scans must have been registered to each other, though not
+    resampled. Values are interpolated linearly between non-zero voxels only, so that the brain
+    gets no dark rim and the background stays 0: x' = L(x) / L(x ≠ 0) where L(x ≠ 0) ≥ 1/2.
+
+    Args:
+        images: modality -> scan, in task order. A damaged file passes; who reads it will say so.
+        reference: modality whose grid is used; by default the one with the smallest voxels (the
+            first of equals).
+        strict: refuse to resample.
+        where: how messages name the case.
+
+    Raises:
+        InputError: the reference is not among the scans, or they lie on different grids and
+            ``strict`` is set.
+    """
+    if reference is not None and reference not in images:
+        raise InputError(
+            f"{where}: the reference '{reference}' is not among the given scans {list(images)}; "
+            "name one of these."
+        )
+    grids = {name: grid for name, source in images.items() if (grid := _grid_of(source))}
+    if len(grids) < len(images):
+        return CommonGrid(dict(images))
+    # Rounded: header noise such as 0.99999994 mm makes no scan the finest.
+    chosen = reference or min(grids, key=lambda n: round(_voxel_mm3(grids[n]), 3))
+    found = CommonGrid(dict(images), grids[chosen])
+    reader = ScanReader(where)
+    for name, grid in grids.items():
+        try:
+            check_same_grid(grids[chosen], grid, chosen, name, where)
+        except InputError as error:
+            if strict:
+                raise InputError(f"{error} Without --strict it would be resampled.") from error
+            found.images[name] = _resampled(reader, images[name], name, grids[chosen])
+            found.notes.append(f"{name} was resampled from its own grid to that of {chosen}")
+    found.digests = reader.digests
+    return found
+
+
+def _grid_of(source: Source) -> Geometry | None:
+    """The grid that a header describes; ``None`` if there is no usable one."""
+    try:
+        path = source[0] if isinstance(source, tuple) else source
+        image = path if isinstance(path, SpatialImage) else nib.load(path)
+        x, y, z = image.shape[:3]
+        return Geometry.of((x, y, z), image.affine)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError):
+        return None
+
+
+def _voxel_mm3(grid: Geometry) -> float:
+    return float(np.prod(grid.source_spacing))
+
+
+def _resampled(reader: ScanReader, source: Source, name: str, target: Geometry) -> SpatialImage:
+    scan = reader.read(source, name)
+    values = scan.values().astype(np.float32)
+    inside = np.nan_to_num(values) != 0
+    place = (target.source_shape, target.affine)
+    summed, weight = (
+        np.asarray(
+            resample_from_to(nib.Nifti1Image(v.astype(np.float32), scan.affine), place, 1).dataobj
+        )
+        for v in (values, inside)
+    )
+    made = np.where(weight >= 0.5, summed / np.maximum(weight, 0.5), 0).astype(np.float32)
+    return nib.Nifti1Image(made, target.affine)

@@ -1,0 +1,1 @@
+"""The prepared copy of a cohort, laid out for reading patches."""

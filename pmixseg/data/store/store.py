@@ -1,0 +1,91 @@
+"""The store: a cohort prepared once, read by patch for ever after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pmixseg.data.store.prepare import PrepareReport, prepare
+from pmixseg.data.store.stored import CASES, FORMAT, STORE_JSON, StoredCase, read_meta
+from pmixseg.errors import InputError
+from pmixseg.task import Task
+
+__all__ = ["PrepareReport", "Store", "StoredCase", "prepare"]
+
+
+class Store:
+    """A prepared cohort, read only; cheap to pickle.
+
+    Use :meth:`open`.
+
+    Args:
+        root: the store's folder.
+        description: contents of ``store.json``.
+        cases: names of the prepared cases, sorted.
+    """
+
+    def __init__(self, root: Path, description: Mapping[str, Any], cases: tuple[str, ...]) -> None:
+        self.root = root
+        self.task = Task.from_dict(description["task"])
+        spacing = description["parameters"]["spacing"]
+        self.spacing: tuple[float, float, float] | None = tuple(spacing) if spacing else None
+        self.normalisation: str = description["parameters"]["normalisation"]
+        self.dtype: str = description["parameters"]["dtype"]
+        self.cases = cases
+        self._opened: dict[str, StoredCase] = {}
+
+    @classmethod
+    def open(cls, root: Path | str) -> Store:
+        """Open a store and list its cases.
+
+        Cases prepared with parameters other than the store's present ones are not listed.
+
+        Raises:
+            InputError: there is no store, or one of another format version.
+        """
+        root = Path(root)
+        try:
+            description = json.loads((root / STORE_JSON).read_text(encoding="utf-8"))
+            version = description.get("format")
+        except FileNotFoundError:
+            raise InputError(
+                f"{root} is not a prepared store (no {STORE_JSON}); make one with "
+                "`pmixseg prepare ROOT STORE`."
+            ) from None
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{root / STORE_JSON} cannot be read ({error}); run `pmixseg prepare` again."
+            ) from error
+        if version != FORMAT:
+            raise InputError(
+                f"{root} has store format {version}, but this version reads "
+                f"{FORMAT}; run `pmixseg prepare` again."
+            )
+        metas = {f.name: read_meta(f) for f in sorted((root / CASES).iterdir())}
+        wanted = description["parameters"]
+        return cls(
+            root, description, tuple(n for n, m in metas.items() if m and m["parameters"] == wanted)
+        )
+
+    def read(self, case_id: str) -> StoredCase:
+        """Open one case; opening it again is free.
+
+        Raises:
+            InputError: the store has no such case.
+        """
+        if case_id not in self._opened:
+            if case_id not in self.cases:
+                raise InputError(
+                    f"store {self.root} has no case '{case_id}'; it has {len(self.cases)} cases, "
+                    "see `pmixseg inspect`, or prepare the case."
+                )
+            self._opened[case_id] = StoredCase.open(self.root / CASES / case_id)
+        return self._opened[case_id]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}

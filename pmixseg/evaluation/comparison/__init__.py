@@ -1,0 +1,1 @@
+"""Statistics over records: paired tests, monotonicity, matching of runs."""

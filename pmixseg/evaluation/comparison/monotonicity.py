@@ -1,0 +1,84 @@
+"""Adding a modality must not hurt: where it does.
+
+A network that segments worse when it is shown more has not learnt to weigh its inputs; a clinic
+would have to withhold a scan from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.comparison.paired_tests import two_way_bootstrap
+
+FEWEST_CLEAR = 6
+"""Cases below which no change is called clear: all of 5 fall by chance in 1 of 16 draws of signs,
+and a bootstrap over so few reaches no further than their own spread."""
+
+COLUMNS = ["region", "combination", "added", "change", "low", "high", "cases", "hurt", "clear"]
+
+
+def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """What each added modality does to Dice, for one method.
+
+    Args:
+        runs: records of the method's runs, with ``case``, ``combination``, ``region``, ``dice``.
+
+    Returns:
+        One row per region, combination and modality that it lacks, worst change first:
+        ``region``, ``combination``, ``added``, ``change`` (mean Dice after minus before, over runs
+        and the cases that have both), ``low`` and ``high`` (95 %, bootstrap over runs and cases),
+        ``cases``, ``hurt`` (cases whose mean over runs fell), ``clear`` (``high`` is below 0, over
+        :data:`FEWEST_CLEAR` cases or more).
+
+    Raises:
+        InputError: no run.
+    """
+    if not runs:
+        raise InputError("no run to look at; name at least one with records.")
+    names: dict[frozenset[str], str] = {}
+    for text in (str(t) for run in runs for t in run["combination"].unique()):
+        names.setdefault(frozenset(text.split("+")), text)
+    modalities = list(dict.fromkeys(m for text in names.values() for m in text.split("+")))
+    regions = list(dict.fromkeys(str(r) for r in runs[0]["region"]))
+    tables = [_by_case(run, names) for run in runs]
+    cases = tables[0].index
+    column = {
+        key: np.stack([t[key].reindex(cases).to_numpy(dtype=np.float64) for t in tables])
+        for key in tables[0].columns
+        if all(key in t.columns for t in tables)
+    }
+    rows = []
+    for region in regions:
+        for shown, before in names.items():
+            for added in (m for m in modalities if m not in shown):
+                pair = (region, before), (region, names.get(shown | {added}))
+                if not all(key in column for key in pair):
+                    continue
+                changes = column[pair[1]] - column[pair[0]]
+                changes = changes[:, np.isfinite(changes).all(0)]
+                if not changes.size:
+                    continue
+                low, high = two_way_bootstrap(changes, 1000)
+                hurt = int((changes.mean(0) < 0).sum())
+                count = changes.shape[1]
+                row = (region, before, added, float(changes.mean()), low, high, count, hurt)
+                rows.append((*row, bool(high < 0 and count >= FEWEST_CLEAR)))
+    found = pd.DataFrame(rows, columns=COLUMNS)
+    return found.sort_values("change", kind="stable").reset_index(drop=True)
+
+
+def _by_case(run: pd.DataFrame, names: Mapping[frozenset[str], str]) -> pd.DataFrame:
+    """Dice with cases as rows and (region, combination) as columns."""
+    shown = run["combination"].map(lambda text: names[frozenset(str(text).split("+"))])
+    table = run.assign(combination=shown)
+    return table.pivot(index="case", columns=["region", "combination"], values="dice")
+
+
+def violations(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of :func:`added_modalities` whose mean change is below 0."""
+    found = added_modalities(runs)
+    return found[found["change"] < 0].reset_index(drop=True)

@@ -1,0 +1,148 @@
+"""How a comparison is written: for a terminal, and as primitives for JSON."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+
+from pmixseg.evaluation.comparison.paired_tests import LEVEL, Interval
+
+if TYPE_CHECKING:
+    from pmixseg.evaluation.comparison.comparison import Comparison
+
+SHOWN_VIOLATIONS = 10
+
+
+def as_text(comparison: Comparison, width: int) -> str:
+    """Headline, primary endpoint, notes, exploratory table, monotonicity, as plain text."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, color_system=None, highlight=False, markup=False)
+    test = comparison.primary
+    kind = "Two methods" if comparison.of_methods else "Two checkpoints, not two methods"
+    console.print(f"{kind}: A = {', '.join(comparison.runs_a)}; B = {', '.join(comparison.runs_b)}")
+    console.print(f"{test.pairs} pair(s) of runs, {len(comparison.cases)} case(s) in all of them\n")
+    console.print("PRIMARY: mean Dice per case over all combinations and regions")
+    console.print(f"  A {comparison.mean_a:.4f}   B {comparison.mean_b:.4f}")
+    console.print(f"  {verdict(comparison)}")
+    drawn = "runs and cases" if comparison.of_methods else "cases"
+    console.print(f"  bootstrap over {drawn}: {_range(comparison.bootstrap)}")
+    better, worse, equal = comparison.wins
+    console.print(f"  A better in {better} cases, B in {worse}, equal in {equal}\n")
+    for note in comparison.notes:
+        console.print(f"! {note}")
+    console.print(_exploratory(comparison))
+    for name, found in (("A", comparison.violations_a), ("B", comparison.violations_b)):
+        console.print(_violations(name, found))
+    return stream.getvalue()
+
+
+def verdict(comparison: Comparison) -> str:
+    """One sentence on the primary endpoint that claims no more than the test shows."""
+    test = comparison.primary
+    size = f"A - B = {test.difference:+.4f} Dice"
+    if math.isnan(test.p):
+        return f"{size}; no test of the methods is possible."
+    found = f"{size} (95 % interval {_range(test.interval)}, p = {test.p:.3g}, paired t)"
+    if test.p < LEVEL:
+        return f"{found}: {'A' if test.difference > 0 else 'B'} is better."
+    return f"{found}: no difference shown."
+
+
+def _range(interval: Interval) -> str:
+    if math.isnan(interval[0]):
+        return "not defined"
+    return f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+
+
+def _exploratory(comparison: Comparison) -> Table:
+    table = Table(
+        box=HORIZONTALS,
+        padding=0,  # the table fits 80 characters
+        show_edge=False,
+        title=f"\nEXPLORATORY: {comparison.measure} per region and combination, A - B",
+        caption="p: Wilcoxon over cases, for these trained networks; Holm: corrected for all rows. "
+        "They generate hypotheses and prove none.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("region", "combination"):
+        table.add_column(name, overflow="fold")
+    for name in ("A - B", "95 % interval", "cases", "won", "lost", "p", "Holm"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in comparison.exploratory.itertuples(index=False):
+        table.add_row(
+            str(row.region),
+            str(row.combination),
+            f"{row.difference:+.4f}",
+            _range((row.low, row.high)),
+            str(row.cases),
+            str(row.wins),
+            str(row.losses),
+            f"{row.p:.2g}",
+            f"{row.p_holm:.2g}" + ("*" if row.p_holm < LEVEL else ""),
+        )
+    return table
+
+
+def _violations(name: str, found: pd.DataFrame) -> str:
+    if found.empty:
+        return f"{name}: no modality hurts when it is added."
+    lines = [f"{name}: {len(found)} times a modality hurts when it is added (mean Dice falls):"]
+    for row in found.head(SHOWN_VIOLATIONS).itertuples(index=False):
+        clear = "" if row.clear else ", may be chance"
+        lines.append(
+            f"  {row.region}: {row.combination} + {row.added}: {row.change:+.4f} "
+            f"({_range((row.low, row.high))}; {row.hurt} of {row.cases} cases{clear})"
+        )
+    if len(found) > SHOWN_VIOLATIONS:
+        lines.append(f"  and {len(found) - SHOWN_VIOLATIONS} smaller ones")
+    return "\n".join(lines)
+
+
+def as_primitives(comparison: Comparison) -> dict[str, Any]:
+    """Everything, for JSON; what is not defined is None."""
+    test = comparison.primary
+    return {
+        "compares": "methods" if comparison.of_methods else "checkpoints",
+        "runs_a": list(comparison.runs_a),
+        "runs_b": list(comparison.runs_b),
+        "cases": list(comparison.cases),
+        "primary": {
+            "endpoint": "mean Dice per case over all combinations and regions",
+            "mean_a": comparison.mean_a,
+            "mean_b": comparison.mean_b,
+            "difference": test.difference,
+            "by_pair": list(comparison.by_pair),
+            "interval": [_defined(v) for v in test.interval],
+            "t": _defined(test.t),
+            "p": _defined(test.p),
+            "pairs": test.pairs,
+            "detectable": _defined(test.detectable),
+            "bootstrap": [_defined(v) for v in comparison.bootstrap],
+            "wins": dict(zip(("a", "b", "equal"), comparison.wins, strict=True)),
+            "verdict": verdict(comparison),
+        },
+        "exploratory": {
+            "measure": comparison.measure,
+            "rows": _rows(comparison.exploratory),
+        },
+        "violations": {
+            "a": _rows(comparison.violations_a),
+            "b": _rows(comparison.violations_b),
+        },
+        "notes": list(comparison.notes),
+    }
+
+
+def _defined(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): _defined(v) for k, v in row.items()} for row in table.to_dict("records")]

@@ -1,0 +1,1 @@
+"""From images to label maps: sliding windows over all combinations, post-processing."""

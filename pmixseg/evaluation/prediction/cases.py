@@ -1,0 +1,301 @@
+"""One case, every combination: from windows to label maps in the source grid, and to records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from pmixseg.data.patches import CaseItem
+from pmixseg.data.scans.geometry import Box, Geometry
+from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.postprocess import check_names, postprocess
+from pmixseg.evaluation.prediction.windows import (
+    Blend,
+    Predictor,
+    check_windows,
+    iterate_combinations,
+)
+from pmixseg.evaluation.scores.calibration import CaseCalibration, Temperatures, tempered
+from pmixseg.evaluation.scores.metrics import CaseMetrics, Conventions
+from pmixseg.task import Combination, Task, format_combination, presence
+
+ACCUMULATOR_BYTES = 1 << 30
+"""Probabilities that may be held at once: combinations are done in chunks of this size."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How predictions are made and scored; written into every result file.
+
+    Args:
+        window: inference window in voxels; ``None``: the training patch.
+        overlap: share of a window that its neighbour covers.
+        blend: how overlapping windows are averaged.
+        batch_size: windows in one forward pass.
+        postprocess: names of post-processing steps, in order (none by default).
+        conventions: empty-mask and percentile rules.
+        examples: test cases per process of which a small copy is kept for pictures (under 1 MB
+            each); a report shows the worst of them.
+        records: file of the results in the run folder, ``.csv`` or ``.parquet``.
+        calibration: whether records hold ECE and Brier score.
+        temperatures: number of modalities shown -> temperature of the probabilities, as
+            ``pmixseg validate --calibrate`` fits them; they change no label. ``None``: all 1.
+
+    Raises:
+        InputError: a window, overlap, blending, batch size, number of examples or post-processing
+            that does not exist, a temperature that is not positive, or records of another ending.
+    """
+
+    window: tuple[int, int, int] | None = None
+    overlap: float = 0.5
+    blend: Blend = "gaussian"
+    batch_size: int = 1
+    postprocess: tuple[str, ...] = ()
+    conventions: Conventions = field(default_factory=Conventions)
+    examples: int = 64
+    records: str = "records.csv"
+    calibration: bool = True
+    temperatures: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_windows(self.window, self.overlap, self.batch_size, self.blend)
+        check_names(self.postprocess)
+        if self.examples < 0:
+            raise InputError(f"evaluation.examples is {self.examples}; give 0 or more cases.")
+        # YAML gives lists where the fields are tuples.
+        object.__setattr__(self, "postprocess", tuple(self.postprocess))
+        if self.window is not None:
+            object.__setattr__(self, "window", tuple(self.window))
+        if Path(self.records).suffix not in (".csv", ".parquet") or Path(self.records).parent.name:
+            raise InputError(
+                f"evaluation.records is '{self.records}'; give the name of a .csv or .parquet file "
+                "in the run folder."
+            )
+        if self.temperatures is not None:
+            checked = dict(Temperatures(self.temperatures).by_size)
+            object.__setattr__(self, "temperatures", checked)
+
+    def temperature(self, n_present: int) -> float:
+        """The temperature of predictions from so many modalities."""
+        return 1.0 if self.temperatures is None else self.temperatures.get(n_present, 1.0)
+
+    @classmethod
+    def of(cls, given: EvaluationSettings | Mapping[str, Any] | None) -> EvaluationSettings:
+        """Settings from themselves, from :meth:`to_dict`, or the defaults."""
+        if given is None:
+            return cls()
+        if isinstance(given, EvaluationSettings):
+            return given
+        values = dict(given)
+        if isinstance(values.get("conventions"), Mapping):
+            values["conventions"] = Conventions.from_dict(values["conventions"])
+        values["postprocess"] = values.get("postprocess") or ()
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only."""
+        return asdict(self)
+
+
+class CasePrediction:
+    """Probabilities of one case for one combination, where that combination has voxels.
+
+    No dataclass: Lightning would take one apart to move what it finds in it.
+
+    Args:
+        combination: what the network was shown.
+        probabilities: ``[C, d, h, w]`` in ``box`` of the prepared grid, at temperature 1.
+        box: union of the boxes of the combination's modalities; background outside.
+        geometry: the way back to the source.
+        task: meaning of the classes.
+        steps: post-processing, applied to label maps in the source grid.
+        temperature: of the probabilities that are scored and written; labels do not depend on it.
+    """
+
+    def __init__(
+        self,
+        combination: Combination,
+        probabilities: Float[Tensor, "c d h w"],
+        box: Box,
+        geometry: Geometry,
+        task: Task,
+        steps: tuple[str, ...] = (),
+        temperature: float = 1.0,
+    ) -> None:
+        self.combination = combination
+        self.probabilities = probabilities
+        self.box = box
+        self.geometry = geometry
+        self.task = task
+        self.steps = steps
+        self.temperature = temperature
+
+    @property
+    def classes(self) -> Int64[Tensor, "d h w"]:
+        """Most probable class in ``box``."""
+        return self.probabilities.argmax(0)
+
+    def on_grid(self) -> Int64[Tensor, "d h w"]:
+        """Most probable class in the crop of the store, background where nothing was shown."""
+        whole = self.geometry.box()
+        classes = self.classes
+        if self.box == whole:
+            return classes
+        placed = classes.new_zeros(whole.shape)
+        placed[self.box.relative_to(whole).slices] = classes
+        return placed
+
+    @property
+    def calibrated(self) -> Float[Tensor, "c d h w"]:
+        """Probabilities at the temperature that was fitted, in ``box``."""
+        return tempered(self.probabilities, self.temperature)
+
+    def source_probabilities(self) -> Float[np.ndarray, "c x y z"]:
+        """Calibrated probabilities in the source grid; background 1 outside ``box``."""
+        found = self.geometry.to_source(self.calibrated.cpu().numpy(), self.box, order=1)
+        found[0] += 1 - found.sum(0)
+        return found
+
+    def source_entropy(self) -> Float[np.ndarray, "x y z"]:
+        r"""Voxel-wise uncertainty :math:`-\sum_c p_c \ln p_c` in nats, 0 to ln C."""
+        return entropy_of(self.source_probabilities())
+
+    def labels(self) -> UInt8[np.ndarray, "x y z"]:
+        """Class indices in the source grid and orientation, post-processed.
+
+        With a resampled grid, probabilities are resampled and then compared: nearest-neighbour
+        labels would have the coarse grid's steps.
+        """
+        if self.geometry.resampled:
+            found = self.geometry.to_source(self.probabilities.cpu().numpy(), self.box, order=1)
+            labels = found.argmax(0).astype(np.uint8)
+        else:
+            classes = self.classes.to(torch.uint8).cpu().numpy()
+            labels = self.geometry.to_source(classes, self.box, order=0)
+        return postprocess(labels, self.steps, self.task, self.geometry.source_affine)
+
+
+def predict_case(
+    predictor: Predictor,
+    image: Float[Tensor, "m d h w"],
+    geometry: Geometry,
+    task: Task,
+    combinations: Sequence[Combination],
+    window: Sequence[int],
+    settings: EvaluationSettings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[CasePrediction]:
+    """Predict one prepared case for several combinations, sharing encodings where that is exact.
+
+    The crop of a case depends on what is shown: it is the union of the shown modalities' boxes.
+    Combinations with equal boxes share windows, and with them the encoding; so the result for a
+    combination is what :func:`pmixseg.inference.segment` computes from these files alone.
+
+    Args:
+        predictor: a module or backbone in eval mode.
+        image: channels in the order of ``predictor.modalities``, in ``geometry.box()``.
+        geometry: geometry of the prepared case.
+        task: the task.
+        combinations: subsets of what the case has.
+        window: window size in voxels.
+        settings: overlap, blending, post-processing.
+        progress: told (windows done, windows in all) of each group.
+
+    Yields:
+        One prediction per combination, grouped by box.
+    """
+    groups: dict[Box, list[Combination]] = {}
+    for combination in combinations:
+        groups.setdefault(geometry.box(combination), []).append(combination)
+    whole = geometry.box()
+    for box, members in groups.items():
+        crop = image[(slice(None), *box.relative_to(whole).slices)]
+        shown = torch.tensor([presence(c, predictor.modalities) for c in members])
+        size = 4 * predictor.num_classes * int(np.prod(box.shape))
+        found = iterate_combinations(
+            predictor,
+            crop,
+            shown,
+            patch=window,
+            overlap=settings.overlap,
+            blend=settings.blend,
+            batch_size=settings.batch_size,
+            chunk=max(1, ACCUMULATOR_BYTES // size),
+            progress=progress,
+        )
+        for rows, probabilities in found:
+            for row, one in zip(rows, probabilities, strict=True):
+                yield CasePrediction(
+                    members[row],
+                    one,
+                    box,
+                    geometry,
+                    task,
+                    settings.postprocess,
+                    settings.temperature(len(members[row])),
+                )
+
+
+def entropy_of(probabilities: Float[np.ndarray, "c x y z"]) -> Float[np.ndarray, "x y z"]:
+    r"""Entropy :math:`-\sum_c p_c \ln p_c` in nats.
+
+    Args:
+        probabilities: they sum to 1 over the first axis.
+    """
+    total = np.zeros(probabilities.shape[1:], dtype=np.float32)
+    for one in probabilities:
+        total -= one * np.log(np.maximum(one, np.finfo(np.float32).tiny))
+    return np.maximum(total, 0)
+
+
+def score_case(
+    predictions: Iterable[CasePrediction], item: CaseItem, settings: EvaluationSettings
+) -> list[dict[str, Any]]:
+    """Score predictions in the native grid, in mm.
+
+    Calibration (``ece``, ``brier``) is measured in the prepared grid, where probabilities live,
+    over the voxels in which any sequence of the case has signal: the same for every combination.
+
+    Returns:
+        One row per combination and region; none where the case has no label.
+    """
+    stored = item["stored"]
+    truth = stored.native_label()
+    if truth is None:
+        return []  # nothing is predicted either: the iterator is not consumed
+    metrics: CaseMetrics | None = None
+    calibration: CaseCalibration | None = None
+    whole = stored.geometry.box()
+    rows: list[dict[str, Any]] = []
+    for prediction in predictions:
+        if metrics is None:
+            spacing = stored.geometry.source_zooms
+            metrics = CaseMetrics(truth, prediction.task, spacing, settings.conventions)
+            if settings.calibration:
+                brain = (item["image"] != 0).any(0).cpu()
+                calibration = CaseCalibration(item["label"], prediction.task, brain)
+        bins = {}
+        if calibration is not None:
+            bins = calibration.score(
+                prediction.calibrated, prediction.box.relative_to(whole).slices
+            )
+        for row in metrics.score(prediction.labels()):
+            if row["region"] in bins:
+                row |= {"ece": bins[row["region"]].ece, "brier": bins[row["region"]].brier}
+            rows.append(
+                {
+                    "case": item["case_id"],
+                    "combination": format_combination(prediction.combination),
+                    "n_present": len(prediction.combination),
+                    **row,
+                }
+            )
+    return rows

@@ -1,0 +1,300 @@
+"""From a patient's scans to a segmentation: one grid, canonical form, windows, way back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations as subsets_of_size
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
+from pmixseg.data.scans.geometry import Geometry, Spacing
+from pmixseg.data.scans.grids import CommonGrid, on_one_grid
+from pmixseg.data.scans.nifti import Source
+from pmixseg.data.scans.outputs import code_table
+from pmixseg.data.scans.plausibility import implausible
+from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
+from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
+from pmixseg.evaluation.prediction.segmentation import Segmentation
+from pmixseg.evaluation.prediction.windows import Predictor, check_windows
+from pmixseg.evaluation.records.sidecar import checkpoint_identity
+from pmixseg.task import Combination, Task
+
+Progress = Callable[[int, int], None]
+"""Called with (windows done, windows in all)."""
+
+
+@dataclass(frozen=True)
+class SegmentSettings:
+    """How scans are segmented; written beside the result.
+
+    Args:
+        tta: average over the eight mirrorings of the volume; eight times the work.
+        overlap: share of a window that its neighbour covers; ``None``: as the model is evaluated.
+        window: inference window in voxels; ``None``: as the model is evaluated.
+        precision: ``fp32``, or ``bf16`` autocast.
+        postprocess: names of post-processing steps; ``None``: as the model is evaluated.
+        reference: modality whose grid the result has, if the scans' grids differ; by default the
+            one with the smallest voxels.
+        strict: refuse scans on different grids instead of resampling them.
+        force: segment scans that look implausible, with a warning.
+        dtype: rounding of normalised intensities; ``None``: that of the store the model was
+            trained on.
+
+    Raises:
+        InputError: a window, overlap, post-processing, precision or rounding that does not exist.
+    """
+
+    tta: bool = False
+    overlap: float | None = None
+    window: tuple[int, int, int] | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    postprocess: Sequence[str] | None = None
+    reference: str | None = None
+    strict: bool = False
+    force: bool = False
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("precision", self.precision, ("fp32", "bf16")),
+            ("dtype", self.dtype, (None, "float16", "float32")),
+        ):
+            if value not in known:
+                raise InputError(
+                    f"{what} '{value}' is unknown; use {' or '.join(filter(None, known))}."
+                )
+        check_windows(self.window, self.overlap)
+        check_names(self.postprocess or ())
+
+    def over(self, evaluation: EvaluationSettings) -> EvaluationSettings:
+        """A model's evaluation settings with what is set here instead."""
+        steps = evaluation.postprocess if self.postprocess is None else tuple(self.postprocess)
+        return replace(
+            evaluation,
+            overlap=evaluation.overlap if self.overlap is None else self.overlap,
+            window=self.window or evaluation.window,
+            postprocess=steps,
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a trained model asks of new scans.
+
+    Args:
+        task: modalities, labels and regions.
+        window: inference window in voxels.
+        evaluation: overlap, blending, post-processing.
+        spacing: voxel size in mm to bring scans to; ``None`` keeps theirs.
+        dtype: rounding of normalised intensities in training.
+        device: where the network is.
+        checkpoint: file that the weights came from.
+    """
+
+    task: Task
+    window: tuple[int, int, int]
+    evaluation: EvaluationSettings
+    spacing: Spacing | None
+    dtype: str
+    device: torch.device
+    checkpoint: str | None = None
+
+
+def segment_scans(
+    predictor: Predictor,
+    recipe: Recipe,
+    images: Mapping[str, Source],
+    settings: SegmentSettings,
+    *,
+    codes: Mapping[str, int] | None = None,
+    name: str = "scan",
+    progress: Progress | None = None,
+) -> Segmentation:
+    """Segment one patient from whatever scans there are.
+
+    The same canonicalisation as ``pmixseg prepare`` and the same prediction as ``pmixseg test``:
+    the result for the scans of a combination is the tested one of that combination.
+
+    Args:
+        predictor: the network, in eval mode.
+        recipe: what it was trained on.
+        images: modality -> file, (4-D file, channel), or nibabel image.
+        settings: how.
+        codes: label name -> number in the result; by default the class index.
+        name: of the case, for messages and files.
+        progress: told about windows.
+
+    Raises:
+        InputError: no scan, an unknown modality or one that the network has no input for, damaged
+            scans, or scans that look implausible and ``force`` is not set.
+    """
+    task, where = recipe.task, f"case '{name}'"
+    check_steps(recipe.evaluation.postprocess, task)
+    chosen = _choose(images, task, predictor.modalities, where)
+    codes = _codes(codes, task, where)
+    grid = on_one_grid(
+        {m: images[m] for m in chosen},
+        reference=settings.reference,
+        strict=settings.strict,
+        where=where,
+    )
+    case = canonicalise(
+        grid.images,
+        None,
+        task,
+        spacing=recipe.spacing,
+        dtype=settings.dtype or recipe.dtype,
+        where=where,
+    )
+    notes = [f"{where}: {note}." for note in grid.notes] + _doubts(case, task, settings, where)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    columns = [task.modalities.index(m) for m in predictor.modalities]
+    image = torch.from_numpy(case.image[columns]).to(recipe.device, torch.float32)
+    geometry = _in_reference(case.geometry, grid, recipe.spacing)
+    facts = _facts(recipe, settings, len(chosen))
+    inputs = _inputs(images, chosen, {**grid.digests, **case.digests})
+    del case  # its arrays are as large as all windows' sums
+    prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
+    identity = None if recipe.checkpoint is None else checkpoint_identity(Path(recipe.checkpoint))
+    return Segmentation(name, prediction, codes, inputs, facts, identity, tuple(notes))
+
+
+def _choose(
+    images: Mapping[str, Source], task: Task, inputs: Sequence[str], where: str
+) -> Combination:
+    unknown = [m for m in images if m not in task.modalities]
+    if unknown or not images:
+        raise InputError(
+            f"{where}: {' and '.join(unknown) or 'no scan'} given, but the model's task "
+            f"'{task.name}' knows {', '.join(task.modalities)}; give one or more of these."
+        )
+    useless = [m for m in images if m not in inputs]
+    if useless:
+        raise InputError(
+            f"{where}: this model has no input for {' and '.join(useless)}, it reads "
+            f"{', '.join(inputs)}; leave the others out."
+        )
+    return tuple(m for m in task.modalities if m in images)
+
+
+def _codes(given: Mapping[str, int] | None, task: Task, where: str) -> dict[str, int]:
+    used = dict(given or {label: index + 1 for index, label in enumerate(task.labels)})
+    if set(used) != set(task.labels) or len({0, *used.values()}) != len(used) + 1:
+        raise InputError(
+            f"{where}: the codes {used} must give each of {list(task.labels)} a number of its own "
+            "other than 0; correct them."
+        )
+    code_table(used, task, where)  # before the work, not when it is written
+    return used
+
+
+def _doubts(case: CanonicalCase, task: Task, settings: SegmentSettings, where: str) -> list[str]:
+    found = implausible(case, task)
+    if found and not settings.force:
+        raise InputError(
+            f"{where}: {'; '.join(found)}. The model expects skull-stripped scans, registered to "
+            "each other, with background 0: prepare them so, or go on all the same with force "
+            "(--force)."
+        )
+    return [f"{where}: {text}; went on because of force." for text in found]
+
+
+def _in_reference(geometry: Geometry, grid: CommonGrid, spacing: Spacing | None) -> Geometry:
+    """The way back to the axes of the reference scan, which may differ from the first scan's."""
+    wanted = grid.reference
+    if wanted is None or wanted.source_affine == geometry.source_affine:
+        return geometry
+    other = Geometry.of(wanted.source_shape, wanted.affine, spacing, geometry.boxes)
+    return other if other.grid_shape == geometry.grid_shape else geometry
+
+
+def _predict(
+    predictor: Predictor,
+    recipe: Recipe,
+    image: Tensor,
+    geometry: Geometry,
+    combination: Combination,
+    settings: SegmentSettings,
+    progress: Progress | None,
+) -> CasePrediction:
+    mirrorings = list(_mirrorings(settings.tta))
+    found: CasePrediction | None = None
+    total: Tensor | None = None
+    for done, axes in enumerate(mirrorings):
+        with _autocast(settings, recipe.device):
+            found = next(
+                predict_case(
+                    predictor,
+                    image.flip(axes) if axes else image,
+                    geometry,
+                    recipe.task,
+                    [combination],
+                    recipe.window,
+                    recipe.evaluation,
+                    progress=_part(progress, done, len(mirrorings)),
+                )
+            )
+        back = found.probabilities.flip(axes) if axes else found.probabilities
+        total = back if total is None else total.add_(back)
+    assert found is not None  # there is always the volume as it is
+    assert total is not None
+    found.probabilities = total.div_(len(mirrorings))
+    return found
+
+
+def _mirrorings(tta: bool) -> Iterator[tuple[int, ...]]:
+    for size in range(4 if tta else 1):
+        yield from subsets_of_size((1, 2, 3), size)
+
+
+def _autocast(settings: SegmentSettings, device: torch.device) -> AbstractContextManager[Any]:
+    if settings.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def _part(progress: Progress | None, done: int, parts: int) -> Progress | None:
+    if progress is None:
+        return None
+    tell = progress
+    return lambda windows, total: tell(done * total + windows, parts * total)
+
+
+def _facts(recipe: Recipe, settings: SegmentSettings, n_present: int) -> dict[str, Any]:
+    used = recipe.evaluation
+    return {
+        **asdict(settings),
+        "window": list(recipe.window),
+        "overlap": used.overlap,
+        "blend": used.blend,
+        "postprocess": list(used.postprocess),
+        "temperature": used.temperature(n_present),
+        "spacing": None if recipe.spacing is None else list(recipe.spacing),
+        "device": recipe.device.type,
+    }
+
+
+def _inputs(
+    images: Mapping[str, Source], chosen: Combination, digests: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    found = {}
+    for modality in chosen:
+        source = images[modality]
+        path = source[0] if isinstance(source, tuple) else source
+        named = path if isinstance(path, Path | str) else path.get_filename()
+        facts = {"file": Path(named).name if named else "in memory"}
+        if isinstance(source, tuple):
+            facts["channel"] = str(source[1])
+        if modality in digests:
+            facts["sha256"] = digests[modality]
+        found[modality] = facts
+    return found

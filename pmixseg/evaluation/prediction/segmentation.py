@@ -1,0 +1,159 @@
+"""The result of segmenting a patient's own scans: label map, volumes, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+
+from pmixseg.data.scans.outputs import (
+    code_table,
+    nifti_image,
+    write_json,
+    write_labels,
+    write_volume,
+)
+from pmixseg.evaluation.prediction.cases import CasePrediction, entropy_of
+from pmixseg.task import Combination, Task, format_combination
+
+NOTICE = "Research use only: not a medical device, not for diagnosis or treatment."
+"""Said by every output."""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a model found in one set of scans, in the grid of its reference scan.
+
+    Args:
+        name: of the case.
+        prediction: class probabilities and the way back to the reference's grid.
+        codes: label name -> number in :attr:`labels`.
+        inputs: modality -> ``{"file": name, "sha256": hash}``, as far as known.
+        settings: everything the result depends on besides weights and scans; primitives.
+        checkpoint: ``{"file": name, "sha256": hash}`` of the weights, if they came from a file.
+        warnings: sentences about what was resampled or went on in spite of doubts.
+    """
+
+    name: str
+    prediction: CasePrediction
+    codes: Mapping[str, int]
+    inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Mapping[str, str] | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def task(self) -> Task:
+        """Meaning of the classes."""
+        return self.prediction.task
+
+    @property
+    def combination(self) -> Combination:
+        """The modalities that were given."""
+        return self.prediction.combination
+
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """4 x 4, voxel index of the reference scan -> mm."""
+        return self.prediction.geometry.affine
+
+    @cached_property
+    def classes(self) -> UInt8[np.ndarray, "x y z"]:
+        """Class indices, 0 background, in the reference's axes; post-processed."""
+        return self.prediction.labels()
+
+    @property
+    def labels(self) -> NDArray[np.integer[Any]]:
+        """:attr:`classes` as label codes."""
+        table = code_table(self.codes, self.task, f"case '{self.name}'")
+        found: NDArray[np.integer[Any]] = table[self.classes]
+        return found
+
+    @cached_property
+    def probabilities(self) -> Float[np.ndarray, "c x y z"]:
+        """Calibrated softmax probabilities, background first, before post-processing."""
+        return self.prediction.source_probabilities()
+
+    @property
+    def entropy(self) -> Float[np.ndarray, "x y z"]:
+        r"""Voxel-wise uncertainty :math:`-\sum_c p_c \ln p_c` in nats, 0 to ln C."""
+        return entropy_of(self.probabilities)
+
+    @cached_property
+    def volumes(self) -> dict[str, float]:
+        """Region -> volume in ml."""
+        voxel = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
+        counts = np.bincount(self.classes.ravel(), minlength=self.task.num_classes)
+        return {
+            region: float(counts[list(self.task.region_classes(region))].sum()) * voxel
+            for region in self.task.regions
+        }
+
+    def to_nifti(self) -> Any:
+        """:attr:`labels` as a ``nibabel.Nifti1Image``, with the header of the files written."""
+        return nifti_image(self.labels, self.affine)
+
+    def save(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        *,
+        probabilities: bool = False,
+        entropy: bool = False,
+        compress: bool = True,
+    ) -> dict[str, Path]:
+        """Write ``<name>_seg.nii.gz``, what else is asked for, and ``<name>_seg.json``.
+
+        Args:
+            folder: where to; made if it is not there.
+            name: by default that of the case.
+            probabilities: also ``<name>_probabilities.nii.gz``, ``[x, y, z, C]`` float32.
+            entropy: also ``<name>_entropy.nii.gz``, float32, in nats.
+            compress: ``.nii.gz``, or ``.nii``.
+
+        Returns:
+            What it is -> where it is.
+
+        Raises:
+            InputError: a file cannot be written.
+        """
+        base, ending = Path(folder) / (name or self.name), ".nii.gz" if compress else ".nii"
+
+        def path(what: str, end: str = ending) -> Path:
+            return base.with_name(f"{base.name}_{what}{end}")
+
+        affine = self.prediction.geometry.source_affine
+        made = {"seg": write_labels(path("seg"), self.classes, affine, self.codes, self.task)}
+        if probabilities:
+            last = np.moveaxis(self.probabilities, 0, -1)
+            made["probabilities"] = write_volume(path("probabilities"), last, affine)
+        if entropy:
+            made["entropy"] = write_volume(path("entropy"), self.entropy, affine)
+        facts = {**self.to_dict(), "files": {k: p.name for k, p in made.items()}}
+        made["json"] = write_json(path("seg", ".json"), facts)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON file holds; primitives only."""
+        return {
+            "notice": NOTICE,
+            "case": self.name,
+            "task": self.task.to_dict(),
+            "combination": format_combination(self.combination),
+            "volumes_ml": {region: round(ml, 4) for region, ml in self.volumes.items()},
+            "codes": dict(self.codes),
+            "inputs": {m: dict(facts) for m, facts in self.inputs.items()},
+            "checkpoint": None if self.checkpoint is None else dict(self.checkpoint),
+            "settings": dict(self.settings),
+            "warnings": list(self.warnings),
+            "versions": {name: version(name) for name in ("pmixseg", "torch")},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }

@@ -1,0 +1,1 @@
+"""Rows of results, their sidecar, and the tables made from them."""

@@ -1,0 +1,376 @@
+"""The results of a run: one row per case × combination × region, and a sidecar that explains them.
+
+=================  ==================================================================
+column             meaning
+=================  ==================================================================
+``run``            name of the run
+``case``           case id, as text
+``combination``    modalities shown, joined by ``+`` in task order
+``n_present``      how many they are
+``region``         name of a region of the task
+``dice``           0 to 1, empty masks by the convention in the sidecar
+``hd95``           mm, percentile and empty masks by the convention in the sidecar
+``ece``            expected calibration error of the region's probability, 0 to 1, 15 bins
+``brier``          mean squared error of that probability, 0 to 1
+others             whatever :mod:`pmixseg.evaluation.scores.metrics` measured, by its names:
+                   ``asd`` (mm), ``nsd``, ``sensitivity``, ``specificity``, ``precision``,
+                   ``volume_ml``, ``truth_volume_ml``, ``volume_error_ml``, ``empty`` (``none``,
+                   ``truth``, ``prediction``, ``both``), ``presence_fp``, ``presence_fn``, and lesion-wise
+                   ``lesion_dice``, ``lesion_hd95``, ``lesion_tp``, ``lesion_fp``, ``lesion_fn``
+=================  ==================================================================
+
+Only the first six columns are always there. ``ece`` and ``brier`` are taken over the voxels of the
+prepared grid in which any sequence of the case has signal, after the temperatures of the sidecar's
+``config``. A combination that was not acquired for a case has no row.
+
+``records.csv`` (or ``.parquet``, see :class:`~pmixseg.evaluation.EvaluationSettings`) lies in the
+run's folder, its sidecar beside it with the suffix ``.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pandas as pd
+import torch.distributed as dist
+from pandas.api.types import is_numeric_dtype
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records.sidecar import Sidecar, file_hash, read_sidecar
+from pmixseg.task import BRATS, Task, format_combination, parse_combination
+
+if sys.platform != "win32":
+    import fcntl
+
+FIRST_COLUMNS = ("run", "case", "combination", "n_present", "region", "dice", "hd95")
+KEY = ("case", "combination", "region")
+TEXT_COLUMNS = ("run", "case", "combination", "region")
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Records:
+    """Results of one run.
+
+    Args:
+        table: the rows, columns beginning with :data:`FIRST_COLUMNS`.
+        sidecar: what they mean.
+        altered: the file's content is not what was written with the sidecar.
+
+    Example:
+        >>> row = {"case": "a1", "combination": "t1", "region": "WT", "dice": 0.5, "hd95": 9.0}
+        >>> Records.from_rows([row], "demo", Sidecar(BRATS)).table.to_dict("records")
+        [{'run': 'demo', 'case': 'a1', 'combination': 't1', 'n_present': 1, 'region': 'WT', \
+'dice': 0.5, 'hd95': 9.0}]
+    """
+
+    table: pd.DataFrame
+    sidecar: Sidecar
+    altered: bool = False
+
+    @property
+    def task(self) -> Task:
+        """Task of the records."""
+        return self.sidecar.task
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], run: str, sidecar: Sidecar) -> Records:
+        """Records of one run, in the task's order, a later row of the same key winning.
+
+        Args:
+            rows: mappings with ``case``, ``combination``, ``region``, ``dice`` and any other
+                metrics; ``n_present`` is counted here.
+            run: name of the run.
+            sidecar: what they mean; ``Sidecar(...).stamped()`` adds versions and time.
+
+        Raises:
+            InputError: a combination or region that the task does not have.
+        """
+        table = pd.DataFrame([{**row, "run": run} for row in rows])
+        return cls(_tidy(table, sidecar.task, "rows"), sidecar)
+
+    @classmethod
+    def read(cls, path: Path | str, task: Task | None = None) -> Records:
+        """Read ``records.csv``, ``.parquet``, or the run folder that holds one.
+
+        A table without a sidecar (format 0) is read too: its task is ``task``, or BraTS if its
+        names fit, or made of the names it uses.
+
+        Raises:
+            InputError: missing, not a table of records, or of a newer format.
+        """
+        path = find_records(Path(path))
+        beside = path.with_suffix(".json")
+        raw = read_sidecar(beside) if beside.is_file() else None
+        table = _read_table(path)
+        lacking = [c for c in (*KEY, "dice") if c not in table]
+        if lacking or table.empty:
+            raise InputError(
+                f"{path}: {f'lacks the columns {lacking}' if lacking else 'holds no row'}; a table "
+                f"of records begins with {', '.join(FIRST_COLUMNS)}."
+            )
+        words = [c for c in ("dice", "hd95") if c in table and not is_numeric_dtype(table[c])]
+        if words:
+            raise InputError(f"{path}: {words} hold other things than numbers; test again.")
+        if "run" in table and table["run"].nunique() > 1:
+            raise InputError(
+                f"{path}: holds rows of the runs {sorted(table['run'].unique())}; give each run a "
+                "file of its own."
+            )
+        if raw is None:
+            known = task or _guess_task(table)
+            raw = {"format": 0, "task": known.to_dict()}
+        sidecar = Sidecar.from_dict(raw, str(beside))
+        if "run" not in table:
+            table["run"] = path.parent.name or path.stem
+        written = (raw.get("table") or {}).get("sha256")
+        altered = written is not None and written != file_hash(path)
+        return cls(_tidy(table, sidecar.task, str(path)), sidecar, altered)
+
+    def write(self, path: Path | str) -> Path:
+        """Replace the table at ``path`` and its sidecar; a reader never sees half a file.
+
+        Args:
+            path: ends in ``.csv`` or ``.parquet``, or is a folder, which gets ``records.csv``.
+
+        Returns:
+            The table's path.
+        """
+        path = _target(Path(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.parent):
+            self._write(path)
+        return path
+
+    def append(self, path: Path | str, *, start_anew: bool = False) -> Records:
+        """Merge into the table at ``path``: a row with the same key replaces the old one.
+
+        Args:
+            path: see :meth:`write`.
+            start_anew: where the file was made with another checkpoint, task or convention,
+                forget it instead of refusing.
+
+        Returns:
+            What the file now holds.
+
+        Raises:
+            InputError: the file was made with another checkpoint, task or convention.
+        """
+        path = _target(Path(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.parent):
+            merged = self
+            if path.is_file():
+                old = Records.read(path)
+                differ = self.sidecar.differences(old.sidecar)
+                if differ and not start_anew:
+                    raise InputError(
+                        f"{path}: its rows were made with another {' and another '.join(differ)}; "
+                        "rows that cannot be compared must not share a file: remove it or write to "
+                        "another."
+                    )
+                if not differ:
+                    both = pd.concat([old.table, self.table], ignore_index=True)
+                    both["run"] = both["run"].iloc[-1]  # the folder may have been renamed
+                    merged = replace(self, table=_tidy(both, self.task, str(path)))
+            merged._write(path)
+        return merged
+
+    def _write(self, path: Path) -> None:
+        suffix = path.suffix
+
+        def save(to: Path) -> None:
+            if suffix == ".parquet":
+                _parquet(lambda: self.table.to_parquet(to, index=False))
+            else:
+                self.table.to_csv(to, index=False)
+
+        digest = _replace(path, save)
+        content = self.sidecar.to_dict()
+        content["table"] = {"file": path.name, "rows": len(self.table), "sha256": digest}
+        text = json.dumps(content, indent=2) + "\n"
+
+        def save_text(to: Path) -> None:
+            to.write_text(text, encoding="utf-8")
+
+        _replace(path.with_suffix(".json"), save_text)
+
+
+def gather_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows of all ranks, on every rank, once per case × combination × region.
+
+    A distributed sampler repeats cases to give every rank as many; the first rank's row stays.
+    Without an initialised process group: the given rows, cleaned the same way.
+    """
+    parts: list[Any] = [list(rows)]
+    if dist.is_available() and dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, list(rows))
+    once: dict[tuple[Any, ...], Row] = {}
+    for row in (row for part in parts for row in part):
+        once.setdefault(tuple(row[k] for k in KEY), row)
+    # Which rank holds a case depends on how many there are; the table must not.
+    return sorted(once.values(), key=lambda row: str(row["case"]))
+
+
+def read_comparable(paths: Iterable[Path | str]) -> list[Records]:
+    """Read the records of several runs that were scored in the same way.
+
+    Raises:
+        InputError: see :meth:`Records.read`; or runs with another task, convention or
+            post-processing.
+    """
+    found = [(str(path), Records.read(path)) for path in paths]
+    for path, one in found[1:]:
+        differ = [d for d in one.sidecar.differences(found[0][1].sidecar) if d != "checkpoint"]
+        if differ:
+            raise InputError(
+                f"{path}: was scored with another {' and another '.join(differ)} than {found[0][0]}"
+                "; test the runs again in the same way, or compare others."
+            )
+    return [one for _, one in found]
+
+
+def find_records(path: Path) -> Path:
+    """The table that ``path`` names: itself, or the one in that run folder.
+
+    A folder may hold a table of either kind; the sidecar names the one that was written last.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.is_file():
+        return path
+    if (path / "records.json").is_file():
+        named = read_sidecar(path / "records.json").get("table") or {}
+        if "file" in named and (path / Path(str(named["file"])).name).is_file():
+            return path / Path(str(named["file"])).name
+    for name in ("records.csv", "records.parquet"):
+        if (path / name).is_file():
+            return path / name
+    raise InputError(
+        f"{path}: holds no records.csv; run `pmixseg test` for this run first, or name its folder."
+    )
+
+
+def _target(path: Path) -> Path:
+    path = path / "records.csv" if path.is_dir() or not path.suffix else path
+    if path.suffix not in (".csv", ".parquet"):
+        raise InputError(f"{path}: records are written as .csv or .parquet; change the name.")
+    return path
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        if path.suffix == ".parquet":
+            parquet: pd.DataFrame = _parquet(lambda: pd.read_parquet(path))
+            return parquet
+        # Case ids such as 00014 or NA stay the text they are.
+        columns = pd.read_csv(path, nrows=0).columns
+        return pd.read_csv(
+            path,
+            dtype=dict.fromkeys(TEXT_COLUMNS, str),
+            keep_default_na=False,
+            na_values={c: ["", "nan", "NaN"] for c in columns if c not in TEXT_COLUMNS},
+            float_precision="round_trip",
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a table ({error}); test again.") from error
+
+
+def _tidy(table: pd.DataFrame, task: Task, where: str) -> pd.DataFrame:
+    """Check names, complete and order columns and rows, keep the last row of each key."""
+    if table.empty:
+        return pd.DataFrame(columns=list(FIRST_COLUMNS))
+    table = table.copy()
+    table["case"] = table["case"].astype(str)
+    names = {}
+    for text in table["combination"].unique():
+        try:
+            names[text] = parse_combination(str(text), task.modalities)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    strange = sorted(set(table["region"]) - set(task.regions))
+    if strange:
+        raise InputError(
+            f"{where}: regions {strange} are not among {list(task.regions)} of task '{task.name}'; "
+            "read it with its own task."
+        )
+    table["n_present"] = table["combination"].map({t: len(c) for t, c in names.items()})
+    table["combination"] = table["combination"].map(
+        {t: format_combination(c) for t, c in names.items()}
+    )
+    if "hd95" not in table:
+        table["hd95"] = float("nan")
+    table = table.drop_duplicates(list(KEY), keep="last")
+    combinations = [format_combination(c) for c in task.combinations()]
+    order = pd.DataFrame(
+        {
+            "case": table["case"],
+            "c": table["combination"].map(combinations.index),
+            "r": table["region"].map(list(task.regions).index),
+        }
+    ).sort_values(["case", "c", "r"])
+    columns = [*FIRST_COLUMNS, *(c for c in table if c not in FIRST_COLUMNS)]
+    return table.loc[order.index, columns].reset_index(drop=True)
+
+
+def _guess_task(table: pd.DataFrame) -> Task:
+    used = {n.strip(): None for text in table["combination"] for n in str(text).split("+")}
+    regions = {str(r): (str(r),) for r in table["region"].unique()}
+    if set(used) <= set(BRATS.modalities) and set(regions) <= set(BRATS.regions):
+        return BRATS
+    return Task("unnamed", tuple(used), tuple(regions), regions)
+
+
+def _parquet(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except ImportError as error:
+        raise InputError(
+            "Parquet needs the package pyarrow; `pip install pmixseg[parquet]` or use a name that "
+            "ends in .csv."
+        ) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a lock on the folder itself, so that no lock file stays behind; none on Windows."""
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(path: Path, save: Callable[[Path], None]) -> str:
+    """Write under a temporary name, then rename; the hash of what was written."""
+    temporary = path.with_name(f".{path.stem}-{uuid4().hex}{path.suffix}")
+    try:
+        save(temporary)
+        digest = file_hash(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); make room or choose another "
+            "folder."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest

@@ -1,0 +1,334 @@
+"""The table that papers print: regions × combinations, for terminals, LaTeX and spreadsheets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import pandas as pd
+from rich.box import HORIZONTALS
+from rich.table import Table
+from rich.text import Text
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records.measures import direction_of
+from pmixseg.evaluation.records.records import Records
+from pmixseg.task import Combination, Task, format_combination
+
+SHOWN, HIDDEN = "●", "○"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a column of the records is printed.
+
+    Args:
+        column: name in the records.
+        title: name in tables.
+        unit: of what is printed.
+        scale: what is printed per unit of the column.
+        digits: after the decimal point.
+    """
+
+    column: str
+    title: str
+    unit: str
+    scale: float = 1.0
+    digits: int = 1
+
+    @property
+    def higher(self) -> bool:
+        """Whether more is better."""
+        return direction_of(self.column) == "higher"
+
+    def show(self, value: float, digits: int | None = None) -> str:
+        """A scaled value as text, a dash where there is none."""
+        missing = math.isnan(value)
+        return "–" if missing else f"{value:.{self.digits if digits is None else digits}f}"
+
+
+DICE = Measure("dice", "Dice", "%", scale=100, digits=2)
+HD95 = Measure("hd95", "HD95", "mm")
+ECE = Measure("ece", "ECE", "%", scale=100, digits=2)
+BRIER = Measure("brier", "Brier score", "× 100", scale=100, digits=2)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: a run's means in one region.
+
+    Args:
+        run: name of the run.
+        region: name of the region.
+        values: scaled mean over cases per combination; NaN where no case has it.
+        mean: mean of ``values``, the "average" column of the papers; NaN entries are left out.
+        cases: number of cases per combination.
+        best: per combination, and last for the mean, whether no other run is better.
+    """
+
+    run: str
+    region: str
+    values: tuple[float, ...]
+    mean: float
+    cases: tuple[int, ...]
+    best: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Tabulation:
+    """Means of one measure over cases, for each region, run and combination.
+
+    Args:
+        measure: what is printed.
+        task: names and order of modalities and regions.
+        combinations: the columns.
+        lines: grouped by region, runs in the given order.
+        comparable: per region, the columns in which all runs were scored on the same cases; only
+            there are runs ranked and the best marked.
+    """
+
+    measure: Measure
+    task: Task
+    combinations: tuple[Combination, ...]
+    lines: tuple[Line, ...]
+    comparable: dict[str, tuple[bool, ...]]
+
+    @property
+    def runs(self) -> list[str]:
+        """Names of the runs, in order."""
+        return list(dict.fromkeys(line.run for line in self.lines))
+
+    @property
+    def title(self) -> str:
+        """Measure and unit."""
+        return f"{self.measure.title} ({self.measure.unit})"
+
+    def by_region(self) -> list[tuple[str, list[Line]]]:
+        """Lines of each region."""
+        return [(r, list(lines)) for r, lines in groupby(self.lines, lambda line: line.region)]
+
+    def ranks(self) -> pd.DataFrame:
+        """Mean rank of each run (1 is best, ties share) over comparable columns, per region.
+
+        Rows are runs; columns are regions, ``all`` and ``columns`` (how many were ranked).
+        """
+        parts: dict[str, pd.DataFrame] = {}
+        for region, lines in self.by_region():
+            values = pd.DataFrame({line.run: line.values for line in lines})
+            use = pd.Series(self.comparable[region]) & values.notna().all(axis=1)
+            parts[region] = values[use].rank(axis=1, ascending=not self.measure.higher)
+        found = pd.DataFrame({region: part.mean() for region, part in parts.items()})
+        everything = pd.concat(list(parts.values()))
+        found["all"] = everything.mean()
+        found["columns"] = len(everything)
+        return found.loc[self.runs]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per region and run; a column per combination, ``mean``, ``cases`` (fewest)."""
+        names = [format_combination(c) for c in self.combinations]
+        return pd.DataFrame(
+            {
+                "region": line.region,
+                "run": line.run,
+                **dict(zip(names, line.values, strict=True)),
+                "mean": line.mean,
+                "cases": min((n for n in line.cases if n), default=0),
+            }
+            for line in self.lines
+        )
+
+    def rich(self, width: int | None = None) -> Table:
+        """For a terminal: combinations as columns if ``width`` allows, else as rows.
+
+        Args:
+            width: characters of the terminal; ``None``: as wide as the table needs.
+        """
+        several = len(self.runs) > 1
+        labels = max(len(self.task.show(n)) for n in (*self.task.modalities, *self.task.regions))
+        if several:
+            labels = max(labels, *(len(self._label(line, several)) for line in self.lines))
+        needed = labels + (len(self.combinations) + 1) * 6 + 2
+        return self._wide(several) if width is None or width >= needed else self._long(several)
+
+    def _label(self, line: Line, several: bool) -> str:
+        region = self.task.show(line.region)
+        return f"{region} {line.run}" if several else region
+
+    def _cells(self, line: Line) -> list[Text]:
+        digits = min(self.measure.digits, 1)
+        return [
+            Text(self.measure.show(value, digits), style="bold" if best else "")
+            for value, best in zip((*line.values, line.mean), line.best, strict=True)
+        ]
+
+    def _wide(self, several: bool) -> Table:
+        table = Table(title=self.title, box=HORIZONTALS, padding=0, header_style="")
+        table.add_column("\n".join(self.task.show(m) for m in self.task.modalities), no_wrap=True)
+        for combination in self.combinations:
+            table.add_column("\n".join(dots(combination, self.task)), justify="right", min_width=5)
+        table.add_column("\n" * (self.task.num_modalities - 1) + "mean", justify="right")
+        for _, lines in self.by_region():
+            for line in lines:
+                table.add_row(self._label(line, several), *self._cells(line))
+            if several:
+                table.add_section()
+        return table
+
+    def _long(self, several: bool) -> Table:
+        table = Table(title=self.title, box=HORIZONTALS, padding=0, header_style="")
+        for modality in self.task.modalities:
+            table.add_column(self.task.show(modality), justify="center")
+        for line in self.lines:
+            name = self._label(line, several).replace(" ", "\n", 1)
+            table.add_column(name, justify="right", overflow="fold")
+        columns = [self._cells(line) for line in self.lines]
+        for i, combination in enumerate(self.combinations):
+            table.add_row(*dots(combination, self.task), *(c[i] for c in columns))
+        table.add_section()
+        blank = [""] * (self.task.num_modalities - 1)
+        table.add_row("mean", *blank, *(c[-1] for c in columns))
+        return table
+
+    def latex(self, comment: str = "") -> str:
+        r"""A ``tabular`` for the packages booktabs and amssymb, to be read with ``\input``.
+
+        Args:
+            comment: lines written above it, e.g. conventions.
+        """
+        several = len(self.runs) > 1
+        lead = ["", ""] if several else [""]
+        count = len(self.combinations)
+        rows = [
+            " & ".join(
+                [*lead[1:], _escape(self.task.show(m))]
+                + [r"$\bullet$" if m in c else r"$\circ$" for c in self.combinations]
+                + ["Mean" if m == self.task.modalities[-1] else ""]
+            )
+            for m in self.task.modalities
+        ]
+        blocks = [rows]
+        for region, lines in self.by_region():
+            block = []
+            for i, line in enumerate(lines):
+                label = _escape(self.task.show(region)) if i == 0 else ""
+                names = [label, _escape(line.run)] if several else [label]
+                values = [
+                    rf"\textbf{{{self.measure.show(v)}}}" if best else self.measure.show(v)
+                    for v, best in zip((*line.values, line.mean), line.best, strict=True)
+                ]
+                block.append(" & ".join([*names, *values]).replace("–", "--"))
+            blocks.append(block)
+        if not several:
+            blocks = [blocks[0], [row for block in blocks[1:] for row in block]]
+        body = "\n\\midrule\n".join("\n".join(f"{row} \\\\" for row in b) for b in blocks)
+        header = "".join(f"% {line}\n" for line in (self.title, *comment.splitlines()))
+        return (
+            f"{header}\\begin{{tabular}}{{{'l' * len(lead)}*{{{count}}}{{c}}c}}\n\\toprule\n"
+            f"{body}\n\\bottomrule\n\\end{{tabular}}\n"
+        )
+
+
+def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
+    """Means over cases of one measure, for one run or several side by side.
+
+    Args:
+        runs: results; run names must differ and tasks be equal.
+        measure: what to print.
+
+    Raises:
+        InputError: no run, runs of different tasks or with one name, or a column that is missing.
+    """
+    check_together(runs)
+    task = runs[0].task
+    combinations = tuple(task.combinations())
+    names = [format_combination(c) for c in combinations]
+    means: dict[tuple[str, str], pd.Series[float]] = {}
+    cases: dict[tuple[str, str], list[frozenset[str]]] = {}
+    for one in runs:
+        if measure.column not in one.table:
+            raise InputError(
+                f"run '{run_name(one)}' has no column '{measure.column}'; test it again with that "
+                "measure."
+            )
+        for region in task.regions:
+            part = one.table[one.table["region"] == region]
+            by = part.groupby("combination")
+            key = (region, run_name(one))
+            means[key] = by[measure.column].mean().reindex(names) * measure.scale
+            ids = {str(name): frozenset(group["case"]) for name, group in by}
+            cases[key] = [ids.get(n, frozenset()) for n in names]
+    lines: list[Line] = []
+    comparable: dict[str, tuple[bool, ...]] = {}
+    for region in task.regions:
+        keys = [(region, run_name(one)) for one in runs]
+        same = [len(set(column)) == 1 for column in zip(*(cases[k] for k in keys), strict=True)]
+        comparable[region] = tuple(same)
+        full = {k: [*means[k], means[k].mean()] for k in keys}
+        marks = best_of(list(full.values()), [*same, all(same)], measure)
+        for key, best in zip(keys, marks, strict=True):
+            *values, mean = full[key]
+            sizes = tuple(len(ids) for ids in cases[key])
+            lines.append(Line(key[1], region, tuple(values), mean, sizes, best))
+    return Tabulation(measure, task, combinations, tuple(lines), comparable)
+
+
+def run_name(records: Records) -> str:
+    """Name of the run that the rows belong to."""
+    return str(records.table["run"].iloc[0])
+
+
+def dots(combination: Iterable[str], task: Task) -> list[str]:
+    """One ● or ○ per modality of the task.
+
+    Example:
+        >>> from pmixseg.task import BRATS
+        >>> "".join(dots(("t1ce", "t2"), BRATS))
+        '○●○●'
+    """
+    chosen = set(combination)
+    return [SHOWN if m in chosen else HIDDEN for m in task.modalities]
+
+
+def check_together(runs: Sequence[Records]) -> None:
+    """Refuse runs that no table can hold together.
+
+    Raises:
+        InputError: no run, an empty one, different tasks, or one name twice.
+    """
+    if not runs or any(one.table.empty for one in runs):
+        raise InputError("there is no record to tabulate; test a run first.")
+    first = runs[0].task
+    for one in runs[1:]:
+        if one.task.to_dict() != first.to_dict():
+            raise InputError(
+                f"run '{run_name(one)}' has task '{one.task.name}' and run '{run_name(runs[0])}' "
+                f"'{first.name}' (or other regions); report them separately."
+            )
+    names = [run_name(one) for one in runs]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise InputError(f"two runs are named {twice}; rename the folder of one.")
+
+
+def best_of(
+    rows: list[list[float]], comparable: list[bool], measure: Measure
+) -> list[tuple[bool, ...]]:
+    """Per row and column, whether it is the best of several rows, as printed."""
+    marks = [[False] * len(comparable) for _ in rows]
+    if len(rows) > 1:
+        for j, use in enumerate(comparable):
+            column = [round(row[j], measure.digits) for row in rows]
+            valid = [v for v in column if not math.isnan(v)]
+            if use and len(valid) > 1:
+                top = max(valid) if measure.higher else min(valid)
+                for mark, value in zip(marks, column, strict=True):
+                    mark[j] = value == top
+    return [tuple(mark) for mark in marks]
+
+
+def _escape(text: str) -> str:
+    special = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}"}
+    special |= {"^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    return "".join(special.get(c, c) for c in text)

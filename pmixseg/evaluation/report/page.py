@@ -1,0 +1,369 @@
+"""One self-contained page from the folders of runs, and its tables and figures as files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.gap.changes import GapChange, read_gap_changes
+from pmixseg.evaluation.records.curves import Chart, read_curves
+from pmixseg.evaluation.records.examples import Example, examples_of
+from pmixseg.evaluation.records.grouped import MOST_COLUMNS, group_by_size
+from pmixseg.evaluation.records.published import recognised_split, references
+from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.tables import (
+    BRIER,
+    DICE,
+    ECE,
+    HD95,
+    Tabulation,
+    check_together,
+    run_name,
+    tabulate,
+)
+from pmixseg.evaluation.report.figures import (
+    COLOURS,
+    as_svg,
+    box_plots,
+    by_count,
+    courses,
+    heat_map,
+    overlaid,
+    save_png,
+    themed,
+)
+from pmixseg.evaluation.report.pictures import (
+    CONFUSED,
+    INVENTED,
+    MISSED,
+    case_figure,
+    class_colours,
+    panels,
+    viewer_case,
+)
+from pmixseg.evaluation.report.summary import (
+    additions,
+    calibration_summaries,
+    region_summaries,
+    remarks,
+    worst_cases,
+)
+from pmixseg.task import Task
+
+WORST = 2
+"""Worst cases with pictures; the middle and the best one stand beside them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds for a report.
+
+    Args:
+        folder: the run folder.
+        records: its results.
+        charts: the course of its training; empty without ``metrics.csv``.
+        examples: case id -> file of its pictures.
+        gaps: the gap before and after its training; empty where it was not measured.
+    """
+
+    folder: Path
+    records: Records
+    charts: list[Chart]
+    examples: dict[str, Path]
+    gaps: list[GapChange] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return run_name(self.records)
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read a run folder.
+
+        Raises:
+            InputError: no records, or a damaged file.
+        """
+        records = Records.read(folder)
+        home = folder if folder.is_dir() else folder.parent
+        tested = (records.sidecar.checkpoint or {}).get("file", "")
+        gaps = read_gap_changes(home, best=tested == "best.ckpt")
+        return cls(home, records, read_curves(home), examples_of(home), gaps)
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean over cases, combinations and regions, in percent."""
+        return 100 * float(self.records.table["dice"].mean())
+
+
+def write_report(runs: Sequence[Path], out: Path, images: bool = True) -> Path:
+    """Write a report of one run, or of several side by side.
+
+    The page needs no network and no other file. Beside it, ``<name>_files/`` holds the tables as
+    CSV and LaTeX and the figures as PNG and SVG.
+
+    Args:
+        runs: run folders with ``records.csv`` (or tables of records).
+        out: the page, ``.html``; or a folder, which gets ``report.html``.
+        images: whether pictures of scans are embedded.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: a run without records, runs of different tasks, or nowhere to write.
+    """
+    out = out if out.suffix in (".html", ".htm") else out / "report.html"
+    found = [Run.read(Path(folder)) for folder in runs]
+    check_together([run.records for run in found])
+    beside = out.with_name(f"{out.stem}_files")
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        page = _page(found, beside, images)
+        temporary = out.with_name(f".{uuid4().hex}.html")
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror or error}); make room or choose another "
+            "folder."
+        ) from error
+    return out
+
+
+def html_table(table: Tabulation) -> str:
+    """The combination table as an HTML ``<table>``, in the markup of the report."""
+    macro = _environment().get_template("tables.html.j2").module
+    found: str = macro.combinations(table)  # type: ignore[attr-defined]  # a Jinja macro
+    return str(found)
+
+
+def _page(runs: list[Run], beside: Path, images: bool) -> str:
+    records = [run.records for run in runs]
+    task = records[0].task
+    dice = tabulate(records, DICE)
+    hd95 = tabulate(records, HD95) if _measured(records, "hd95") else None
+    pictures = _pictures(runs) if images else []
+    named = references(records[0]) if _same_references(records) else []
+    charts = _write_figures(beside, _figures(runs, dice, hd95))
+    _write_tables(beside, [t for t in (dice, hd95) if t is not None], records)
+    for k, shown in enumerate(pictures):
+        save_png(case_figure(shown.examples, task), beside / f"case_{k + 1}.png")
+    loader = _environment()
+    template = loader.get_template("report.html.j2")
+    return template.render(
+        task=task,
+        runs=runs,
+        several=len(runs) > 1,
+        dice=dice,
+        hd95=hd95,
+        group=group_by_size,
+        most_columns=MOST_COLUMNS,
+        colours=dict(zip([r.name for r in runs], COLOURS * len(runs), strict=False)),
+        summaries=region_summaries(records),
+        calibration=calibration_summaries(records),
+        temperatures=[
+            (one.sidecar.config.get("evaluation") or {}).get("temperatures") for one in records
+        ],
+        remarks=remarks(records),
+        worst=[case for one in records for case in worst_cases(one, 5 if len(runs) == 1 else 3)],
+        additions=[additions(one) for one in records] if task.num_modalities > 1 else [],
+        ranks=_ranks(dice, hd95) if len(runs) > 1 else [],
+        references=named,
+        split=recognised_split(records[0]),
+        figures=charts,
+        training=_training(runs, charts),
+        pictures=[(p.case, p.note, panels(p.examples, task)) for p in pictures],
+        viewer=_viewer(pictures, task) if pictures else None,
+        legend=list(zip(task.labels, class_colours(len(task.labels)), strict=True)),
+        errors=[
+            ("missed", MISSED),
+            ("predicted, not there", INVENTED),
+            ("another class", CONFUSED),
+        ],
+        phantom=[one.sidecar.phantom for one in records],
+        synthetic=all(one.sidecar.phantom for one in records),
+        penalty=_penalty(records),
+        images=images,
+        cases=sorted({str(case) for one in records for case in one.table["case"]}),
+        written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+        version=version("pmixseg"),
+        files=beside.name,
+        style=_source(loader, "report.css"),
+        script=_source(loader, "viewer.js"),
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pmixseg.evaluation.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number,
+        "signed": _signed,
+        "codes": _codes,
+        "sort_regions": _sort_regions,
+    }
+    return environment
+
+
+def _source(environment: Environment, name: str) -> Markup:
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0])
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def _signed(value: float) -> str:
+    return "–" if value != value else f"{value:+.1f}".replace("-", "−")
+
+
+def _codes(text: str) -> Markup:
+    """Words between backticks as code."""
+    parts = [Markup.escape(part) for part in text.split("`")]
+    return Markup("").join(
+        Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)
+    )
+
+
+def _sort_regions(groups: Any, task: Task) -> list[Any]:
+    return sorted(groups, key=lambda group: list(task.regions).index(group[0]))
+
+
+def _penalty(records: Sequence[Records]) -> str:
+    """The HD95 of a missed region, in words."""
+    values = {one.sidecar.conventions.get("hd95_one_empty_mm", "own value") for one in records}
+    if len(values) > 1:
+        return "own value"
+    value = values.pop()
+    return f"{value:g} mm" if isinstance(value, int | float) else str(value or "not a number")
+
+
+def _training(runs: list[Run], charts: dict[str, Markup]) -> list[tuple[str, Markup]]:
+    """Captions and curves."""
+    captions = {"training": "Training loss and validation Dice of all runs."}
+    captions |= {f"training_{k + 1}": f"Course of {run.name}." for k, run in enumerate(runs)}
+    return [(text, charts[name]) for name, text in captions.items() if name in charts]
+
+
+def _measured(records: Sequence[Records], column: str) -> bool:
+    return all(column in one.table and one.table[column].notna().any() for one in records)
+
+
+def _same_references(records: Sequence[Records]) -> bool:
+    """Whether every run stands on the same recognised split."""
+    return len({recognised_split(one) for one in records}) == 1
+
+
+def _figures(runs: list[Run], dice: Tabulation, hd95: Tabulation | None) -> dict[str, Figure]:
+    records = [run.records for run in runs]
+    found = {"heat_dice": heat_map(dice), "cases_dice": box_plots(records)}
+    if dice.task.num_modalities > 1:
+        found["sequences_dice"] = by_count(dice)
+    if hd95 is not None:
+        found["heat_hd95"] = heat_map(hd95)
+    together = overlaid({run.name: run.charts for run in runs})
+    if len(runs) > 1 and together:
+        found["training"] = courses(together)
+    for k, run in enumerate(runs):
+        if run.charts:
+            found[f"training_{k + 1}"] = courses(run.charts)
+    return found
+
+
+@dataclass(frozen=True)
+class PicturedCase:
+    """A case that is shown.
+
+    Args:
+        examples: run -> small copy of the case.
+        note: where its Dice stands among those that could be shown.
+    """
+
+    examples: dict[str, Example]
+    note: str
+
+    @property
+    def case(self) -> str:
+        """Case id."""
+        return next(iter(self.examples.values())).case
+
+
+def _pictures(runs: list[Run]) -> list[PicturedCase]:
+    """The worst cases, the middle and the best of those that every run with pictures kept."""
+    holders = [run for run in runs if run.examples]
+    if not holders:
+        return []
+    shared = set.intersection(*(set(run.examples) for run in holders))
+    table = pd.concat([run.records.table for run in holders])
+    dice = table[table["case"].isin(shared)].groupby("case")["dice"].mean().sort_values()
+    count = len(dice)
+    places = {k: f"{_ordinal(k)} lowest" if k else "lowest" for k in range(min(WORST, count))}
+    if count > WORST:
+        places = {**places, count // 2: "middle", count - 1: "highest"}
+    found = []
+    for k, place in sorted(places.items()):
+        name = str(dice.index[k])
+        note = f"mean Dice {100 * dice.iloc[k]:.1f}, the {place} of {count} cases with pictures"
+        examples = {run.name: Example.load(run.examples[name]) for run in holders}
+        found.append(PicturedCase(examples, note))
+    return found
+
+
+def _ordinal(index: int) -> str:
+    return ("first", "second", "third")[index] if index < 3 else f"{index + 1}th"
+
+
+def _viewer(pictures: list[PicturedCase], task: Task) -> dict[str, Any]:
+    return {
+        "cases": [viewer_case(p.examples) for p in pictures],
+        "names": {m: task.show(m) for m in task.modalities},
+        "colours": class_colours(len(task.labels)),
+        "errors": [MISSED, INVENTED, CONFUSED],
+    }
+
+
+def _ranks(dice: Tabulation, hd95: Tabulation | None) -> list[tuple[str, pd.DataFrame]]:
+    tables = [t for t in (dice, hd95) if t is not None]
+    ranked = [(t.measure.title, t.ranks()) for t in tables]
+    return [(title, frame) for title, frame in ranked if frame["columns"].max() > 0]
+
+
+def _write_figures(beside: Path, figures: dict[str, Figure]) -> dict[str, Markup]:
+    """Save each figure as SVG and PNG; what the page shows of it."""
+    shown = {}
+    for name, figure in figures.items():
+        svg = as_svg(figure)
+        (beside / f"{name}.svg").write_text(svg, encoding="utf-8")
+        save_png(figure, beside / f"{name}.png")
+        shown[name] = themed(svg)
+    return shown
+
+
+def _write_tables(beside: Path, tables: list[Tabulation], records: list[Records]) -> None:
+    rules = [f"{k}: {v}" for k, v in records[0].sidecar.conventions.items()]
+    comment = "\n".join([f"cases: {records[0].table['case'].nunique()}", *rules])
+    others = [tabulate(records, m) for m in (ECE, BRIER) if _measured(records, m.column)]
+    for table in (*tables, *others):
+        stem = f"table_{table.measure.column}"
+        table.frame().to_csv(beside / f"{stem}.csv", index=False)
+        (beside / f"{stem}.tex").write_text(table.latex(comment), encoding="utf-8")
+    summaries = [vars(s) for s in region_summaries(records)]
+    pd.DataFrame(summaries).to_csv(beside / "summary.csv", index=False)

@@ -1,0 +1,299 @@
+"""What stands in a report beside the tables: key numbers, worst cases, remarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pmixseg.evaluation.comparison.monotonicity import added_modalities
+from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.tables import BRIER, ECE, run_name, tabulate
+from pmixseg.task import format_combination
+
+FEW_CASES = 10
+"""Below this a report says that nothing can be concluded about patients."""
+
+
+@dataclass(frozen=True)
+class RegionSummary:
+    """Key numbers of one run in one region; Dice in percent, HD95 in mm.
+
+    Args:
+        run: name of the run.
+        region: name of the region.
+        cases: number of cases.
+        dice: mean over combinations of the mean over cases.
+        spread: standard deviation over cases of the case's mean over combinations; NaN for one.
+        full: mean Dice with every modality; NaN if no case has all.
+        lowest: lowest mean Dice of a combination.
+        lowest_at: that combination.
+        hd95: mean over all rows, penalties included.
+        hd95_median: median over all rows, penalties included.
+        penalised: rows in which exactly one mask is empty, so that HD95 is a penalty; ``None`` if
+            the records do not say.
+        invented: rows with a prediction where the truth is empty; ``None`` as above.
+        missed: rows without a prediction where the truth is not empty; ``None`` as above.
+        absent: cases whose truth is empty; ``None`` as above.
+        rows: number of records.
+    """
+
+    run: str
+    region: str
+    cases: int
+    dice: float
+    spread: float
+    full: float
+    lowest: float
+    lowest_at: str
+    hd95: float
+    hd95_median: float
+    penalised: int | None
+    invented: int | None
+    missed: int | None
+    absent: int | None
+    rows: int
+
+
+def region_summaries(runs: Sequence[Records]) -> list[RegionSummary]:
+    """Key numbers, regions in task order and runs in the given one."""
+    task = runs[0].task
+    return [
+        _summary(one, region)
+        for region in task.regions
+        for one in runs
+        if (one.table["region"] == region).any()
+    ]
+
+
+def _summary(records: Records, region: str) -> RegionSummary:
+    part = records.table[records.table["region"] == region]
+    means = part.groupby("combination")["dice"].mean() * 100
+    by_case = part.groupby("case")["dice"].mean() * 100
+    everything = format_combination(records.task.modalities)
+    known = "empty" in part
+    empty = part["empty"].astype(str) if known else pd.Series("none", index=part.index)
+    truth_empty, prediction_empty = (
+        empty.isin([which, "both"]) for which in ("truth", "prediction")
+    )
+    hd95 = part["hd95"].astype(float)
+    return RegionSummary(
+        run=run_name(records),
+        region=region,
+        cases=part["case"].nunique(),
+        dice=float(means.mean()),
+        spread=float(by_case.std()) if len(by_case) > 1 else float("nan"),
+        full=float(means.get(everything, np.nan)),
+        lowest=float(means.min()),
+        lowest_at=str(means.idxmin()) if means.notna().any() else "",
+        hd95=float(hd95.mean()),
+        hd95_median=float(hd95.median()),
+        penalised=int((truth_empty ^ prediction_empty).sum()) if known else None,
+        invented=int((truth_empty & ~prediction_empty).sum()) if known else None,
+        missed=int((prediction_empty & ~truth_empty).sum()) if known else None,
+        absent=part[truth_empty]["case"].nunique() if known else None,
+        rows=len(part),
+    )
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """A case on which a run does badly; Dice in percent.
+
+    Args:
+        run: name of the run.
+        case: case id.
+        dice: mean over regions and combinations.
+        region: region of its lowest mean over combinations.
+        region_dice: that mean.
+        combination: combination of the lowest Dice in that region.
+        combination_dice: that Dice.
+    """
+
+    run: str
+    case: str
+    dice: float
+    region: str
+    region_dice: float
+    combination: str
+    combination_dice: float
+
+
+def worst_cases(records: Records, count: int = 5) -> list[WorstCase]:
+    """Cases with the lowest mean Dice, the worst first."""
+    table = records.table
+    found = []
+    for case, mean in table.groupby("case")["dice"].mean().nsmallest(count).items():
+        rows = table[table["case"] == case]
+        regions = rows.groupby("region")["dice"].mean()
+        region = str(regions.idxmin())
+        low = rows[rows["region"] == region].set_index("combination")["dice"]
+        found.append(
+            WorstCase(
+                run_name(records),
+                str(case),
+                100 * float(mean),
+                region,
+                100 * float(regions.min()),
+                str(low.idxmin()),
+                100 * float(low.min()),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class CalibrationSummary:
+    """Calibration of one run in one region, times 100.
+
+    Args:
+        run: name of the run.
+        region: name of the region.
+        ece: mean expected calibration error over cases and the combinations of each size, sizes
+            ascending; last the mean over all combinations.
+        brier: Brier score, likewise.
+    """
+
+    run: str
+    region: str
+    ece: tuple[float, ...]
+    brier: tuple[float, ...]
+
+
+def calibration_summaries(runs: Sequence[Records]) -> list[CalibrationSummary]:
+    """Calibration by region and run; empty unless all runs measured it."""
+    if not all({"ece", "brier"} <= set(one.table) for one in runs):
+        return []
+    ece, brier = tabulate(runs, ECE), tabulate(runs, BRIER)
+    found = []
+    for a, b in zip(ece.lines, brier.lines, strict=True):
+        sizes = np.array([len(c) for c in ece.combinations])
+        by_size = [
+            tuple(_mean_of(np.array(line.values)[sizes == n]) for n in sorted(set(sizes)))
+            for line in (a, b)
+        ]
+        found.append(
+            CalibrationSummary(a.run, a.region, (*by_size[0], a.mean), (*by_size[1], b.mean))
+        )
+    return found
+
+
+def _mean_of(values: NDArray[np.float64]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What adding one more modality does to the mean Dice of one run.
+
+    Args:
+        run: name of the run.
+        pairs: (region, combination, added modality) that were looked at.
+        hurt: how many of them lowered the mean.
+        clear: how many of those by more than the bootstrap interval over cases.
+        worst: rows of :func:`~pmixseg.evaluation.comparison.monotonicity.added_modalities` that
+            lowered it, the worst first.
+    """
+
+    run: str
+    pairs: int
+    hurt: int
+    clear: int
+    worst: list[dict[str, Any]]
+
+
+def additions(records: Records, count: int = 6) -> Additions:
+    """Where a run segments worse when it is shown more."""
+    table = added_modalities([records.table])
+    hurt = table[table["change"] < 0]
+    worst = hurt.head(count).to_dict("records")
+    clear = int(hurt["clear"].sum())
+    return Additions(
+        run_name(records),
+        len(table),
+        len(hurt),
+        clear,
+        [{str(k): v for k, v in row.items()} for row in worst],
+    )
+
+
+def remarks(runs: Sequence[Records]) -> list[str]:
+    """What a reader must know before comparing anything on the page, one sentence each."""
+    task = runs[0].task
+    found: list[str] = []
+    sets = [frozenset(one.table["case"]) for one in runs]
+    count = min(len(s) for s in sets)
+    if count < FEW_CASES:
+        found.append(
+            f"{count} case{'s' if count > 1 else ''}: too few to conclude anything about patients."
+        )
+    if len(set(sets)) > 1:
+        found.append(
+            "The runs were scored on different cases. Best values are marked, and ranks given, "
+            "only for combinations in which all runs share the same cases."
+        )
+    if len(runs) > 1:
+        found.append(
+            "Differences between single trainings mix the method with the luck of its seed: for a "
+            "statement about methods use several seeds per arm and `pmixseg compare`."
+        )
+    for name in ("conventions", "postprocess"):
+        values = [one.sidecar.to_dict()[name] for one in runs]
+        if any(value != values[0] for value in values):
+            found.append(f"The runs differ in their {_spell(name, values)}: do not compare them.")
+    for region in task.regions:
+        found += _about_region(runs[0], region)
+    lacking = [run_name(one) for one in runs if _has_gaps(one)]
+    if lacking:
+        found.append(
+            f"Not every case has every sequence ({', '.join(lacking)}): combinations with a "
+            "missing sequence are averaged over fewer cases."
+        )
+    for one in runs:
+        if one.altered:
+            found.append(f"The table of {run_name(one)} was changed after it was written.")
+        if "source" in one.sidecar.conventions:
+            found.append(f"{run_name(one)} does not state its conventions.")
+    heated = [_temperatures(one) for one in runs]
+    if any(t != heated[0] for t in heated):
+        found.append(
+            "The runs differ in the temperatures of their probabilities, which ECE and Brier score "
+            "depend on and nothing else does."
+        )
+    dirty = [run_name(r) for r in runs if r.sidecar.git and r.sidecar.git.get("dirty")]
+    if dirty:
+        found.append(f"Made from a checkout with uncommitted changes: {', '.join(dirty)}.")
+    return found
+
+
+def _temperatures(records: Records) -> object:
+    return (records.sidecar.config.get("evaluation") or {}).get("temperatures")
+
+
+def _spell(name: str, values: Sequence[object]) -> str:
+    if name == "postprocess":
+        return "post-processing"
+    tables = [dict(v) for v in values if isinstance(v, dict)]
+    keys = sorted({k for t in tables for k in t if any(o.get(k) != t[k] for o in tables)})
+    return f"conventions ({', '.join(keys)})"
+
+
+def _about_region(records: Records, region: str) -> list[str]:
+    summary = _summary(records, region)
+    if not summary.absent:
+        return []
+    shown = records.task.show(region)
+    return [
+        f"{shown} is absent from the truth of {summary.absent} of {summary.cases} cases: there its "
+        "Dice is 1 if nothing is predicted and 0 otherwise, and its HD95 a convention."
+    ]
+
+
+def _has_gaps(records: Records) -> bool:
+    per_case = records.table.groupby("case")["combination"].nunique()
+    return bool(per_case.min() < len(records.task.combinations()))

@@ -1,0 +1,1 @@
+"""Numbers from two label maps: conventions, overlap, surfaces, lesions, calibration."""

@@ -1,0 +1,97 @@
+"""The conventions of a score, by name: what an empty mask counts, which percentile, what a lesion.
+
+Published numbers cannot be compared because these differ silently. Here they are one object that
+every result file carries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from pmixseg.errors import InputError
+
+BRATS_PENALTY_MM = 373.12866
+"""Diagonal of the 240 × 240 × 155 mm BraTS volume: the HD95 of a missed or invented region."""
+
+EmptyRule = Literal["brats", "one", "zero", "nan"]
+PercentileRule = Literal["pooled", "max_directed"]
+LesionRule = Literal["none", "brats2023-gli", "panoptica-0.0.10"]
+
+# HD95 and ASD where (one mask is empty, both are).
+_EMPTY: Mapping[str, tuple[float, float]] = {
+    "brats": (BRATS_PENALTY_MM, 0.0),
+    "one": (1.0, 0.0),
+    "zero": (0.0, 0.0),
+    "nan": (math.nan, math.nan),
+}
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How scores are defined where papers differ.
+
+    Args:
+        hd95: HD95 and ASD in mm where one mask is empty: ``brats`` 373.12866 (BraTS, nnU-Net),
+            ``one`` 1 (ACN, SMU-Net, PASSION), ``zero`` 0 (M3AE); both empty: 0. ``nan``: NaN in
+            both cases (ProtoKD).
+        percentile: HD95 is the 95th percentile of both directed distances ``pooled`` (medpy) or
+            the larger of the two directed 95th percentiles, ``max_directed`` (MONAI).
+        nsd_tolerance_mm: surfaces closer than this agree (normalised surface Dice).
+        lesion: lesion-wise scores that are added, see :mod:`pmixseg.evaluation.scores.lesions`.
+
+    Fixed: Dice and NSD are 1 where both masks are empty and 0 where one is; ASD is the mean of both
+    directed distances together (medpy, MONAI); sensitivity without truth and precision without
+    prediction are NaN; specificity counts the whole volume.
+
+    Raises:
+        InputError: an unknown name or a negative tolerance.
+
+    Example:
+        >>> Conventions().to_dict()["hd95_one_empty_mm"]
+        373.12866
+    """
+
+    hd95: EmptyRule = "brats"
+    percentile: PercentileRule = "pooled"
+    nsd_tolerance_mm: float = 1.0
+    lesion: LesionRule = "none"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            known, given = get_args(hint), getattr(self, name)
+            if known and given not in known:
+                raise InputError(
+                    f"conventions: {name} '{given}' is unknown; use one of {list(known)}."
+                )
+        if not self.nsd_tolerance_mm >= 0:
+            raise InputError(
+                f"conventions: nsd_tolerance_mm is {self.nsd_tolerance_mm}; give 0 or more mm."
+            )
+
+    @property
+    def one_empty(self) -> float:
+        """HD95 and ASD in mm where exactly one mask is empty."""
+        return _EMPTY[self.hd95][0]
+
+    @property
+    def both_empty(self) -> float:
+        """HD95 and ASD in mm where both masks are empty."""
+        return _EMPTY[self.hd95][1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives for result files; what follows from the names is spelt out beside them."""
+        spelt = {
+            "hd95_one_empty_mm": None if math.isnan(self.one_empty) else self.one_empty,
+            "hd95_both_empty_mm": None if math.isnan(self.both_empty) else self.both_empty,
+            "dice_both_empty": 1.0,
+            "dice_one_empty": 0.0,
+        }
+        return {f.name: getattr(self, f.name) for f in fields(self)} | spelt
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Conventions:
+        """Inverse of :meth:`to_dict`; spelt-out and unknown keys are ignored."""
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})

@@ -1,0 +1,273 @@
+"""Lesion-wise Dice and HD95: scores per connected component instead of per region.
+
+Two conventions are in use and give different numbers for the same masks:
+
+``brats2023-gli``
+    BraTS 2023 adult glioma (Saluja et al., the challenge's published metric). Truth lesions whose
+    dilations (3 times, 18-neighbourhood) touch are one. Every predicted component that reaches into
+    the dilation of a lesion belongs to it; Dice and HD95 compare the lesion with all of them
+    together (HD95: weighted by surface area, larger direction). Truth lesions of at most 50 mm³ are
+    dropped. Every predicted component that belongs to none counts Dice 0 and HD95 374. Nothing to
+    count: Dice 1, HD95 0.
+
+``panoptica-0.0.10``
+    What the package brats-evaluation 0.0.10 computes with panoptica. Components are matched one to
+    one so that their summed Dice is largest; scores are means over the matches, so that missed and
+    invented lesions show in the counts only. No lesion is too small. HD95 is pooled. No match:
+    Dice 0, HD95 373 (the package's raw result is infinite). No lesion on either side: NaN.
+
+Components are 26-connected in both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage, optimize
+
+from pmixseg.evaluation.scores.conventions import LesionRule
+from pmixseg.evaluation.scores.surfaces import (
+    Extent,
+    Points,
+    Spacing,
+    Surfels,
+    robust_hausdorff,
+    surfels,
+    voxel_surface,
+)
+
+LESION_MEASURES = ("lesion_dice", "lesion_hd95", "lesion_tp", "lesion_fp", "lesion_fn")
+
+DILATIONS = 3
+SMALLEST_MM3 = 50.0
+BRATS2023_PENALTY_MM = 374.0
+PANOPTICA_PENALTY_MM = 373.0
+_MATCH = 1e-6
+"""Least Dice of a panoptica match."""
+
+_FULL = ndimage.generate_binary_structure(3, 3)
+_DILATION = ndimage.generate_binary_structure(3, 2)
+
+Mask = NDArray[np.bool_]
+Labels = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class LesionScore:
+    """Lesion-wise scores of one region.
+
+    Args:
+        dice: lesion-wise Dice.
+        hd95: lesion-wise HD95 in mm.
+        tp: truth lesions that were found.
+        fp: predicted components that belong to no truth lesion.
+        fn: truth lesions that were missed.
+    """
+
+    dice: float
+    hd95: float
+    tp: int
+    fp: int
+    fn: int
+
+    def row(self) -> dict[str, float]:
+        """As columns of a record."""
+        return {f"lesion_{k}": v for k, v in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Components:
+    """The connected components of a mask.
+
+    Args:
+        labels: 0 or the number of the component, inside ``extent``.
+        extent: where ``labels`` lies in the volume.
+        count: number of components.
+    """
+
+    labels: Labels
+    extent: Extent
+    count: int
+
+    @classmethod
+    def of(cls, mask: Mask, extent: Extent) -> Components:
+        """26-connected components of a mask."""
+        labels = np.empty(mask.shape, np.int32)
+        count = ndimage.label(mask, _FULL, output=labels)
+        return cls(labels, extent, int(count))
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Voxels per component; entry 0 is meaningless, ``[count + 1]``."""
+        return np.bincount(self.labels.ravel(), minlength=self.count + 1)
+
+    def select(self, numbers: NDArray[np.integer[Any]]) -> tuple[Mask, list[int]]:
+        """These components together, cropped, and the coordinates of the crop's first voxel."""
+        boxes = ndimage.find_objects(self.labels)
+        parts = [boxes[n - 1] for n in numbers]
+        low = [min(p[a].start for p in parts) for a in range(3)]
+        high = [max(p[a].stop for p in parts) for a in range(3)]
+        chosen = np.zeros(self.count + 1, bool)
+        chosen[numbers] = True
+        crop = self.labels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+        return chosen[crop], [a + o for a, o in zip(low, self.extent.low, strict=True)]
+
+    def shared(self, other: Components, own: Labels | None = None) -> NDArray[np.int64]:
+        """Voxels that component i here and j there have in common, ``[count + 1, count + 1]``.
+
+        Args:
+            other: components of another mask of the same volume.
+            own: counted instead of ``labels``; the same shape and numbers.
+        """
+        common = self.extent.intersection(other.extent)
+        if common is None:
+            return np.zeros((self.count + 1, other.count + 1), np.int64)
+        mine = (self.labels if own is None else own)[common.within(self.extent)]
+        pairs = (
+            mine.astype(np.int64) * (other.count + 1) + other.labels[common.within(other.extent)]
+        )
+        table = np.bincount(pairs.ravel(), minlength=(self.count + 1) * (other.count + 1))
+        return table.reshape(self.count + 1, other.count + 1)
+
+
+class LesionMetrics(Protocol):
+    """Scores predictions against the lesions of one truth."""
+
+    def score(self, prediction: Mask, extent: Extent) -> LesionScore:
+        """Score one prediction.
+
+        Args:
+            prediction: the region inside ``extent``.
+            extent: where it lies in the volume.
+        """
+        ...
+
+
+class Brats2023Lesions:
+    """Lesions of one truth under ``brats2023-gli``.
+
+    Args:
+        truth: the region inside ``extent``.
+        extent: where it lies in the volume.
+        spacing: mm along each axis.
+    """
+
+    def __init__(self, truth: Mask, extent: Extent, spacing: Spacing) -> None:
+        self._spacing = spacing
+        self._surfels: dict[int, Surfels] = {}
+        # Dilations that meet beyond the volume's border also meet inside it, so it may be crossed.
+        around = extent.grown(DILATIONS)
+        wide = np.zeros(around.shape, bool)
+        wide[extent.within(around)] = truth
+        zones = Components.of(ndimage.binary_dilation(wide, _DILATION, DILATIONS), around)
+        lesions = np.where(wide, zones.labels, 0)
+        self._zones, self._lesions = zones, Components(lesions, around, zones.count)
+        self._sizes = self._lesions.sizes()
+
+    def score(self, prediction: Mask, extent: Extent) -> LesionScore:
+        """Score one prediction; arguments as in :class:`LesionMetrics`."""
+        predicted = Components.of(prediction, extent)
+        reached = self._zones.shared(predicted) > 0
+        reached[:, 0] = False
+        overlap = self._zones.shared(predicted, self._lesions.labels)
+        sizes = predicted.sizes()
+        large = self._sizes[1:] * math.prod(self._spacing) > SMALLEST_MM3
+        dice, hd95, found = [], [], 0
+        for lesion in np.flatnonzero(large) + 1:
+            parts = np.flatnonzero(reached[lesion])
+            if not len(parts):
+                dice.append(0.0)
+                hd95.append(BRATS2023_PENALTY_MM)
+                continue
+            found += 1
+            total = self._sizes[lesion] + sizes[parts].sum()
+            dice.append(float(2 * overlap[lesion, parts].sum() / total))
+            surface = surfels(*predicted.select(parts), self._spacing)
+            hd95.append(robust_hausdorff(self._surface(int(lesion)), surface, 95))
+        invented = int((~reached[1:, 1:].any(0)).sum())
+        count = len(dice) + invented
+        if not count:
+            return LesionScore(1.0, 0.0, 0, 0, 0)
+        distance = (sum(hd95) + invented * BRATS2023_PENALTY_MM) / count
+        return LesionScore(sum(dice) / count, distance, found, invented, len(dice) - found)
+
+    def _surface(self, lesion: int) -> Surfels:
+        if lesion not in self._surfels:
+            mask, origin = self._lesions.select(np.array([lesion]))
+            self._surfels[lesion] = surfels(mask, origin, self._spacing)
+        return self._surfels[lesion]
+
+
+class PanopticaLesions:
+    """Lesions of one truth under ``panoptica-0.0.10``.
+
+    Args:
+        truth: the region inside ``extent``.
+        extent: where it lies in the volume.
+        spacing: mm along each axis.
+    """
+
+    def __init__(self, truth: Mask, extent: Extent, spacing: Spacing) -> None:
+        self._spacing = spacing
+        self._truth = Components.of(truth, extent)
+        self._surfaces: dict[int, Points] = {}
+
+    def score(self, prediction: Mask, extent: Extent) -> LesionScore:
+        """Score one prediction; arguments as in :class:`LesionMetrics`."""
+        truth, predicted = self._truth, Components.of(prediction, extent)
+        if not truth.count and not predicted.count:
+            return LesionScore(math.nan, math.nan, 0, 0, 0)
+        matches = _best_matches(truth, predicted)
+        if not matches:
+            return LesionScore(0.0, PANOPTICA_PENALTY_MM, 0, predicted.count, truth.count)
+        distances = [self._hd95(lesion, predicted, part) for lesion, part, _ in matches]
+        found = len(matches)
+        dice = sum(d for _, _, d in matches) / found
+        hd95 = sum(distances) / found
+        return LesionScore(dice, hd95, found, predicted.count - found, truth.count - found)
+
+    def _hd95(self, lesion: int, predicted: Components, part: int) -> float:
+        if lesion not in self._surfaces:
+            mask, origin = self._truth.select(np.array([lesion]))
+            self._surfaces[lesion] = voxel_surface(mask, origin, self._spacing)
+        true = self._surfaces[lesion]
+        mask, origin = predicted.select(np.array([part]))
+        other = voxel_surface(mask, origin, self._spacing)
+        pooled = np.concatenate([true.distances_from(other), other.distances_from(true)])
+        return float(np.percentile(pooled, 95))
+
+
+def _best_matches(truth: Components, predicted: Components) -> list[tuple[int, int, float]]:
+    """Truth component, predicted component and Dice of each pair of the best assignment."""
+    shared = truth.shared(predicted)[1:, 1:]
+    total = truth.sizes()[1:, None] + predicted.sizes()[None, 1:]
+    dice = 2 * shared / total
+    # Pairs that may not match cost a little more than the worst that may.
+    cost = np.where(dice >= _MATCH, 1 - dice, 1 + 1e-6)
+    rows, columns = optimize.linear_sum_assignment(cost)
+    pairs = zip(rows, columns, strict=True)
+    return [(int(i) + 1, int(j) + 1, float(dice[i, j])) for i, j in pairs if cost[i, j] < 1]
+
+
+def lesion_metrics(
+    rule: LesionRule,
+    truth: Mask,
+    extent: Extent,
+    spacing: Spacing,
+) -> LesionMetrics | None:
+    """The lesions of one truth region under a named convention, or None for ``none``.
+
+    Args:
+        rule: name of the convention.
+        truth: the region inside ``extent``.
+        extent: where it lies in the volume.
+        spacing: mm along each axis.
+    """
+    if rule == "brats2023-gli":
+        return Brats2023Lesions(truth, extent, spacing)
+    if rule == "panoptica-0.0.10":
+        return PanopticaLesions(truth, extent, spacing)
+    return None

@@ -1,0 +1,113 @@
+"""The regions of one label map: masks, surfaces and sizes, each computed once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.scores.surfaces import (
+    Points,
+    Spacing,
+    Surfels,
+    extent_of,
+    surface_bits,
+    surfels,
+)
+from pmixseg.task import Task
+
+LabelMap = NDArray[np.uint8]
+
+
+class RegionMasks:
+    """All regions of one label map, cropped to where anything is labelled.
+
+    Args:
+        label: class indices, ``[d, h, w]``.
+        task: names the regions.
+        spacing: mm along each axis.
+        where: how an error names the map.
+
+    Raises:
+        InputError: not a three-dimensional map of the task's class indices.
+    """
+
+    def __init__(self, label: LabelMap, task: Task, spacing: Spacing, where: str) -> None:
+        label = _checked(label, task, where)
+        self.shape, self.spacing = label.shape, spacing
+        self.extent = extent_of(label)
+        self._points: dict[int, Points] = {}
+        self._surfels: dict[int, Surfels] = {}
+        self.bits = region_words(task)[np.ascontiguousarray(label[self.extent.slices])]
+        self.sizes = [int(np.count_nonzero(self.mask(r))) for r in range(len(task.regions))]
+
+    def mask(self, region: int) -> NDArray[np.bool_]:
+        """One region inside ``extent``."""
+        inside: NDArray[np.bool_] = (self.bits & self.bits.dtype.type(1 << region)) != 0
+        return inside
+
+    @cached_property
+    def _borders(self) -> NDArray[Any]:
+        return surface_bits(self.bits)
+
+    def surface(self, region: int) -> Points:
+        """Surface voxels of a region, which is not empty."""
+        if region not in self._points:
+            bit = self._borders.dtype.type(1 << region)
+            flat = np.flatnonzero(self._borders & bit)
+            inner = np.stack(np.unravel_index(flat, self._borders.shape), -1)
+            self._points[region] = Points(inner + np.asarray(self.extent.low), self.spacing)
+        return self._points[region]
+
+    def surfels(self, region: int) -> Surfels:
+        """Surface elements of a region."""
+        if region not in self._surfels:
+            self._surfels[region] = surfels(self.mask(region), self.extent.low, self.spacing)
+        return self._surfels[region]
+
+    def shared(self, other: RegionMasks) -> list[int]:
+        """Voxels that both maps have in each region."""
+        common = self.extent.intersection(other.extent)
+        if common is None:
+            return [0] * len(self.sizes)
+        both = self.bits[common.within(self.extent)] & other.bits[common.within(other.extent)]
+        words = [both.dtype.type(1 << r) for r in range(len(self.sizes))]
+        return [int(np.count_nonzero(both & word)) for word in words]
+
+
+def region_words(task: Task) -> NDArray[Any]:
+    """Class index -> word whose bit r is set where the class belongs to region r, ``[C]``.
+
+    Raises:
+        InputError: more than 64 regions.
+    """
+    count = len(task.regions)
+    sizes = (np.uint8, np.uint16, np.uint32, np.uint64)
+    kind = next((k for k in sizes if count <= np.iinfo(k).bits), None)
+    if kind is None:
+        raise InputError(f"task '{task.name}' has {count} regions; name at most 64.")
+    words = np.zeros(task.num_classes, kind)
+    for r, region in enumerate(task.regions):
+        for c in task.region_classes(region):
+            words[c] |= kind(1 << r)
+    return words
+
+
+def _checked(label: NDArray[Any], task: Task, where: str) -> LabelMap:
+    label = np.asarray(label)
+    if label.ndim != 3 or label.dtype.kind not in "bui":
+        raise InputError(
+            f"the {where} is a {label.dtype} array of shape {label.shape}; give class indices as "
+            "a three-dimensional integer array."
+        )
+    lowest = int(label.min(initial=0)) if label.dtype.kind == "i" else 0
+    value = lowest if lowest < 0 else int(label.max(initial=0))
+    if not 0 <= value < task.num_classes:
+        raise InputError(
+            f"the {where} holds class index {value}, but task '{task.name}' has 0 to "
+            f"{task.num_classes - 1}; map the label codes to class indices first."
+        )
+    return label.astype(np.uint8, copy=False)

@@ -1,0 +1,87 @@
+import io
+from dataclasses import asdict
+
+import nibabel as nib
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pmixseg.data.cohorts.inspection import inspect_cohort
+from pmixseg.task import BRATS
+
+
+def printed(inspection, width=100):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(inspection)
+    return console.export_text()
+
+
+def test_a_healthy_cohort(make_case, label):
+    make_case()
+    make_case("BraTS2021_00002", modalities=("flair", "t2"), labelled=False)
+    root = make_case("BraTS2021_00003").label.parents[1]
+    found = inspect_cohort(root, BRATS)
+    assert found.problems == [] and found.layout == "brats2021"
+    one, two, _ = found.cases
+    counts = {n: int((label == c).sum()) for n, c in (("NCR", 1), ("ED", 2), ("ET", 4))}
+    assert asdict(one) == {
+        "case_id": "BraTS2021_00001",
+        "modalities": BRATS.modalities,
+        "labelled": True,
+        "shape": (44, 40, 36),
+        "spacing": (1.0, 1.0, 1.0),
+        "orientation": "LPS",
+        "voxels": counts,
+        "problems": (),
+    }
+    assert two.modalities == ("flair", "t2") and two.voxels is None and not two.labelled
+    text = printed(found)
+    assert "3 cases: FLAIR 3, T1ce 2, T1 2, T2 3; with a label 2." in text
+    assert "No problems." in text and "T1ce, T1" in text and "no label" in text
+    assert f"{counts['ED']:,}" in text and "44×40×36" in text
+
+
+def test_every_problem_of_a_case_is_listed_and_stray_files_are_named(make_case, save, volume):
+    case = make_case()
+    good = make_case("BraTS2021_00002[x]")
+    root = good.label.parents[1]
+    case.images["flair"].write_bytes(case.images["flair"].read_bytes()[:-50])
+    save(case.images["t1"], np.zeros((44, 40, 36), np.int16))
+    save(case.images["t2"], volume(3), np.diag([1.0, 1.0, 2.0, 1.0]))
+    save(case.label, np.full((44, 40, 36), 7, np.uint8))
+    save(root / "lost.nii.gz", volume())
+    found = inspect_cohort(root, BRATS)
+    assert len(found.problems) == 4 and all("BraTS2021_00001'" in p for p in found.problems)
+    for piece in ("truncated", "0 everywhere", "affines that differ", "label values 7"):
+        assert any(piece in p for p in found.problems), piece
+    text = printed(found, 200)
+    assert "4 problems." in text and "BraTS2021_00002[x]" in text
+    assert "1 NIfTI files belong to no case: lost.nii.gz." in text
+
+
+def test_a_case_that_the_layout_cannot_use(make_case):
+    case = make_case()
+    path = case.images["t1"]
+    nib.save(nib.load(path), path.with_suffix(""))
+    (facts,) = inspect_cohort(case.label.parents[1], BRATS).cases
+    assert len(facts.problems) == 1 and "are both its t1" in facts.problems[0]
+    assert "?" in printed(inspect_cohort(case.label.parents[1], BRATS))
+
+
+def test_nothing_is_changed(make_case):
+    root = make_case().label.parents[1]
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in root.rglob("*") if p.is_file()}
+    inspect_cohort(root, BRATS)
+    assert before == {
+        p: (p.stat().st_mtime_ns, p.read_bytes()) for p in root.rglob("*") if p.is_file()
+    }
+
+
+@pytest.mark.real
+def test_real_cohort(real_root):
+    found = inspect_cohort(real_root, BRATS)
+    assert found.problems == [] and len(found.cases) == 7
+    voxels = {c.case_id[-5:]: c.voxels for c in found.cases}
+    assert voxels["00014"]["NCR"] == 2 and voxels["00014"]["ET"] == 2557
+    assert max(v["ET"] for v in voxels.values()) == 32731
+    assert {c.orientation for c in found.cases} == {"LPS"}

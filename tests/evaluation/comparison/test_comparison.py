@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.comparison.comparison import compare
+from pmixseg.evaluation.comparison.paired_tests import (
+    holm,
+    paired_t,
+    signed_rank,
+    smallest_signed_rank_p,
+    two_way_bootstrap,
+)
+from pmixseg.task import BRATS, format_combination
+
+COMBINATIONS = [format_combination(c) for c in BRATS.combinations()]
+
+
+def run(seed, gain=0.0, cases=10, combinations=COMBINATIONS, name="a", spread=0.02):
+    """Records of one training: a case's ease is shared by all runs, the rest is this run's luck."""
+    rng = np.random.default_rng(seed)
+    ease = np.random.default_rng(1000).normal(0, 0.03, cases)
+    luck = rng.normal(0, spread)
+    rows = []
+    for case in range(cases):
+        for combination in combinations:
+            for j, region in enumerate(BRATS.regions):
+                size = len(combination.split("+"))
+                dice = 0.7 - 0.05 * j + 0.03 * size + ease[case] + luck + gain
+                dice += rng.normal(0, 0.02)
+                row = {"run": f"{name}{seed}", "case": f"c{case:02d}", "combination": combination}
+                row |= {"n_present": size, "region": region, "dice": dice, "hd95": 50 * (1 - dice)}
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def runs(count, gain=0.0, first=0, name="a", **more):
+    return [run(first + s, gain, name=name, **more) for s in range(count)]
+
+
+# What METHOD.md section 8 simulates: no effect; seed, case and residual SD 1, 1, 2; 50 cases.
+def no_effect(rng, seeds, cases=50):
+    ease = rng.normal(0, 1, cases)
+
+    def arm():
+        return rng.normal(0, 1, (seeds, 1)) + ease + rng.normal(0, 2, (seeds, cases))
+
+    return arm() - arm()
+
+
+def test_the_primary_test_is_wrong_in_one_of_twenty_and_a_test_over_cases_is_not():
+    rng = np.random.default_rng(0)
+    studies = 2000
+    differences = [no_effect(rng, 8) for _ in range(studies)]
+    rate = np.mean([paired_t(d).p < 0.05 for d in differences])
+    # Two standard errors of a rate of 5 % in 2000 studies are 1 %.
+    assert 0.04 <= rate <= 0.06
+    covered = np.mean(
+        [low <= 0 <= high for low, high in (paired_t(d).interval for d in differences)]
+    )
+    assert covered == pytest.approx(1 - rate)
+    by_case = np.mean([signed_rank(d[:1].mean(0)) < 0.05 for d in differences[:500]])
+    assert by_case > 0.4
+
+
+@pytest.mark.slow
+def test_the_primary_test_through_records_is_wrong_as_rarely():
+    few = {"cases": 3, "combinations": ["flair", "t1"]}
+    found = [
+        compare(runs(4, first=8 * study, **few), runs(4, first=8 * study + 4, **few)).primary.p
+        for study in range(400)
+    ]
+    assert 0.02 <= np.mean(np.array(found) < 0.05) <= 0.085
+
+
+def test_the_bootstrap_interval_covers_zero_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = [
+        low <= 0 <= high
+        for low, high in (two_way_bootstrap(no_effect(rng, 10), 400) for _ in range(300))
+    ]
+    assert 0.88 <= np.mean(covered) <= 1.0
+
+
+def test_primary_endpoint_is_a_paired_t_over_means_of_runs():
+    a, b = runs(8, gain=0.01), runs(8, first=50, name="b")
+    found = compare(a, b)
+    of_a, of_b = ([r.groupby("case")["dice"].mean().mean() for r in side] for side in (a, b))
+    oracle = stats.ttest_rel(of_a, of_b)
+    assert found.primary.p == pytest.approx(oracle.pvalue)
+    assert found.primary.t == pytest.approx(oracle.statistic)
+    interval = oracle.confidence_interval()
+    assert found.primary.interval == pytest.approx((interval.low, interval.high))
+    assert found.mean_a == pytest.approx(np.mean(of_a))
+    assert found.by_pair == pytest.approx(np.subtract(of_a, of_b))
+    low, high = found.bootstrap
+    assert low < found.primary.difference < high
+    assert sum(found.wins) == 10
+
+
+def test_a_case_with_fewer_combinations_weighs_as_much_as_any_other():
+    full = [run(s, combinations=["flair", "t1", "flair+t1"], cases=2) for s in (0, 1)]
+    few = [r[~((r["case"] == "c01") & (r["combination"] != "t1"))] for r in full]
+    found = compare(few[:1], few[1:])
+    per_case = few[0].groupby("case")["dice"].mean() - few[1].groupby("case")["dice"].mean()
+    assert found.primary.difference == pytest.approx(per_case.mean())
+
+
+def test_a_clear_effect_is_found_and_named():
+    found = compare(runs(8, gain=0.05, spread=0.005), runs(8, first=50, name="b", spread=0.005))
+    assert found.primary.p < 0.001
+    assert found.of_methods
+    assert "A is better" in found.to_text()
+    reverse = compare(runs(8, first=50, name="b", spread=0.005), runs(8, gain=0.05, spread=0.005))
+    assert "B is better" in reverse.to_text()
+    assert reverse.primary.difference == pytest.approx(-found.primary.difference)
+    assert reverse.wins == (found.wins[1], found.wins[0], found.wins[2])
+
+
+def test_one_run_a_side_compares_checkpoints():
+    found = compare(runs(1), runs(1, gain=0.1, first=9, name="b"))
+    assert not found.of_methods
+    assert np.isnan(found.primary.p)
+    text = found.to_text()
+    assert "Two checkpoints, not two methods" in text
+    assert "is better" not in text
+    assert found.to_dict()["compares"] == "checkpoints"
+    assert found.to_dict()["primary"]["p"] is None
+
+
+def test_the_same_run_twice_is_no_second_training():
+    a, b = run(0), run(1, name="b")
+    found = compare([a, a], [b, b])
+    assert np.isnan(found.primary.p)
+    assert any("not independent" in note for note in found.notes)
+    assert compare([a, a], [a, a]).primary.difference == 0.0
+
+
+def test_limits_are_said():
+    notes = " ".join(compare(runs(3), runs(3, first=9)).notes)
+    assert "3 pairs of runs are few" in notes
+    assert "10 cases are too few" in notes
+    assert (
+        "no p of the exploratory table can pass"
+        in compare(runs(2, cases=7), runs(2, 0.1, cases=7)).notes[-1]
+    )
+    enough = compare(runs(8, cases=25), runs(8, first=9, cases=25)).notes
+    assert enough == ()
+
+
+def test_exploratory_table_row_by_row():
+    a, b = runs(2), runs(2, gain=0.01, first=9)
+    table = compare(a, b).exploratory
+    assert len(table) == 45
+    assert list(table["region"].unique()) == ["WT", "TC", "ET"]
+    assert table["combination"].tolist()[:15] == COMBINATIONS
+    row = table[(table["region"] == "TC") & (table["combination"] == "flair+t2")].iloc[0]
+
+    def pick(r):
+        return r[(r["region"] == "TC") & (r["combination"] == "flair+t2")].set_index("case")["dice"]
+
+    d = sum(pick(x) - pick(y) for x, y in zip(a, b, strict=True)) / 2
+    assert row["difference"] == pytest.approx(d.mean())
+    assert row["p"] == pytest.approx(stats.wilcoxon(d).pvalue)
+    assert (row["wins"], row["losses"]) == ((d > 0).sum(), (d < 0).sum())
+    assert row["low"] < row["difference"] < row["high"]
+    assert table["p_holm"].tolist() == holm(table["p"].to_numpy()).tolist()
+
+
+def test_for_distances_less_is_a_win():
+    better, worse = runs(1, gain=0.2), runs(1, first=0, name="b")
+    table = compare(better, worse, measure="hd95").exploratory
+    assert (table["difference"] < 0).all()
+    assert (table["wins"] == table["cases"]).all()
+
+
+def test_holm_equals_its_definition():
+    p = np.array([0.3, np.nan, 0.01, 0.02, 0.011])
+    # Sorted: 0.01·4, 0.011·3 → 0.04, 0.02·2 → 0.04, 0.3.
+    assert holm(p) == pytest.approx([0.3, np.nan, 0.04, 0.04, 0.04], nan_ok=True)
+    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("cases", [3, 8, 30, 50, 51, 200])
+def test_scipy_finds_the_same_signed_rank_p(cases):
+    d = np.random.default_rng(cases).normal(0.2, 1, cases)
+    oracle = stats.wilcoxon(d, method="exact" if cases <= 50 else "asymptotic").pvalue
+    assert signed_rank(d) == pytest.approx(oracle)
+    assert signed_rank(np.append(d, [0.0, 0.0])) == pytest.approx(oracle)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_are_exact_as_if_every_sign_were_tried(seed):
+    d = np.random.default_rng(seed).choice([-2.0, -1.0, 1.0, 2.0, 3.0], 9)
+    ranks = stats.rankdata(np.abs(d))
+    signs = np.array(list(product([0, 1], repeat=len(d))))
+    sums, observed = signs @ ranks, ranks[d > 0].sum()
+    tails = np.mean(sums <= observed + 1e-9), np.mean(sums >= observed - 1e-9)
+    assert signed_rank(d) == pytest.approx(min(1.0, 2 * min(tails)))
+
+
+@pytest.mark.parametrize("cases", [1, 4, 7, 12])
+def test_no_signed_rank_p_is_smaller_than_the_smallest(cases):
+    assert signed_rank(np.arange(1.0, cases + 1)) == pytest.approx(smallest_signed_rank_p(cases))
+    assert signed_rank(np.zeros(cases)) == 1.0
+
+
+def test_bootstrap_of_one_run_draws_cases_only():
+    d = np.random.default_rng(0).normal(0.3, 1, 40)
+    low, high = two_way_bootstrap(d[None], 4000)
+    error = d.std() / np.sqrt(40)
+    assert (low, high) == pytest.approx(
+        (d.mean() - 1.96 * error, d.mean() + 1.96 * error), abs=0.03
+    )
+    assert np.isnan(two_way_bootstrap(np.ones((1, 1)))).all()
+
+
+def test_rows_that_some_run_lacks_are_left_out_and_said():
+    a, b = run(0), run(1, name="b")
+    b = b[b["case"] != "c03"]
+    a.loc[5, "dice"] = np.nan
+    found = compare([a], [b])
+    assert len(found.cases) == 9
+    assert any("46 of 450 rows" in note and "1 whole case" in note for note in found.notes)
+
+
+def test_wrong_records_are_refused():
+    good = run(0)
+    with pytest.raises(InputError, match="A has 2 runs and B 1"):
+        compare([good, good], [good])
+    with pytest.raises(InputError, match="A has 0 runs"):
+        compare([], [])
+    with pytest.raises(InputError, match="lacks the columns"):
+        compare([good.drop(columns="region")], [good])
+    with pytest.raises(InputError, match=r"'nsd' .* one of dice, hd95, or test the run again"):
+        compare([good], [good], measure="nsd")
+    with pytest.raises(InputError, match="no case, combination and region"):
+        compare([good], [good[:0].astype(object)])
+    with pytest.raises(InputError, match="twice"):
+        compare([pd.concat([good, good])], [good])
+    with pytest.raises(InputError, match="same cases"):
+        compare([good], [good.assign(case="elsewhere" + good["case"])])
+
+
+def test_everything_goes_to_json_and_text():
+    found = compare(runs(2), runs(2, first=9, name="b"))
+    raw = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert raw["runs_b"] == ["b9", "b10"]
+    assert len(raw["exploratory"]["rows"]) == 45
+    text = found.to_text()
+    for part in ("PRIMARY", "EXPLORATORY", "Wilcoxon", "prove none", "flair+t1ce+t1+t2"):
+        assert part in text
+
+
+@pytest.mark.parametrize("measure", ["empty", "case", "region", "run", "n_present", "dcie"])
+def test_only_columns_of_numbers_are_measures(measure):
+    a, b = (run(seed, cases=2).assign(empty="none", missed=seed > 1) for seed in (1, 2))
+    with pytest.raises(InputError, match=rf"run a1 of A: '{measure}' .* one of dice, hd95, missed"):
+        compare([a], [b], measure)
+    found = compare([a], [b], "missed").exploratory
+    assert (found["difference"] == -1).all()
+    words = a.assign(dice="good")
+    with pytest.raises(InputError, match="'dice' is no column of numbers"):
+        compare([words], [b])

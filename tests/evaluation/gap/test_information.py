@@ -1,0 +1,137 @@
+"""The two identities, and the numbers of the gap against closed forms."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmixseg.evaluation.gap.information import (
+    chain_rule,
+    compensation,
+    gaussian_divergence,
+    jensen_shannon,
+    total_correlation,
+)
+
+
+def random_covariance(k, generator):
+    a = torch.randn(k, k, generator=generator, dtype=torch.float64)
+    return a @ a.T + 0.3 * torch.eye(k, dtype=torch.float64)
+
+
+def test_divergence_by_hand():
+    # ½ (tr + shift² - 2 + ln): Σ_P = diag(4, 1), Σ = diag(1, 2), shift (2, 0).
+    got = gaussian_divergence(
+        torch.zeros(2),
+        torch.diag(torch.tensor([1.0, 2.0])),
+        torch.tensor([2.0, 0.0]),
+        torch.diag(torch.tensor([4.0, 1.0])),
+    )
+    assert got == pytest.approx(0.5 * (0.25 + 2 + 1 - 2 + math.log(4 / 2)))
+
+
+def test_divergence_equals_torch():
+    g = torch.Generator().manual_seed(0)
+    means, covariances = (
+        torch.randn(2, 5, generator=g).double(),
+        [random_covariance(5, g) for _ in "ab"],
+    )
+    q, p = (
+        torch.distributions.MultivariateNormal(m, c)
+        for m, c in zip(means, covariances, strict=True)
+    )
+    want = torch.distributions.kl_divergence(q, p).item()
+    assert gaussian_divergence(means[0], covariances[0], means[1], covariances[1]) == pytest.approx(
+        want
+    )
+
+
+def test_total_correlation_of_two_correlated_numbers():
+    # -½ ln(1 - ρ²)
+    covariance = torch.tensor([[2.0, 0.6 * math.sqrt(6)], [0.6 * math.sqrt(6), 3.0]])
+    assert total_correlation(covariance, [1, 1]) == pytest.approx(-0.5 * math.log(0.64), rel=1e-6)
+    assert total_correlation(torch.eye(4), [2, 2]) == 0.0
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_identity_1_chain_rule(modalities, k, seed):
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.randn(modalities * k, generator=g, dtype=torch.float64)
+    covariance = random_covariance(modalities * k, g)
+    mean_p = torch.randn(k, generator=g, dtype=torch.float64)
+    sides = chain_rule(mean, covariance, modalities, mean_p, random_covariance(k, g))
+    assert sides.joint == pytest.approx(sides.individual + sides.total_correlation, rel=1e-8)
+    assert sides.total_correlation >= -1e-9  # so the individual bound is the tighter one
+
+
+def test_identity_1_gain_vanishes_when_q_factorises():
+    covariance = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    sides = chain_rule(torch.ones(4), covariance, 4, torch.zeros(1), torch.eye(1))
+    assert sides.total_correlation == 0.0 and sides.joint == pytest.approx(sides.individual)
+
+
+def scene(seed=0, modalities=3, k=2):
+    g = torch.Generator().manual_seed(seed)
+    means = torch.randn(modalities, k, generator=g, dtype=torch.float64)
+    covariances = torch.stack([random_covariance(k, g) for _ in range(modalities)])
+    return means, covariances, torch.zeros(k).double(), random_covariance(k, g)
+
+
+@pytest.mark.parametrize("weights", [None, [0.6, 0.3, 0.1]])
+def test_identity_2_compensation(weights):
+    sides = compensation(*scene(), weights, samples=60_000)
+    assert sides.individual == pytest.approx(sides.mixture + sides.jensen_shannon, abs=0.03)
+    assert sides.jensen_shannon > 0.2 and sides.mixture > 0.2
+
+
+def test_identity_2_mixture_may_fit_while_the_gap_stays():
+    """Two narrow Gaussians whose mixture has the anchor's moments: JSD near ln 2 remains."""
+    means = torch.tensor([[-0.995], [0.995]], dtype=torch.float64)
+    covariances = torch.full((2, 1, 1), 0.01, dtype=torch.float64)
+    apart = jensen_shannon(means, covariances)
+    assert apart == pytest.approx(math.log(2), abs=1e-6)
+    sides = compensation(means, covariances, torch.zeros(1), torch.eye(1))
+    # ½ (0.01 + 0.990025 - 1 - ln 0.01) = 2.3026, of which only the mixture's part depends on P.
+    assert sides.individual == pytest.approx(0.5 * math.log(100), abs=1e-3)
+    assert sides.mixture == pytest.approx(sides.individual - math.log(2), abs=0.01)
+
+
+def test_the_mixture_is_the_best_anchor():
+    """Σ w KL(q_m ‖ P) is smallest, among Gaussians P, at the moments of the mixture."""
+    means, covariances, _, _ = scene()
+
+    def individual(mean_p, covariance_p):
+        return sum(
+            gaussian_divergence(m, c, mean_p, covariance_p) / 3
+            for m, c in zip(means, covariances, strict=True)
+        )
+
+    centre = means.mean(0)
+    shifts = means - centre
+    matched = covariances.mean(0) + shifts.T @ shifts / 3
+    best = individual(centre, matched)
+    g = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        other = random_covariance(2, g)
+        near = matched + 0.1 * other
+        assert individual(centre, near) > best and individual(centre + 0.1, matched) > best
+    assert individual(torch.zeros(2), torch.eye(2)) > best  # N(0, I) among them
+    assert individual(means[0], covariances[0]) > best  # and a single modality
+
+
+def test_jensen_shannon_is_bounded_symmetric_and_zero_for_equals():
+    means, covariances, _, _ = scene()
+    same = jensen_shannon(means[:1].repeat(3, 1), covariances[:1].repeat(3, 1, 1))
+    assert same == pytest.approx(0.0, abs=1e-12)
+    far = jensen_shannon(means * 1000, covariances, [0.5, 0.25, 0.25])
+    assert far == pytest.approx(1.5 * math.log(2), abs=1e-9)  # the entropy of the weights
+    # By quadrature, in one dimension.
+    x = torch.linspace(-30, 30, 200_001, dtype=torch.float64)
+    q = [torch.distributions.Normal(m, s).log_prob(x) for m, s in ((0.0, 1.0), (2.0, 3.0))]
+    mixed = torch.logsumexp(torch.stack(q), 0) - math.log(2)
+    want = sum(torch.trapezoid(p.exp() * (p - mixed), x).item() for p in q) / 2
+    pair = torch.tensor([[0.0], [2.0]]), torch.tensor([[[1.0]], [[9.0]]])
+    assert jensen_shannon(*pair, samples=200_000) == pytest.approx(want, abs=3e-3)

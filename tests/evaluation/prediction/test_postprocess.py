@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.postprocess import STEPS, check_steps, postprocess
+from pmixseg.task import BRATS, Task
+
+NCR, ED, ET = 1, 2, 3
+MM = np.eye(4)
+maps = arrays(np.uint8, st.tuples(*[st.integers(1, 6)] * 3), elements=st.integers(0, 3))
+
+
+def enhancing(voxels):
+    labels = np.full((12, 12, 12), ED, np.uint8)
+    labels.ravel()[:voxels] = ET
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("voxels", "affine", "stays"),
+    [
+        (499, MM, False),
+        (500, MM, True),
+        (249, np.diag([1, 1, 2, 1]), False),
+        (250, np.diag([1, 1, 2, 1]), True),
+    ],
+)
+def test_little_enhancement_becomes_core(voxels, affine, stays):
+    labels = enhancing(voxels)
+    found = postprocess(labels, ["et_below_500"], BRATS, affine)
+    assert np.count_nonzero(found == ET) == (voxels if stays else 0)
+    assert np.count_nonzero(found == NCR) == (0 if stays else voxels)
+    assert np.array_equal(found == ED, labels == ED)
+
+
+@settings(max_examples=40, deadline=None)
+@given(maps)
+def test_the_enhancement_rule_leaves_the_other_regions(labels):
+    found = postprocess(labels, ["et_below_500"], BRATS, MM)
+    for region in ("WT", "TC"):
+        classes = BRATS.region_classes(region)
+        assert np.array_equal(np.isin(found, classes), np.isin(labels, classes))
+
+
+def test_the_largest_piece_stays_whole():
+    labels = np.zeros((9, 9, 9), np.uint8)
+    labels[0:2, 0:2, 0:2] = [[[1, 2], [3, 1]]] * 2
+    labels[2, 2, 2] = ED  # touches the first by a corner
+    labels[6:8, 6:8, 6:8] = ET
+    found = postprocess(labels, ["largest_component"], BRATS, MM)
+    assert np.array_equal(found[:3, :3, :3], labels[:3, :3, :3])
+    assert not found[3:, 3:, 3:].any()
+
+
+def test_a_hole_takes_the_class_that_touches_it_most():
+    labels = np.zeros((7, 7, 7), np.uint8)
+    labels[1:6, 1:6, 1:6] = ED
+    labels[3, 3, 3] = 0
+    labels[2, 3, 3] = labels[4, 3, 3] = ET
+    assert postprocess(labels, ["fill_holes"], BRATS, MM)[3, 3, 3] == ED  # 4 faces against 2
+    labels[3, 2, 3] = labels[3, 4, 3] = ET
+    assert postprocess(labels, ["fill_holes"], BRATS, MM)[3, 3, 3] == ET  # 2 against 4
+    labels[3, 2, 3] = NCR
+    labels[3, 4, 3] = NCR
+    assert postprocess(labels, ["fill_holes"], BRATS, MM)[3, 3, 3] == NCR  # a tie of three
+
+
+def test_a_tunnel_is_no_hole_and_a_diagonal_gap_does_not_open_one():
+    labels = np.full((5, 5, 5), ED, np.uint8)
+    labels[2, 2, :] = 0
+    assert np.array_equal(postprocess(labels, ["fill_holes"], BRATS, MM), labels)
+    labels = np.full((5, 5, 5), ED, np.uint8)
+    labels[2, 2, 2] = labels[1, 1, 2] = labels[0, 1, 2] = 0
+    found = postprocess(labels, ["fill_holes"], BRATS, MM)
+    assert found[2, 2, 2] == ED
+    assert found[1, 1, 2] == found[0, 1, 2] == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(maps)
+def test_filling_agrees_with_scipy_on_where(labels):
+    before = labels.copy()
+    found = postprocess(labels, ["fill_holes"], BRATS, MM)
+    assert np.array_equal(found > 0, ndimage.binary_fill_holes(labels > 0))
+    assert np.array_equal(found[labels > 0], labels[labels > 0])
+    assert np.array_equal(labels, before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(maps, st.sampled_from(sorted(STEPS)))
+def test_a_step_done_twice_is_done_once(labels, step):
+    before = labels.copy()
+    once = postprocess(labels, [step], BRATS, MM)
+    assert once.dtype == np.uint8
+    assert np.array_equal(postprocess(once, [step], BRATS, MM), once)
+    assert np.array_equal(labels, before)
+
+
+def test_no_step_is_the_default_and_order_counts():
+    labels = np.zeros((8, 8, 8), np.uint8)
+    labels[:3, :3, :3] = ED
+    labels[1, 1, 1] = 0
+    labels[5:8, 5:8, 5:8] = ED
+    labels[5, 5, 5] = 0
+    assert postprocess(labels, [], BRATS, MM) is labels
+    first = postprocess(labels, ["fill_holes", "largest_component"], BRATS, MM)
+    assert np.count_nonzero(first) == 27
+    assert np.count_nonzero(first[5:, 5:, 5:]) == 0
+    second = postprocess(labels, ["largest_component", "fill_holes"], BRATS, MM)
+    assert np.count_nonzero(second) == 27
+
+
+def test_what_cannot_be_done_is_said():
+    with pytest.raises(InputError, match="'smooth' is unknown"):
+        check_steps(["smooth"], BRATS)
+    other = Task("lesions", ("t1",), ("lesion",), {"lesion": ("lesion",)})
+    with pytest.raises(InputError, match="needs a region ET"):
+        check_steps(["et_below_500"], other)
+    check_steps(["fill_holes", "largest_component"], other)

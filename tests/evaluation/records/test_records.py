@@ -1,0 +1,393 @@
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records import sidecar as sidecar_module
+from pmixseg.evaluation.records.records import (
+    FIRST_COLUMNS,
+    Records,
+    find_records,
+    gather_rows,
+    read_comparable,
+)
+from pmixseg.evaluation.records.sidecar import FORMAT, Sidecar, checkpoint_identity, git_state
+from pmixseg.task import BRATS, Task
+
+ABOUT = Sidecar(BRATS, conventions={"hd95_rule": "pooled"})
+
+
+def row(case="a", combination="t1", region="WT", dice=0.5, **more):
+    return {"case": case, "combination": combination, "region": region, "dice": dice, **more}
+
+
+def made(*rows, about=ABOUT, run="r"):
+    return Records.from_rows(rows, run, about)
+
+
+def test_columns_begin_as_documented_and_rows_follow_the_task():
+    found = made(
+        row("b", region="ET"),
+        row("a", "t2+flair", volume=3.0),
+        row("b", region="WT"),
+        row("a", "t1"),
+        row("a", "flair"),
+    ).table
+    assert tuple(found.columns) == (*FIRST_COLUMNS, "volume")
+    assert list(zip(found["case"], found["combination"], found["region"], strict=True)) == [
+        ("a", "flair", "WT"),
+        ("a", "t1", "WT"),
+        ("a", "flair+t2", "WT"),
+        ("b", "t1", "WT"),
+        ("b", "t1", "ET"),
+    ]
+    assert list(found["n_present"]) == [1, 1, 2, 1, 1]
+    assert set(found["run"]) == {"r"}
+
+
+text = st.text("0123456789aN_- ,\"'é", min_size=1, max_size=8)
+number = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(st.tuples(text, number, number), min_size=1, max_size=5))
+def test_what_is_written_is_read_bit_for_bit(tmp_path, values):
+    before = made(*(row(c, dice=d, hd95=h) for c, d, h in values))
+    before.write(tmp_path / "records.csv")
+    after = Records.read(tmp_path)
+    pd.testing.assert_frame_equal(after.table, before.table, check_exact=True, check_dtype=False)
+    assert after.sidecar.to_dict() == before.sidecar.to_dict()
+    assert not after.altered
+
+
+def test_case_ids_stay_text(tmp_path):
+    made(row("00014"), row("NA"), row("1e3")).write(tmp_path / "records.csv")
+    assert list(Records.read(tmp_path).table["case"]) == ["00014", "1e3", "NA"]
+
+
+def test_append_merges_by_key_and_the_later_value_wins(tmp_path):
+    path = tmp_path / "run" / "records.csv"
+    made(row("a", dice=0.1), row("b", dice=0.2)).append(path)
+    merged = made(row("b", dice=0.9), row("b", "flair", dice=0.3), run="renamed").append(path)
+    found = Records.read(path).table
+    assert [(r.case, r.combination, r.dice) for r in found.itertuples()] == [
+        ("a", "t1", 0.1),
+        ("b", "flair", 0.3),
+        ("b", "t1", 0.9),
+    ]
+    assert set(found["run"]) == {"renamed"}
+    pd.testing.assert_frame_equal(found, merged.table, check_dtype=False)
+
+
+def test_appending_twice_is_appending_once(tmp_path):
+    path = tmp_path / "records.csv"
+    made(row("a"), row("b")).append(path)
+    once = path.read_bytes()
+    made(row("a"), row("b")).append(path)
+    assert path.read_bytes() == once
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"conventions": {"hd95_rule": "max_directed"}}, "conventions"),
+        ({"checkpoint": {"file": "x", "sha256": "1"}}, "checkpoint"),
+        ({"postprocess": ("fill_holes",)}, "postprocess"),
+    ],
+)
+def test_rows_that_cannot_be_compared_do_not_share_a_file(tmp_path, change, word):
+    path = tmp_path / "records.csv"
+    made(row("a")).append(path)
+    other = made(row("b"), about=replace(ABOUT, **change))
+    with pytest.raises(InputError, match=f"made with another {word}"):
+        other.append(path)
+    assert list(Records.read(path).table["case"]) == ["a"]
+    other.append(path, start_anew=True)
+    assert list(Records.read(path).table["case"]) == ["b"]
+    assert Records.read(path).sidecar.differences(other.sidecar) == []
+
+
+def test_a_full_disk_leaves_the_old_table_whole(tmp_path, monkeypatch):
+    path = tmp_path / "records.csv"
+    made(row("a")).write(path)
+    old = path.read_bytes()
+
+    def full(self, to, **_):
+        Path(to).write_text("half a ta")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(InputError, match="No space left"):
+        made(row("b")).append(path)
+    assert path.read_bytes() == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["records.csv", "records.json"]
+
+
+def test_a_table_changed_by_hand_is_noticed(tmp_path):
+    path = made(row("a", dice=0.25)).write(tmp_path / "records.csv")
+    path.write_text(path.read_text().replace("0.25", "0.95"))
+    assert Records.read(path).altered
+
+
+def test_sidecar_tells_what_the_rows_mean(tmp_path):
+    weights = tmp_path / "best.ckpt"
+    weights.write_bytes(b"abc")
+    about = Sidecar(
+        BRATS,
+        conventions={"hd95_rule": "pooled"},
+        postprocess=("fill_holes",),
+        checkpoint=checkpoint_identity(weights),
+        split="brats2018-split1",
+        config={"seed": 3, "out": Path("x")},
+    ).stamped()
+    made(row(), about=about).write(tmp_path)
+    raw = json.loads((tmp_path / "records.json").read_text())
+    assert raw["format"] == FORMAT
+    assert raw["task"]["modalities"] == ["flair", "t1ce", "t1", "t2"]
+    # SHA-256 of "abc", FIPS 180-2 appendix B.1.
+    assert raw["checkpoint"]["sha256"].startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
+    assert raw["versions"]["pmixseg"]
+    assert raw["table"]["rows"] == 1
+    assert raw["config"] == {"seed": 3, "out": "x"}
+    assert raw["created"].endswith("+00:00")
+    assert Records.read(tmp_path).sidecar.to_dict() == about.to_dict()
+
+
+def test_git_state_names_the_commit_and_sees_changes(tmp_path):
+    assert git_state(tmp_path) is None
+
+    def git(*args):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *args], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "f").write_text("1")
+    git("add", "f")
+    git("commit", "-m", "x")
+    assert git_state(tmp_path)["dirty"] is False
+    assert len(git_state(tmp_path)["commit"]) == 40
+    (tmp_path / "f").write_text("2")
+    assert git_state(tmp_path)["dirty"] is True
+
+
+FORMAT_1 = {
+    "format": 1,
+    "task": {
+        "name": "two",
+        "modalities": ["ct", "pet"],
+        "labels": ["lesion"],
+        "regions": {"lesion": ["lesion"]},
+        "display": {},
+    },
+    "conventions": {"hd95_rule": "pooled"},
+    "postprocess": [],
+    "checkpoint": None,
+    "split": None,
+    "part": "test",
+    "phantom": None,
+    "config": {},
+    "versions": {"pmixseg": "0.1.0"},
+    "git": None,
+    "created": "2025-01-01T00:00:00+00:00",
+    "table": {"file": "records.csv", "rows": 1, "sha256": "0"},
+}
+
+
+def test_format_1_stays_readable(tmp_path):
+    (tmp_path / "records.csv").write_text(
+        "run,case,combination,n_present,region,dice,hd95\nr,c,ct+pet,2,lesion,0.5,1.5\n"
+    )
+    (tmp_path / "records.json").write_text(json.dumps(FORMAT_1))
+    found = Records.read(tmp_path)
+    assert found.task.modalities == ("ct", "pet")
+    assert found.table["dice"].tolist() == [0.5]
+    assert found.altered
+
+
+def test_an_older_format_passes_through_every_step(monkeypatch):
+    steps = dict(sidecar_module.UPGRADES)
+    monkeypatch.setattr(sidecar_module, "FORMAT", FORMAT + 1)
+    steps[FORMAT] = lambda raw: {**raw, "format": FORMAT + 1, "part": raw["part"].upper()}
+    monkeypatch.setattr(sidecar_module, "UPGRADES", steps)
+    assert Sidecar.from_dict(FORMAT_1).part == "TEST"
+
+
+def test_a_bare_table_of_any_code_is_read(tmp_path):
+    table = tmp_path / "theirs" / "records.csv"
+    table.parent.mkdir()
+    table.write_text("case,combination,region,dice\n1,t1ce+flair,WT,0.5\n")
+    found = Records.read(table)
+    assert found.task == BRATS
+    assert found.table["combination"].tolist() == ["flair+t1ce"]
+    assert found.table["run"].tolist() == ["theirs"]
+    assert math.isnan(found.table["hd95"][0])
+    assert found.sidecar.conventions == {"source": "not stated"}
+    table.write_text("case,combination,region,dice\n1,ct+pet,tumour,0.5\n")
+    assert Records.read(table).task.modalities == ("ct", "pet")
+    own = Task("own", ("pet", "ct"), ("tumour",), {"tumour": ("tumour",)})
+    assert Records.read(table, own).table["combination"].tolist() == ["pet+ct"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("records.csv", "", "cannot be read as a table"),
+        ("records.csv", "a,b\n1,2\n", "lacks the columns"),
+        ("records.csv", "case,combination,region,dice\n", "holds no row"),
+        ("records.csv", "run,case,combination,region,dice\nr,1,t9,WT,1\n", "names"),
+        ("records.csv", "run,case,combination,region,dice\nr,1,t1,XX,1\n", "regions"),
+        (
+            "records.csv",
+            "run,case,combination,region,dice\nr,1,t1,WT,1\ns,1,t1,WT,1\n",
+            r"several|runs \['r', 's'\]",
+        ),
+        ("records.csv", "case,combination,region,dice\n1,t1,WT,good\n", r"\['dice'\] hold other"),
+    ],
+)
+def test_a_damaged_table_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    (tmp_path / "records.json").write_text(json.dumps({**FORMAT_1, "task": BRATS.to_dict()}))
+    with pytest.raises(InputError, match=words) as caught:
+        Records.read(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "no JSON object"),
+        ('{"format": 99}', "format 99 is not known"),
+        ('{"format": 1}', "the task cannot be read"),
+    ],
+)
+def test_a_damaged_sidecar_is_named(tmp_path, content, words):
+    made(row()).write(tmp_path)
+    (tmp_path / "records.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        Records.read(tmp_path)
+
+
+def test_a_folder_without_records_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"holds no records\.csv"):
+        find_records(tmp_path)
+    with pytest.raises(InputError, match=r"\.csv or \.parquet"):
+        made(row()).write(tmp_path / "records.xlsx")
+
+
+def test_parquet_without_its_package_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # an import of None is an ImportError
+    with pytest.raises(InputError, match=r"needs the package pyarrow.*pmixseg\[parquet\]"):
+        made(row("00014")).write(tmp_path / "records.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parquet_is_written_appended_and_read_like_csv(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pmixseg[parquet]")
+    path = tmp_path / "records.parquet"
+    before = made(row("00014", dice=0.1), row("b", "flair+t2", hd95=2.0))
+    before.write(path)
+    after = Records.read(tmp_path)
+    assert not after.altered
+    pd.testing.assert_frame_equal(after.table, before.table, check_dtype=False)
+    merged = made(row("00014", dice=0.7), row("c")).append(path)
+    expected = before.append(tmp_path / "other.csv")
+    expected = made(row("00014", dice=0.7), row("c")).append(tmp_path / "other.csv")
+    pd.testing.assert_frame_equal(merged.table, expected.table, check_dtype=False)
+    pd.testing.assert_frame_equal(Records.read(path).table, expected.table, check_dtype=False)
+
+
+def test_of_two_tables_the_one_written_last_is_read(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pmixseg[parquet]")
+    for name, case in (("records.csv", "old"), ("records.parquet", "new"), ("records.csv", "last")):
+        made(row(case)).write(tmp_path / name)
+        assert Records.read(tmp_path).table["case"].tolist() == [case]
+
+
+def test_runs_that_were_scored_in_other_ways_are_not_compared(tmp_path):
+    about = Sidecar(BRATS, conventions={"percentile": "pooled"})
+    paths = [tmp_path / name for name in "abc"]
+    made(row(), about=replace(about, checkpoint={"sha256": "1"})).write(paths[0])
+    made(row(), about=replace(about, checkpoint={"sha256": "2"})).write(paths[1])
+    made(row(), about=replace(about, postprocess=("fill_holes",))).write(paths[2])
+    assert len(read_comparable(paths[:2])) == 2
+    with pytest.raises(InputError, match=r"c: was scored with another postprocess than .*a;"):
+        read_comparable(paths)
+
+
+def test_gathering_alone_drops_repeats():
+    rows = [row("b"), row("a"), row("b"), row("a", "flair")]
+    assert gather_rows(rows) == [row("a"), row("a", "flair"), row("b")]
+
+
+WORKER = textwrap.dedent(
+    """
+    import json, sys
+    import torch.distributed as dist
+    from pmixseg.evaluation.records.records import gather_rows
+    rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+    cases = [["a", "c", "e"], ["b", "d", "a"]][rank]   # the sampler repeats "a" on rank 1
+    rows = [
+        {"case": c, "combination": k, "region": "WT", "dice": 0.5, "rank": rank}
+        for c in cases for k in ("flair", "t1")
+    ]
+    json.dump(gather_rows(rows), open(f"{out}/{rank}.json", "w"))
+    dist.destroy_process_group()
+    """
+)
+
+
+@pytest.mark.ddp
+def test_two_ranks_give_every_case_once(tmp_path):
+    command = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(tmp_path)])
+        for rank in range(2)
+    ]
+    assert [w.wait(timeout=120) for w in workers] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
+    assert first == second
+    assert [r["case"] for r in first] == ["a", "a", "b", "b", "c", "c", "d", "d", "e", "e"]
+    assert {r["rank"] for r in first if r["case"] == "a"} == {0}
+
+
+APPENDER = textwrap.dedent(
+    """
+    import sys, time
+    from pmixseg.evaluation.records.records import Records
+    from pmixseg.evaluation.records.sidecar import Sidecar
+    from pmixseg.task import BRATS
+    name, path, start = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    time.sleep(max(start - time.time(), 0))
+    for i in range(12):
+        row = {"case": f"{name}{i}", "combination": "t1", "region": "WT", "dice": 0.5}
+        Records.from_rows([row], "r", Sidecar(BRATS)).append(path)
+    """
+)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="appending is locked on POSIX only")
+def test_two_processes_may_append_at_once(tmp_path):
+    path = tmp_path / "records.csv"
+    start = str(time.time() + 4)
+    workers = [
+        subprocess.Popen([sys.executable, "-c", APPENDER, name, str(path), start])
+        for name in ("a", "b")
+    ]
+    assert [w.wait(timeout=120) for w in workers] == [0, 0]
+    assert len(Records.read(path).table) == 24
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["records.csv", "records.json"]

@@ -1,0 +1,169 @@
+import math
+import re
+import shutil
+import subprocess
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.sidecar import Sidecar
+from pmixseg.evaluation.records.tables import DICE, HD95, dots, tabulate
+from pmixseg.task import BRATS, Task
+
+TWO = Task("two", ("a", "b"), ("x", "y"), {"R": ("x", "y"), "S": ("y",)}, {"a": "A_1"})
+
+
+def records(rows, run="r", task=TWO):
+    names = ("case", "combination", "region", "dice", "hd95")
+    return Records.from_rows(
+        [dict(zip(names, row, strict=True)) for row in rows], run, Sidecar(task)
+    )
+
+
+FIRST = [
+    ("1", "a", "R", 0.5, 10.0),
+    ("2", "a", "R", 0.7, 20.0),
+    ("1", "b", "R", 0.2, math.nan),
+    ("1", "a+b", "R", 0.8, 1.0),
+    ("2", "a+b", "R", 0.9, 3.0),
+    ("1", "a", "S", 0.1, 5.0),
+]
+
+
+def test_means_by_hand():
+    table = tabulate([records(FIRST)])
+    r, s = table.lines
+    assert r.values == pytest.approx((60, 20, 85))
+    assert r.cases == (2, 1, 2)
+    assert r.mean == pytest.approx(55)  # of combinations, not of rows
+    assert s.values[0] == pytest.approx(10)
+    assert math.isnan(s.values[1])
+    assert s.mean == pytest.approx(10)
+    hd95 = tabulate([records(FIRST)], HD95).lines[0]
+    assert hd95.values[0] == 15
+    assert math.isnan(hd95.values[1])
+    assert hd95.values[2] == 2
+
+
+def test_a_terminal_shows_circles_in_task_order(records):
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123  # a sink
+    console.print(tabulate([records]).rich())
+    lines = [re.sub(r"\s+", " ", x).strip() for x in console.export_text().splitlines()]
+    assert lines[0] == "Dice (%)"
+    assert lines[2] == "FLAIR ● ○ ○ ○ ● ● ● ○ ○ ○ ● ● ● ○ ●"
+    assert lines[3] == "T1ce ○ ● ○ ○ ● ○ ○ ● ● ○ ● ● ○ ● ●"
+    assert lines[5].endswith("● mean")
+    mean = records.table[records.table["region"] == "WT"].groupby("combination")["dice"].mean()
+    assert lines[7].split()[0] == "WT"
+    assert float(lines[7].split()[-1]) == pytest.approx(100 * mean.mean(), abs=0.051)
+    assert len(lines[7].split()) == 17
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_narrow_terminal_gets_combinations_as_rows(rows, several):
+    runs = [Records.from_rows(rows, n, Sidecar(BRATS)) for n in ("one", "two")[: 1 + several]]
+    for width in (60, 80, 104, 130):
+        with open("/dev/null", "w") as sink:  # noqa: PTH123  # a sink
+            console = Console(width=width, record=True, file=sink)
+            console.print(tabulate(runs).rich(width))
+        text = console.export_text()
+        assert "…" not in text
+        assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+        assert len(re.findall("[●○]", text)) == 60
+
+
+def test_latex_golden():
+    text = tabulate([records(FIRST)]).latex("percentile: pooled")
+    assert text == (
+        "% Dice (%)\n"
+        "% percentile: pooled\n"
+        "\\begin{tabular}{l*{3}{c}c}\n"
+        "\\toprule\n"
+        "A\\_1 & $\\bullet$ & $\\circ$ & $\\bullet$ &  \\\\\n"
+        "b & $\\circ$ & $\\bullet$ & $\\bullet$ & Mean \\\\\n"
+        "\\midrule\n"
+        "R & 60.00 & 20.00 & 85.00 & 55.00 \\\\\n"
+        "S & 10.00 & -- & -- & 10.00 \\\\\n"
+        "\\bottomrule\n"
+        "\\end{tabular}\n"
+    )
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles(tmp_path, rows):
+    runs = [Records.from_rows(rows, n, Sidecar(BRATS)) for n in ("a_b", "50% & {x}~^\\")]
+    body = tabulate(runs).latex()
+    (tmp_path / "t.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs,amssymb}\\begin{document}\n"
+        f"{body}\\end{{document}}"
+    )
+    command = ["pdflatex", "-halt-on-error", "t.tex"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+
+
+def better(rows, gain):
+    return [(*row[:3], row[3] + gain, row[4]) for row in rows]
+
+
+def test_the_best_is_marked_and_ranked_by_measure():
+    runs = [records(FIRST, "low"), records(better(FIRST, 0.05), "high")]
+    dice = tabulate(runs)
+    low, high = dice.by_region()[0][1]
+    assert low.best == (False, False, False, False)
+    assert high.best == (True, True, True, True)
+    ranks = dice.ranks()
+    assert ranks.loc["low", "all"] == 2
+    assert ranks.loc["high", "all"] == 1
+    assert ranks.loc["high", "columns"] == 4  # three of R, one of S
+    hd95 = tabulate(runs, HD95)
+    assert hd95.ranks()["all"].tolist() == [1.5, 1.5]
+    assert hd95.lines[0].best[0] and hd95.lines[1].best[0]  # equal as printed
+    nearer = records([(*row[:4], row[4] - 1) for row in FIRST], "nearer")
+    assert tabulate([runs[0], nearer], HD95).ranks()["all"].tolist() == [2.0, 1.0]
+
+
+def test_one_run_has_no_best():
+    assert not any(any(line.best) for line in tabulate([records(FIRST)]).lines)
+    assert "textbf" not in tabulate([records(FIRST)]).latex()
+
+
+def test_other_cases_are_not_ranked():
+    other = [("3" if row[0] == "2" else row[0], *row[1:]) for row in better(FIRST, 0.1)]
+    table = tabulate([records(FIRST, "one"), records(other, "two")])
+    assert table.comparable == {"R": (False, True, False), "S": (True, True, True)}
+    r_two = table.by_region()[0][1][1]
+    assert r_two.best == (False, True, False, False)
+    assert table.ranks()["columns"].tolist() == [2, 2]
+
+
+def test_frame_is_the_table():
+    frame = tabulate([records(FIRST)]).frame()
+    assert list(frame.columns) == ["region", "run", "a", "b", "a+b", "mean", "cases"]
+    pd.testing.assert_series_equal(
+        frame["mean"], pd.Series([55.0, 10.0], name="mean"), check_exact=False
+    )
+    assert frame["cases"].tolist() == [1, 1]
+
+
+def test_runs_that_do_not_belong_together():
+    with pytest.raises(InputError, match="two runs are named"):
+        tabulate([records(FIRST), records(FIRST)])
+    other = Task("two", ("a", "b"), ("x", "y"), {"R": ("x",), "S": ("y",)})
+    with pytest.raises(InputError, match="report them separately"):
+        tabulate([records(FIRST), records(FIRST, "q", other)])
+    with pytest.raises(InputError, match="no record"):
+        tabulate([])
+    missing = records(FIRST)
+    del missing.table["hd95"]
+    with pytest.raises(InputError, match="no column 'hd95'"):
+        tabulate([missing], HD95)
+
+
+def test_numbers_as_printed():
+    assert DICE.show(12.345) == "12.35" or DICE.show(12.345) == "12.34"
+    assert DICE.show(float("nan")) == "–"
+    assert HD95.show(373.12866) == "373.1"
+    assert dots(("t2",), BRATS) == ["○", "○", "○", "●"]
