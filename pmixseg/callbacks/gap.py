@@ -38,8 +38,9 @@ class GapMonitor(Callback, Described):
     :class:`~pmixseg.evaluation.gap.measure.Gap` (``numerator``, ``variance`` and
     ``effective_rank`` apart, and ``ratio``, the gap), ``collapsed`` (0 or 1), and the ratio
     among every smaller combination, ``ratio/flair+t1``; ``gap/ratio`` is the mean over levels.
-    The row of ``metrics.csv`` from before the first step has epoch -1. Scatter plots of the latents, before and after, go to
-    wandb and TensorBoard, and as files into ``<run>/gap`` with any other logger.
+    The row of ``metrics.csv`` from before the first step has epoch -1. Scatter plots of the
+    latents, before and after, go to wandb and TensorBoard, and as files into ``<run>/gap`` with any
+    other logger.
 
     It changes nothing: no gradient, no random number, no weight. Process 0 measures the same
     validation cases however many processes there are, and tells the others.

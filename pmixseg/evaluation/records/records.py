@@ -15,8 +15,9 @@ column             meaning
 others             whatever :mod:`pmixseg.evaluation.scores.metrics` measured, by its names:
                    ``asd`` (mm), ``nsd``, ``sensitivity``, ``specificity``, ``precision``,
                    ``volume_ml``, ``truth_volume_ml``, ``volume_error_ml``, ``empty`` (``none``,
-                   ``truth``, ``prediction``, ``both``), ``presence_fp``, ``presence_fn``, and lesion-wise
-                   ``lesion_dice``, ``lesion_hd95``, ``lesion_tp``, ``lesion_fp``, ``lesion_fn``
+                   ``truth``, ``prediction``, ``both``), ``presence_fp``, ``presence_fn``,
+                   and lesion-wise ``lesion_dice``, ``lesion_hd95``, ``lesion_tp``,
+                   ``lesion_fp``, ``lesion_fn``
 =================  ==================================================================
 
 Only the first six columns are always there. ``ece`` and ``brier`` are taken over the voxels of the
