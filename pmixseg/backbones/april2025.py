@@ -33,7 +33,7 @@ class April2025Network(nn.Module):
         network: class of the network behind, by its dotted path.
         arguments: its arguments beside ``spatial_dims``, ``in_channels`` and ``out_channels``.
 
-    Source: BASELINES.md A3.
+    Source: docs/method/snippets.md.
     """
 
     def __init__(

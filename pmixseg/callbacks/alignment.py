@@ -25,7 +25,7 @@ class PmixAlignment(TermCallback):
     """Pull every modality's latents, one by one, towards the anchor P_mix.
 
     ``L_align = Σ_l (1/|A|) Σ_{m∈A} D(f_m^l, sg P^l)`` with the anchor over everything acquired
-    (METHOD.md 1 and 2; Mind the Gap, arXiv 2409.19366).
+    (docs/method/anchors.md and docs/method/alignment.md; Mind the Gap, arXiv 2409.19366).
 
     Args:
         weight: λ_a; 0 switches alignment off.

@@ -32,7 +32,7 @@ GUARDED = ("variance", "effective_rank")
 
 
 class GapMonitor(Callback, Described):
-    """Measures the gap before training, after validations and at the end (METHOD.md 5).
+    """Measures the gap before training, after validations and at the end (docs/method/theory.md).
 
     Logged for every level l under ``gap/level<l>/``: the numbers of
     :class:`~pmixseg.evaluation.gap.measure.Gap` (``numerator``, ``variance`` and

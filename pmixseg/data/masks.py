@@ -1,6 +1,7 @@
 """Modalities withheld from a case for a whole run: imbalanced and structured missingness.
 
-METHOD.md section 7. What a mask withholds counts as never acquired, for teacher and student alike.
+What a mask withholds counts as never acquired, for teacher and student alike. The protocols stand
+in docs/method/missingness.md.
 """
 
 from __future__ import annotations

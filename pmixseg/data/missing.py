@@ -1,8 +1,8 @@
 """Which acquired modalities the network is shown: missingness protocols, drawn per sample.
 
-METHOD.md section 7. A sampler is a pure function of the keys, so a teacher, a student and a rerun
-see the same combinations. Masks that stay with a case for a whole run are in
-:mod:`pmixseg.data.masks`.
+The protocols stand in docs/method/missingness.md. A sampler is a pure function of the keys, so a
+teacher, a student and a rerun see the same combinations. Masks that stay with a case for a whole
+run are in :mod:`pmixseg.data.masks`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ for each sample, and the mean over samples. A are the modalities shown to the ne
 :math:`P^l` is taken over S, the modalities that were acquired and encoded, which may include ones
 hidden from the decoder.
 
-Source: Liu et al., Mind the Gap (arXiv 2409.19366); METHOD.md sections 1 and 2.
+Source: Liu et al., Mind the Gap (arXiv 2409.19366); docs/method/anchors.md and
+docs/method/alignment.md.
 """
 
 from __future__ import annotations

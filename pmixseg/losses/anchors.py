@@ -228,7 +228,7 @@ class MixtureAnchor(WeightedAnchor):
     """Mixture with weights w = softmax(a): P*_mix of the papers.
 
     The parameters start at 0, where w is uniform. With equal terms the alignment loss is
-    stationary there (METHOD.md section 1), so it is given sg[w]; w learns from the segmentation
+    stationary there (docs/method/anchors.md), so it is given sg[w]; w learns from the segmentation
     loss through the fill.
 
     Args:

@@ -5,7 +5,7 @@ over samples is taken by :class:`~pmixseg.losses.alignment.Alignment`. All compu
 float64, whichever the features have, and have finite gradients where latents coincide, are
 constant, or have one voxel.
 
-Sources: METHOD.md section 2; Liu et al., Mind the Gap (arXiv 2409.19366).
+Sources: docs/method/alignment.md; Liu et al., Mind the Gap (arXiv 2409.19366).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def point_and_target(
 ) -> tuple[Tensor, Tensor]:
     """Latents ``[B, M, C, D, H, W]`` and anchor ``[B, 1, C, D, H, W]``, one of them detached.
 
-    The anchor's weights never receive a gradient from an alignment loss (METHOD.md section 1).
+    The anchor's weights never receive a gradient from an alignment loss (docs/method/anchors.md).
     """
     features = latents.features
     target = anchor(features, latents.subset, latents.level, detach_weights=True)[:, None]
@@ -200,7 +200,7 @@ class NMSE(Distance):
     Args:
         epsilon: added to the variance.
 
-    Source: METHOD.md section 2 (plain ``mse`` cut the variance from 0.42 to 0.12 there).
+    Source: docs/method/alignment.md (plain ``mse`` cut the variance from 0.42 to 0.12 there).
     """
 
     def __init__(self, epsilon: float = 1e-5) -> None:

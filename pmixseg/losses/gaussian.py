@@ -131,7 +131,7 @@ class VID(Distance):
         standardised: use f̂ (the default) or f itself.
         epsilon: added to the variance when standardising.
 
-    Source: Ahn et al., VID (CVPR 2019); METHOD.md section 2.
+    Source: Ahn et al., VID (CVPR 2019); docs/method/alignment.md.
     """
 
     def __init__(self, standardised: bool = True, epsilon: float = 1e-5) -> None:

@@ -1,9 +1,10 @@
 r"""Dependence between modalities: a joint Gaussian anchor, and total correlation.
 
 The papers' anchor is a product: :math:`\prod_m P(z_m)`. Against it, the joint code of a patient is
-charged :math:`KL(q(Z) \| \prod_m P) = \sum_m KL(q(z_m) \| P) + TC(Z)` (METHOD.md 5, identity 1), so
-modalities that show the same anatomy pay for agreeing. Leaving TC out, as the papers do, takes
-them for independent. Here the anchor itself is a joint Gaussian in which they depend.
+charged :math:`KL(q(Z) \| \prod_m P) = \sum_m KL(q(z_m) \| P) + TC(Z)` (identity 1 of
+docs/method/theory.md), so modalities that show the same anatomy pay for agreeing. Leaving TC out,
+as the papers do, takes them for independent. Here the anchor itself is a joint Gaussian in which
+they depend.
 
 A penalty on TC alone would be the opposite of a remedy: it drives sequences of one patient to
 disagree. It is the special case ``correlation = 0`` of :class:`JointKL`.
@@ -61,7 +62,7 @@ class JointKL(Distance):
     Raises:
         InputError: a correlation or ridge out of range.
 
-    Source: METHOD.md section 5; closed form in Cover & Thomas, Elements of Information Theory.
+    Source: docs/method/theory.md; closed form in Cover & Thomas, Elements of Information Theory.
     """
 
     def __init__(self, correlation: float | Literal["matched"] = 0.5, ridge: float = 1e-2) -> None:

@@ -1,7 +1,7 @@
 r"""The authors' public snippets to the letter, for comparison with the repaired default.
 
 The repository of the papers holds no complete training code, but two snippets. What they compute
-is reproduced here from their description in formulas (BASELINES.md A2 and A3), faults included;
+is reproduced here from their description in formulas (docs/method/snippets.md), faults included;
 none of this is recommended:
 
 ===============================  ==================================  ===============================
@@ -84,7 +84,7 @@ class July2025Alignment(OfficialAlignment):
     1/8. Where a sample lacks a modality, which the snippet does not foresee, w is renormalised
     and the modality has no term.
 
-    Source: BASELINES.md A2.
+    Source: docs/method/snippets.md.
     """
 
     needs_acquired = True
@@ -154,7 +154,7 @@ class April2025Alignment(OfficialAlignment):
         modalities: number of modalities M, which is the number of channels of the latent.
         level: level of the latent.
 
-    Source: BASELINES.md A3.
+    Source: docs/method/snippets.md.
     """
 
     fused = True

@@ -1,4 +1,7 @@
-"""What stands in the slot of a missing modality between encoder and decoder (METHOD.md 3)."""
+"""What stands in the slot of a missing modality between encoder and decoder.
+
+The method: docs/method/filling.md.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class July2025Student(StudentModule):
     Raises:
         InputError: a backbone that mixes modalities at the input.
 
-    Source: BASELINES.md A2.
+    Source: docs/method/snippets.md.
     """
 
     encodes_hidden = True

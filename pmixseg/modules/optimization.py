@@ -26,7 +26,7 @@ class Schedule(Described, ABC):
 class Polynomial(Schedule):
     """``lr(t) = lr_0 · (1 − t/T)^power`` after a linear warm-up.
 
-    The schedule of RFNet, mmFormer and nnU-Net (power 0.9; BASELINES.md B1).
+    The schedule of RFNet, mmFormer and nnU-Net (power 0.9; docs/method/baselines.md).
 
     Args:
         power: exponent.

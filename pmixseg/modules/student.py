@@ -17,7 +17,7 @@ from pmixseg.types import Batch, Presence
 class StudentModule(SegmentationModule):
     """Trains on drawn subsets of the acquired modalities, or on one fixed combination.
 
-    ``L_student = L_seg + Σ weight · term`` (METHOD.md 4).
+    ``L_student = L_seg + Σ weight · term`` (docs/method/distillation.md).
 
     Args:
         combination: ``"t1ce"``, ``"flair+t2"``, …: a dedicated student. It builds encoders for

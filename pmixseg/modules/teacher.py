@@ -18,7 +18,7 @@ class TeacherModule(SegmentationModule):
     ``L_teacher = L_seg + λ_w L_seg(decode(fill(Z, A'))) + Σ weight · term``, the second summand
     only where the anchor's weights are learned: with every modality present nothing is filled, so
     an extra pass through the decoder on a drawn subset A' is where they get their gradient
-    (METHOD.md 1 and 4).
+    (docs/method/anchors.md and docs/method/distillation.md).
 
     Args:
         fill_weight: λ_w.

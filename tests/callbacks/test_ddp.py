@@ -1,4 +1,4 @@
-"""Two gloo processes: the same weights on both ranks, and the same as one process (DESIGN.md 5)."""
+"""Two gloo processes end with the weights of one process (docs/design/contracts.md)."""
 
 import pandas as pd
 import pytest

@@ -1,4 +1,4 @@
-"""Every rule of the term contract (DESIGN.md 5), each through a small training."""
+"""Every rule of the term contract (docs/design/contracts.md), each through a small training."""
 
 import pytest
 import torch

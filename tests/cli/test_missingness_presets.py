@@ -1,4 +1,4 @@
-"""Every protocol of METHOD.md section 7 from YAML, at training and at test."""
+"""Every protocol of docs/method/missingness.md from YAML, at training and at test."""
 
 import json
 import shutil

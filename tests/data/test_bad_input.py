@@ -1,4 +1,4 @@
-"""DESIGN.md section 6: what a person can get wrong gives a sentence, here through prepare."""
+"""docs/design/contracts.md: what a person can get wrong gives a sentence, here through prepare."""
 
 import gzip
 import io

@@ -89,7 +89,7 @@ def test_nmse_to_a_uniform_mixture_is_at_most_one_half(seed, m):
 
 
 def test_no_gradient_reaches_w_and_none_would_at_uniform_w():
-    """METHOD.md section 1: with equal terms, w = 1/M is stationary even if w is not detached."""
+    """docs/method/anchors.md: with equal terms, w = 1/M is stationary even if w is not detached."""
     f = torch.randn(2, 4, 3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     anchor = MixtureAnchor()
     align(f, "mse", anchor, detach="none").backward()

@@ -203,7 +203,7 @@ def test_wrong_options_are_refused():
 
 
 def test_preset_constants():
-    """METHOD.md section 4."""
+    """The constants of docs/method/distillation.md."""
     assert WeightedSoftCE().init_args == {"weight": 0.5, "temperature": 10.0}
     assert ContrastiveMatch().init_args["weight"] == 0.5
     assert ContrastiveMatch().init_args["margin"] == 1.0

@@ -1,4 +1,4 @@
-"""The public snippets' formulas (BASELINES.md A2, A3), worked by hand."""
+"""The public snippets' formulas (docs/method/snippets.md), worked by hand."""
 
 import math
 

@@ -1,4 +1,7 @@
-"""A training that is stopped after an epoch and resumed ends bit-identical (DESIGN.md 5)."""
+"""A training that is stopped after an epoch and resumed ends bit-identical.
+
+The contract: docs/design/contracts.md.
+"""
 
 import pytest
 import torch

@@ -75,7 +75,7 @@ def two_way_bootstrap(differences: Array, repeats: int = 4000, seed: int = 0) ->
     """95 % percentile interval of the mean, drawing runs and cases anew, each with replacement.
 
     With one run, cases alone are drawn: the interval then says nothing about another training.
-    With few runs it is too narrow: without a true effect (simulation of METHOD.md section 8) it
+    With few runs it is too narrow: without a true effect (simulation of docs/method/evidence.md) it
     holds 0 in 71 % of studies with 2 pairs, 82 % with 3, 90 % with 5, 91 % with 8, 94 % with 12.
 
     Args:

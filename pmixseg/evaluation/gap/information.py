@@ -13,7 +13,7 @@ to the losses of this package through their squared-error form only.
 
 All divergences are in nats. Functions compute in float64.
 
-Source: METHOD.md section 5, BASELINES.md A5; Cover & Thomas, Elements of Information Theory.
+Source: docs/method/theory.md; Cover & Thomas, Elements of Information Theory.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ r"""The gap between modalities in latent space, in nine numbers.
 Voxel vectors are collected over cases with :func:`voxel_vectors`, joined, and measured together
 with :func:`measure_gap`. Everything is computed in float64 on the CPU.
 
-Source: METHOD.md section 5. Effective rank: Roy & Vetterli (EUSIPCO 2007). Centroid distance: Liang
-et al. (NeurIPS 2022). Linear CKA: Kornblith et al. (ICML 2019).
+Source: docs/method/theory.md. Effective rank: Roy & Vetterli (EUSIPCO 2007). Centroid distance:
+Liang et al. (NeurIPS 2022). Linear CKA: Kornblith et al. (ICML 2019).
 """
 
 from __future__ import annotations

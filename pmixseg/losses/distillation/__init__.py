@@ -11,7 +11,7 @@ The teacher is frozen and sees everything acquired; its outputs and latents are 
 Constants of published methods stand in the docstrings as "Preset"; a constant that no opened
 source states is marked "from memory".
 
-Sources: METHOD.md section 4; BASELINES.md section E.
+Source: docs/method/distillation.md.
 """
 
 from pmixseg.losses.distillation.latents import (

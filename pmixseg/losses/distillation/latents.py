@@ -44,7 +44,7 @@ class LatentMatch(LatentTerm):
     Raises:
         InputError: an unknown target.
 
-    Source: METHOD.md section 4.
+    Source: docs/method/distillation.md.
     """
 
     coarsest = 2

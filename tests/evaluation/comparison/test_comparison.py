@@ -44,7 +44,7 @@ def runs(count, gain=0.0, first=0, name="a", **more):
     return [run(first + s, gain, name=name, **more) for s in range(count)]
 
 
-# What METHOD.md section 8 simulates: no effect; seed, case and residual SD 1, 1, 2; 50 cases.
+# What docs/method/evidence.md simulates: no effect; seed, case and residual SD 1, 1, 2; 50 cases.
 def no_effect(rng, seeds, cases=50):
     ease = rng.normal(0, 1, cases)
 

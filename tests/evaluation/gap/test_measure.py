@@ -61,7 +61,7 @@ def test_shifted_modalities_diverge_up_to_log_m():
 
 
 def test_moment_kl_is_blind_where_the_ratio_is_not():
-    """METHOD.md section 2: instance normalisation sets every moment, whatever the gap."""
+    """docs/method/alignment.md: instance normalisation sets every moment, whatever the gap."""
     vectors = gaussian(1000, 2, 16)
     vectors = (vectors - vectors.mean(0)) / vectors.std(0, correction=0)
     gap = gap_of(vectors)
@@ -69,7 +69,7 @@ def test_moment_kl_is_blind_where_the_ratio_is_not():
 
 
 def test_total_correlation_needs_its_baseline():
-    """METHOD.md section 5: 13.6 nats for independent features at 64 channels, 1024 voxels."""
+    """docs/method/theory.md: 13.6 nats for independent features at 64 channels, 1024 voxels."""
     vectors = gaussian(1024, 4, 64)
     covariance = torch.cov(vectors.flatten(1).T)
     blocks = [covariance[64 * m : 64 * m + 64, 64 * m : 64 * m + 64].logdet() for m in range(4)]

@@ -55,7 +55,7 @@ def test_rows_are_in_the_order_of_the_task(on_split):
 
 def test_stated_means_that_are_not_the_mean_of_their_row(on_split):
     odd = {(r.method, r.region) for r in references(on_split()) if abs(r.stated - r.mean) > 0.05}
-    assert odd == {("MAVP", "TC")}  # BASELINES.md C1: re-averages to 76.09
+    assert odd == {("MAVP", "TC")}  # docs/method/published.md: re-averages to 76.09
 
 
 def test_nothing_beside_anything_else(on_split, rows):
