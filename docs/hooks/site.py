@@ -1,0 +1,81 @@
+"""Steps of the site's build: equations as MathML, checked links into the repository, commands.
+
+* Equations (``$…$``) become MathML, so that no page needs a script or a font from a network.
+* ``repo:path`` is a link to a file of the repository; the build fails where there is no such file.
+* ``{{ commands }}`` becomes the help of every command, printed by the program itself.
+* Fences such as ``bash run`` are executed by the tests; the site shows them as ``bash``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).parents[2]
+log = logging.getLogger("mkdocs.plugins.site")
+
+_TAG = re.compile(r"^(\s*```\w+) (?:run|quickstart|test)\b.*$", re.MULTILINE)
+_REPO = re.compile(r"\(repo:([^)#\s]*)(#[^)\s]*)?\)")
+_EQUATION = re.compile(
+    r'<(span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</\1>', re.DOTALL
+)
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Rewrite a page before it becomes HTML."""
+    markdown = _TAG.sub(r"\1", markdown)
+    where = page.file.src_uri
+
+    def repo(match: re.Match[str]) -> str:
+        path, anchor = match[1], match[2] or ""
+        if not (ROOT / path).exists():
+            log.warning("%s points to '%s', which is not in the repository", where, path)
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"({config.repo_url}/{kind}/main/{path}{anchor})"
+
+    markdown = _REPO.sub(repo, markdown)
+    if "{{ commands }}" in markdown:
+        markdown = markdown.replace("{{ commands }}", commands())
+    return markdown
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
+    """Replace equations by MathML."""
+    return _EQUATION.sub(_mathml, content)
+
+
+def _mathml(match: re.Match[str]) -> str:
+    display = "inline" if match["open"] == "(" else "block"
+    return convert(html.unescape(match["tex"]), display=display)
+
+
+def commands() -> str:
+    """Return a section per command with the help that the program prints."""
+    sys.path.insert(0, str(ROOT))
+    os.environ["COLUMNS"] = "88"
+    sections = [f"## pmixseg\n\n```text\n{_help()}\n```"]
+    names = re.findall(r"^    (\w+)\s", _help(), re.MULTILINE)
+    sections += [f"## {name}\n\n```text\n{_help(name)}\n```" for name in names]
+    return "\n\n".join(sections)
+
+
+def _help(*command: str) -> str:
+    from pmixseg.cli import main
+
+    out, own = io.StringIO(), sys.argv
+    sys.argv = ["pmixseg", *command, "--help"]  # the parsers take the program's name from it
+    try:
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            main([*command, "--help"])
+    finally:
+        sys.argv = own
+    return out.getvalue().strip()
