@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NotRequired, TypedDict
+from typing import NotRequired, Self, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
 Image = Float[Tensor, "b m d h w"]
 Label = Int64[Tensor, "b d h w"]
@@ -20,10 +21,16 @@ Features = Float[Tensor, "b m c d h w"]
 Logits = Float[Tensor, "b c d h w"]
 Keys = Int64[Tensor, "b"]
 Scalar = Float[Tensor, ""]
+Brain = Bool[Tensor, "b d h w"]
 
 
 class Batch(TypedDict):
-    """Training samples. ``present`` is drawn by the module, never by the data module."""
+    """Training samples. ``present`` is drawn by the module, never by the data module.
+
+    The data module gives every modality of the task, in the task's order. Criteria and terms are
+    given the columns of the module's own modalities instead (fewer for a dedicated student), so
+    that ``present`` and the slots of the latents agree; the former stay in ``of_task``.
+    """
 
     image: Image
     """z-scored inside the brain, background 0, absent modalities all 0."""
@@ -33,6 +40,9 @@ class Batch(TypedDict):
     key: Keys
     """Hash of (seed, epoch, index); patch, augmentation and ``present`` follow from it alone."""
     present: NotRequired[Presence]
+    """What the network is shown, within ``acquired``."""
+    of_task: NotRequired[Batch]
+    """The batch with all modalities of the task, for what sees more than the module does."""
 
 
 @dataclass
@@ -40,26 +50,54 @@ class Latents:
     """Feature maps of every modality at every level, finest first.
 
     Args:
-        features: per level ``[B, M, C, D, H, W]``. Slots that are not present may hold anything:
+        features: per level ``[B, M, C, D, H, W]``. Slots that are not usable may hold anything:
             read them through :meth:`masked`.
         modalities: names of the M slots.
-        present: per level, which slots may be read.
+        usable: per level, which slots the decoder may read, ``[B, M]``: those that were encoded,
+            then only those left by :meth:`restrict`, and those that were filled.
         log_variance: per level, for variational encoders; same shapes as ``features``.
+        brain: per level, which voxels hold brain, ``[B, D, H, W]``; ``None`` where nobody has
+            called :meth:`with_brain`. The module does in every training step; a backbone need not.
         cache: intermediate results of a decoder that depend on ``features`` alone; shared by all
             restrictions of one encoding, so that they are computed once for all combinations.
     """
 
     features: list[Tensor]
     modalities: tuple[str, ...]
-    present: list[Tensor]
+    usable: list[Tensor]
     log_variance: list[Tensor] | None = None
+    brain: list[Brain] | None = None
     cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         """Number of levels."""
         return len(self.features)
 
-    def restrict(self, present: Presence) -> Latents:
+    def with_features(self, features: list[Tensor], usable: list[Tensor] | None = None) -> Self:
+        """Return the same latents with other features, and without what a decoder has cached.
+
+        Args:
+            features: of every level, in the shapes of the old ones.
+            usable: of every level; as before where not given.
+        """
+        usable = self.usable if usable is None else usable
+        return replace(self, features=features, usable=usable, cache={})
+
+    def with_brain(self, image: Image) -> Self:
+        """Return the same latents with the brain mask of every level.
+
+        A voxel of the image holds brain if any sequence is not 0 there; a voxel of a level does if
+        at least half of the image's voxels in it do. Features are shared, not copied.
+
+        Args:
+            image: every acquired sequence, background 0, ``[B, M, D, H, W]``; shown to the network
+                or not.
+        """
+        inside = (image != 0).any(1, keepdim=True).float()
+        shares = [F.adaptive_avg_pool3d(inside, (d, h, w)) for d, h, w in self.spatial()]
+        return replace(self, brain=[share[:, 0] >= 0.5 for share in shares])
+
+    def restrict(self, present: Presence) -> Self:
         """Hide every slot outside ``present`` (``[B, M]`` or ``[M]``): the only way to hide one.
 
         No feature is copied; only the flags narrow.
@@ -73,7 +111,7 @@ class Latents:
                 f"latents hold the slots {list(self.modalities)}, but {present.shape[-1]} flags "
                 "were given; encode again with the smaller combination instead."
             )
-        return replace(self, present=[p & present.to(p.device) for p in self.present])
+        return replace(self, usable=[u & present.to(u.device) for u in self.usable])
 
     def slots_only(self) -> Latents:
         """The same slots without what a backbone keeps beside them for auxiliary decoders."""
@@ -82,12 +120,12 @@ class Latents:
         return Latents(**{f.name: getattr(self, f.name) for f in fields(Latents) if f.init})
 
     def masked(self, level: int) -> Tensor:
-        """Features of one level with absent slots exactly 0, ``[B, M, C, D, H, W]``."""
+        """Features of one level with unusable slots exactly 0, ``[B, M, C, D, H, W]``."""
         return torch.where(self.flags(level), self.features[level], 0.0)
 
     def flags(self, level: int) -> Tensor:
-        """``present`` of one level, shaped to broadcast over features: ``[B, M, 1, 1, 1, 1]``."""
-        return self.present[level][:, :, None, None, None, None]
+        """``usable`` of one level, shaped to broadcast over features: ``[B, M, 1, 1, 1, 1]``."""
+        return self.usable[level][:, :, None, None, None, None]
 
     def spatial(self) -> Sequence[torch.Size]:
         """Spatial shape per level."""

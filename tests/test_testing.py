@@ -253,7 +253,7 @@ def test_an_instance_that_cannot_be_written_down_fails_the_description():
 class Term(nn.Module):
     def forward(self, output, batch):
         shown = output.latents.masked(1).float()
-        count = output.latents.present[1].sum()
+        count = output.latents.usable[1].sum()
         return output.logits.float().square().mean() + shown.square().sum() / count
 
 

@@ -65,7 +65,7 @@ class Backbone(nn.Module, Described, ABC):
 
     @abstractmethod
     def decode(self, latents: Latents) -> SegOutput:
-        """Segment from the slots that ``latents.present`` shows."""
+        """Segment from the slots that ``latents.usable`` shows."""
 
     def forward(self, image: Image, present: Presence) -> SegOutput:
         """``decode(encode(image, present))``."""

@@ -190,7 +190,7 @@ class RegionAwareFusion(nn.Module):
             The two halves of the result, ``[B, C/2, D, H, W]`` each.
         """
         x = side_by_side(latents, level)
-        flags = latents.present[level]
+        flags = latents.usable[level]
         regions = regions.detach().to(x.dtype)
         mean = regions.float().mean((2, 3, 4))[:, :, None] + 1e-7
         inside = masked_weight(_region_means(x, regions), flags) / mean

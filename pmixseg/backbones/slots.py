@@ -243,7 +243,7 @@ class SlotConv(nn.Conv3d):
         Returns:
             ``[B, out_channels, D, H, W]``.
         """
-        weight, present = self.weight.flatten(1), latents.present[level]
+        weight, present = self.weight.flatten(1), latents.usable[level]
         if torch.is_grad_enabled():
             inside = self.before(side_by_side(latents, level))
             return mix_channels(inside, masked_weight(weight, present), self.bias)

@@ -126,7 +126,7 @@ def gaussian_kl(one: Gaussian, other: Gaussian) -> Tensor:
 
 
 def _divergence(latents: EncodedLatents, shown: Sequence[Gaussian]) -> Tensor:
-    everything = replace(latents, present=[latents.encoded] * len(latents))
+    everything = replace(latents, usable=[latents.encoded] * len(latents))
     parts = []
     for level, posterior in enumerate(shown):
         prior = (torch.zeros_like(posterior[0]), torch.zeros_like(posterior[1]))

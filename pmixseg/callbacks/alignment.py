@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
-
 from pmixseg.callbacks.term import TermCallback
 from pmixseg.describe import build
 from pmixseg.errors import InputError
@@ -17,7 +15,6 @@ from pmixseg.losses.gaussian import KL
 from pmixseg.losses.official import OfficialAlignment
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
-from pmixseg.task import Task
 from pmixseg.types import Batch, Latents, Scalar, SegOutput
 
 
@@ -88,16 +85,15 @@ class PmixAlignment(TermCallback):
                     f"{type(self.official).__name__} takes one fused latent apart, and "
                     f"{type(backbone).__name__} has one latent per modality; use EarlyFusion."
                 )
-            return AlignmentTerm(module.task, self.official, None, owned=False)
+            return AlignmentTerm(self.official, None, owned=False)
         if not separate:
             raise InputError(
                 f"{type(backbone).__name__} mixes the modalities at its input, so there are no "
                 "latents to align one by one; use a backbone with one encoder per modality."
             )
         if self.official is not None:
-            return AlignmentTerm(
-                module.task, self.official, self._anchor_for(module), owned=self.anchor is not None
-            )
+            owned = self.anchor is not None
+            return AlignmentTerm(self.official, self._anchor_for(module), owned=owned)
         count = len(backbone.channels)
         levels = range(max(count - 2, 0), count) if self.levels is None else self.levels
         anchor = self._anchor_for(module)
@@ -115,7 +111,7 @@ class PmixAlignment(TermCallback):
                 f"has; use --{self.name}.distance kl, or do not sample."
             )
         owned = self.anchor is not None
-        return AlignmentTerm(module.task, alignment, anchor, owned=owned, sample=self.sample)
+        return AlignmentTerm(alignment, anchor, owned=owned, sample=self.sample)
 
     def _anchor_for(self, module: SegmentationModule) -> Anchor:
         if self.anchor is None:
@@ -139,7 +135,6 @@ class AlignmentTerm(Term):
     """The alignment loss of one step.
 
     Args:
-        task: gives the order of ``present`` and ``acquired``.
         alignment: the loss.
         anchor: what is aligned to; ``None`` for a loss over one fused latent.
         owned: the anchor belongs to this term; otherwise it is the module's and must not be
@@ -151,7 +146,6 @@ class AlignmentTerm(Term):
 
     def __init__(
         self,
-        task: Task,
         alignment: Alignment | OfficialAlignment,
         anchor: Anchor | None,
         *,
@@ -159,7 +153,6 @@ class AlignmentTerm(Term):
         sample: bool = False,
     ) -> None:
         super().__init__()
-        self.task = task
         self.alignment = alignment
         self.anchor = anchor if owned else None
         # A tuple hides the borrowed module from nn.Module, so that it is registered once only.
@@ -177,9 +170,6 @@ class AlignmentTerm(Term):
         """See :class:`~pmixseg.losses.term.Term`."""
         latents = output.latents
         if self._borrowed[0] is None:
-            shown = latents.present[0]
+            shown = latents.usable[0]
             return self.alignment(latents, None, shown, shown)
-        index = [self.task.modalities.index(m) for m in latents.modalities]
-        present: Tensor = batch["present"][:, index]
-        acquired: Tensor = batch["acquired"][:, index]
-        return self.alignment(latents, self._borrowed[0], present, acquired)
+        return self.alignment(latents, self._borrowed[0], batch["present"], batch["acquired"])

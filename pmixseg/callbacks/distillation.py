@@ -79,7 +79,6 @@ class Distillation(TermCallback):
             term.bind(
                 module.backbone,
                 source.backbone,
-                modalities=module.task.modalities,
                 anchor=source.anchor,
             )
         return DistillationLoss(teacher, self.terms, student=module)
@@ -178,6 +177,7 @@ def _lesson(teacher: SegmentationModule, batch: Batch, *, drawn: bool) -> SegOut
     Auxiliary decoders do not run, and nothing in it is random: no term reads the one or wants the
     other.
     """
+    batch = batch.get("of_task", batch)
     image = batch["image"]
     if teacher.device != image.device:
         teacher.to(image.device)

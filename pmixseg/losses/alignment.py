@@ -123,7 +123,7 @@ class Alignment(nn.Module):
         """Sum over levels of the mean distance.
 
         Args:
-            latents: raw latents, before any fill; ``latents.present`` tells which slots were
+            latents: raw latents, before any fill; ``latents.usable`` tells which slots were
                 encoded. Other slots may hold anything.
             anchor: bound to the same modalities and to the network's levels.
             present: A, what the network is shown, ``[B, M]``.
@@ -166,21 +166,21 @@ class Alignment(nn.Module):
             raise InputError("only the distance 'kl' estimates variances to sample from; use it.")
         features = list(latents.features)
         for level in self.levels:
-            given = latents.present[level]
+            given = latents.usable[level]
             with torch.autocast(features[level].device.type, enabled=False):
                 mean, log_variance = self.distance.moments(self._view(latents, level, given, given))
                 noise = torch.empty_like(mean).normal_(generator=generator)
                 features[level] = (mean + noise * (0.5 * log_variance).exp()).to(
                     latents.features[level].dtype
                 )
-        return replace(latents, features=features, cache={})
+        return latents.with_features(features)
 
     def _view(
         self, latents: Latents, level: int, present: Presence, acquired: Presence
     ) -> LevelLatents:
         """Clean, float32 (or float64) latents of one level with A and S."""
         features = latents.features[level]
-        subset = latents.present[level] & acquired.to(features.device)
+        subset = latents.usable[level] & acquired.to(features.device)
         shown = subset & present.to(features.device)
         dtype = torch.promote_types(features.dtype, torch.float32)
         features = hide(features.to(dtype), subset)

@@ -24,7 +24,6 @@ convolutions before it mix them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ class July2025Alignment(OfficialAlignment):
         """See :class:`OfficialAlignment`."""
         assert anchor is not None  # only a fused loss comes without
         raw = latents.features[0]
-        subset = latents.present[0] & acquired.to(raw.device)
+        subset = latents.usable[0] & acquired.to(raw.device)
         with torch.autocast(raw.device.type, enabled=False):
             features = hide(raw.to(torch.promote_types(raw.dtype, torch.float32)), subset)
             mixed = anchor(features, subset, 0)[:, None]
@@ -123,21 +122,18 @@ def fill_july_2025(
         training: which of the two rules.
 
     Returns:
-        Latents whose finest level is marked present throughout; other levels show ``present``.
+        Latents whose finest level is usable throughout; other levels show ``present``.
     """
     hidden = latents.restrict(present)
-    raw, shown = latents.features[0], hidden.present[0]
+    raw, shown = latents.features[0], hidden.usable[0]
     if training:
-        filled = torch.where(hidden.flags(0), raw, anchor(raw, latents.present[0], 0)[:, None])
+        filled = torch.where(hidden.flags(0), raw, anchor(raw, latents.usable[0], 0)[:, None])
     else:
         filled = torch.where(hidden.flags(0), raw, anchor(raw, shown, 0)[:, None])
         weights = anchor.weights(torch.ones_like(shown), 0).to(raw.dtype)
         filled = filled * weights[:, :, None, None, None, None]
-    return replace(
-        hidden,
-        features=[filled, *latents.features[1:]],
-        present=[torch.ones_like(shown), *hidden.present[1:]],
-        cache={},
+    return hidden.with_features(
+        [filled, *latents.features[1:]], [torch.ones_like(shown), *hidden.usable[1:]]
     )
 
 

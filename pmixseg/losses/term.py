@@ -35,9 +35,10 @@ class Term(nn.Module, ABC):
 
         Args:
             output: the network's output; ``output.latents`` are the raw latents before any fill,
-                their ``present`` tells which slots were encoded.
+                their ``usable`` tells which slots were encoded, their ``brain`` which voxels
+                count.
             batch: the batch, with ``present`` (what the network was shown) and ``acquired``, both
-                ``[B, M]`` in task order.
+                ``[B, M]`` in the order of the latents' slots; ``of_task`` has all modalities.
         """
 
     def decoded(self, latents: Latents) -> Latents:

@@ -101,18 +101,18 @@ class SegmentationModule(SegmentationNetwork):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Criterion + Σ weight · term; every term sees the latents before the fill."""
-        present = self.draw_present(batch)
-        batch = cast(Batch, {**batch, "present": present})
+        batch = self.own_batch(cast(Batch, {**batch, "present": self.draw_present(batch)}))
+        present = batch["present"]
         # What a term may look at and the network may not is encoded, but never decoded.
         wanted = any(isinstance(t, Term) and t.needs_acquired for t in self.terms.values())
         wanted = wanted or self.encodes_hidden or self.backbone.needs_acquired
         look = wanted and self.shares_encoding
         seen = batch["acquired"] if look else present
-        latents = self.encode(self.columns(batch["image"]), self.columns(seen))
+        latents = self.encode(batch["image"], seen).with_brain(batch["of_task"]["image"])
         read = latents
         for term in self.terms.values():
             read = cast(Term, term).decoded(read)
-        decoded = self.decode_subset(read, self.columns(present)) if look else self.decode(read)
+        decoded = self.decode_subset(read, present) if look else self.decode(read)
         output = replace(decoded, latents=latents)
 
         parts: dict[str, Tensor] = {"seg": self.segmentation_loss(output, batch)}
@@ -126,6 +126,14 @@ class SegmentationModule(SegmentationNetwork):
         total = total + self._touch_every_parameter()
         self._log_losses(total, parts, len(batch["case_id"]))
         return total
+
+    def own_batch(self, batch: Batch) -> Batch:
+        """Bring a batch of the task into the order of this module's slots, once per step.
+
+        Criteria, terms and the network then read the same columns; ``of_task`` keeps the rest.
+        """
+        own = {k: self.columns(batch[k]) for k in ("image", "acquired", "present")}
+        return cast(Batch, {**batch, **own, "of_task": batch})
 
     def decode_subset(self, latents: Latents, shown: Presence) -> SegOutput:
         """Segment from the slots ``shown`` of an encoding that may hold more (training only)."""

@@ -6,7 +6,6 @@ The method: docs/method/filling.md.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 import torch
 
@@ -18,7 +17,7 @@ from pmixseg.types import Latents
 def fill_with_anchor(
     latents: Latents, anchor: Anchor, levels: Collection[int] | None = None
 ) -> Latents:
-    """Replace absent slots by the anchor over the present ones, and mark them present.
+    """Replace absent slots by the anchor over the present ones, and mark them usable.
 
     ``z_m = f_m`` where modality m is shown, ``z_m = Σ_{j∈A} w'_j f_j`` where it is not (for a
     mixture anchor). The same rule holds in training and at test.
@@ -38,12 +37,12 @@ def fill_with_anchor(
         raise InputError(
             "a backbone with variances combines the present modalities itself; use fill: zero."
         )
-    features, flags = list(latents.features), list(latents.present)
-    for level, present in enumerate(latents.present):
+    features, flags = list(latents.features), list(latents.usable)
+    for level, present in enumerate(latents.usable):
         if (levels is not None and level not in levels) or bool(present.all()):
             continue
         raw = latents.features[level]
         mixed = anchor(raw, present, level).unsqueeze(1)
         features[level] = torch.where(latents.flags(level), raw, mixed)
         flags[level] = torch.ones_like(present)
-    return replace(latents, features=features, present=flags, cache={})
+    return latents.with_features(features, flags)

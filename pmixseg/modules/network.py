@@ -171,7 +171,11 @@ class SegmentationNetwork(LightningModule, Described):
         return self.decode(self.encode(image, present))
 
     def columns(self, of_task: Tensor) -> Tensor:
-        """Restrict a tensor ``[B, M, ...]`` in task order to this module's modalities."""
+        """Return the columns of this module's modalities, in the order of its slots.
+
+        Args:
+            of_task: ``[B, M, ...]``, one column per modality of the task.
+        """
         if self.modalities == self.task.modalities:
             return of_task
         return of_task[:, [self.task.modalities.index(m) for m in self.modalities]]

@@ -46,7 +46,7 @@ class July2025Student(StudentModule):
 
     def decode(self, latents: Latents) -> SegOutput:
         """The snippet's rule at test: slots times un-normalised weights."""
-        ready = self._filled(latents, latents.present[0], training=False)
+        ready = self._filled(latents, latents.usable[0], training=False)
         return replace(self._decode(ready), latents=latents)
 
     def decode_subset(self, latents: Latents, shown: Presence) -> SegOutput:

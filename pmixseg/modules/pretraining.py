@@ -130,12 +130,12 @@ class MaskedPretraining(StudentModule):
         term = Reconstruction(self.num_classes, len(self.modalities))
         self.add_term(NAME, term, TermWeight(1.0))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Hide, reconstruct, compare."""
-        whole = batch["image"]
-        cast(Reconstruction, self.terms[NAME]).whole = self.columns(whole)
-        hidden = hide_blocks(whole, batch["key"], self.block, self.share)
-        return super().training_step(cast(Batch, {**batch, "image": hidden}), batch_idx)
+    def own_batch(self, batch: Batch) -> Batch:
+        """Hide blocks from the network; keep the whole image for the comparison."""
+        own = super().own_batch(batch)
+        cast(Reconstruction, self.terms[NAME]).whole = own["image"]
+        own["image"] = hide_blocks(own["image"], own["key"], self.block, self.share)
+        return own
 
     def segmentation_loss(self, output: SegOutput, batch: Batch) -> Scalar:
         """0: no label is read."""

@@ -43,9 +43,9 @@ class TeacherModule(SegmentationModule):
         """λ_w · L_seg of the same encoding, decoded from a drawn subset with filled slots."""
         if self.anchor is None or not self.anchor.learned or not self.fill_weight:
             return super().extra_loss(latents, batch, parts)
-        drawn = self.sampler.draw(batch["key"], batch["acquired"], self.task.modalities)
+        drawn = self.sampler.draw(batch["key"], batch["acquired"], self.modalities)
         # Auxiliary decoders of single modalities have seen these latents in the main pass.
-        hidden = latents.slots_only().restrict(self.columns(drawn))
+        hidden = latents.slots_only().restrict(drawn)
         output = self.decode(hidden)
         parts["seg_filled"] = self.segmentation_loss(output, batch)
         return self.fill_weight * parts["seg_filled"]

@@ -95,8 +95,8 @@ def _check_shapes(net: Backbone, out: SegOutput, image: Tensor, present: Tensor)
     expect(bool(out.logits.isfinite().all()), "logits are not finite")
     latents = out.latents
     expect(
-        len(latents) == len(net.strides) == len(latents.present),
-        f"latents have {len(latents)} levels and flags for {len(latents.present)}, but strides "
+        len(latents) == len(net.strides) == len(latents.usable),
+        f"latents have {len(latents)} levels and flags for {len(latents.usable)}, but strides "
         f"are {net.strides}",
     )
     expect(
@@ -113,11 +113,11 @@ def _check_shapes(net: Backbone, out: SegOutput, image: Tensor, present: Tensor)
                 f"level {level} has the shape {list(found.shape)}; with channels "
                 f"{net.channels[level]} and stride {stride} it must be {wanted}",
             )
-        flags = latents.present[level]
+        flags = latents.usable[level]
         expected = present if len(net.slots) == present.shape[1] else present.any(1, keepdim=True)
         expect(
             flags.dtype == torch.bool and torch.equal(flags, expected),
-            f"latents.present[{level}] is not what was given as present",
+            f"latents.usable[{level}] is not what was given as present",
         )
 
 
@@ -182,13 +182,13 @@ def _fill(probe: Probe) -> None:
         latents = net.encode(probe.image, probe.present)
         empty = net.decode(latents).logits
         filled = replace(
-            _replace_absent(latents), present=[torch.ones_like(probe.present)] * len(latents)
+            _replace_absent(latents), usable=[torch.ones_like(probe.present)] * len(latents)
         )
         found = difference(empty, net.decode(filled).logits)
     expect(
         found > TOLERANCE,
         "a slot that was filled after encoding and marked present has no influence; decode must "
-        "take presence from latents.present, not from what encode was given",
+        "take presence from latents.usable, not from what encode was given",
     )
 
 
@@ -266,7 +266,7 @@ def _restrict(probe: Probe) -> None:
             expect(
                 found <= TOLERANCE,
                 f"hiding slots by restrict gives other logits (by {found:.1e}) than encoding "
-                "fewer modalities; decode must mask by latents.present, and latents.cache may "
+                "fewer modalities; decode must mask by latents.usable, and latents.cache may "
                 "hold only what depends on features alone",
             )
 

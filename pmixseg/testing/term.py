@@ -39,7 +39,7 @@ class Example:
         named = {"output.logits": out.logits}
         named |= {f"output.extras['{k}']": v for k, v in out.extras.items()}
         named |= {f"output.latents.features[{k}]": v for k, v in enumerate(latents.features)}
-        named |= {f"output.latents.present[{k}]": v for k, v in enumerate(latents.present)}
+        named |= {f"output.latents.usable[{k}]": v for k, v in enumerate(latents.usable)}
         variances = latents.log_variance or []
         named |= {f"output.latents.log_variance[{k}]": v for k, v in enumerate(variances)}
         named |= {f"batch['{k}']": v for k, v in self.batch.items() if isinstance(v, Tensor)}
@@ -95,7 +95,7 @@ class Stage:
         leaves = Latents(
             [_leaf(f) for f in latents.features],
             latents.modalities,
-            list(latents.present),
+            list(latents.usable),
             None if variance is None else [_leaf(v) for v in variance],
         )
         extras = {name: _leaf(extra) for name, extra in out.extras.items()}

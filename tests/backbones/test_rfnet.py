@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -48,7 +46,7 @@ def test_cheap_fusion_equals_the_literal_one(slots, width, regions):
     module = RegionAwareFusion(slots, width, regions)
     with torch.no_grad():
         cheap = torch.cat(module(latents, 0, maps), 1)
-    again = Latents(latents.features, latents.modalities, latents.present)
+    again = Latents(latents.features, latents.modalities, latents.usable)
     trained = torch.cat(module(again, 0, maps), 1)
     wanted = literal_fusion(module, latents, maps).float()
     torch.testing.assert_close(cheap, wanted, rtol=1e-5, atol=1e-5)
@@ -134,7 +132,7 @@ def test_a_fill_does_not_reach_the_separate_decoder():
     full = [torch.where(latents.flags(k), f, 0.5) for k, f in enumerate(latents.features)]
     flags = [torch.ones_like(present)] * 4
     plain = net.decode(latents)
-    filled = net.decode(replace(latents, features=full, present=flags, cache={}))
+    filled = net.decode(latents.with_features(full, flags))
     assert torch.equal(plain.extras["separate"], filled.extras["separate"])
     assert not torch.allclose(plain.logits, filled.logits)
 
@@ -150,6 +148,6 @@ def test_region_means_of_a_large_window_in_float16():
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         half = torch.cat(module(latents, 0, regions), 1)
     with torch.no_grad():
-        plain = torch.cat(module(replace(latents, features=[features], cache={}), 0, regions), 1)
+        plain = torch.cat(module(latents.with_features([features]), 0, regions), 1)
     assert bool(half.isfinite().all())
     torch.testing.assert_close(half.float(), plain, rtol=0.02, atol=0.02)

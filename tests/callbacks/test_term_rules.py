@@ -184,7 +184,7 @@ def test_a_second_draw_teaches_the_first(tmp_path, monkeypatch):
     forward = SubsetMatch.forward
 
     def spy(self, learnt, taught, batch):
-        seen.append((batch["present"].clone(), taught.latents.present[0].clone()))
+        seen.append((batch["present"].clone(), taught.latents.usable[0].clone()))
         assert not taught.logits.requires_grad
         return forward(self, learnt, taught, batch)
 

@@ -100,7 +100,7 @@ def test_latent_match_divides_by_the_mean_of_the_channels_variances():
     logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
     t = torch.tensor([[0.0, 4.0], [1.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # variances 4 and 0
     term = LatentMatch(epsilon=0.0)
-    term.bind(two, two, modalities=("a",))
+    term.bind(two, two)
     given = output(logits, [t + 1], ("a",)), output(logits, [t], ("a",))
     assert term(*given, batch_of(label, flags([1]))).item() == pytest.approx(1 / 2)
 
@@ -166,7 +166,7 @@ def test_gram_match_by_hand():
     f = torch.tensor([[1.0, 1.0], [0.0, 2.0]]).reshape(1, 1, 2, 2, 1, 1)  # channels x voxels
     t = torch.tensor([[2.0, 0.0], [0.0, 0.0]]).reshape(1, 1, 2, 2, 1, 1)
     term = GramMatch()
-    term.bind(one, one, modalities=("a",))
+    term.bind(one, one)
     # G^s = ½ [[2, 2], [2, 4]], G^t = ½ [[4, 0], [0, 0]]: differences -1, 1, 1, 2.
     batch = batch_of(label, flags([1]))
     assert term(output(logits, [f], ("a",)), output(logits, [t], ("a",)), batch).item() == 1.75
@@ -178,7 +178,7 @@ def test_variational_match_by_hand():
     student = output(logits, [one_level([[1.0, 2.0]])], ("a",))
     teacher = output(logits, [one_level([[3.0, 3.0]])], ("a",))
     term = VariationalMatch()
-    term.bind(one, one, modalities=("a",))
+    term.bind(one, one)
     batch = batch_of(label, flags([1]))
     assert term(student, teacher, batch).item() == pytest.approx(0.5 * (4 + 1) / 2)
     term.raw_variances["1"].data.fill_(-30.0)  # σ² stops at 0.01
@@ -194,7 +194,7 @@ def test_contrastive_match_by_hand():
     # Teacher: 60° from the first axis, and the second axis.
     t = torch.tensor([[1.0, math.sqrt(3)], [0.0, 5.0]]).reshape(2, 1, 2, 1, 1, 1)
     term = ContrastiveMatch()
-    term.bind(one, one, modalities=("a",))
+    term.bind(one, one)
     every = flags([1], [1])
     # d² = 2 - 2 cos. d₀₀² = 1, d₁₁² = 0; d₀₁² = 2 (beyond the margin), d₁₀² = 2 - √3.
     near = math.sqrt(2 - math.sqrt(3))
@@ -214,7 +214,7 @@ def test_prototype_match_by_hand():
     s = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # (1, 0) and (1, 1)
     t = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # (1, 0) and (0, 1)
     term = PrototypeMatch()
-    term.bind(one, one, modalities=("a",))
+    term.bind(one, one)
     given = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
     batch = batch_of(label, flags([1]))
     # The prototypes are the voxels; off the diagonal cos 45° against cos 90°: squared ½. Per class
@@ -234,7 +234,7 @@ def test_a_class_counts_from_a_mass_of_one_voxel():
     f, t = torch.randn(2, 1, 1, 3, 2, 2, 2).unbind(0)
     logits = torch.zeros(1, 2, 4, 4, 4)
     term = PrototypeMatch()
-    term.bind(one, one, modalities=("a",))
+    term.bind(one, one)
     given = (output(logits, [f], ("a",)), output(logits, [t], ("a",)))
     with_two = term(*given, batch_of(label, flags([1])))
     label[0, :2, :2, :2] = 1  # one coarse voxel

@@ -71,7 +71,7 @@ def test_july_fill_in_training_by_hand():
     shown = torch.tensor([[True, False, False, True]])
     filled = fill_july_2025(latents, shown, anchor, training=True)
     assert filled.features[0].flatten().tolist() == pytest.approx([1.0, 3.8, 3.8, 6.0])
-    assert filled.present[0].all() and torch.equal(filled.present[1], shown)
+    assert filled.usable[0].all() and torch.equal(filled.usable[1], shown)
     assert filled.features[1] is latents.features[1]
 
 

@@ -48,8 +48,8 @@ def test_a_training_step_fills_hidden_slots_with_a_mixture_that_saw_them(module,
         for m in range(4):
             want = f[b, m] if present[b, m] else mixed
             torch.testing.assert_close(latents.features[0][b, m], want)
-    assert latents.present[0].all()
-    assert torch.equal(latents.present[1], present)
+    assert latents.usable[0].all()
+    assert torch.equal(latents.usable[1], present)
 
 
 def test_at_test_every_slot_is_times_its_unnormalised_weight(module, batch):

@@ -87,6 +87,18 @@ def test_what_is_hidden_is_not_seen(batch):
     assert (expected == 0).float().mean() > 0.5
 
 
+def test_a_dedicated_network_is_compared_with_its_own_sequences(batch):
+    batch["acquired"] = torch.tensor([[True, True, True, True], [False, True, False, True]])
+    module = MaskedPretraining(combination="t1ce+t2", block=4)
+    term = module.terms["reconstruct"]
+    logits = []
+    term.head.register_forward_pre_hook(lambda head, inputs: logits.append(inputs[0]))
+    value = step(module, batch)
+    assert torch.equal(term.whole, batch["image"][:, [1, 3]])
+    errors = (term.head(logits[0]) - term.whole).square().mean((2, 3, 4))
+    torch.testing.assert_close(value, errors.mean())
+
+
 def test_it_learns_to_fill_in(batch):
     torch.manual_seed(0)
     ramp = torch.linspace(-1, 1, 16).view(1, 1, 16, 1, 1).expand(2, 4, 16, 16, 16)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from pmixseg.backbones import EarlyFusion, MultiEncoderUNet, RFNet, rfnet
 from pmixseg.backbones.slots import decode_slots
 from pmixseg.callbacks import Distillation
+from pmixseg.data.missing import UniformCombinations
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
@@ -18,6 +19,7 @@ from pmixseg.losses.distillation import SelfDistillation
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.task import BRATS, Task
+from pmixseg.types import Latents
 
 
 def tiny(modalities=BRATS.modalities):
@@ -120,7 +122,7 @@ def test_output_carries_the_latents_before_the_fill(batch):
     module = StudentModule(backbone=tiny())
     present = torch.tensor([[True, False, False, False]] * 2)
     output = module(batch["image"], present)
-    assert torch.equal(output.latents.present[0], present)
+    assert torch.equal(output.latents.usable[0], present)
 
 
 class Constant(Term):
@@ -134,7 +136,7 @@ class Constant(Term):
         self.seen = None
 
     def forward(self, output, batch):
-        self.seen = output.latents.present[0].clone()
+        self.seen = output.latents.usable[0].clone()
         self.shown = batch["present"]
         return self.c * 1.0
 
@@ -147,6 +149,55 @@ def test_terms_are_added_with_their_weight_and_see_everything_acquired(batch):
     torch.testing.assert_close(step(module, batch), plain + 0.75)
     assert torch.equal(term.seen, batch["acquired"])
     assert torch.equal(term.shown, module.draw_present(batch))
+
+
+class Masks(Term):
+    """Keeps the flags of a step."""
+
+    def forward(self, output, batch):
+        self.batch, self.latents = batch, output.latents
+        return output.logits.sum() * 0.0
+
+
+def test_terms_read_flags_in_the_order_of_the_slots(batch):
+    module = StudentModule(combination="t1ce+t2", sampler=UniformCombinations())
+    module.add_term("masks", term := Masks(), TermWeight(1.0))
+    batch["acquired"] = torch.tensor([[True, True, False, True], [True, False, True, True]])
+    step(module, batch)
+    assert module.modalities == ("t1ce", "t2")
+    assert torch.equal(term.batch["acquired"], batch["acquired"][:, [1, 3]])
+    assert torch.equal(term.batch["image"], batch["image"][:, [1, 3]])
+    drawn = module.draw_present(batch)
+    assert not drawn[:, [0, 2]].any()
+    assert torch.equal(term.batch["present"], drawn[:, [1, 3]])
+    assert torch.equal(term.batch["of_task"]["present"], drawn)
+    assert torch.equal(term.batch["of_task"]["image"], batch["image"])
+
+
+def test_the_brain_travels_with_the_latents_of_a_step(batch):
+    image = torch.zeros(2, 4, 16, 16, 16)
+    image[0, 0, :, :, :9] = 1.0  # not a sequence of the network, but acquired
+    image[1, 1, 0] = -2.0
+    module = StudentModule(combination="t1ce+t2", backbone=tiny(("t1ce", "t2")))
+    module.add_term("masks", term := Masks(), TermWeight(1.0))
+    step(module, {**batch, "image": image, "acquired": torch.ones(2, 4, dtype=torch.bool)})
+    fine, half, quarter = term.latents.brain
+    assert [m.shape for m in term.latents.brain] == [(2, n, n, n) for n in (16, 8, 4)]
+    assert fine.dtype == torch.bool
+    # 9 columns of 16: the fifth of 8 holds half of brain and counts, the third of 4 a quarter.
+    assert fine[0, 0, 0].sum() == 9 and half[0, 0, 0].sum() == 5 and quarter[0, 0, 0].sum() == 2
+    # One slice of 16: half of the first of 8, a quarter of the first of 4.
+    assert fine[1].sum() == 256 and half[1].sum() == 64 and quarter[1].sum() == 0
+
+
+def test_new_features_leave_the_cache_and_the_rest_behind():
+    one = torch.ones(1, 2, 1, 1, 1, 1)
+    both = torch.ones(1, 2, dtype=torch.bool)
+    old = Latents([one], ("a", "b"), [~both], cache={"kept": one}).with_brain(one[:, :, 0])
+    new = old.with_features([one * 2], [both])
+    assert new.cache == {} and old.cache and new.brain is old.brain
+    assert torch.equal(new.usable[0], both) and torch.equal(new.features[0], one * 2)
+    assert torch.equal(old.with_features([one * 2]).usable[0], ~both)
 
 
 def test_term_in_warm_up_is_multiplied_by_zero_not_skipped(batch):

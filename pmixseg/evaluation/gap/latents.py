@@ -81,7 +81,7 @@ def sample_latents(
             latents = predictor.encode(cut[None], everything)
         for level in levels:
             features = latents.features[level].float()
-            present = latents.present[level]
+            present = latents.usable[level]
             mixed, weights[level] = _mix(anchor, features, present, level)
             d, h, w = features.shape[3:]
             brain = F.adaptive_avg_pool3d((cut != 0).any(0)[None].float(), (d, h, w))

@@ -44,7 +44,7 @@ class Predictor(Protocol):
         """Latents of the present modalities."""
 
     def decode(self, latents: Latents) -> SegOutput:
-        """Segment from the slots that ``latents.present`` shows."""
+        """Segment from the slots that ``latents.usable`` shows."""
 
 
 def predict_combinations(

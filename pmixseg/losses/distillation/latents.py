@@ -85,12 +85,12 @@ class LatentMatch(LatentTerm):
         features, shown = self.student_latents(student, batch, pair)
         if self.target == "same":
             latents = teacher.latents
-            known = latents.present[pair.teacher][:, self.partners]
+            known = latents.usable[pair.teacher][:, self.partners]
             raw = latents.features[pair.teacher].detach()[:, self.partners]
             target, shown = hide(full_precision(raw), known), shown & known
         else:
             target = self.teacher_anchor(teacher, pair)
-            known = teacher.latents.present[pair.teacher].any(1, keepdim=True)
+            known = teacher.latents.usable[pair.teacher].any(1, keepdim=True)
             if self.target == "fused":
                 features, shown = mean_latent(features, shown), shown.any(1, keepdim=True)
         _, variance = pooled_moments(target, known, SharedSums())
@@ -137,7 +137,7 @@ class SubsetMatch(LatentTerm):
     ) -> Scalar:
         """See the class."""
         features, shown = self.student_latents(student, batch, pair)
-        known = teacher.latents.present[pair.teacher]
+        known = teacher.latents.usable[pair.teacher]
         raw = full_precision(teacher.latents.features[pair.teacher].detach())
         target = mean_latent(hide(raw, known), known)
         _, variance = pooled_moments(target, known.any(1, keepdim=True), SharedSums())

@@ -117,7 +117,7 @@ class LatentTerm(DistillationTerm):
         latents = teacher.latents
         with torch.no_grad():
             features = full_precision(latents.features[pair.teacher])
-            return anchor(features, latents.present[pair.teacher], pair.teacher)[:, None]
+            return anchor(features, latents.usable[pair.teacher], pair.teacher)[:, None]
 
     def to_teacher(self, features: Features, pair: Pair) -> Features:
         """h: the student's channels to the teacher's."""

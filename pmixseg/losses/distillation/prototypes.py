@@ -117,7 +117,6 @@ class SelfDistillation(DistillationTerm):
 
     def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
         """Pair the levels of the prototypes."""
-        self.prototype.columns = self.columns
         self.prototype.build(student, teacher, anchor)
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -58,14 +57,12 @@ class DistillationTerm(nn.Module, Described, ABC):
         if weight < 0:
             raise InputError(f"{type(self).__name__}: weight is {weight}; use 0 or more.")
         self.weight = weight
-        self.columns: tuple[int, ...] | None = None
 
     def bind(
         self,
         student: Network,
         teacher: Network,
         *,
-        modalities: Sequence[str] | None = None,
         anchor: Anchor | None = None,
     ) -> None:
         """Tell the term the two networks, and create its parameters.
@@ -73,8 +70,6 @@ class DistillationTerm(nn.Module, Described, ABC):
         Args:
             student: the student's backbone.
             teacher: the teacher's.
-            modalities: the task's modalities, the order of ``batch["present"]``; the teacher's if
-                not given.
             anchor: the teacher's anchor, bound to its slots; a uniform mixture if not given, or
                 if it cannot stand in for a latent.
 
@@ -86,10 +81,6 @@ class DistillationTerm(nn.Module, Described, ABC):
                 f"the teacher segments {teacher.num_classes} classes, the student "
                 f"{student.num_classes}; distil from a teacher of the same task."
             )
-        order = tuple(teacher.modalities if modalities is None else modalities)
-        # Latents of early fusion have one slot that is no modality: it is shown whenever it exists.
-        named = all(slot in order for slot in student.slots)
-        self.columns = tuple(order.index(slot) for slot in student.slots) if named else None
         self.build(student, teacher, anchor)
 
     def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
@@ -101,7 +92,8 @@ class DistillationTerm(nn.Module, Described, ABC):
         Args:
             student: the student's output in this step; gradients flow into it.
             teacher: the teacher's output for the same augmented batch, on everything acquired.
-            batch: ``label`` ``[B, D, H, W]``, ``present`` and ``acquired`` ``[B, M]``.
+            batch: ``label`` ``[B, D, H, W]``; ``present`` and ``acquired`` ``[B, M]``, columns in
+                the order of the student's slots.
         """
         with torch.autocast(student.logits.device.type, enabled=False):
             return self.compare(student, teacher, batch)
@@ -112,10 +104,12 @@ class DistillationTerm(nn.Module, Described, ABC):
 
     def shown(self, student: SegOutput, batch: Batch, level: int) -> Presence:
         """A: slots of the student that the network was shown at a level, ``[B, slots]``."""
-        encoded = student.latents.present[level]
-        if self.columns is None or "present" not in batch:
+        encoded = student.latents.usable[level]
+        present = batch.get("present")
+        # Latents of early fusion have one slot that is no modality: it is shown whenever it exists.
+        if present is None or present.shape[1] != encoded.shape[1]:
             return encoded
-        return encoded & batch["present"][:, list(self.columns)].to(encoded.device)
+        return encoded & present.to(encoded.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
         """Typed call of :meth:`forward`."""
