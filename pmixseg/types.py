@@ -141,8 +141,12 @@ class SegOutput:
         latents: what was decoded, before any fill.
         extras: auxiliary outputs (deep supervision, per-modality decoders, region maps), found
             by name by the backbone's own criterion; empty in eval mode.
+        decoder: feature maps of the decoder, ``[B, C, d, h, w]`` each, finest last, from which the
+            logits follow; the same in training and eval mode. Empty where a backbone does not
+            give them: terms that read them then say so.
     """
 
     logits: Logits
     latents: Latents
     extras: dict[str, Tensor] = field(default_factory=dict)
+    decoder: list[Tensor] = field(default_factory=list)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
 from pmixseg.errors import InputError
@@ -186,11 +187,47 @@ class BreaksCompiled(Small):
         return out
 
 
+class FinestFirst(Small):
+    def decode(self, latents):
+        out = super().decode(latents)
+        out.decoder = [out.logits, functional.avg_pool3d(out.logits, 2)]
+        return out
+
+
+class MapsInTraining(Small):
+    def decode(self, latents):
+        out = super().decode(latents)
+        out.decoder = out.decoder if self.training else []
+        return out
+
+
+class OtherSides(Small):
+    def decode(self, latents):
+        out = super().decode(latents)
+        out.decoder = [out.logits[..., 1:]]
+        return out
+
+
+class MapsLeak(Small):
+    def decode(self, latents):
+        out = super().decode(latents)
+        out.decoder = [STORE["image"]]
+        return out
+
+    def encode(self, image, present):
+        STORE["image"] = image
+        return super().encode(image, present)
+
+
 BROKEN = [
     (WrongStride, "shape", "level 1 has the shape"),
     (WrongOrder, "attributes", "finest first"),
     (WrongClasses, "shape", "logits have the shape"),
     (ExtrasInEval, "shape", "must be empty in eval mode"),
+    (FinestFirst, "decoder", "finest last"),
+    (MapsInTraining, "decoder", "in eval than in training mode"),
+    (OtherSides, "decoder", "sides that divide"),
+    (MapsLeak, "decoder", "absent modalities"),
     (Leaks, "leak", "noise in the voxels of absent modalities"),
     (LeaksInTraining, "leak", "training mode"),
     (Overwrites, "inputs", "image was changed in place"),

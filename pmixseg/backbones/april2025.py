@@ -61,7 +61,7 @@ class April2025Network(nn.Module):
 
     def decode(self, features: list[Tensor]) -> Tensor | list[Tensor]:
         """Logits from the network's levels."""
-        logits, extras = self._halves.decode(features[1:], self.training)
+        logits, extras, _ = self._halves.decode(features[1:], self.training)
         return [logits, *extras.values()] if extras else logits
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

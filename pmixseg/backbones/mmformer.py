@@ -137,21 +137,29 @@ class FusedDecoder(Decoder):
         for level, width in enumerate(widths[1:], 1):
             self[f"seg_d{level}"] = LeanConv3d(width, num_classes, 1)
 
-    def forward(self, latents: Latents, lowest: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and in training logits ``ds1 …`` at strides 2, 4, ….
+    def forward(
+        self, latents: Latents, lowest: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """Decode the latents.
 
         Args:
             latents: slots of all levels but the lowest.
             lowest: ``[B, M·C, d, h, w]``, the lowest level after the inter-modal transformer.
+
+        Returns:
+            Logits; in training logits ``ds1 …`` at strides 2, 4, …; the feature maps after every
+            join, finest last.
         """
         extras: dict[str, Tensor] = {}
+        maps: list[Tensor] = []
         x = self[f"RFM{self.depth}"](lowest)
         for level in range(self.depth - 1, 0, -1):
             if self.training:
                 extras[f"ds{level}"] = self[f"seg_d{level}"](x)
             fused = self[f"RFM{level}"](latents, level - 1, f"rfm.{level}")
             x = self.join(level, fused, self.up(level, x))
-        return self["seg_layer"](x), extras
+            maps.append(x)
+        return self["seg_layer"](x), extras, maps
 
 
 class MMFormer(Backbone):
@@ -239,11 +247,12 @@ class MMFormer(Backbone):
 
     def decode(self, latents: Latents) -> SegOutput:
         """See :meth:`Backbone.decode`."""
-        logits, extras = self.decoder_fuse(latents, self._between(latents.masked(LEVELS - 1)))
+        lowest = self._between(latents.masked(LEVELS - 1))
+        logits, extras, maps = self.decoder_fuse(latents, lowest)
         if self.training and self.decoder_sep is not None and isinstance(latents, EncodedLatents):
             extras["separate"] = decode_slots(self.decoder_sep, latents, BEFORE_TRANSFORMER)
             extras["separate_slots"] = latents.encoded
-        return SegOutput(logits, latents, extras)
+        return SegOutput(logits, latents, extras, maps)
 
     def _between(self, x: Tensor) -> Tensor:
         """Inter-modal transformer over ``[B, M, C, d, h, w]``; the result has M·C' channels."""

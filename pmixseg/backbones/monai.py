@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from monai.networks.layers.simplelayers import SkipConnection
@@ -40,8 +40,15 @@ from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
-Outputs = tuple[Tensor, dict[str, Tensor]]
-"""Logits and auxiliary logits."""
+
+class Decoded(NamedTuple):
+    """What the decoder of a cut network returns."""
+
+    logits: Tensor
+    extras: dict[str, Tensor]
+    """Auxiliary logits."""
+    maps: list[Tensor]
+    """Feature maps, finest last; empty where the network does not show them."""
 
 
 class Cut(ABC):
@@ -60,8 +67,8 @@ class Cut(ABC):
         """Feature maps of ``[B, M, D, H, W]``, finest first."""
 
     @abstractmethod
-    def decode(self, features: list[Tensor], training: bool) -> Outputs:
-        """Logits ``[B, C, D, H, W]`` and, in training, auxiliary logits."""
+    def decode(self, features: list[Tensor], training: bool) -> Decoded:
+        """Logits ``[B, C, D, H, W]``, in training auxiliary logits, and feature maps."""
 
 
 class SegResNetCut(Cut):
@@ -78,9 +85,17 @@ class SegResNetCut(Cut):
         features: list[Tensor] = self.network.encode(x)[1]
         return features
 
-    def decode(self, features: list[Tensor], training: bool) -> Outputs:
+    def decode(self, features: list[Tensor], training: bool) -> Decoded:
         """See :class:`Cut`."""
-        return self.network.decode(features[-1], features[::-1]), {}
+        net, x, maps = self.network, features[-1], []
+        if type(net).decode is not SegResNet.decode:
+            return Decoded(net.decode(x, features[::-1]), {}, [])
+        for up, layer, skip in zip(
+            net.up_samples, net.up_layers, reversed(features[:-1]), strict=True
+        ):
+            x = layer(up(x) + skip)
+            maps.append(x)
+        return Decoded(net.conv_final(x) if net.use_conv_final else x, {}, maps)
 
 
 class UNetCut(Cut):
@@ -112,12 +127,14 @@ class UNetCut(Cut):
             features.append(x)
         return features
 
-    def decode(self, features: list[Tensor], training: bool) -> Outputs:
+    def decode(self, features: list[Tensor], training: bool) -> Decoded:
         """See :class:`Cut`."""
-        x = features[-1]
+        x, maps = features[-1], []
         for up, skip in zip(reversed(self.ups), reversed(features[:-1]), strict=True):
             x = up(torch.cat([skip, x], 1))
-        return x, {}
+            maps.append(x)
+        # The last block already has one channel per class.
+        return Decoded(x, {}, maps[:-1])
 
 
 class DynUNetCut(Cut):
@@ -141,16 +158,17 @@ class DynUNetCut(Cut):
             features.append(x)
         return features
 
-    def decode(self, features: list[Tensor], training: bool) -> Outputs:
+    def decode(self, features: list[Tensor], training: bool) -> Decoded:
         """See :class:`Cut`."""
-        net, x, extras = self.network, features[-1], {}
+        net, x, extras, maps = self.network, features[-1], {}, []
         heads = net.deep_supervision_heads if training and net.deep_supervision else []
         for level in reversed(range(len(features) - 1)):
             # upsamples run from the bottom up, heads from the finest but one down.
             x = net.upsamples[len(features) - 2 - level](x, features[level])
+            maps.append(x)
             if 1 <= level <= len(heads):
                 extras[f"ds{level}"] = heads[level - 1](x)
-        return net.output_block(x), extras
+        return Decoded(net.output_block(x), extras, maps)
 
 
 class SwinUNETRCut(Cut):
@@ -169,13 +187,14 @@ class SwinUNETRCut(Cut):
         skips = [net.encoder2(hidden[0]), net.encoder3(hidden[1]), net.encoder4(hidden[2])]
         return [net.encoder1(x), *skips, hidden[3], net.encoder10(hidden[4])]
 
-    def decode(self, features: list[Tensor], training: bool) -> Outputs:
+    def decode(self, features: list[Tensor], training: bool) -> Decoded:
         """See :class:`Cut`."""
-        net, x = self.network, features[-1]
+        net, x, maps = self.network, features[-1], []
         ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1)
         for up, skip in zip(ups, reversed(features[:-1]), strict=True):
             x = up(x, skip)
-        return net.out(x), {}
+            maps.append(x)
+        return Decoded(net.out(x), {}, maps)
 
 
 class OwnCut(Cut):
@@ -189,7 +208,7 @@ class OwnCut(Cut):
         """See :class:`Cut`."""
         return list(self.network.encode(x))
 
-    def decode(self, features: list[Tensor], training: bool) -> Outputs:
+    def decode(self, features: list[Tensor], training: bool) -> Decoded:
         """See :class:`Cut`."""
         return _outputs(self.network.decode(features))
 
@@ -205,7 +224,7 @@ class Uncut(Cut):
         """See :class:`Cut`."""
         return [x]
 
-    def decode(self, features: list[Tensor], training: bool) -> Outputs:
+    def decode(self, features: list[Tensor], training: bool) -> Decoded:
         """See :class:`Cut`."""
         return _outputs(self.network(features[0]))
 
@@ -305,13 +324,13 @@ class EarlyFusion(Backbone):
         """
         # Some modality is always present, and with it the only slot: no need to mask a copy.
         features = [f[:, 0] for f in latents.features]
-        logits, extras = self.halves.decode(features, self.training)
+        logits, extras, maps = self.halves.decode(features, self.training)
         if logits.ndim != 5 or logits.shape[1] != self.num_classes:
             raise InputError(
                 f"EarlyFusion: {type(self.network).__name__} returns {list(logits.shape)}, but "
                 f"logits are [B, {self.num_classes}, D, H, W]; correct its output channels."
             )
-        return SegOutput(logits, latents, extras if self.training else {})
+        return SegOutput(logits, latents, extras if self.training else {}, maps)
 
 
 def _build_network(description: Mapping[str, Any], modalities: int, num_classes: int) -> nn.Module:
@@ -331,11 +350,12 @@ def _largest(step: int | Sequence[int]) -> int:
     return step if isinstance(step, int) else max(step)
 
 
-def _outputs(result: Any) -> Outputs:
+def _outputs(result: Any) -> Decoded:
     """Logits and deep supervision from what a network returned."""
     if isinstance(result, Tensor):
-        return result, {}
+        return Decoded(result, {}, [])
     if isinstance(result, list):
-        return result[0], {f"ds{k}": extra for k, extra in enumerate(result[1:], 1)}
+        extras = {f"ds{k}": extra for k, extra in enumerate(result[1:], 1)}
+        return Decoded(result[0], extras, [])
     # A tuple holds logits and something else, such as the loss of SegResNetVAE.
-    return result[0], {}
+    return Decoded(result[0], {}, [])

@@ -225,9 +225,15 @@ class RegionDecoder(Decoder):
             self[f"RFM{level}"] = RegionAwareFusion(slots, width, num_classes)
             self[f"prm_generator{level}"] = RegionMap(slots, width, num_classes, joins)
 
-    def forward(self, latents: Latents) -> tuple[Tensor, list[Tensor]]:
-        """Logits, and the region maps' logits, finest first, each at its own resolution."""
+    def forward(self, latents: Latents) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Decode the latents.
+
+        Returns:
+            Logits; the region maps' logits, finest first, each at its own resolution; the feature
+            maps after every join, finest last.
+        """
         regions: list[Tensor] = []
+        maps: list[Tensor] = []
         x: Tensor | None = None
         for level in range(self.depth, 0, -1):
             if x is not None:
@@ -235,8 +241,12 @@ class RegionDecoder(Decoder):
             logits = self[f"prm_generator{level}"](latents, level - 1, x)
             regions.insert(0, logits)
             fused = self[f"RFM{level}"](latents, level - 1, logits.softmax(1))
-            x = torch.cat(fused, 1) if x is None else self.join(level, *fused, x)
-        return self["seg_layer"](x), regions
+            if x is None:
+                x = torch.cat(fused, 1)
+            else:
+                x = self.join(level, *fused, x)
+                maps.append(x)
+        return self["seg_layer"](x), regions, maps
 
 
 class RFNet(Backbone):
@@ -294,11 +304,11 @@ class RFNet(Backbone):
 
     def decode(self, latents: Latents) -> SegOutput:
         """See :meth:`Backbone.decode`."""
-        logits, regions = self.decoder_fuse(latents)
+        logits, regions, maps = self.decoder_fuse(latents)
         extras: dict[str, Tensor] = {}
         if self.training:
             extras = {f"ds{level}": region for level, region in enumerate(regions, 1)}
             if self.decoder_sep is not None and isinstance(latents, EncodedLatents):
                 extras["separate"] = decode_slots(self.decoder_sep, latents, range(4))
                 extras["separate_slots"] = latents.encoded
-        return SegOutput(logits, latents, extras)
+        return SegOutput(logits, latents, extras, maps)

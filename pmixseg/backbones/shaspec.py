@@ -122,9 +122,11 @@ class ShaSpec(Backbone):
     def decode(self, latents: Latents) -> SegOutput:
         """See :meth:`Backbone.decode`."""
         fused = [fusion(_slots(latents, level)) for level, fusion in enumerate(self.fusions)]
+        maps: list[Tensor] = []
         x = fused[-1]
         for level in reversed(range(len(fused) - 1)):
             x = self.decoders[level](torch.cat([fused[level], self.ups[level](x)], 1))
+            maps.append(x)
         extras: dict[str, Tensor] = {}
         if self.training and isinstance(latents, EncodedLatents):
             encoded = latents.encoded[:, :, None, None, None, None]
@@ -132,7 +134,7 @@ class ShaSpec(Backbone):
             extras["shared"] = torch.where(encoded, shared, 0.0)
             extras["modality"] = decode_slots(self.classifier, latents, [0]).flatten(2)
             extras["encoded"] = latents.encoded
-        return SegOutput(self.head(x), latents, extras)
+        return SegOutput(self.head(x), latents, extras, maps)
 
 
 def _slots(latents: Latents, level: int) -> Tensor:

@@ -74,15 +74,20 @@ class Decoder(nn.Module):
         )
         self.last = LeanConv3d(codes[0], outside, 1)
 
-    def forward(self, codes: Sequence[Tensor]) -> Tensor:
-        """``[b, outside, D, H, W]`` from one code per level, finest first."""
+    def forward(self, codes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Decode one code per level, finest first.
+
+        Returns:
+            ``[b, outside, D, H, W]``, and the feature maps of the blocks, finest last.
+        """
+        maps: list[Tensor] = []
         x = codes[-1]
         for level in reversed(range(len(codes) - 1)):
             size = list(codes[level].shape[2:])
             larger = F.interpolate(x, size, mode="trilinear", align_corners=False)
             x = self.blocks[level](torch.cat([larger, codes[level]], 1))
-        y: Tensor = self.last(x)
-        return y
+            maps.append(x)
+        return self.last(x), maps
 
 
 def product_of_gaussians(latents: Latents, level: int) -> tuple[Tensor, Tensor]:
@@ -208,11 +213,12 @@ class UHVED(Backbone):
         codes = [self._code(*posterior) for posterior in posteriors]
         extras: dict[str, Tensor] = {}
         if self.training and isinstance(latents, EncodedLatents) and len(self.image_decoders):
-            rebuilt = [decoder(codes)[:, 0] for decoder in self.image_decoders]
+            rebuilt = [decoder(codes)[0][:, 0] for decoder in self.image_decoders]
             extras["reconstruction"] = torch.stack(rebuilt, 1)
             extras["reconstruction_slots"] = latents.encoded
             extras["divergence"] = _divergence(latents, posteriors)
-        return SegOutput(self.decoder(codes), latents, extras)
+        logits, maps = self.decoder(codes)
+        return SegOutput(logits, latents, extras, maps)
 
     def _code(self, mean: Tensor, log_variance: Tensor) -> Tensor:
         if not self.training:

@@ -150,9 +150,11 @@ class MultiEncoderUNet(Backbone):
         """See :meth:`Backbone.decode`."""
         fused = [fusion(latents, level) for level, fusion in enumerate(self.fusions)]
         extras: dict[str, Tensor] = {}
+        maps: list[Tensor] = []
         x = fused[-1]
         for level in reversed(range(len(fused) - 1)):
             x = self.decoders[level](torch.cat([fused[level], self.ups[level](x)], 1))
+            maps.append(x)
             if level and self.training and level < len(self.heads):
                 extras[f"ds{level}"] = self.heads[level](x)
-        return SegOutput(self.heads[0](x), latents, extras)
+        return SegOutput(self.heads[0](x), latents, extras, maps)

@@ -25,9 +25,9 @@ def check_backbone(
 ) -> None:
     """Check that ``net`` keeps the backbone contract, and say in words what it breaks.
 
-    The rules: ``attributes, shape, inputs, leak, masking, fill, batch, gradient, determinism,
-    restrict, sizes, state dict, description, channels last, bf16, compile``. Random weights are
-    enough. ``net`` itself is not changed.
+    The rules: ``attributes, shape, decoder, inputs, leak, masking, fill, batch, gradient,
+    determinism, restrict, sizes, state dict, description, channels last, bf16, compile``. Random
+    weights are enough. ``net`` itself is not changed.
 
     Args:
         net: the backbone, on any device.
@@ -46,6 +46,7 @@ def check_backbone(
         rules: dict[str, Callable[[Probe], None]] = {
             "attributes": _attributes,
             "shape": _shape,
+            "decoder": _decoder,
             "inputs": _inputs,
             "leak": _leak,
             "masking": _masking,
@@ -128,6 +129,45 @@ def _shape(probe: Probe) -> None:
     expect(not out.extras, f"extras {sorted(out.extras)} must be empty in eval mode")
 
 
+def _decoder(probe: Probe) -> None:
+    with torch.no_grad():
+        maps = probe.eval()(probe.image, probe.present).decoder
+        trained = copy.deepcopy(probe.net).train()(probe.image, probe.present).decoder
+    shapes = [list(each.shape) for each in maps]
+    expect(
+        shapes == [list(each.shape) for each in trained],
+        "decoder has other feature maps in eval than in training mode; a frozen teacher gives its "
+        "maps in eval mode",
+    )
+    size, previous = list(probe.image.shape[2:]), 0
+    for k, each in enumerate(maps):
+        wrong = (
+            each.ndim != 5
+            or len(each) != len(probe.image)
+            or any(side % own for side, own in zip(size, each.shape[2:], strict=True))
+        )
+        expect(
+            not wrong,
+            f"decoder[{k}] has the shape {list(each.shape)}; it must be [{len(probe.image)}, C, d, "
+            f"h, w] with sides that divide {size}",
+        )
+        expect(bool(each.isfinite().all()), f"decoder[{k}] is not finite")
+        voxels = each.shape[2:].numel()
+        expect(voxels >= previous, f"decoder[{k}] is coarser than the map before it; finest last")
+        previous = voxels
+    if not maps:
+        return
+    noisy = torch.where(probe.absent, NOISE * probe.draw(2), probe.image)
+    with torch.no_grad():
+        again = probe.eval()(noisy, probe.present).decoder
+    found = max(difference(a, b) for a, b in zip(maps, again, strict=True))
+    expect(
+        found <= TOLERANCE,
+        f"noise in the voxels of absent modalities changes the decoder's maps by {found:.1e} of "
+        "their size; encode only what is present",
+    )
+
+
 def _inputs(probe: Probe) -> None:
     image, present = probe.image.clone(), probe.present.clone()
     probe.net.train()(image, present)
@@ -136,8 +176,7 @@ def _inputs(probe: Probe) -> None:
 
 
 def _leak(probe: Probe) -> None:
-    absent = ~probe.present[:, :, None, None, None]
-    noisy = torch.where(absent, NOISE * probe.draw(2), probe.image)
+    noisy = torch.where(probe.absent, NOISE * probe.draw(2), probe.image)
     for net, mode in ((probe.eval(), "eval"), (copy.deepcopy(probe.net).train(), "training")):
         clean = probe.logits(net, probe.image, probe.present)
         found = difference(clean, probe.logits(net, noisy, probe.present))

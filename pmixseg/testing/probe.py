@@ -34,6 +34,7 @@ class Probe:
         alone = torch.zeros(len(net.modalities), dtype=torch.bool, device=self.device)
         alone[0] = True
         self.present = torch.stack([alone, ~alone if len(alone) > 1 else alone])
+        self.absent = ~self.present[:, :, None, None, None]
         self.image = self.draw(2)
 
     def draw(self, samples: int, size: Sequence[int] | None = None) -> Tensor:

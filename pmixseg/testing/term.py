@@ -31,6 +31,7 @@ class Example:
             *out.latents.features,
             *(out.latents.log_variance or []),
             *out.extras.values(),
+            *out.decoder,
         ]
 
     def everything(self) -> dict[str, Tensor]:
@@ -38,6 +39,7 @@ class Example:
         out, latents = self.output, self.output.latents
         named = {"output.logits": out.logits}
         named |= {f"output.extras['{k}']": v for k, v in out.extras.items()}
+        named |= {f"output.decoder[{k}]": v for k, v in enumerate(out.decoder)}
         named |= {f"output.latents.features[{k}]": v for k, v in enumerate(latents.features)}
         named |= {f"output.latents.usable[{k}]": v for k, v in enumerate(latents.usable)}
         variances = latents.log_variance or []
@@ -99,7 +101,8 @@ class Stage:
             None if variance is None else [_leaf(v) for v in variance],
         )
         extras = {name: _leaf(extra) for name, extra in out.extras.items()}
-        return Example(SegOutput(_leaf(out.logits), leaves, extras), batch)
+        maps = [_leaf(each) for each in out.decoder]
+        return Example(SegOutput(_leaf(out.logits), leaves, extras, maps), batch)
 
     def usual(self, *, bf16: bool = False) -> Example:
         """Two samples: everything shown; and one modality of several acquired, one missing."""
@@ -192,7 +195,8 @@ def _gradient(stage: Stage) -> None:
     moved = [x.grad for x in example.leaves() if x.grad is not None]
     expect(
         any(bool(g.any()) for g in moved),
-        "no gradient reaches logits, latents or extras, so the term cannot train the network",
+        "no gradient reaches logits, latents, extras or decoder, so the term cannot train the "
+        "network",
     )
 
 
