@@ -51,15 +51,21 @@ class InputError(ValueError):
 def writing(path: str | PathLike[str]) -> Iterator[None]:
     """Within this block an :class:`OSError` means that ``path`` cannot be written.
 
+    So does what PyTorch says where a disk refuses a part of its file.
+
     Raises:
         InputError: it cannot.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TORCH.search(str(error)):
+            raise
+        # PyTorch's writer does not say why it failed; what it was handling may.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror or cause if isinstance(cause, OSError) else "the file is not whole"
         raise InputError(
-            f"{path} cannot be written ({error.strerror or error}); free space, or choose another "
-            "folder."
+            f"{path} cannot be written ({reason}); free space, or choose another folder."
         ) from error
 
 

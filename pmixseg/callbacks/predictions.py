@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from pmixseg.data.scans.outputs import write_labels, write_volume
 from pmixseg.evaluation.prediction.cases import CasePrediction
+from pmixseg.files import inside
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -49,7 +50,7 @@ class PredictionWriter(BasePredictionWriter):
         folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions")
         stored = batch["stored"]
         write_labels(
-            folder / f"{stored.case_id}_seg.nii.gz",
+            inside(folder, f"{stored.case_id}_seg.nii.gz", "case"),
             prediction.labels(),
             stored.geometry.source_affine,
             stored.codes,

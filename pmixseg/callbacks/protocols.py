@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pandas as pd
 import torch
@@ -19,6 +17,7 @@ from pmixseg.data.missing import MissingnessSampler
 from pmixseg.describe import Described, build
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.records import Row, gather_rows
+from pmixseg.files import whole
 from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.task import Combination, format_combination, parse_combination, presence
 
@@ -110,14 +109,9 @@ def frequencies(
 
 @rank_zero_only
 def _write(table: pd.DataFrame, path: Path) -> None:
-    part = path.with_name(f".{uuid4().hex}.csv")
     columns: list[Any] = ["protocol", "region", "dice", "cases"]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table[columns].to_csv(part, index=False)
-        part.replace(path)
-    except OSError as error:  # the records, still unwritten, hold all of it
-        rank_zero_warn(f"{path} cannot be written ({error.strerror or error}).")
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        with whole(path) as part:
+            table[columns].to_csv(part, index=False)
+    except InputError as error:  # the records, still unwritten, hold all of it
+        rank_zero_warn(str(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 
-from pmixseg.errors import InputError, writing
+from pmixseg.errors import InputError
+from pmixseg.files import whole
 from pmixseg.modules.checkpoint import write_checkpoint
 
 Kept: TypeAlias = Literal["none", "before", "all"]
@@ -126,15 +126,8 @@ class RunLogger(Logger):
         first = [c for c in ("epoch", "step") if c in frame]
         rest = sorted(str(c) for c in frame.columns if c not in first)
         frame = frame[[*first, *rest]]
-        part = self.path.with_suffix(".csv.part")
-        try:
-            with writing(self.path):
-                self._run.mkdir(parents=True, exist_ok=True)
-                frame.to_csv(part, index=False)
-                part.replace(self.path)
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+        with whole(self.path) as part:
+            frame.to_csv(part, index=False)
         self._unsaved = 0
 
     @rank_zero_only
@@ -273,14 +266,10 @@ def _saves(trainer: Trainer) -> bool:
 
 def _link(source: Path, target: Path) -> bool:
     """Put a hard link in place; not every disk has them."""
-    part = target.with_name(f".{target.name}.part")
     try:
-        part.unlink(missing_ok=True)
-        part.hardlink_to(source)
-        part.replace(target)
-    except OSError:
+        with whole(target) as part:
+            part.unlink()
+            part.hardlink_to(source)
+    except InputError:
         return False
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)  # renaming a link to its own file does nothing
     return True

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from pmixseg.errors import InputError
+from pmixseg.files import not_among
 from pmixseg.task import BRATS, Task
 
 if TYPE_CHECKING:
@@ -180,8 +181,11 @@ def _compare(subparsers: Any) -> None:
         from pmixseg.data.scans.outputs import write_json
         from pmixseg.evaluation.comparison.comparison import compare
         from pmixseg.evaluation.comparison.matching import matching_notes
-        from pmixseg.evaluation.records.records import read_comparable
+        from pmixseg.evaluation.records.records import find_records, read_comparable
 
+        if args.out is not None:
+            tables = [find_records(run) for run in (*args.a, *args.b)]
+            not_among(args.out, [*tables, *(t.with_suffix(".json") for t in tables)])
         runs = read_comparable([*args.a, *args.b])
         a, b = runs[: len(args.a)], runs[len(args.a) :]
         notes = matching_notes(a, b)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pmixseg.cli.commands import console, read_task
+from pmixseg.files import not_among
 
 
 def add_to(subparsers: Any) -> None:
@@ -25,6 +26,7 @@ def _import(subparsers: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from pmixseg.inference.published_weights import DIFFERENCE, import_official
 
+        not_among(args.out, [args.file])
         found = import_official(args.kind, args.file, read_task(args.task))
         path = found.save(args.out)
         trained = "" if found.epoch is None else f", trained for {found.epoch} epochs"

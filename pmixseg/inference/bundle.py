@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from monai.data import load_net_with_metadata, save_net_with_metadata
 from torch import Tensor
 
 from pmixseg.errors import InputError
+from pmixseg.files import beside
 
 MODEL = "models/model.ts"
 FORMAT_VERSION = "0.1.0"
@@ -68,12 +69,13 @@ def write_bundle(traced: torch.jit.ScriptModule, folder: Path, facts: Mapping[st
         raise InputError(
             f"{folder} exists and is not an empty folder; choose another for the bundle."
         )
-    part = folder.with_name(f".part.{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    packed = BytesIO()  # PyTorch's own writer aborts the process where a disk is full
+    save_net_with_metadata(traced, packed, meta_values=dict(facts))
+    with beside(folder) as part:
         for name in ("models", "configs", "docs"):
-            (part / name).mkdir(parents=True)
-        save_net_with_metadata(traced, str(part / MODEL), meta_values=dict(facts))
+            (part / name).mkdir()
+        (part / MODEL).write_bytes(packed.getbuffer())
         for name, content in (("metadata", metadata(facts)), ("inference", inference(facts))):
             text = json.dumps(content, indent=4) + "\n"
             (part / "configs" / f"{name}.json").write_text(text, encoding="utf-8")
@@ -81,8 +83,6 @@ def write_bundle(traced: torch.jit.ScriptModule, folder: Path, facts: Mapping[st
         if folder.exists():
             folder.rmdir()
         part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Bundled(folder)
 
 

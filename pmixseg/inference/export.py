@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.segmentation import NOTICE
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
+from pmixseg.files import not_among, whole
 from pmixseg.inference.bundle import write_bundle
 from pmixseg.inference.tracing import FixedCombination
 from pmixseg.modules import SegmentationModule
@@ -78,16 +80,14 @@ def export(
     shown = parse_combination(combination or module.modalities, module.modalities)
     window = module.preparation.window(module.evaluation, module.strides)
     path = Path(path)
+    if module.loaded_from is not None:
+        not_among(path, [Path(module.loaded_from)])
     facts = describe_export(module, shown, window)
     network = FixedCombination(module.cpu(), shown)
     noise = torch.randn(2, 1, len(shown), *window, generator=torch.Generator().manual_seed(0))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad(), _quiet():
-            again = WRITERS[kind](network, noise[0], path, facts)
-            difference = float((again(noise[1]) - network(noise[1])).abs().max())
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}); choose another place.") from error
+    with writing(path), torch.no_grad(), _quiet():
+        again = WRITERS[kind](network, noise[0], path, facts)
+        difference = float((again(noise[1]) - network(noise[1])).abs().max())
     if not difference <= ALLOWED_DIFFERENCE:
         raise RuntimeError(
             f"the exported model differs from the model by {difference:.2g} in probability: the "
@@ -131,8 +131,11 @@ def _write_torch(
     network: FixedCombination, example: Tensor, path: Path, facts: dict[str, Any]
 ) -> Again:
     program = torch.export.export(network, (example,), strict=False)
-    with _replacing(path) as part:
-        torch.export.save(program, part, extra_files={FACTS: json.dumps(facts)})
+    # PyTorch's own writer aborts the process where a disk is full; a file of Python's does not.
+    packed = BytesIO()
+    torch.export.save(program, packed, extra_files={FACTS: json.dumps(facts)})
+    with whole(path) as part:
+        part.write_bytes(packed.getbuffer())
     again: Again = torch.export.load(path).module()
     return again
 
@@ -157,7 +160,7 @@ def _write_onnx(
     )
     assert made is not None  # it is only None where a file is named
     made.model.metadata_props.update({k: json.dumps(v) for k, v in facts.items()})
-    with _replacing(path) as part:
+    with whole(path) as part:
         made.save(part, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -184,17 +187,6 @@ WRITERS: dict[str, Callable[[FixedCombination, Tensor, Path, dict[str, Any]], Ag
     "onnx": _write_onnx,
     "bundle": _write_bundle,
 }
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to ``path`` if all went well."""
-    part = path.with_name(f".part.{path.name}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

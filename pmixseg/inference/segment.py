@@ -12,6 +12,7 @@ from pmixseg.data.scans.nifti import Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.evaluation.prediction.segmentation import Segmentation
+from pmixseg.files import inside
 from pmixseg.inference.folders import (
     FolderScans,
     notes_on_strays,
@@ -59,8 +60,10 @@ class Outputs:
         """Refuse a folder where a result would take the place of a file of the case.
 
         Raises:
-            InputError: it would, as when a case's own folder is given and holds a label.
+            InputError: it would, as when a case's own folder is given and holds a label; or the
+                name leads out of the folder.
         """
+        inside(self.folder, name, "case")
         ending = ".nii.gz" if self.compress else ".nii"
         taken = {f.resolve() for f in files}
         for what in ("seg", "probabilities", "entropy"):

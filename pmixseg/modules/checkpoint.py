@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 
 from pmixseg.describe import build, describe, restricted
-from pmixseg.errors import InputError, disk_error
+from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.scores.calibration import Temperatures
+from pmixseg.files import whole
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.payload import FORMAT, check_terms, preparation_of
 from pmixseg.task import Task
@@ -122,24 +122,8 @@ def write_checkpoint(checkpoint: dict[str, Any], out: str | Path) -> Path:
         InputError: ``out`` cannot be written.
     """
     out = Path(out)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-        part.replace(out)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and disk_error(error) is None:
-            raise
-        # PyTorch's writer does not say why it failed; what it was handling may.
-        found = error if isinstance(error, OSError) else error.__context__
-        reason = found.strerror or found if isinstance(found, OSError) else "the file is not whole"
-        raise InputError(
-            f"{out} cannot be written ({reason}); free space or choose another file."
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    with whole(out) as part, part.open("wb") as file:
+        torch.save(checkpoint, file)
     return out
 
 

@@ -1,6 +1,7 @@
 """Exported models answer as the model does, in the format that others read."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -243,3 +244,34 @@ def test_command(module, tmp_path, capsys):
     assert "research use only" in said
     assert out.exists()
     assert main(["export", str(path), "--combination", "x", "-o", str(out)]) == 1
+
+
+FULL_DISK = """
+import resource, signal, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from pmixseg.cli import main
+sys.exit(main(["export", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["torch", "bundle"])
+def test_a_disk_that_fills_up_is_one_sentence(module, tmp_path, kind):
+    checkpoint = save(module, tmp_path / "pocket.ckpt")
+    out = tmp_path / "out" / ("model" if kind == "bundle" else "model.pt2")
+    command = [sys.executable, "-c", FULL_DISK, str(checkpoint), f"--format={kind}", f"-o{out}"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1, run.stderr
+    assert "cannot be written (File too large)" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert list(out.parent.iterdir()) == []
+
+
+def test_the_source_of_an_export_is_not_replaced(module, tmp_path, capsys):
+    checkpoint = save(module, tmp_path / "pocket.ckpt")
+    before = checkpoint.read_bytes()
+    again = tmp_path / "link.ckpt"
+    again.symlink_to(checkpoint)
+    for out in (checkpoint, again):
+        assert main(["export", str(checkpoint), "-o", str(out)]) == 1
+        assert "is read here and would be replaced" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before

@@ -11,7 +11,7 @@ from pmixseg.cli import main
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
-from pmixseg.evaluation.records.sidecar import file_hash
+from pmixseg.files import file_hash
 from pmixseg.inference.segment import (
     Outputs,
     channels_of,
@@ -262,3 +262,33 @@ def test_a_task_of_other_modalities_has_other_flags(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "--t2fs FILE" in said
     assert "--t1ce" not in said
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", ".."])
+def test_a_name_that_leads_out_of_the_folder_is_refused(checkpoint, cases, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    scan = f"--t1={cases[0].images['t1']}"
+    code = main(["segment", str(checkpoint), scan, f"--name={name}", f"-o{out}", "--device=cpu"])
+    assert code == 1
+    assert "cannot name a file" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*.nii*")) == []
+
+
+def test_a_layout_whose_cases_lead_out_of_the_folder_is_refused(
+    checkpoint, cases, tmp_path, capsys
+):
+    root = tmp_path / "in" / "p1"
+    root.mkdir(parents=True)
+    shutil.copy(cases[0].images["t1"], root / "p1_t1.nii.gz")
+    layout = tmp_path / "layout.yaml"
+    files = ", ".join(f'{m}: "{{p}}/{{p}}_{m}.nii.gz"' for m in BRATS.modalities)
+    codes = "{NCR: 1, ED: 2, ET: 3}"
+    layout.write_text(f'name: up\ncase: "../{{p}}"\nimages: {{{files}}}\ncodes: {codes}\n')
+    out = tmp_path / "out"
+    folder = str(root.parent)
+    flags = [f"--layout={layout}", f"-o{out}", "--device=cpu"]
+    assert main(["segment", str(checkpoint), folder, *flags]) == 1
+    said = capsys.readouterr()
+    assert "case '../p1' cannot name a file" in " ".join((said.out + said.err).split())
+    assert not out.exists() or list(out.iterdir()) == []
+    assert list(tmp_path.glob("*.nii*")) == []

@@ -13,9 +13,6 @@ patients. Never mix it with real cohorts or train a network for use on people wi
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -31,6 +28,7 @@ from pmixseg.data.phantom.anatomy import Deformation, Grid, refine, stream
 from pmixseg.data.phantom.contrast import CONTRASTS, Contrast, Pathology, Scanner, Shared, scan
 from pmixseg.data.phantom.tumour import GROWTH_GRID, displacement, grow
 from pmixseg.errors import InputError
+from pmixseg.files import beside, whole
 from pmixseg.task import BRATS
 
 LABEL_CODES = {"NCR": 1, "ED": 2, "ET": 4}
@@ -316,9 +314,8 @@ def _claim(out: Path, seed: int, settings: PhantomSettings) -> None:
         raise InputError(
             f"phantom: {out} is not empty and holds no {marker.name}; choose an empty folder."
         )
-    partial_marker = out / f".{_SETTINGS_FILE}.{os.getpid()}"
-    partial_marker.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-    partial_marker.replace(marker)
+    with whole(marker) as part:
+        part.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_case(out: Path, seed: int, settings: PhantomSettings, index: int) -> None:
@@ -329,8 +326,7 @@ def _write_case(out: Path, seed: int, settings: PhantomSettings, index: int) -> 
     case = make_case(seed, index, settings)
     final = out / case.grade / name
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=out))
-    try:
+    with beside(out / name) as folder:
         codes = np.array([0, *LABEL_CODES.values()], dtype=np.int16)
         files = {**case.images, "seg": codes[case.label]}
         for kind, values in files.items():
@@ -338,12 +334,9 @@ def _write_case(out: Path, seed: int, settings: PhantomSettings, index: int) -> 
             image.header["descrip"] = b"pmixseg phantom: synthetic, no patient"
             image.header.set_xyzt_units("mm")
             nib.save(image, folder / f"{name}_{kind}.nii.gz")
-        folder.chmod(0o755)
         try:
             folder.rename(final)
         except OSError:
             # Another process finished the same case, with the same content, in the meantime.
             if not final.is_dir():
                 raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmixseg.errors import InputError
+from pmixseg.files import whole
 from pmixseg.task import Task
 
 NOTICE = b"pmixseg: research use only"
@@ -93,17 +93,8 @@ def write_volume(path: Path, volume: np.ndarray, affine: Sequence[Sequence[float
         InputError: the file cannot be written.
     """
     image = nifti_image(volume, affine)
-    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    part = path.with_name(f".{path.name}.part{suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as part:
         nib.save(image, part)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(
-            f"{path} cannot be written ({error}); free space or choose another folder."
-        ) from error
     return path
 
 
@@ -113,15 +104,7 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> Path:
     Raises:
         InputError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise InputError(
-            f"{path} cannot be written ({error}); free space or choose another folder."
-        ) from error
+    text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
     return path

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +37,7 @@ from pmixseg.data.store.stored import (
     write_origin,
 )
 from pmixseg.errors import InputError
+from pmixseg.files import inside, whole
 from pmixseg.task import Task
 
 _STALE_SECONDS = 3600
@@ -187,10 +186,11 @@ def _check_names(cases: Sequence[Case]) -> None:
             "correct the layout or the folder."
         )
     for name in names:
-        if name != Path(name).name or name.startswith("."):
+        inside(Path(), name, "case")
+        if name.startswith("."):
             raise InputError(
-                f"case '{name}' cannot name a folder; use a layout whose case names have no '/' "
-                "and do not begin with '.'."
+                f"case '{name}' cannot name a folder of a store; use a layout whose case names do "
+                "not begin with '.'."
             )
 
 
@@ -203,15 +203,8 @@ def _open_store(out: Path, task: Task, parameters: dict[str, Any]) -> None:
     text = json.dumps(
         {"format": FORMAT, "task": task.to_dict(), "parameters": parameters}, indent=1
     )
-    handle, name = tempfile.mkstemp(prefix=".store-", dir=out)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(out / STORE_JSON)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole(out / STORE_JSON) as part:
+        part.write_text(text, encoding="utf-8")
     (out / CASES).mkdir(exist_ok=True)
     for left in (out / CASES).glob(".*"):
         try:

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ import numpy.typing as npt
 
 from pmixseg.data.scans.canonical import Box, CanonicalCase, Geometry
 from pmixseg.errors import InputError
+from pmixseg.files import beside
 
 FORMAT = 1
 """Version of the store's files; a case of another version is prepared anew."""
@@ -167,8 +166,7 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origi
         LABEL: case.label,
         NATIVE: case.label_native,
     }
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with beside(folder) as temporary:
         sizes = {n: _write_array(temporary / n, a) for n, a in arrays.items() if a is not None}
         full = {
             "format": FORMAT,
@@ -179,10 +177,7 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origi
         }
         write_origin(temporary, origin)
         (temporary / META).write_text(json.dumps(full, indent=1), encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def origin_of(folder: Path) -> str | None:
@@ -205,13 +200,8 @@ def remove_case(folder: Path) -> None:
     Raises:
         OSError: the store cannot be written.
     """
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with beside(folder) as aside, suppress(FileNotFoundError):  # another process was quicker
         folder.replace(aside)
-    except FileNotFoundError:
-        return  # another process was quicker
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_array(path: Path, array: npt.NDArray[Any]) -> int:

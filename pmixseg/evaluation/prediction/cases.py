@@ -24,6 +24,7 @@ from pmixseg.evaluation.prediction.windows import (
 )
 from pmixseg.evaluation.scores.calibration import CaseCalibration, Temperatures, tempered
 from pmixseg.evaluation.scores.metrics import CaseMetrics, Conventions
+from pmixseg.files import inside
 from pmixseg.task import Combination, Task, format_combination, presence
 
 ACCUMULATOR_BYTES = 1 << 30
@@ -73,7 +74,8 @@ class EvaluationSettings:
         object.__setattr__(self, "postprocess", tuple(self.postprocess))
         if self.window is not None:
             object.__setattr__(self, "window", tuple(self.window))
-        if Path(self.records).suffix not in (".csv", ".parquet") or Path(self.records).parent.name:
+        inside(Path(), self.records, "evaluation.records")
+        if Path(self.records).suffix not in (".csv", ".parquet"):
             raise InputError(
                 f"evaluation.records is '{self.records}'; give the name of a .csv or .parquet file "
                 "in the run folder."

@@ -22,6 +22,7 @@ from pmixseg.data.scans.outputs import (
     write_volume,
 )
 from pmixseg.evaluation.prediction.cases import CasePrediction, entropy_of
+from pmixseg.files import inside
 from pmixseg.task import Combination, Task, format_combination
 
 NOTICE = "Research use only: not a medical device, not for diagnosis or treatment."
@@ -125,10 +126,11 @@ class Segmentation:
         Raises:
             InputError: a file cannot be written.
         """
-        base, ending = Path(folder) / (name or self.name), ".nii.gz" if compress else ".nii"
+        inside(Path(folder), name or self.name, "case")
+        ending = ".nii.gz" if compress else ".nii"
 
         def path(what: str, end: str = ending) -> Path:
-            return base.with_name(f"{base.name}_{what}{end}")
+            return inside(Path(folder), f"{name or self.name}_{what}{end}", "case")
 
         affine = self.prediction.geometry.source_affine
         made = {"seg": write_labels(path("seg"), self.classes, affine, self.codes, self.task)}

@@ -23,15 +23,14 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from pmixseg.errors import InputError
+from pmixseg.files import inside, whole
 from pmixseg.task import Combination, format_combination
 
 FORMAT = 1
@@ -119,14 +118,11 @@ class Example:
         Raises:
             InputError: the folder or the file cannot be written.
         """
-        folder = run / FOLDER
-        path = folder / f"{self.case}.npz"
-        temporary = folder / f".{uuid4().hex}.npz"
+        path = inside(run / FOLDER, f"{self.case}.npz", "case")
         nothing = np.zeros(0, np.uint8)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with whole(path) as part:
             np.savez_compressed(
-                temporary,
+                part,
                 format=np.array(FORMAT),
                 modalities=np.array(self.modalities),
                 combinations=np.array([format_combination(c) for c in self.combinations]),
@@ -139,14 +135,6 @@ class Example:
                 slice_truth=nothing if self.slice_truth is None else self.slice_truth,
                 slice_predictions=self.slice_predictions,
             )
-            temporary.replace(path)
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be written ({error.strerror or error}); make room for it."
-            ) from error
-        finally:
-            with suppress(OSError):  # where the folder is none, there is no file in it either
-                temporary.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -38,14 +38,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pandas as pd
 import torch.distributed as dist
 from pandas.api.types import is_numeric_dtype
 
 from pmixseg.errors import InputError
-from pmixseg.evaluation.records.sidecar import Sidecar, file_hash, read_sidecar
+from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
+from pmixseg.files import file_hash, whole
 from pmixseg.task import BRATS, Task, format_combination, parse_combination
 
 if sys.platform != "win32":
@@ -361,17 +361,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, save: Callable[[Path], None]) -> str:
-    """Write under a temporary name, then rename; the hash of what was written."""
-    temporary = path.with_name(f".{path.stem}-{uuid4().hex}{path.suffix}")
-    try:
-        save(temporary)
-        digest = file_hash(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); make room or choose another "
-            "folder."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
+    """Write a file whole; the hash of what was written."""
+    with whole(path) as part:
+        save(part)
+        return file_hash(part)

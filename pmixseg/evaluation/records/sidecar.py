@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
+from pmixseg.files import file_hash
 from pmixseg.task import Task
 
 FORMAT = 1
@@ -129,12 +129,6 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds no JSON object; test again.")
     return raw
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def checkpoint_identity(path: Path) -> dict[str, str]:

@@ -8,14 +8,13 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from pmixseg.errors import InputError
+from pmixseg.errors import writing
 from pmixseg.evaluation.gap.changes import GapChange, read_gap_changes
 from pmixseg.evaluation.records.curves import Chart, read_curves
 from pmixseg.evaluation.records.examples import Example, examples_of
@@ -59,6 +58,7 @@ from pmixseg.evaluation.report.summary import (
     remarks,
     worst_cases,
 )
+from pmixseg.files import whole
 from pmixseg.task import Task
 
 WORST = 2
@@ -128,17 +128,11 @@ def write_report(runs: Sequence[Path], out: Path, images: bool = True) -> Path:
     found = [Run.read(Path(folder)) for folder in runs]
     check_together([run.records for run in found])
     beside = out.with_name(f"{out.stem}_files")
-    try:
+    with writing(beside):
         beside.mkdir(parents=True, exist_ok=True)
         page = _page(found, beside, images)
-        temporary = out.with_name(f".{uuid4().hex}.html")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        raise InputError(
-            f"{out}: cannot be written ({error.strerror or error}); make room or choose another "
-            "folder."
-        ) from error
+    with whole(out) as part:
+        part.write_text(page, encoding="utf-8")
     return out
 
 

@@ -330,7 +330,7 @@ def test_refusals(cohort, tmp_path):
         quietly([cohort[0], cohort[0]], tmp_path / "s")
     with pytest.raises(InputError, match="there is no case"):
         quietly([], tmp_path / "s")
-    with pytest.raises(InputError, match="cannot name a folder"):
+    with pytest.raises(InputError, match="cannot name a file or folder"):
         quietly([replace(cohort[0], case_id="../up")], tmp_path / "s")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="the store cannot be written"):

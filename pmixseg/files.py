@@ -1,0 +1,124 @@
+"""Writing: a file is complete or not there, and lies in the folder that it was meant for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+
+from pmixseg.errors import InputError, writing
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Write a file so that nobody ever sees half of it.
+
+    The block writes to the path that it is given: a new file in the same folder, whose name
+    cannot be foretold and ends like that of ``path``. Where the block succeeds the file takes its
+    name, in place of what had it; where it fails nothing remains. The folder is made.
+
+    Args:
+        path: the file to write.
+
+    Raises:
+        InputError: the disk is full or read-only, or the path cannot be written.
+
+    Example:
+        >>> with whole(Path("/nowhere/to/be/written/x.csv")) as part:
+        ...     part.write_text("a,b")  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        ...
+        pmixseg.errors.InputError: /nowhere/to/be/written/x.csv cannot be written
+    """
+    part: Path | None = None
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = _new_file(path)
+            yield part
+            part.replace(path)
+    finally:
+        if part is not None:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _new_file(path: Path) -> Path:
+    # Readers such as nibabel tell a format by the end of the name.
+    ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    while True:
+        part = path.with_name(f".{token_hex(8)}{ending}")
+        try:
+            # Exclusive, so that a link that someone planted under this name is not followed.
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            continue
+        return part
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """Make a hidden, empty folder on the same disk as ``folder``, to be renamed to it when full.
+
+    What has not been renamed by the end of the block is removed.
+
+    Args:
+        folder: need not exist; the folder around it must.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+    try:
+        part.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def inside(folder: Path, name: str, what: str) -> Path:
+    """Return the path of ``name`` in ``folder``, where a name must not lead anywhere else.
+
+    Args:
+        folder: of the outputs.
+        name: of a file or case, as a person, a layout or a checkpoint says it.
+        what: what the name is of, for the error.
+
+    Raises:
+        InputError: it holds a separator or a control character, or is no name at all.
+
+    Example:
+        >>> inside(Path("results"), "patient7_seg.nii.gz", "case").as_posix()
+        'results/patient7_seg.nii.gz'
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise InputError(
+            f"{what} {name!r} cannot name a file or folder; give a name without '/' and '\\' that "
+            "is not '.' or '..'."
+        )
+    return folder / name
+
+
+def not_among(out: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output that would take the place of what it is made from.
+
+    Args:
+        out: the file to write.
+        sources: files that are read for it.
+
+    Raises:
+        InputError: it is one of them, by whatever name.
+    """
+    if out.resolve() in {source.resolve() for source in sources}:
+        raise InputError(f"{out} is read here and would be replaced; choose another output.")
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
