@@ -66,7 +66,7 @@ def test_optimizer_from_the_command_line_is_described():
     config = parser.parse_args(["--o.optimizer=torch.optim.SGD", "--o.optimizer.lr=0.25"])
     made = parser.instantiate(config).o
     text = describe(made.optimizer)
-    assert text["class_path"] == "torch.optim.sgd.SGD"
+    assert text["class_path"] == "torch.optim.SGD"
     assert text["init_args"]["lr"] == 0.25
 
 
