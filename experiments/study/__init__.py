@@ -1,0 +1,1 @@
+"""Studies: a plan in YAML, trainings, records, tables."""

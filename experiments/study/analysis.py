@@ -1,0 +1,314 @@
+"""Tables of a study, from what its runs left; the plan says which tables, and what each compares.
+
+Every function takes the results and the entry of the plan's ``tables``, and returns Markdown.
+Common keys of an entry: ``group``; ``arms`` (default: all of the group); ``shown``: a sequence that
+every scored combination must hold, where the endpoint is about that sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from experiments.study.results import StudyResults
+from pmixseg.errors import InputError
+from pmixseg.evaluation.comparison.comparison import compare
+from pmixseg.evaluation.comparison.paired_tests import holm, paired_t, two_way_bootstrap
+
+Entry = Mapping[str, Any]
+Array = NDArray[np.float64]
+
+DIGITS = {"ratio": 3, "numerator": 3, "variance": 3, "whitened": 3, "decodability": 3, "rank": 1}
+"""Decimals of a measure; two where none is named."""
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def percent(value: float, signed: bool = False) -> str:
+    """Dice in points."""
+    return f"{100 * value:+.2f}" if signed else f"{100 * value:.1f}"
+
+
+def arm_names(results: StudyResults, entry: Entry) -> list[str]:
+    """Arms of a table."""
+    named = entry.get("arms")
+    return list(named or results.group(entry["group"])["arm"].unique())
+
+
+def scored(results: StudyResults, entry: Entry, arm: str, blocks: list[str]) -> list[pd.DataFrame]:
+    """Records of an arm that count for the table's endpoint, a table per block."""
+    tables = results.tables(entry["group"], arm, blocks)
+    if "shown" not in entry:
+        return tables
+    return [t[[entry["shown"] in str(c).split("+") for c in t["combination"]]] for t in tables]
+
+
+def endpoint(results: StudyResults, entry: Entry, arm: str, blocks: list[str]) -> Array:
+    """Mean Dice over combinations and regions, ``[blocks, cases]``.
+
+    Raises:
+        InputError: the trainings were not scored on the same cases.
+    """
+    by_case = [
+        t.groupby("case", sort=False, observed=True)["dice"].mean().rename(i)
+        for i, t in enumerate(scored(results, entry, arm, blocks))
+    ]
+    joined = pd.concat(by_case, axis=1)
+    if joined.isna().any(axis=None):
+        raise InputError(
+            f"arm '{arm}' of group '{entry['group']}': its trainings were scored on different "
+            "cases; name blocks that can be compared."
+        )
+    return joined.to_numpy(dtype=np.float64).T
+
+
+def arms(results: StudyResults, entry: Entry) -> str:
+    """Means of every arm: endpoint with its spread over blocks, regions, number of sequences."""
+    names = arm_names(results, entry)
+    blocks = results.whole_blocks(entry["group"], names)
+    tables = {name: pd.concat(scored(results, entry, name, blocks)) for name in names}
+    regions = list(dict.fromkeys(str(r) for t in tables.values() for r in t["region"].unique()))
+    sizes = sorted({int(n) for t in tables.values() for n in t["n_present"].unique()})
+    rows = []
+    for name, table in tables.items():
+        each = [t["dice"].mean() for t in scored(results, entry, name, blocks)]
+        by_region = table.groupby("region", observed=True)["dice"].mean()
+        by_size = table.groupby("n_present")["dice"].mean()
+        spread = percent(float(np.std(each, ddof=1))) if len(each) > 1 else "–"
+        cells = [percent(by_region[r]) for r in regions]
+        cells += [percent(by_size[n]) if n in by_size else "–" for n in sizes]
+        rows.append([name, percent(float(np.mean(each))), spread, *cells])
+    shown = [f"{n} shown" if n == sizes[0] else str(n) for n in sizes]
+    return markdown(["arm", "mean Dice, %", "SD over seeds", *regions, *shown], rows)
+
+
+def each(results: StudyResults, entry: Entry) -> str:
+    """Mean Dice of every arm, and of every block that has ended."""
+    rows = []
+    for name in arm_names(results, entry):
+        blocks = list(results.arm(entry["group"], name)["block"].unique())
+        means = [float(t["dice"].mean()) for t in scored(results, entry, name, blocks)]
+        rows.append([name, percent(float(np.mean(means))), ", ".join(map(percent, means))])
+    blocks = list(dict.fromkeys(results.group(entry["group"])["block"]))
+    return markdown(["arm", "mean Dice, %", ", ".join(blocks)], rows)
+
+
+def contrasts(entry: Entry) -> dict[str, dict[str, float]]:
+    """Name of each comparison -> arm -> weight; a pair ``[a, b]`` is a − b."""
+    named: dict[str, dict[str, float]] = {}
+    for item in entry["contrasts"]:
+        if isinstance(item, Mapping):
+            named[str(item["name"])] = {str(k): float(v) for k, v in item["weights"].items()}
+        else:
+            named[f"{item[0]} − {item[1]}"] = {item[0]: 1.0, item[1]: -1.0}
+    return named
+
+
+def tests(results: StudyResults, entry: Entry) -> str:
+    """Paired t over matched trainings for every contrast; interval, bootstrap, Holm.
+
+    ``planned`` is the number of blocks that the plan asks for: fewer are said.
+    """
+    rows, p_values = [], []
+    used: dict[str, int] = {}
+    for name, weights in contrasts(entry).items():
+        blocks = results.whole_blocks(entry["group"], entry.get("arms") or list(weights))
+        parts = [w * endpoint(results, entry, arm, blocks) for arm, w in weights.items()]
+        differences = np.sum(parts, axis=0)
+        used[", ".join(blocks)] = differences.shape[1]
+        test, drawn = paired_t(differences), two_way_bootstrap(differences)
+        p_values.append(test.p)
+        rows.append(
+            [
+                name,
+                percent(test.difference, signed=True),
+                f"{percent(test.interval[0], True)} to {percent(test.interval[1], True)}",
+                f"{percent(drawn[0], True)} to {percent(drawn[1], True)}",
+                f"{test.p:.3g}",
+                "",
+                f"{100 * test.detectable:.2f}",
+                " ".join(f"{100 * d:+.1f}" for d in differences.mean(axis=1)),
+            ]
+        )
+    for row, corrected in zip(rows, holm(np.array(p_values)), strict=True):
+        row[5] = f"{corrected:.3g}"
+    header = [
+        "A − B",
+        "difference, points",
+        "95 % (paired t)",
+        "95 % (bootstrap, seeds × cases)",
+        "p",
+        "p, Holm",
+        "detectable, points",
+        "per seed",
+    ]
+    notes = [f"Seeds {blocks}; {cases} cases." for blocks, cases in used.items()]
+    planned = entry.get("planned", 0)
+    if any(len(blocks.split(", ")) < planned for blocks in used):
+        notes.insert(0, f"Fewer than the {planned} seeds planned.")
+    notes.append("Detectable: the difference that four in five such studies would find.")
+    return markdown(header, rows) + "\n\n" + " ".join(notes)
+
+
+def parts(results: StudyResults, entry: Entry) -> str:
+    """Differences of pairs by region and number of sequences; how many cells pass Holm."""
+    rows, cells = [], 0
+    regions: list[str] = []
+    sizes: list[int] = []
+    for a, b in entry["contrasts"]:
+        blocks = results.whole_blocks(entry["group"], entry.get("arms") or [a, b])
+        sides = (scored(results, entry, arm, blocks) for arm in (a, b))
+        table = compare(*sides).exploratory
+        by_region = table.groupby("region", observed=True)["difference"].mean()
+        by_size = table.groupby("n_present")["difference"].mean()
+        regions = regions or list(dict.fromkeys(map(str, table["region"])))
+        sizes = sizes or sorted(int(n) for n in by_size.index)
+        passed = table[table["p_holm"] < 0.05]
+        better = int((passed["difference"] > 0).sum())
+        cells = len(table)
+        rows.append(
+            [
+                f"{a} − {b}",
+                *(percent(by_region[r], True) for r in regions),
+                *(percent(by_size[n], True) for n in sizes),
+                f"{better} better, {len(passed) - better} worse",
+            ]
+        )
+    shown = [f"{n} shown" if n == sizes[0] else str(n) for n in sizes]
+    header = ["A − B", *regions, *shown, f"of {cells} cells with p (Holm) < 0.05"]
+    return markdown(header, rows)
+
+
+def differences(results: StudyResults, entry: Entry) -> str:
+    """Exploratory arms: mean Dice, difference from the arm that each is compared with, and gap."""
+    group = results.group(entry["group"])
+    blocks = results.whole_blocks(entry["group"])
+    rows = []
+    regions: list[str] = []
+    for name in arm_names(results, entry):
+        own = group[group["arm"] == name].set_index("block")
+        if own["against"].isna().all():
+            continue
+        against = str(own["against"].iloc[0])
+        tables = scored(results, entry, name, blocks)
+        means = [float(t["dice"].mean()) for t in tables]
+        base = [float(t["dice"].mean()) for t in scored(results, entry, against, blocks)]
+        by_region = pd.concat(tables).groupby("region", observed=True)["dice"].mean()
+        regions = regions or list(dict.fromkeys(map(str, tables[0]["region"])))
+        shift = [100 * (x - y) for x, y in zip(means, base, strict=True)]
+        rows.append(
+            [
+                name,
+                percent(float(np.mean(means))),
+                *(percent(by_region[r]) for r in regions),
+                f"{np.mean(shift):+.2f}",
+                " ".join(f"{value:+.2f}" for value in shift),
+                *_coarsest(own.loc[blocks], ("ratio", "effective_rank")),
+            ]
+        )
+    header = ["trained", "mean Dice, %", *regions, "against", "per seed"]
+    return markdown([*header, "gap, coarsest level", "effective rank"], rows)
+
+
+def _coarsest(rows: pd.DataFrame, measures: Sequence[str]) -> list[str]:
+    """Means of measures at the coarsest level that has them."""
+    cells = []
+    for measure in measures:
+        columns = [c for c in measured(rows, "gap", measure) if rows[c].notna().all()]
+        cells.append(spell(measure, float(rows[columns[-1]].mean())) if columns else "–")
+    return cells
+
+
+def measured(rows: pd.DataFrame, prefix: str, measure: str) -> list[str]:
+    """Columns of a measure, finest level first."""
+    ending = f"/{measure}"
+    return sorted(c for c in rows if c.startswith(f"{prefix}/level") and c.endswith(ending))
+
+
+def spell(measure: str, value: float) -> str:
+    """A measure with the decimals that it deserves."""
+    if np.isnan(value):
+        return "–"
+    short = next((d for part, d in DIGITS.items() if part in measure), 2)
+    return f"{value:.{short}f}"
+
+
+def gap(results: StudyResults, entry: Entry) -> str:
+    """Measures of the latents after training (and, where known, before), mean over blocks."""
+    names = arm_names(results, entry)
+    rows = []
+    chosen = list(entry.get("measures") or ())
+    for name in names:
+        own = results.arm(entry["group"], name)
+        # Students that see one sequence have a row each; a measure between sequences is missing.
+        levels = list(
+            dict.fromkeys(
+                c.split("/")[1] for c in own if c.startswith("gap/level") and own[c].notna().any()
+            )
+        )
+        for level in sorted(levels):
+            known = [c.split("/", 2)[2] for c in own if c.startswith(f"gap/{level}/")]
+            chosen = chosen or known
+            cells = []
+            for measure in chosen:
+                after = own.get(f"gap/{level}/{measure}", pd.Series(dtype=float)).mean()
+                before = own.get(f"gap_before/{level}/{measure}", pd.Series(dtype=float)).mean()
+                was = f"{before:.2f} → " if measure == "ratio" and not np.isnan(before) else ""
+                cells.append(was + spell(measure, float(after)))
+            rows.append([name, level.removeprefix("level"), *cells])
+    return markdown(["trained", "level", *(m.replace("_", " ") for m in chosen)], rows)
+
+
+def figure(value: float) -> str:
+    """Three digits, or all of a whole number."""
+    if np.isnan(value):
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def figures(results: StudyResults, entry: Entry) -> str:
+    """Columns of the trainings, mean over blocks: seconds, losses, learned weights."""
+    columns = list(entry["columns"])
+    rows = []
+    for name in arm_names(results, entry):
+        own = results.arm(entry["group"], name)
+        cells = [own[c].mean() if c in own else float("nan") for c in columns]
+        rows.append([name, *(figure(value) for value in cells)])
+    return markdown(["trained", *columns], rows)
+
+
+TABLES: dict[str, Callable[[StudyResults, Entry], str]] = {
+    "arms": arms,
+    "each": each,
+    "tests": tests,
+    "parts": parts,
+    "differences": differences,
+    "gap": gap,
+    "figures": figures,
+}
+"""Kind of a table in a plan -> what makes it."""
+
+
+def analyse(results: StudyResults, entries: Sequence[Entry]) -> str:
+    """Every table of a plan, each under its title; one whose trainings are missing says so.
+
+    Raises:
+        InputError: a kind of table that there is not.
+    """
+    sections = []
+    for entry in entries:
+        if entry["kind"] not in TABLES:
+            raise InputError(
+                f"table '{entry['title']}': no kind '{entry['kind']}'; use one of "
+                f"{', '.join(TABLES)}."
+            )
+        sections.append(f"### {entry['title']}\n\n{TABLES[entry['kind']](results, entry)}")
+    return "\n\n".join(sections)
