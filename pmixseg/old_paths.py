@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 MOVED = {
     "pmixseg.backbones.attention": "pmixseg.backbones.layers.attention",
     "pmixseg.backbones.blocks": "pmixseg.backbones.layers.blocks",
@@ -84,3 +86,25 @@ def current_path(class_path: str) -> str:
     """
     module, _, name = class_path.rpartition(".")
     return f"{MOVED[module]}.{name}" if module in MOVED else class_path
+
+
+def current_yaml(value: Any) -> Any:
+    """Translate the class paths of a configuration, at any depth.
+
+    Args:
+        value: a parsed YAML file.
+
+    Example:
+        >>> current_yaml({"class_path": "pmixseg.evaluation.cases.EvaluationSettings"})
+        {'class_path': 'pmixseg.evaluation.prediction.cases.EvaluationSettings'}
+    """
+    if isinstance(value, list):
+        return [current_yaml(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: current_path(inner)
+        if key == "class_path" and isinstance(inner, str)
+        else current_yaml(inner)
+        for key, inner in value.items()
+    }

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
@@ -32,6 +34,7 @@ from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
+from pmixseg.old_paths import current_yaml
 from pmixseg.trust import check_description, trusted
 
 RUN_VARIABLE = "PMIXSEG_RUN"
@@ -39,6 +42,11 @@ RUN_VARIABLE = "PMIXSEG_RUN"
 
 DEFAULT_TERMS = {"logit": "pmixseg.losses.LogitKL", "latent": "pmixseg.losses.LatentMatch"}
 """Distillation terms where no file names others."""
+
+
+_load_yaml = get_loader("yaml")
+# Files may name classes by paths of an earlier version.
+set_loader("yaml", lambda text: current_yaml(_load_yaml(text)), exceptions=(yaml.YAMLError,))
 
 
 class SaveRunConfig(SaveConfigCallback):

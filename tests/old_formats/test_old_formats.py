@@ -1,0 +1,134 @@
+"""What version 2ddf8fe wrote is read: checkpoint, store, records and YAML."""
+
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pmixseg.cli import main
+from pmixseg.data.missing import Bernoulli
+from pmixseg.data.store.store import Store
+from pmixseg.evaluation.records.records import Records
+from pmixseg.losses.anchors import MixtureAnchor
+from pmixseg.modules import StudentModule, load
+from pmixseg.modules.checkpoint import read_checkpoint
+from pmixseg.old_paths import MOVED
+
+HERE = Path(__file__).parent
+CASES = ("Brats18_PHANTOM_004_1", "Brats18_PHANTOM_005_1")
+QUIET = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    """A folder with the old run and store, as relative paths of its config say."""
+    run = tmp_path / "runs" / "student"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(HERE / "student.weights", run / "checkpoints" / "last.ckpt")
+    teacher = tmp_path / "runs" / "teacher" / "checkpoints"
+    teacher.mkdir(parents=True)
+    shutil.copy(HERE / "student.weights", teacher / "last.ckpt")
+    for name in ("config.yaml", "metrics.csv", "records.csv", "records.json"):
+        shutil.copy(HERE / name, run)
+    shutil.copytree(HERE / "store", tmp_path / "store")
+    for part, case in zip(("train", "val"), CASES, strict=True):
+        (tmp_path / f"{part}.txt").write_text(f"{case}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SPLIT = ["--data.split=SplitFiles", "--data.split.train=train.txt", "--data.split.val=val.txt"]
+
+
+def test_the_checkpoint_names_modules_that_have_moved_or_may_move():
+    payload = torch.load(HERE / "student.weights", weights_only=True)["pmixseg"]
+    assert payload["class_path"] == "pmixseg.modules.student.StudentModule"
+    assert payload["init_args"]["anchor"]["class_path"] == "pmixseg.losses.anchors.MixtureAnchor"
+
+
+def test_the_checkpoint_loads(old):
+    module = load(HERE / "student.weights")
+    assert isinstance(module, StudentModule)
+    assert isinstance(module.anchor, MixtureAnchor)
+    assert isinstance(module.sampler, Bernoulli)
+    assert module.evaluation.overlap == 0.25
+    assert module.evaluation.conventions.hd95 == "nan"
+    state = read_checkpoint(HERE / "student.weights")["state_dict"]
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+
+
+def test_the_checkpoint_is_tested_as_it_was(old, capsys):
+    (old / "test.txt").write_text(f"{CASES[1]}\n")
+    split = ["--data.split=SplitFiles", "--data.split.test=test.txt"]
+    checkpoint = "--ckpt_path=runs/student/checkpoints/last.ckpt"
+    assert main(["test", checkpoint, "--data.store=store", "--run=again", *split, *QUIET]) == 0
+    was, now = (Records.read(run).table for run in ("runs/student", "again"))
+    key = ["case", "combination", "region"]
+    both = was.merge(now, on=key, suffixes=("_was", "_now"))
+    assert len(both) == 45  # one case, 15 combinations, 3 regions
+    np.testing.assert_allclose(both["dice_was"], both["dice_now"], atol=1e-6)
+
+
+def test_a_training_is_resumed(old):
+    teacher = ["--distill.weight=1", "--distill.teacher=runs/teacher/checkpoints/last.ckpt"]
+    flags = ["--run=runs/student", "--ckpt_path=runs/student/checkpoints/last.ckpt"]
+    flags += ["--trainer.max_epochs=2", "--align.weight=0.1", "--data.store=store"]
+    flags += ["--data.patch_size=8", "--data.batch_size=1"]
+    assert main(["fit", "-c", str(HERE / "settings.yaml"), *flags, *teacher, *SPLIT, *QUIET]) == 0
+    checkpoint = read_checkpoint("runs/student/checkpoints/last.ckpt")
+    assert checkpoint["epoch"] == 1
+    assert checkpoint["pmixseg"]["class_path"] == "pmixseg.StudentModule"
+
+
+def test_scans_are_segmented(old):
+    scan = np.zeros((24, 24, 24), np.int16)
+    scan[4:20, 4:20, 4:20] = np.random.default_rng(0).integers(100, 900, (16, 16, 16))
+    nib.save(nib.Nifti1Image(scan, np.diag([6.0, 6.0, 6.0, 1.0])), "p_t1.nii.gz")
+    flags = ["--t1=p_t1.nii.gz", "-o", "out", "--device=cpu", "--force"]
+    assert main(["segment", "runs/student/checkpoints/last.ckpt", *flags]) == 0
+    assert nib.load("out/p_seg.nii.gz").shape == scan.shape
+
+
+def test_the_run_is_trained_anew_from_its_configuration(old):
+    config = "runs/student/config.yaml"
+    flags = ["--run=anew", "--trainer.limit_train_batches=1", *SPLIT]
+    assert main(["fit", "-c", config, *flags, *QUIET]) == 0
+    written = yaml.safe_load(Path("anew/config.yaml").read_text())
+    assert written["model"]["init_args"]["evaluation"]["conventions"]["hd95"] == "nan"
+
+
+def test_a_file_with_old_class_paths_is_accepted(old):
+    given = yaml.safe_load((HERE / "settings.yaml").read_text())
+    path = given["model"]["init_args"]["evaluation"]["class_path"]
+    assert path.rpartition(".")[0] in MOVED
+    flags = ["-c", str(HERE / "settings.yaml"), "--data.store=store", "--run=anew"]
+    flags += ["--data.patch_size=8", "--data.batch_size=1", "--trainer.max_epochs=1", *SPLIT]
+    assert main(["fit", *flags, *QUIET]) == 0
+    module = load("anew/checkpoints/last.ckpt")
+    assert module.evaluation.overlap == 0.25
+
+
+def test_the_store_is_read():
+    store = Store.open(HERE / "store")
+    assert store.cases == CASES
+    case = store.read(CASES[0])
+    assert case.image.shape[0] == 4
+    assert case.label is not None
+    assert case.label.shape == case.image.shape[1:]
+
+
+def test_records_are_read_and_reported(old):
+    records = Records.read("runs/student")
+    assert len(records.table) == 135
+    assert not records.altered
+    assert records.sidecar.conventions["hd95"] == "nan"
+    assert main(["report", "runs/student", "-o", "report.html"]) == 0
