@@ -47,6 +47,11 @@ class Described:
         """Arguments of the outermost constructor, by name, defaults included."""
         return dict(self.__dict__.get("_init_args", {}))  # a class without __init__ has none
 
+    def remember(self, **arguments: Any) -> None:
+        """Put what an argument was made into in place of the argument as it was given."""
+        known = self.__dict__.get("_init_args", {})
+        known.update({k: v for k, v in arguments.items() if k in known})
+
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(init)

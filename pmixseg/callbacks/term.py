@@ -65,7 +65,7 @@ class TermCallback(Callback, Described, ABC):
             )
         self._check_neighbours(trainer)
         schedule = TermWeight(self.weight, self.start_epoch, self.warmup_epochs)
-        pl_module.add_term(self.name, self.build_term(pl_module), schedule)
+        pl_module.add_term(self.name, self.build_term(pl_module), schedule, lent=True)
 
     def _check_neighbours(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
@@ -34,6 +35,7 @@ from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
+from pmixseg.modules.optimization import schedule_from
 from pmixseg.old_paths import current_yaml
 from pmixseg.trust import check_description, trusted
 
@@ -162,6 +164,15 @@ class TrainingCLI(LightningCLI):
         # Agents of a wandb sweep may start within one second; each of their runs has an id.
         parts = [time.strftime("%Y%m%d-%H%M%S"), os.environ.get("WANDB_RUN_ID", "")]
         return Path(os.environ.setdefault(RUN_VARIABLE, "runs/" + "-".join(filter(None, parts))))
+
+    def before_instantiate_classes(self) -> None:
+        """Let ``config.yaml`` state the direction in which a schedule follows its metric."""
+        settings = self._get(self.config, "model.init_args.scheduler")
+        if not isinstance(settings, Namespace) or "mode" not in settings.get("init_args", {}):
+            return
+        made = schedule_from(settings.as_dict())
+        if isinstance(made, functools.partial):
+            settings.init_args.mode = made.keywords.get("mode", settings.init_args.mode)
 
     def after_instantiate_classes(self) -> None:
         """Start from given weights; say where flags differ from the checkpoint."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -28,8 +30,11 @@ from pmixseg.modules.optimization import (
     callable_from,
     parameter_groups,
     schedule_from,
+    scheduler_from,
 )
 from pmixseg.modules.payload import check_terms, payload_of
+from pmixseg.modules.resuming import PENDING, TrainingSettings, patience_of, pending_metrics
+from pmixseg.modules.trainer_checks import check_trainer
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch, Latents, Presence, Scalar, SegOutput
 
@@ -80,8 +85,14 @@ class SegmentationModule(SegmentationNetwork):
         self.criterion: Criterion = build(criterion) or DiceCE()
         self.make_optimizer = callable_from(optimizer)
         self.make_scheduler = schedule_from(scheduler)
+        if isinstance(self.make_scheduler, functools.partial):
+            self.remember(scheduler=self.make_scheduler)  # with the direction of its metric
         self.terms = nn.ModuleDict()
         self.term_weights: dict[str, TermWeight] = {}
+        self._lent: dict[str, bool] = {}
+        self._settings: TrainingSettings | None = None
+        self._patience: list[tuple[EarlyStopping, int]] = []
+        self._pending: dict[str, float] | None = None
 
     # ---------------------------------------------------------------- training
 
@@ -178,13 +189,43 @@ class SegmentationModule(SegmentationNetwork):
 
     # ---------------------------------------------------------------- terms
 
-    def add_term(self, name: str, term: Term, weight: TermWeight) -> None:
-        """Hang a term into the loss; called by callbacks in ``setup``, before optimizers exist.
+    def add_term(self, name: str, term: Term, weight: TermWeight, *, lent: bool = False) -> None:
+        """Add a term to the loss, before optimizers exist.
 
         A term of an earlier training under the same name is replaced.
+
+        Args:
+            name: key in log and checkpoint.
+            term: a differentiable scalar of a training step.
+            weight: its factor in each epoch.
+            lent: the term belongs to a callback, which adds it in ``setup``: a training without
+                that callback does not have it.
         """
         self.terms[name] = term
         self.term_weights[name] = weight
+        if lent:
+            self._lent[name] = True
+        else:
+            self._lent.pop(name, None)
+
+    def _return_terms(self) -> None:
+        """Remove what callbacks of an earlier training have lent, and this one's have not."""
+        for name in [name for name, new in self._lent.items() if not new]:
+            del self.terms[name], self.term_weights[name], self._lent[name]
+        self._lent = dict.fromkeys(self._lent, False)
+
+    def setup(self, stage: str) -> None:
+        """Prepare for a training or an evaluation.
+
+        Raises:
+            InputError: a callback that would spoil this training without a word.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            self._return_terms()
+            check_trainer(self.trainer)
+            self._pending = None
+            self._patience = patience_of(self.trainer.callbacks)  # type: ignore[attr-defined]  # set in Trainer.__init__
 
     # ---------------------------------------------------------------- set-up and checks
 
@@ -211,6 +252,18 @@ class SegmentationModule(SegmentationNetwork):
                 "create them in __init__ or a callback's setup, before configure_optimizers."
             )
         self.repairs = repair_gradients(self)
+        self._settings = TrainingSettings.of(self.trainer)
+        for callback, patience in self._patience:
+            callback.patience = patience
+
+    def on_train_start(self) -> None:
+        """Give a resumed training the settings that it was told.
+
+        Raises:
+            InputError: its learning-rate schedule ends before the step that was reached.
+        """
+        if self._settings is not None and self._pending is not None:
+            self._settings.apply(self.trainer, self._pending)
 
     def on_fit_end(self) -> None:
         """Leave torch's layers as they were found."""
@@ -233,17 +286,19 @@ class SegmentationModule(SegmentationNetwork):
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
             }
-        scheduler = self.make_scheduler(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "monitor": "val/dice"},
-        }
+        scheduler, config = scheduler_from(self.make_scheduler, optimizer, self.trainer)
+        return cast(
+            OptimizerLRScheduler,
+            {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **config}},
+        )
 
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write what :func:`pmixseg.load` needs, primitives only."""
         checkpoint["pmixseg"] = payload_of(self)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            checkpoint[PENDING] = pending_metrics(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume with the same terms; test, validate and predict without any.
@@ -253,3 +308,5 @@ class SegmentationModule(SegmentationNetwork):
         """
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         check_terms(self, checkpoint, fitting=fitting)
+        if fitting:
+            self._pending = dict(checkpoint.get(PENDING, {}))

@@ -6,13 +6,19 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from pmixseg.describe import Described, build, find_class, is_description
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records.measures import DIRECTIONS
+
+VALIDATION = "val/dice"
+"""The metric that schedules and checkpoints follow where nothing else is said."""
 
 
 class Schedule(Described, ABC):
@@ -84,9 +90,92 @@ def schedule_from(value: Any) -> Schedule | Callable[..., Any] | None:
     if is_description(value):
         cls = find_class(value["class_path"])
         if not (inspect.isclass(cls) and issubclass(cls, Schedule)):
-            return callable_from(value)
+            return directed(callable_from(value))
     made: Schedule | Callable[..., Any] | None = build(value)
-    return made
+    return directed(made)
+
+
+def directed(
+    make: Schedule | Callable[..., Any] | None,
+) -> Schedule | Callable[..., Any] | None:
+    """Give a plateau schedule the direction of its metric; anything else stays what it is.
+
+    PyTorch's default, ``mode: min``, lowers the rate while Dice rises.
+
+    Args:
+        make: a schedule, or what makes a scheduler from an optimizer.
+    """
+    if not isinstance(make, functools.partial):
+        return make
+    # jsonargparse wraps the class behind its own functions.
+    classes = [f for f in (make.func, *make.args) if inspect.isclass(f)]
+    if not any(issubclass(cls, ReduceLROnPlateau) for cls in classes):
+        return make
+    mode = mode_of(make.keywords.get("monitor", VALIDATION))
+    return make if mode is None else functools.partial(make, mode=mode)
+
+
+def scheduler_from(
+    make: Callable[..., Any], optimizer: Optimizer, trainer: Trainer
+) -> tuple[LRScheduler | ReduceLROnPlateau, dict[str, Any]]:
+    """Build a scheduler of PyTorch, and say when Lightning is to step it.
+
+    Args:
+        make: called with the optimizer.
+        optimizer: whose rate is scheduled.
+        trainer: says when validations come.
+
+    Returns:
+        The scheduler, and Lightning's settings for it: per epoch, or per validation for one that
+        follows a validation metric.
+
+    Raises:
+        InputError: a scheduler that follows a validation metric in a training that validates
+            nothing, or in the wrong direction.
+    """
+    scheduler = make(optimizer)
+    monitor = str(getattr(scheduler, "monitor", VALIDATION))
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return scheduler, {"monitor": monitor}
+    mode = mode_of(monitor)
+    if mode is not None and scheduler.mode != mode:
+        raise InputError(
+            f"ReduceLROnPlateau watches {monitor} with mode {scheduler.mode}, but it is better "
+            f"{'lower' if mode == 'min' else 'higher'}; give it mode: {mode}."
+        )
+    if not monitor.startswith("val/"):
+        return scheduler, {"monitor": monitor, "strict": False}
+    if not validates(trainer):
+        raise InputError(
+            f"ReduceLROnPlateau watches {monitor}, but this training validates nothing; validate "
+            "some cases (--trainer.limit_val_batches, data.val_cases), or use another schedule, "
+            "such as pmixseg.modules.Polynomial."
+        )
+    every = trainer.check_val_every_n_epoch or 1
+    return scheduler, {"monitor": monitor, "strict": False, "frequency": every}
+
+
+def validates(trainer: Trainer) -> bool:
+    """Whether a training has validation cases and looks at them."""
+    data = getattr(trainer, "datamodule", None)
+    parts = getattr(data, "parts", None)
+    return bool(trainer.limit_val_batches and (parts is None or parts.val))
+
+
+def mode_of(metric: str) -> Literal["min", "max"] | None:
+    """How a metric of a training gets better; ``None`` for one that is not pmixseg's.
+
+    Example:
+        >>> [mode_of(name) for name in ("val/dice", "val/dice/WT", "train/loss", "mine")]
+        ['max', 'max', 'min', None]
+    """
+    stage, _, rest = metric.partition("/")
+    if stage == "train" or metric == "loss":
+        return "min"
+    measure = rest.partition("/")[0]
+    if stage not in ("val", "test") or measure not in DIRECTIONS:
+        return None
+    return "min" if DIRECTIONS[measure] == "lower" else "max"
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

@@ -1,0 +1,146 @@
+"""The settings of a resumed training: those given now, not those that the checkpoint restores."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pmixseg.errors import InputError
+
+PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+"""What a plateau schedule counts; everything else in its state is a setting."""
+
+PENDING = "pending_metrics"
+"""Entry of a checkpoint: values that a plateau schedule had not yet seen when it was written."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What optimizers and schedules were told, read before a checkpoint is restored.
+
+    A checkpoint restores the state of optimizers and schedules as a whole, settings included: a
+    learning rate that is given for the rest of a training would be lost without a word.
+
+    Args:
+        groups: per optimizer and parameter group, its settings.
+        schedules: the state of each schedule before its first step.
+    """
+
+    groups: tuple[tuple[dict[str, Any], ...], ...]
+    schedules: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> TrainingSettings:
+        """Read them from the optimizers and schedules of a training that is about to begin."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # the reference of a plateau
+        return cls(
+            groups=tuple(
+                tuple(_settings(optimizer, group) for group in optimizer.param_groups)
+                for optimizer in trainer.optimizers
+            ),
+            schedules=tuple(
+                copy.deepcopy(config.scheduler.state_dict())
+                for config in trainer.lr_scheduler_configs
+            ),
+        )
+
+    def apply(self, trainer: Trainer, pending: Mapping[str, float]) -> None:
+        """Give them to the restored optimizers, and bring each schedule to the step reached.
+
+        A schedule is a function of the number of steps, so it is stepped anew. One that follows a
+        metric keeps its counts and how often it lowered the rate.
+
+        Args:
+            trainer: of the training that goes on, with everything restored.
+            pending: see :data:`PENDING`.
+
+        Raises:
+            InputError: the schedule ends before the step reached.
+        """
+        lowered = [_lowered(optimizer) for optimizer in trainer.optimizers]
+        for optimizer, groups in zip(trainer.optimizers, self.groups, strict=True):
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                group.update(copy.deepcopy(settings))
+        for config, state in zip(trainer.lr_scheduler_configs, self.schedules, strict=True):
+            scheduler = config.scheduler
+            if isinstance(scheduler, ReduceLROnPlateau):
+                index = trainer.optimizers.index(scheduler.optimizer)
+                restored = scheduler.state_dict()
+                counts = {key: restored[key] for key in PLATEAU_STATE}
+                scheduler.load_state_dict({**copy.deepcopy(state), **counts})
+                for group, share in zip(
+                    scheduler.optimizer.param_groups, lowered[index], strict=True
+                ):
+                    group["lr"] *= share
+                value = pending.get(config.monitor or "")
+                if value is not None and _epochs(trainer) % config.frequency == 0:
+                    scheduler.step(value)
+            elif isinstance(scheduler, LRScheduler):
+                scheduler.load_state_dict(copy.deepcopy(state))
+                _replay(scheduler, _steps(trainer, config.interval) // config.frequency)
+
+
+def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a group that a constructor or schedule was told, without running numbers."""
+    arguments = set(inspect.signature(type(optimizer).__init__).parameters) - {"params"}
+    schedule = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+    return {k: copy.deepcopy(group[k]) for k in group if k in arguments or k in schedule}
+
+
+def _lowered(optimizer: Optimizer) -> list[float]:
+    """The share of its first learning rate that each group has now."""
+    return [float(g["lr"] / g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
+
+
+def _steps(trainer: Trainer, interval: str) -> int:
+    if interval == "step":
+        return trainer.global_step
+    return _epochs(trainer)
+
+
+def _epochs(trainer: Trainer) -> int:
+    """Epochs whose steps are all made, whether or not the hooks at their end have run."""
+    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]  # typed as its base
+
+
+def _replay(scheduler: LRScheduler, steps: int) -> None:
+    with warnings.catch_warnings():
+        # The optimizer made these steps before it was restored.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        for step in range(steps):
+            try:
+                scheduler.step()
+            except ValueError as error:
+                raise InputError(
+                    f"the checkpoint has made {steps} steps, but the learning-rate schedule of "
+                    f"this training ends at step {step}; give more --trainer.max_epochs or "
+                    "--trainer.max_steps, or start anew with --init_from."
+                ) from error
+
+
+def pending_metrics(trainer: Trainer) -> dict[str, float]:
+    """Values of the epoch that ends now, of which a plateau schedule is told only afterwards.
+
+    Lightning writes checkpoints at the end of an epoch before its schedules are stepped.
+    """
+    if _epochs(trainer) == trainer.fit_loop.epoch_progress.current.completed:
+        return {}
+    watched = [c.monitor for c in trainer.lr_scheduler_configs if c.reduce_on_plateau]
+    values = trainer.callback_metrics
+    return {name: float(values[name]) for name in watched if name in values}
+
+
+def patience_of(callbacks: list[Callback]) -> list[tuple[EarlyStopping, int]]:
+    """The patience that each callback was given; a checkpoint restores its own over it."""
+    return [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]

@@ -1,0 +1,45 @@
+"""What a command says of a training is what the training does: flags, files and optimizer agree."""
+
+import yaml
+
+from pmixseg.cli import main
+from pmixseg.modules.checkpoint import read_checkpoint
+from tests.cli.test_training import TINY
+
+ADAM = "--model.optimizer=torch.optim.AdamW"
+PLATEAU = "--model.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"
+
+
+def fit(store, run, *flags):
+    command = ["fit", f"--run={run}", f"--data.store={store}", *TINY, "--model=StudentModule"]
+    assert main([*command, "--trainer.limit_train_batches=1", *flags]) == 0
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return checkpoint, config["model"]["init_args"]
+
+
+def test_another_rate_is_said_stored_and_used(phantom_store, tmp_path, capsys):
+    quick = "--trainer.limit_val_batches=0"
+    fit(phantom_store, tmp_path, quick, ADAM)
+    resume = f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"
+    rates = ["--model.optimizer.lr=1e-6", "--model.optimizer.weight_decay=0.5"]
+    capsys.readouterr()
+    checkpoint, config = fit(
+        phantom_store, tmp_path, quick, ADAM, *rates, resume, "--trainer.max_epochs=2"
+    )
+    said = capsys.readouterr().err
+    assert "optimizer.init_args.lr is 1e-06, the checkpoint had 0.001 (the flags win)" in said
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-6, 0.5), (1e-6, 0.0)]
+    for told in (checkpoint["pmixseg"]["init_args"], config):
+        assert told["optimizer"]["init_args"]["lr"] == 1e-6
+        assert told["optimizer"]["init_args"]["weight_decay"] == 0.5
+
+
+def test_a_plateau_is_told_as_it_is(phantom_store, tmp_path):
+    checkpoint, config = fit(phantom_store, tmp_path, ADAM, PLATEAU)
+    assert checkpoint["pmixseg"]["init_args"]["scheduler"]["init_args"]["mode"] == "max"
+    assert config["scheduler"]["init_args"]["mode"] == "max"
+    assert checkpoint["lr_schedulers"][0]["mode"] == "max"
+    # Written before the schedule is told of this epoch; a resumed training tells it.
+    assert 0 <= checkpoint["pending_metrics"]["val/dice"] <= 1

@@ -1,0 +1,222 @@
+"""A resumed training has the learning rate, decay, momentum and schedule that it is given now."""
+
+import functools
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+
+from pmixseg.callbacks import RunCheckpoint
+from pmixseg.modules import OneCycle, Polynomial, StudentModule
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+
+KEYS = ("lr", "weight_decay", "momentum", "betas", "eps")
+
+
+class Rates(Callback):
+    """What every optimizer step was made with."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        groups = optimizer.param_groups
+        self.rows.append([{k: g[k] for k in KEYS if k in g} for g in groups])
+
+
+def train(folder, optimizer, scheduler=None, *, epochs, resume=None, keep=None, callbacks=()):
+    torch.manual_seed(0)
+    module = StudentModule(backbone=tiny(), optimizer=optimizer, scheduler=scheduler)
+    rates = Rates()
+    keep = RunCheckpoint(folder) if keep is None else keep
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=epochs,
+        enable_checkpointing=True,
+        limit_val_batches=0,
+        callbacks=[rates, *callbacks, keep],
+    )
+    trainer.fit(module, MemoryData(), ckpt_path=resume, weights_only=True)
+    return rates.rows, trainer
+
+
+def sgd(**arguments):
+    return functools.partial(torch.optim.SGD, **{"lr": 0.1, **arguments})
+
+
+SCHEDULES = {
+    "none": None,
+    "polynomial": Polynomial(warmup_steps=2),
+    "one_cycle": OneCycle(),
+    "step": functools.partial(StepLR, step_size=1, gamma=0.5),
+    "exponential": functools.partial(ExponentialLR, gamma=0.7),
+    "cosine": functools.partial(CosineAnnealingLR, T_max=4, eta_min=0.01),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("keep", ["run", "lightning"])
+def test_every_step_of_a_resumed_schedule_is_that_of_a_whole_one(tmp_path, name, keep):
+    def checkpoint(folder):
+        if keep == "run":
+            return RunCheckpoint(folder)
+        return ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=-1)
+
+    schedule = SCHEDULES[name]
+    other = sgd(lr=0.02, momentum=0.5, weight_decay=0.3)
+    whole, _ = train(tmp_path / "a", other, schedule, epochs=4)
+    part = tmp_path / "b"
+    train(part, sgd(momentum=0.9), schedule, epochs=2, keep=checkpoint(part))
+    last = part / "checkpoints" / "last.ckpt"
+    rest, _ = train(part, other, schedule, epochs=4, resume=last, keep=checkpoint(part))
+    assert rest == whole[4:]
+    assert [g["momentum"] for g in rest[0]] == [g["momentum"] for g in whole[4]]
+
+
+def test_a_schedule_is_stretched_to_more_epochs(tmp_path):
+    whole, _ = train(tmp_path / "a", sgd(), OneCycle(), epochs=4)
+    train(tmp_path / "b", sgd(), OneCycle(), epochs=1)
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    rest, _ = train(tmp_path / "b", sgd(), OneCycle(), epochs=4, resume=last)
+    assert rest == whole[2:]
+
+
+def test_a_schedule_can_be_begun_or_left_out_when_resuming(tmp_path):
+    whole, _ = train(tmp_path / "a", sgd(), Polynomial(), epochs=3)
+    train(tmp_path / "b", sgd(), epochs=1)
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    assert train(tmp_path / "b", sgd(), Polynomial(), epochs=3, resume=last)[0] == whole[2:]
+    train(tmp_path / "c", sgd(), Polynomial(), epochs=3)
+    last = tmp_path / "c" / "checkpoints" / "last.ckpt"
+    rest, _ = train(tmp_path / "c", sgd(), epochs=4, resume=last)
+    assert [g["lr"] for g in rest[0]] == [0.1, 0.1]
+
+
+def test_decay_and_betas_of_adam_are_those_given_now(tmp_path):
+    adam = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    other = functools.partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.2, betas=(0.5, 0.6))
+    train(tmp_path, adam, epochs=1)
+    rest, trainer = train(tmp_path, other, epochs=2, resume=tmp_path / "checkpoints" / "last.ckpt")
+    assert [g["lr"] for g in rest[0]] == [1e-6, 1e-6]
+    assert [g["weight_decay"] for g in rest[0]] == [0.2, 0.0]  # biases have no decay
+    assert [g["betas"] for g in rest[0]] == [(0.5, 0.6)] * 2
+    state = next(iter(trainer.optimizers[0].state.values()))
+    assert state["step"] == 4  # moments and counts go on
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a running number in its groups, as schedule-free optimizers do."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["seen"] = 0
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["seen"] += 1
+        return super().step(closure)
+
+
+def test_running_numbers_of_an_optimizer_are_no_settings(tmp_path):
+    train(tmp_path, Counting, epochs=1)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    _, trainer = train(tmp_path, Counting, epochs=2, resume=last)
+    assert [g["seen"] for g in trainer.optimizers[0].param_groups] == [4, 4]
+
+
+class Score(Callback):
+    """Sets the metric that a schedule watches."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def on_train_epoch_end(self, trainer, module):
+        module.log("val/dice", torch.tensor(self.values[trainer.current_epoch]))
+
+
+def plateau(**arguments):
+    return functools.partial(ReduceLROnPlateau, **{"patience": 0, "factor": 0.5, **arguments})
+
+
+def test_a_plateau_goes_on_where_it_was_with_the_settings_given_now(tmp_path, monkeypatch):
+    # Nothing is validated here; the score comes from a callback.
+    monkeypatch.setattr("pmixseg.modules.optimization.validates", lambda trainer: True)
+    values = [0.3, 0.2, 0.1, 0.4, 0.2, 0.1]
+
+    def lrs(folder, optimizer, scheduler, epochs, resume=None):
+        score = Score(values)
+        rows, _ = train(
+            folder, optimizer, scheduler, epochs=epochs, resume=resume, callbacks=[score]
+        )
+        return [row[0]["lr"] for row in rows][::2]
+
+    # Dice falls in the second, third, fifth and sixth epoch: half the rate after each.
+    whole = lrs(tmp_path / "a", sgd(), plateau(), 6)
+    assert whole == [0.1, 0.1, 0.05, 0.025, 0.025, 0.0125]
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    assert lrs(tmp_path / "b", sgd(), plateau(), 3) == whole[:3]
+    assert lrs(tmp_path / "b", sgd(), plateau(), 6, last) == whole[3:]
+    # A tenth of the rate, and a factor of 0.1 from now on.
+    assert lrs(tmp_path / "c", sgd(), plateau(), 3) == whole[:3]
+    last = tmp_path / "c" / "checkpoints" / "last.ckpt"
+    rest = lrs(tmp_path / "c", sgd(lr=0.01), plateau(factor=0.1), 6, last)
+    assert rest == pytest.approx([0.0025 * 0.2, 0.0005, 0.00005])
+
+
+def test_patience_is_that_given_now(tmp_path):
+    def stop(patience):
+        return EarlyStopping("train/loss", patience=patience, check_on_train_epoch_end=True)
+
+    train(tmp_path, sgd(), epochs=1, callbacks=[stop(3)])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    now = stop(7)
+    train(tmp_path, sgd(), epochs=2, resume=last, callbacks=[now])
+    assert now.patience == 7
+
+
+def test_a_schedule_that_is_over_is_one_sentence(tmp_path):
+    train(tmp_path, sgd(), OneCycle(), epochs=2)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    rows, _ = train(tmp_path, sgd(), OneCycle(), epochs=2, resume=last)
+    assert rows == []
+
+
+def test_nested_schedules_go_on(tmp_path):
+    def two(optimizer):
+        return SequentialLR(
+            optimizer,
+            [ExponentialLR(optimizer, 0.5), ExponentialLR(optimizer, 0.9)],
+            milestones=[1],
+        )
+
+    def run(folder, lr, epochs, resume=None):
+        class Student(StudentModule):
+            def configure_optimizers(self):
+                optimizer = torch.optim.SGD(self.parameters(), lr=lr)
+                return [optimizer], [two(optimizer)]
+
+        rates = Rates()
+        trainer = quiet_trainer(
+            folder,
+            max_epochs=epochs,
+            enable_checkpointing=True,
+            limit_val_batches=0,
+            callbacks=[rates, RunCheckpoint(folder)],
+        )
+        module = StudentModule(backbone=tiny())
+        module.configure_optimizers = functools.partial(Student.configure_optimizers, module)
+        trainer.fit(module, MemoryData(), ckpt_path=resume, weights_only=True)
+        return [row[0]["lr"] for row in rates.rows]
+
+    whole = run(tmp_path / "a", 0.02, 4)
+    run(tmp_path / "b", 0.1, 2)
+    assert run(tmp_path / "b", 0.02, 4, tmp_path / "b" / "checkpoints" / "last.ckpt") == whole[4:]
