@@ -13,7 +13,7 @@ import torch
 from measuring import timed
 from torch import Tensor
 
-from pmixseg.backbones import lean
+from pmixseg.backbones.layers import lean
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from pmixseg.backbones import lean, norm, regions
+from pmixseg.backbones.layers import lean, norm, regions
 
 KINDS = ("lean", "torch", "channels_last", "compiled")
 """Layers of this package on a CPU, torch's own contiguous and channels-last, torch.compile."""

@@ -97,7 +97,7 @@ class RegionMap(nn.Module):
 
 
 class ModalWeights(nn.Module):
-    """Weights of the modalities in one region, ``σ(W2 LeakyReLU(W1 ·))``."""
+    """Weights of the modalities in one region, ``σ(W2 LeakyReLU(W1 ·))``; see :func:`weigh`."""
 
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
@@ -108,12 +108,28 @@ class ModalWeights(nn.Module):
 
     def forward(self, descriptor: Tensor) -> Tensor:
         """``[B, M·C + 1]`` to ``[B, M]``."""
-        hidden = F.leaky_relu(self._linear("0", descriptor), SLOPE)
-        return self._linear("2", hidden).sigmoid()
+        return weigh(descriptor[:, None], [self])[:, 0]
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        layer = cast(nn.Conv3d, self.weight_layer[name])
-        return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+def weigh(descriptors: Tensor, regions: Sequence[nn.Module]) -> Tensor:
+    """Weights of the modalities in all regions at once.
+
+    Args:
+        descriptors: ``[B, R, M·C + 1]``.
+        regions: R :class:`ModalWeights`.
+
+    Returns:
+        ``[B, R, M]``.
+    """
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        layers = [cast(nn.Conv3d, cast(ModalWeights, r).weight_layer[name]) for r in regions]
+        weight = torch.stack([layer.weight.flatten(1) for layer in layers])
+        bias = torch.stack([cast(Tensor, layer.bias) for layer in layers])
+        return torch.baddbmm(bias[:, None], x, weight.mT)
+
+    hidden = F.leaky_relu(linear("0", descriptors.transpose(0, 1)), SLOPE)
+    return linear("2", hidden).sigmoid().transpose(0, 1)
 
 
 class RegionFusion(nn.Module):
@@ -194,9 +210,8 @@ class RegionAwareFusion(nn.Module):
         regions = regions.detach().to(x.dtype)
         mean = regions.float().mean((2, 3, 4))[:, :, None] + 1e-7
         inside = masked_weight(_region_means(x, regions), flags) / mean
-        descriptors = torch.cat([inside, mean], 2).unbind(1)
-        weights = [weigh(some) for weigh, some in zip(self.modal_fusion, descriptors, strict=True)]
-        mixing = masked_weight(self._spread(torch.stack(weights, 1)), flags)
+        weights = weigh(torch.cat([inside, mean], 2), list(self.modal_fusion))
+        mixing = masked_weight(self._spread(weights), flags)
         fused = self.region_fusion(x, mixing, regions)
         return fused, self.short_cut(latents, level, f"rfm.{level}")
 

@@ -20,6 +20,7 @@ from pmixseg.backbones.slots import (
     decode_slots,
     encode_slots,
     join_levels,
+    map_slots,
 )
 from pmixseg.backbones.unet import SLOPE, Encoder, conv_block
 from pmixseg.task import BRATS
@@ -104,10 +105,7 @@ class ShaSpec(Backbone):
         check_input(image, present, self.modalities, self.strides)
         shared = encode_slots([self.shared] * len(self.modalities), image, present, self.recompute)
         specific = encode_slots(self.specific, image, present, self.recompute)
-        both = [
-            None if s is None or p is None else self._combine(s, p)
-            for s, p in zip(shared, specific, strict=True)
-        ]
+        both = map_slots(self._combine, shared, specific)
         lowest = [None if p is None else p[-1:] for p in specific]
         features = join_levels(both, present, len(self.strides))
         flags = [present] * len(features)

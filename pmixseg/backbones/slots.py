@@ -1,11 +1,14 @@
-"""What multi-encoder backbones share: encoders that skip absent samples, and slot fusion."""
+"""What multi-encoder backbones share: encoders of single modalities, and slot fusion.
+
+On a CPU an encoder sees only the samples that have its modality. Where a step must be static
+(:func:`~pmixseg.execution.runs_static`) it sees the whole batch, absent modalities as
+0, and what it makes of them is masked.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from pmixseg.backbones.layers.lean import fast_layout, is_channels_last, mix_channels
 from pmixseg.errors import InputError
+from pmixseg.execution import runs_static
 from pmixseg.types import Image, Latents, Presence
 
 Pieces = list[list[Tensor] | None]
 """Per modality what its encoder made of the samples that have it, finest level first."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep a function, but not what it calls, out of compiled graphs; export goes through it."""
-    # torch refuses to export what is kept out of graphs non-recursively.
-    outside = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]  # torch ships no type
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        chosen = function if torch.compiler.is_exporting() else outside
-        return chosen(*args, **kwargs)
-
-    return call
-
 
 def check_input(
     image: Image,
@@ -72,16 +59,13 @@ def check_input(
         )
 
 
-# Which rows an encoder sees is data. Dynamo would compile one graph for each of the 15^B patterns
-# of presence; kept out of it, every encoder is compiled once.
-@eager
 def encode_slots(
     encoders: Sequence[nn.Module] | nn.ModuleList,
     image: Image,
     present: Presence,
     recompute: bool = False,
 ) -> Pieces:
-    """Run encoder m on channel m of the samples that have modality m.
+    """Run encoder m on channel m of the samples that have modality m, or of all samples.
 
     Args:
         encoders: one per modality; each maps ``[b, 1, D, H, W]`` to a list of feature maps, finest
@@ -92,28 +76,67 @@ def encode_slots(
             backward pass (activation checkpointing): less memory for more time.
 
     Raises:
-        InputError: no sample has any modality.
+        InputError: no sample has any modality; not where a step is static.
     """
-    flags: list[list[bool]] = present.tolist()
     again = recompute and torch.is_grad_enabled()
+    if runs_static(image):
+        shown = torch.where(present[:, :, None, None, None], image, 0.0)
+        channels = shown.split(1, 1)
+        first = encoders[0]
+        if all(encoder is first for encoder in encoders):
+            joined = _run(first, torch.cat(channels), again)
+            return _apart(joined, len(channels))
+        return [
+            _run(encoder, channel, again)
+            for encoder, channel in zip(encoders, channels, strict=True)
+        ]
+    flags: list[list[bool]] = present.tolist()
     pieces: Pieces = []
     for m, encoder in enumerate(encoders):
         rows = [b for b, row in enumerate(flags) if row[m]]
         channel = image[:, m : m + 1]
         if rows and len(rows) < len(flags):
             channel = channel[rows]
-        if not rows:
-            pieces.append(None)
-        elif again:
-            pieces.append(list(checkpoint(encoder, channel, use_reentrant=False)))
-        else:
-            pieces.append(list(encoder(channel)))
+        pieces.append(_run(encoder, channel, again) if rows else None)
     if all(piece is None for piece in pieces):
         raise InputError("no sample shows any modality; mark at least one as present.")
     return pieces
 
 
-@eager
+def _run(encoder: nn.Module, channel: Tensor, again: bool) -> list[Tensor]:
+    if again:
+        return list(checkpoint(encoder, channel, use_reentrant=False))
+    return list(encoder(channel))
+
+
+def _apart(joined: Sequence[Tensor], slots: int) -> Pieces:
+    """Levels ``[M·B, ...]`` as M lists of levels."""
+    levels = [level.chunk(slots) for level in joined]
+    return [list(maps) for maps in zip(*levels, strict=True)]
+
+
+def map_slots(function: Callable[..., list[Tensor]], *pieces: Pieces) -> Pieces:
+    """Apply one function to what there is of every slot.
+
+    Args:
+        function: takes as many lists of maps as there are ``pieces``, and returns one; it must
+            treat samples by themselves.
+        pieces: what encoders made.
+
+    Returns:
+        Per slot what the function made of its maps, None where there are none.
+    """
+    whole = [[maps for maps in some if maps is not None] for some in pieces]
+    if whole[0] and runs_static(whole[0][0][0]):
+        # One call for all slots: [M·B, C, D, H, W].
+        levels = [[torch.cat(maps) for maps in zip(*some, strict=True)] for some in whole]
+        return _apart(function(*levels), len(pieces[0]))
+    return [
+        None if any(maps is None for maps in slot) else function(*slot)
+        for slot in zip(*pieces, strict=True)
+    ]
+
+
 def join_slots(pieces: Sequence[Tensor | None], present: Presence) -> Tensor:
     """Put the rows of every modality into their places.
 
@@ -122,11 +145,15 @@ def join_slots(pieces: Sequence[Tensor | None], present: Presence) -> Tensor:
         present: ``[B, M]``.
 
     Returns:
-        ``[B, M, C, D, H, W]``, 0 where a slot is not present. In memory the channels of all slots
-        lie side by side where those of the pieces do, so that ``flatten(1, 2)`` is a view.
+        ``[B, M, C, D, H, W]``, 0 where no piece has a row, which is so for every slot that is not
+        present unless a step is static. In memory the channels of all slots lie side by side where
+        those of the pieces do, so that ``flatten(1, 2)`` is a view.
     """
-    flags: list[list[bool]] = present.tolist()
     some = next(piece for piece in pieces if piece is not None)
+    if runs_static(some):
+        joined = torch.cat([piece for piece in pieces if piece is not None], 1)
+        return joined.view(len(joined), len(pieces), -1, *joined.shape[2:])
+    flags: list[list[bool]] = present.tolist()
     zero = torch.zeros_like(some[:1])
     columns = []
     for m, piece in enumerate(pieces):
@@ -163,7 +190,6 @@ class EncodedLatents(Latents):
     pieces: Pieces = field(default_factory=list, repr=False)
 
 
-@eager
 def decode_slots(decoder: nn.Module, latents: EncodedLatents, levels: Sequence[int]) -> Tensor:
     """Run one decoder on every encoded slot.
 
@@ -173,14 +199,11 @@ def decode_slots(decoder: nn.Module, latents: EncodedLatents, levels: Sequence[i
         levels: which of an encoder's maps the decoder takes.
 
     Returns:
-        ``[B, M, C', D, H, W]``, 0 where a slot is not encoded.
+        ``[B, M, C', D, H, W]``, 0 where no piece has a row; see :func:`join_slots`.
     """
-    decoded = [
-        None if maps is None else decoder([maps[level] for level in levels])
-        for maps in latents.pieces
-    ]
-    joined: Tensor = join_slots(decoded, latents.encoded)
-    return joined
+    pieces = [maps and [maps[level] for level in levels] for maps in latents.pieces]
+    decoded = map_slots(lambda maps: [decoder(maps)], pieces)
+    return join_slots([maps and maps[0] for maps in decoded], latents.encoded)
 
 
 def side_by_side(latents: Latents, level: int) -> Tensor:
@@ -201,8 +224,8 @@ def masked_weight(weight: Tensor, flags: Presence) -> Tensor:
     Returns:
         ``[B, out, M·C]``.
     """
-    columns = flags.repeat_interleave(weight.shape[-1] // flags.shape[1], 1)
-    return weight * columns[:, None].to(weight.dtype)
+    slots = flags[:, None, :, None].to(weight.dtype)
+    return (weight.unflatten(-1, (flags.shape[1], -1)) * slots).flatten(-2)
 
 
 class SlotConv(nn.Conv3d):
@@ -262,9 +285,7 @@ class SlotConv(nn.Conv3d):
 
 
 def _sum_of_present(terms: Sequence[Tensor], present: Presence) -> Tensor:
-    # One graph for every combination, without a look at the flags; an export is of one combination.
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    flags: list[list[bool]] = [] if compiling else present.tolist()
+    flags: list[list[bool]] = [] if runs_static(terms[0]) else present.tolist()
     if flags and all(row == flags[0] for row in flags):
         shown = [term for term, flag in zip(terms, flags[0], strict=True) if flag]
     else:

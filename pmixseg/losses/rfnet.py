@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pmixseg.errors import InputError
+from pmixseg.execution import runs_static
 from pmixseg.losses.segmentation import DEEP_SUPERVISION, Criterion
 from pmixseg.types import Batch, Label, Scalar, SegOutput
 
@@ -72,16 +75,63 @@ class RFNetCriterion(Criterion):
     def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
         """Sum over all outputs; of the fused one alone in eval mode, which has no others."""
         label = batch["label"]
-        fused = weighted_ce_dice(_probabilities(output.logits), label)
         if not output.extras:
-            return fused
-        total = fused * float(epoch >= self.fusion_start_epoch)
-        for name, logits in output.extras.items():
-            if DEEP_SUPERVISION.fullmatch(name):
-                total = total + weighted_ce_dice(_enlarged(_probabilities(logits), label), label)
+            return weighted_ce_dice(_probabilities(output.logits), label)
+        fused = float(epoch >= self.fusion_start_epoch)
+        single = [
+            _enlarged(_probabilities(logits), label)
+            for name, logits in output.extras.items()
+            if DEEP_SUPERVISION.fullmatch(name)
+        ]
+        if runs_static(label):
+            return _static_loss(output, single, label, fused)
+        total = fused * weighted_ce_dice(_probabilities(output.logits), label)
+        for probabilities in single:
+            total = total + weighted_ce_dice(probabilities, label)
         if "separate" in output.extras:
             total = total + _separate_loss(output, label)
         return total
+
+
+def _static_loss(
+    output: SegOutput, single: Sequence[Tensor], label: Label, fused: float | Tensor
+) -> Tensor:
+    """All outputs in one go, whatever was encoded."""
+    outputs = [_probabilities(output.logits), *single]
+    count = len(outputs)
+    rows = torch.ones(count, len(label), dtype=torch.bool, device=label.device)
+    if "separate" in output.extras:
+        outputs += _probabilities(output.extras["separate"].transpose(1, 2)).unbind(2)
+        rows = torch.cat([rows, output.extras["separate_slots"].t()])
+    losses = stacked_ce_dice(torch.stack(outputs), label, rows)
+    return losses[0] * fused + losses[1:count].sum() + (losses * rows.float().mean(1))[count:].sum()
+
+
+def stacked_ce_dice(probabilities: Tensor, label: Label, rows: Tensor) -> Tensor:
+    """:func:`weighted_ce_dice` of several outputs, each over the samples that it has.
+
+    Args:
+        probabilities: ``[N, B, C, D, H, W]``.
+        label: ``[B, D, H, W]``.
+        rows: ``[N, B]``; what the others hold is not read, but must be finite.
+
+    Returns:
+        ``[N]``; for an output without samples anything finite.
+    """
+    classes = torch.arange(probabilities.shape[2], device=label.device)
+    flat, p = label.flatten(1), probabilities.flatten(3)
+    hits = (flat[:, None] == classes[:, None]).to(p.dtype)
+    of_label = (p * hits).sum(2)
+    volumes = hits.sum(2)
+    weight = ((1 - volumes / flat.shape[1])[:, :, None] * hits).sum(1)
+    shown = rows.to(p.dtype)
+    entropy = -(weight * of_label.clamp(min=LEAST_PROBABILITY).log()).mean(2)
+    entropy = (entropy * shown).sum(1) / shown.sum(1).clamp(min=1)
+    # [N, B, C]: sums over voxels, then over the samples that count.
+    overlap = (of_label[:, :, None] * hits).sum(3)
+    total = p.sum(3) + volumes
+    overlap, total = ((shown[:, :, None] * part).sum(1) for part in (overlap, total))
+    return entropy + 1 - (2 * overlap / (total + EPSILON)).mean(1)
 
 
 def _separate_loss(output: SegOutput, label: Label) -> Tensor:

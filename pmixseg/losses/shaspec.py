@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,16 +48,27 @@ class ShaSpecCriterion(Criterion):
         encoded = output.extras["encoded"]
         logits = output.extras["modality"].float()
         truth = torch.arange(encoded.shape[1], device=encoded.device).expand_as(encoded)
-        entropy = F.cross_entropy(logits[encoded], truth[encoded])
+        entropy = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none")
+        entropy = _mean_of(entropy.view_as(truth), encoded)
         shared = _ring(output.extras["shared"].float(), encoded)
         return total + self.shared_weight * shared + self.specific_weight * entropy
 
 
+def _mean_of(values: Tensor, flags: Tensor) -> Tensor:
+    return torch.where(flags, values, 0.0).sum() / flags.sum().clamp(min=1)
+
+
 def _ring(shared: Tensor, encoded: Tensor) -> Tensor:
     """Mean absolute difference of neighbours; 0 if no sample has two modalities."""
-    differences = []
-    for maps, flags in zip(shared, encoded, strict=True):
-        some = maps[flags]
-        if len(some) > 1:
-            differences.append((some - some.roll(1, 0)).abs().mean())
-    return torch.stack(differences).mean() if differences else shared.sum() * 0
+    slots = encoded.shape[1]
+    total = shared.new_zeros(len(shared))
+    for m, n in combinations(range(slots), 2):
+        difference = (shared[:, m] - shared[:, n]).abs().flatten(1).mean(1)
+        # Neighbours have no other between them, one way round the ring or the other.
+        for arc in (range(m + 1, n), (*range(n + 1, slots), *range(m))):
+            neighbours = encoded[:, m] & encoded[:, n]
+            for between in arc:
+                neighbours = neighbours & ~encoded[:, between]
+            total = total + difference * neighbours
+    several = encoded.sum(1)
+    return _mean_of(total / several.clamp(min=1), several > 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from pmixseg.errors import InputError
 from pmixseg.losses.segmentation import Criterion, DiceCE, refuse_negative
 from pmixseg.types import Batch, Scalar, SegOutput
@@ -51,5 +53,6 @@ class UHVEDCriterion(Criterion):
             )
         errors = (rebuilt - image).square().mean((2, 3, 4))
         known = output.extras["reconstruction_slots"]
-        total = total + self.reconstruction_weight * errors[known].mean()
+        error = torch.where(known, errors, 0.0).sum() / known.sum().clamp(min=1)
+        total = total + self.reconstruction_weight * error
         return total + self.kl_weight * output.extras["divergence"].mean()

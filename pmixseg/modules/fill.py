@@ -10,6 +10,7 @@ from collections.abc import Collection
 import torch
 
 from pmixseg.errors import InputError
+from pmixseg.execution import runs_static
 from pmixseg.losses.anchors import Anchor
 from pmixseg.types import Latents
 
@@ -39,9 +40,11 @@ def fill_with_anchor(
         )
     features, flags = list(latents.features), list(latents.usable)
     for level, present in enumerate(latents.usable):
-        if (levels is not None and level not in levels) or bool(present.all()):
+        if levels is not None and level not in levels:
             continue
         raw = latents.features[level]
+        if not runs_static(raw) and bool(present.all()):
+            continue
         mixed = anchor(raw, present, level).unsqueeze(1)
         features[level] = torch.where(latents.flags(level), raw, mixed)
         flags[level] = torch.ones_like(present)

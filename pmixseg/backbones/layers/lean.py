@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.layers.bf16_gradients import convolve_wholly, misses_kernel
+from pmixseg.execution import on_cpu, runs_lean
 
 ONEDNN_TYPES = (torch.float32, torch.bfloat16)
 SLAB = 1 << 21
@@ -29,14 +30,9 @@ SLAB = 1 << 21
 Padding = Literal["zeros", "reflect"]
 
 
-def runs_lean(x: Tensor) -> bool:
-    """Whether these layers take their own way for ``x``: on a CPU, not under a compiler."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def fast_layout(x: Tensor) -> Tensor:
     """``[B, C, D, H, W]`` in the layout that its device convolves fastest."""
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
+    return x.contiguous(memory_format=torch.channels_last_3d) if on_cpu(x) else x
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -110,9 +106,16 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if runs_lean(x):
         y: Tensor = _Mix.apply(*as_autocast(x, weight, bias))  # type: ignore[no-untyped-call]  # untyped in torch
         return y
-    mixed = torch.matmul(weight, x.flatten(2))
+    if weight.ndim == 2:
+        return F.conv3d(x, weight[..., None, None, None], bias)
+    if is_channels_last(x):
+        # [B, V, C] times [B, C, C'], which is channels-last again.
+        rows = torch.bmm(voxel_rows(x), weight.mT)
+        rows = rows if bias is None else rows + bias
+        return rows.view(len(x), *x.shape[2:], -1).permute(0, 4, 1, 2, 3)
+    mixed = torch.bmm(weight, x.flatten(2))
     mixed = mixed if bias is None else mixed + bias[:, None]
-    return mixed.view(x.shape[0], -1, *x.shape[2:])
+    return mixed.view(len(x), -1, *x.shape[2:])
 
 
 class _Mix(torch.autograd.Function):
@@ -267,7 +270,7 @@ class LeanConv3d(nn.Conv3d):
         return y
 
     def _mix(self, prepare: Prepare, inputs: Sequence[Tensor]) -> Tensor:
-        if prepare is not CONCATENATED:
+        if prepare is not CONCATENATED or not runs_lean(inputs[0]):
             return mix_channels(prepare.plain(*inputs), self.weight.flatten(1), self.bias)
         # A sum over the inputs needs no concatenated copy of them.
         weights = torch.split(self.weight.flatten(1), [x.shape[1] for x in inputs], 1)

@@ -1,7 +1,7 @@
 """Instance norm and LeakyReLU that keep one tensor for the backward pass.
 
-On a CPU both work on slabs that fit the cache; elsewhere, and under ``torch.compile``, torch's own
-layers run.
+On a CPU both work on slabs that fit the cache, elsewhere on torch's batch norm; a compiler gets the
+formula, and fuses it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from pmixseg.backbones.layers.lean import (
     fast_layout,
     is_channels_last,
-    runs_lean,
     slabs,
     voxel_rows,
     voxel_sum,
 )
+from pmixseg.execution import runs_lean
 
 EPSILON = 1e-5
 """Added to a variance before its root."""
@@ -72,15 +72,73 @@ def norm_act(
         reuse: nobody needs ``x`` again, so the result may take its memory (fresh pages cost as much
             as the arithmetic); with a scale only where no gradient is wanted.
     """
-    if not runs_lean(x):
-        normed = F.instance_norm(x, weight=weight, bias=bias, eps=EPSILON)
-        return F.leaky_relu(normed, slope, inplace=True)
     y: Tensor
-    if x.numel() <= SMALL and is_channels_last(x):
+    if torch.compiler.is_compiling():
+        return _formula(x, slope, weight, bias)
+    if not runs_lean(x):
+        y = _PlainNormAct.apply(x, slope, weight, bias)  # type: ignore[no-untyped-call]  # untyped in torch
+    elif x.numel() <= SMALL and is_channels_last(x):
         y = _SmallNormAct.apply(x, slope, weight, bias)  # type: ignore[no-untyped-call]  # untyped in torch
     else:
         y = _NormAct.apply(x, slope, weight, bias, reuse)  # type: ignore[no-untyped-call]  # untyped in torch
     return y
+
+
+def _formula(x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(exact, (2, 3, 4), correction=0, keepdim=True)
+    y = (exact - mean) * (variance + EPSILON).rsqrt()
+    if weight is not None:
+        y = y * weight[:, None, None, None]
+    if bias is not None:
+        y = y + bias[:, None, None, None]
+    return F.leaky_relu(y, slope).to(x.dtype)
+
+
+class _PlainNormAct(torch.autograd.Function):
+    """By batch norm over ``[1, B·C, V]``, in as few operations as there can be."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        rows = x.reshape(1, -1, *x.shape[2:])
+        scale, shift = (
+            given if given is None or len(x) == 1 else given.repeat(len(x))
+            for given in (weight, bias)
+        )
+        normed, mean, rstd = torch.ops.aten.native_batch_norm(
+            rows, scale, shift, None, None, True, 0.0, EPSILON
+        )
+        y = torch.ops.aten.leaky_relu_(normed.view(x.shape), slope)
+        ctx.slope = slope
+        ctx.save_for_backward(x, y, mean, rstd, scale)
+        return y  # type: ignore[no-any-return]  # torch.ops are untyped
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        x, y, mean, rstd, scale = ctx.saved_tensors
+        shape = (1, -1, *x.shape[2:])
+        inner = torch.ops.aten.leaky_relu_backward(gradients[0], y, ctx.slope, True)
+        needs = [ctx.needs_input_grad[k] for k in (0, 2, 3)]
+        to_x, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
+            inner.reshape(shape),
+            x.reshape(shape),
+            scale,
+            None,
+            None,
+            mean,
+            rstd,
+            True,
+            EPSILON,
+            needs,
+        )
+        if len(x) > 1:
+            to_weight, to_bias = (
+                part if part is None else part.view(len(x), -1).sum(0)
+                for part in (to_weight, to_bias)
+            )
+        return to_x.view(x.shape), None, to_weight, to_bias
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

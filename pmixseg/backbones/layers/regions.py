@@ -12,11 +12,11 @@ from pmixseg.backbones.layers.lean import (
     convolve,
     fast_layout,
     mix_channels,
-    runs_lean,
     slabs,
     voxel_rows,
     voxel_sum,
 )
+from pmixseg.execution import runs_lean
 
 
 def mix_regions(

@@ -1,0 +1,42 @@
+"""How a step is carried out on its device: lean on a CPU, static on a GPU and under a compiler."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_as_on_gpu = False
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Compute on a CPU as on a GPU, so that tests and counts see what runs there."""
+    global _as_on_gpu
+    before, _as_on_gpu = _as_on_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` lies on a CPU that shall work as one."""
+    return x.device.type == "cpu" and not _as_on_gpu
+
+
+def runs_lean(x: Tensor) -> bool:
+    """Whether this package's own layers run instead of torch's: on a CPU, not under a compiler."""
+    return on_cpu(x) and not torch.compiler.is_compiling()
+
+
+def runs_static(x: Tensor) -> bool:
+    """Whether every step does the same, whatever the flags of presence say.
+
+    A GPU would have to wait for flags before the host could act on them, and a compiler would make
+    a graph for each pattern; both compute every slot and mask it. A CPU skips what is absent, and
+    so does an export, which is of one combination.
+    """
+    return not runs_lean(x) and not torch.compiler.is_exporting()
