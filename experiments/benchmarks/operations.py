@@ -45,7 +45,15 @@ STEPS: dict[str, tuple[Callable[[], Backbone], Callable[[], Criterion]]] = {
 }
 """Network and criterion of every row."""
 VIEWS = ("view", "unbind", "detach", "t", "transpose", "permute", "expand", "select", "slice")
-VIEWS += ("split", "unsqueeze", "squeeze", "as_strided", "alias", "_unsafe_view", "split_with_sizes")
+VIEWS += (
+    "split",
+    "unsqueeze",
+    "squeeze",
+    "as_strided",
+    "alias",
+    "_unsafe_view",
+    "split_with_sizes",
+)
 """Operations that start no kernel; the host spends time on them all the same."""
 
 

@@ -22,6 +22,7 @@ from pmixseg.types import Image, Latents, Presence
 Pieces = list[list[Tensor] | None]
 """Per modality what its encoder made of the samples that have it, finest level first."""
 
+
 def check_input(
     image: Image,
     present: Presence,
@@ -81,7 +82,7 @@ def encode_slots(
     again = recompute and torch.is_grad_enabled()
     if runs_static(image):
         shown = torch.where(present[:, :, None, None, None], image, 0.0)
-        channels = shown.split(1, 1)
+        channels = torch.split(shown, 1, 1)
         first = encoders[0]
         if all(encoder is first for encoder in encoders):
             joined = _run(first, torch.cat(channels), again)
@@ -201,9 +202,11 @@ def decode_slots(decoder: nn.Module, latents: EncodedLatents, levels: Sequence[i
     Returns:
         ``[B, M, C', D, H, W]``, 0 where no piece has a row; see :func:`join_slots`.
     """
-    pieces = [maps and [maps[level] for level in levels] for maps in latents.pieces]
+    pieces: Pieces = [
+        None if maps is None else [maps[level] for level in levels] for maps in latents.pieces
+    ]
     decoded = map_slots(lambda maps: [decoder(maps)], pieces)
-    return join_slots([maps and maps[0] for maps in decoded], latents.encoded)
+    return join_slots([None if maps is None else maps[0] for maps in decoded], latents.encoded)
 
 
 def side_by_side(latents: Latents, level: int) -> Tensor:
@@ -225,7 +228,7 @@ def masked_weight(weight: Tensor, flags: Presence) -> Tensor:
         ``[B, out, M·C]``.
     """
     slots = flags[:, None, :, None].to(weight.dtype)
-    return (weight.unflatten(-1, (flags.shape[1], -1)) * slots).flatten(-2)
+    return (weight.view(*weight.shape[:-1], flags.shape[1], -1) * slots).flatten(-2)
 
 
 class SlotConv(nn.Conv3d):
