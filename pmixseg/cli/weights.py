@@ -1,8 +1,9 @@
-"""``pmixseg import`` and ``pmixseg export``: weights of published code in, models out."""
+"""Weights and models: ``models``, ``publish``, ``import``, ``export``."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,81 @@ from pmixseg.files import not_among
 
 
 def add_to(subparsers: Any) -> None:
-    """Add both commands."""
-    _import(subparsers)
-    _export(subparsers)
+    """Add the commands."""
+    for add in (_models, _publish, _import, _export):
+        add(subparsers)
+
+
+def _models(subparsers: Any) -> None:
+    parser = subparsers.add_parser("models", help="list the models that have a name")
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.weights import CATALOGUE
+
+        for name, entry in CATALOGUE.items():
+            console.print(f"{name}: {entry.title}", markup=False, soft_wrap=True)
+            place = f"fetched from {entry.address}" if entry.address else entry.reading
+            facts = (f"page {entry.page}", f"licence {entry.licence}", place, entry.citation)
+            for fact in facts:
+                console.print(f"    {fact}", markup=False, soft_wrap=True)
+        console.print(
+            "Where a MODEL is asked for, give a checkpoint, a published folder, one of these "
+            "names, hf://owner/repository[@revision], or an https address.",
+            soft_wrap=True,
+        )
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _publish(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "publish", help="write a model for others: safetensors, JSON, model card"
+    )
+    parser.add_argument("checkpoint", help="a .ckpt file")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--records", type=Path, help="run folder of its test, for the card")
+    parser.add_argument("--title", default="", help="of the model, in a line")
+    parser.add_argument("--licence", default="other", help="of the weights, e.g. CC-BY-4.0")
+    parser.add_argument("--data", default="not stated", help="what it was trained on")
+    parser.add_argument("--citation", help="what to cite; default: the method's paper")
+    parser.add_argument("--limits", default="", help="what it must not be used for")
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.inference.publish import Facts, publish
+
+        facts = Facts(args.title, args.licence, args.data, limits=args.limits)
+        if args.citation:
+            facts = replace(facts, citation=args.citation)
+        folder = publish(args.checkpoint, args.out, facts, args.records)
+        console.print(f"{', '.join(sorted(p.name for p in folder.iterdir()))} in {folder}")
+        return 0
+
+    parser.set_defaults(run=run)
 
 
 def _import(subparsers: Any) -> None:
     parser = subparsers.add_parser("import", help="read a checkpoint of published code")
-    parser.add_argument("kind", choices=("rfnet", "mmformer"), help="which code wrote it")
-    parser.add_argument("file", type=Path, help="its .pth file")
+    parser.add_argument(
+        "kind",
+        choices=("rfnet", "mmformer", "pmixseg"),
+        help="which code wrote it; pmixseg: a folder of `pmixseg publish`, its name or address",
+    )
+    parser.add_argument("file", help="its .pth file, or the published folder")
     parser.add_argument("-o", "--out", type=Path, required=True, help="checkpoint to write")
     parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.inference.published_weights import DIFFERENCE, import_official
 
-        not_among(args.out, [args.file])
-        found = import_official(args.kind, args.file, read_task(args.task))
+        if args.kind == "pmixseg":
+            from pmixseg.inference.publish import as_checkpoint
+
+            console.print(f"wrote {as_checkpoint(args.file, args.out)}")
+            return 0
+        file = Path(args.file)
+        not_among(args.out, [file])
+        found = import_official(args.kind, file, read_task(args.task))
         path = found.save(args.out)
         trained = "" if found.epoch is None else f", trained for {found.epoch} epochs"
         console.print(f"{found.tensors} tensors of {args.kind}{trained}, now in {path}")

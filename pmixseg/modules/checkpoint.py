@@ -19,15 +19,23 @@ from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.payload import FORMAT, check_terms, preparation_of
 from pmixseg.task import Task
 from pmixseg.trust import check_description, trusted
+from pmixseg.weights import local_copy, read_published
+from pmixseg.weights.published import WEIGHTS
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file without running any code from it.
 
+    Args:
+        path: a file, a folder that ``pmixseg publish`` wrote, or any name or address that
+            :func:`pmixseg.weights.local_copy` takes.
+
     Raises:
         InputError: no such file, not a checkpoint, not one of pmixseg, or of a newer format.
     """
-    path = Path(path)
+    path = local_copy(path)
+    if path.is_dir():
+        return _checked(read_published(path), path)
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist; give the path of a .ckpt file.")
     try:
@@ -38,6 +46,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint ({reason}); it is damaged or another kind of "
             "file."
         ) from error
+    return _checked(checkpoint, path)
+
+
+def _checked(checkpoint: Any, path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "pmixseg" not in checkpoint:
         raise InputError(
             f"{path} was not written by pmixseg; import published weights with `pmixseg import`."
@@ -63,7 +75,8 @@ def load(
     restored: the module alone reproduces its predictions.
 
     Args:
-        path: a ``.ckpt`` file.
+        path: a ``.ckpt`` file, or what :func:`read_checkpoint` takes beside it: a published
+            folder, a name, ``hf://owner/repository``, an https address.
         modules: Python modules to import and trust, for classes outside pmixseg, MONAI and
             PyTorch (the command line's ``--import``); those of ``__main__`` need none.
         map_location: device of the weights.
@@ -79,6 +92,7 @@ def load(
             importlib.import_module(name)
         except ImportError as error:
             raise InputError(f"module '{name}' cannot be imported ({error}).") from error
+    path = local_copy(path)
     checkpoint = read_checkpoint(path)
     payload = checkpoint["pmixseg"]
     names = trusted(modules)
@@ -88,7 +102,7 @@ def load(
     if not isinstance(module, SegmentationModule):
         raise InputError(f"{path} holds a {type(module).__name__}, which is no SegmentationModule.")
     restore(module, checkpoint)
-    module.loaded_from = str(path)
+    module.loaded_from = str(path / WEIGHTS if path.is_dir() else path)
     return module.to(map_location).eval()
 
 
