@@ -1,36 +1,157 @@
-"""``python -m experiments.study``: analyse a study by its plan."""
+"""Studies: ``run`` trains what a plan lacks, ``status`` counts, ``analyse`` prints the tables."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from experiments.study.analysis import analyse
+from experiments.study.plan import Plan, read_plan
 from experiments.study.results import StudyResults
+from experiments.study.runner import Runner
+from experiments.study.training import COHORT, ENDED
 from pmixseg.errors import InputError
 
 HERE = Path(__file__).parent
 
 
+def parser() -> argparse.ArgumentParser:
+    """Commands and their options."""
+    made = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("run", "train what is missing; repeat the command after any stop"),
+        ("status", "count what has ended, and what it took"),
+        ("analyse", "print the tables"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("plan", type=Path, help="YAML file")
+        command.add_argument("--results", type=Path, default=HERE / "results")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="PLACE=VALUE", help="change the plan"
+        )
+        if name == "run":
+            command.add_argument("--work", type=Path, default=Path("runs/study"))
+            command.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+            command.add_argument("--threads", type=int, default=1, help="of each training")
+            command.add_argument("--workers", type=int, default=0, help="that prepare the cohort")
+            command.add_argument("--minutes", type=float, default=float("inf"))
+        if name != "analyse":
+            command.add_argument("--groups", nargs="+", help="only these")
+            command.add_argument("--seeds", nargs="+", type=int, help="only these")
+    return made
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Carry out one command; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    tables = commands.add_parser("analyse", help="print the tables of a study")
-    tables.add_argument("plan", type=Path)
-    tables.add_argument("--results", type=Path, default=HERE / "results")
-    args = parser.parse_args(arguments)
+    """Carry out one command; 1 for an error, 3 where trainings are left."""
+    args = parser().parse_args(arguments)
     try:
-        plan = yaml.safe_load(args.plan.read_text(encoding="utf-8"))
-        text = analyse(StudyResults.read(args.results / plan["name"]), plan["tables"])
-        print(f"## {plan['title']}\n\n{text}")
+        plan = read_plan(args.plan, dict(_change(text) for text in args.set))
+        if args.command == "analyse":
+            results = StudyResults.read(args.results / plan.name)
+            print(f"## {plan.title}\n\n{analyse(results, plan.tables)}")
+            return 0
+        plan = plan.only(args.groups, args.seeds)
+        return run(plan, args) if args.command == "run" else status(plan, args.results)
     except InputError as error:
         print(error, file=sys.stderr)
         return 1
-    return 0
+
+
+def run(plan: Plan, args: argparse.Namespace) -> int:
+    """Train what is missing, and write the study's tables of results."""
+    began = time.monotonic()
+    assert plan.cohort is not None
+    work, folder = args.work / plan.name, args.results / plan.name
+    plan.cohort.make(work / COHORT, args.workers)
+    known = earlier(plan, folder, work)
+    ended = set() if known is None else set(known.trainings["run"])
+    runner = Runner(
+        plan.cohort, work, args.jobs, args.threads, began + 60 * args.minutes, tell=_say
+    )
+    if known is not None:
+        runner.durations = durations(plan, known)
+    try:
+        runner.run(plan.trainings, ended)
+    except KeyboardInterrupt:
+        _say("stopped; repeat the command to go on")
+    now = earlier(plan, folder, work)
+    if now is not None:
+        now.write(folder)
+    return status(plan, args.results) or (1 if runner.failed else 0)
+
+
+def earlier(plan: Plan, folder: Path, work: Path) -> StudyResults | None:
+    """What ended in this folder of work and in the study's results.
+
+    Raises:
+        InputError: a training there had other settings.
+    """
+    names = [training.name for training in plan.trainings]
+    here = StudyResults.gather(plan.name, work / ENDED, names)
+    there = StudyResults.read(folder) if (folder / "trainings.csv").is_file() else None
+    both = there.joined(here) if here and there else here or there
+    if both is not None:
+        made = dict(zip(both.trainings["run"], both.trainings["settings"], strict=True))
+        other = [t.name for t in plan.trainings if made.get(t.name, t.fingerprint) != t.fingerprint]
+        if other:
+            raise InputError(
+                f"{other[0]} and {len(other) - 1} others ended with other settings than the plan "
+                f"has now; use another --work and --results, or undo the change."
+            )
+    return both
+
+
+def durations(plan: Plan, known: StudyResults) -> dict[tuple[str, str, str], float]:
+    """Longest seconds of every kind of training that ended in this place."""
+    rows = known.trainings.set_index("run")
+    longest: dict[tuple[str, str, str], float] = {}
+    for training in plan.trainings:
+        if training.name in rows.index:
+            row = rows.loc[training.name]
+            key = (training.group, training.arm, training.part)
+            taken = float(row["seconds"] + row["scoring_seconds"])
+            longest[key] = max(taken, longest.get(key, 0.0))
+    return longest
+
+
+def status(plan: Plan, results: Path) -> int:
+    """Say per group and arm what has ended; 3 where something is left."""
+    folder = results / plan.name
+    rows: Mapping[str, Any] = {}
+    if (folder / "trainings.csv").is_file():
+        rows = StudyResults.read(folder).trainings.set_index("run").to_dict("index")
+    counts: dict[tuple[str, str], list[int]] = {}
+    seconds = 0.0
+    for training in plan.trainings:
+        count = counts.setdefault((training.group, training.arm), [0, 0])
+        count[1] += 1
+        if training.name in rows:
+            count[0] += 1
+            row = rows[training.name]
+            seconds += row["cpu_seconds"] + row["scoring_cpu_seconds"]
+    for (group, arm), (ended, planned) in counts.items():
+        _say(f"{group:<12} {arm:<28} {ended} of {planned} trainings ended")
+    ended, planned = (sum(c[i] for c in counts.values()) for i in (0, 1))
+    _say(f"{plan.name}: {ended} of {planned} ended, {seconds / 3600:.2f} CPU hours")
+    return 0 if ended == planned else 3
+
+
+def _change(text: str) -> tuple[str, Any]:
+    place, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text}: write PLACE=VALUE, such as training.steps=10.")
+    return place, yaml.safe_load(value)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

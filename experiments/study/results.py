@@ -17,6 +17,8 @@ file                  content
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +27,15 @@ import pandas as pd
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.records import FIRST_COLUMNS, Records
 from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
+from pmixseg.task import BRATS
 
 RECORDS, TRAININGS = "records.parquet", "trainings.csv"
-TEXT = ("run", "group", "arm", "block", "against", "part")
+CONVENTIONS = {
+    "dice": "both masks empty 1, one empty 0",
+    "grid": "the prepared one",
+    "et_threshold": "not used",
+}
+TEXT = ("run", "group", "arm", "block", "against", "part", "settings")
 
 
 @dataclass
@@ -75,6 +83,39 @@ class StudyResults:
         self.trainings.to_csv(path.with_suffix(".part"), index=False, float_format="%.5g")
         path.with_suffix(".part").replace(path)
 
+    @classmethod
+    def gather(cls, name: str, ended: Path, order: Iterable[str]) -> StudyResults | None:
+        """What trainings left in a folder of work, in the order of the plan.
+
+        Args:
+            name: of the study.
+            ended: folder with a table and a JSON per training.
+            order: names of trainings; others that lie there are left out.
+
+        Returns:
+            Nothing where none has ended.
+        """
+        names = [name for name in order if (ended / f"{name}.json").is_file()]
+        if not names:
+            return None
+        rows = [json.loads((ended / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+        text = dict.fromkeys(("run", "case", "combination", "region"), str)
+        tables = [pd.read_csv(ended / f"{name}.csv", dtype=text) for name in names]
+        sidecar = Sidecar(BRATS, CONVENTIONS, part="test", config={"study": name}).stamped()
+        trainings = pd.DataFrame(rows).astype({"block": str})
+        return cls(pd.concat(tables, ignore_index=True), trainings, sidecar)
+
+    def joined(self, other: StudyResults) -> StudyResults:
+        """With the trainings of another that this one lacks."""
+        new = ~other.trainings["run"].isin(self.trainings["run"])
+        runs = set(other.trainings.loc[new, "run"])
+        records = other.records[other.records["run"].isin(runs)]
+        return StudyResults(
+            pd.concat([self.records, records], ignore_index=True),
+            pd.concat([self.trainings, other.trainings[new]], ignore_index=True),
+            self.sidecar,
+        )
+
     def run(self, name: str) -> pd.DataFrame:
         """Records of one training."""
         return self._runs[name]
@@ -118,5 +159,7 @@ class StudyResults:
 
     def tables(self, group: str, arm: str, blocks: list[str]) -> list[pd.DataFrame]:
         """Records of an arm, a table per block, in the order of the blocks."""
-        runs = self.arm(group, arm).set_index("block")["run"]
-        return [self.run(str(runs[block])) for block in blocks]
+        rows = self.arm(group, arm)
+        # An arm may be several trainings, such as a student for each sequence.
+        runs = [rows.loc[rows["block"] == block, "run"] for block in blocks]
+        return [pd.concat([self.run(str(name)) for name in names]) for names in runs]

@@ -183,6 +183,11 @@ class BraTSDataModule(LightningDataModule):
         return self._parts
 
     @property
+    def training_cases(self) -> tuple[str, ...]:
+        """Cases that an epoch of training goes through; one named twice gives twice the patches."""
+        return self.parts.train
+
+    @property
     def split_name(self) -> str:
         """Name of the published split that this is, or else its hash."""
         return self.parts.name
@@ -253,12 +258,13 @@ class BraTSDataModule(LightningDataModule):
         Raises:
             InputError: the split has no training case.
         """
-        if not self.parts.train:
+        cases = self.training_cases
+        if not cases:
             raise InputError("the split has no training case; use another split to fit.")
         on_cpu = self.augmentation if isinstance(self.augmentation, PatchTransform) else None
         dataset = PatchDataset(
             self.store,
-            self.parts.train,
+            cases,
             self.patch_size,
             self.seed,
             self.foreground,

@@ -1,0 +1,353 @@
+"""The runner of studies: plans, cases, a whole small study, stops of every kind, its tables."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from experiments.study import training as one_training
+from experiments.study.__main__ import main
+from experiments.study.analysis import analyse
+from experiments.study.cohorts import Cases, StudyData
+from experiments.study.plan import read_plan
+from experiments.study.results import StudyResults
+from experiments.study.runner import Runner
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records.sidecar import Sidecar
+from pmixseg.task import BRATS
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "name": "small",
+    "title": "A small study",
+    "cohort": {"train": 4, "val": 1, "test": 2, "seed": 5, "spacing": 6.0, "shape": [16, 16, 16]},
+    "seeds": [1, 2],
+    "training": {
+        "steps": 2,
+        "module": {
+            "class_path": "pmixseg.StudentModule",
+            "init_args": {
+                "backbone": {
+                    "class_path": "pmixseg.backbones.MultiEncoderUNet",
+                    "init_args": {"width": 4, "levels": 2, "stem": 2},
+                },
+                "fill": "zero",
+                "evaluation": {"window": [16, 16, 16]},
+            },
+        },
+        "data": {"patch_size": [16, 16, 16], "batch_size": 2, "foreground": 0.0},
+        "gap": {"cases": 1, "points": 32},
+    },
+    "groups": {"few": {"cases": {"count": 2}}},
+    "arms": {
+        "alone": None,
+        "aligned": {
+            "align": {
+                "weight": 0.1,
+                "anchor": {
+                    "class_path": "pmixseg.losses.MixtureAnchor",
+                    "init_args": {"weights": "uniform"},
+                },
+            }
+        },
+        "teacher": {
+            "module.class_path": "pmixseg.TeacherModule",
+            "gap": None,
+        },
+        "taught": {
+            "needs": "teacher",
+            "gap": None,
+            "distill": {
+                "weight": 1.0,
+                "terms": {"logit": {"class_path": "pmixseg.losses.LogitKL", "init_args": {}}},
+            },
+            "each": {"module.init_args.combination": ["t1", "flair"]},
+        },
+    },
+    "tables": [
+        {"title": "Arms", "kind": "arms", "group": "few", "arms": ["alone", "aligned", "taught"]},
+        {"title": "Test", "kind": "tests", "group": "few", "contrasts": [["aligned", "alone"]]},
+        {"title": "Gap", "kind": "gap", "group": "few", "arms": ["alone", "aligned"]},
+        {"title": "Cost", "kind": "figures", "group": "few", "columns": ["cpu_seconds"]},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL, sort_keys=False))
+    return path
+
+
+def command(plan_file, folder, *more):
+    places = ["--work", str(folder / "work"), "--results", str(folder / "results")]
+    return ["run", str(plan_file), *places, *more]
+
+
+@pytest.fixture(scope="module")
+def ran(plan_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ran")
+    assert main(command(plan_file, folder)) == 0
+    return folder
+
+
+# ------------------------------------------------------------------------------ plans
+
+
+def test_a_plan_runs_seed_by_seed_and_a_teacher_before_its_students(plan_file):
+    plan = read_plan(plan_file)
+    assert [t.name for t in plan.trainings[:5]] == [
+        "few_alone_s1",
+        "few_aligned_s1",
+        "few_teacher_s1",
+        "few_taught_t1_s1",
+        "few_taught_flair_s1",
+    ]
+    assert [t.seed for t in plan.trainings] == [1] * 5 + [2] * 5
+    teacher, student = plan.trainings[2:4]
+    assert (teacher.kept, student.kept) == (True, False)
+    assert student.needs == teacher.name
+    assert student.settings["module"]["init_args"]["combination"] == "t1"
+    assert "combination" not in plan.trainings[0].settings["module"]["init_args"]
+    assert plan.trainings[0].settings["cases"] == {"count": 2}
+
+
+def test_groups_may_be_the_outer_order_and_an_arm_may_keep_to_one(tmp_path):
+    path = tmp_path / "plan.yaml"
+    raw = {**SMALL, "groups": {"a": None, "b": {"steps": 7}}, "order": "group"}
+    raw["arms"] = {"alone": None, "extra": {"groups": ["b"]}}
+    path.write_text(yaml.safe_dump(raw))
+    plan = read_plan(path)
+    assert [(t.group, t.arm, t.seed) for t in plan.trainings] == [
+        ("a", "alone", 1),
+        ("a", "alone", 2),
+        ("b", "alone", 1),
+        ("b", "extra", 1),
+        ("b", "alone", 2),
+        ("b", "extra", 2),
+    ]
+    assert [t.settings["steps"] for t in plan.trainings] == [2, 2, 7, 7, 7, 7]
+    assert [t.group for t in plan.only(groups=["a"]).trainings] == ["a", "a"]
+    with pytest.raises(InputError, match="its groups are a, b"):
+        plan.only(groups=["c"])
+
+
+def test_a_plan_with_an_unknown_key_or_arm_is_refused(tmp_path):
+    path = tmp_path / "plan.yaml"
+    for change, message in (
+        ({"stages": []}, r"unknown keys \['stages'\]"),
+        ({"training": {**SMALL["training"], "speed": 1}}, r"unknown keys \['speed'\]"),
+        ({"arms": {"x": {"needs": "y"}}}, r"arms \['y'\] are needed"),
+    ):
+        path.write_text(yaml.safe_dump({**SMALL, **change}))
+        with pytest.raises(InputError, match=message):
+            read_plan(path)
+
+
+def test_a_fingerprint_follows_the_settings_and_the_seed(plan_file):
+    first = read_plan(plan_file).trainings[0]
+    assert first.fingerprint == read_plan(plan_file).trainings[0].fingerprint
+    changed = read_plan(plan_file, {"training.steps": 3}).trainings[0]
+    assert changed.settings["steps"] == 3
+    assert len({first.fingerprint, changed.fingerprint, replace(first, seed=9).fingerprint}) == 3
+
+
+# ------------------------------------------------------------------------------ cases
+
+
+def test_cases_are_drawn_by_the_seed_and_the_rare_are_among_them():
+    names = [f"c{i}" for i in range(10)]
+    chosen, having = Cases(count=6, rare="t1ce", having=2).draw(names, seed=3)
+    assert len(chosen) == 6
+    assert len(having) == 2
+    assert set(having) < set(chosen) < set(names)
+    assert Cases(count=6, rare="t1ce", having=2).draw(names, seed=3) == (chosen, having)
+    assert Cases(count=6, rare="t1ce", having=2).draw(names, seed=4) != (chosen, having)
+    assert Cases().draw(names, seed=3) == (names, names)
+    with pytest.raises(InputError, match="cannot be drawn from 10"):
+        Cases(count=11).draw(names, seed=3)
+
+
+def test_a_rare_sequence_is_withheld_in_training_only_and_balance_draws_it_as_often(ran, tmp_path):
+    folder = ran / "work" / "small" / one_training.COHORT
+    common = {"patch_size": (16, 16, 16), "batch_size": 1, "augmentation": False}
+    plain = Cases(rare="t1ce", having=1)
+    data = StudyData(folder, tmp_path / "plain", plain, 1, **common)
+    data.setup("fit")
+    shown = [bool(batch["acquired"][0, 1]) for batch in data.train_dataloader()]
+    assert sorted(shown) == [False, False, False, True]
+    assert all(bool(item["acquired"].all()) for item in data.items("test"))
+    even = StudyData(folder, tmp_path / "even", replace(plain, balanced=True), 1, **common)
+    even.setup("fit")
+    shown = [bool(batch["acquired"][0, 1]) for batch in even.train_dataloader()]
+    assert sorted(shown) == [False] * 3 + [True] * 3
+    assert set(even.training_cases) == set(data.training_cases)
+
+
+# ------------------------------------------------------------------------------ running
+
+
+def test_a_whole_study_leaves_three_files_and_prints_its_tables(ran, plan_file, capsys):
+    results = StudyResults.read(ran / "results" / "small")
+    assert len(results.trainings) == 10
+    # 15 combinations of two cases and three regions; a teacher has one, a student of one as well.
+    rows = results.records.groupby("run").size()
+    assert rows["few_alone_s1"] == 15 * 2 * 3
+    assert rows["few_teacher_s2"] == rows["few_taught_t1_s1"] == 2 * 3
+    assert set(results.run("few_taught_t1_s1")["combination"]) == {"t1"}
+    first = results.trainings.set_index("run").loc["few_aligned_s1"]
+    assert first["gap/level1/ratio"] > 0
+    assert first["gap_before/level1/ratio"] > 0
+    assert first["steps"] == 2
+    assert main(["analyse", str(plan_file), "--results", str(ran / "results")]) == 0
+    printed = capsys.readouterr().out
+    assert "| aligned − alone |" in printed
+    assert "Seeds 1, 2; 2 cases." in printed
+    assert "### Gap" in printed
+
+
+def test_what_has_ended_is_not_repeated(ran, plan_file, capsys):
+    before = {p: p.stat().st_mtime_ns for p in (ran / "work").rglob("*.json")}
+    assert main(command(plan_file, ran)) == 0
+    assert {p: p.stat().st_mtime_ns for p in (ran / "work").rglob("*.json")} == before
+    assert main(["status", str(plan_file), "--results", str(ran / "results")]) == 0
+    assert "small: 10 of 10 ended" in capsys.readouterr().out
+
+
+def test_the_seed_decides_everything(ran):
+    results = StudyResults.read(ran / "results" / "small")
+    dice = {s: results.run(f"few_alone_s{s}")["dice"].to_numpy() for s in (1, 2)}
+    loss = results.trainings.set_index("run")["train/loss"]
+    assert not np.array_equal(dice[1], dice[2])
+    assert loss["few_alone_s1"] != loss["few_alone_s2"]
+
+
+def test_a_study_killed_at_any_moment_goes_on_to_the_same_results(ran, plan_file, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.study", *command(plan_file, tmp_path, "--jobs", "2")],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    ended = tmp_path / "work" / "small" / one_training.ENDED
+    for _ in range(1200):
+        if list(ended.glob("*.json")):
+            break
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 0 < len(list(ended.glob("*.json"))) < 10
+    assert not (tmp_path / "results" / "small").exists()
+    for _ in range(100):
+        if not any(Path(f"/proc/{child}/cmdline").exists() for child in children):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("processes outlived the one that began them")
+    assert main(command(plan_file, tmp_path)) == 0
+    whole = StudyResults.read(ran / "results" / "small").records
+    again = StudyResults.read(tmp_path / "results" / "small").records
+    pd.testing.assert_frame_equal(again, whole)
+
+
+def test_nothing_is_begun_that_would_not_end_in_time(plan_file, tmp_path, capsys):
+    (tmp_path / "work").mkdir()
+    more = ["--minutes", "0.05", "--set", "training.seconds=60"]
+    assert main(command(plan_file, tmp_path, *more)) == 3
+    assert "small: 0 of 10 ended" in capsys.readouterr().out
+    assert not (tmp_path / "work" / "small" / one_training.ENDED).exists()
+
+
+def test_a_training_that_fails_is_named_and_stops_no_other(ran, plan_file, tmp_path):
+    plan = read_plan(plan_file)
+    bad = replace(plan.trainings[0], settings={**plan.trainings[0].settings, "steps": "many"})
+    told = []
+    work = ran / "work" / "small"
+    runner = Runner(plan.cohort, work, tell=told.append)
+    good = replace(plan.trainings[1], group="again")
+    figures = runner.run([bad, good], set())
+    assert [f["run"] for f in figures] == ["again_aligned_s1"]
+    assert list(runner.failed) == [bad.name]
+    assert any(f"{bad.name} failed" in line for line in told)
+
+
+def test_results_of_other_settings_are_not_mixed(ran, plan_file, capsys):
+    assert main(command(plan_file, ran, "--set", "training.steps=3")) == 1
+    assert "ended with other settings" in capsys.readouterr().err
+
+
+def test_records_of_scans_hold_no_names(ran, plan_file):
+    cohort = replace(read_plan(plan_file).cohort, anonymous=True)
+    shown = cohort.shown_names(ran / "work" / "small" / one_training.COHORT)
+    assert sorted(shown.values()) == [f"case0{n}" for n in range(1, 8)]
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def made_results(dice):
+    """Results with the given Dice, ``{arm: [seeds][cases]}``, the same for two combinations."""
+    rows, trainings = [], []
+    for arm, by_seed in dice.items():
+        for seed, by_case in enumerate(by_seed):
+            run = f"{arm}_s{seed}"
+            trainings.append({"run": run, "group": "g", "arm": arm, "block": str(seed)})
+            rows += [
+                {"run": run, "case": f"c{i}", "combination": c, "region": "WT", "dice": d}
+                for i, d in enumerate(by_case)
+                for c in ("flair", "flair+t1ce")
+            ]
+    table = pd.DataFrame(rows)
+    table["n_present"] = table["combination"].str.count(r"\+") + 1
+    return StudyResults(table, pd.DataFrame(trainings), Sidecar(BRATS))
+
+
+def test_a_contrast_of_four_arms_is_the_interaction_by_hand():
+    rng = np.random.default_rng(0)
+    dice = {arm: rng.uniform(0.3, 0.9, (5, 3)).tolist() for arm in "abcd"}
+    weights = {"a": 1, "b": -1, "c": -1, "d": 1}
+    entry = {
+        "title": "t",
+        "kind": "tests",
+        "group": "g",
+        "contrasts": [{"name": "interaction", "weights": weights}, ["a", "b"]],
+    }
+    text = analyse(made_results(dice), [entry])
+    mean = {arm: np.mean(values, axis=1) for arm, values in dice.items()}
+    by_seed = mean["a"] - mean["b"] - mean["c"] + mean["d"]
+    p = stats.ttest_1samp(by_seed, 0).pvalue
+    low, high = stats.t.interval(0.95, 4, by_seed.mean(), stats.sem(by_seed))
+    assert f"| interaction | {100 * by_seed.mean():+.2f} |" in text
+    assert f"{100 * low:+.2f} to {100 * high:+.2f}" in text
+    other = stats.ttest_rel(mean["a"], mean["b"]).pvalue
+    assert f"| {p:.3g} | {min(1, max(2 * min(p, other), p)):.3g} |" in text
+
+
+def test_only_blocks_that_are_whole_are_compared_and_missing_ones_are_said():
+    results = made_results({"a": [[0.5], [0.6], [0.9]], "b": [[0.4], [0.4]]})
+    entry = {"title": "t", "kind": "tests", "group": "g", "planned": 3, "contrasts": [["a", "b"]]}
+    text = analyse(results, [entry])
+    assert "+15.00" in text  # (0.1 + 0.2) / 2
+    assert "Fewer than the 3 seeds planned. Seeds 0, 1; 1 cases." in text
+
+
+def test_an_endpoint_may_be_about_the_combinations_that_hold_one_sequence():
+    results = made_results({"a": [[0.5], [0.7]], "b": [[0.4], [0.5]]})
+    with_contrast = results.records["combination"] == "flair+t1ce"
+    results.records.loc[with_contrast & (results.records["run"] == "a_s0"), "dice"] = 0.9
+    results = StudyResults(results.records, results.trainings, results.sidecar)
+    entry = {"title": "t", "kind": "tests", "group": "g", "contrasts": [["a", "b"]]}
+    assert "| a − b | +25.00 |" in analyse(results, [entry])  # ((0.7 - 0.4) + 0.2) / 2
+    assert "| a − b | +35.00 |" in analyse(results, [{**entry, "shown": "t1ce"}])
