@@ -66,6 +66,9 @@ MOVED = {
     "pmixseg.inference.official": "pmixseg.inference.published_weights",
     "pmixseg.losses.bounds": "pmixseg.evaluation.gap.information",
     "pmixseg.losses.gap": "pmixseg.evaluation.gap.measure",
+    "pmixseg.losses.gaussian": "pmixseg.losses.distances.gaussian",
+    "pmixseg.losses.joint": "pmixseg.losses.distances.joint",
+    "pmixseg.losses.samples": "pmixseg.losses.distances.samples",
     "pmixseg.modules.results": "pmixseg.modules.recording",
 }
 """Module of version 2ddf8fe -> module of today. Nothing new belongs here: checkpoints written since

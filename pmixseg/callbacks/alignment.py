@@ -10,8 +10,7 @@ from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.losses.alignment import Alignment
 from pmixseg.losses.anchors import Anchor
-from pmixseg.losses.distances import Distance
-from pmixseg.losses.gaussian import KL
+from pmixseg.losses.distances import KL, Distance
 from pmixseg.losses.official import OfficialAlignment
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule

@@ -2,8 +2,8 @@
 
 * :mod:`~pmixseg.losses.segmentation`: the criterion contract, Dice + cross-entropy.
 * :mod:`~pmixseg.losses.anchors`: P_mix, what latents are aligned to and missing ones filled with.
-* :mod:`~pmixseg.losses.alignment`: the alignment loss; its distances are in ``distances``,
-  ``gaussian``, ``samples`` and ``joint``.
+* :mod:`~pmixseg.losses.alignment`: the alignment loss.
+* :mod:`~pmixseg.losses.distances`: what it measures, one file per idea.
 * :mod:`~pmixseg.losses.distillation`: terms between a student and a teacher.
 * :mod:`~pmixseg.losses.official`: the authors' public snippets to the letter, for comparison.
 
@@ -11,7 +11,7 @@ Terms that couple the samples of a batch sum or gather over processes (``ranks``
 equals one process; only ``DiceCE(batch_dice=True)`` is exempt.
 """
 
-from pmixseg.losses.alignment import DISTANCES, Alignment, resolve_levels
+from pmixseg.losses.alignment import Alignment, resolve_levels
 from pmixseg.losses.anchors import (
     Anchor,
     MixtureAnchor,
@@ -20,7 +20,22 @@ from pmixseg.losses.anchors import (
     ProductAnchor,
     WeightedAnchor,
 )
-from pmixseg.losses.distances import MSE, NMSE, Cosine, Distance, SmoothL1
+from pmixseg.losses.distances import (
+    DISTANCES,
+    KL,
+    MMD,
+    MSE,
+    NMSE,
+    VIC,
+    VID,
+    CaseNCE,
+    Cosine,
+    Distance,
+    JointKL,
+    SlicedWasserstein,
+    SmoothL1,
+    Whitened,
+)
 from pmixseg.losses.distillation import (
     ContrastiveMatch,
     DistillationTerm,
@@ -34,15 +49,12 @@ from pmixseg.losses.distillation import (
     VariationalMatch,
     WeightedSoftCE,
 )
-from pmixseg.losses.gaussian import KL, VID
-from pmixseg.losses.joint import JointKL
 from pmixseg.losses.official import (
     April2025Alignment,
     July2025Alignment,
     July2025Anchor,
     OfficialAlignment,
 )
-from pmixseg.losses.samples import MMD, SlicedWasserstein
 from pmixseg.losses.segmentation import Criterion, DiceCE, area_fractions
 
 __all__ = [
@@ -51,10 +63,12 @@ __all__ = [
     "MMD",
     "MSE",
     "NMSE",
+    "VIC",
     "VID",
     "Alignment",
     "Anchor",
     "April2025Alignment",
+    "CaseNCE",
     "ContrastiveMatch",
     "Cosine",
     "Criterion",
@@ -81,6 +95,7 @@ __all__ = [
     "VariationalMatch",
     "WeightedAnchor",
     "WeightedSoftCE",
+    "Whitened",
     "area_fractions",
     "resolve_levels",
 ]

@@ -4,7 +4,8 @@ r"""The alignment loss: every modality's latent is pulled, one by one, to the an
 
 for each sample, and the mean over samples. A are the modalities shown to the network; the anchor
 :math:`P^l` is taken over S, the modalities that were acquired and encoded, which may include ones
-hidden from the decoder.
+hidden from the decoder. D looks at brain voxels alone; a sample without any at a level
+contributes 0.
 
 Source: Liu et al., Mind the Gap (arXiv 2409.19366); docs/method/anchors.md and
 docs/method/alignment.md.
@@ -22,34 +23,16 @@ from torch import Tensor, nn
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, hide
 from pmixseg.losses.distances import (
-    MSE,
-    NMSE,
-    Cosine,
+    DISTANCES,
+    KL,
     Detach,
     Distance,
     LevelLatents,
-    SmoothL1,
     mean_over_shown,
 )
-from pmixseg.losses.gaussian import KL, VID
-from pmixseg.losses.joint import JointKL
 from pmixseg.losses.projections import SlotLinear
 from pmixseg.losses.ranks import SharedSums
-from pmixseg.losses.samples import MMD, SlicedWasserstein
 from pmixseg.types import Latents, Presence, Scalar
-
-DISTANCES: dict[str, type[Distance]] = {
-    "nmse": NMSE,
-    "mse": MSE,
-    "kl": KL,
-    "vid": VID,
-    "smooth_l1": SmoothL1,
-    "cosine": Cosine,
-    "mmd": MMD,
-    "sliced_wasserstein": SlicedWasserstein,
-    "joint": JointKL,
-}
-"""Short names of the distances with their default arguments."""
 
 
 class Alignment(nn.Module):
@@ -124,7 +107,8 @@ class Alignment(nn.Module):
 
         Args:
             latents: raw latents, before any fill; ``latents.usable`` tells which slots were
-                encoded. Other slots may hold anything.
+                encoded, ``latents.brain`` which voxels count (all, if it is ``None``). Other slots
+                may hold anything.
             anchor: bound to the same modalities and to the network's levels.
             present: A, what the network is shown, ``[B, M]``.
             acquired: what exists on disk, ``[B, M]``.
@@ -180,7 +164,14 @@ class Alignment(nn.Module):
     ) -> LevelLatents:
         """Clean, float32 (or float64) latents of one level with A and S."""
         features = latents.features[level]
-        subset = latents.usable[level] & acquired.to(features.device)
+        b, _, _, *spatial = features.shape
+        if latents.brain is None:
+            brain = features.new_ones((b, *spatial), dtype=torch.bool)
+        else:
+            brain = latents.brain[level]
+        # A sample without brain has nothing to align.
+        acquired = acquired.to(features.device) & brain.flatten(1).any(1, keepdim=True)
+        subset = latents.usable[level] & acquired
         shown = subset & present.to(features.device)
         dtype = torch.promote_types(features.dtype, torch.float32)
         features = hide(features.to(dtype), subset)
@@ -191,6 +182,7 @@ class Alignment(nn.Module):
             features,
             shown,
             subset,
+            brain,
             level,
             None if log_variance is None else hide(log_variance[level].to(dtype), subset),
         )

@@ -49,6 +49,21 @@ class SharedSums:
             self._sums.append((own, total.requires_grad_()))
         return total
 
+    def gather(self, own: Tensor) -> Tensor:
+        """``own`` of all processes, joined along the first axis, with its gradient.
+
+        Args:
+            own: ``[B, ...]``, of one shape on all processes.
+
+        Returns:
+            ``[B * processes, ...]``.
+        """
+        if not _several():
+            return own
+        places: list[Tensor] = [torch.zeros_like(own)] * dist.get_world_size()
+        places[dist.get_rank()] = own
+        return self.add(torch.cat(places))
+
     def settle(self, loss: Scalar) -> Scalar:
         """The same loss, with its gradient through the sums; once, when it is complete.
 
@@ -83,6 +98,11 @@ def gather_constants(value: Tensor) -> Tensor:
     gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, value.contiguous())
     return torch.cat(gathered)
+
+
+def world_size(sums: SharedSums | None) -> int:
+    """Processes whose samples are taken together; 1 where nothing is shared."""
+    return 1 if sums is None or not _several() else dist.get_world_size()
 
 
 def _several() -> bool:

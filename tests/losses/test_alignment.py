@@ -126,7 +126,8 @@ def test_detach_says_what_moves(detach):
 def test_gradients_are_right(name):
     torch.manual_seed(0)
     f = torch.randn(2, 3, 2, 1, 2, 3, dtype=torch.float64, requires_grad=True)
-    subset, shown = flags([1, 1, 0], [1, 1, 1]), flags([1, 0, 0], [1, 0, 1])
+    # Statistics give hidden latents no gradient (see below), which finite differences would see.
+    subset = shown = flags([1, 1, 0], [1, 1, 1])
     alignment = Alignment(name, [2], NAMES[:3], [0], "linear", detach="none").double()
     for p in alignment.parameters():
         torch.nn.init.normal_(p, 0.3, 0.3)
@@ -151,7 +152,9 @@ def test_mmd_gradient_with_the_bandwidth_held(monkeypatch):
             self.values = values
 
     monkeypatch.setattr(
-        torch.Tensor, "median", lambda self, dim: Held(torch.full(self.shape[:dim], 2.0).to(self))
+        torch.Tensor,
+        "nanmedian",
+        lambda self, dim: Held(torch.full(self.shape[:dim], 2.0).to(self)),
     )
     assert torch.autograd.gradcheck(lambda x: align(x, "mmd", detach="none"), f)
 
@@ -184,7 +187,8 @@ def test_gradients_are_finite_where_it_is_hard(name, case, single):
     assert torch.isfinite(loss) and torch.isfinite(f.grad).all()
     if single and name in ("nmse", "mse", "smooth_l1", "cosine", "mmd", "sliced_wasserstein"):
         assert loss.item() == pytest.approx(0.0, abs=1e-6)  # the anchor over one latent is itself
-    if case in ("coincident", "constant", "zero") and name not in ("kl", "vid", "joint"):
+    guarded = ("kl", "vid", "joint", "vic", "case_nce")
+    if case in ("coincident", "constant", "zero") and name not in guarded:
         assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 

@@ -13,8 +13,8 @@ from pmixseg.losses.anchors import (
     ProductAnchor,
 )
 from pmixseg.losses.distances import NMSE, Cosine, SmoothL1
-from pmixseg.losses.gaussian import KL, VID, gaussian_kl, raw_of_unit_variance
-from pmixseg.losses.samples import MMD, SlicedWasserstein
+from pmixseg.losses.distances.gaussian import KL, VID, gaussian_kl, raw_of_unit_variance
+from pmixseg.losses.distances.samples import MMD, SlicedWasserstein
 from tests.losses.alignment_scenes import NAMES, align, bound, flags, latents_of, values
 
 

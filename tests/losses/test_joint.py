@@ -12,8 +12,8 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.gap.information import gaussian_divergence, total_correlation
 from pmixseg.losses.alignment import Alignment
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
-from pmixseg.losses.gaussian import gaussian_kl
-from pmixseg.losses.joint import (
+from pmixseg.losses.distances.gaussian import gaussian_kl
+from pmixseg.losses.distances.joint import (
     SMALLEST_VARIANCE,
     JointKL,
     gaussian_divergences,

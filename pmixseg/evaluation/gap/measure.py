@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pmixseg.evaluation.gap.information import jensen_shannon, total_correlation
-from pmixseg.losses.gaussian import gaussian_kl
+from pmixseg.losses.distances.gaussian import gaussian_kl
 from pmixseg.types import Features
 
 Vectors = Float[Tensor, "n m c"]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, hide
 from pmixseg.losses.distances import mean_over_shown, pooled_moments
+from pmixseg.losses.distances.gaussian import floored_variance, raw_of_unit_variance
 from pmixseg.losses.distillation.pairing import LatentTerm, Pair, SlotwiseTerm, mean_latent
 from pmixseg.losses.distillation.term import Network, full_precision
-from pmixseg.losses.gaussian import floored_variance, raw_of_unit_variance
 from pmixseg.losses.ranks import SharedSums, gather_constants
 from pmixseg.types import Batch, Features, Scalar, SegOutput
 

@@ -1,9 +1,7 @@
 """Distances between sets of voxel vectors: ``mmd`` and ``sliced_wasserstein``.
 
 They compare distributions, not voxels at the same place. Within one sample at most ``points``
-voxels are drawn without replacement, at places that depend on the seed and the level only: the
-patches move over the brain, the places need not. So a step is reproducible, and samples do not
-depend on each other.
+brain voxels are drawn without replacement (see ``points.py``); samples do not depend on each other.
 """
 
 from __future__ import annotations
@@ -11,10 +9,18 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from pmixseg.losses.anchors import Anchor, NormalAnchor
-from pmixseg.losses.distances import Detach, Distance, LevelLatents, PerSlot, point_and_target
+from pmixseg.losses.distances.contract import (
+    Detach,
+    Distance,
+    LevelLatents,
+    PerSlot,
+    point_and_target,
+)
+from pmixseg.losses.distances.points import brain_points, normal_numbers, take
 
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Multiples of the median squared distance."""
@@ -36,26 +42,23 @@ class SampledDistance(Distance):
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
         """See the class."""
-        generator = torch.Generator().manual_seed(self.seed * 1000 + latents.level)
         features, target = point_and_target(latents, anchor, detach)
-        features, target = features.flatten(3), target.flatten(3)
-        voxels = features.shape[3]
-        if voxels > self.points:
-            places = torch.randperm(voxels, generator=generator)[: self.points].to(features.device)
-            features, target = features[..., places], target[..., places]
+        seed = self.seed * 1000 + latents.level
+        places, inside = brain_points(latents.brain, self.points, seed)
+        x, y = take(features, places).mT, take(target, places).mT
         if isinstance(anchor, NormalAnchor):
-            normal = torch.randn(target.shape[2:], generator=generator)
-            target = normal.to(target).expand_as(target)
-        return self.between(features.mT, target.mT, generator)
+            y = normal_numbers(tuple(y.shape[2:]), seed + 500, like=y).expand_as(y)
+        return self.between(x, y, inside, seed)
 
     @abstractmethod
-    def between(self, x: Tensor, y: Tensor, generator: torch.Generator) -> PerSlot:
+    def between(self, x: Tensor, y: Tensor, inside: Bool[Tensor, "b n"], seed: int) -> PerSlot:
         """Distance of sets.
 
         Args:
             x: ``[B, M, N, C]``.
             y: ``[B, 1, N, C]``.
-            generator: seeded, on the CPU.
+            inside: which of the N vectors count, ``[B, N]``.
+            seed: of this level.
 
         Returns:
             ``[B, M]``.
@@ -80,22 +83,31 @@ class MMD(SampledDistance):
     Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012).
     """
 
+    name = "mmd"
+
     def __init__(self, points: int = 256, seed: int = 0) -> None:
         super().__init__(points, seed)
 
-    def between(self, x: Tensor, y: Tensor, generator: torch.Generator) -> PerSlot:
+    def between(self, x: Tensor, y: Tensor, inside: Bool[Tensor, "b n"], seed: int) -> PerSlot:
         """See the class."""
+        weight = inside.to(x) / inside.sum(1, keepdim=True).clamp_min(1)
+        pairs = weight[:, None, :, None] * weight[:, None, None]  # [B, 1, N, N], summing to 1
         # Distances do not change with the origin, and lose fewer digits near it.
-        origin = y.mean(2, keepdim=True).detach()
+        origin = (y * weight[:, None, :, None]).sum(2, keepdim=True).detach()
         x, y = x - origin, y - origin
         cross = _squared_distances(x, y)
-        median = cross.detach().flatten(2).median(2).values[..., None, None]
-        median = median.clamp_min(torch.finfo(x.dtype).tiny * 1e8)
+        median = _median(cross.detach(), pairs > 0).clamp_min(torch.finfo(x.dtype).tiny * 1e8)
         kernels = (
-            _kernel(_squared_distances(x, x), median),
-            _kernel(_squared_distances(y, y), median),
+            _kernel(_squared_distances(x, x), median, pairs),
+            _kernel(_squared_distances(y, y), median, pairs),
         )
-        return kernels[0] + kernels[1] - 2 * _kernel(cross, median)
+        return kernels[0] + kernels[1] - 2 * _kernel(cross, median, pairs)
+
+
+def _median(values: Tensor, counts: Tensor) -> Tensor:
+    """Lower median of each matrix over the pairs that count; 0 where none does."""
+    chosen = torch.where(counts, values, torch.nan).flatten(2)
+    return chosen.nanmedian(2).values.nan_to_num()[..., None, None]
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -103,14 +115,14 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return (squares - 2 * x @ y.mT).clamp_min(0)
 
 
-def _kernel(squared: Tensor, median: Tensor) -> Tensor:
+def _kernel(squared: Tensor, median: Tensor, pairs: Tensor) -> Tensor:
     # The kernels of five bandwidths are powers of one: e^(-d/4), then squared four times.
     kernel = (-squared / (median * BANDWIDTHS[-1])).exp()
     total = kernel
     for _ in BANDWIDTHS[1:]:
         kernel = kernel.square()
         total = total + kernel
-    return total.mean((2, 3)) / len(BANDWIDTHS)
+    return (total * pairs).sum((2, 3)) / len(BANDWIDTHS)
 
 
 class SlicedWasserstein(SampledDistance):
@@ -129,16 +141,23 @@ class SlicedWasserstein(SampledDistance):
     Source: Bonneel et al., Sliced and Radon Wasserstein Barycenters (JMIV 2015).
     """
 
+    name = "sliced_wasserstein"
+
     def __init__(self, projections: int = 128, points: int = 512, seed: int = 0) -> None:
         super().__init__(points, seed)
         self.projections = projections
 
-    def between(self, x: Tensor, y: Tensor, generator: torch.Generator) -> PerSlot:
+    def between(self, x: Tensor, y: Tensor, inside: Bool[Tensor, "b n"], seed: int) -> PerSlot:
         """See the class."""
-        directions = torch.randn(
-            x.shape[3], self.projections, generator=generator, dtype=torch.float64
-        )
-        directions = (directions / directions.norm(dim=0)).to(x)
-        difference = (x @ directions).sort(2).values - (y @ directions).sort(2).values
-        distance: Tensor = difference.square().mean((2, 3))
+        directions = normal_numbers((x.shape[3], self.projections), seed + 250, like=x)
+        directions = directions / directions.norm(dim=0)
+        last = torch.finfo(x.dtype).max / 4
+        sorted_sets = []
+        for vectors in (x, y):
+            # What does not count comes last in both sets, where the difference is 0.
+            projected = torch.where(inside[:, None, :, None], vectors @ directions, last)
+            sorted_sets.append(projected.sort(2).values)
+        difference = sorted_sets[0] - sorted_sets[1]
+        number = inside.sum(1).clamp_min(1)[:, None]
+        distance: Tensor = difference.square().mean(3).sum(2) / number
         return distance

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
-from pmixseg.losses.distances import Detach, Distance, LevelLatents, PerSlot
+from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
 from pmixseg.losses.ranks import sum_over_ranks
-from pmixseg.types import Features, Presence
+from pmixseg.types import Brain, Features, Presence
 
 SMALLEST_VARIANCE = 1e-6
 """Added to every variance: constant latents have finite logarithms."""
@@ -34,7 +34,7 @@ SMALLEST_EIGENVALUE = 1e-2
 class JointKL(Distance):
     r"""KL divergence of all modalities together from a joint Gaussian anchor: ``joint``.
 
-    For every sample and channel, the voxels give a vector of modalities
+    For every sample and channel, the brain voxels give a vector of modalities
     :math:`z = (f_{mv})_{m \in A}` with mean :math:`\mu` and full covariance :math:`\Sigma`. The
     anchor is
 
@@ -65,6 +65,8 @@ class JointKL(Distance):
     Source: docs/method/theory.md; closed form in Cover & Thomas, Elements of Information Theory.
     """
 
+    name = "joint"
+
     def __init__(self, correlation: float | Literal["matched"] = 0.5, ridge: float = 1e-2) -> None:
         super().__init__()
         known = correlation == "matched" if isinstance(correlation, str) else 0 <= correlation < 1
@@ -81,7 +83,10 @@ class JointKL(Distance):
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
         """See the class; the value of a sample stands in all of its slots."""
         shown, subset = latents.shown, latents.subset
-        mean, covariance = slot_moments(latents.features, subset, self.ridge)
+        features = latents.features
+        if detach == "anchor":  # nor do hidden latents move through the ridge
+            features = torch.where(shown[:, :, None, None, None, None], features, features.detach())
+        mean, covariance = slot_moments(features, subset, self.ridge, latents.brain)
         slots = mean.shape[1]
         variance = covariance.diagonal(dim1=-2, dim2=-1)  # [B, C, M]
         mean_p, log_variance_p = anchor.gaussian(
@@ -128,23 +133,27 @@ class JointKL(Distance):
 
 
 def slot_moments(
-    features: Features, subset: Presence, ridge: float
+    features: Features, subset: Presence, ridge: float, brain: Brain | None = None
 ) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b c m m"]]:
-    """Means over voxels, and covariances between modalities, of every sample and channel.
+    """Means over brain voxels, and covariances between modalities, of every sample and channel.
 
     Args:
         features: ``[B, M, C, D, H, W]``, 0 outside ``subset``.
         subset: slots that count, ``[B, M]``.
         ridge: see :class:`JointKL`.
+        brain: voxels that count, ``[B, D, H, W]``; ``None``: all.
 
     Returns:
         Mean ``[B, M, C]`` and covariance ``[B, C, M, M]``, positive definite; slots outside the
         subset have mean 0 and variance :data:`SMALLEST_VARIANCE` and more.
     """
     flat = features.flatten(3)
-    mean = flat.mean(3)
+    everywhere = flat.new_ones(len(flat), flat.shape[3])
+    inside = everywhere if brain is None else brain.flatten(1).to(flat)
+    share = (inside / inside.sum(1, keepdim=True).clamp_min(1))[:, None, None]  # [B, 1, 1, N]
+    mean = (flat * share).sum(3)
     centred = (flat - mean[..., None]).transpose(1, 2)  # [B, C, M, N]
-    covariance = centred @ centred.mT / flat.shape[3]
+    covariance = (centred * share) @ centred.mT
     # Pooled variance over modalities and voxels, differences of the means included.
     flags = subset.to(mean)[:, :, None]
     count = flags.sum(1).clamp_min(1)
@@ -173,7 +182,8 @@ def gaussian_divergences(
     Returns:
         Nats, without the last axes.
     """
-    q, p = torch.linalg.cholesky(covariance), torch.linalg.cholesky(anchor)
+    # Without the check for a positive definite matrix, which would wait for the device.
+    q, p = torch.linalg.cholesky_ex(covariance).L, torch.linalg.cholesky_ex(anchor).L
     both = torch.cat([q, shift[..., None]], -1)
     solved = torch.linalg.solve_triangular(p, both, upper=False)
     logs = p.diagonal(dim1=-2, dim2=-1).log() - q.diagonal(dim1=-2, dim2=-1).log()

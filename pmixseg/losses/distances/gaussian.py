@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, NormalAnchor
-from pmixseg.losses.distances import Detach, Distance, LevelLatents, PerSlot, standardise
+from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
+from pmixseg.losses.distances.moments import mean_over_brain, standardise
 from pmixseg.losses.projections import SlotLinear
 
 LOG_VARIANCE_LIMIT = 6.0
@@ -60,6 +61,8 @@ class KL(Distance):
             log σ² its ``log_variance``.
     """
 
+    name = "kl"
+
     def __init__(self, heads: bool = True) -> None:
         super().__init__()
         self.with_heads = heads
@@ -108,7 +111,7 @@ class KL(Distance):
         elif detach == "features":
             mean, log_variance = mean.detach(), log_variance.detach()
         divergence = gaussian_kl(mean, log_variance, mean_p[:, None], log_variance_p[:, None])
-        return divergence.mean((2, 3, 4, 5))
+        return mean_over_brain(divergence.mean(2), latents.brain)
 
 
 class VID(Distance):
@@ -133,6 +136,8 @@ class VID(Distance):
 
     Source: Ahn et al., VID (CVPR 2019); docs/method/alignment.md.
     """
+
+    name = "vid"
 
     def __init__(self, standardised: bool = True, epsilon: float = 1e-5) -> None:
         super().__init__()
@@ -170,5 +175,4 @@ class VID(Distance):
         mean = self.means[str(latents.level)].to(features.dtype)
         variance = floored_variance(self.raw_variances[str(latents.level)].to(features.dtype))
         squared = (features - mean.view(shape)).square() / variance.view(shape)
-        distance: Tensor = 0.5 * (squared.mean((2, 3, 4, 5)) + variance.log().mean())
-        return distance
+        return 0.5 * (mean_over_brain(squared.mean(2), latents.brain) + variance.log().mean())

@@ -1,0 +1,78 @@
+"""A fixed number of brain voxels of every sample, and random numbers that need no generator.
+
+Shapes are the same in every step and nothing is asked from the device. Places follow from a seed
+alone, so a step is reproducible on every device and in every process: patches move over the
+brain, the places in them need not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from pmixseg.types import Brain, Features
+
+_MASK = 0xFFFFFFFF
+
+
+def hashed(count: int, seed: int, device: torch.device) -> Int64[Tensor, " n"]:
+    """Distinct numbers in [0, 2³²), one per index, in no visible order.
+
+    Args:
+        count: n, at most 2³².
+        seed: shifts the sequence.
+        device: of the result.
+
+    Source: the finaliser "lowbias32", a bijection of 32-bit integers (Wellons, 2018).
+    """
+    x = torch.arange(count, device=device) + (seed * 0x9E3779B1 & _MASK)
+    x = x & _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def normal_numbers(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
+    """Standard normal numbers that follow from the seed alone.
+
+    Args:
+        shape: of the result.
+        seed: of the numbers.
+        like: gives dtype and device.
+    """
+    count = math.prod(shape)
+    drawn = hashed(2 * count, seed, like.device).to(torch.float64)
+    radius, angle = ((drawn + 0.5) / 2**32).chunk(2)
+    numbers = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+    return numbers.view(shape).to(like.dtype)
+
+
+def brain_points(
+    brain: Brain, count: int, seed: int
+) -> tuple[Int64[Tensor, "b p"], Bool[Tensor, "b p"]]:
+    """Places of brain voxels of every sample, drawn without replacement.
+
+    Args:
+        brain: ``[B, D, H, W]``.
+        count: of places, P; fewer where the level has fewer voxels.
+        seed: of the draw.
+
+    Returns:
+        Indices into the flattened voxels, and which of them are brain: a sample with fewer than P
+        brain voxels has places that do not count.
+    """
+    inside = brain.flatten(1)
+    order = hashed(inside.shape[1], seed, brain.device) + 1
+    # The largest numbers, those outside the brain being 0.
+    drawn, places = torch.where(inside, order, 0).topk(min(count, inside.shape[1]), dim=1)
+    return places, drawn > 0
+
+
+def take(features: Features, places: Int64[Tensor, "b p"]) -> Float[Tensor, "b m c p"]:
+    """Voxel vectors of every slot at the same places."""
+    flat = features.flatten(3)
+    index = places[:, None, None].expand(-1, flat.shape[1], flat.shape[2], -1)
+    return flat.gather(3, index)
