@@ -14,10 +14,13 @@ from torch.nn import functional as F
 
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
+from pmixseg.execution import runs_static
 from pmixseg.types import Batch, Label, Scalar, SegOutput
 
 DEEP_SUPERVISION = re.compile(r"ds([1-9]\d*)")
 """Names of the auxiliary logits that deep supervision reads: ``ds1`` is the finest of them."""
+SMOOTH = 1e-5
+"""MONAI's addend above and below the fraction of the Dice term."""
 
 
 class Criterion(nn.Module, Described, ABC):
@@ -139,6 +142,8 @@ class DiceCE(Criterion):
         }
         refuse_negative("DiceCE", weights)
         self.couples_samples = batch_dice
+        self.dice_weight, self.ce_weight = dice_weight, ce_weight
+        self.first = 0 if include_background else 1
         self.decay = deep_supervision_decay
         options = {
             "include_background": include_background,
@@ -166,9 +171,27 @@ class DiceCE(Criterion):
         # Sums over a million voxels do not fit half precision.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss: Tensor
-        if logits.shape[2:] == label.shape[1:]:
+        if runs_static(logits):
+            loss = self._static_loss(logits, label)
+        elif logits.shape[2:] == label.shape[1:]:
             loss = self.hard(logits, label[:, None])
         else:
             target = area_fractions(label, logits.shape[1], logits.shape[2:])
             loss = self.soft(logits, target.to(logits.dtype))
         return loss
+
+    def _static_loss(self, logits: Tensor, label: Label) -> Tensor:
+        """MONAI's formula in few operations, none of which asks for a tensor's value."""
+        shares = logits.log_softmax(1)
+        if logits.shape[2:] == label.shape[1:]:
+            classes = torch.arange(logits.shape[1], device=label.device)
+            target = (label[:, None] == classes[:, None, None, None]).to(logits.dtype)
+        else:
+            target = area_fractions(label, logits.shape[1], logits.shape[2:]).to(logits.dtype)
+        entropy = -(target * shares).sum(1).mean()
+        axes = (0, 2, 3, 4) if self.couples_samples else (2, 3, 4)
+        probabilities, target = shares.exp()[:, self.first :], target[:, self.first :]
+        overlap = (probabilities * target).sum(axes)
+        total = probabilities.sum(axes) + target.sum(axes)
+        dice = 1 - ((2 * overlap + SMOOTH) / (total + SMOOTH)).mean()
+        return self.dice_weight * dice + self.ce_weight * entropy
