@@ -122,7 +122,9 @@ def preparing(cases: list[Case], folder: Path, repeats: int) -> None:
             ours = out / "store"
             clocks["prepare"].append(timed(prepare, [case], ours, BRATS, progress=False))
             meta = json.loads((ours / "cases" / case.case_id / "meta.json").read_text())
-            clocks["floor"].append(timed(floor, case, out, meta["bytes"].values(), gunzip))
+            clocks["floor"].append(
+                timed(floor, case, out, [f["bytes"] for f in meta["files"].values()], gunzip)
+            )
             clocks["nibabel + numpy"].append(timed(plain, case, out))
             stored = Store.open(ours).read(case.case_id)
             difference = np.abs(np.load(out / "image.npy") - stored.image.astype(np.float32)).max()

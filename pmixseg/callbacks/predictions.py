@@ -55,11 +55,12 @@ class PredictionWriter(BasePredictionWriter):
             stored.geometry.source_affine,
             stored.codes,
             prediction.task,
+            stored.geometry.unit,
         )
-        affine = stored.geometry.source_affine
+        affine, unit = stored.geometry.source_affine, stored.geometry.unit
         if self.probabilities:
             last = np.moveaxis(prediction.source_probabilities(), 0, -1)
-            write_volume(folder / f"{stored.case_id}_probabilities.nii.gz", last, affine)
+            write_volume(folder / f"{stored.case_id}_probabilities.nii.gz", last, affine, unit)
         if self.entropy:
             path = folder / f"{stored.case_id}_entropy.nii.gz"
-            write_volume(path, prediction.source_entropy(), affine)
+            write_volume(path, prediction.source_entropy(), affine, unit)

@@ -111,7 +111,7 @@ def _inspect(subparsers: Any) -> None:
         inspection = inspect_cohort(
             args.root, task, layout=args.layout, progress=console.is_terminal
         )
-        console.print(inspection)
+        console.print(inspection, soft_wrap=True)
         return 1 if inspection.problems else 0
 
     parser.set_defaults(run=run)
@@ -130,6 +130,11 @@ def _prepare(subparsers: Any) -> None:
         action="store_true",
         help="remove cases from the store that are not under ROOT and whose files are gone",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="keep cases that look implausible (inspect lists them) instead of leaving them out",
+    )
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.data.cohorts.layouts import find_cases
@@ -146,8 +151,10 @@ def _prepare(subparsers: Any) -> None:
             dtype=args.dtype,
             workers=args.workers,
             prune=args.prune,
+            force=args.force,
         )
-        console.print(report.summary(), markup=False)
+        # Whole lines: a name that is cut in two is no name.
+        console.print(report.summary(), markup=False, soft_wrap=True)
         return 1 if report.failed else 0
 
     parser.set_defaults(run=run)

@@ -242,7 +242,7 @@ class BraTSDataModule(LightningDataModule):
         self._apply_masks(cases)
         if stage in ("fit", "validate"):
             used = (*(parts.train if stage == "fit" else ()), *self._validated())
-            unlabelled = sorted(name for name in used if cases[name].label is None)
+            unlabelled = sorted(name for name in used if not cases[name].labelled)
             if unlabelled:
                 raise InputError(
                     f"{len(unlabelled)} cases to train or validate on have no label: "

@@ -130,7 +130,7 @@ DAMAGE = {
     "singular affine": (
         "t1ce",
         lambda p: raw_header(p, sform_code=1, srow_x=[0, 0, 0, 0]),
-        r"t1ce\.nii\.gz has no usable orientation .*; repair its header\.",
+        r"t1ce\.nii\.gz has no usable geometry .*; repair its header\.",
     ),
     "all zero": (
         "t1",
@@ -180,12 +180,12 @@ DAMAGE = {
     "labels between integers": (
         "seg",
         lambda p: rewrite(p, put(1.5), dtype=np.float32),
-        r"seg\.nii\.gz holds the label values 1\.5, but",
+        r"seg\.nii\.gz holds the label values 1\.5, which are no whole numbers, .*nearest neigh",
     ),
     "NaN label": (
         "seg",
         lambda p: rewrite(p, put(np.nan), dtype=np.float32),
-        r"seg\.nii\.gz holds the label values nan, but",
+        r"seg\.nii\.gz holds the label values nan, which are no numbers; replace them, background",
     ),
     "label of another shape": (
         "seg",

@@ -267,7 +267,7 @@ def test_root_is_prepared_beside_it_once(phantom_root, tmp_path, caplog):
     assert data.spacing == (10.0, 10.0, 10.0) and len(data.store.cases) == 7
     with caplog.at_level("INFO"):
         BraTSDataModule(root=root, spacing=(10, 10, 10.0)).prepare_data()
-    assert "0 cases prepared, 7 up to date" in caplog.text
+    assert "0 prepared, 7 up to date" in caplog.text
     (tmp_path / late.name).rename(late)
     data.prepare_data()
     assert len(data.store.cases) == 8

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 import pmixseg
 from pmixseg.backbones import MMFormer, RFNet
 from pmixseg.cli import main
-from pmixseg.data.scans.geometry import Box, Geometry
+from pmixseg.data.scans.boxes import Box
+from pmixseg.data.scans.geometry import Geometry
 from pmixseg.errors import InputError
 from pmixseg.inference.published_weights import import_official
 from pmixseg.task import BRATS, Task

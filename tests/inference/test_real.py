@@ -7,6 +7,7 @@ import torch
 from nibabel.processing import resample_to_output
 
 from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.scans.plausibility import Verdict
 from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.store import Store
 from pmixseg.evaluation.prediction import scans as segment
@@ -53,7 +54,7 @@ def check_combinations(model, case, combinations, kinds, folder, monkeypatch):
         with monkeypatch.context() as patch:
             # Half of the time goes into asking whether these are brains, which was just answered
             # for the same voxels.
-            patch.setattr(segment, "implausible", lambda case, task: [])
+            patch.setattr(segment, "judge", lambda case, task: Verdict(()))
             for turned in files:
                 again = in_grid_of(model, turned, combination)
                 back = reoriented(again, nib.aff2axcodes(found.affine))

@@ -7,9 +7,10 @@ from nibabel.processing import resample_to_output
 from scipy import ndimage
 
 from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.scans.brains import MAX_BRAIN_ML, not_a_brain
 from pmixseg.data.scans.canonical import canonicalise
 from pmixseg.data.scans.grids import on_one_grid
-from pmixseg.data.scans.plausibility import MAX_BRAIN_ML, implausible, misplaced, not_a_brain
+from pmixseg.data.scans.plausibility import implausible, misplaced
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.modules.preparation import Preparation

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError
+from pmixseg.task import Task
 
 ImageFile = Path | tuple[Path, int]
 """A 3-D file, or one channel of a 4-D file."""
@@ -34,6 +36,9 @@ class Case:
         patient: groups the time points of one patient.
         layout: name of the layout it was found by.
         ignored: numbers in the label file that are no label of the task and become background.
+        doubtful: those of them that other cohorts give to ``witness``; see
+            :class:`~pmixseg.data.scans.volumes.Coding`.
+        witness: label that shows by its own number which coding a file has.
         problem: a sentence if the case cannot be used as it lies there.
     """
 
@@ -45,7 +50,17 @@ class Case:
     patient: str = ""
     layout: str = ""
     ignored: tuple[int, ...] = ()
+    doubtful: tuple[int, ...] = ()
+    witness: str = ""
     problem: str | None = None
+
+    def coding(self, task: Task) -> Coding:
+        """What the numbers of the label file mean.
+
+        Raises:
+            InputError: the codes do not fit the task's labels.
+        """
+        return Coding.of(task, self.codes, self.ignored, self.doubtful, self.witness)
 
 
 @dataclass(frozen=True)

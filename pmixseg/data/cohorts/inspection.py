@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from pmixseg.data.cohorts.layouts import Case, Layout, search
-from pmixseg.data.scans.geometry import Geometry
+from pmixseg.data.cohorts.orientation import odd_ones_out
+from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
+from pmixseg.data.scans.canonical import STORE_DTYPE, join
 from pmixseg.data.scans.nifti import Scan, ScanReader
+from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.scans.volumes import (
-    check_same_grid,
-    class_table,
-    classes_of,
-    geometry_of,
+    LabelMap,
+    Place,
+    Signal,
+    label_map,
+    place_of,
+    same_grid,
     signal_of,
 )
 from pmixseg.errors import InputError
 from pmixseg.task import Task
+
+_ENDLESS = 10_000
+"""Columns of a terminal in which nothing is folded."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,9 @@ class CaseFacts:
         spacing: mm, in the file's axis order.
         orientation: axis codes of the file, such as ``LPS``.
         voxels: label name -> voxels, where the label could be read.
-        problems: sentences; a case with one cannot be prepared.
+        ignored: number in the label file that becomes background -> voxels of it.
+        problems: sentences; a case with one is not prepared.
+        notes: sentences about a case that is prepared all the same.
     """
 
     case_id: str
@@ -52,7 +64,9 @@ class CaseFacts:
     spacing: tuple[float, ...] | None = None
     orientation: str = ""
     voxels: dict[str, int] | None = None
+    ignored: dict[int, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,8 @@ class Inspection:
         layout: name of the layout by which the cases were found.
         task: modalities and labels that were looked for.
         cases: one entry per case.
-        stray: NIfTI files that belong to no case.
+        stray: scan files that belong to no case.
+        cohort: sentences about the cohort as a whole.
     """
 
     root: Path
@@ -72,6 +87,7 @@ class Inspection:
     task: Task
     cases: Sequence[CaseFacts]
     stray: Sequence[Path] = field(default=())
+    cohort: Sequence[str] = field(default=())
 
     @property
     def problems(self) -> list[str]:
@@ -86,7 +102,7 @@ class Inspection:
             padding=(0, 1, 0, 0),
             pad_edge=False,
         )
-        table.add_column("case", overflow="fold")
+        table.add_column("case", no_wrap=True, overflow="ignore")
         table.add_column("lacks", overflow="fold")
         for name in ("shape", "mm", "axes"):
             table.add_column(name, no_wrap=True)
@@ -111,7 +127,7 @@ class Inspection:
         return table
 
     def summary(self) -> str:
-        """What the table says, in sentences; the problems last."""
+        """What the table says, and what it means for training, in sentences; problems last."""
         have = Counter(m for case in self.cases for m in case.modalities)
         counts = ", ".join(f"{self.task.show(m)} {have[m]}" for m in self.task.modalities)
         labelled = sum(case.labelled for case in self.cases)
@@ -120,15 +136,45 @@ class Inspection:
         if len(shapes) > 1:
             lines.append(f"{len(shapes)} different shapes, spacings or orientations.")
         if self.stray:
-            named = ", ".join(str(p.relative_to(self.root)) for p in self.stray[:3])
-            more = ", ..." if len(self.stray) > 3 else ""
-            lines.append(f"{len(self.stray)} NIfTI files belong to no case: {named}{more}.")
+            named = listed([str(p.relative_to(self.root)) for p in self.stray])
+            lines.append(f"{len(self.stray)} scan files belong to no case: {named}.")
+        lines += [f"{line}." for line in ignored_lines({c.case_id: c.ignored for c in self.cases})]
+        lines += self.cohort
+        lines += self._use()
+        lines += grouped((c.case_id, note) for c in self.cases for note in c.notes)
         lines.append(f"{len(self.problems)} problems." if self.problems else "No problems.")
-        return "\n".join([*lines, *self.problems])
+        return "\n".join(
+            [*lines, *grouped((c.case_id, text) for c in self.cases for text in c.problems)]
+        )
+
+    def _use(self) -> Iterator[str]:
+        """What becomes of the cases that are not as the others."""
+        good = [c for c in self.cases if not c.problems]
+        bad = [c.case_id for c in self.cases if c.problems]
+        if bad:
+            yield (
+                f"{len(bad)} cases have problems, prepare leaves them out and no training sees "
+                f"them: {listed(bad)}."
+            )
+        without = [c.case_id for c in good if not c.labelled]
+        if without:
+            yield (
+                f"{len(without)} cases have no label, so they can be segmented, but not trained "
+                f"on or scored: {listed(without)}."
+            )
+        lacking = [c.case_id for c in good if len(c.modalities) < self.task.num_modalities]
+        if lacking:
+            yield (
+                f"{len(lacking)} cases lack sequences and are used with those that they have: "
+                f"{listed(lacking)}."
+            )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.table()
-        yield escape(self.summary())
+        # As wide as it needs to be: a name that is cut or folded is no name.
+        table = self.table()
+        needed = Measurement.get(console, options.update(max_width=_ENDLESS), table).maximum
+        yield from console.render(table, options.update(width=max(needed, 1)))
+        yield Text(self.summary(), no_wrap=True, overflow="ignore")
 
 
 def inspect_cohort(
@@ -152,42 +198,63 @@ def inspect_cohort(
     found = search(root, task, layout)
     console = Console(stderr=True)
     cases = track(found.cases, "inspecting", console=console, disable=not progress)
-    facts = [_facts(case, task) for case in cases]
+    odd = odd_ones_out(found.cases)
+    facts = [_facts(case, task, odd) for case in cases]
     names = [case.layout for case in found.cases if case.layout]
     return Inspection(Path(root), names[0], task, facts, found.stray)
 
 
-def _facts(case: Case, task: Task) -> CaseFacts:
+def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
     where = f"case '{case.case_id}'"
     modalities = tuple(m for m in task.modalities if m in case.images)
     if case.problem is not None:
         return CaseFacts(case.case_id, modalities, case.label is not None, problems=(case.problem,))
     problems: list[str] = []
-    geometry: Geometry | None = None
-    reference = ""
-    voxels: dict[str, int] | None = None
+    reference: Place | None = None
+    signals: dict[str, Signal] = {}
+    labels: LabelMap | None = None
+    oriented = False
     for role, scan in _readable(case, task, where, problems):
-        try:
-            own = geometry_of(scan, None, where)
-            if geometry is None:
-                geometry, reference = own, scan.name
+        with _noted(problems):
+            place = place_of(scan, None, where)
+            geometry, reference = place.geometry, reference or place
+            with _noted(problems):
+                geometry = same_grid(reference, place, where)
             if role == "label":
-                voxels = _voxels(scan, own, task, case, where)
+                labels = label_map(scan, geometry, case.coding(task), where)
             else:
-                signal_of(scan, own, where)
-            check_same_grid(geometry, own, reference, scan.name, where)
-        except InputError as error:
-            problems.append(str(error))
+                oriented |= scan.oriented
+                signals[role] = signal_of(scan, geometry, where, role)
+    notes: list[str] = []
+    if reference is not None and signals and not problems:
+        ready = join(signals, reference.geometry, task, STORE_DTYPE)
+        ready.oriented = oriented
+        verdict = judge(ready, task, odd_one_out=case.case_id in odd)
+        if verdict.findings:
+            problems.append(verdict.refusal(where))
+        else:
+            notes += verdict.notes(where)
     return CaseFacts(
         case_id=case.case_id,
         modalities=modalities,
         labelled=case.label is not None,
-        shape=geometry.source_shape if geometry else None,
-        spacing=geometry.source_zooms if geometry else None,
-        orientation="".join(nib.aff2axcodes(geometry.affine)) if geometry else "",
-        voxels=voxels,
+        shape=reference.geometry.source_shape if reference else None,
+        spacing=reference.geometry.source_zooms if reference else None,
+        orientation="".join(nib.aff2axcodes(reference.geometry.affine)) if reference else "",
+        voxels=None if labels is None else _voxels(labels, task),
+        ignored={} if labels is None else dict(labels.ignored),
         problems=tuple(problems),
+        notes=tuple(notes),
     )
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Go on behind this block if its input is at fault, and note why."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
 
 
 def _readable(
@@ -197,16 +264,13 @@ def _readable(
     reader = ScanReader(where)
     sources = [(m, case.images[m]) for m in task.modalities if m in case.images]
     for role, source in [*sources, *([("label", case.label)] if case.label else [])]:
-        try:
+        scan: Scan | None = None
+        with _noted(problems):
             scan = reader.read(source, role)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        yield role, scan
+        if scan is not None:
+            yield role, scan
 
 
-def _voxels(scan: Scan, geometry: Geometry, task: Task, case: Case, where: str) -> dict[str, int]:
-    table = class_table(task, case.codes, case.ignored)
-    classes: npt.NDArray[np.uint8] = classes_of(scan, geometry, table, where)[1]
-    counts = np.bincount(classes.ravel(), minlength=task.num_classes)
+def _voxels(labels: LabelMap, task: Task) -> dict[str, int]:
+    counts = np.bincount(labels.classes.ravel(), minlength=task.num_classes)
     return {name: int(counts[i + 1]) for i, name in enumerate(task.labels)}

@@ -26,7 +26,6 @@ import yaml
 
 from pmixseg.data.cohorts.cases import Case, Found, ImageFile, Layout, Pattern, Tree, match
 from pmixseg.data.cohorts.dataset_json import described_layout
-from pmixseg.data.scans.nifti import ScanReader
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
@@ -44,7 +43,6 @@ _OLD_SUFFIXES = {"flair": "flair", "t1ce": "t1ce", "t1": "t1", "t2": "t2"}
 _NEW_SUFFIXES = {"flair": "t2f", "t1ce": "t1c", "t1": "t1n", "t2": "t2w"}
 _OLD_CODES = {"NCR": 1, "ED": 2, "ET": 4}
 _NEW_CODES = {"NCR": 1, "ED": 2, "ET": 3}
-_PEEKED_LABELS = 8
 
 
 def _brats(
@@ -279,29 +277,20 @@ def _recognise(tree: Tree, task: Task) -> Found:
             f"{', '.join(LAYOUTS)}, or write a YAML file of patterns."
             + "".join(f" ({reason})" for reason in reasons)
         )
-    if best.cases[0].layout == "brats2024" and not _holds_cavities(best.cases):
-        return match(tree, _for_task(LAYOUTS["brats2023"], tree, task))
-    return best
+    return replace(best, cases=[_told_by_number(case) for case in best.cases])
 
 
-def _holds_cavities(cases: list[Case]) -> bool:
-    """Whether label 4 may be read as resection cavity.
+def _told_by_number(case: Case) -> Case:
+    """Say which of the newer codings a case has.
 
-    Names do not tell 2023 from 2024 for certain, and ignoring label 4 of a cohort that codes
-    enhancing tumour as 4 would lose the tumour without a word. So: scans numbered as after
-    treatment, or a 4 in a cohort that has shown a 3, which the old coding never holds.
+    Names do not tell 2023 from 2024, and ignoring label 4 of a case that codes enhancing tumour as
+    4 would lose the tumour without a word. Scans after treatment are numbered from 100: there 4 is
+    the cavity. In others it is ignored only beside a 3, which the old coding never holds; whoever
+    reads the label file sees to that.
     """
-    if any(case.case_id.rsplit("-", 1)[-1] >= "100" for case in cases):
-        return True
-    seen: set[int] = set()
-    for case in [c for c in cases if c.label is not None][:_PEEKED_LABELS]:
-        assert case.label is not None
-        try:
-            values = ScanReader(f"case '{case.case_id}'").read(case.label, "label").values()
-        except InputError:
-            continue  # reported when the case is read
-        seen |= {v for v in (3, 4) if (values == v).any()}
-    return seen == {3, 4}
+    if case.layout != "brats2024" or case.case_id.rsplit("-", 1)[-1] >= "100":
+        return case
+    return replace(case, layout="brats2023", doubtful=case.ignored, witness="ET")
 
 
 def _examples(tree: Tree) -> str:

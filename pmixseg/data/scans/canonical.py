@@ -7,21 +7,24 @@ testing a combination equals segmenting that combination's files alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pmixseg.data.scans.geometry import BOX_MULTIPLE, Box, Geometry, Spacing
+from pmixseg.data.scans.boxes import Box
+from pmixseg.data.scans.geometry import BOX_MULTIPLE, Geometry, Spacing
 from pmixseg.data.scans.nifti import ScanReader, Source
 from pmixseg.data.scans.volumes import (
+    Coding,
+    LabelMap,
+    Place,
     Signal,
-    check_same_grid,
-    class_table,
-    classes_of,
-    geometry_of,
+    label_map,
+    place_of,
+    same_grid,
     signal_of,
 )
 from pmixseg.errors import InputError
@@ -60,6 +63,9 @@ class CanonicalCase:
         label_box: where ``label_native`` lies in the canonical volume.
         geometry: the grids, and the way back.
         digests: modality or ``label`` -> SHA-256 of its file's bytes.
+        ignored: number in the label file -> voxels of it that became background.
+        oriented: whether any of the scans says how it lies; otherwise the case was taken as LAS.
+        doubts: phrases of :func:`~pmixseg.data.scans.brains.not_a_brain` on single scans.
     """
 
     image: npt.NDArray[Any]
@@ -69,16 +75,18 @@ class CanonicalCase:
     label_box: Box | None
     geometry: Geometry
     digests: Mapping[str, str]
+    ignored: Mapping[int, int] = field(default_factory=dict)
+    oriented: bool = True
+    doubts: tuple[str, ...] = ()
 
 
 def canonicalise(
     images: Mapping[str, Source],
     label: Source | None,
     task: Task,
-    codes: Mapping[str, int] | None = None,
+    coding: Coding | Mapping[str, int] | None = None,
     spacing: Spacing | None = None,
     *,
-    ignored: Sequence[int] = (),
     dtype: npt.DTypeLike = STORE_DTYPE,
     where: str = "case",
 ) -> CanonicalCase:
@@ -89,16 +97,16 @@ def canonicalise(
             task's modalities, at least one.
         label: the label map, or ``None``.
         task: modalities and labels.
-        codes: label name -> number in the label file (``None``: class index).
+        coding: what the label file's numbers mean, or label name -> number (``None``: class
+            index).
         spacing: voxel size in mm to resample to, per canonical axis; linear for images, nearest
             for labels. ``None`` keeps the source's.
-        ignored: numbers in the label file that are no class of the task and become background.
         dtype: ``float16`` or ``float32``.
         where: how messages name the case.
 
     Raises:
-        InputError: a damaged file, files that do not lie on one grid, a volume without signal or
-            with NaN, a label value outside the coding.
+        InputError: a damaged file, files that do not lie on one grid, voxels of a size that no scan
+            has, a volume without signal or with NaN, a label value outside the coding.
     """
     unknown = sorted(set(images) - set(task.modalities))
     if unknown or not images:
@@ -107,37 +115,55 @@ def canonicalise(
             f"{list(task.modalities)}; give at least one of these."
         )
     reader = ScanReader(where)
-    table = class_table(task, codes, ignored)
-    geometry: Geometry | None = None
-    reference = ""
+    numbers = coding if isinstance(coding, Coding) else Coding.of(task, coding)
+    reference: Place | None = None
     signals: dict[str, Signal] = {}
+    oriented = False
     for name in task.modalities:
         if name not in images:
             continue
         scan = reader.read(images[name], name)
-        own = geometry_of(scan, spacing, where)
-        if geometry is None:
-            geometry, reference = own, scan.name
-        check_same_grid(geometry, own, reference, scan.name, where)
-        signals[name] = signal_of(scan, own, where)
-    assert geometry is not None  # there is at least one image
+        place = place_of(scan, spacing, where)
+        oriented |= scan.oriented
+        reference = reference or place
+        signals[name] = signal_of(scan, same_grid(reference, place, where), where, name)
+    assert reference is not None  # there is at least one image
+    case = join(signals, reference.geometry, task, dtype)
+    case.digests, case.oriented = reader.digests, oriented
+    if label is not None:
+        scan = reader.read(label, "label")
+        place = place_of(scan, None, where)
+        seen = label_map(scan, same_grid(reference, place, where), numbers, where)
+        _add_label(case, seen)
+    return case
+
+
+def join(
+    signals: Mapping[str, Signal], geometry: Geometry, task: Task, dtype: npt.DTypeLike
+) -> CanonicalCase:
+    """Put the modalities of a case on the union of their boxes.
+
+    Args:
+        signals: modality -> its non-zero part; one or more, all on the grid of ``geometry``.
+        geometry: the grids, without boxes.
+        task: order of the channels.
+        dtype: ``float16`` or ``float32``.
+
+    Returns:
+        A case without a label.
+    """
     boxes = {n: s.box.grow(BOX_MULTIPLE, geometry.grid_shape) for n, s in signals.items()}
     geometry = replace(geometry, boxes=boxes)
-    case = CanonicalCase(
+    return CanonicalCase(
         image=_joined(signals, geometry.box(), task, dtype),
         acquired=tuple(n in signals for n in task.modalities),
         label=None,
         label_native=None,
         label_box=None,
         geometry=geometry,
-        digests=reader.digests,
+        digests={},
+        doubts=tuple(s.doubt for s in signals.values() if s.doubt),
     )
-    if label is not None:
-        scan = reader.read(label, "label")
-        own = geometry_of(scan, None, where)
-        check_same_grid(geometry, own, reference, scan.name, where)
-        _add_label(case, *classes_of(scan, own, table, where))
-    return case
 
 
 def _joined(
@@ -152,15 +178,16 @@ def _joined(
     return image
 
 
-def _add_label(case: CanonicalCase, tight: Box, classes: npt.NDArray[np.uint8]) -> None:
+def _add_label(case: CanonicalCase, seen: LabelMap) -> None:
     geometry, box = case.geometry, case.geometry.box()
-    inside = box.contains(tight) or classes.size == 0
+    case.ignored = seen.ignored
+    inside = box.contains(seen.box) or seen.classes.size == 0
     if inside and not geometry.resampled:
         case.label = np.zeros(box.shape, dtype=np.uint8)
-        case.label[tight.relative_to(box).slices] = classes
+        case.label[seen.box.relative_to(box).slices] = seen.classes
         return
     full = np.zeros(geometry.canonical_shape, dtype=np.uint8)
-    full[tight.slices] = classes
+    full[seen.box.slices] = seen.classes
     on_grid = geometry.to_grid(full, order=0) if geometry.resampled else full
     case.label = np.ascontiguousarray(on_grid[box.slices])
-    case.label_native, case.label_box = np.ascontiguousarray(classes), tight
+    case.label_native, case.label_box = np.ascontiguousarray(seen.classes), seen.box

@@ -13,82 +13,23 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from pmixseg.data.scans.boxes import Box, Triple, triple
 from pmixseg.errors import InputError
 
-Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 Matrix = tuple[tuple[float, ...], ...]
 
 BOX_MULTIPLE = 8
 """Boxes begin and end at multiples of this many voxels of the absolute grid (or at its end)."""
 
+MIN_SPACING, MAX_SPACING = 0.05, 30.0
+"""Smallest and largest credible voxel size in mm: below any scanner, above any slice gap."""
+
+MAX_VOXELS = 1 << 29
+"""Most voxels of a grid, 812 cubed: 2 GiB per modality while it is resampled."""
+
 _SAME_SPACING = 1e-3
 """Relative difference below which two spacings count as equal and nothing is resampled."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """A half-open box of voxels, ``lo <= index < hi``.
-
-    Example:
-        >>> Box((0, 8, 0), (8, 16, 24)).union(Box((8, 8, 8), (16, 24, 16)))
-        Box(lo=(0, 8, 0), hi=(16, 24, 24))
-    """
-
-    lo: Triple
-    hi: Triple
-
-    @property
-    def shape(self) -> Triple:
-        """Voxels per axis."""
-        return _triple(h - o for o, h in zip(self.lo, self.hi, strict=True))
-
-    @property
-    def slices(self) -> tuple[slice, slice, slice]:
-        """The box as an index into an array that starts at the origin."""
-        a, b, c = (slice(o, h) for o, h in zip(self.lo, self.hi, strict=True))
-        return a, b, c
-
-    def union(self, other: Box) -> Box:
-        """The smallest box that contains both."""
-        return Box(
-            _triple(map(min, zip(self.lo, other.lo, strict=True))),
-            _triple(map(max, zip(self.hi, other.hi, strict=True))),
-        )
-
-    def contains(self, other: Box) -> bool:
-        """Whether no voxel of ``other`` lies outside."""
-        return self.union(other) == self
-
-    def relative_to(self, outer: Box) -> Box:
-        """The same voxels, counted from the first voxel of ``outer``."""
-        return Box(
-            _triple(a - b for a, b in zip(self.lo, outer.lo, strict=True)),
-            _triple(a - b for a, b in zip(self.hi, outer.lo, strict=True)),
-        )
-
-    def grow(self, multiple: int, shape: Triple) -> Box:
-        """Move every face outwards to a multiple of ``multiple``, at most to ``shape``."""
-        return Box(
-            _triple(o // multiple * multiple for o in self.lo),
-            _triple(
-                min(-(-h // multiple) * multiple, n) for h, n in zip(self.hi, shape, strict=True)
-            ),
-        )
-
-    def to_dict(self) -> dict[str, list[int]]:
-        """Primitives only."""
-        return {"lo": list(self.lo), "hi": list(self.hi)}
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Iterable[int]]) -> Box:
-        """Inverse of :meth:`to_dict`."""
-        return cls(_triple(raw["lo"]), _triple(raw["hi"]))
-
-    @classmethod
-    def whole(cls, shape: Triple) -> Box:
-        """All voxels of an array of this shape."""
-        return cls((0, 0, 0), shape)
 
 
 @dataclass(frozen=True)
@@ -109,6 +50,7 @@ class Geometry:
         grid_spacing: voxel size of the grid in mm.
         boxes: per acquired modality, the box of its non-zero voxels in the grid, grown outwards to
             multiples of :data:`BOX_MULTIPLE` and clipped to the grid.
+        unit: mm per unit of length of the reference file (metre 1000, micron 0.001).
     """
 
     source_shape: Triple
@@ -118,6 +60,7 @@ class Geometry:
     grid_shape: Triple
     grid_spacing: Spacing
     boxes: Mapping[str, Box]
+    unit: float = 1.0
 
     @classmethod
     def of(
@@ -126,6 +69,7 @@ class Geometry:
         affine: npt.ArrayLike,
         spacing: Spacing | None = None,
         boxes: Mapping[str, Box] | None = None,
+        unit: float = 1.0,
     ) -> Geometry:
         """The grids that follow from a file's shape and affine.
 
@@ -134,32 +78,44 @@ class Geometry:
             affine: its affine.
             spacing: voxel size of the grid in mm per canonical axis; ``None`` keeps the source's.
             boxes: see the class.
+            unit: see the class.
 
         Raises:
-            ValueError: the affine is singular or not finite, so it has no orientation.
+            ValueError: the affine is singular or not finite, so it has no orientation; or voxels
+                or grid have a size that no scan has. The text is a phrase.
         """
         matrix = np.asarray(affine, dtype=np.float64)
-        if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-9:
-            raise ValueError("the affine is singular or not finite")
-        order = _axes_of(matrix)
         zooms = np.sqrt((matrix[:3, :3] ** 2).sum(axis=0))
+        # Relative to the voxel: a determinant in mm³ would call fine voxels singular.
+        if not np.isfinite(matrix).all() or not abs(np.linalg.det(matrix[:3, :3])) > 1e-6 * np.prod(
+            zooms
+        ):
+            raise ValueError("the affine is singular or not finite")
+        check_spacing(zooms.tolist(), "its voxels")
+        order = _axes_of(matrix)
         source = _spacing(zooms[a] for a, _ in order)
-        canonical = _triple(shape[a] for a, _ in order)
+        canonical = triple(shape[a] for a, _ in order)
         grid, grid_shape = source, canonical
         if spacing is not None:
             pairs = list(zip(source, spacing, strict=True))
             grid = _spacing(s if abs(s - t) <= _SAME_SPACING * t else t for s, t in pairs)
             extent = (n * s / t for n, s, t in zip(canonical, source, grid, strict=True))
             # A hundredth is spared: header noise such as 1.00001 mm must not add a voxel.
-            grid_shape = _triple(max(1, math.ceil(e - 0.01)) for e in extent)
+            grid_shape = triple(max(1, math.ceil(e - 0.01)) for e in extent)
+        if math.prod(grid_shape) > MAX_VOXELS:
+            raise ValueError(
+                f"{_by(grid_shape)} voxels of {_by(grid)} mm are more than memory is asked for; "
+                "larger voxels would fit"
+            )
         return cls(
-            source_shape=_triple(shape),
+            source_shape=triple(shape),
             source_affine=tuple(tuple(float(v) for v in row) for row in matrix),
             source_spacing=source,
             canonical_shape=canonical,
             grid_shape=grid_shape,
             grid_spacing=grid,
             boxes=dict(boxes or {}),
+            unit=unit,
         )
 
     @property
@@ -171,6 +127,11 @@ class Geometry:
     def affine(self) -> npt.NDArray[np.float64]:
         """``source_affine`` as an array."""
         return np.array(self.source_affine, dtype=np.float64)
+
+    @property
+    def file_affine(self) -> npt.NDArray[np.float64]:
+        """The affine in the reference file's own unit, as the file has it."""
+        return np.diag([1 / self.unit, 1 / self.unit, 1 / self.unit, 1.0]) @ self.affine
 
     @property
     def canonical_affine(self) -> npt.NDArray[np.float64]:
@@ -226,7 +187,7 @@ class Geometry:
             first, last, size = source.lo[axis], source.hi[axis], self.source_shape[axis]
             lo.append(size - last if flip else first)
             hi.append(size - first if flip else last)
-        return Box(_triple(lo), _triple(hi))
+        return Box(triple(lo), triple(hi))
 
     def to_grid(
         self, canonical: npt.NDArray[Any], order: Literal[0, 1]
@@ -287,8 +248,8 @@ class Geometry:
             far_lo.append(round(near_lo[-1] * ratio))
             far_hi.append(min(math.ceil(near_hi[-1] * ratio), self.canonical_shape[axis]))
         return (
-            Box(_triple(near_lo), _triple(near_hi)),
-            Box(_triple(far_lo), _triple(far_hi)),
+            Box(triple(near_lo), triple(near_hi)),
+            Box(triple(far_lo), triple(far_hi)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -301,20 +262,44 @@ class Geometry:
             "grid_shape": list(self.grid_shape),
             "grid_spacing": list(self.grid_spacing),
             "boxes": {name: box.to_dict() for name, box in self.boxes.items()},
+            "unit": self.unit,
         }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Geometry:
         """Inverse of :meth:`to_dict`."""
         return cls(
-            source_shape=_triple(raw["source_shape"]),
+            source_shape=triple(raw["source_shape"]),
             source_affine=tuple(tuple(float(v) for v in row) for row in raw["source_affine"]),
             source_spacing=_spacing(raw["source_spacing"]),
-            canonical_shape=_triple(raw["canonical_shape"]),
-            grid_shape=_triple(raw["grid_shape"]),
+            canonical_shape=triple(raw["canonical_shape"]),
+            grid_shape=triple(raw["grid_shape"]),
             grid_spacing=_spacing(raw["grid_spacing"]),
             boxes={name: Box.from_dict(box) for name, box in raw["boxes"].items()},
+            unit=float(raw["unit"]),
         )
+
+
+def check_spacing(spacing: Iterable[float], what: str) -> None:
+    """Compare a voxel size with what scanners make.
+
+    Args:
+        spacing: mm per axis.
+        what: has it, how the message begins.
+
+    Raises:
+        ValueError: a size outside :data:`MIN_SPACING` to :data:`MAX_SPACING`; the text is a phrase.
+    """
+    sizes = list(spacing)
+    if not all(MIN_SPACING <= s <= MAX_SPACING for s in sizes):
+        raise ValueError(
+            f"{what} measure {_by(sizes)} mm, where {MIN_SPACING:g} to {MAX_SPACING:g} mm are "
+            "credible"
+        )
+
+
+def _by(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{n:.4g}" for n in numbers)
 
 
 def _axes_of(affine: npt.NDArray[np.float64]) -> list[tuple[int, bool]]:
@@ -366,11 +351,6 @@ def _resample(
 
 def _is_whole(value: float) -> bool:
     return abs(value - round(value)) < 1e-6
-
-
-def _triple(values: Iterable[int]) -> Triple:
-    a, b, c = (int(v) for v in values)
-    return a, b, c
 
 
 def _spacing(values: Iterable[float]) -> Spacing:

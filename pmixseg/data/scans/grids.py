@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.processing import resample_from_to
-from nibabel.spatialimages import HeaderDataError, SpatialImage
+from nibabel.spatialimages import SpatialImage
 
 from pmixseg.data.scans.geometry import Geometry
 from pmixseg.data.scans.nifti import ScanReader, Source
-from pmixseg.data.scans.volumes import check_same_grid
+from pmixseg.data.scans.volumes import Place, same_grid
 from pmixseg.errors import InputError
 
 
@@ -64,34 +63,38 @@ def on_one_grid(
             f"{where}: the reference '{reference}' is not among the given scans {list(images)}; "
             "name one of these."
         )
-    grids = {name: grid for name, source in images.items() if (grid := _grid_of(source))}
-    if len(grids) < len(images):
+    reader = ScanReader(where)
+    places = {m: place for m, source in images.items() if (place := _place_of(reader, source, m))}
+    if len(places) < len(images):
         return CommonGrid(dict(images))
+    grids = {name: place.geometry for name, place in places.items()}
     # Rounded: header noise such as 0.99999994 mm makes no scan the finest.
     chosen = reference or min(grids, key=lambda n: round(_voxel_mm3(grids[n]), 3))
-    found = CommonGrid(dict(images), grids[chosen])
-    reader = ScanReader(where)
-    for name, grid in grids.items():
+    common = CommonGrid(dict(images), grids[chosen])
+    for name, place in places.items():
         try:
-            check_same_grid(grids[chosen], grid, chosen, name, where)
+            same_grid(places[chosen], place, where)
         except InputError as error:
+            if place.oriented != places[chosen].oriented:
+                raise  # where it lies is not known, so it cannot be resampled
             if strict:
                 raise InputError(f"{error} Without --strict it would be resampled.") from error
-            found.images[name] = _resampled(reader, images[name], name, grids[chosen])
-            found.notes.append(f"{name} was resampled from its own grid to that of {chosen}")
-    found.digests = reader.digests
-    return found
+            common.images[name] = _resampled(reader, images[name], name, grids[chosen])
+            common.notes.append(f"{name} was resampled from its own grid to that of {chosen}")
+    common.digests = reader.digests
+    return common
 
 
-def _grid_of(source: Source) -> Geometry | None:
-    """The grid that a header describes; ``None`` if there is no usable one."""
-    try:
-        path = source[0] if isinstance(source, tuple) else source
-        image = path if isinstance(path, SpatialImage) else nib.load(path)
-        x, y, z = image.shape[:3]
-        return Geometry.of((x, y, z), image.affine)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError):
+def _place_of(reader: ScanReader, source: Source, name: str) -> Place | None:
+    """Where a header says that a scan lies; ``None`` if it says nothing usable."""
+    frame = reader.frame(source)
+    if frame is None:
         return None
+    try:
+        geometry = Geometry.of(frame.shape, frame.affine, unit=frame.unit)
+    except ValueError:
+        return None
+    return Place(geometry, name, frame.oriented)
 
 
 def _voxel_mm3(grid: Geometry) -> float:

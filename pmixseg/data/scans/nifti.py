@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
+from pmixseg.data.scans.headers import (
+    HEAD,
+    MAX_BYTES,
+    BadHeader,
+    Header,
+    in_mm,
+    is_oriented,
+    read_header,
+    unit_of,
+)
+from pmixseg.data.scans.itk import ITK_ENDINGS, read_itk
+from pmixseg.data.scans.packed import DAMAGED, TooLong, first_bytes, is_packed, unpack
 from pmixseg.errors import InputError
 
 Source: TypeAlias = Path | str | tuple[Path | str, int] | SpatialImage
 """A 3-D file, one channel of a 4-D file, or an image that nibabel has opened."""
 
-_GZIP = b"\x1f\x8b"
-_DAMAGED: tuple[Any, ...] = (EOFError, OSError, zlib.error, isal_zlib.error)
+_HEAD_PACKED = 1 << 16
+"""So many bytes of a packed file hold its header."""
+
+_UNREADABLE = (ImageFileError, HeaderDataError, ValueError, *DAMAGED)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a volume lies, without its voxels.
+
+    Args:
+        shape: of the file's first three axes.
+        affine: 4 x 4, voxel index -> mm, whatever the file's unit.
+        unit: mm per unit of the file.
+        oriented: whether the file says how it lies.
+    """
+
+    shape: tuple[int, int, int]
+    affine: npt.NDArray[np.float64]
+    unit: float = 1.0
+    oriented: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,8 +61,10 @@ class Scan:
         data: ``[X, Y, Z]`` in the file's axis order and number type, before scaling.
         slope: multiply ``data`` by this,
         inter: and add this, to get intensities (NIfTI's ``scl_slope`` and ``scl_inter``).
-        affine: 4 x 4, voxel index -> mm.
+        affine: 4 x 4, voxel index -> mm, whatever the file's unit.
         name: how messages name it.
+        unit: mm per unit of the file.
+        oriented: whether the file says how it lies.
     """
 
     data: npt.NDArray[Any]
@@ -43,6 +72,8 @@ class Scan:
     inter: float
     affine: npt.NDArray[np.float64]
     name: str
+    unit: float = 1.0
+    oriented: bool = True
 
     @property
     def scaled(self) -> bool:
@@ -91,8 +122,26 @@ class ScanReader:
         if isinstance(source, Path | str):
             return self._channel(self._file(Path(source), role), None)
         name = source.get_filename() or "an image in memory"
-        data = np.asanyarray(source.dataobj)
-        return self._channel(Scan(data, 1.0, 0.0, np.asarray(source.affine), str(name)), None)
+        return self._channel(_opened(source, str(name)), None)
+
+    def frame(self, source: Source) -> Frame | None:
+        """Where a volume lies, from its header alone; ``None`` if there is no usable one.
+
+        Args:
+            source: where it is.
+        """
+        path = source[0] if isinstance(source, tuple) else source
+        try:
+            if not isinstance(path, Path | str):
+                return _frame(path.shape, _opened(path, "", load=False))
+            with Path(path).open("rb") as file:
+                header = read_header(first_bytes(file.read(_HEAD_PACKED), HEAD))
+            if header is not None:
+                return _frame(header.shape, header)
+            other = self._other_format(Path(path), load=False)
+            return _frame(other.data.shape, other)
+        except (InputError, *_UNREADABLE):
+            return None  # who reads the voxels says so
 
     def _file(self, path: Path, role: str) -> Scan:
         if self._held is None or self._held[0] != path:
@@ -112,6 +161,10 @@ class ScanReader:
 
     def _bytes(self, path: Path) -> bytes:
         try:
+            if (size := path.stat().st_size) > MAX_BYTES:
+                raise InputError(
+                    f"{self.where}: {path} has {size} bytes, more than any scan; replace it."
+                )
             return path.read_bytes()
         except FileNotFoundError:
             raise InputError(f"{self.where}: {path} does not exist; correct the path.") from None
@@ -122,71 +175,72 @@ class ScanReader:
             ) from error
 
     def _decode(self, path: Path, packed: bytes) -> Scan:
-        raw = self._unpacked(path, packed, _gunzip)
-        kind = _nifti_class(raw)
-        if kind is None:
-            return self._other_format(path)
         try:
-            header = kind.header_class.from_fileobj(io.BytesIO(raw))
-            dtype, shape = header.get_data_dtype(), header.get_data_shape()
-            slope, inter = header.get_slope_inter()
-            if not all(n > 0 for n in shape):
-                raise ValueError(f"shape {tuple(int(n) for n in shape)}")
-        except (HeaderDataError, ValueError) as error:
+            header = read_header(first_bytes(packed, HEAD))
+            if header is None:
+                return self._other_format(path)
+            self._check(path, header)
+            needed = header.offset + header.size
+            raw = unpack(packed, needed)
+        except BadHeader as error:
             raise InputError(
                 f"{self.where}: {path} has a damaged NIfTI header ({error}); convert or download "
                 "it again."
             ) from error
-        offset, count = int(header.get_data_offset()), int(np.prod(shape, dtype=np.int64))
-        if dtype.kind not in "iuf":
+        except (TooLong, *DAMAGED) as error:
+            kind = "truncated or damaged gzip" if is_packed(packed) else "damaged"
             raise InputError(
-                f"{self.where}: {path} holds {dtype} numbers, but a scan is integers or floats; "
-                "convert it."
-            )
-        if len(raw) < offset + count * dtype.itemsize:
-            raw = self._unpacked(path, packed, igzip.decompress)  # there may be further members
-        if len(raw) < offset + count * dtype.itemsize:
+                f"{self.where}: {path} is a {kind} file ({error}); copy or download it again."
+            ) from error
+        if len(raw) < needed:
             raise InputError(
-                f"{self.where}: {path} is truncated (its header promises "
-                f"{offset + count * dtype.itemsize} bytes, it has {len(raw)}); copy or download "
-                "it again."
+                f"{self.where}: {path} is truncated (its header promises {needed} bytes, it has "
+                f"{len(raw)}); copy or download it again."
             )
-        data = np.frombuffer(raw, dtype, count, offset).reshape(shape, order="F")
-        if not dtype.isnative:
-            data = data.astype(dtype.newbyteorder("="))
+        count = header.size // header.dtype.itemsize
+        data = np.frombuffer(raw, header.dtype, count, header.offset)
+        data = data.reshape(header.shape, order="F")
+        if not header.dtype.isnative:
+            data = data.astype(header.dtype.newbyteorder("="))
         return Scan(
             data,
-            1.0 if slope is None else float(slope),
-            0.0 if inter is None else float(inter),
-            np.asarray(header.get_best_affine(), dtype=np.float64),
+            header.slope,
+            header.inter,
+            header.affine,
             str(path),
+            header.unit,
+            header.oriented,
         )
 
-    def _unpacked(self, path: Path, packed: bytes, gunzip: Callable[[bytes], bytes]) -> bytes:
-        if packed[:2] != _GZIP:
-            return packed
-        try:
-            return gunzip(packed)
-        except _DAMAGED as error:
+    def _check(self, path: Path, header: Header) -> None:
+        if header.dtype.kind not in "iuf":
             raise InputError(
-                f"{self.where}: {path} is a truncated or damaged gzip file ({error}); copy or "
+                f"{self.where}: {path} holds {header.dtype} numbers, but a scan is integers or "
+                "floats; convert it."
+            )
+        if header.offset + header.size > MAX_BYTES:
+            raise InputError(
+                f"{self.where}: {path} promises {header.size} bytes of voxels (shape "
+                f"{header.shape}) from byte {header.offset} on, more than any scan; convert or "
                 "download it again."
-            ) from error
+            )
 
-    def _other_format(self, path: Path) -> Scan:
-        """Whatever else nibabel reads (Analyze pairs, MGH), at nibabel's speed."""
+    def _other_format(self, path: Path, *, load: bool = True) -> Scan:
+        """Whatever else nibabel or ITK reads (Analyze pairs, MGH, MetaImage), at their speed."""
+        if path.name.lower().endswith(ITK_ENDINGS):
+            return Scan(*read_itk(path, self.where), str(path))
         try:
-            image = nib.load(path)
-            data = np.asanyarray(image.dataobj)
-        except (ImageFileError, ValueError, *_DAMAGED) as error:
+            return _opened(nib.load(path), str(path), load=load)
+        except _UNREADABLE as error:
             raise InputError(
                 f"{self.where}: {path} is not a NIfTI file (no NIfTI header at its start); "
-                "convert or download it again."
+                f"{_advice(path)}."
             ) from error
-        return Scan(data, 1.0, 0.0, np.asarray(image.affine, dtype=np.float64), str(path))
 
     def _channel(self, scan: Scan, channel: int | None) -> Scan:
         data = scan.data
+        if data.ndim == 5 and data.shape[3] == 1:
+            data = data[:, :, :, 0]  # ITK writes the channels of a volume behind a time axis of 1
         if channel is None:
             while data.ndim > 3 and data.shape[-1] == 1:
                 data = data[..., 0]
@@ -202,29 +256,31 @@ class ScanReader:
             )
         else:
             data = data[..., channel]
-        return Scan(data, scan.slope, scan.inter, scan.affine, scan.name)
+        return replace(scan, data=data)
 
 
-def _gunzip(packed: bytes) -> bytes:
-    """The first member of a gzip file, in one allocation: half the time of letting it grow.
+def _opened(image: Any, name: str, *, load: bool = True) -> Scan:
+    """An image of nibabel as a scan, its scaling applied."""
+    data = np.asanyarray(image.dataobj) if load else np.broadcast_to(np.uint8(0), image.shape)
+    unit = unit_of(image.header)
+    return Scan(data, 1.0, 0.0, in_mm(image.affine, unit), name, unit, _says_how_it_lies(image))
 
-    The last four bytes say how long the content is, modulo 2^32; isal needs room for one byte more
-    to see the end. A damaged file may promise anything, but deflate packs at most 1032 to 1.
-    """
-    promised = int.from_bytes(packed[-4:], "little")
-    room = min(promised, 1032 * len(packed)) + 1
-    unpacked: bytes = isal_zlib.decompress(packed, wbits=31, bufsize=room)
-    return unpacked
+
+def _frame(shape: tuple[int, ...], facts: Header | Scan) -> Frame:
+    x, y, z = shape[:3]
+    return Frame((x, y, z), facts.affine, facts.unit, facts.oriented)
+
+
+def _says_how_it_lies(image: Any) -> bool:
+    # An image made in memory around an affine has codes above 0; nibabel sets them.
+    return image.affine is not None and is_oriented(image.header)
+
+
+def _advice(path: Path) -> str:
+    if path.suffix.lower() in (".dcm", ".ima"):
+        return "DICOM is not read: convert the series to NIfTI, with dcm2niix for one"
+    return "convert or download it again"
 
 
 def _digest(packed: bytes) -> str:
     return hashlib.sha256(packed).hexdigest()
-
-
-def _nifti_class(raw: bytes) -> Any:
-    """The nibabel class of a single-file NIfTI, or ``None``."""
-    if raw[344:348] == b"n+1\0":
-        return nib.Nifti1Image
-    if raw[4:8] == b"n+2\0":
-        return nib.Nifti2Image
-    return None

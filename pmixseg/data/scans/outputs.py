@@ -25,6 +25,7 @@ def write_labels(
     affine: Sequence[Sequence[float]],
     codes: Mapping[str, int],
     task: Task,
+    unit: float = 1.0,
 ) -> Path:
     """Write class indices as the source's label codes, in the number type that holds them.
 
@@ -34,11 +35,12 @@ def write_labels(
         affine: the source's affine, 4x4, voxels to mm.
         codes: label name -> code in the source (BraTS 2018: ET is 4).
         task: order of the classes.
+        unit: mm per unit of the source's header, which the file has, too.
 
     Raises:
         InputError: see :func:`code_table`, or the file cannot be written.
     """
-    return write_volume(path, code_table(codes, task, str(path))[labels], affine)
+    return write_volume(path, code_table(codes, task, str(path))[labels], affine, unit)
 
 
 def code_table(codes: Mapping[str, int], task: Task, where: str) -> NDArray[np.integer[Any]]:
@@ -71,28 +73,32 @@ def code_table(codes: Mapping[str, int], task: Task, where: str) -> NDArray[np.i
     )
 
 
-def nifti_image(volume: np.ndarray, affine: ArrayLike) -> Any:
-    """A ``nibabel.Nifti1Image`` with the research-use notice, in mm and scanner coordinates.
+def nifti_image(volume: np.ndarray, affine: ArrayLike, unit: float = 1.0) -> Any:
+    """A ``nibabel.Nifti1Image`` with the research-use notice, in scanner coordinates.
 
     Args:
         volume: three or four axes.
         affine: 4 x 4, voxels to mm.
+        unit: mm per unit of the file; its affine is in this unit, as that of the scans it is of.
     """
-    image: Any = nib.Nifti1Image(volume, np.asarray(affine, dtype=np.float64))
+    scale = np.diag([1 / unit, 1 / unit, 1 / unit, 1.0])
+    image: Any = nib.Nifti1Image(volume, scale @ np.asarray(affine, dtype=np.float64))
     image.header["descrip"] = NOTICE
-    image.header.set_xyzt_units("mm")
+    image.header.set_xyzt_units({1000.0: "meter", 0.001: "micron"}.get(unit, "mm"))
     image.set_sform(image.affine, code=1)
     image.set_qform(image.affine, code=1)
     return image
 
 
-def write_volume(path: Path, volume: np.ndarray, affine: Sequence[Sequence[float]]) -> Path:
+def write_volume(
+    path: Path, volume: np.ndarray, affine: Sequence[Sequence[float]], unit: float = 1.0
+) -> Path:
     """Write an array as NIfTI, complete or not at all, with the research-use notice.
 
     Raises:
         InputError: the file cannot be written.
     """
-    image = nifti_image(volume, affine)
+    image = nifti_image(volume, affine, unit)
     with whole(path) as part:
         nib.save(image, part)
     return path

@@ -1,4 +1,6 @@
-"""Whether scans look as a model expects them: without skull, and lying on each other.
+"""The judge of a case: whether its scans look as a model expects them.
+
+`inspect`, `prepare` and `segment` ask this one judge, and say what it says in the same words.
 
 Heuristics with thresholds that were chosen on the seven BraTS 2021 cases of the tests and damaged
 copies of them. They find gross mistakes and prove nothing: what passes may still be wrong.
@@ -13,30 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pmixseg.data.scans.canonical import CanonicalCase
-from pmixseg.data.scans.volumes import bounds
 from pmixseg.task import Task
 
 Volume = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int16]
-
-MAX_BRAIN_ML = 2200.0
-"""Largest credible volume of non-zero voxels. Brains with their CSF have 1000 to 1900 ml; a head
-cut off below the nose has 3000 and more, and a noisy background the whole field of view."""
-
-MAX_FILL = 0.88
-"""Largest credible share of non-zero voxels in their own bounding box. Whole brains fill 0.43 to
-0.48 of it, the fullest 5 mm slab of one 0.81, a scan with noise around the head about 1."""
-
-MIN_VALUES = 16
-"""Fewest different intensities of a scan; the seven cases have 1000 and more."""
-
-MAX_SHARE = 0.5
-"""Largest share of a scan's voxels in its five commonest intensities (the seven cases: 0.02).
-
-A label map that was resampled has many values, but most voxels still hold one of its labels."""
-
-SAMPLE = 100_000
-"""About so many voxels are looked at to count intensities."""
 
 MAX_GAIN = 1.1
 """A scan is out of place if, moved, it shares this many times the information with the others."""
@@ -63,42 +45,66 @@ def implausible(case: CanonicalCase, task: Task) -> list[str]:
     Returns:
         One phrase per suspicion, without a full stop; none if the case looks as it should.
     """
-    zooms = case.geometry.grid_spacing
     scans = {
         name: case.image[index]
         for index, (name, there) in enumerate(zip(task.modalities, case.acquired, strict=True))
         if there
     }
-    found = [text for name, scan in scans.items() if (text := not_a_brain(scan, zooms, name))]
-    return found or misplaced(scans, zooms)
+    return list(case.doubts) or misplaced(scans, case.geometry.grid_spacing)
 
 
-def not_a_brain(scan: npt.NDArray[np.generic], zooms: tuple[float, ...], name: str) -> str | None:
-    """Suspect a skull, a background that is not 0, or a label map.
+@dataclass(frozen=True)
+class Verdict:
+    """What :func:`judge` thinks of a case.
 
     Args:
-        scan: ``[D, H, W]``.
-        zooms: voxel size in mm.
-        name: how the phrase names it.
+        findings: phrases; a case with one is refused, unless the user keeps it by force.
+        oriented: whether any of its scans says how it lies.
     """
-    box = bounds(scan)
-    count = np.count_nonzero(scan)
-    volume = count * float(np.prod(zooms)) / 1000
-    if volume > MAX_BRAIN_ML:
-        return f"{name} has {volume:.0f} ml of non-zero voxels, more than a brain"
-    if box is not None and count > MAX_FILL * np.prod(box.shape):
-        share = count / np.prod(box.shape)
-        return f"{name} is non-zero in {share:.0%} of the box around it, so its background is not 0"
-    inside = scan[scan != 0]
-    # In float32: numpy 2.4.6 sorts float16 wrongly here and there, and then counts one value twice.
-    drawn = inside[:: max(1, len(inside) // SAMPLE)].astype(np.float32)
-    counts = np.unique(drawn, return_counts=True)[1]
-    if len(counts) < MIN_VALUES:
-        return f"{name} has {len(counts)} different values only, as a label map has"
-    share = np.sort(counts)[-5:].sum() / counts.sum()
-    if share > MAX_SHARE:
-        return f"{name} has one of five values in {share:.0%} of its voxels, as a label map has"
-    return None
+
+    findings: tuple[str, ...]
+    oriented: bool = True
+
+    def refusal(self, where: str) -> str:
+        """The sentence by which the case is refused.
+
+        Args:
+            where: how messages name the case.
+        """
+        return (
+            f"{where}: {'; '.join(self.findings)}. Scans are expected skull-stripped, registered "
+            "to each other, with background 0: prepare them so, or go on all the same with force "
+            "(--force)."
+        )
+
+    def notes(self, where: str) -> list[str]:
+        """Sentences about a case that is used.
+
+        Args:
+            where: how messages name the case.
+        """
+        silent = f"{where}: {SILENT}, so it was taken as LAS, the standard's rule of old; which "
+        told = [] if self.oriented else [f"{silent}side is left holds only if that is so."]
+        return [*told, *(f"{where}: {text}; went on because of force." for text in self.findings)]
+
+
+SILENT = "its scans do not say how they lie (qform_code and sform_code are 0)"
+"""A phrase."""
+
+
+def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verdict:
+    """Judge a case: `inspect`, `prepare` and `segment` all ask here.
+
+    Args:
+        case: a canonical case.
+        task: names of its channels.
+        odd_one_out: other cases of its cohort say how they lie; if this one does not, it may be
+            mirrored or turned against them.
+    """
+    findings = implausible(case, task)
+    if odd_one_out and not case.oriented:
+        findings.append(f"{SILENT}, where other cases of the cohort do")
+    return Verdict(tuple(findings), case.oriented)
 
 
 @dataclass(frozen=True)

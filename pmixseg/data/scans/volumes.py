@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pmixseg.data.scans.geometry import Box, Geometry, Spacing
+from pmixseg.data.scans.boxes import Box, bounds, memory_order
+from pmixseg.data.scans.brains import not_a_brain
+from pmixseg.data.scans.geometry import Geometry, Spacing
 from pmixseg.data.scans.nifti import Scan
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -26,46 +28,92 @@ _SAME_GRID = 0.1
 """Share of a voxel by which the corners of two files of a case may differ."""
 
 
-def geometry_of(scan: Scan, spacing: Spacing | None, where: str) -> Geometry:
-    """The grids of one file, without boxes.
+@dataclass(frozen=True)
+class Place:
+    """Where one file of a case lies.
+
+    Args:
+        geometry: its grids, without boxes.
+        name: how messages name the file.
+        oriented: whether the file says how it lies.
+    """
+
+    geometry: Geometry
+    name: str
+    oriented: bool = True
+
+
+def place_of(scan: Scan, spacing: Spacing | None, where: str) -> Place:
+    """Where a file lies.
+
+    Args:
+        scan: the file.
+        spacing: voxel size of the grid in mm; ``None`` keeps the file's.
+        where: how messages name the case.
 
     Raises:
-        InputError: its affine has no orientation.
+        InputError: its affine has no orientation, or its voxels or its grid have a size that no
+            scan has.
     """
     x, y, z = scan.data.shape
     try:
-        return Geometry.of((x, y, z), scan.affine, spacing)
+        geometry = Geometry.of((x, y, z), scan.affine, spacing, unit=scan.unit)
     except ValueError as error:
+        unit = "" if scan.unit == 1 else f"; one unit of its header is {scan.unit:g} mm"
         raise InputError(
-            f"{where}: {scan.name} has no usable orientation ({error}); repair its header."
+            f"{where}: {scan.name} has no usable geometry ({error}{unit}); repair its header."
         ) from error
+    return Place(geometry, scan.name, scan.oriented)
 
 
-def check_same_grid(first: Geometry, other: Geometry, name: str, named: str, where: str) -> None:
+def same_grid(first: Place, other: Place, where: str) -> Geometry:
     """Compare two files of one case after both are in canonical orientation.
 
     Args:
-        first: grid of the reference file.
-        other: grid of the file in question.
-        name: the reference file.
-        named: the file in question.
+        first: the reference file.
+        other: the file in question.
         where: how messages name the case.
+
+    Returns:
+        The geometry by which the other file is read: the reference's where both have the same
+        axes. Of axes near 45 degrees, rounding must not decide twice which is which.
 
     Raises:
         InputError: shapes differ, or some corner lies further apart than a tenth of a voxel.
     """
-    if first.canonical_shape != other.canonical_shape:
+    one, two = first.geometry, other.geometry
+    limit = _SAME_GRID * min(one.source_spacing)
+    same_axes = one.source_shape == two.source_shape
+    if same_axes and _apart(one.affine, two.affine, one.source_shape) <= limit:
+        return one
+    if one.canonical_shape != two.canonical_shape:
         raise InputError(
-            f"{where}: {named} has shape {other.source_shape}, but {name} has "
-            f"{first.source_shape}; co-register the files of a case to one grid."
+            f"{where}: {other.name} has shape {two.source_shape}, but {first.name} has "
+            f"{one.source_shape}; co-register the files of a case to one grid."
         )
-    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*first.canonical_shape, 1]
-    distance = np.abs((first.canonical_affine - other.canonical_affine) @ corners.T).max()
-    if distance > _SAME_GRID * min(first.source_spacing):
+    distance = _apart(one.canonical_affine, two.canonical_affine, one.canonical_shape)
+    if distance > limit:
+        if first.oriented != other.oriented:
+            silent = other if first.oriented else first
+            raise InputError(
+                f"{where}: {other.name} and {first.name} differ by up to {distance:.3g} mm, for "
+                f"{silent.name} does not say how it lies (its qform_code and sform_code are 0); "
+                "restore its header from the original scan."
+            )
         raise InputError(
-            f"{where}: {named} and {name} have affines that differ by up to {distance:.3g} mm; "
-            "co-register the files of a case to one grid, or correct the header."
+            f"{where}: {other.name} and {first.name} have affines that differ by up to "
+            f"{distance:.3g} mm; co-register the files of a case to one grid, or correct the "
+            "header."
         )
+    return two
+
+
+def _apart(
+    one: npt.NDArray[np.float64], two: npt.NDArray[np.float64], shape: tuple[int, int, int]
+) -> float:
+    """Largest distance along an axis, in mm, between corners of two volumes of one shape."""
+    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*shape, 1]
+    return float(np.abs((one - two) @ corners.T).max())
 
 
 @dataclass(frozen=True)
@@ -79,6 +127,8 @@ class Signal:
         mean: over the non-zero voxels.
         deviation: population standard deviation over the non-zero voxels.
         geometry: the grids.
+        doubt: a phrase of :func:`~pmixseg.data.scans.brains.not_a_brain` on the scan as it lies in
+            its file, whatever the grid.
     """
 
     values: npt.NDArray[Any]
@@ -86,6 +136,7 @@ class Signal:
     mean: float
     deviation: float
     geometry: Geometry
+    doubt: str | None = None
 
     def write_zscores(self, target: npt.NDArray[Any]) -> None:
         """Write (x - mean) / deviation in non-zero voxels, and 0 elsewhere.
@@ -94,7 +145,7 @@ class Signal:
             target: float16 or float32, canonical orientation, the shape of :attr:`box`.
         """
         view = target if self.geometry.resampled else self.geometry.source_view(target)
-        order = _memory_order(self.values)
+        order = memory_order(self.values)
         source, view = self.values.transpose(order), view.transpose(order)
         mean, factor = np.float32(self.mean), np.float32(1.0 / self.deviation)
         # Memory order is usually reversed on the way; blocks of the middle axis keep both sides of
@@ -108,21 +159,32 @@ class Signal:
                 view[:, start + offset] = plane
 
 
-def signal_of(scan: Scan, geometry: Geometry, where: str) -> Signal:
+def signal_of(scan: Scan, geometry: Geometry, where: str, role: str = "a scan") -> Signal:
     """Find a modality's non-zero voxels in the grid, after resampling if the grid asks for it.
+
+    Args:
+        scan: the file.
+        geometry: its grids.
+        where: how messages name the case.
+        role: how a doubt about it names the modality.
 
     Raises:
         InputError: NaN or infinity, no non-zero voxel, or the same value in all of them.
     """
     values = scan.values()
+    doubt = None
     if geometry.resampled:
+        doubt = not_a_brain(values, geometry.source_spacing, role)
         _check_contrast(values, scan.name, where)  # afterwards, its border would look like contrast
         values = geometry.to_grid(geometry.canonical_view(values), order=1)
     box = bounds(values)
     if box is None:
         raise InputError(f"{where}: {scan.name} is 0 everywhere; leave the file out or replace it.")
+    whole = box.shape == values.shape
     # A copy, so that the file's whole content can go: its memory serves the next file again.
     values = values[box.slices].copy(order="K")
+    if not geometry.resampled:
+        doubt = not_a_brain(values, geometry.source_spacing, role, whole)
     with np.errstate(over="ignore", invalid="ignore"):  # told below
         count, mean, deviation = _statistics(values)
     if count == 0 or not np.isfinite(mean + deviation):
@@ -132,7 +194,7 @@ def signal_of(scan: Scan, geometry: Geometry, where: str) -> Signal:
     if deviation <= 1e-5 * abs(mean):
         raise _flat(scan.name, mean, where)
     on_grid = box if geometry.resampled else geometry.canonical_box(box)
-    return Signal(values, on_grid, mean, deviation, geometry)
+    return Signal(values, on_grid, mean, deviation, geometry, doubt)
 
 
 def _statistics(values: npt.NDArray[Any]) -> tuple[int, float, float]:
@@ -141,7 +203,7 @@ def _statistics(values: npt.NDArray[Any]) -> tuple[int, float, float]:
     Blocks are summed in float32 around their own mean, and joined in float64 after Chan, Golub and
     LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
     """
-    slow = values.transpose(_memory_order(values))
+    slow = values.transpose(memory_order(values))
     counts, means, squares = [], [], []
     for start in range(0, len(slow), _BLOCK):
         planes = slow[start : start + _BLOCK].astype(np.float32).reshape(-1, slow[0].size)
@@ -177,86 +239,138 @@ def _flat(name: str, value: float, where: str) -> InputError:
     )
 
 
-def bounds(values: npt.NDArray[Any]) -> Box | None:
-    """The tight box of the non-zero voxels (NaN counts as one), or ``None``."""
-    order = _memory_order(values)
-    slow = values.transpose(order)
-    integers = slow.dtype.kind in "iu"
-    plane = np.bitwise_or.reduce(slow, axis=0) != 0 if integers else (slow != 0).any(axis=0)
-    if not plane.any():
-        return None
-    edges = [(0, 0), _edges(plane.any(axis=1)), _edges(plane.any(axis=0))]
-    first = next(i for i in range(len(slow)) if slow[i].any())
-    last = next(i for i in reversed(range(len(slow))) if slow[i].any())
-    edges[0] = (first, last + 1)
-    lo, hi = [0, 0, 0], [0, 0, 0]
-    for axis, (low, high) in zip(order, edges, strict=True):
-        lo[axis], hi[axis] = low, high
-    return Box((lo[0], lo[1], lo[2]), (hi[0], hi[1], hi[2]))
-
-
-def _edges(hit: npt.NDArray[np.bool_]) -> tuple[int, int]:
-    return int(hit.argmax()), len(hit) - int(hit[::-1].argmax())
-
-
-def _memory_order(values: npt.NDArray[Any]) -> list[int]:
-    """Axes by falling stride: transposed so, a volume is walked as it lies in memory."""
-    return [int(a) for a in np.argsort([-abs(s) for s in values.strides], kind="stable")]
-
-
-def class_table(
-    task: Task, codes: Mapping[str, int] | None, ignored: Sequence[int]
-) -> npt.NDArray[np.uint8]:
-    """Table of 256 entries from a number in the label file to a class index.
+@dataclass(frozen=True)
+class Coding:
+    """What the numbers of a label file mean; use :meth:`of`.
 
     Args:
-        task: its labels, class index = position + 1.
-        codes: label name -> number (``None``: class index).
+        table: 256 entries, number in the file -> class index.
+        numbers: label name -> number in the file.
         ignored: numbers that become background.
-
-    Raises:
-        InputError: a label without a number of its own from 1 to 255, or a name too many.
+        doubtful: those of them that other cohorts give to :attr:`witness`; they are ignored only
+            where the file shows its coding by also holding the witness's own number.
+        witness: name of a label.
     """
-    used = codes or {name: i + 1 for i, name in enumerate(task.labels)}
-    numbers = [*used.values(), *ignored]
-    usable = len({0, *numbers}) == len(numbers) + 1 and all(0 < n < 256 for n in numbers)
-    if set(used) != set(task.labels) or not usable:
-        raise InputError(
-            f"label codes {dict(used)} with ignored codes {list(ignored)} must give each of "
-            f"{list(task.labels)} a number of its own from 1 to 255; correct the layout."
-        )
-    table = np.full(256, _NO_CLASS, dtype=np.uint8)
-    table[[0, *ignored]] = 0
-    for index, name in enumerate(task.labels):
-        table[used[name]] = index + 1
-    return table
+
+    table: npt.NDArray[np.uint8]
+    numbers: Mapping[str, int]
+    ignored: tuple[int, ...]
+    doubtful: tuple[int, ...] = ()
+    witness: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        codes: Mapping[str, int] | None = None,
+        ignored: Sequence[int] = (),
+        doubtful: Sequence[int] = (),
+        witness: str = "",
+    ) -> Coding:
+        """The coding of one layout.
+
+        Args:
+            task: its labels, class index = position + 1.
+            codes: label name -> number (``None``: class index).
+            ignored: numbers that become background.
+            doubtful: see the class.
+            witness: see the class.
+
+        Raises:
+            InputError: a label without a number of its own from 1 to 255, or a name too many.
+        """
+        used = dict(codes or {name: i + 1 for i, name in enumerate(task.labels)})
+        numbers = [*used.values(), *ignored]
+        usable = len({0, *numbers}) == len(numbers) + 1 and all(0 < n < 256 for n in numbers)
+        if set(used) != set(task.labels) or not usable:
+            raise InputError(
+                f"label codes {used} with ignored codes {list(ignored)} must give each of "
+                f"{list(task.labels)} a number of its own from 1 to 255; correct the layout."
+            )
+        table = np.full(256, _NO_CLASS, dtype=np.uint8)
+        table[[0, *ignored]] = 0
+        for index, name in enumerate(task.labels):
+            table[used[name]] = index + 1
+        known = witness if witness in used else ""
+        return cls(table, used, tuple(ignored), tuple(doubtful) if known else (), known)
 
 
-def classes_of(
-    scan: Scan, geometry: Geometry, table: npt.NDArray[np.uint8], where: str
-) -> tuple[Box, npt.NDArray[np.uint8]]:
-    """Class indices on the tight box of a label map's non-zero voxels, canonical orientation.
+@dataclass(frozen=True)
+class LabelMap:
+    """A label file as classes.
 
-    An empty label map gives a box and an array without voxels.
+    Args:
+        box: of the non-zero voxels, in the canonical volume; empty where there are none.
+        classes: class indices on that box, canonical orientation.
+        ignored: number in the file -> voxels of it that became background, of those that occur.
+    """
+
+    box: Box
+    classes: npt.NDArray[np.uint8]
+    ignored: Mapping[int, int]
+
+
+def label_map(
+    scan: Scan,
+    geometry: Geometry,
+    coding: Coding,
+    where: str,
+) -> LabelMap:
+    """Read a label file.
+
+    Args:
+        scan: the file.
+        geometry: how it lies.
+        coding: what its numbers mean.
+        where: how messages name the case.
 
     Raises:
-        InputError: a number that is no integer, or that the table does not know.
+        InputError: a number that is no integer or that the coding does not know, a number whose
+            meaning is in doubt, or a scale that leaves nothing of the labels.
     """
     numbers = scan.values()
-    box = bounds(numbers) or Box((0, 0, 0), (0, 0, 0))
+    tight = bounds(numbers)
+    box = tight or Box((0, 0, 0), (0, 0, 0))
     part = numbers[box.slices]
     with np.errstate(invalid="ignore"):  # what cannot be cast differs from its cast, below
         small = (np.rint(part) if part.dtype.kind == "f" else part).astype(np.uint8)
     # A thousandth: scale factors and float files leave noise on integers.
     same = np.abs(part - small) < 1e-3 if part.dtype.kind == "f" else part == small
-    classes = table[small]
+    classes = coding.table[small]
     wrong = ~same | (classes == _NO_CLASS)
     if wrong.any():
-        odd = np.unique(part[wrong]).tolist()
-        shown = ", ".join(f"{v:g}" for v in odd[:5]) + (", ..." if len(odd) > 5 else "")
-        known = ", ".join(str(v) for v in np.flatnonzero(table != _NO_CLASS))
+        raise _unknown_numbers(np.unique(part[wrong]), scan.name, coding, where)
+    if scan.scaled and tight is not None and not small.any():
         raise InputError(
-            f"{where}: {scan.name} holds the label values {shown}, but its layout knows {known}; "
-            "name the right layout, or add them to the layout's codes or ignored codes."
+            f"{where}: {scan.name} holds labels, but times its scale factor of {scan.slope:g} all "
+            "of them are 0; repair scl_slope in its header."
         )
-    return geometry.canonical_box(box), geometry.canonical_view(classes)
+    counts = np.bincount(small.ravel(), minlength=256) if coding.ignored else np.zeros(256, int)
+    ignored = {c: int(counts[c]) for c in coding.ignored if counts[c]}
+    doubtful = [c for c in coding.doubtful if c in ignored]
+    if doubtful and not counts[coding.numbers[coding.witness]]:
+        raise InputError(
+            f"{where}: {scan.name} holds the label value {doubtful[0]} and no "
+            f"{coding.numbers[coding.witness]}, so {doubtful[0]} may be {coding.witness}, as to "
+            "BraTS 2021, or a cavity, as from 2024; say which: --layout brats2024 takes it for a "
+            "cavity, and a layout file with its own codes for what you write there."
+        )
+    return LabelMap(geometry.canonical_box(box), geometry.canonical_view(classes), ignored)
+
+
+def _unknown_numbers(odd: npt.NDArray[Any], name: str, coding: Coding, where: str) -> InputError:
+    values = odd.tolist()
+    shown = ", ".join(f"{v:g}" for v in values[:5]) + (", ..." if len(values) > 5 else "")
+    start = f"{where}: {name} holds the label values {shown}"
+    if not np.isfinite(odd).all():
+        return InputError(f"{start}, which are no numbers; replace them, background by 0.")
+    if (np.abs(odd - np.rint(odd)) >= 1e-3).any():
+        return InputError(
+            f"{start}, which are no whole numbers, as after interpolation or a wrong scale factor; "
+            "resample labels by nearest neighbours, or export them again."
+        )
+    known = ", ".join(str(v) for v in np.flatnonzero(coding.table != _NO_CLASS))
+    return InputError(
+        f"{start}, but its layout knows {known}; name the right layout, or add them to the "
+        "layout's codes or ignored codes."
+    )

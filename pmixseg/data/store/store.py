@@ -7,8 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pmixseg.data.store.prepare import PrepareReport, prepare
-from pmixseg.data.store.stored import CASES, FORMAT, STORE_JSON, StoredCase, read_meta
+from pmixseg.data.store.prepare import prepare
+from pmixseg.data.store.report import PrepareReport
+from pmixseg.data.store.stored import (
+    CASES,
+    FORMAT,
+    STORE_JSON,
+    OpenMaps,
+    StoredCase,
+    read_meta,
+    unseal,
+)
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
@@ -35,6 +44,7 @@ class Store:
         self.dtype: str = description["parameters"]["dtype"]
         self.cases = cases
         self._opened: dict[str, StoredCase] = {}
+        self._maps = OpenMaps()
 
     @classmethod
     def open(cls, root: Path | str) -> Store:
@@ -46,28 +56,30 @@ class Store:
             InputError: there is no store, or one of another format version.
         """
         root = Path(root)
-        try:
-            description = json.loads((root / STORE_JSON).read_text(encoding="utf-8"))
-            version = description.get("format")
-        except FileNotFoundError:
+        path = root / STORE_JSON
+        if not path.is_file():
             raise InputError(
                 f"{root} is not a prepared store (no {STORE_JSON}); make one with "
                 "`pmixseg prepare ROOT STORE`."
-            ) from None
-        except (OSError, ValueError, AttributeError) as error:
+            )
+        description = unseal(path)
+        if description is None:
+            raise InputError(_no_description(path))
+        if description.get("format") != FORMAT:
             raise InputError(
-                f"{root / STORE_JSON} cannot be read ({error}); run `pmixseg prepare` again."
-            ) from error
-        if version != FORMAT:
-            raise InputError(
-                f"{root} has store format {version}, but this version reads "
+                f"{root} has store format {description.get('format')}, but this version reads "
                 f"{FORMAT}; run `pmixseg prepare` again."
             )
-        metas = {f.name: read_meta(f) for f in sorted((root / CASES).iterdir())}
-        wanted = description["parameters"]
-        return cls(
-            root, description, tuple(n for n, m in metas.items() if m and m["parameters"] == wanted)
-        )
+        try:
+            folders = sorted(f for f in (root / CASES).iterdir() if f.name[0] != ".")
+        except OSError as error:
+            raise InputError(
+                f"{root / CASES} cannot be read ({error.strerror}); run `pmixseg prepare` again."
+            ) from error
+        metas = {f.name: read_meta(f) for f in folders}
+        parameters = description["parameters"]
+        names = tuple(n for n, m in metas.items() if m and m["parameters"] == parameters)
+        return cls(root, description, names)
 
     def read(self, case_id: str) -> StoredCase:
         """Open one case; opening it again is free.
@@ -81,11 +93,25 @@ class Store:
                     f"store {self.root} has no case '{case_id}'; it has {len(self.cases)} cases, "
                     "see `pmixseg inspect`, or prepare the case."
                 )
-            self._opened[case_id] = StoredCase.open(self.root / CASES / case_id)
+            self._opened[case_id] = StoredCase.open(self.root / CASES / case_id, self._maps)
         return self._opened[case_id]
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}
+        return {**self.__dict__, "_opened": {}, "_maps": OpenMaps()}
+
+
+def _no_description(path: Path) -> str:
+    """Why a store's description is refused; those of an older format have no seal."""
+    try:
+        version = json.loads(path.read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        version = None
+    if isinstance(version, int) and version != FORMAT:
+        return (
+            f"{path.parent} has store format {version}, but this version reads {FORMAT}; run "
+            "`pmixseg prepare` again."
+        )
+    return f"{path} is damaged or was edited; run `pmixseg prepare` again."

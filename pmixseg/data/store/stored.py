@@ -16,21 +16,27 @@ another name on the same disk, which is then renamed.
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from isal.isal_zlib import crc32
 
-from pmixseg.data.scans.canonical import Box, CanonicalCase, Geometry
+from pmixseg.data.scans.boxes import Box
+from pmixseg.data.scans.canonical import CanonicalCase
+from pmixseg.data.scans.geometry import Geometry
 from pmixseg.errors import InputError
 from pmixseg.files import beside
 
-FORMAT = 1
+FORMAT = 2
 """Version of the store's files; a case of another version is prepared anew."""
 
 STORE_JSON, CASES = "store.json", "cases"
@@ -39,18 +45,20 @@ STORE_JSON, CASES = "store.json", "cases"
 IMAGE, LABEL, NATIVE, META = "image.npy", "label.npy", "label_native.npy", "meta.json"
 ORIGIN = "origin.txt"
 
+MAX_MAPS = 128
+"""Arrays of a store that are mapped at a time."""
+
 
 @dataclass(frozen=True)
 class StoredCase:
     """A prepared case; arrays are memory-mapped and read-only, so a patch costs what it weighs.
 
-    Pickling one passes its folder, not its voxels.
+    Arrays are mapped when they are asked for, and at most :data:`MAX_MAPS` at a time: every map
+    holds a file open, of which a process may hold 1,024 as a rule. Pickling a case passes its
+    folder, not its voxels.
 
     Args:
         case_id: name of the case.
-        image: ``[M, d, h, w]``, z-scored inside the brain, background 0, cropped to
-            ``geometry.box()``; modalities that were not acquired are all 0.
-        label: ``[d, h, w]`` uint8 class indices, or ``None``.
         acquired: one flag per modality of the task.
         geometry: the grids, and the way back to the source.
         codes: label name -> number in the source's label files.
@@ -58,11 +66,10 @@ class StoredCase:
         patient: groups the time points of one patient.
         folder: where the case lies.
         meta: all of ``meta.json``.
+        maps: the maps that are open, shared by the cases of a store.
     """
 
     case_id: str
-    image: npt.NDArray[Any]
-    label: npt.NDArray[np.uint8] | None
     acquired: tuple[bool, ...]
     geometry: Geometry
     codes: dict[str, int]
@@ -70,23 +77,24 @@ class StoredCase:
     patient: str
     folder: Path
     meta: Mapping[str, Any]
+    maps: OpenMaps = field(repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path) -> StoredCase:
+    def open(cls, folder: Path, maps: OpenMaps | None = None) -> StoredCase:
         """Open a case folder.
+
+        Args:
+            folder: of the case.
+            maps: the maps that are open; by default, of this case alone.
 
         Raises:
             InputError: the folder is missing or damaged.
         """
         meta = read_meta(folder)
         if meta is None:
-            raise InputError(
-                f"{folder} holds no complete prepared case; run `pmixseg prepare` on its store."
-            )
+            raise _damaged(folder, "no complete prepared case")
         return cls(
             case_id=meta["case_id"],
-            image=_mapped(folder / IMAGE),
-            label=_mapped(folder / LABEL) if LABEL in meta["bytes"] else None,
             acquired=tuple(name in meta["geometry"]["boxes"] for name in meta["modalities"]),
             geometry=Geometry.from_dict(meta["geometry"]),
             codes=dict(meta["codes"]),
@@ -94,21 +102,91 @@ class StoredCase:
             patient=meta["patient"],
             folder=folder,
             meta=meta,
+            maps=OpenMaps() if maps is None else maps,
         )
 
-    def native_label(self) -> npt.NDArray[np.uint8] | None:
-        """Class indices in the source file's shape and orientation, or ``None`` without a label."""
-        if self.label is None:
+    @property
+    def image(self) -> npt.NDArray[Any]:
+        """``[M, d, h, w]``, z-scored inside the brain, background 0, cropped to the geometry's box.
+
+        Modalities that were not acquired are all 0.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        shape = (len(self.acquired), *self.geometry.box().shape)
+        return self.maps.get(self.folder / IMAGE, self.meta["parameters"]["dtype"], shape)
+
+    @property
+    def label(self) -> npt.NDArray[np.uint8] | None:
+        """``[d, h, w]`` uint8 class indices, or ``None``.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        if not self.labelled:
             return None
-        if NATIVE not in self.meta["bytes"]:
-            return self.geometry.to_source(self.label, self.geometry.box(), order=0)
+        return self.maps.get(self.folder / LABEL, "uint8", self.geometry.box().shape)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a label."""
+        return LABEL in self.meta["files"]
+
+    def native_label(self) -> npt.NDArray[np.uint8] | None:
+        """Class indices in the source file's shape and orientation, or ``None`` without a label.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        label = self.label
+        if label is None:
+            return None
+        if NATIVE not in self.meta["files"]:
+            return self.geometry.to_source(label, self.geometry.box(), order=0)
         result = np.zeros(self.geometry.source_shape, dtype=np.uint8)
         box = Box.from_dict(self.meta["label_box"])
-        self.geometry.canonical_view(result)[box.slices] = np.load(self.folder / NATIVE)
+        part = self.maps.get(self.folder / NATIVE, "uint8", box.shape)
+        self.geometry.canonical_view(result)[box.slices] = part
         return result
 
     def __reduce__(self) -> tuple[Callable[[Path], StoredCase], tuple[Path]]:
         return StoredCase.open, (self.folder,)
+
+
+class OpenMaps:
+    """Memory maps of a store's arrays, at most ``limit`` at a time; the oldest is let go first.
+
+    An array that is still in use keeps its own map open.
+
+    Args:
+        limit: how many.
+    """
+
+    def __init__(self, limit: int = MAX_MAPS) -> None:
+        self.limit = limit
+        self._maps: OrderedDict[Path, npt.NDArray[Any]] = OrderedDict()
+
+    def get(self, path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """A read-only map of an array.
+
+        Args:
+            path: a ``.npy`` file.
+            dtype: that it must have.
+            shape: that it must have.
+
+        Raises:
+            InputError: the file is missing, or is not this array.
+        """
+        made = self._maps.get(path)
+        if made is None:
+            made = _mapped(path, dtype, shape)
+            self._maps[path] = made
+            if len(self._maps) > self.limit:
+                self._maps.popitem(last=False)
+        else:
+            self._maps.move_to_end(path)
+        return made
 
 
 def copy_box(box: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -126,24 +204,81 @@ def copy_box(box: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return rows.copy().view(box.dtype)
 
 
-def _mapped(path: Path) -> npt.NDArray[Any]:
+def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """A read-only map of a file, as a plain array: slices of np.memmap are slower to copy."""
-    return np.asarray(np.load(path, mmap_mode="r"))
+    try:
+        made = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError) as error:
+        raise _damaged(path, f"no readable array ({error})") from error
+    if made.shape != shape or made.dtype != dtype or not made.flags.c_contiguous:
+        raise _damaged(
+            path, f"{made.dtype} of shape {made.shape}, where {dtype} of {shape} was written"
+        )
+    return made
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path} holds {what}; run `pmixseg prepare` on its store again.")
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """``meta.json`` of a case folder of this format whose arrays are all of them there."""
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT:
-            return None
-        # A power cut can lose bytes behind a rename that survived it.
-        for name, size in meta["bytes"].items():
-            if (folder / name).stat().st_size != size:
-                return None
-    except (OSError, ValueError, KeyError, TypeError):
+    """``meta.json`` of a case folder, if it is as it was written and its arrays are all there.
+
+    Args:
+        folder: of the case.
+
+    Returns:
+        ``None`` for a case of another format, or one that is not complete.
+    """
+    meta = unseal(folder / META)
+    if meta is None or meta.get("format") != FORMAT:
         return None
-    return dict(meta)
+    try:
+        # A power cut can lose bytes behind a rename that survived it.
+        whole = all(
+            (folder / name).stat().st_size == facts["bytes"]
+            for name, facts in meta["files"].items()
+        )
+    except OSError:
+        return None
+    return meta if whole else None
+
+
+def is_whole(folder: Path, meta: Mapping[str, Any]) -> bool:
+    """Whether the arrays of a case folder are those that were written, by their checksums.
+
+    Args:
+        folder: of the case.
+        meta: of :func:`read_meta`.
+    """
+    try:
+        return all(
+            crc32((folder / name).read_bytes()) == facts["crc32"]
+            for name, facts in meta["files"].items()
+        )
+    except OSError:
+        return False
+
+
+def seal(facts: Mapping[str, Any]) -> str:
+    """Primitives as JSON that carries a hash of its own content."""
+    return json.dumps({**facts, "sha256": _content_hash(facts)}, indent=1)
+
+
+def unseal(path: Path) -> dict[str, Any] | None:
+    """What :func:`seal` wrote, or ``None`` if the file is missing or no longer says the same."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(facts, dict):
+        return None
+    claimed = facts.pop("sha256", None)
+    return facts if claimed == _content_hash(facts) else None
+
+
+def _content_hash(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origin: str) -> None:
@@ -155,7 +290,7 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origi
         meta: what is known beside them: ``case_id``, ``patient``, ``grade``, ``layout``,
             ``codes``, ``modalities``, ``parameters`` (what the result depends on beside the
             sources) and ``sources`` (role -> file name, channel, SHA-256). ``format``,
-            ``geometry``, ``label_box`` and ``bytes`` are added.
+            ``geometry``, ``label_box`` and ``files`` (name -> size, checksum) are added.
         origin: path of one of the sources, see :func:`origin_of`.
 
     Raises:
@@ -167,16 +302,16 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origi
         NATIVE: case.label_native,
     }
     with beside(folder) as temporary:
-        sizes = {n: _write_array(temporary / n, a) for n, a in arrays.items() if a is not None}
+        files = {n: _write_array(temporary / n, a) for n, a in arrays.items() if a is not None}
         full = {
             "format": FORMAT,
             **meta,
             "geometry": case.geometry.to_dict(),
             "label_box": case.label_box.to_dict() if case.label_box else None,
-            "bytes": sizes,
+            "files": files,
         }
         write_origin(temporary, origin)
-        (temporary / META).write_text(json.dumps(full, indent=1), encoding="utf-8")
+        (temporary / META).write_text(seal(full), encoding="utf-8")
         _publish(temporary, folder)
 
 
@@ -204,13 +339,24 @@ def remove_case(folder: Path) -> None:
         folder.replace(aside)
 
 
-def _write_array(path: Path, array: npt.NDArray[Any]) -> int:
-    """A .npy file by plain writes: ``tofile`` hides errno, a memory map dies of a full disk."""
+def _write_array(path: Path, array: npt.NDArray[Any]) -> dict[str, int]:
+    """A .npy file by plain writes: ``tofile`` hides errno, a memory map dies of a full disk.
+
+    Returns:
+        Its size and its checksum.
+    """
     array = np.ascontiguousarray(array)
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(head.getvalue())
         file.write(array.data)
-    return path.stat().st_size
+    return {
+        "bytes": path.stat().st_size,
+        "crc32": crc32(array.data, crc32(head.getvalue()))
+        if array.size
+        else crc32(head.getvalue()),
+    }
 
 
 def _publish(temporary: Path, folder: Path) -> None:

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from pmixseg.data.patches import CaseItem
-from pmixseg.data.scans.geometry import Box, Geometry
+from pmixseg.data.scans.boxes import Box
+from pmixseg.data.scans.geometry import Geometry
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.postprocess import check_names, postprocess
 from pmixseg.evaluation.prediction.windows import (

@@ -18,7 +18,7 @@ from pmixseg.data.scans.geometry import Geometry, Spacing
 from pmixseg.data.scans.grids import CommonGrid, on_one_grid
 from pmixseg.data.scans.nifti import Source
 from pmixseg.data.scans.outputs import code_table
-from pmixseg.data.scans.plausibility import implausible
+from pmixseg.data.scans.plausibility import judge
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
 from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
@@ -198,22 +198,21 @@ def _codes(given: Mapping[str, int] | None, task: Task, where: str) -> dict[str,
 
 
 def _doubts(case: CanonicalCase, task: Task, settings: SegmentSettings, where: str) -> list[str]:
-    found = implausible(case, task)
-    if found and not settings.force:
-        raise InputError(
-            f"{where}: {'; '.join(found)}. The model expects skull-stripped scans, registered to "
-            "each other, with background 0: prepare them so, or go on all the same with force "
-            "(--force)."
-        )
-    return [f"{where}: {text}; went on because of force." for text in found]
+    verdict = judge(case, task)
+    if verdict.findings and not settings.force:
+        raise InputError(verdict.refusal(where))
+    return verdict.notes(where)
 
 
 def _in_reference(geometry: Geometry, grid: CommonGrid, spacing: Spacing | None) -> Geometry:
     """The way back to the axes of the reference scan, which may differ from the first scan's."""
     wanted = grid.reference
-    if wanted is None or wanted.source_affine == geometry.source_affine:
+    if wanted is None or (wanted.source_affine, wanted.unit) == (
+        geometry.source_affine,
+        geometry.unit,
+    ):
         return geometry
-    other = Geometry.of(wanted.source_shape, wanted.affine, spacing, geometry.boxes)
+    other = Geometry.of(wanted.source_shape, wanted.affine, spacing, geometry.boxes, wanted.unit)
     return other if other.grid_shape == geometry.grid_shape else geometry
 
 

@@ -100,7 +100,7 @@ class Segmentation:
 
     def to_nifti(self) -> Any:
         """:attr:`labels` as a ``nibabel.Nifti1Image``, with the header of the files written."""
-        return nifti_image(self.labels, self.affine)
+        return nifti_image(self.labels, self.affine, self.prediction.geometry.unit)
 
     def save(
         self,
@@ -132,13 +132,13 @@ class Segmentation:
         def path(what: str, end: str = ending) -> Path:
             return inside(Path(folder), f"{name or self.name}_{what}{end}", "case")
 
-        affine = self.prediction.geometry.source_affine
-        made = {"seg": write_labels(path("seg"), self.classes, affine, self.codes, self.task)}
+        affine, unit = self.prediction.geometry.source_affine, self.prediction.geometry.unit
+        made = {"seg": write_labels(path("seg"), self.classes, affine, self.codes, self.task, unit)}
         if probabilities:
             last = np.moveaxis(self.probabilities, 0, -1)
-            made["probabilities"] = write_volume(path("probabilities"), last, affine)
+            made["probabilities"] = write_volume(path("probabilities"), last, affine, unit)
         if entropy:
-            made["entropy"] = write_volume(path("entropy"), self.entropy, affine)
+            made["entropy"] = write_volume(path("entropy"), self.entropy, affine, unit)
         facts = {**self.to_dict(), "files": {k: p.name for k, p in made.items()}}
         made["json"] = write_json(path("seg", ".json"), facts)
         return made

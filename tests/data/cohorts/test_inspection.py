@@ -32,7 +32,9 @@ def test_a_healthy_cohort(make_case, label):
         "spacing": (1.0, 1.0, 1.0),
         "orientation": "LPS",
         "voxels": counts,
+        "ignored": {},
         "problems": (),
+        "notes": (),
     }
     assert two.modalities == ("flair", "t2") and two.voxels is None and not two.labelled
     text = printed(found)
@@ -56,7 +58,7 @@ def test_every_problem_of_a_case_is_listed_and_stray_files_are_named(make_case, 
         assert any(piece in p for p in found.problems), piece
     text = printed(found, 200)
     assert "4 problems." in text and "BraTS2021_00002[x]" in text
-    assert "1 NIfTI files belong to no case: lost.nii.gz." in text
+    assert "1 scan files belong to no case: lost.nii.gz." in text
 
 
 def test_a_case_that_the_layout_cannot_use(make_case):

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pmixseg.data.cohorts.cases import Layout, Tree, match
@@ -78,7 +77,7 @@ def test_2023_time_points_share_a_patient(touch):
     assert [c.patient for c in cases] == ["BraTS-GLI-00000"] * 2 + ["BraTS-GLI-00002"]
     assert cases[0].images["flair"].name == "BraTS-GLI-00000-000-t2f.nii.gz"
     assert cases[0].images["t1ce"].name == "BraTS-GLI-00000-000-t1c.nii.gz"
-    assert {c.ignored for c in cases} == {()}
+    assert {c.doubtful for c in cases} == {(4,)}, "whether 4 is a cavity is seen in each label"
 
 
 def test_2024_by_its_numbers(touch):
@@ -86,25 +85,6 @@ def test_2024_by_its_numbers(touch):
     (case,) = find_cases(root, BRATS)
     check([case], "brats2024", ["BraTS-GLI-00005-100"], NEW_CODES)
     assert case.ignored == (4,) and case.patient == "BraTS-GLI-00005"
-
-
-@pytest.mark.parametrize(
-    ("values", "layout"),
-    [
-        ([1, 2, 3, 4], "brats2024"),  # 3 and 4: the cavity is 4
-        ([1, 2, 3], "brats2023"),
-        ([1, 2, 4], "brats2023"),  # may be the old coding: 4 must not be dropped unseen
-        ([], "brats2023"),
-    ],
-)
-def test_2023_and_2024_are_told_apart_by_their_labels(touch, save, values, layout):
-    name = "BraTS-GLI-00005-000"
-    root = touch(*brats_files(name, NEW, "-"))
-    data = np.zeros((8, 8, 8), np.uint8)
-    data[0, 0, : len(values)] = values
-    save(root / name / f"{name}-seg.nii.gz", data)
-    (case,) = find_cases(root, BRATS)
-    assert case.layout == layout and case.ignored == ((4,) if layout == "brats2024" else ())
 
 
 def test_paediatric_labels_are_not_guessed(touch):

@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from pmixseg.data.scans.canonical import BOX_MULTIPLE, canonicalise
 from pmixseg.data.scans.nifti import ScanReader
+from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task, all_combinations
 
@@ -210,9 +211,9 @@ def test_label_codes_and_ignored_codes(make_case, label, save, tmp_path):
     crop = made.geometry.canonical_view(label)[made.geometry.box().slices]
     np.testing.assert_array_equal(made.label, np.array([0, 1, 2, 0, 3])[crop])
     assert made.label_native is None
-    cavity = canonicalise(
-        case.images, case.label, BRATS, {"NCR": 2, "ED": 1, "ET": 3}, ignored=(4,)
-    )
+    coding = Coding.of(BRATS, {"NCR": 2, "ED": 1, "ET": 3}, ignored=(4,))
+    cavity = canonicalise(case.images, case.label, BRATS, coding)
+    assert cavity.ignored == {4: np.count_nonzero(label == 4)} and made.ignored == {}
     np.testing.assert_array_equal(cavity.label, np.array([0, 2, 1, 3, 0])[crop])
     floats = save(tmp_path / "float.nii.gz", label.astype(np.float32) + 0.0004)
     np.testing.assert_array_equal(canonicalise(case.images, floats, BRATS, CODES).label, made.label)
@@ -245,10 +246,9 @@ def test_label_outside_the_brain_box_is_kept_natively(make_case, label, save, tm
         ({"NCR": 1, "ED": 2, "ET": 4, "RC": 5}, ()),
     ],
 )
-def test_codes_that_cannot_be(make_case, codes, ignored):
-    case = make_case()
+def test_codes_that_cannot_be(codes, ignored):
     with pytest.raises(InputError, match="a number of its own from 1 to 255"):
-        canonicalise(case.images, case.label, BRATS, codes, ignored=ignored)
+        Coding.of(BRATS, codes, ignored)
 
 
 def test_unknown_modality(make_case):

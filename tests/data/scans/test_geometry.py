@@ -7,7 +7,8 @@ import torchio as tio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmixseg.data.scans.geometry import Box, Geometry
+from pmixseg.data.scans.boxes import Box
+from pmixseg.data.scans.geometry import Geometry
 from pmixseg.errors import InputError
 
 LPS = np.array([[-1.0, 0, 0, 10], [0, -1, 0, 239], [0, 0, 1, -5], [0, 0, 0, 1]])

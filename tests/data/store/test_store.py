@@ -16,8 +16,8 @@ import pytest
 from pmixseg.cli import main
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.scans.canonical import canonicalise
-from pmixseg.data.store import prepare as preparing
 from pmixseg.data.store import stored as storing
+from pmixseg.data.store import workers
 from pmixseg.data.store.store import Store, StoredCase, prepare
 from pmixseg.data.store.stored import copy_box
 from pmixseg.errors import InputError
@@ -77,7 +77,7 @@ def test_the_native_label_survives_resampling(cohort, out, spacing, label):
 def test_lacking_modalities_and_label(make_case, out):
     report = quietly([make_case(modalities=("t1", "t2"), labelled=False)], out)
     assert report.unlabelled == ["BraTS2021_00001"] and not report.failed
-    assert "without a label: BraTS2021_00001" in report.summary()
+    assert "without a label, so of no use for training: BraTS2021_00001" in report.summary()
     stored = Store.open(out).read("BraTS2021_00001")
     assert stored.acquired == (False, False, True, True)
     assert stored.label is None and stored.native_label() is None
@@ -157,7 +157,11 @@ def test_one_bad_case_stops_no_other_and_its_old_copy_goes(cohort, out):
     report = quietly(cohort, out)
     assert list(report.failed) == [cohort[0].case_id] and len(report.kept) == 2
     assert "truncated or damaged gzip" in report.failed[cohort[0].case_id]
-    assert report.summary().splitlines()[-1].startswith("failed: case 'BraTS2021_00000': ")
+    *_, line, code = report.summary().splitlines()
+    assert line.startswith("left out: case 'BraTS2021_00000': ")
+    assert code == (
+        "exit code 1: 1 cases are not in the store; the 2 others are, and can be trained on"
+    )
     assert Store.open(out).cases == tuple(c.case_id for c in cohort[1:])
 
 
@@ -308,7 +312,7 @@ def test_an_older_format_is_done_again(cohort, out, monkeypatch):
     assert quietly(cohort[:1], out).prepared
     description = json.loads((out / "store.json").read_text())
     (out / "store.json").write_text(json.dumps({**description, "format": 99}))
-    with pytest.raises(InputError, match="store format 99, but this version reads 1"):
+    with pytest.raises(InputError, match="store format 99, but this version reads 2"):
         Store.open(out)
 
 
@@ -317,7 +321,7 @@ def test_refusals(cohort, tmp_path):
         Store.open(tmp_path)
     for damaged in (b"{", b"[]", b"\xff\x80"):
         (tmp_path / "store.json").write_bytes(damaged)
-        with pytest.raises(InputError, match=r"store\.json cannot be read"):
+        with pytest.raises(InputError, match=r"store\.json is damaged or was edited"):
             Store.open(tmp_path)
     root = cohort[0].label.parents[1]
     with pytest.raises(InputError, match="holds files and is no store"):
@@ -330,8 +334,10 @@ def test_refusals(cohort, tmp_path):
         quietly([cohort[0], cohort[0]], tmp_path / "s")
     with pytest.raises(InputError, match="there is no case"):
         quietly([], tmp_path / "s")
-    with pytest.raises(InputError, match="cannot name a file or folder"):
-        quietly([replace(cohort[0], case_id="../up")], tmp_path / "s")
+    for name in ("../up", "...", "x" * 256):
+        report = quietly([replace(cohort[0], case_id=name), cohort[1]], tmp_path / "s")
+        assert "cannot name a file or folder" in report.failed[name], name
+        assert report.prepared or report.kept, "one bad name stops no other"
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="the store cannot be written"):
         quietly(cohort, tmp_path / "file" / "store")
@@ -340,7 +346,7 @@ def test_refusals(cohort, tmp_path):
 
 
 def test_a_killed_worker_is_told(cohort, out, monkeypatch):
-    monkeypatch.setattr(preparing, "_start_worker", _die)
+    monkeypatch.setattr(workers, "start_worker", _die)
     with pytest.raises(InputError, match="a worker process was killed"):
         quietly(cohort, out, workers=1)
 

@@ -1,0 +1,79 @@
+"""Many sentences about many cases, as few lines as say the same."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+FEW = 5
+"""So many names stand in a line; the rest is counted."""
+
+_ALONE = 3
+"""Up to so many cases of one problem have a line each."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c", "d", "e", "f", "g"])
+        'a, b, c, d, e and 2 more'
+    """
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more
+
+
+def grouped(sentences: Iterable[tuple[str, str]]) -> list[str]:
+    """One line for each problem that more than three cases share, else one for each case.
+
+    Sentences are of one problem if they differ in the case's name, folders and numbers only.
+
+    Args:
+        sentences: (case, sentence), in the order of the lines.
+
+    Example:
+        >>> many = [(f"p{i}", f"case 'p{i}': t1 has {i} ml.") for i in range(1, 51)]
+        >>> grouped(many)
+        ["50 cases (p1, p2, p3, p4, p5 and 45 more), such as case 'p1': t1 has 1 ml."]
+    """
+    alike: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    for case, sentence in sentences:
+        alike[_shape(case, sentence)].append((case, sentence))
+    lines: list[str] = []
+    for group in alike.values():
+        names = list(dict.fromkeys(case for case, _ in group))
+        if len(names) <= _ALONE:
+            lines += [sentence for _, sentence in group]
+        else:
+            lines.append(f"{len(names)} cases ({listed(names)}), such as {group[0][1]}")
+    return lines
+
+
+def ignored_lines(ignored: Mapping[str, Mapping[int, int]]) -> list[str]:
+    """Say which label numbers became background, in how many voxels of how many cases.
+
+    Args:
+        ignored: case -> number -> voxels.
+
+    Example:
+        >>> ignored_lines({"a": {4: 10}, "b": {4: 5}, "c": {}})
+        ['label value 4 is ignored, it becomes background: 15 voxels in 2 cases (a, b)']
+    """
+    voxels: Counter[int] = Counter()
+    cases: dict[int, list[str]] = {}
+    for case, numbers in sorted(ignored.items()):
+        for number, count in numbers.items():
+            voxels[number] += count
+            cases.setdefault(number, []).append(case)
+    return [
+        f"label value {number} is ignored, it becomes background: {count:,} voxels in "
+        f"{len(cases[number])} cases ({listed(cases[number])})"
+        for number, count in sorted(voxels.items())
+    ]
+
+
+def _shape(case: str, sentence: str) -> str:
+    """A sentence without what differs between cases."""
+    plain = re.sub(r"[^\s'()]*/", "", sentence.replace(case, "@"))
+    return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "#", plain)

@@ -1,0 +1,110 @@
+"""Boxes of voxels, and the box that holds what is not 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A half-open box of voxels, ``lo <= index < hi``.
+
+    Example:
+        >>> Box((0, 8, 0), (8, 16, 24)).union(Box((8, 8, 8), (16, 24, 16)))
+        Box(lo=(0, 8, 0), hi=(16, 24, 24))
+    """
+
+    lo: Triple
+    hi: Triple
+
+    @property
+    def shape(self) -> Triple:
+        """Voxels per axis."""
+        return triple(h - o for o, h in zip(self.lo, self.hi, strict=True))
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """The box as an index into an array that starts at the origin."""
+        a, b, c = (slice(o, h) for o, h in zip(self.lo, self.hi, strict=True))
+        return a, b, c
+
+    def union(self, other: Box) -> Box:
+        """The smallest box that contains both."""
+        return Box(
+            triple(map(min, zip(self.lo, other.lo, strict=True))),
+            triple(map(max, zip(self.hi, other.hi, strict=True))),
+        )
+
+    def contains(self, other: Box) -> bool:
+        """Whether no voxel of ``other`` lies outside."""
+        return self.union(other) == self
+
+    def relative_to(self, outer: Box) -> Box:
+        """The same voxels, counted from the first voxel of ``outer``."""
+        return Box(
+            triple(a - b for a, b in zip(self.lo, outer.lo, strict=True)),
+            triple(a - b for a, b in zip(self.hi, outer.lo, strict=True)),
+        )
+
+    def grow(self, multiple: int, shape: Triple) -> Box:
+        """Move every face outwards to a multiple of ``multiple``, at most to ``shape``."""
+        return Box(
+            triple(o // multiple * multiple for o in self.lo),
+            triple(
+                min(-(-h // multiple) * multiple, n) for h, n in zip(self.hi, shape, strict=True)
+            ),
+        )
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """Primitives only."""
+        return {"lo": list(self.lo), "hi": list(self.hi)}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Iterable[int]]) -> Box:
+        """Inverse of :meth:`to_dict`."""
+        return cls(triple(raw["lo"]), triple(raw["hi"]))
+
+    @classmethod
+    def whole(cls, shape: Triple) -> Box:
+        """All voxels of an array of this shape."""
+        return cls((0, 0, 0), shape)
+
+
+def bounds(values: npt.NDArray[Any]) -> Box | None:
+    """The tight box of the non-zero voxels (NaN counts as one), or ``None``."""
+    order = memory_order(values)
+    slow = values.transpose(order)
+    integers = slow.dtype.kind in "iu"
+    plane = np.bitwise_or.reduce(slow, axis=0) != 0 if integers else (slow != 0).any(axis=0)
+    if not plane.any():
+        return None
+    edges = [(0, 0), _edges(plane.any(axis=1)), _edges(plane.any(axis=0))]
+    first = next(i for i in range(len(slow)) if slow[i].any())
+    last = next(i for i in reversed(range(len(slow))) if slow[i].any())
+    edges[0] = (first, last + 1)
+    lo, hi = [0, 0, 0], [0, 0, 0]
+    for axis, (low, high) in zip(order, edges, strict=True):
+        lo[axis], hi[axis] = low, high
+    return Box((lo[0], lo[1], lo[2]), (hi[0], hi[1], hi[2]))
+
+
+def _edges(hit: npt.NDArray[np.bool_]) -> tuple[int, int]:
+    return int(hit.argmax()), len(hit) - int(hit[::-1].argmax())
+
+
+def memory_order(values: npt.NDArray[Any]) -> list[int]:
+    """Axes by falling stride: transposed so, a volume is walked as it lies in memory."""
+    return [int(a) for a in np.argsort([-abs(s) for s in values.strides], kind="stable")]
+
+
+def triple(values: Iterable[int]) -> Triple:
+    """Three whole numbers."""
+    a, b, c = (int(v) for v in values)
+    return a, b, c

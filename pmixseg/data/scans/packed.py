@@ -1,0 +1,66 @@
+"""Unpacking gzip in one go, and never more than is asked for."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+from isal import isal_zlib
+
+GZIP = b"\x1f\x8b"
+
+DAMAGED: tuple[Any, ...] = (EOFError, OSError, zlib.error, isal_zlib.error)
+"""What reading a damaged gzip file raises."""
+
+_SPARE = 1 << 20
+
+
+class TooLong(ValueError):
+    """A file unpacks to far more than its header promises."""
+
+
+def is_packed(raw: bytes) -> bool:
+    """Whether a file's bytes are gzip, whatever its name says."""
+    return raw[:2] == GZIP
+
+
+def first_bytes(raw: bytes, count: int) -> bytes:
+    """The first bytes of a file's content, at most ``count``.
+
+    Raises:
+        EOFError, OSError, zlib.error: the file is damaged there.
+    """
+    if not is_packed(raw):
+        return raw[:count]
+    unpacked: bytes = isal_zlib.decompressobj(wbits=31).decompress(raw, count)
+    return unpacked
+
+
+def unpack(raw: bytes, enough: int) -> bytes:
+    """The content of a file, checked against gzip's own checksum.
+
+    Args:
+        raw: the file's bytes, gzip or not.
+        enough: how many bytes are needed. Members of a gzip file are joined until they are there;
+            some padding behind them is accepted.
+
+    Raises:
+        EOFError, OSError, zlib.error: the file is truncated or damaged.
+        TooLong: it goes on and on, as a file does that was made to fill the memory.
+    """
+    if not is_packed(raw):
+        return raw
+    limit = 2 * enough + _SPARE
+    parts: list[bytes] = []
+    length = 0
+    while length < enough and is_packed(raw):
+        unpacking = isal_zlib.decompressobj(wbits=31)
+        # One byte more than there is: isal needs room to see the end.
+        parts.append(unpacking.decompress(raw, limit - length + 1))
+        length += len(parts[-1])
+        if length > limit:
+            raise TooLong(f"it unpacks to more than {limit} bytes, its header promises {enough}")
+        if not unpacking.eof:
+            raise EOFError("it ends before its end was marked")
+        raw = unpacking.unused_data
+    return parts[0] if len(parts) == 1 else b"".join(parts)

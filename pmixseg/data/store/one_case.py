@@ -1,0 +1,183 @@
+"""One case of a cohort into the store, or the sentence that says why not."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pmixseg.data.cohorts.cases import Case
+from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
+from pmixseg.data.scans.nifti import ScanReader
+from pmixseg.data.scans.plausibility import Verdict, judge
+from pmixseg.data.store.stored import (
+    is_whole,
+    origin_of,
+    read_meta,
+    write_case,
+    write_origin,
+)
+from pmixseg.errors import InputError
+from pmixseg.files import inside
+from pmixseg.task import Task
+
+_LONGEST = 255
+"""Bytes of the longest name that the usual file systems take."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all cases of a store are prepared with.
+
+    Args:
+        cases: the store's folder of cases.
+        task: modalities in channel order, labels in class order.
+        parameters: what every case depends on beside its sources; primitives.
+        force: keep cases that the judge finds implausible.
+        odd: cases without an orientation among others that have theirs.
+    """
+
+    cases: Path
+    task: Task
+    parameters: Mapping[str, Any]
+    force: bool = False
+    odd: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A case that is in the store.
+
+    Args:
+        state: whether it was written now, or was up to date.
+        notes: sentences about it.
+        ignored: number in the label file that became background -> voxels of it.
+    """
+
+    state: Literal["prepared", "kept"]
+    notes: tuple[str, ...] = ()
+    ignored: dict[int, int] = field(default_factory=dict)
+
+
+def prepare_case(recipe: Recipe, case: Case) -> Outcome | InputError:
+    """Bring one case up to date; a bad one is an outcome, a bad disk is an exception.
+
+    A case that was kept by force stays, as long as its files are the same.
+
+    Args:
+        recipe: what it is prepared with.
+        case: where its files lie.
+
+    Raises:
+        OSError: the store cannot be written.
+    """
+    own = recipe.cases / case.case_id
+    where = f"case '{case.case_id}'"
+    try:
+        if case.problem is not None:
+            raise InputError(case.problem)
+        _check_name(case.case_id)
+        meta = _asked(recipe, case)
+        current = _current(own, case, meta, where)
+        if current is not None:
+            return current
+        ready = _canonical(recipe, case, where)
+        verdict = judge(ready, recipe.task, odd_one_out=case.case_id in recipe.odd)
+        if verdict.findings and not recipe.force:
+            raise InputError(verdict.refusal(where))
+    except InputError as error:
+        # A copy of what the sources were before they broke must not stay in use.
+        shutil.rmtree(own, ignore_errors=True)
+        return error
+    made = {
+        "findings": list(verdict.findings),
+        "oriented": verdict.oriented,
+        "ignored_voxels": {str(number): n for number, n in ready.ignored.items()},
+        "sources": _sources(case, ready.digests),
+    }
+    try:
+        write_case(own, ready, {**meta, **made}, _origin(case))
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+            raise
+        return InputError(f"{where}: its name cannot name a folder ({error.strerror}); rename it.")
+    return Outcome("prepared", tuple(verdict.notes(where)), dict(ready.ignored))
+
+
+def _check_name(name: str) -> None:
+    inside(Path(), name, "case")
+    if name.startswith(".") or len(name.encode(errors="surrogateescape")) > _LONGEST:
+        raise InputError(
+            f"case '{name}' cannot name a file or folder of a store; use a layout whose case names "
+            f"do not begin with '.' and have at most {_LONGEST} bytes."
+        )
+
+
+def _asked(recipe: Recipe, case: Case) -> dict[str, Any]:
+    """What a stored copy must have been made with to be up to date."""
+    return {
+        "case_id": case.case_id,
+        "patient": case.patient or case.case_id,
+        "grade": case.grade,
+        "layout": case.layout,
+        "modalities": list(recipe.task.modalities),
+        "codes": dict(case.codes),
+        "ignored": list(case.ignored),
+        "doubtful": list(case.doubtful),
+        "witness": case.witness,
+        "odd_one_out": case.case_id in recipe.odd,
+        "parameters": dict(recipe.parameters),
+    }
+
+
+def _current(own: Path, case: Case, meta: Mapping[str, Any], where: str) -> Outcome | None:
+    """The stored copy, if it is whole and made of the same files in the same way."""
+    stored = read_meta(own)
+    if stored is None or any(stored.get(k) != v for k, v in meta.items()):
+        return None
+    reader = ScanReader(where)
+    roles = {**case.images, **({"label": case.label} if case.label else {})}
+    digests = {role: reader.digest(source) for role, source in roles.items()}
+    if stored["sources"] != _sources(case, digests) or not is_whole(own, stored):
+        return None
+    if origin_of(own) != _origin(case):  # the cohort was moved
+        write_origin(own, _origin(case))
+    verdict = Verdict(tuple(stored["findings"]), stored["oriented"])
+    ignored = {int(number): n for number, n in stored["ignored_voxels"].items()}
+    return Outcome("kept", tuple(verdict.notes(where)), ignored)
+
+
+def _canonical(recipe: Recipe, case: Case, where: str) -> CanonicalCase:
+    spacing = recipe.parameters["spacing"]
+    try:
+        return canonicalise(
+            case.images,
+            case.label,
+            recipe.task,
+            case.coding(recipe.task),
+            None if spacing is None else tuple(spacing),
+            dtype=recipe.parameters["dtype"],
+            where=where,
+        )
+    except MemoryError as error:
+        raise InputError(
+            f"{where}: there is not enough memory for it; use fewer workers, or a larger spacing."
+        ) from error
+
+
+def _origin(case: Case) -> str:
+    """Where one of the case's scans lies, to tell later whether it is still there."""
+    source = next(iter(case.images.values()))
+    return str((source[0] if isinstance(source, tuple) else source).absolute())
+
+
+def _sources(case: Case, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    sources: dict[str, dict[str, Any]] = {}
+    for role, source in {**case.images, "label": case.label}.items():
+        if source is not None:
+            path, channel = source if isinstance(source, tuple) else (source, None)
+            sources[role] = {"file": path.name, "channel": channel, "sha256": digests[role]}
+    return sources

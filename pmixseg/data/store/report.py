@@ -1,0 +1,76 @@
+"""What became of every case of a cohort that was prepared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
+
+
+@dataclass
+class PrepareReport:
+    """What became of every case.
+
+    Args:
+        store: the store's folder.
+        prepared: cases written by this call.
+        kept: cases whose stored copy was up to date.
+        failed: case -> the sentence that says why; a failed case is not in the store.
+        notes: case -> sentences about a case that is in the store all the same.
+        ignored: case -> number in its label file that became background -> voxels of it.
+        unlabelled: cases in the store without a label.
+        gone: cases that were prepared into the store before, are not among these, and whose
+            source is where it was no longer; they are still split and trained on.
+        elsewhere: the same, but their source is still there: another cohort's, as a rule.
+        pruned: cases that were gone and have been removed from the store.
+        cohort: sentences about the cohort as a whole.
+        seconds: wall time.
+    """
+
+    store: Path
+    prepared: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored: dict[str, dict[int, int]] = field(default_factory=dict)
+    unlabelled: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    pruned: list[str] = field(default_factory=list)
+    cohort: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def summary(self) -> str:
+        """One line per fact; the cases that were left out last."""
+        done = f"{len(self.prepared)} prepared, {len(self.kept)} up to date"
+        lines = [
+            f"{self.store}: {done}, {len(self.failed)} left out, in {self.seconds:.1f} s",
+            *self.cohort,
+            *ignored_lines(self.ignored),
+            *grouped((case, text) for case, texts in self.notes.items() for text in texts),
+        ]
+        if self.unlabelled:
+            lines.append(
+                f"without a label, so of no use for training: {listed(sorted(self.unlabelled))}"
+            )
+        if self.pruned:
+            lines.append(f"removed, for their sources are gone: {listed(self.pruned)}")
+        if self.gone:
+            lines.append(
+                f"still in the store and used, though their sources are gone: "
+                f"{listed(self.gone)}; remove them with --prune (prepare(..., prune=True))"
+            )
+        if self.elsewhere:
+            lines.append(
+                f"also in the store, from other folders or under another layout: "
+                f"{listed(self.elsewhere)}"
+            )
+        lines += [f"left out: {line}" for line in grouped(self.failed.items())]
+        if self.failed:
+            usable = len(self.prepared) + len(self.kept)
+            lines.append(
+                f"exit code 1: {len(self.failed)} cases are not in the store; "
+                + (f"the {usable} others are, and can be trained on" if usable else "no other is")
+            )
+        return "\n".join(lines)

@@ -1,0 +1,323 @@
+"""One judge of a case: `inspect`, `prepare` and `segment` find the same and say the same."""
+
+import gzip
+import re
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from pmixseg.cli import main
+from pmixseg.data.cohorts.inspection import inspect_cohort
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.store.store import Store, prepare
+from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.task import BRATS
+from tests.inference.tiny_models import tiny_student
+
+
+def rewrite(path, change, affine=None, unit=None):
+    image = nib.load(path)
+    data = change(np.asarray(image.dataobj))
+    made = nib.Nifti1Image(data, image.affine if affine is None else affine)
+    if unit is not None:
+        made.header.set_xyzt_units(unit)
+    nib.save(made, path)
+
+
+def patch(path, kind, offset, *values):
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into(kind, raw, offset, *values)
+    path.write_bytes(gzip.compress(bytes(raw)))
+
+
+def everyone(case, folder, **settings):
+    """What inspect, prepare and segment say about a case, without what names its command."""
+    root = folder / "cohort"
+    problems = [p for p in inspect_cohort(root, BRATS).problems if case.case_id in p]
+    report = prepare(find_cases(root, BRATS), folder / "store", BRATS, progress=False, **settings)
+    refused = report.failed.get(case.case_id)
+    try:
+        tiny_student().segment(case.images, name=case.case_id)
+        segmented = None
+    except InputError as error:
+        segmented = str(error)
+    return problems, refused, segmented
+
+
+BACKGROUND = {
+    "noise": lambda x: np.where(x == 0, np.random.default_rng(0).normal(0, 1e-4, x.shape), x),
+    "minus 1024": lambda x: np.where(x == 0, -1024, x),
+    "z-score of the whole volume": lambda x: (x - x.mean()) / x.std(),
+    "one more everywhere": lambda x: x + 1,
+    "ringing around the brain": lambda x: np.where(
+        (x == 0) & (np.indices(x.shape).sum(0) % 3 > 0) & (np.indices(x.shape)[0] > 0), 1e-3, x
+    ),
+}
+
+
+@pytest.mark.parametrize("spacing", [None, (2.0, 2.0, 2.0)], ids=["native", "resampled"])
+@pytest.mark.parametrize("kind", BACKGROUND)
+def test_a_background_that_is_not_0(make_case, tmp_path, kind, spacing):
+    case, good = make_case(), make_case("BraTS2021_00002")
+    for path in case.images.values():
+        rewrite(path, lambda x: BACKGROUND[kind](x.astype(np.float32)).astype(np.float32))
+    problems, refused, segmented = everyone(case, tmp_path, spacing=spacing)
+    assert refused is not None and "so its background is not 0" in refused
+    assert problems == [refused] and segmented == refused
+    assert "--force" in refused
+    assert Store.open(tmp_path / "store").cases == (good.case_id,)
+
+
+def test_force_keeps_such_a_case_and_says_so(make_case, tmp_path, capsys):
+    case = make_case()
+    rewrite(case.images["t1"], lambda x: (x + 1).astype(np.int16))
+    root, store = str(tmp_path / "cohort"), tmp_path / "store"
+    assert main(["prepare", root, str(store), "--workers", "0"]) == 1
+    told = capsys.readouterr().out
+    assert "0 prepared, 0 up to date, 1 left out" in told and "exit code 1" in told
+    assert main(["prepare", root, str(store), "--workers", "0", "--force"]) == 0
+    said = "its background is not 0; went on because of force."
+    assert said in capsys.readouterr().out
+    # What was kept stays, told each time, until its files change.
+    assert main(["prepare", root, str(store), "--workers", "0"]) == 0
+    assert said in capsys.readouterr().out and Store.open(store).cases == (case.case_id,)
+    rewrite(case.images["t1"], lambda x: (x + 1).astype(np.int16))
+    assert main(["prepare", root, str(store), "--workers", "0"]) == 1
+    assert Store.open(store).cases == ()
+
+
+def test_a_label_map_given_as_a_scan(make_case, tmp_path, label):
+    case = make_case()
+    rewrite(case.images["t2"], lambda _: label)
+    problems, refused, segmented = everyone(case, tmp_path)
+    assert "t2 has 3 different values only, as a label map has" in refused
+    assert problems == [refused] == [segmented]
+
+
+def test_unregistered_scans(phantom_root, tmp_path):
+    case = find_cases(phantom_root, BRATS)[0]
+    folder = tmp_path / "cohort" / "BraTS2021_00001"
+    folder.mkdir(parents=True)
+    for modality, path in case.images.items():
+        image = nib.load(path)
+        data = np.asarray(image.dataobj)
+        data = data[::-1] if modality == "t1" else data
+        nib.save(nib.Nifti1Image(data, image.affine), folder / f"BraTS2021_00001_{modality}.nii.gz")
+    (case,) = find_cases(tmp_path / "cohort", BRATS)
+    problems, refused, segmented = everyone(case, tmp_path)
+    assert "t1 does not seem to lie on" in refused and "mirrored" in refused
+    assert problems == [refused] == [segmented]
+
+
+# ------------------------------------------------------------------- units and sizes
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(1e-3, "meter"), (1e3, "micron")])
+def test_units_of_the_header_are_honoured(make_case, tmp_path, factor, unit):
+    plain, other = make_case(), make_case("BraTS2021_00002")
+    affine = np.diag([factor] * 3 + [1]) @ nib.load(plain.label).affine
+    for path in [*other.images.values(), other.label]:
+        rewrite(path, lambda x: x, affine, unit)
+    problems, refused, segmented = everyone(other, tmp_path)
+    assert (problems, refused, segmented) == ([], None, None)
+    store = Store.open(tmp_path / "store")
+    one, two = (store.read(c.case_id) for c in (plain, other))
+    np.testing.assert_allclose(two.geometry.affine, one.geometry.affine, atol=1e-3)
+    np.testing.assert_allclose(two.geometry.source_zooms, (1.0, 1.0, 1.0), rtol=1e-5)
+    np.testing.assert_array_equal(two.image, one.image)
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(1e-3, "meter"), (1e3, "micron")])
+def test_a_result_has_the_affine_and_the_unit_of_its_scan(make_case, tmp_path, factor, unit):
+    case = make_case()
+    affine = np.diag([factor] * 3 + [1]) @ nib.load(case.label).affine
+    for path in case.images.values():
+        rewrite(path, lambda x: x, affine, unit)
+    model = tiny_student()
+    found = model.segment(case.images)
+    image = found.to_nifti()
+    np.testing.assert_allclose(image.affine, affine, rtol=1e-5, atol=1e-6 * factor)
+    assert image.header.get_xyzt_units()[0] == unit
+    saved = nib.load(found.save(tmp_path, probabilities=True)["probabilities"])
+    np.testing.assert_allclose(saved.affine, affine, rtol=1e-5, atol=1e-6 * factor)
+    assert saved.header.get_xyzt_units()[0] == unit
+    make_case()  # the same in mm
+    plain = model.segment(case.images)
+    assert found.volumes == pytest.approx(plain.volumes, rel=1e-5)
+
+
+@pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0)], ids=["native", "resampled"])
+@pytest.mark.parametrize("size", [1e-3, 1e3, 1e6])
+def test_absurd_voxels_stop_no_other_case(make_case, tmp_path, size, spacing):
+    case, good = make_case(), make_case("BraTS2021_00002")
+    for path in [*case.images.values(), case.label]:
+        rewrite(path, lambda x: x, np.diag([size] * 3 + [1]))
+    problems, refused, segmented = everyone(case, tmp_path, spacing=spacing)
+    assert f"its voxels measure {size:.4g} x" in refused and "repair its header" in refused
+    assert len(problems) == 5 and problems[0] in (refused, segmented)
+    assert "its voxels measure" in segmented
+    assert Store.open(tmp_path / "store").cases == (good.case_id,)
+
+
+def test_no_grid_larger_than_memory_is_asked_for(make_case, tmp_path):
+    case = make_case()
+    for path in [*case.images.values(), case.label]:
+        rewrite(path, lambda x: x, np.diag([20.0, 20.0, 20.0, 1.0]))
+    report = prepare(
+        [case], tmp_path / "s", BRATS, spacing=(0.1, 0.1, 0.1), progress=False, force=True
+    )
+    assert "more than memory is asked for" in report.failed[case.case_id]
+    with pytest.raises(InputError, match=r"spacing .* measure .* correct the spacing"):
+        prepare([case], tmp_path / "s", BRATS, spacing=(1e-6, 1.0, 1.0), progress=False)
+
+
+# ------------------------------------------------------------------- orientation
+
+
+def forget_orientation(case, roles=(*BRATS.modalities, "label")):
+    for role in roles:
+        patch(case.label if role == "label" else case.images[role], "<hh", 252, 0, 0)
+
+
+def test_a_case_that_lost_its_orientation_is_refused_beside_others(make_case, tmp_path):
+    case, good = make_case(), make_case("BraTS2021_00002")
+    forget_orientation(case)
+    inspection = inspect_cohort(tmp_path / "cohort", BRATS)
+    report = prepare([case, good], tmp_path / "store", BRATS, progress=False)
+    assert "qform_code and sform_code are 0" in report.failed[case.case_id]
+    assert inspection.problems == [report.failed[case.case_id]]
+    assert report.prepared == [good.case_id]
+
+
+def test_a_cohort_without_orientation_is_told(make_case, tmp_path):
+    cases = [make_case(), make_case("BraTS2021_00002")]
+    for case in cases:
+        forget_orientation(case)
+    inspection = inspect_cohort(tmp_path / "cohort", BRATS)
+    assert inspection.problems == [] and "do not say how they lie" in inspection.summary()
+    report = prepare(cases, tmp_path / "store", BRATS, progress=False)
+    assert len(report.prepared) == 2
+    assert report.summary().count("do not say how they lie") == 2
+    again = prepare(cases, tmp_path / "store", BRATS, progress=False)
+    assert again.kept and again.summary().count("do not say how they lie") == 2
+    with pytest.warns(UserWarning, match="do not say how they lie"):
+        tiny_student().segment(cases[0].images)
+
+
+def test_a_scan_without_orientation_is_refused_beside_scans_with(make_case, tmp_path):
+    case = make_case()
+    forget_orientation(case, ["t1ce"])
+    problems, refused, segmented = everyone(case, tmp_path)
+    assert "does not say how it lies" in refused and "t1ce" in refused
+    assert problems == [refused] and "t1ce does not say how it lies" in segmented
+    with pytest.raises(InputError, match="does not say how it lies"):
+        tiny_student().segment(case.images, SegmentSettings(force=True))
+
+
+def test_axes_at_45_degrees_are_read_alike_in_all_files(make_case, tmp_path):
+    case = make_case()
+    for sign, path in zip((1, -1, 1, -1), case.images.values(), strict=True):
+        angle = np.radians(45) + sign * 1e-6
+        turn = np.eye(4)
+        turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        rewrite(path, lambda x: x, turn @ np.diag([-1.0, -1.0, 1.0, 1.0]))
+    turn = np.eye(4)
+    turn[:2, :2] = np.sqrt(0.5) * np.array([[1, -1], [1, 1]])
+    rewrite(case.label, lambda x: x, turn @ np.diag([-1.0, -1.0, 1.0, 1.0]))
+    assert everyone(case, tmp_path) == ([], None, None)
+
+
+# ------------------------------------------------------------------- headers
+
+
+@pytest.mark.parametrize("offset", [0.0, 348.0, 351.0, 352.5, float("nan"), -16.0, 1e30])
+def test_voxels_never_begin_inside_the_header(make_case, tmp_path, offset):
+    case, good = make_case(), make_case("BraTS2021_00002")
+    patch(case.images["t2"], "<f", 108, offset)
+    problems, refused, segmented = everyone(case, tmp_path)
+    assert problems == [refused] and re.search("vox.offset|promises", refused)
+    assert segmented == refused
+    assert Store.open(tmp_path / "store").cases == (good.case_id,)
+
+
+@pytest.mark.parametrize("slope", [1e-30, 1e-4, -1e-20])
+def test_a_scale_that_leaves_nothing_of_a_label(make_case, tmp_path, slope):
+    case = make_case()
+    patch(case.label, "<f", 112, slope)
+    problems, refused, _ = everyone(case, tmp_path)
+    assert "scl_slope" in refused and problems == [refused]
+
+
+def test_an_empty_label_map_is_a_label(make_case, tmp_path):
+    case = make_case()
+    rewrite(case.label, np.zeros_like)
+    patch(case.label, "<f", 112, 0.5)
+    assert prepare([case], tmp_path / "store", BRATS, progress=False).prepared
+
+
+# ------------------------------------------------------------------- codings
+
+
+def dashed(make_case, save, tmp_path, name, label, codes):
+    """A case with names as of 2023, its label in the given codes."""
+    case = make_case()
+    folder = tmp_path / "new" / name
+    for modality, suffix in {"flair": "t2f", "t1ce": "t1c", "t1": "t1n", "t2": "t2w"}.items():
+        image = nib.load(case.images[modality])
+        save(folder / f"{name}-{suffix}.nii.gz", np.asarray(image.dataobj), image.affine)
+    table = np.zeros(5, np.uint8)
+    for old, new in codes.items():
+        table[old] = new
+    save(folder / f"{name}-seg.nii.gz", table[label])
+    return name
+
+
+NEW, OLD = {1: 1, 2: 2, 4: 3}, {1: 1, 2: 2, 4: 4}
+
+
+def test_mixed_codings_are_judged_case_by_case(make_case, save, tmp_path, label):
+    ids = [
+        dashed(make_case, save, tmp_path, f"BraTS-GLI-{k:05d}-000", label, NEW if k % 2 else OLD)
+        for k in range(4)
+    ]
+    root = tmp_path / "new"
+    inspection = inspect_cohort(root, BRATS)
+    report = prepare(find_cases(root, BRATS), tmp_path / "store", BRATS, progress=False)
+    assert sorted(report.failed) == [ids[0], ids[2]] and report.prepared == [ids[1], ids[3]]
+    assert inspection.problems == list(report.failed.values())
+    for sentence in inspection.problems:
+        assert "holds the label value 4 and no 3" in sentence and "--layout brats2024" in sentence
+    stored = Store.open(tmp_path / "store").read(ids[1]).native_label()
+    assert (stored == 3).sum() == (label == 4).sum() > 0
+
+
+def test_a_cavity_is_ignored_counted_and_shown(make_case, save, tmp_path, label):
+    both = label.copy()
+    both[30:34, 30:34, 30:33] = 3  # 48 voxels of cavity, coded 4 below
+    for k in range(3):
+        dashed(make_case, save, tmp_path, f"BraTS-GLI-{k:05d}-000", both, {**NEW, 3: 4})
+    root = tmp_path / "new"
+    line = "label value 4 is ignored, it becomes background: 144 voxels in 3 cases"
+    inspection = inspect_cohort(root, BRATS)
+    assert inspection.problems == [] and line in inspection.summary()
+    for _ in range(2):  # also of what is up to date
+        report = prepare(find_cases(root, BRATS), tmp_path / "store", BRATS, progress=False)
+        assert not report.failed and line in report.summary()
+
+
+def test_scans_after_treatment_have_cavities_without_a_doubt(make_case, save, tmp_path, label):
+    name = dashed(make_case, save, tmp_path, "BraTS-GLI-00001-101", label, OLD)
+    report = prepare(find_cases(tmp_path / "new", BRATS), tmp_path / "s", BRATS, progress=False)
+    assert report.prepared == [name] and report.ignored == {name: {4: (label == 4).sum()}}
+
+
+def test_a_named_layout_ends_the_doubt(make_case, save, tmp_path, label):
+    dashed(make_case, save, tmp_path, "BraTS-GLI-00001-000", label, OLD)
+    cases = find_cases(tmp_path / "new", BRATS, "brats2024")
+    assert not prepare(cases, tmp_path / "s", BRATS, progress=False).failed
+    cases = find_cases(tmp_path / "new", BRATS, "brats2023")
+    report = prepare(cases, tmp_path / "s", BRATS, progress=False)
+    assert "label values 4, but its layout knows 0, 1, 2, 3" in next(iter(report.failed.values()))
