@@ -48,9 +48,25 @@ class Described:
         return dict(self.__dict__.get("_init_args", {}))  # a class without __init__ has none
 
     def remember(self, **arguments: Any) -> None:
-        """Put what an argument was made into in place of the argument as it was given."""
+        """Put what an argument was made into in place of the argument as it was given.
+
+        Arguments that the constructor does not take are left out.
+        """
         known = self.__dict__.get("_init_args", {})
-        known.update({k: v for k, v in arguments.items() if k in known})
+        known.update({k: v for k, v in arguments.items() if k in known or _takes(type(self), k)})
+
+
+def _takes(cls: type, name: str) -> bool:
+    """Whether a constructor has an argument of this name, or hands it on to one that has."""
+    for base in cls.__mro__:
+        if "__init__" not in base.__dict__:
+            continue
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]  # only read
+        if name in parameters:
+            return True
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return False
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:

@@ -123,7 +123,8 @@ class TrainingCLI(LightningCLI):
         """Terms first in the list of callbacks, and one folder for everything the run writes."""
         run = self.run_folder()
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        callbacks: list[Callback] = list(config.get("callbacks") or [])
+        several = config.get("callbacks") or []
+        callbacks: list[Callback] = [several] if isinstance(several, Callback) else list(several)
         config["default_root_dir"] = str(run)
         if config.get("logger") in (None, True):
             config["logger"] = RunLogger(run) if self.subcommand == "fit" else False

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.layouts import find_cases
@@ -26,7 +26,7 @@ from pmixseg.data.patches import (
     collate_case,
     collate_patches,
 )
-from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler
+from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, FirstEpoch
 from pmixseg.data.splits import Fractions, Split, SplitPlan
 from pmixseg.data.store.store import Store, StoredCase, prepare
 from pmixseg.describe import build
@@ -271,12 +271,11 @@ class BraTSDataModule(LightningDataModule):
             self._allowed,
             on_cpu,
         )
+        order = EpochSampler(len(dataset.cases), self.patches_per_case, self.batch_size, self.seed)
         return EpochLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=EpochSampler(
-                len(dataset.cases), self.patches_per_case, self.batch_size, self.seed
-            ),
+            sampler=FirstEpoch(order) if self._overfits else order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -334,6 +333,11 @@ class BraTSDataModule(LightningDataModule):
 
     # ---------------------------------------------------------------- inside
 
+    @property
+    def _overfits(self) -> bool:
+        """Whether Lightning is told to train on the same few batches in every epoch."""
+        return bool(getattr(self.trainer, "overfit_batches", 0))
+
     def _apply_masks(self, cases: Mapping[str, StoredCase]) -> None:
         if self.masks is not None:
             self._allowed = self.masks.allowed(list(cases.values()), self.task.modalities)
@@ -341,9 +345,10 @@ class BraTSDataModule(LightningDataModule):
     def _whole(self, cases: Sequence[str], part: str = "val") -> DataLoader[CaseItem]:
         if not cases:
             raise InputError(f"the split has no case in '{part}'; use another split or part.")
+        dataset = CaseDataset(self.store, cases, self.seed, self._allowed)
         return DataLoader(
-            CaseDataset(self.store, cases, self.seed, self._allowed),
-            sampler=CaseSampler(len(cases)),
+            dataset,
+            sampler=SequentialSampler(dataset) if self._overfits else CaseSampler(len(cases)),
             collate_fn=collate_case,
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from pmixseg.data.keys import generator, make_key
 
@@ -73,6 +73,28 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
     def set_epoch(self, epoch: int) -> None:
         """Begin the given epoch with the next iteration."""
         self.epoch = epoch
+
+
+class FirstEpoch(SequentialSampler):
+    """Yields the samples of the first epoch in every epoch: training that is to overfit.
+
+    Lightning puts a :class:`~torch.utils.data.SequentialSampler` in the place of any other sampler
+    when ``overfit_batches`` is set, and that one yields no epoch.
+
+    Args:
+        order: of the first epoch.
+    """
+
+    def __init__(self, order: EpochSampler) -> None:
+        super().__init__(range(len(order)))
+        order.set_epoch(0)
+        self.samples = list(order)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples)
 
 
 class EpochLoader(DataLoader[Any]):

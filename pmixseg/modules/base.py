@@ -18,7 +18,7 @@ from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.layers.bf16_gradients import repair_gradients
 from pmixseg.data.keys import make_key
 from pmixseg.data.missing import MissingnessSampler
-from pmixseg.describe import build
+from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
@@ -29,8 +29,10 @@ from pmixseg.modules.optimization import (
     Schedule,
     callable_from,
     parameter_groups,
+    rate_of,
     schedule_from,
     scheduler_from,
+    total_steps,
 )
 from pmixseg.modules.payload import check_terms, payload_of
 from pmixseg.modules.resuming import PENDING, TrainingSettings, patience_of, pending_metrics
@@ -91,8 +93,10 @@ class SegmentationModule(SegmentationNetwork):
         self.term_weights: dict[str, TermWeight] = {}
         self._lent: dict[str, bool] = {}
         self._settings: TrainingSettings | None = None
+        self._rate_changed = False
         self._patience: list[tuple[EarlyStopping, int]] = []
         self._pending: dict[str, float] | None = None
+        self.save_hyperparameters(describe(self.init_args))
 
     # ---------------------------------------------------------------- training
 
@@ -224,7 +228,7 @@ class SegmentationModule(SegmentationNetwork):
         if stage == "fit":
             self._return_terms()
             check_trainer(self.trainer)
-            self._pending = None
+            self._pending, self._settings, self._rate_changed = None, None, False
             self._patience = patience_of(self.trainer.callbacks)  # type: ignore[attr-defined]  # set in Trainer.__init__
 
     # ---------------------------------------------------------------- set-up and checks
@@ -252,6 +256,8 @@ class SegmentationModule(SegmentationNetwork):
                 "create them in __init__ or a callback's setup, before configure_optimizers."
             )
         self.repairs = repair_gradients(self)
+        if self._rate_changed:  # by LearningRateFinder, which does not know the schedule
+            self.trainer.strategy.setup_optimizers(self.trainer)
         self._settings = TrainingSettings.of(self.trainer)
         for callback, patience in self._patience:
             callback.patience = patience
@@ -274,14 +280,26 @@ class SegmentationModule(SegmentationNetwork):
         """Whether the segmentation loss reaches the anchor's weights."""
         return self.fill == "anchor" and self.shows_subsets
 
+    @property
+    def lr(self) -> float:
+        """Learning rate of the optimizer, as Lightning's tuner reads and sets it."""
+        return float(self.__dict__.get("_lr", rate_of(self.make_optimizer)))
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.__dict__["_lr"] = float(rate)
+        if "make_optimizer" in self.__dict__:  # not in a subclass that sets it before this class
+            self.make_optimizer = functools.partial(self.make_optimizer, lr=float(rate))
+            self.remember(optimizer=self.make_optimizer, lr=float(rate))
+            self._rate_changed = True
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer over two parameter groups, and the schedule."""
         optimizer = self.make_optimizer(parameter_groups(self))
         if self.make_scheduler is None:
             return cast(OptimizerLRScheduler, optimizer)
         if isinstance(self.make_scheduler, Schedule):
-            steps = int(self.trainer.estimated_stepping_batches)
-            scheduler = self.make_scheduler(optimizer, steps)
+            scheduler = self.make_scheduler(optimizer, total_steps(self.trainer))
             return {
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -297,6 +315,10 @@ class SegmentationModule(SegmentationNetwork):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write what :func:`pmixseg.load` needs, primitives only."""
         checkpoint["pmixseg"] = payload_of(self)
+        # Said once: a second description could come to say something else.
+        own = checkpoint.get("hyper_parameters", {})
+        if set(own) <= set(self.init_args):
+            checkpoint.pop("hyper_parameters", None)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             checkpoint[PENDING] = pending_metrics(self.trainer)
 

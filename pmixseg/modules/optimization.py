@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -67,9 +68,13 @@ class OneCycle(Schedule):
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """See :class:`Schedule`."""
         peaks = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(
-            optimizer, max_lr=peaks, total_steps=total_steps, pct_start=self.warmup_fraction
-        )
+        # A warm-up has at least one step; in debugging runs of a few it has no share of them.
+        # PyTorch divides by the length of both parts, so neither may have none.
+        steps = max(total_steps, 3)
+        rise = min(self.warmup_fraction, 1 - 1 / steps)
+        if 0 < rise * steps < 2:
+            rise = 2 / steps
+        return OneCycleLR(optimizer, max_lr=peaks, total_steps=steps, pct_start=rise)
 
 
 def callable_from(value: Callable[..., Any] | Mapping[str, Any]) -> Callable[..., Any]:
@@ -153,6 +158,38 @@ def scheduler_from(
         )
     every = trainer.check_val_every_n_epoch or 1
     return scheduler, {"monitor": monitor, "strict": False, "frequency": every}
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Optimizer steps of a training, which a schedule has to know.
+
+    Raises:
+        InputError: the training has no end.
+    """
+    steps = trainer.estimated_stepping_batches
+    if steps == math.inf:
+        raise InputError(
+            "a schedule over the whole training needs its length; give --trainer.max_epochs or "
+            "--trainer.max_steps."
+        )
+    return int(steps)
+
+
+def rate_of(make_optimizer: Callable[..., Any]) -> float:
+    """The learning rate that an optimizer's constructor is given, or takes by default.
+
+    Example:
+        >>> rate_of(functools.partial(torch.optim.SGD, lr=0.5)), rate_of(torch.optim.AdamW)
+        (0.5, 0.001)
+    """
+    if isinstance(make_optimizer, functools.partial):
+        if "lr" in make_optimizer.keywords:
+            return float(make_optimizer.keywords["lr"])
+        # jsonargparse wraps the class behind its own functions.
+        classes = (f for f in (make_optimizer.func, *make_optimizer.args) if inspect.isclass(f))
+        make_optimizer = next(classes, make_optimizer.func)
+    default = inspect.signature(make_optimizer).parameters.get("lr")
+    return float(default.default) if default is not None else math.nan
 
 
 def validates(trainer: Trainer) -> bool:
