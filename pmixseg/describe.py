@@ -11,20 +11,14 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from pmixseg.errors import InputError
 from pmixseg.old_paths import current_path
-
-_RESTRICTED: ContextVar[tuple[str, ...] | None] = ContextVar("restricted", default=None)
 
 
 class Described:
@@ -170,67 +164,31 @@ def is_description(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
 
 
-@contextmanager
-def restricted(trusted: Iterable[str]) -> Iterator[None]:
-    """Within this block every :func:`find_class` and :func:`build` trusts only these modules.
-
-    Constructors build their own arguments, and know nothing of where a description came from.
-    """
-    before = _RESTRICTED.set(tuple(trusted))
-    try:
-        yield
-    finally:
-        _RESTRICTED.reset(before)
-
-
-def find_class(class_path: str, trusted: Iterable[str] | None = None) -> Any:
+def find_class(class_path: str) -> Any:
     """Import the object that ``class_path`` names.
 
+    What a *checkpoint* names is judged first, see :func:`pmixseg.modules.trust.resolve`.
+
     Args:
-        class_path: dotted path of a class.
-        trusted: if given, only these modules and what is below them are looked into, and only a
-            class that a model can be made of is returned: what a checkpoint names must not decide
-            what is imported or called. By default what :func:`restricted` says, else anything.
+        class_path: dotted path of a class, today's or one of an earlier version.
 
     Raises:
-        InputError: not importable, or not trusted.
+        InputError: not importable.
     """
     class_path = current_path(class_path)
-    names = _RESTRICTED.get() if trusted is None else tuple(trusted)
-    if names is not None and not any(class_path.startswith(f"{name}.") for name in names):
-        module = class_path.rsplit(".", 1)[0]
-        raise InputError(
-            f"the checkpoint uses {class_path}, which is not part of pmixseg; if you trust it, "
-            f"load with --import {module} (in Python: modules=['{module}'])."
-        )
-    found = _import(class_path)
-    if names is not None and not _is_part_of_a_model(found):
-        raise InputError(
-            f"the checkpoint names {class_path}, which is no network, loss, optimizer or schedule; "
-            "it was damaged or made to do harm, so do not use it."
-        )
-    return found
-
-
-def _is_part_of_a_model(found: Any) -> bool:
-    kinds = (Described, nn.Module, Optimizer, LRScheduler)
-    return inspect.isclass(found) and issubclass(found, kinds)
-
-
-def _import(class_path: str) -> Any:
     parts = class_path.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
-            found: Any = importlib.import_module(".".join(parts[:cut]))
+            target: Any = importlib.import_module(".".join(parts[:cut]))
             for name in parts[cut:]:
-                found = getattr(found, name)
-        except (ImportError, AttributeError):
+                target = getattr(target, name)
+        except (ImportError, AttributeError, ValueError):  # ValueError: an empty name, as in "a..b"
             continue
-        return found
+        return target
     raise InputError(f"class '{class_path}' cannot be imported; correct its name or install it.")
 
 
-def build(value: Any, trusted: Iterable[str] | None = None, **extra: Any) -> Any:
+def build(value: Any, **extra: Any) -> Any:
     """Inverse of :func:`describe` for one object: instantiate a ``{class_path, init_args}``.
 
     Anything else is returned as it is. Nested descriptions are left to the class, which builds
@@ -238,7 +196,6 @@ def build(value: Any, trusted: Iterable[str] | None = None, **extra: Any) -> Any
 
     Args:
         value: a description or a ready object.
-        trusted: see :func:`find_class`.
         extra: arguments added to ``init_args`` where those do not have them.
 
     Raises:
@@ -246,7 +203,7 @@ def build(value: Any, trusted: Iterable[str] | None = None, **extra: Any) -> Any
     """
     if not is_description(value):
         return value
-    cls = find_class(value["class_path"], trusted)
+    cls = find_class(value["class_path"])
     if not inspect.isclass(cls):
         raise InputError(f"'{value['class_path']}' is not a class; name a class.")
     arguments = {**extra, **(value.get("init_args") or {})}

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from pmixseg.backbones import MultiEncoderUNet
-from pmixseg.describe import Described, build, describe, find_class
+from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
 
 
@@ -90,12 +90,6 @@ def test_local_classes_are_refused():
 
     with pytest.raises(InputError, match="inside a function"):
         describe(Hidden())
-
-
-def test_a_checkpoint_does_not_decide_what_is_imported():
-    with pytest.raises(InputError, match="--import antigravity"):
-        find_class("antigravity.fly", trusted=("pmixseg",))
-    assert find_class("pmixseg.losses.DiceCE", trusted=("pmixseg",)).__name__ == "DiceCE"
 
 
 def test_wrong_names_and_arguments_are_sentences():

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pmixseg.backbones.monai import cut
 from pmixseg.describe import build
-from pmixseg.trust import trusted
 
 
 def embedding(channels: int) -> nn.Sequential:
@@ -34,7 +33,12 @@ class April2025Network(nn.Module):
         arguments: its arguments beside ``spatial_dims``, ``in_channels`` and ``out_channels``.
 
     Source: docs/method/snippets.md.
+
+    Attributes:
+        class_arguments: arguments that name a class by plain text.
     """
+
+    class_arguments = ("network",)
 
     def __init__(
         self,
@@ -48,8 +52,7 @@ class April2025Network(nn.Module):
         self.latent = embedding(in_channels)
         sizes = {"spatial_dims": 3, "in_channels": in_channels, "out_channels": out_channels}
         description = {"class_path": network, "init_args": dict(arguments or {})}
-        # A plain name, which no check of a checkpoint's descriptions can know for a class.
-        self.network: nn.Module = build(description, trusted(), **sizes)
+        self.network: nn.Module = build(description, **sizes)
         self._halves = cut(self.network, in_channels)
         self.channels = (in_channels, *self._halves.channels)
         self.strides = (1, *self._halves.strides)

@@ -342,7 +342,7 @@ def _build_network(description: Mapping[str, Any], modalities: int, num_classes:
         )
     takes = inspect.signature(cls).parameters
     usual = {"spatial_dims": 3, "in_channels": modalities, "out_channels": num_classes}
-    network: nn.Module = build(description, None, **{k: v for k, v in usual.items() if k in takes})
+    network: nn.Module = build(description, **{k: v for k, v in usual.items() if k in takes})
     return network
 
 

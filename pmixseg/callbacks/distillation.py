@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,8 @@ class Distillation(TermCallback):
         start_epoch: first epoch with a weight above 0.
         warmup_epochs: epochs over which the weight rises linearly.
         name: key in log and checkpoint.
+        modules: Python modules whose classes the teacher's checkpoint may name, see
+            :func:`pmixseg.load`.
 
     Raises:
         InputError: in ``setup``: no teacher, a teacher of another task or spacing, or no term.
@@ -47,9 +49,10 @@ class Distillation(TermCallback):
         start_epoch: int = 0,
         warmup_epochs: int = 0,
         name: str = "distill",
+        modules: Sequence[str] = (),
     ) -> None:
         super().__init__(name, weight, start_epoch, warmup_epochs)
-        self.teacher = teacher
+        self.teacher, self.modules = teacher, list(modules)
         given: Mapping[str, Any] = (
             terms if terms is not None else {"logit": LogitKL(), "latent": LatentMatch()}
         )
@@ -102,8 +105,11 @@ class Distillation(TermCallback):
     def load_teacher(self) -> SegmentationModule:
         """The teacher, frozen and in eval mode."""
         teacher = self.teacher
-        module = load(teacher) if isinstance(teacher, str | Path) else cast(Any, teacher)
-        return cast(SegmentationModule, module.eval().requires_grad_(False))
+        if isinstance(teacher, str | Path):
+            module = load(teacher, modules=self.modules)
+        else:
+            module = cast(Any, teacher)
+        return module.eval().requires_grad_(False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See :class:`TermCallback`; also compare the teacher's spacing with the data's."""

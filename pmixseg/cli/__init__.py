@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pmixseg.cli import commands, segment, weights
 from pmixseg.errors import InputError, disk_error
-from pmixseg.trust import trust
 
 TRAINING = {
     "fit": "train a teacher or a student",
@@ -33,15 +32,15 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if args is None else args)
     try:
-        given = import_modules(given)
+        given, modules = import_modules(given)
         if given and given[0] in TRAINING:
             from pmixseg.cli.training import TrainingCLI  # Lightning takes seconds to import
 
-            TrainingCLI(given)
+            TrainingCLI(given, modules)
             return 0
         if given and given[0] == segment.NAME:  # its flags depend on the checkpoint
-            return segment.run(given[1:])
-        return run_plain(given)
+            return segment.run(given[1:], modules)
+        return run_plain(given, modules)
     except (ValueError, OSError, RuntimeError) as error:
         cause = input_error(error) if isinstance(error, ValueError) else disk_error(error)
         if cause is None and isinstance(error, UnicodeDecodeError):
@@ -85,8 +84,11 @@ def no_text(args: Sequence[str]) -> InputError | None:
     return None
 
 
-def import_modules(args: list[str]) -> list[str]:
-    """Take ``--import MODULE`` out of the arguments, import the modules and trust them.
+def import_modules(args: list[str]) -> tuple[list[str], list[str]]:
+    """Take ``--import MODULE`` out of the arguments, and import the modules.
+
+    Returns:
+        The other arguments, and the modules' names: a checkpoint may use their classes.
 
     Raises:
         InputError: a module that cannot be imported.
@@ -109,11 +111,10 @@ def import_modules(args: list[str]) -> list[str]:
             raise InputError(f"--import {name}: cannot be imported ({error}).") from error
         finally:
             sys.path.remove("")
-    trust(names)
-    return left
+    return left, names
 
 
-def run_plain(args: Sequence[str]) -> int:
+def run_plain(args: Sequence[str], modules: Sequence[str] = ()) -> int:
     """Parse and run a command that is not Lightning's."""
     parser = argparse.ArgumentParser(
         prog="pmixseg",
@@ -127,6 +128,6 @@ def run_plain(args: Sequence[str]) -> int:
     commands.add_to(subparsers)
     subparsers.add_parser(segment.NAME, help=segment.HELP, add_help=False)
     weights.add_to(subparsers)
-    chosen = parser.parse_args(args)
+    chosen = parser.parse_args(args, argparse.Namespace(modules=modules))
     code: int = chosen.run(chosen)
     return code

@@ -27,8 +27,12 @@ DESCRIPTION = """Segment scans with a trained model: a case folder, a cohort, a 
 spacing; the result lies in the grid of the scans. Research use only: not a medical device."""
 
 
-def run(args: Sequence[str]) -> int:
+def run(args: Sequence[str], modules: Sequence[str] = ()) -> int:
     """Run the command; its flags depend on the checkpoint's task.
+
+    Args:
+        args: what follows ``segment`` on the command line.
+        modules: whose classes the checkpoint may name.
 
     Returns:
         0, or 1 if a case of a cohort failed.
@@ -50,7 +54,7 @@ def run(args: Sequence[str]) -> int:
         )
     settings = settings_of(given)
     scans = {m: Path(v) for m in task.modalities if (v := getattr(given, f"scan_{m}", None))}
-    module = load(given.checkpoint, map_location=device_of(given.device))
+    module = load(given.checkpoint, modules=modules, map_location=device_of(given.device))
     results: list[CaseResult] = []
     with bar("windows") as progress, warnings.catch_warnings():
         # They are in the results, and printed with them.

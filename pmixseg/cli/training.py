@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,14 @@ from pmixseg.callbacks.predictions import PredictionWriter
 from pmixseg.callbacks.run import RunCheckpoint, RunLogger
 from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.describe import describe, find_class
+from pmixseg.describe import describe
 from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
 from pmixseg.modules.optimization import schedule_from
+from pmixseg.modules.trust import offline, resolve
 from pmixseg.old_paths import current_yaml
-from pmixseg.trust import check_description, trusted
 
 RUN_VARIABLE = "PMIXSEG_RUN"
 """Environment variable with the run folder, so that DDP's child processes use the same one."""
@@ -77,8 +78,8 @@ class SaveRunConfig(SaveConfigCallback):
 class TrainingCLI(LightningCLI):
     """Model and data by class or YAML, alignment and distillation as top-level groups."""
 
-    def __init__(self, args: Sequence[str]) -> None:
-        self.given = list(args)
+    def __init__(self, args: Sequence[str], modules: Sequence[str] = ()) -> None:
+        self.given, self.modules = list(args), list(modules)
         with warnings.catch_warnings():
             # We pass what the console script was given; both are the same.
             warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
@@ -91,7 +92,7 @@ class TrainingCLI(LightningCLI):
                 save_config_callback=SaveRunConfig,
                 save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
                 trainer_defaults={"use_distributed_sampler": False, "max_epochs": 100},
-                args=with_checkpoint_defaults(args),
+                args=with_checkpoint_defaults(args, modules),
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -118,6 +119,12 @@ class TrainingCLI(LightningCLI):
         # Lightning lets the checkpoint's hyper-parameters beat the flags; here flags win, and
         # with_checkpoint_defaults has already put the checkpoint's before them.
         return
+
+    def instantiate_classes(self) -> None:
+        """Nothing that a checkpoint names fetches anything while it is made."""
+        checkpoint = None if self.subcommand == "fit" else self._get(self.config, "ckpt_path")
+        with nullcontext() if self.modules or not checkpoint else offline(checkpoint):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Terms first in the list of callbacks, and one folder for everything the run writes."""
@@ -167,7 +174,13 @@ class TrainingCLI(LightningCLI):
         return Path(os.environ.setdefault(RUN_VARIABLE, "runs/" + "-".join(filter(None, parts))))
 
     def before_instantiate_classes(self) -> None:
-        """Let ``config.yaml`` state the direction in which a schedule follows its metric."""
+        """Let ``config.yaml`` state what follows from flags, before it is written.
+
+        That is the direction in which a schedule follows its metric, and the modules of
+        ``--import``, whose classes a teacher may name too.
+        """
+        config = self.config[self.subcommand]
+        config.distill.modules = [*dict.fromkeys([*config.distill.modules, *self.modules])]
         settings = self._get(self.config, "model.init_args.scheduler")
         if not isinstance(settings, Namespace) or "mode" not in settings.get("init_args", {}):
             return
@@ -180,7 +193,10 @@ class TrainingCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint:
             payload = read_checkpoint(checkpoint)["pmixseg"]
-            stored, now = with_evaluation(payload), with_evaluation(describe(self.model))
+            description = describing(payload)
+            with suppress(InputError):  # what a resumed training has been given, it need not name
+                description = resolve(description, self.modules, checkpoint)
+            stored, now = with_evaluation(description), with_evaluation(describe(self.model))
             lines = differences(stored, now, self.given)
             lines += self.changed_data(payload, stored["evaluation"], now["evaluation"])
             for line in lines:
@@ -219,7 +235,7 @@ def say(sentence: str) -> None:
     print(f"pmixseg: {sentence}", file=sys.stderr)  # noqa: T201  # the command line's own output
 
 
-def with_checkpoint_defaults(args: Sequence[str]) -> list[str]:
+def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -> list[str]:
     """Put a checkpoint's model and data settings in front of the flags, so that flags win.
 
     ``test --ckpt_path x.ckpt`` then needs nothing but the data.
@@ -234,8 +250,7 @@ def with_checkpoint_defaults(args: Sequence[str]) -> list[str]:
     data = {k: payload[k] for k in ("task", "spacing") if payload[k] is not None}
     if payload["patch"] is not None:
         data["patch_size"] = payload["patch"]
-    config = {"model": describing(payload), "data": data}
-    check_description(config, trusted(), path)
+    config = resolve({"model": describing(payload), "data": data}, modules, path)
     return [given[0], f"--config={json.dumps(config)}", *given[1:]]
 
 
@@ -277,14 +292,6 @@ def differences(
             for key in [*(k for k in stored if k != "task"), *flagged]
             for line in differences(stored.get(key), given.get(key), args, f"{where}.{key}")
         ]
-    if stored == given or (where.endswith(".class_path") and _same_class(stored, given)):
+    if stored == given:
         return []
     return [f"{where} is {given}, the checkpoint had {stored}"]
-
-
-def _same_class(stored: Any, given: Any) -> bool:
-    """Whether a class is only named by another path, such as that of the package it is in."""
-    try:
-        return find_class(str(stored), trusted()) is find_class(str(given), trusted())
-    except InputError:
-        return False

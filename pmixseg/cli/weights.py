@@ -109,7 +109,8 @@ def _export(subparsers: Any) -> None:
         from pmixseg.inference.export import export
         from pmixseg.modules import load
 
-        made = export(load(args.checkpoint), args.out, args.format, args.combination)
+        module = load(args.checkpoint, modules=args.modules)
+        made = export(module, args.out, args.format, args.combination)
         facts = made.facts
         console.print(
             f"{made.path}: {facts['combination']}, window {facts['window']}, research use only; "

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pmixseg.describe import build, describe, restricted
+from pmixseg.describe import build, describe, find_class
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.scores.calibration import Temperatures
 from pmixseg.files import whole
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.payload import FORMAT, check_terms, preparation_of
+from pmixseg.modules.trust import offline, resolve
 from pmixseg.task import Task
-from pmixseg.trust import check_description, trusted
 from pmixseg.weights import local_copy, read_published
 from pmixseg.weights.published import WEIGHTS
 
@@ -95,12 +96,13 @@ def load(
     path = local_copy(path)
     checkpoint = read_checkpoint(path)
     payload = checkpoint["pmixseg"]
-    names = trusted(modules)
-    check_description(describing(payload), names, str(path))
-    with restricted(names):
-        module = build(payload, task=Task.from_dict(payload["task"]))
-    if not isinstance(module, SegmentationModule):
-        raise InputError(f"{path} holds a {type(module).__name__}, which is no SegmentationModule.")
+    description = resolve(describing(payload), modules, str(path))
+    cls = find_class(description["class_path"])
+    if not issubclass(cls, SegmentationModule):
+        raise InputError(f"{path} holds a {cls.__name__}, which is no SegmentationModule.")
+    # Classes that a person named may fetch what they are made of.
+    with nullcontext() if modules else offline(str(path)):
+        module: SegmentationModule = build(description, task=Task.from_dict(payload["task"]))
     restore(module, checkpoint)
     module.loaded_from = str(path / WEIGHTS if path.is_dir() else path)
     return module.to(map_location).eval()

@@ -1,23 +1,27 @@
 """A checkpoint from elsewhere names classes: none is imported or called that nobody trusts."""
 
+import contextlib
+import inspect
+import socket
 import sys
+import threading
+import urllib.request
 
 import pytest
 import torch
-from torch import nn
+from monai.networks import nets
 
 from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
 from pmixseg.callbacks import Distillation
 from pmixseg.cli import main
-from pmixseg.describe import find_class, restricted
 from pmixseg.errors import InputError
 from pmixseg.losses.segmentation import DiceCE
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import write_checkpoint
 from pmixseg.modules.payload import payload_of
 from pmixseg.modules.preparation import Preparation
+from pmixseg.modules.trust import MONAI_NETWORKS, offline, resolve
 from pmixseg.task import BRATS
-from pmixseg.trust import check_description, trust, trusted
 
 FOREIGN = "foreign_for_test"
 APRIL = "pmixseg.backbones.april2025.April2025Network"
@@ -63,7 +67,6 @@ def foreign(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield FOREIGN
     sys.modules.pop(FOREIGN, None)
-    trust([])
 
 
 PLACES = {
@@ -83,7 +86,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_checkpoint_calls_nothing_but_parts_of_a_model(write, touch, place):
     path = write(**PLACES[place](touch))
-    with pytest.raises(InputError, match=r"uses subprocess\.Popen, which is not part of pmixseg"):
+    with pytest.raises(InputError, match=r"names subprocess\.Popen, .*--import subprocess "):
         load(path)
 
 
@@ -98,11 +101,12 @@ def test_a_checkpoint_imports_nothing_that_nobody_named(write, foreign, place):
 @pytest.mark.parametrize(
     "name",
     [
-        "torch.hub.load",
-        "torch.utils.cpp_extension.load_inline",
-        "torch.utils.cpp_extension.subprocess.Popen",
-        "monai.utils.optional_import",
         "pmixseg.cli.main",
+        "pmixseg.backbones.monai.inspect.signature",
+        "pmixseg.callbacks.Distillation",
+        "pmixseg.data.SplitFiles",
+        "pmixseg.modules.network.LightningModule",
+        "torch.optim.Optimizer.load_state_dict",
         "__main__.sys.exit",
     ],
 )
@@ -112,8 +116,110 @@ def test_functions_and_other_classes_of_trusted_packages_are_no_parts_of_a_model
 ):
     monkeypatch.setattr(sys.modules["__main__"], "sys", sys, raising=False)
     path = write(**PLACES[place]({"class_path": name, "init_args": {}}))
-    with pytest.raises(InputError, match=f"names {name}, which is no network, loss, optimizer"):
+    with pytest.raises(InputError, match=f"names {name}, which is no network, criterion"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.hub.load",
+        "torch.utils.cpp_extension.load_inline",
+        "torch.nn.Sequential",
+        "monai.utils.optional_import",
+        "monai.losses.PerceptualLoss",
+        "monai.networks.nets.HoVerNet",
+        "monai.networks.nets.Transchex",
+        "monai.networks.nets.FlexibleUNet",
+        "monai.networks.nets.seresnet50",
+    ],
+)
+@pytest.mark.parametrize("place", ["criterion", "optimizer", "a network in the backbone"])
+def test_of_other_packages_only_what_is_listed_may_be_named(write, name, place):
+    path = write(**PLACES[place]({"class_path": name, "init_args": {}}))
+    with pytest.raises(InputError, match=f"names {name}, .*--import {name.rpartition('.')[0]} "):
+        load(path)
+
+
+def test_a_loss_that_fetches_code_is_not_made(write, tmp_path, phantom_root, capsys):
+    """MONAI's perceptual loss runs the hubconf.py of a folder or address that it is told."""
+    cache = tmp_path / "cache"
+    repository = cache / "Project-MONAI_perceptual-models_main"
+    repository.mkdir(parents=True)
+    (repository / "hubconf.py").write_text(
+        f"import torch\nopen({str(tmp_path / 'RAN')!r}, 'w')\n"
+        "def medicalnet_resnet10_23datasets(*a, **k): return torch.nn.Identity()\n"
+    )
+    arguments = {"spatial_dims": 3, "network_type": "medicalnet_resnet10_23datasets"}
+    arguments |= {"is_fake_3d": False, "cache_dir": str(cache)}
+    loss = {"class_path": "monai.losses.PerceptualLoss", "init_args": arguments}
+    case = next(phantom_root.rglob("*_flair.nii.gz"))
+    path = str(write(criterion=loss))
+    assert main(["segment", path, "--flair", str(case), "-o", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "RAN").exists()
+    assert "--import monai.losses" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(c.__name__ for c in MONAI_NETWORKS))
+def test_listed_networks_fetch_nothing(name):
+    source = inspect.getsource(getattr(nets, name))
+    for word in (
+        "torch.hub",
+        "download",
+        "urlopen",
+        "load_state_dict_from_url",
+        "torch.load",
+        "open(",
+    ):
+        assert word not in source
+
+
+@pytest.mark.parametrize(
+    "fetch",
+    [
+        lambda: torch.hub.load("somebody/something", "net"),
+        lambda: torch.hub.load(".", "net", source="local"),
+        lambda: torch.hub.load_state_dict_from_url("https://example.org/x.pth"),
+        lambda: torch.hub.download_url_to_file("https://example.org/x.pth", "x.pth"),
+        lambda: urllib.request.urlopen("http://127.0.0.1:1/x"),
+        lambda: socket.create_connection(("127.0.0.1", 1)),
+        lambda: socket.socket().connect(("127.0.0.1", 1)),
+    ],
+)
+def test_nothing_is_fetched_while_a_model_is_made(fetch):
+    with pytest.raises(InputError, match="something of the network"), offline("a.ckpt"):
+        fetch()
+
+
+def test_the_network_is_shut_for_the_making_thread_only_and_open_again_later():
+    before = (socket.socket.connect, socket.getaddrinfo, torch.hub.load)
+    answers = []
+
+    def ask():
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", 1))
+        answers.append("asked")
+
+    with offline("a.ckpt"):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    assert answers == ["asked"]
+    assert (socket.socket.connect, socket.getaddrinfo, torch.hub.load) == before
+
+
+class Fetching(DiceCE):
+    def __init__(self):
+        super().__init__()
+        urllib.request.urlopen("http://127.0.0.1:1/x")
+
+
+def test_a_class_of_our_own_that_fetches_is_stopped(write, monkeypatch):
+    monkeypatch.setattr(Fetching, "__module__", "pmixseg.losses.segmentation")
+    monkeypatch.setattr("pmixseg.losses.segmentation.Fetching", Fetching, raising=False)
+    name = {"class_path": "pmixseg.losses.segmentation.Fetching", "init_args": {}}
+    with pytest.raises(InputError, match="something of the network"):
+        load(write(criterion=name))
 
 
 def test_a_name_that_is_not_in_a_description_is_checked_as_well(write, foreign):
@@ -170,7 +276,8 @@ def test_no_command_runs_what_a_checkpoint_names(
     flags = [f"--ckpt_path={path}", f"--data.store={phantom_store}"]
     assert main([command, *rest.get(command, flags)]) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert f"uses {named['class_path']}, which is not part of pmixseg" in told
+    assert f"names {named['class_path']}, " in told
+    assert "--import" in told
     assert FOREIGN not in sys.modules
 
 
@@ -178,7 +285,7 @@ def test_no_command_runs_what_a_checkpoint_names(
 def test_a_teachers_checkpoint_is_no_exception(write, touch, foreign, thing):
     named = touch if thing == "touch" else {"class_path": f"{FOREIGN}.Mine", "init_args": {}}
     teacher = Distillation(teacher=str(write(criterion=named)), weight=1.0)
-    with pytest.raises(InputError, match="is not part of pmixseg"):
+    with pytest.raises(InputError, match="--import"):
         teacher.load_teacher()
     assert FOREIGN not in sys.modules
 
@@ -191,8 +298,41 @@ def test_named_modules_are_imported_and_trusted(write, foreign, phantom_root, tm
     with pytest.raises(InputError, match="--import"):
         load(path)  # although it is imported now: that was for one call
     assert main(["segment", "--import", FOREIGN, *flags]) == 0
-    assert type(Distillation(teacher=str(path)).load_teacher().criterion).__name__ == "Mine"
     assert main(["segment", *flags]) == 1  # what one command line names holds for that one
+
+
+def test_a_teacher_may_name_what_its_callback_is_told_to_trust(write, foreign):
+    path = str(write(criterion={"class_path": f"{FOREIGN}.Mine", "init_args": {}}))
+    teacher = Distillation(teacher=path, weight=1.0, modules=[FOREIGN]).load_teacher()
+    assert type(teacher.criterion).__name__ == "Mine"
+    with pytest.raises(InputError, match="--import"):
+        Distillation(teacher=path, weight=1.0).load_teacher()
+
+
+def test_what_the_command_line_imports_is_trusted_in_a_teacher(
+    write, foreign, phantom_store, tmp_path
+):
+    teacher = str(write(criterion={"class_path": f"{FOREIGN}.Mine", "init_args": {}}))
+    flags = [f"--data.store={phantom_store}", f"--run={tmp_path / 'run'}", "--distill.weight=1"]
+    flags += [f"--distill.teacher={teacher}", "--data.patch_size=16", "--trainer.max_steps=1"]
+    flags += ["--trainer.limit_val_batches=0", "--trainer.accelerator=cpu"]
+    flags += ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
+    flags += ["--model.backbone.width=2", "--model.backbone.levels=2"]
+    assert main(["fit", *flags]) == 1
+    assert main(["fit", "--import", FOREIGN, *flags]) == 0
+
+
+def test_a_class_of_a_script_is_found_in_the_module_that_is_named(write, foreign):
+    path = write(criterion={"class_path": "__main__.Mine", "init_args": {}})
+    with pytest.raises(InputError, match=r"Mine was defined in a script or notebook.*--import"):
+        load(path)
+    assert type(load(path, modules=[FOREIGN]).criterion).__name__ == "Mine"
+
+
+def test_what_a_named_module_has_imported_is_not_its_own(write, foreign):
+    path = write(backbone=early({"class_path": f"{FOREIGN}.Net", "init_args": {}}))
+    with pytest.raises(InputError, match=f"names {FOREIGN}.Net, which is no network"):
+        load(path, modules=[FOREIGN])
 
 
 def test_a_notebooks_own_class_needs_no_name(write, monkeypatch):
@@ -214,16 +354,8 @@ def test_what_every_checkpoint_holds_passes():
         evaluation={"records": "test.csv"},
     )
     payload = payload_of(module)
-    check_description(payload, trusted(), "given.ckpt")
+    assert resolve(payload) == payload
     inner = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
     own = {"class_path": APRIL, "init_args": {"arguments": {"init_filters": 8}}}
     for net in (inner, own):
-        check_description(payload_of(StudentModule(backbone=EarlyFusion(net))), trusted(), "x")
-
-
-def test_constructors_build_under_the_same_rule():
-    with restricted(["torch"]):
-        assert find_class("torch.nn.Linear") is nn.Linear
-        with pytest.raises(InputError, match=r"uses pmixseg\.losses\.DiceCE"):
-            find_class("pmixseg.losses.DiceCE")
-    assert find_class("pmixseg.losses.DiceCE") is DiceCE
+        resolve(payload_of(StudentModule(backbone=EarlyFusion(net))))
