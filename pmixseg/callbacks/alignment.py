@@ -157,6 +157,7 @@ class AlignmentTerm(Term):
         # A tuple hides the borrowed module from nn.Module, so that it is registered once only.
         self._borrowed = (anchor,)
         self.sample = sample
+        self.aligned_levels = alignment.levels
 
     def decoded(self, latents: Latents) -> Latents:
         """Samples of the aligned levels, where asked for."""

@@ -54,10 +54,12 @@ class OfficialAlignment(nn.Module, Described, ABC):
 
     Attributes:
         needs_acquired: hidden modalities must be encoded.
+        levels: that are aligned modality by modality.
         fused: it takes one fused latent apart, of early fusion, and has weights of its own.
     """
 
     needs_acquired: bool = False
+    levels: tuple[int, ...] = ()
     fused: bool = False
 
     @abstractmethod
@@ -87,6 +89,7 @@ class July2025Alignment(OfficialAlignment):
     """
 
     needs_acquired = True
+    levels = (0,)
 
     def __init__(self) -> None:
         super().__init__()

@@ -57,7 +57,8 @@ class SegmentationModule(SegmentationNetwork):
             modalities shown. ``None``: the anchor wherever modalities can be missing and the
             backbone keeps one slot per modality.
         anchor: the model's anchor P_mix; by default a learned mixture. Callbacks align to it.
-        fill_levels: levels that are filled; ``None`` for all.
+        fill_levels: levels that are filled; ``None``: those that a training aligns, or all where
+            it aligns none. Checkpoints name what it came to.
         sampler: draws which of the acquired modalities a sample shows.
         optimizer: called with parameter groups.
         scheduler: a :class:`~pmixseg.modules.optimization.Schedule` over all steps, or any
@@ -182,11 +183,14 @@ class SegmentationModule(SegmentationNetwork):
         return int(getattr(data, "seed", 0) or 0)
 
     def on_train_epoch_end(self) -> None:
-        """Log the anchor's weights, so that leaving the uniform mixture can be seen."""
+        """Log the anchor's weights where it fills, to see them leave the uniform mixture."""
         if not isinstance(self.anchor, MixtureAnchor) or not self.anchor.learned:
             return
         everything = torch.ones(1, len(self.backbone.slots), dtype=torch.bool, device=self.device)
-        for level in range(1 if self.anchor.shared else len(self.backbone.channels)):
+        levels = (
+            range(len(self.backbone.channels)) if self.fill_levels is None else self.fill_levels
+        )
+        for level in levels[:1] if self.anchor.shared else levels:
             weights = self.anchor.weights(everything, level, detach=True)[0]
             for name, weight in zip(self.backbone.slots, weights, strict=True):
                 self.log(f"anchor/level{level}/{name}", weight, sync_dist=True)
@@ -218,6 +222,11 @@ class SegmentationModule(SegmentationNetwork):
             del self.terms[name], self.term_weights[name], self._lent[name]
         self._lent = dict.fromkeys(self._lent, False)
 
+    def aligned_levels(self) -> list[int] | None:
+        """Levels whose latents some term aligns; ``None`` where none does."""
+        terms = (cast(Term, term) for term in self.terms.values())
+        return sorted({level for term in terms for level in term.aligned_levels}) or None
+
     def setup(self, stage: str) -> None:
         """Prepare for a training or an evaluation.
 
@@ -227,6 +236,7 @@ class SegmentationModule(SegmentationNetwork):
         super().setup(stage)
         if stage == "fit":
             self._return_terms()
+            self.follow_levels(self.aligned_levels())
             check_trainer(self.trainer)
             self._pending, self._settings, self._rate_changed = None, None, False
             self._patience = patience_of(self.trainer.callbacks)  # type: ignore[attr-defined]  # set in Trainer.__init__
@@ -330,5 +340,7 @@ class SegmentationModule(SegmentationNetwork):
         """
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         check_terms(self, checkpoint, fitting=fitting)
+        # The default is what the weights were trained with, not what it is without their terms.
+        self.follow_levels(checkpoint["pmixseg"].get("fill_levels"))
         if fitting:
             self._pending = dict(checkpoint.get(PENDING, {}))

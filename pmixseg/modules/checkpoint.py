@@ -152,3 +152,4 @@ def restore(module: SegmentationModule, checkpoint: dict[str, Any]) -> None:
     check_terms(module, checkpoint, fitting=False)
     module.load_state_dict(checkpoint["state_dict"])
     module.preparation = preparation_of(checkpoint["pmixseg"])
+    module.follow_levels(checkpoint["pmixseg"].get("fill_levels"))

@@ -76,6 +76,7 @@ class SegmentationNetwork(LightningModule, Described):
         self.backbone = self._fit_backbone(build(backbone))
         self.fill = fill or self._default_fill()
         self.fill_levels = None if fill_levels is None else list(fill_levels)
+        self._levels_follow = fill_levels is None
         self.anchor = self._make_anchor(build(anchor))
         self.sampler: MissingnessSampler = build(sampler) or UniformCombinations()
         self.evaluation = EvaluationSettings.of(evaluation)
@@ -132,6 +133,15 @@ class SegmentationNetwork(LightningModule, Described):
             )
         anchor.bind(self.backbone.slots, len(self.backbone.channels))
         return anchor
+
+    def follow_levels(self, levels: Sequence[int] | None) -> None:
+        """Fill these levels where the user has named none; the checkpoint then names them.
+
+        Args:
+            levels: numbers from 0, the finest; ``None`` fills all.
+        """
+        if self._levels_follow:
+            self.fill_levels = None if levels is None else list(levels)
 
     # ---------------------------------------------------------------- predictor protocol
 

@@ -35,6 +35,7 @@ def payload_of(module: SegmentationModule) -> dict[str, Any]:
         "overlap": module.evaluation.overlap,
         "split": ready.split,
         "seed": None if ready.seed is None else dict(ready.seed),
+        "fill_levels": module.fill_levels,
         "terms": sorted(module.terms),
     }
 

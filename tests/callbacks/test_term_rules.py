@@ -253,9 +253,10 @@ def test_a_second_fit_replaces_the_term(tmp_path):
 def test_learned_anchor_moves_and_is_logged(tmp_path):
     module = student(optimizer=torch.optim.Adam)
     trainer = fit(tmp_path, module, PmixAlignment(weight=0.1), max_epochs=3)
-    weights = [trainer.logged_metrics[f"anchor/level0/{m}"].item() for m in module.modalities]
+    weights = [trainer.logged_metrics[f"anchor/level1/{m}"].item() for m in module.modalities]
     assert sum(weights) == pytest.approx(1, abs=1e-5)
     assert max(abs(w - 0.25) for w in weights) > 1e-4
+    assert "anchor/level0/t1" not in trainer.logged_metrics  # not aligned, so not filled
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class CaseNCE(Distance):
         InputError: a temperature that is not above 0.
 
     Source: van den Oord et al., Contrastive Predictive Coding (arXiv 1807.03748) for the contrast;
-    METHOD.md section 2 for centring and leaving out.
+    docs/method/alignment.md for centring and leaving out.
     """
 
     name = "case_nce"

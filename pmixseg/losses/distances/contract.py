@@ -6,7 +6,7 @@ float64, whichever the features have, have finite gradients where latents coinci
 or have one voxel, and look at brain voxels alone. None asks for a tensor's value, and all have the
 same shapes in every step, so that a training step compiles as one graph.
 
-Sources: METHOD.md section 2; Liu et al., Mind the Gap (arXiv 2409.19366).
+Sources: docs/method/alignment.md; Liu et al., Mind the Gap (arXiv 2409.19366).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def point_and_target(
 ) -> tuple[Tensor, Tensor]:
     """Latents ``[B, M, C, D, H, W]`` and anchor ``[B, 1, C, D, H, W]``, one of them detached.
 
-    The anchor's weights never receive a gradient from an alignment loss (METHOD.md section 1).
+    The anchor's weights never receive a gradient from an alignment loss (docs/method/anchors.md).
     """
     features = latents.features
     target = anchor(features, latents.subset, latents.level, detach_weights=True)[:, None]

@@ -5,7 +5,7 @@ sequences agree on most easily, and that needs no patient: the brain mask and th
 patch. Dividing by the variance does not prevent it, because a ratio of traces is met by putting
 all variance into one such direction. They stay for comparison; see ``case_nce`` and ``whitened``.
 
-Sources: METHOD.md section 2; Liu et al., Mind the Gap (arXiv 2409.19366).
+Sources: docs/method/alignment.md; Liu et al., Mind the Gap (arXiv 2409.19366).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class NMSE(Distance):
     Args:
         epsilon: added to the variance.
 
-    Source: METHOD.md section 2 (plain ``mse`` cut the variance from 0.42 to 0.12 there).
+    Source: docs/method/alignment.md (plain ``mse`` cut the variance from 0.42 to 0.12 there).
     """
 
     name = "nmse"

@@ -32,7 +32,7 @@ class VIC(Distance):
         variance_weight: factor of the third.
         epsilon: added to variances.
 
-    Source: Bardes et al., VICReg (ICLR 2022) for the guards; METHOD.md section 2.
+    Source: Bardes et al., VICReg (ICLR 2022) for the guards; docs/method/alignment.md.
     """
 
     name = "vic"

@@ -41,7 +41,7 @@ class Whitened(Distance):
         epsilon: ε relative to the mean variance of the channels. Where a batch has fewer brain
             voxels than channels, :math:`S_T` is singular without it.
 
-    Source: METHOD.md section 2; Fisher's discriminant criterion.
+    Source: docs/method/alignment.md; Fisher's discriminant criterion.
     """
 
     name = "whitened"

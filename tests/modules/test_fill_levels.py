@@ -1,0 +1,91 @@
+"""Which levels are filled: those that are aligned, and the checkpoint knows them."""
+
+import pytest
+import torch
+
+from pmixseg.callbacks import PmixAlignment
+from pmixseg.modules import StudentModule, load
+from pmixseg.modules.checkpoint import read_checkpoint
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+
+
+def student(**arguments):
+    torch.manual_seed(0)
+    return StudentModule(backbone=tiny(), **arguments)
+
+
+def fit(folder, module, *callbacks):
+    trainer = quiet_trainer(folder, callbacks=list(callbacks))
+    trainer.fit(module, MemoryData())
+    return trainer
+
+
+def filled(module):
+    """Levels whose hidden slots hold the anchor when the decoder reads them."""
+    read, decode = {}, module._decode
+    module._decode = lambda ready: decode(read.setdefault("latents", ready))
+    try:
+        image = torch.randn(1, 4, 16, 16, 16)
+        only = torch.tensor([[True, False, False, False]])
+        with torch.no_grad():
+            module.eval()(image, only)
+    finally:
+        module._decode = decode
+    return [level for level, usable in enumerate(read["latents"].usable) if bool(usable.all())]
+
+
+def test_the_aligned_levels_are_filled_in_training_and_after_loading(tmp_path):
+    module = student()
+    assert filled(module) == [0, 1, 2]
+    trainer = fit(tmp_path, module, PmixAlignment(weight=0.1, levels=[1]))
+    assert module.fill_levels == [1] and filled(module) == [1]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert read_checkpoint(tmp_path / "a.ckpt")["pmixseg"]["fill_levels"] == [1]
+    again = load(tmp_path / "a.ckpt")
+    assert filled(again) == [1]
+    image, only = torch.randn(1, 4, 16, 16, 16), torch.tensor([[True, False, True, False]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.eval()(image, only).logits, module.eval()(image, only).logits, rtol=0, atol=0
+        )
+
+
+def test_a_module_of_the_default_takes_the_levels_of_the_weights(tmp_path):
+    module = student()
+    trainer = fit(tmp_path, module, PmixAlignment(weight=0.1, levels=[2]))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fresh = student()
+    fresh.on_load_checkpoint(read_checkpoint(tmp_path / "a.ckpt"))
+    assert fresh.fill_levels == [2]
+    told = student(fill_levels=[0])
+    told.on_load_checkpoint(read_checkpoint(tmp_path / "a.ckpt"))
+    assert told.fill_levels == [0]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "levels"),
+    [
+        ([], None),
+        ([PmixAlignment(weight=0.0)], None),
+        ([PmixAlignment(weight=0.1)], [1, 2]),
+        (
+            [
+                PmixAlignment(weight=0.1, levels=[-1]),
+                PmixAlignment(weight=0.1, levels=[0], distance="mse", name="fine"),
+            ],
+            [0, 2],
+        ),
+    ],
+)
+def test_levels_follow_what_is_aligned(tmp_path, callbacks, levels):
+    module = student()
+    fit(tmp_path, module, *callbacks)
+    assert module.fill_levels == levels
+    fit(tmp_path, module)
+    assert module.fill_levels is None  # a fit aligns what its own callbacks align
+
+
+def test_levels_that_were_named_stay(tmp_path):
+    module = student(fill_levels=[0, 2])
+    fit(tmp_path, module, PmixAlignment(weight=0.1, levels=[1]))
+    assert module.fill_levels == [0, 2] and filled(module) == [0, 2]
