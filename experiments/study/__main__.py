@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from experiments.study.results import StudyResults
 from experiments.study.runner import Runner
 from experiments.study.training import COHORT, ENDED
 from pmixseg.errors import InputError
+from pmixseg.files import whole
 
 HERE = Path(__file__).parent
 
@@ -42,6 +45,13 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--threads", type=int, default=1, help="of each training")
             command.add_argument("--workers", type=int, default=0, help="that prepare the cohort")
             command.add_argument("--minutes", type=float, default=float("inf"))
+            command.add_argument(
+                "--fit",
+                type=int,
+                metavar="SEEDS",
+                help="measure the speed, and lower the steps of all trainings alike until so many "
+                "seeds end within --minutes",
+            )
         if name != "analyse":
             command.add_argument("--groups", nargs="+", help="only these")
             command.add_argument("--seeds", nargs="+", type=int, help="only these")
@@ -70,21 +80,73 @@ def run(plan: Plan, args: argparse.Namespace) -> int:
     assert plan.cohort is not None
     work, folder = args.work / plan.name, args.results / plan.name
     plan.cohort.make(work / COHORT, args.workers)
-    known = earlier(plan, folder, work)
-    ended = set() if known is None else set(known.trainings["run"])
     runner = Runner(
         plan.cohort, work, args.jobs, args.threads, began + 60 * args.minutes, tell=_say
     )
-    if known is not None:
-        runner.durations = durations(plan, known)
     try:
-        runner.run(plan.trainings, ended)
+        if args.fit is not None:
+            plan = fitted(plan, args.fit, runner, work / "steps.json")
+        known = earlier(plan, folder, work)
+        if known is not None:
+            runner.durations = durations(plan, known)
+        runner.run(plan.trainings, set() if known is None else set(known.trainings["run"]))
     except KeyboardInterrupt:
         _say("stopped; repeat the command to go on")
+    finally:
+        runner.stop()
     now = earlier(plan, folder, work)
     if now is not None:
         now.write(folder)
     return status(plan, args.results) or (1 if runner.failed else 0)
+
+
+TRIAL_STEPS = 60
+OVERHEAD = 15.0
+"""Seconds of a training beside its steps: the gap measured twice, and the test."""
+SHARE = 0.85
+"""Of the time that is planned with: speed differs between arms and over time."""
+
+
+def fitted(plan: Plan, seeds: int, runner: Runner, kept: Path) -> Plan:
+    """The same plan with as many steps as the time allows, equal in all trainings.
+
+    The choice rests on speed alone. It is made once per folder of work, so that a study that goes
+    on later keeps it.
+
+    Args:
+        plan: its steps are the most that are taken.
+        seeds: so many shall end.
+        runner: its processes train for a moment, all at once, and then go on with the study.
+        kept: file of the choice.
+
+    Raises:
+        InputError: the plan has trainings of different lengths, or there is no time at all.
+    """
+    lengths = {t.settings["steps"] for t in plan.trainings}
+    if len(lengths) != 1:
+        raise InputError(
+            f"{plan.name}: --fit needs one length, and the plan has {sorted(lengths)}."
+        )
+    most = int(lengths.pop())
+    if kept.is_file():
+        steps = int(json.loads(kept.read_text(encoding="utf-8"))["steps"])
+    else:
+        trials = [
+            replace(t, trial=True, settings={**t.settings, "steps": TRIAL_STEPS, "gap": None})
+            for t in plan.trainings[: runner.jobs]
+        ]
+        speed = runner.speed(trials)
+        wanted = list(dict.fromkeys(t.seed for t in plan.trainings))[:seeds]
+        waves = -(-sum(t.seed in wanted for t in plan.trainings) // runner.jobs)
+        left = (runner.until - time.monotonic()) * SHARE / waves - OVERHEAD
+        steps = most if left == float("inf") else min(most, int(speed * left) // 20 * 20)
+        _say(f"{speed:.2f} steps/s in each of {len(trials)} at once: {steps} steps of {most}")
+        if steps < min(most, 20):
+            raise InputError(f"{plan.name}: {left:.0f} s are too few for a training; give more.")
+        with whole(kept) as part:
+            part.write_text(json.dumps({"steps": steps, "speed": speed}), encoding="utf-8")
+    chosen = [replace(t, settings={**t.settings, "steps": steps}) for t in plan.trainings]
+    return replace(plan, trainings=tuple(chosen))
 
 
 def earlier(plan: Plan, folder: Path, work: Path) -> StudyResults | None:

@@ -101,6 +101,16 @@ def each(results: StudyResults, entry: Entry) -> str:
     return markdown(["arm", "mean Dice, %", ", ".join(blocks)], rows)
 
 
+def cases(results: StudyResults, entry: Entry) -> str:
+    """Mean Dice of every case, over combinations, regions and whole blocks, a column per arm."""
+    names = arm_names(results, entry)
+    blocks = results.whole_blocks(entry["group"], names)
+    columns = [endpoint(results, entry, name, blocks).mean(axis=0) for name in names]
+    listed = dict.fromkeys(scored(results, entry, names[0], blocks)[0]["case"].astype(str))
+    rows = [[case, *map(percent, row)] for case, *row in zip(listed, *columns, strict=True)]
+    return markdown(["case", *names], rows)
+
+
 def contrasts(entry: Entry) -> dict[str, dict[str, float]]:
     """Name of each comparison -> arm -> weight; a pair ``[a, b]`` is a − b."""
     named: dict[str, dict[str, float]] = {}
@@ -288,6 +298,7 @@ def figures(results: StudyResults, entry: Entry) -> str:
 TABLES: dict[str, Callable[[StudyResults, Entry], str]] = {
     "arms": arms,
     "each": each,
+    "cases": cases,
     "tests": tests,
     "parts": parts,
     "differences": differences,

@@ -13,7 +13,6 @@ import numpy as np
 
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.data.store.prepare import prepare
 from pmixseg.errors import InputError
 from pmixseg.files import whole
@@ -58,6 +57,9 @@ class Cohort:
         if (folder / SPLIT).is_file():
             return
         if self.root is None:
+            # Needs maps that a machine which only trains may lack.
+            from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+
             root = folder / "cohort"
             shape = None if self.shape is None else (self.shape[0], self.shape[1], self.shape[2])
             settings = PhantomSettings(spacing=self.spacing or 3.0, shape=shape)

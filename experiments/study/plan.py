@@ -13,7 +13,7 @@ key            meaning
 ``groups``     name -> settings of all its arms; a table compares arms within a group
 ``arms``       name -> settings; ``needs: ARM`` trains after that arm, with its checkpoint as the
                teacher; ``each: {PLACE: [values]}`` trains once per value, and together they are
-               one arm; ``groups: [...]`` keeps an arm to some groups
+               one arm; ``groups: [...]`` and ``seeds: [...]`` keep an arm to some of them
 ``tables``     see :mod:`experiments.study.analysis`
 =============  ==================================================================================
 
@@ -42,7 +42,7 @@ SETTINGS = ("steps", "seconds", "module", "data", "trainer", "align", "distill",
 module and the trainer; arguments of ``PmixAlignment``, ``Distillation`` and ``GapMonitor`` (absent:
 none); which cases, see :class:`~experiments.study.cohorts.Cases`."""
 
-ARM_KEYS = ("needs", "each", "groups")
+ARM_KEYS = ("needs", "each", "groups", "seeds")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Training:
     part: str = ""
     needs: str | None = None
     kept: bool = False
+    trial: bool = False
+    """Only for its speed: it is not scored, and leaves nothing."""
 
     @property
     def name(self) -> str:
@@ -172,7 +174,7 @@ def _trainings(raw: Mapping[str, Any], where: str) -> Iterator[Training]:
     for seed, group in pairs:
         for arm, own in raw["arms"].items():
             own = own or {}
-            if group not in own.get("groups", groups):
+            if group not in own.get("groups", groups) or seed not in own.get("seeds", seeds):
                 continue
             yield from _of_arm(raw["training"], group, groups[group] or {}, arm, own, seed, needed)
 

@@ -97,6 +97,21 @@ class Runner:
     tell: Callable[[str], None] = print
     durations: dict[tuple[str, str, str], float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    workers: list[Worker] = field(default_factory=list)
+
+    def stop(self) -> None:
+        """End all processes; what they were training is lost."""
+        while self.workers:
+            self.workers.pop().stop()
+
+    def speed(self, trainings: Sequence[Training]) -> float:
+        """Steps per second of the slowest of some trainings that run at once.
+
+        Args:
+            trainings: trials, at most one per process.
+        """
+        figures = self.run(trainings, set())
+        return min((f["speed"] for f in figures), default=0.0)
 
     def run(self, trainings: Sequence[Training], ended: set[str]) -> list[dict[str, Any]]:
         """Train what has not ended.
@@ -112,26 +127,21 @@ class Runner:
             t for t in trainings if t.name not in ended or self._lacks_weights(t, trainings, ended)
         ]
         done = {t.name for t in trainings} - {t.name for t in waiting}
-        workers: list[Worker] = []
         figures: list[dict[str, Any]] = []
-        try:
-            while True:
-                self._hand_out(waiting, done, workers)
-                busy = [w for w in workers if w.training is not None]
-                if not busy:
-                    return figures
-                left = None if self.until == float("inf") else max(self.until - time.monotonic(), 0)
-                ready = wait([w.pipe for w in busy], left)
-                if not ready:
-                    names = ", ".join(w.training.name for w in busy if w.training)
-                    self.tell(f"time is up: {names} are stopped and begin anew next time")
-                    return figures
-                for worker in busy:
-                    if worker.pipe in ready:
-                        self._take(worker, workers, done, figures)
-        finally:
-            for worker in workers:
-                worker.stop()
+        while True:
+            self._hand_out(waiting, done)
+            busy = [w for w in self.workers if w.training is not None]
+            if not busy:
+                return figures
+            left = None if self.until == float("inf") else max(self.until - time.monotonic(), 0)
+            ready = wait([w.pipe for w in busy], left)
+            if not ready:
+                names = ", ".join(w.training.name for w in busy if w.training)
+                self.tell(f"time is up: {names} are stopped and begin anew next time")
+                return figures
+            for worker in busy:
+                if worker.pipe in ready:
+                    self._take(worker, done, figures)
 
     def _lacks_weights(
         self, training: Training, trainings: Sequence[Training], ended: set[str]
@@ -141,19 +151,19 @@ class Runner:
             return False
         return any(t.needs == training.name and t.name not in ended for t in trainings)
 
-    def _hand_out(self, waiting: list[Training], done: set[str], workers: list[Worker]) -> None:
+    def _hand_out(self, waiting: list[Training], done: set[str]) -> None:
         """Give idle processes the first trainings that may begin and can end."""
         for training in list(waiting):
-            if sum(w.training is not None for w in workers) >= self.jobs:
+            if sum(w.training is not None for w in self.workers) >= self.jobs:
                 return
             if training.needs is not None and training.needs not in done:
                 continue
             if time.monotonic() + self.expected(training) > self.until:
                 continue
-            idle = next((w for w in workers if w.training is None), None)
+            idle = next((w for w in self.workers if w.training is None), None)
             if idle is None:
                 idle = self._new_worker()
-                workers.append(idle)
+                self.workers.append(idle)
             idle.training, idle.began = training, time.monotonic()
             idle.pipe.send(training)
             waiting.remove(training)
@@ -168,13 +178,7 @@ class Runner:
         there.close()
         return Worker(process, here)
 
-    def _take(
-        self,
-        worker: Worker,
-        workers: list[Worker],
-        done: set[str],
-        figures: list[dict[str, Any]],
-    ) -> None:
+    def _take(self, worker: Worker, done: set[str], figures: list[dict[str, Any]]) -> None:
         """Note what a process says, or that it died."""
         training = worker.training
         assert training is not None
@@ -183,18 +187,20 @@ class Runner:
             kind, content = worker.pipe.recv()
         except (EOFError, OSError):
             kind, content = "failed", "its process died (out of memory, or killed from outside)"
-            workers.remove(worker)
+            self.workers.remove(worker)
             with suppress(OSError):
                 worker.stop()
         if kind == "failed":
             self.failed[training.name] = content
             self.tell(f"{training.name} failed: {content}")
             return
+        figures.append(content)
+        done.add(training.name)
+        if training.trial:
+            return
         taken = time.monotonic() - worker.began
         key = (training.group, training.arm, training.part)
         self.durations[key] = max(taken, self.durations.get(key, 0.0))
-        done.add(training.name)
-        figures.append(content)
         cpu = content["cpu_seconds"] + content["scoring_cpu_seconds"]
         self.tell(f"{time.strftime('%H:%M:%S')} {training.name}: {taken:.0f} s, {cpu:.0f} s of CPU")
 

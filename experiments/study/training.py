@@ -27,6 +27,9 @@ from pmixseg.task import format_combination
 COHORT, ENDED, CHECKPOINTS, RUNNING = "cohort", "ended", "checkpoints", "running"
 """Folders of a study's work: its cases, what ended, weights that students need, scratch."""
 
+WARM_UP = 15
+"""Steps of a trial before its speed is measured: memory is taken, kernels are chosen."""
+
 TRAINER = {
     "accelerator": "cpu",
     "devices": 1,
@@ -70,14 +73,17 @@ def train(training: Training, cohort: Cohort, work: Path) -> dict[str, Any]:
         training.seed,
         **settings["data"],
     )
+    pace = Pace()
     trainer = Trainer(
         **{**TRAINER, **(settings.get("trainer") or {})},
         default_root_dir=own,
         max_steps=settings["steps"],
         logger=CSVLogger(own, name="", version=""),
-        callbacks=callbacks(training, work),
+        callbacks=[*callbacks(training, work), *([pace] if training.trial else [])],
     )
     trainer.fit(module, data)
+    if training.trial:
+        return {"speed": pace.speed}
     device = trainer.strategy.root_device  # the fit moves the module back to the CPU
     trained = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
     losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
@@ -106,6 +112,28 @@ def train(training: Training, cohort: Cohort, work: Path) -> dict[str, Any]:
     with whole(work / ENDED / f"{training.name}.json") as part:
         part.write_text(json.dumps(figures), encoding="utf-8")
     return figures
+
+
+class Pace(Callback):
+    """Steps per second after the warm-up."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Note the time of every fifth step; a GPU is waited for, so that the time is true."""
+        if trainer.global_step % 5 == 0 and trainer.global_step >= WARM_UP:
+            if trainer.strategy.root_device.type == "cuda":
+                torch.cuda.synchronize()
+            self.marks.append((trainer.global_step, time.monotonic()))
+
+    @property
+    def speed(self) -> float:
+        """Between the first and the last mark; 0 where there are not two."""
+        if len(self.marks) < 2:
+            return 0.0
+        (first, began), *_, (last, ended) = self.marks
+        return (last - first) / max(ended - began, 1e-9)
 
 
 def callbacks(training: Training, work: Path) -> list[Callback]:

@@ -15,7 +15,7 @@ import yaml
 from scipy import stats
 
 from experiments.study import training as one_training
-from experiments.study.__main__ import main
+from experiments.study.__main__ import fitted, main
 from experiments.study.analysis import analyse
 from experiments.study.cohorts import Cases, StudyData
 from experiments.study.plan import read_plan
@@ -76,6 +76,7 @@ SMALL = {
     "tables": [
         {"title": "Arms", "kind": "arms", "group": "few", "arms": ["alone", "aligned", "taught"]},
         {"title": "Test", "kind": "tests", "group": "few", "contrasts": [["aligned", "alone"]]},
+        {"title": "Cases", "kind": "cases", "group": "few", "arms": ["alone", "aligned"]},
         {"title": "Gap", "kind": "gap", "group": "few", "arms": ["alone", "aligned"]},
         {"title": "Cost", "kind": "figures", "group": "few", "columns": ["cpu_seconds"]},
     ],
@@ -270,6 +271,51 @@ def test_nothing_is_begun_that_would_not_end_in_time(plan_file, tmp_path, capsys
     assert not (tmp_path / "work" / "small" / one_training.ENDED).exists()
 
 
+def test_steps_are_fitted_to_the_time_once_and_alike(plan_file, tmp_path):
+    class Clock(Runner):
+        """A runner of two processes with 200 s left, in each of which 10 steps take a second."""
+
+        def speed(self, trainings):
+            assert [t.trial for t in trainings] == [True, True]
+            assert {t.settings["gap"] for t in trainings} == {None}
+            return 10.0
+
+    plan = read_plan(plan_file, {"training.steps": 10_000})
+    # Five trainings of one seed are three waves: 10 · (200 · 0.85 / 3 − 15) = 416.7.
+    runner = Clock(plan.cohort, tmp_path, jobs=2, until=time.monotonic() + 200, tell=str)
+    first = fitted(plan, 1, runner, tmp_path / "steps.json")
+    assert {t.settings["steps"] for t in first.trainings} == {400}
+    assert len(first.trainings) == len(plan.trainings)
+    # Ten of two seeds are five waves, but the choice stands.
+    again = fitted(plan, 2, runner, tmp_path / "steps.json")
+    assert {t.settings["steps"] for t in again.trainings} == {400}
+    other = fitted(plan, 2, runner, tmp_path / "other.json")
+    assert {t.settings["steps"] for t in other.trainings} == {180}
+    few = fitted(read_plan(plan_file), 1, runner, tmp_path / "few.json")
+    assert {t.settings["steps"] for t in few.trainings} == {2}
+    late = replace(runner, until=time.monotonic() + 30)
+    with pytest.raises(InputError, match="too few for a training"):
+        fitted(plan, 2, late, tmp_path / "late.json")
+
+
+def test_steps_of_two_lengths_are_not_fitted(plan_file, tmp_path, capsys):
+    two = ["--fit", "1", "--set", "groups={a: {}, b: {steps: 3}}"]
+    assert main(command(plan_file, tmp_path, *two)) == 1
+    assert "needs one length, and the plan has [2, 3]" in capsys.readouterr().err
+
+
+def test_a_trial_tells_its_speed_and_leaves_nothing(ran, plan_file, tmp_path):
+    plan = read_plan(plan_file, {"training.steps": 25, "training.gap": None})
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / one_training.COHORT).symlink_to(ran / "work" / "small" / one_training.COHORT)
+    runner = Runner(plan.cohort, work)
+    speed = runner.speed([replace(plan.trainings[0], trial=True)])
+    runner.stop()
+    assert speed > 0
+    assert not (work / one_training.ENDED).exists()
+
+
 def test_a_training_that_fails_is_named_and_stops_no_other(ran, plan_file, tmp_path):
     plan = read_plan(plan_file)
     bad = replace(plan.trainings[0], settings={**plan.trainings[0].settings, "steps": "many"})
@@ -278,6 +324,7 @@ def test_a_training_that_fails_is_named_and_stops_no_other(ran, plan_file, tmp_p
     runner = Runner(plan.cohort, work, tell=told.append)
     good = replace(plan.trainings[1], group="again")
     figures = runner.run([bad, good], set())
+    runner.stop()
     assert [f["run"] for f in figures] == ["again_aligned_s1"]
     assert list(runner.failed) == [bad.name]
     assert any(f"{bad.name} failed" in line for line in told)
@@ -351,3 +398,26 @@ def test_an_endpoint_may_be_about_the_combinations_that_hold_one_sequence():
     entry = {"title": "t", "kind": "tests", "group": "g", "contrasts": [["a", "b"]]}
     assert "| a − b | +25.00 |" in analyse(results, [entry])  # ((0.7 - 0.4) + 0.2) / 2
     assert "| a − b | +35.00 |" in analyse(results, [{**entry, "shown": "t1ce"}])
+
+
+# ------------------------------------------------------------------------------ the plans
+
+
+@pytest.mark.parametrize("name", ["e1", "e2", "e3", "real"])
+def test_a_committed_plan_compares_arms_that_it_trains(name):
+    path = ROOT / "experiments" / "study" / "plans" / f"{name}.yaml"
+    plan = read_plan(path)
+    there = {(t.group, t.arm) for t in plan.trainings}
+    for table in plan.tables:
+        named = list(table.get("arms", []))
+        for item in table.get("contrasts", []):
+            named += item["weights"] if isinstance(item, dict) else item
+        group = table["group"]
+        assert {(group, arm) for arm in named} <= there, table["title"]
+        assert group in {t.group for t in plan.trainings}
+    # Any beginning of the order has every arm of its seeds: a study cut short stays balanced.
+    first = [t for t in plan.trainings if t.seed == plan.trainings[0].seed]
+    group = first[0].group
+    assert [t.arm for t in plan.trainings[: len([t for t in first if t.group == group])]] == [
+        t.arm for t in first if t.group == group
+    ]
