@@ -110,12 +110,14 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return F.conv3d(x, weight[..., None, None, None], bias)
     if is_channels_last(x):
         # [B, V, C] times [B, C, C'], which is channels-last again.
-        rows = torch.bmm(voxel_rows(x), weight.mT)
-        rows = rows if bias is None else rows + bias
+        rows = _product(voxel_rows(x), weight.mT, bias)
         return rows.view(len(x), *x.shape[2:], -1).permute(0, 4, 1, 2, 3)
-    mixed = torch.bmm(weight, x.flatten(2))
-    mixed = mixed if bias is None else mixed + bias[:, None]
+    mixed = _product(weight, x.flatten(2), None if bias is None else bias[:, None])
     return mixed.view(len(x), -1, *x.shape[2:])
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.bmm(a, b) if bias is None else torch.baddbmm(bias, a, b)
 
 
 class _Mix(torch.autograd.Function):
