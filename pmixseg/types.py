@@ -41,6 +41,8 @@ class Batch(TypedDict):
     """Hash of (seed, epoch, index); patch, augmentation and ``present`` follow from it alone."""
     present: NotRequired[Presence]
     """What the network is shown, within ``acquired``."""
+    case: NotRequired[Keys]
+    """A number per case, where a loss tells cases apart."""
     of_task: NotRequired[Batch]
     """The batch with all modalities of the task, for what sees more than the module does."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from pmixseg.borrowed import Borrowed
 from pmixseg.callbacks.term import TermCallback
 from pmixseg.describe import build
 from pmixseg.errors import InputError
-from pmixseg.losses.distillation import DistillationTerm, LatentMatch, LogitKL
+from pmixseg.eval_mode import evaluating
+from pmixseg.losses.distillation import DistillationLoss, LatentMatch, LogitKL, case_numbers
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import load
@@ -45,7 +47,7 @@ class Distillation(TermCallback):
         self,
         teacher: str | None = None,
         weight: float = 0.0,
-        terms: dict[str, DistillationTerm] | None = None,
+        terms: dict[str, DistillationLoss] | None = None,
         start_epoch: int = 0,
         warmup_epochs: int = 0,
         name: str = "distill",
@@ -56,7 +58,7 @@ class Distillation(TermCallback):
         given: Mapping[str, Any] = (
             terms if terms is not None else {"logit": LogitKL(), "latent": LatentMatch()}
         )
-        self.terms: dict[str, DistillationTerm] = {k: build(v) for k, v in given.items()}
+        self.terms: dict[str, DistillationLoss] = {k: build(v) for k, v in given.items()}
 
     def build_term(self, module: SegmentationModule) -> Term:
         """See :class:`TermCallback`."""
@@ -84,15 +86,17 @@ class Distillation(TermCallback):
                 source.backbone,
                 anchor=source.anchor,
             )
-        return DistillationLoss(teacher, self.terms, student=module)
+        return DistillationTerm(teacher, self.terms, student=module)
 
     def _check_subsets(self, module: SegmentationModule) -> None:
         """Refuse terms that compare the student with its own, unchanged output."""
-        if module.draws and module.shows_subsets:
-            return
         alone = len(module.backbone.slots) == 1
+        if module.draws and module.shows_subsets and not alone:
+            return
         empty = [
-            name for name, t in self.terms.items() if t.self_taught and (t.needs_subsets or alone)
+            name
+            for name, loss in self.terms.items()
+            if loss.self_taught and (loss.needs_subsets or alone)
         ]
         if empty:
             raise InputError(
@@ -118,7 +122,7 @@ class Distillation(TermCallback):
         if stage != "fit" or self.weight == 0 or data is None:
             return
         assert isinstance(pl_module, SegmentationModule)
-        teacher = cast(DistillationLoss, pl_module.terms[self.name]).teacher
+        teacher = cast(DistillationTerm, pl_module.terms[self.name]).teacher
         if teacher is None:
             return
         trained = teacher.preparation.spacing
@@ -129,47 +133,115 @@ class Distillation(TermCallback):
                 f"at {given} mm; prepare a store at the teacher's spacing."
             )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move the teacher, which nobody else does, to the student's device."""
+        term = self._term(pl_module)
+        if term is not None and term.teacher is not None:
+            term.teacher.to(pl_module.device)
 
-class DistillationLoss(Term):
-    """All distillation terms of one step, over one pass of each teacher.
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell losses with a ramp of their own which epoch it is."""
+        term = self._term(pl_module)
+        if term is not None:
+            term.begin_epoch(trainer.current_epoch)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Number the cases, where a loss tells them apart: names cannot enter a compiled step."""
+        term = self._term(pl_module)
+        if term is not None and any(loss.compares_cases for loss in self.terms.values()):
+            batch["case"] = case_numbers(batch["case_id"]).to(batch["label"].device)
+
+    def _term(self, module: LightningModule) -> DistillationTerm | None:
+        """This callback's term in the module in training; ``None`` where its weight is 0."""
+        if self.weight == 0:
+            return None
+        return cast(DistillationTerm, cast(SegmentationModule, module).terms[self.name])
+
+
+class DistillationTerm(Term):
+    """Sum the distillation losses of one step, over one pass of each teacher.
 
     Args:
-        teacher: frozen module; ``None`` where every term is taught by the student itself.
-        terms: name -> bound term.
-        student: the module in training; it teaches the terms that say ``self_taught``, without
-            gradient.
+        teacher: frozen module; ``None`` where every loss is taught by the student itself.
+        terms: name -> bound loss.
+        student: the module in training; it teaches the losses that say ``self_taught``, without
+            gradient, and decodes single modalities for those that compare them.
     """
+
+    strengths: Tensor
 
     def __init__(
         self,
         teacher: SegmentationModule | None,
-        terms: Mapping[str, DistillationTerm],
+        terms: Mapping[str, DistillationLoss],
         student: SegmentationModule,
     ) -> None:
         super().__init__()
         self.terms = nn.ModuleDict(dict(terms))
-        # A tuple hides modules from nn.Module: out of checkpoint, optimizer, DDP and train().
-        self._sources = (teacher, student)
+        self.needs_acquired = any(loss.pupils == "single" for loss in terms.values())
+        self._teacher, self._student = Borrowed(teacher), Borrowed(student)
+        # A tensor, since a number that changes would have a compiled step compiled again.
+        self.register_buffer("strengths", torch.ones(len(terms)), persistent=False)
+        self.begin_epoch(0)
 
     @property
     def teacher(self) -> SegmentationModule | None:
         """The frozen teacher."""
-        return self._sources[0]
+        return self._teacher.value
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set the ramps of an epoch.
+
+        Args:
+            epoch: from 0.
+        """
+        values = [loss.strength(epoch) for loss in self._losses().values()]
+        self.strengths.copy_(torch.tensor(values))
+
+    def _losses(self) -> dict[str, DistillationLoss]:
+        return {name: cast(DistillationLoss, loss) for name, loss in self.terms.items()}
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
         """See :class:`~pmixseg.losses.term.Term`."""
-        lessons: dict[tuple[bool, str], SegOutput] = {}
+        lessons: dict[tuple[bool, str, bool], SegOutput] = {}
         total: Tensor = output.logits.new_zeros((), dtype=torch.float32)
-        for name, module in self.terms.items():
-            term = cast(DistillationTerm, module)
-            kind = (term.self_taught, term.lesson)
+        for (name, loss), strength in zip(self._losses().items(), self.strengths, strict=True):
+            kind = (loss.self_taught, loss.lesson, loss.self_taught and loss.reads_extras)
             if kind not in lessons:
-                source = cast(SegmentationModule, self._sources[1 if term.self_taught else 0])
-                lessons[kind] = _lesson(source, batch, drawn=term.lesson == "drawn")
-            value = term(output, lessons[kind], batch)
+                lessons[kind] = self._lesson(batch, *kind)
+            pupils = self._pupils(output, batch, loss)
+            value = torch.stack([loss(out, lessons[kind], of) for out, of in pupils]).sum()
             self.parts[name] = value.detach()
-            total = total + term.weight * value
+            total = total + loss.weight * strength * value
         return total
+
+    def _lesson(self, batch: Batch, own: bool, which: str, with_extras: bool) -> SegOutput:
+        if own:
+            teacher = self._student.value
+        else:
+            assert self.teacher is not None  # build_term() loads one if a loss needs it
+            teacher = self.teacher
+        return _lesson(teacher, batch, drawn=which == "drawn", with_extras=with_extras)
+
+    def _pupils(
+        self, output: SegOutput, batch: Batch, loss: DistillationLoss
+    ) -> Iterator[tuple[SegOutput, Batch]]:
+        """The outputs that are compared with the lesson, each with the batch as it was shown."""
+        if loss.pupils == "shown":
+            yield output, batch
+            return
+        latents = output.latents.slots_only()
+        acquired = batch["acquired"]
+        for slot in range(acquired.shape[1]):
+            alone = torch.zeros_like(acquired)
+            alone[:, slot] = acquired[:, slot]
+            # No decoder is made to read nothing: a sample without the modality, which counts as
+            # 0, is decoded from all it has.
+            readable = torch.where(alone.any(1, keepdim=True), alone, acquired)
+            decoded = self._student.value.decode(latents.restrict(readable))
+            yield decoded, cast(Batch, {**batch, "present": alone})
 
 
 SECOND_DRAW = 0x5DEECE66D
@@ -177,24 +249,20 @@ SECOND_DRAW = 0x5DEECE66D
 
 
 @torch.no_grad()
-def _lesson(teacher: SegmentationModule, batch: Batch, *, drawn: bool) -> SegOutput:
-    """What a module makes of everything acquired, or of a combination drawn apart, as at test.
+def _lesson(
+    teacher: SegmentationModule, batch: Batch, *, drawn: bool, with_extras: bool
+) -> SegOutput:
+    """What a module makes of everything acquired, or of a combination drawn apart.
 
-    Auxiliary decoders do not run, and nothing in it is random: no term reads the one or wants the
-    other.
+    As at test: auxiliary decoders do not run, and nothing in it is random. With extras it is as in
+    training, but for the auxiliary decoders of single modalities.
     """
     batch = batch.get("of_task", batch)
-    image = batch["image"]
-    if teacher.device != image.device:
-        teacher.to(image.device)
     seen = batch["acquired"]
     if drawn:
         seen = teacher.draw_present(cast(Batch, {**batch, "key": batch["key"] ^ SECOND_DRAW}))
-    seen = teacher.columns(seen)
-    training = [part for part in teacher.backbone.modules() if part.training]
-    try:
-        teacher.backbone.eval()
-        return teacher.decode(teacher.encode(teacher.columns(image), seen))
-    finally:
-        for part in training:
-            part.training = True
+    image, seen = teacher.columns(batch["image"]), teacher.columns(seen)
+    if with_extras:
+        return teacher.decode(teacher.encode(image, seen).slots_only())
+    with evaluating(teacher.backbone):
+        return teacher.decode(teacher.encode(image, seen))

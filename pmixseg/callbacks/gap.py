@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
+from pmixseg.eval_mode import evaluating
 from pmixseg.evaluation.gap.latents import (
     LatentSample,
     centre_window,
@@ -158,20 +159,14 @@ class GapMonitor(Callback, Described):
         return found
 
     def _sample(self, module: SegmentationModule) -> dict[int, LatentSample]:
-        modes = [(part, part.training) for part in module.modules()]
         devices = [module.device] if module.device.type == "cuda" else []
         weight = next(module.backbone.parameters())
         images = (image.to(module.device, weight.dtype) for image in self._images)
         window = module.preparation.window(module.evaluation, module.strides)
-        try:
-            module.eval()
-            with torch.random.fork_rng(devices):
-                return sample_latents(
-                    module, images, window, module.anchor, self._levels_of(module), self.points
-                )
-        finally:
-            for part, training in modes:
-                part.training = training
+        with evaluating(module), torch.random.fork_rng(devices):
+            return sample_latents(
+                module, images, window, module.anchor, self._levels_of(module), self.points
+            )
 
     def _collapses(
         self, values: dict[str, float], samples: dict[int, LatentSample]

@@ -4,10 +4,10 @@
 * :mod:`~pmixseg.losses.anchors`: P_mix, what latents are aligned to and missing ones filled with.
 * :mod:`~pmixseg.losses.alignment`: the alignment loss.
 * :mod:`~pmixseg.losses.distances`: what it measures, one file per idea.
-* :mod:`~pmixseg.losses.distillation`: terms between a student and a teacher.
+* :mod:`~pmixseg.losses.distillation`: losses between a student and a teacher.
 * :mod:`~pmixseg.losses.official`: the authors' public snippets to the letter, for comparison.
 
-Terms that couple the samples of a batch sum or gather over processes (``ranks``), so that DDP
+Losses that couple the samples of a batch sum or gather over processes (``ranks``), so that DDP
 equals one process; only ``DiceCE(batch_dice=True)`` is exempt.
 """
 
@@ -38,9 +38,10 @@ from pmixseg.losses.distances import (
 )
 from pmixseg.losses.distillation import (
     ContrastiveMatch,
-    DistillationTerm,
+    DistillationLoss,
     GramMatch,
     LatentMatch,
+    LatentPrototypeMatch,
     LogitKL,
     ProbabilityMSE,
     PrototypeMatch,
@@ -74,12 +75,13 @@ __all__ = [
     "Criterion",
     "DiceCE",
     "Distance",
-    "DistillationTerm",
+    "DistillationLoss",
     "GramMatch",
     "JointKL",
     "July2025Alignment",
     "July2025Anchor",
     "LatentMatch",
+    "LatentPrototypeMatch",
     "LogitKL",
     "MixtureAnchor",
     "ModalityAnchor",

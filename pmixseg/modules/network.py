@@ -19,6 +19,7 @@ from pmixseg.data.scans.canonical import STORE_DTYPE
 from pmixseg.data.scans.nifti import Source
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
+from pmixseg.eval_mode import evaluating
 from pmixseg.evaluation.prediction.cases import (
     CasePrediction,
     EvaluationSettings,
@@ -307,10 +308,7 @@ class SegmentationNetwork(LightningModule, Described):
             self.device,
             self.loaded_from,
         )
-        trained = self.training
-        try:
+        with evaluating(self):
             return segment_scans(
-                self.eval(), recipe, images, settings, codes=codes, name=name, progress=progress
+                self, recipe, images, settings, codes=codes, name=name, progress=progress
             )
-        finally:
-            self.train(trained)

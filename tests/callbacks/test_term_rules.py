@@ -263,12 +263,13 @@ def test_learned_anchor_moves_and_is_logged(tmp_path):
     ("combination", "term", "refused"),
     [
         ("flair+t1", SubsetMatch(), True),
-        ("flair+t1", SelfDistillation(), True),
-        ("flair+t1", SelfDistillation(logit_weight=0.0), False),
-        ("t1", SelfDistillation(logit_weight=0.0), True),
+        ("flair+t1", SelfDistillation(pupils="shown"), True),
+        ("flair+t1", SelfDistillation(), False),
+        ("t1", SelfDistillation(), True),
         (None, SubsetMatch(), False),
+        (None, SelfDistillation(pupils="shown"), False),
         ("teacher", SubsetMatch(), True),
-        ("teacher", SelfDistillation(logit_weight=0.0), False),
+        ("teacher", SelfDistillation(), False),
     ],
 )
 def test_a_self_taught_term_that_could_only_be_0_is_refused(combination, term, refused):

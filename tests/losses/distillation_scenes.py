@@ -23,10 +23,12 @@ def network(modalities=NAMES, channels=(2, 3), strides=(1, 2), num_classes=3, sl
     )
 
 
-def output(logits, features=(), modalities=NAMES, present=None):
+def output(logits, features=(), modalities=NAMES, present=None, decoder=None, brain=None):
+    """What a network returns; the logits stand for its one decoder map if none is given."""
     if present is None:
         present = torch.ones(logits.shape[0], len(modalities), dtype=torch.bool)
-    return SegOutput(logits, Latents(list(features), modalities, [present] * len(features)))
+    latents = Latents(list(features), modalities, [present] * len(features), brain=brain)
+    return SegOutput(logits, latents, {}, [logits] if decoder is None else list(decoder))
 
 
 def batch_of(label, present=None, case_id=None):

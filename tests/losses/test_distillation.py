@@ -1,4 +1,4 @@
-"""What every distillation term must do: networks that differ, gradients, options."""
+"""What every distillation loss must do: networks that differ, gradients, options."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from pmixseg.losses.distillation import (
     ContrastiveMatch,
     GramMatch,
     LatentMatch,
+    LatentPrototypeMatch,
     LogitKL,
     ProbabilityMSE,
     PrototypeMatch,
@@ -29,6 +30,7 @@ TERMS = [
     VariationalMatch,
     ContrastiveMatch,
     PrototypeMatch,
+    LatentPrototypeMatch,
     SelfDistillation,
     SubsetMatch,
 ]
@@ -98,7 +100,8 @@ def test_gradients_are_right(make):
             .clamp_min(0)
             .detach()
         ) * (t.argmax(1) == batch["label"])
-        held = (weight * -(F.softmax(t / 10, 1) * F.log_softmax(s / 10, 1)).sum(1)).mean()
+        soft = -(F.softmax(t / 10, 1) * F.log_softmax(s / 10, 1)).sum(1)
+        held = (weight * soft).sum() / weight.sum()
         (want,) = torch.autograd.grad(held, logits)
         (got,) = torch.autograd.grad(loss(*leaves), logits)
         assert torch.allclose(got, want) and want.abs().max() > 0
@@ -123,7 +126,7 @@ def test_the_teacher_gets_no_gradient_and_autocast_changes_nothing(make):
     assert got == want and got.dtype == torch.float32
 
 
-@pytest.mark.parametrize("make", [LatentMatch, PrototypeMatch, GramMatch, VariationalMatch])
+@pytest.mark.parametrize("make", [LatentMatch, LatentPrototypeMatch, GramMatch, VariationalMatch])
 def test_early_fusion_on_either_side(make):
     fused, several = network(NAMES, slots=("fused",)), network(NAMES)
     for student, teacher in ((fused, several), (several, fused), (fused, fused)):
@@ -139,7 +142,9 @@ def test_early_fusion_on_either_side(make):
         assert torch.isfinite(value) and value > 0
 
 
-@pytest.mark.parametrize("make", [LatentMatch, PrototypeMatch, SelfDistillation, SubsetMatch])
+@pytest.mark.parametrize(
+    "make", [LatentMatch, PrototypeMatch, LatentPrototypeMatch, SelfDistillation, SubsetMatch]
+)
 def test_equal_networks_agree(make):
     """A student that equals its teacher has nothing to learn; maps start as the identity."""
     net = network(("a",))
@@ -152,7 +157,7 @@ def test_equal_networks_agree(make):
 
 @pytest.mark.parametrize(
     "make",
-    [LatentMatch, PrototypeMatch, GramMatch, VariationalMatch, ContrastiveMatch, SubsetMatch],
+    [LatentMatch, LatentPrototypeMatch, GramMatch, VariationalMatch, ContrastiveMatch, SubsetMatch],
 )
 @pytest.mark.parametrize("fill", [0.0, 7.0])
 def test_constant_latents_have_finite_gradients(make, fill):
@@ -200,6 +205,110 @@ def test_wrong_options_are_refused():
         LogitKL(temperature=0)
     with pytest.raises(InputError, match="target"):
         LatentMatch(target="other")
+    with pytest.raises(InputError, match="over is 'all'"):
+        ProbabilityMSE(over="all")
+    with pytest.raises(InputError, match="ramp_epochs"):
+        ProbabilityMSE(ramp_epochs=-1)
+    with pytest.raises(InputError, match="normalisation"):
+        GramMatch(normalisation="other")
+    with pytest.raises(InputError, match="pupils"):
+        SelfDistillation(pupils="all")
+
+
+def test_single_modalities_of_early_fusion_cannot_be_decoded():
+    fused = network(NAMES, slots=("fused",))
+    with pytest.raises(InputError, match="mixes modalities at the input"):
+        SelfDistillation().bind(fused, fused)
+    SelfDistillation(pupils="shown").bind(fused, fused)
+
+
+def test_a_network_without_decoder_maps_or_with_others_is_one_sentence():
+    net = network()
+    (s, fs), (t, ft) = scene(net), scene(net, seed=1)
+    batch = batch_of(labels())
+    with pytest.raises(InputError, match=r"student's backbone gives 0 in SegOutput.decoder"):
+        PrototypeMatch()(output(s, fs, decoder=[]), output(t, ft), batch)
+    with pytest.raises(InputError, match=r"teacher's backbone gives 1"):
+        PrototypeMatch(index=1)(output(s, fs, decoder=[s, s]), output(t, ft), batch)
+    with pytest.raises(InputError, match=r"\[4, 4, 4\] voxels in the student and \[2, 2, 2\]"):
+        PrototypeMatch()(output(s, fs), output(t, ft, decoder=[t[..., ::2, ::2, ::2]]), batch)
+
+
+LATENT = [
+    LatentMatch,
+    SubsetMatch,
+    GramMatch,
+    lambda: GramMatch(normalisation="smunet"),
+    VariationalMatch,
+    ContrastiveMatch,
+    LatentPrototypeMatch,
+]
+
+
+@pytest.mark.parametrize("make", LATENT)
+def test_background_of_a_patch_has_no_influence(make):
+    """70 % of the voxels are background: what stands there changes nothing, nor does its share."""
+    net = network(("a", "b"), (3,), (1,))
+    term = make()
+    term.bind(net, net)
+
+    def value(width, seed):
+        # 2 samples, 3 x 10 x width voxels of which 3 x 3 x 10 are brain.
+        torch.manual_seed(0)
+        inside = torch.randn(2, 2, 2, 3, 3, 3, 10)
+        torch.manual_seed(seed)
+        maps = 5 * torch.randn(2, 2, 2, 3, 3, width, 10)
+        maps[..., :3, :] = inside
+        brain = torch.zeros(2, 3, width, 10, dtype=torch.bool)
+        brain[:, :, :3] = True
+        label = torch.zeros(2, 3, width, 10, dtype=torch.int64)
+        label[:, :, :2] = 1
+        student, teacher = (
+            output(torch.zeros(2, 3, 3, width, 10), [m], ("a", "b"), brain=[brain]) for m in maps
+        )
+        return term(student, teacher, batch_of(label, flags([1, 0], [1, 1]))).item()
+
+    want = value(10, 1)
+    assert want > 0
+    assert value(10, 2) == pytest.approx(want, rel=1e-5)
+    if "lambda" not in make.__name__:  # SMU-Net's own normalisation divides by the sides
+        assert value(5, 3) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", LATENT)
+def test_a_patch_without_brain_counts_as_nothing(make):
+    net = network(("a", "b"), (3,), (1,))
+    term = make()
+    term.bind(net, net)
+    s, (f,) = scene(net)
+    t, (g,) = scene(net, seed=1)
+    f.requires_grad_()
+    none = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    given = output(s, [f], ("a", "b"), brain=[none]), output(t, [g], ("a", "b"), brain=[none])
+    value = term(*given, batch_of(labels(), flags([1, 1], [0, 1])))
+    value.backward()
+    assert f.grad.isfinite().all() and not f.grad.any()
+    # Embeddings of nothing coincide: no distance to the same case, a margin to the other.
+    assert value.item() == pytest.approx(0.5 if make is ContrastiveMatch else 0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("make", TERMS)
+def test_a_loss_is_one_graph_whatever_is_shown(make):
+    """No tensor's value is asked for, and no shape depends on the masks: compiled once."""
+    net = network()
+    (s, fs), (t, ft) = scene(net), scene(net, seed=1)
+    term = make()
+    term.bind(net, net)
+    torch.compiler.reset()
+    compiled = torch.compile(term, fullgraph=True, dynamic=False, backend="eager")
+    brain = [torch.rand(2, 4 // stride, 4 // stride, 4 // stride) < 0.5 for stride in (1, 2)]
+    rows = [([1, 0, 0, 1], [0, 1, 1, 1]), ([1, 1, 1, 1], [1, 0, 0, 0])]
+    for step, row in enumerate(rows):
+        batch = batch_of(labels(seed=step), flags(*row))
+        batch["case"] = torch.tensor([step, 5])
+        given = output(s, fs, brain=brain), output(t, ft), batch
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            assert compiled(*given).item() == pytest.approx(term(*given).item(), rel=1e-5)
 
 
 def test_preset_constants():
@@ -207,8 +316,9 @@ def test_preset_constants():
     assert WeightedSoftCE().init_args == {"weight": 0.5, "temperature": 10.0}
     assert ContrastiveMatch().init_args["weight"] == 0.5
     assert ContrastiveMatch().init_args["margin"] == 1.0
-    assert PrototypeMatch().weight == 0.1 and GramMatch().weight == 1e-4
+    assert PrototypeMatch().init_args == {"weight": 0.1, "index": -1}
+    assert GramMatch().weight == 1e-4
     assert VariationalMatch().weight == 0.5
     self_taught = SelfDistillation()
-    assert (self_taught.logit.weight, self_taught.prototype.weight) == (0.5, 0.1)
-    assert self_taught.logit.temperature == 4.0 and self_taught.logit.squared
+    assert (self_taught.logit_weight, self_taught.prototype.weight) == (0.5, 0.1)
+    assert self_taught.temperature == 4.0 and self_taught.pupils == "single"

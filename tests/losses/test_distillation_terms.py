@@ -1,4 +1,4 @@
-"""Distillation terms: golden numbers and slow references."""
+"""Distillation losses: golden numbers and slow references."""
 
 import math
 
@@ -11,6 +11,7 @@ from pmixseg.losses.distillation import (
     ContrastiveMatch,
     GramMatch,
     LatentMatch,
+    LatentPrototypeMatch,
     LogitKL,
     ProbabilityMSE,
     PrototypeMatch,
@@ -47,15 +48,24 @@ def test_protokd_ten_is_two_and_a_half():
 
 
 def test_weighted_soft_ce_by_hand():
-    # Voxel 1: y = 0, teacher (¾, ¼) right, student (½, ½): weight ln ¾ - ln ½ = ln 1.5.
-    # Voxel 2: y = 1, same logits: the teacher is wrong → 0. Voxel 3: the student is better → 0.
+    # y = 0, teacher (¾, ¼) right everywhere but in voxel 2, where y = 1.
+    # Voxel 1: student (½, ½): weight ln ¾ - ln ½ = ln 1.5. Voxel 2: the teacher is wrong: 0.
+    # Voxel 3: the student is better: 0. Voxel 4: student (¼, ¾): weight ln ¾ - ln ¼ = ln 3.
     ln3 = math.log(3)
-    t = torch.tensor([[ln3, ln3, ln3], [0.0, 0.0, 0.0]]).reshape(1, 2, 3, 1, 1)
-    s = torch.tensor([[0.0, 0.0, 2 * ln3], [0.0, 0.0, 0.0]]).reshape(1, 2, 3, 1, 1)
-    label = torch.tensor([0, 1, 0]).reshape(1, 3, 1, 1)
-    # At T = 2: p = (√3, 1)/(√3 + 1) and q = ½, so the soft cross-entropy is ln 2.
+    t = torch.tensor([[ln3, ln3, ln3, ln3], [0.0, 0.0, 0.0, 0.0]]).reshape(1, 2, 4, 1, 1)
+    s = torch.tensor([[0.0, 0.0, 2 * ln3, 0.0], [0.0, 0.0, 0.0, ln3]]).reshape(1, 2, 4, 1, 1)
+    label = torch.tensor([0, 1, 0, 0]).reshape(1, 4, 1, 1)
+    # At T = 2: p = (a, b) = (√3, 1)/(√3 + 1). q is (½, ½) in voxel 1 and (b, a) in voxel 4.
+    a, b = math.sqrt(3) / (math.sqrt(3) + 1), 1 / (math.sqrt(3) + 1)
+    first, fourth = math.log(2), -(a * math.log(b) + b * math.log(a))
+    want = (math.log(1.5) * first + ln3 * fourth) / (math.log(1.5) + ln3)
     got = WeightedSoftCE(temperature=2)(output(s), output(t), batch_of(label))
-    assert got.item() == pytest.approx(math.log(1.5) * math.log(2) / 3, rel=1e-5)
+    assert got.item() == pytest.approx(want, rel=1e-5)
+    # A student that is never behind has nothing to learn; the mean over no voxel is 0.
+    s = t.clone().requires_grad_()
+    nothing = WeightedSoftCE()(output(s), output(t), batch_of(label))
+    nothing.backward()
+    assert nothing.item() == 0 and not s.grad.any()
 
 
 def test_probability_mse_by_hand():
@@ -63,6 +73,19 @@ def test_probability_mse_by_hand():
     label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     got = ProbabilityMSE()(output(s), output(t), batch_of(label))
     assert got.item() == pytest.approx(0.0625)
+
+
+def test_probability_mse_over_the_foreground_and_its_ramp_by_hand():
+    # p = (½, ¼, ¼), q = (⅓, ⅓, ⅓): the foreground's squared differences are 1/144 each.
+    t, s = voxel(math.log(2), 0.0, 0.0), voxel(0.0, 0.0, 0.0)
+    label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    loss = ProbabilityMSE(10.0, over="foreground", ramp_epochs=20)
+    got = loss(output(s), output(t), batch_of(label))
+    assert got.item() == pytest.approx(2 / 144)
+    # 10·exp(-5 (1 - e/20)²): e⁻⁵, e^(-5/4), then 1 for ever.
+    strengths = [loss.strength(epoch) for epoch in (0, 10, 20, 200)]
+    assert strengths == pytest.approx([math.exp(-5), math.exp(-1.25), 1.0, 1.0])
+    assert ProbabilityMSE().strength(0) == 1.0
 
 
 # Latents --------------------------------------------------------------------------------------
@@ -85,14 +108,29 @@ def test_latent_match_by_hand():
         term.bind(two, two)
         return term(student, teacher, batch_of(label, flags(present))).item()
 
-    # P = (1, 5), Var = 4. a: (0 + 1)/2, b: (4 + 16)/2.
-    assert value([1, 1]) == pytest.approx((0.5 + 10) / 2 / 4)
-    assert value([1, 0]) == pytest.approx(0.5 / 4)
-    # same: a: (1 + 4)/2 = 2.5, b: (1 + 9)/2 = 5; pooled Var of 0 4 2 6 is 5.
+    # P = (1, 5). a: (0 + 1)/2, b: (4 + 16)/2. The variance of the latents 0 4 2 6 is 5.
+    assert value([1, 1]) == pytest.approx((0.5 + 10) / 2 / 5)
+    assert value([1, 0]) == pytest.approx(0.5 / 5)
+    # same: a: (1 + 4)/2 = 2.5, b: (1 + 9)/2 = 5.
     assert value([1, 1], target="same") == pytest.approx(7.5 / 2 / 5)
     # fused: mean (2, 7.5) against (1, 5): (1 + 6.25)/2.
-    assert value([1, 1], target="fused") == pytest.approx(3.625 / 4)
-    assert value([0, 1], target="fused") == pytest.approx(10 / 4)
+    assert value([1, 1], target="fused") == pytest.approx(3.625 / 5)
+    assert value([0, 1], target="fused") == pytest.approx(10 / 5)
+
+
+def test_the_yardstick_is_the_same_for_an_aligned_and_an_unaligned_teacher():
+    """The same error against the mean weighs the same, however far apart the latents are."""
+    two = network(("a", "b"), (1,), (1,), 2)
+    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    student = output(logits, [one_level([[1.0, 5.0], [1.0, 5.0]])], ("a", "b"))
+    values = []
+    # The mean is (0, 4) both times; the variance of the latents is 4 and 4 + 9.
+    for rows in ([[0.0, 4.0], [0.0, 4.0]], [[-3.0, 1.0], [3.0, 7.0]]):
+        term = LatentMatch(epsilon=0.0)
+        term.bind(two, two)
+        teacher = output(logits, [one_level(rows)], ("a", "b"))
+        values.append(term(student, teacher, batch_of(label, flags([1, 1]))).item())
+    assert values == pytest.approx([1 / 4, 1 / 13])
 
 
 def test_latent_match_divides_by_the_mean_of_the_channels_variances():
@@ -136,9 +174,9 @@ def test_latent_match_uses_the_teachers_anchor_if_it_has_features():
         term.bind(two, two, anchor=anchor)
         values[name] = term(student, teacher, batch_of(label, flags([1, 1]))).item()
         assert not [n for n, _ in term.named_modules() if "anchor" in n]  # the teacher's own
-    # P = (0, 4): a: (1 + 4)/2, b: (9 + 25)/2, Var 4.
-    assert values["first"] == pytest.approx((2.5 + 17) / 2 / 4)
-    assert values["normal"] == values["none"] == pytest.approx((0.5 + 10) / 2 / 4)
+    # P = (0, 4): a: (1 + 4)/2, b: (9 + 25)/2, Var 5.
+    assert values["first"] == pytest.approx((2.5 + 17) / 2 / 5)
+    assert values["normal"] == values["none"] == pytest.approx((0.5 + 10) / 2 / 5)
 
 
 def test_subset_match_by_hand():
@@ -147,11 +185,11 @@ def test_subset_match_by_hand():
     features = [one_level([[0.0, 4.0], [2.0, 8.0]])]
     term = SubsetMatch(epsilon=0.0)
     term.bind(two, two)
-    # Shown: a, (0, 4). The second draw: both, (1, 6) with variance 6.25: (1 + 4)/2.
+    # Shown: a, (0, 4). The second draw: both, (1, 6): (1 + 4)/2. The variance of 0 4 2 8 is 8.75.
     lesson = output(logits, features, ("a", "b"))
     student = output(logits, features, ("a", "b"))
     batch = batch_of(torch.zeros(1, 2, 1, 1, dtype=torch.int64), flags([1, 0]))
-    assert term(student, lesson, batch).item() == pytest.approx(2.5 / 6.25)
+    assert term(student, lesson, batch).item() == pytest.approx(2.5 / 8.75)
     # The second draw: b alone, (2, 8) with variance 9; what a holds is not read.
     features = [features[0].clone()]
     features[0][0, 0] = math.nan
@@ -169,7 +207,12 @@ def test_gram_match_by_hand():
     term.bind(one, one)
     # G^s = ½ [[2, 2], [2, 4]], G^t = ½ [[4, 0], [0, 0]]: differences -1, 1, 1, 2.
     batch = batch_of(label, flags([1]))
-    assert term(output(logits, [f], ("a",)), output(logits, [t], ("a",)), batch).item() == 1.75
+    given = output(logits, [f], ("a",)), output(logits, [t], ("a",)), batch
+    assert term(*given).item() == 1.75
+    # SMU-Net: G/(C·N) halves the matrices; Σ (…)² = 7/4, divided by 4 · 2² · (2·1)².
+    published = GramMatch(normalisation="smunet")
+    published.bind(one, one)
+    assert published(*given).item() == pytest.approx(7 / 4 / (4 * 4 * 4))
 
 
 def test_variational_match_by_hand():
@@ -213,10 +256,10 @@ def test_prototype_match_by_hand():
     label = torch.tensor([0, 1]).reshape(1, 2, 1, 1)
     s = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # (1, 0) and (1, 1)
     t = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # (1, 0) and (0, 1)
-    term = PrototypeMatch()
+    batch = batch_of(label, flags([1]))
+    term = LatentPrototypeMatch()
     term.bind(one, one)
     given = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
-    batch = batch_of(label, flags([1]))
     # The prototypes are the voxels; off the diagonal cos 45° against cos 90°: squared ½. Per class
     # the mean over two voxels is ¼.
     assert term(*given, batch).item() == pytest.approx(0.25, abs=1e-5)
@@ -233,7 +276,7 @@ def test_a_class_counts_from_a_mass_of_one_voxel():
     label[0, 0, 0, :2] = 1  # 2/8 of a coarse voxel
     f, t = torch.randn(2, 1, 1, 3, 2, 2, 2).unbind(0)
     logits = torch.zeros(1, 2, 4, 4, 4)
-    term = PrototypeMatch()
+    term = LatentPrototypeMatch()
     term.bind(one, one)
     given = (output(logits, [f], ("a",)), output(logits, [t], ("a",)))
     with_two = term(*given, batch_of(label, flags([1])))
@@ -251,14 +294,71 @@ def test_a_class_counts_from_a_mass_of_one_voxel():
     assert term(*given, batch_of(tiny, flags([1]))).item() == 0.0
 
 
-def test_self_distillation_is_the_sum_of_its_parts():
-    net = network()
-    (s, fs), (t, ft) = scene(net), scene(net, seed=1)
-    present = flags([1, 0, 1, 0], [0, 0, 0, 1])
-    whole = SelfDistillation()
-    parts = [LogitKL(0.5, 4.0), PrototypeMatch(0.1)]
-    for term in (whole, *parts):
-        term.bind(net, net)
-    given = output(s, fs), output(t, ft), batch_of(labels(), present)
-    want = sum(term.weight * term(*given) for term in parts)
-    assert whole(*given).item() == pytest.approx(want.item()) and whole.self_taught
+def test_self_distillation_by_hand():
+    # T = 4: teacher p = (¾, ¼), single modality q = (½, ½); the mean over two classes.
+    t, s = voxel(4 * math.log(3), 0.0), voxel(0.0, 0.0)
+    divergence = 16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
+    label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    loss = SelfDistillation(prototype_weight=0.0)
+    batch = batch_of(label, flags([1]))
+    assert loss(output(s), output(t), batch).item() == pytest.approx(0.5 * divergence)
+    # Two auxiliary maps: as far apart as the logits, at ½, and equal ones, at ¼. Other extras and
+    # maps that only one side has are not compared.
+    student, teacher = output(s), output(t)
+    student.extras = {"ds2": t, "ds1": s, "separate": s, "ds3": s}
+    teacher.extras = {"ds1": t, "ds2": t, "separate": t}
+    assert loss(student, teacher, batch).item() == pytest.approx(0.5 * 1.5 * divergence)
+    shallow = SelfDistillation(prototype_weight=0.0, deep=False)
+    assert shallow(student, teacher, batch).item() == pytest.approx(0.5 * divergence)
+    # A sample that lacks the modality counts as 0.
+    two = [torch.cat([x, x]) for x in (s, t)]
+    batch = batch_of(torch.cat([label, label]), flags([1], [0]))
+    got = loss(output(two[0]), output(two[1]), batch).item()
+    assert got == pytest.approx(0.5 * divergence / 2)
+
+
+def test_self_distillation_is_what_passion_computes():
+    """A slow reference: probabilities drawn up, floored at 0.005, means over everything."""
+    torch.manual_seed(0)
+    sides = (8, 8, 4, 2, 1)  # logits and the maps of RFNet at 1, ½, ¼, ⅛
+    s, t = ([3 * torch.randn(1, 4, n, n, n, dtype=torch.float64) for n in sides] for _ in range(2))
+    label = torch.randint(0, 4, (1, 8, 8, 8))
+    weights = (1, 0.5, 0.25, 0.125, 0.0625)
+    want = 0.0
+    for mine, theirs, weight in zip(s, t, weights, strict=True):
+        probabilities = []
+        for logits in (mine, theirs):
+            p = F.softmax(logits / 4, 1)
+            up = F.interpolate(p, (8, 8, 8), mode="trilinear", align_corners=True)
+            probabilities.append(up.clamp(0.005, 1))
+        q, p = probabilities
+        want += weight * (16 * p * (p / q).log()).mean()
+    prototypes = PrototypeMatch()(output(s[0]), output(t[0]), batch_of(label))
+    student, teacher = output(s[0]), output(t[0])
+    student.extras = {f"ds{k}": each for k, each in enumerate(s[1:], 1)}
+    teacher.extras = {f"ds{k}": each for k, each in enumerate(t[1:], 1)}
+    got = SelfDistillation()(student, teacher, batch_of(label))
+    assert got.item() == pytest.approx((0.5 * want + 0.1 * prototypes).item())
+
+
+def test_prototypes_of_the_decoder_are_those_of_the_literature():
+    """A slow reference of ProtoKD's and PASSION's term, on one sample with all classes."""
+    torch.manual_seed(0)
+    label = torch.randint(0, 3, (1, 4, 4, 4))
+    s, t = torch.randn(1, 5, 4, 4, 4), torch.randn(1, 7, 4, 4, 4)
+    squared = []
+    for k in range(3):
+        where = label[0] == k
+        maps = [
+            F.cosine_similarity(f[0], f[0][:, where].mean(1)[:, None, None, None], dim=0)
+            for f in (s, t)
+        ]
+        squared.append((maps[0] - maps[1]).square().mean())
+    logits = torch.zeros(1, 3, 4, 4, 4)
+    coarse = torch.randn(1, 5, 2, 2, 2)
+    given = output(logits, decoder=[coarse, s]), output(logits, decoder=[coarse, t])
+    loss = PrototypeMatch()
+    assert loss(*given, batch_of(label)).item() == pytest.approx(
+        torch.stack(squared).mean().item(), rel=1e-4
+    )
+    assert PrototypeMatch(index=0)(*given, batch_of(label)).item() == 0

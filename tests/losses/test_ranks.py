@@ -1,5 +1,6 @@
 """Two processes compute the losses and gradients of one process on the joined batch."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,19 +16,30 @@ from pmixseg.losses.distillation import (
     ContrastiveMatch,
     GramMatch,
     LatentMatch,
+    LatentPrototypeMatch,
     LogitKL,
     PrototypeMatch,
     VariationalMatch,
+    WeightedSoftCE,
 )
 from pmixseg.losses.ranks import SharedSums, gather_constants, sum_over_ranks
 from pmixseg.types import Latents, SegOutput
 
 NAMES = ("flair", "t1ce", "t1", "t2")
-TERMS = (LogitKL, LatentMatch, GramMatch, VariationalMatch, ContrastiveMatch, PrototypeMatch)
+TERMS = (
+    LogitKL,
+    WeightedSoftCE,
+    LatentMatch,
+    GramMatch,
+    VariationalMatch,
+    ContrastiveMatch,
+    PrototypeMatch,
+    LatentPrototypeMatch,
+)
 
 
 class AllLosses(nn.Module):
-    """A linear encoder per modality under every distance and every distillation term."""
+    """A linear encoder per modality under every distance and every distillation loss."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +70,9 @@ class AllLosses(nn.Module):
             values.append(alignment(latents, anchor, batch["present"], acquired))
         logits = torch.einsum("oc,bcdhw->bodhw", self.head, latents.masked(0).sum(1))
         taught = Latents([batch["features"]], NAMES, [acquired])
-        student, teacher = SegOutput(logits, latents), SegOutput(batch["features"].sum(1), taught)
+        student = SegOutput(logits, replace(latents, brain=[batch["brain"]]), {}, [logits])
+        given = batch["features"].sum(1)
+        teacher = SegOutput(given, taught, {}, [given])
         values += [term(student, teacher, batch) for term in self.terms]
         return torch.stack(values)
 
@@ -70,6 +84,7 @@ def make_batch():
     shown = [[1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 0], [0, 1, 0, 0]]
     return {
         "features": torch.randn(4, 4, 3, 2, 2, 3, generator=generator, dtype=torch.float64),
+        "brain": torch.rand(4, 2, 2, 3, generator=generator) < 0.6,
         "acquired": torch.tensor(rows, dtype=torch.bool),
         "present": torch.tensor(shown, dtype=torch.bool),
         "label": torch.randint(0, 3, (4, 2, 2, 3), generator=generator),

@@ -1,10 +1,11 @@
-r"""What distillation terms over latents share.
+r"""What distillation losses over latents share.
 
 Student and teacher levels are paired by stride; a learnable 1x1x1 map h takes the student's
 channels to the teacher's. The teacher's side is, by default, its anchor
 :math:`P^t = \sum_m w_m^t f_m^t` over everything acquired: privileged information that no single
 latent of the student's own modalities carries. Each modality of the student is compared on its
-own, and the mean over the modalities it was shown is taken, as in the alignment loss.
+own, and the mean over the modalities it was shown is taken, as in the alignment loss. Only brain
+voxels count.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pmixseg.borrowed import Borrowed
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide, weighted_sum
-from pmixseg.losses.distances import mean_over_shown
-from pmixseg.losses.distillation.term import DistillationTerm, Network, full_precision
+from pmixseg.losses.distances import PerSlot, mean_over_shown
+from pmixseg.losses.distillation.brain import brain_of
+from pmixseg.losses.distillation.loss import DistillationLoss, Network, full_precision
 from pmixseg.losses.projections import SlotLinear
-from pmixseg.types import Batch, Features, Presence, Scalar, SegOutput
+from pmixseg.types import Batch, Brain, Features, Presence, Scalar, SegOutput
 
 
 class Pair(NamedTuple):
@@ -35,7 +38,7 @@ class Pair(NamedTuple):
 def shared_strides(
     student: Network, teacher: Network, wanted: Sequence[int] | None, coarsest: int
 ) -> list[Pair]:
-    """Levels of two networks at the same stride, finest first.
+    """Pair the levels of two networks that have the same stride, finest first.
 
     Args:
         student: the student's backbone.
@@ -65,8 +68,8 @@ def shared_strides(
     return [Pair(stride, last[0][stride], last[1][stride]) for stride in chosen]
 
 
-class LatentTerm(DistillationTerm):
-    """A term over latents at the strides that student and teacher share.
+class LatentLoss(DistillationLoss):
+    """A loss over latents at the strides that student and teacher share.
 
     Args:
         weight: λ.
@@ -86,7 +89,8 @@ class LatentTerm(DistillationTerm):
         self.pairs: list[Pair] = []
         self.maps = nn.ModuleDict()
         self.uniform: MixtureAnchor | None = None
-        self._borrowed: tuple[Anchor, ...] = ()
+        # The teacher's own, if it has one that can stand in for a latent.
+        self._anchor: Borrowed[Anchor | None] = Borrowed(None)
 
     def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
         """Pair the levels, build h for each, and choose the teacher's anchor."""
@@ -97,8 +101,7 @@ class LatentTerm(DistillationTerm):
                 1, inputs, outputs, bias=True, identity=inputs == outputs
             )
         if anchor is not None and anchor.can_fill:
-            # A tuple hides it from nn.Module: it belongs to the teacher.
-            self._borrowed = (anchor,)
+            self._anchor = Borrowed(anchor)
         else:
             self.uniform = MixtureAnchor("uniform")
             self.uniform.bind(teacher.slots, len(teacher.channels))
@@ -110,14 +113,19 @@ class LatentTerm(DistillationTerm):
         shown = self.shown(student, batch, pair.student)
         return hide(full_precision(student.latents.features[pair.student]), shown), shown
 
+    def teacher_latents(self, teacher: SegOutput, pair: Pair) -> tuple[Features, Presence]:
+        """Clean latents ``[B, M, C, D, H, W]`` of the teacher, detached, and what it was shown."""
+        usable = teacher.latents.usable[pair.teacher]
+        features = teacher.latents.features[pair.teacher].detach()
+        return hide(full_precision(features), usable), usable
+
     def teacher_anchor(self, teacher: SegOutput, pair: Pair) -> Features:
         """sg[P^t], ``[B, 1, C, D, H, W]``."""
-        anchor = self._borrowed[0] if self._borrowed else self.uniform
+        anchor = self._anchor.value or self.uniform
         assert anchor is not None  # bind() chooses one
-        latents = teacher.latents
         with torch.no_grad():
-            features = full_precision(latents.features[pair.teacher])
-            return anchor(features, latents.usable[pair.teacher], pair.teacher)[:, None]
+            features, usable = self.teacher_latents(teacher, pair)
+            return anchor(features, usable, pair.teacher)[:, None]
 
     def to_teacher(self, features: Features, pair: Pair) -> Features:
         """h: the student's channels to the teacher's."""
@@ -133,27 +141,33 @@ class LatentTerm(DistillationTerm):
     def compare_level(
         self, student: SegOutput, teacher: SegOutput, batch: Batch, pair: Pair
     ) -> Scalar:
-        """Value at one pair of levels."""
+        """Return the value at one pair of levels."""
 
 
-class SlotwiseTerm(LatentTerm):
-    """A term that compares every shown latent of the student with the teacher's anchor.
+class SlotwiseLoss(LatentLoss):
+    """A loss that compares every shown latent of the student with the teacher's anchor.
 
     Subclasses implement :meth:`between`.
     """
 
     @abstractmethod
-    def between(self, features: Features, target: Features, pair: Pair) -> Tensor:
-        """Distance ``[B, M]`` of mapped latents ``[B, M, C, ...]`` from ``[B, 1, C, ...]``."""
+    def between(self, features: Features, target: Features, brain: Brain, pair: Pair) -> PerSlot:
+        """Return the distance ``[B, M]`` of mapped latents from the anchor.
+
+        Args:
+            features: ``[B, M, C, D, H, W]``.
+            target: ``[B, 1, C, D, H, W]``.
+            brain: voxels that count, ``[B, D, H, W]``; a sample without any gives 0.
+            pair: which levels.
+        """
 
     def compare_level(
         self, student: SegOutput, teacher: SegOutput, batch: Batch, pair: Pair
     ) -> Scalar:
         """Mean over samples of (1/|A|) Σ_{m∈A} :meth:`between`."""
         features, shown = self.student_latents(student, batch, pair)
-        distances = self.between(
-            self.to_teacher(features, pair), self.teacher_anchor(teacher, pair), pair
-        )
+        target, brain = self.teacher_anchor(teacher, pair), brain_of(student, pair.student)
+        distances = self.between(self.to_teacher(features, pair), target, brain, pair)
         return mean_over_shown(distances, shown)
 
 

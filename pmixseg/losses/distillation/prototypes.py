@@ -1,19 +1,20 @@
-r"""Distillation through class prototypes, and self-distillation, which uses it."""
+r"""Distillation through class prototypes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from pmixseg.losses.anchors import Anchor
+from pmixseg.errors import InputError
 from pmixseg.losses.distances import mean_over_shown
-from pmixseg.losses.distillation.outputs import LogitKL
-from pmixseg.losses.distillation.pairing import LatentTerm, Pair
-from pmixseg.losses.distillation.term import DistillationTerm, Network
+from pmixseg.losses.distillation.brain import brain_of
+from pmixseg.losses.distillation.loss import DistillationLoss, full_precision
+from pmixseg.losses.distillation.pairing import LatentLoss, Pair
 from pmixseg.losses.segmentation import area_fractions
-from pmixseg.types import Batch, Features, Scalar, SegOutput
+from pmixseg.types import Batch, Brain, Features, Scalar, SegOutput
 
 
 def similarity_maps(features: Features, fractions: Tensor, epsilon: float = 1e-6) -> Tensor:
@@ -38,23 +39,97 @@ def similarity_maps(features: Features, fractions: Tensor, epsilon: float = 1e-6
     return prototypes @ flat
 
 
-class PrototypeMatch(LatentTerm):
-    r"""Mean squared difference between the similarity maps of student and teacher.
+def map_difference(
+    student: Features, teacher: Features, fractions: Tensor, voxels: Brain
+) -> Float[Tensor, "b m"]:
+    r"""Mean squared difference of two networks' similarity maps.
 
     .. math:: D = \frac{1}{|K|} \sum_{k \in K} \operatorname{mean}_v (s^s_{kv} - s^t_{kv})^2
 
-    for every shown modality of the student, against the teacher's anchor. Prototypes are made per
-    sample from area fractions of the label at the latent's stride. K are the classes, background
-    included, with a mass of at least one voxel of the level; a sample without any gives 0.
-    Similarities have no channels, so nothing is mapped, and networks of any width compare.
+    K are the classes with a mass of at least one voxel among those that count; without any it
+    is 0.
+
+    Args:
+        student: ``[B, M, C, D, H, W]``.
+        teacher: ``[B, 1 or M, C', D, H, W]``; no gradient flows into it.
+        fractions: share of every class in every voxel, ``[B, K, D, H, W]``.
+        voxels: which voxels count, ``[B, D, H, W]``.
+    """
+    fractions = torch.where(voxels[:, None], fractions, 0.0)
+    counts = fractions.sum((2, 3, 4)) >= 1
+    with torch.no_grad():
+        target = similarity_maps(teacher, fractions)
+    squared = (similarity_maps(student, fractions) - target).square()
+    inside = voxels.flatten(1)[:, None, None]
+    errors = torch.where(inside, squared, 0.0).sum(3) / inside.sum(3).clamp_min(1)
+    total = torch.where(counts[:, None], errors, 0.0).sum(2)
+    return total / counts.sum(1, keepdim=True).clamp_min(1)
+
+
+class PrototypeMatch(DistillationLoss):
+    r"""Similarity of every voxel of a decoder map to the class prototypes, as the teacher has it.
+
+    Prototypes are class means of a decoder's feature map, per sample. The published terms take the
+    map that the last convolution reads, the finest. Mean over classes and voxels of
+    :func:`map_difference`; K are the classes of the sample, background included. Similarities have
+    no channels, so networks of any width compare.
+
+    Args:
+        weight: λ.
+        index: which of ``SegOutput.decoder``; -1 for the finest.
+
+    Presets ``protokd`` and ``passion``: 0.1. ProtoKD leaves a class out unless every sample of the
+    batch has it.
+
+    Raises:
+        InputError: in use: a network without decoder maps, or maps of different sizes.
+
+    Source: Wang et al., ProtoKD (ICASSP 2023); Shi et al., PASSION (ACM MM 2024).
+    """
+
+    def __init__(self, weight: float = 0.1, index: int = -1) -> None:
+        super().__init__(weight)
+        self.index = index
+
+    def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
+        """See the class."""
+        return self.per_sample(student, teacher, batch).mean()
+
+    def per_sample(
+        self, student: SegOutput, teacher: SegOutput, batch: Batch
+    ) -> Float[Tensor, " b"]:
+        """Return the value of each sample."""
+        learnt, taught = self._map(student, "student"), self._map(teacher, "teacher").detach()
+        if learnt.shape[3:] != taught.shape[3:]:
+            raise InputError(
+                f"PrototypeMatch compares decoder map {self.index}, which is "
+                f"{list(learnt.shape[3:])} voxels in the student and {list(taught.shape[3:])} in "
+                "the teacher; use networks of one finest stride, or LatentPrototypeMatch."
+            )
+        fractions = area_fractions(batch["label"], student.logits.shape[1], learnt.shape[3:])
+        every = torch.ones_like(fractions[:, 0], dtype=torch.bool)
+        return map_difference(learnt, taught, fractions, every)[:, 0]
+
+    def _map(self, output: SegOutput, whose: str) -> Features:
+        if not -len(output.decoder) <= self.index < len(output.decoder):
+            raise InputError(
+                f"PrototypeMatch reads decoder map {self.index}, but the {whose}'s backbone gives "
+                f"{len(output.decoder)} in SegOutput.decoder; return the maps there, or use "
+                "LatentPrototypeMatch, which reads the encoder."
+            )
+        return full_precision(output.decoder[self.index])[:, None]
+
+
+class LatentPrototypeMatch(LatentLoss):
+    r"""The same of latents: similarity to class prototypes of the encoder.
+
+    :func:`map_difference` of every shown modality of the student against the teacher's anchor, over
+    brain voxels, with area fractions of the label at the latent's stride. Not a published form:
+    it acts on the encoders, where :class:`PrototypeMatch` acts on what was decoded.
 
     Args:
         weight: λ.
         strides: strides that are compared; the two coarsest that both have if not given.
-
-    Presets ``protokd`` and ``passion``: 0.1.
-
-    Source: Wang et al., ProtoKD (ICASSP 2023); Shi et al., PASSION (ACM MM 2024).
     """
 
     coarsest = 2
@@ -68,59 +143,6 @@ class PrototypeMatch(LatentTerm):
     ) -> Scalar:
         """See the class."""
         features, shown = self.student_latents(student, batch, pair)
-        classes = student.logits.shape[1]
-        fractions = area_fractions(batch["label"], classes, features.shape[3:])
-        counts = fractions.sum((2, 3, 4)) >= 1
-        with torch.no_grad():
-            target = similarity_maps(self.teacher_anchor(teacher, pair), fractions)
-        errors = (similarity_maps(features, fractions) - target).square().mean(3)
-        total = torch.where(counts[:, None], errors, 0.0).sum(2)
-        return mean_over_shown(total / counts.sum(1, keepdim=True).clamp_min(1), shown)
-
-
-class SelfDistillation(DistillationTerm):
-    r"""The network on everything acquired teaches itself on fewer modalities.
-
-    .. math:: L = w_\mathrm{logit} \, T^2 KL(p_\mathrm{acquired} \| p_A)
-                  + w_\mathrm{proto} L_\mathrm{proto}
-
-    with :class:`LogitKL` and :class:`PrototypeMatch`; the teaching side is detached. The teacher
-    that the callback gives it is the student network itself (``self_taught``).
-
-    Args:
-        weight: λ of the sum.
-        logit_weight: of the pixel-wise KL.
-        prototype_weight: of the prototypes.
-        temperature: T.
-        strides: of the prototypes; the two coarsest if not given.
-
-    Preset ``passion``-like: 0.5, 0.1, T = 4 with T²; without their preference weights.
-
-    Source: Shi et al., PASSION (ACM MM 2024).
-    """
-
-    self_taught = True
-
-    def __init__(
-        self,
-        weight: float = 1.0,
-        logit_weight: float = 0.5,
-        prototype_weight: float = 0.1,
-        temperature: float = 4.0,
-        strides: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(weight)
-        self.logit = LogitKL(logit_weight, temperature)
-        self.prototype = PrototypeMatch(prototype_weight, strides)
-        # Prototypes compare each latent with the anchor of all, which differ with nothing hidden.
-        self.needs_subsets = logit_weight > 0
-
-    def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
-        """Pair the levels of the prototypes."""
-        self.prototype.build(student, teacher, anchor)
-
-    def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
-        """See the class."""
-        logit = self.logit.compare(student, teacher, batch)
-        prototype = self.prototype.compare(student, teacher, batch)
-        return self.logit.weight * logit + self.prototype.weight * prototype
+        fractions = area_fractions(batch["label"], student.logits.shape[1], features.shape[3:])
+        target, brain = self.teacher_anchor(teacher, pair), brain_of(student, pair.student)
+        return mean_over_shown(map_difference(features, target, fractions, brain), shown)

@@ -1,4 +1,4 @@
-"""The contract of distillation terms."""
+"""The contract of distillation losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pmixseg.types import Batch, Presence, Scalar, SegOutput
 
 
 class Network(Protocol):
-    """What a term must know of a backbone; every backbone of this package has it."""
+    """What a loss must know of a backbone; every backbone of this package has it."""
 
     modalities: tuple[str, ...]
     num_classes: int
@@ -27,21 +27,29 @@ class Network(Protocol):
         """Names of the latents' slots."""
 
 
-class DistillationTerm(nn.Module, Described, ABC):
-    """One summand of the distillation loss.
+class DistillationLoss(nn.Module, Described, ABC):
+    """Compare a student with a teacher: one summand of what distillation adds to the loss.
 
     Subclasses implement :meth:`compare`, and :meth:`build` if they have parameters that depend on
-    the two networks, which may differ in architecture, widths and modalities.
+    the two networks, which may differ in architecture, widths and modalities. A loss asks for no
+    tensor's value and its shapes do not depend on the data, so that a compiled training step is
+    one graph: masks weigh, they do not index.
 
     Args:
-        weight: λ_j, applied by the callback, not by :meth:`forward`.
+        weight: λ_j, applied by whoever sums the losses, not by :meth:`forward`.
 
     Attributes:
         couples_samples: see :class:`~pmixseg.losses.distances.Distance`.
         self_taught: the teacher is the student network itself.
-        needs_subsets: some part of a self-taught term is 0 where nothing is hidden in training.
+        needs_subsets: some part of a self-taught loss is 0 where nothing is hidden in training.
         lesson: what the teacher is shown: everything ``acquired``, or a combination ``drawn``
             by the student's own sampler, apart from the student's draw (only if self-taught).
+        pupils: what the student's output is: that of the step, on what it was ``shown``, or of
+            ``single`` modalities, one after the other; the loss is then summed over them, and a
+            sample that lacks the modality must count as 0.
+        reads_extras: auxiliary outputs are compared, so a self-taught lesson is made in training
+            mode: in eval mode a backbone has none.
+        compares_cases: the loss tells cases apart, and reads ``batch["case"]`` where it is given.
 
     Raises:
         InputError: a negative weight.
@@ -51,12 +59,23 @@ class DistillationTerm(nn.Module, Described, ABC):
     self_taught: bool = False
     needs_subsets: bool = True
     lesson: Literal["acquired", "drawn"] = "acquired"
+    pupils: Literal["shown", "single"] = "shown"
+    reads_extras: bool = False
+    compares_cases: bool = False
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         if weight < 0:
             raise InputError(f"{type(self).__name__}: weight is {weight}; use 0 or more.")
         self.weight = weight
+
+    def strength(self, epoch: int) -> float:
+        """Return the factor of the weight in an epoch, for losses with a ramp of their own.
+
+        Args:
+            epoch: from 0.
+        """
+        return 1.0
 
     def bind(
         self,
@@ -65,7 +84,7 @@ class DistillationTerm(nn.Module, Described, ABC):
         *,
         anchor: Anchor | None = None,
     ) -> None:
-        """Tell the term the two networks, and create its parameters.
+        """Tell the loss the two networks, and create its parameters.
 
         Args:
             student: the student's backbone.
@@ -84,10 +103,10 @@ class DistillationTerm(nn.Module, Described, ABC):
         self.build(student, teacher, anchor)
 
     def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
-        """Create parameters, where a term has some."""
+        """Create parameters, where a loss has some."""
 
     def forward(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
-        """Value of the term, without its weight, in float32 even under autocast.
+        """Return the value of the loss, without its weight, in float32 even under autocast.
 
         Args:
             student: the student's output in this step; gradients flow into it.
@@ -100,10 +119,10 @@ class DistillationTerm(nn.Module, Described, ABC):
 
     @abstractmethod
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
-        """What :meth:`forward` returns; called with autocast off."""
+        """Return what :meth:`forward` returns; called with autocast off."""
 
     def shown(self, student: SegOutput, batch: Batch, level: int) -> Presence:
-        """A: slots of the student that the network was shown at a level, ``[B, slots]``."""
+        """Return A, the slots of the student that it was shown at a level, ``[B, slots]``."""
         encoded = student.latents.usable[level]
         present = batch.get("present")
         # Latents of early fusion have one slot that is no modality: it is shown whenever it exists.

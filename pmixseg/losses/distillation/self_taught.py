@@ -1,0 +1,134 @@
+"""A network that teaches itself: everything acquired is the teacher of less."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from pmixseg.errors import InputError
+from pmixseg.losses.anchors import Anchor
+from pmixseg.losses.distillation.loss import DistillationLoss, Network, full_precision
+from pmixseg.losses.distillation.outputs import check_temperature
+from pmixseg.losses.distillation.prototypes import PrototypeMatch
+from pmixseg.losses.segmentation import DEEP_SUPERVISION
+from pmixseg.types import Batch, Scalar, SegOutput
+
+FLOOR = 0.005
+"""Smallest probability in the published divergence; it also keeps the logarithm finite."""
+
+
+def pixel_divergence(
+    student: Tensor, teacher: Tensor, temperature: float, size: torch.Size
+) -> Float[Tensor, " b"]:
+    r"""KL divergence of softened probabilities, the mean over voxels *and classes*.
+
+    .. math:: T^2 \operatorname{mean}_{c,v}\; p \log \frac{p}{q}, \qquad
+              p = \max(0.005, U \operatorname{softmax}(t / T)),\;
+              q = \max(0.005, U \operatorname{softmax}(s / T))
+
+    U draws probabilities up to the size of the label, trilinearly.
+
+    Args:
+        student: logits ``[B, C, d, h, w]``.
+        teacher: logits of the same shape; no gradient flows into them.
+        temperature: T.
+        size: spatial shape of the label.
+    """
+    q, p = (
+        _enlarge(F.softmax(full_precision(logits) / temperature, 1), size).clamp_min(FLOOR)
+        for logits in (student, teacher.detach())
+    )
+    return temperature**2 * (p * (p.log() - q.log())).mean((1, 2, 3, 4))
+
+
+def _enlarge(probabilities: Tensor, size: torch.Size) -> Tensor:
+    if probabilities.shape[2:] == size:
+        return probabilities
+    return F.interpolate(probabilities, list(size), mode="trilinear", align_corners=True)
+
+
+class SelfDistillation(DistillationLoss):
+    r"""The network on everything acquired teaches itself on single modalities.
+
+    .. math:: L = \sum_{m} w_\mathrm{logit} \Bigl( D(z_m, z) + \sum_{k=1}^{K} 2^{-k}
+              D(r^k_m, r^k) \Bigr) + w_\mathrm{proto} L_\mathrm{proto}(m)
+
+    z are the logits and r^k the K auxiliary maps ``ds1 … dsK`` of the shared decoder (RFNet's
+    region maps at 1, ½, ¼, ⅛ of the size, of total weight 0.94; a U-Net's deep supervision), on
+    everything acquired (held still) and on modality m alone; D is :func:`pixel_divergence` and
+    L_proto :class:`PrototypeMatch` on the finest decoder map. Every acquired modality costs a pass
+    through the decoder. A sample that lacks m counts as 0 there.
+
+    Args:
+        weight: λ of the sum.
+        logit_weight: of the pixel-wise KL.
+        prototype_weight: of the prototypes.
+        temperature: T.
+        deep: whether auxiliary maps are compared.
+        pupils: ``single`` modalities, or the combination that the step ``shown``: one pass, and
+            what the module hides in training.
+
+    Preset ``passion``: 0.5, 0.1, T = 4; without their preference weights.
+
+    Raises:
+        InputError: temperature 0 or less, or other pupils.
+
+    Source: Shi et al., PASSION (ACM MM 2024).
+    """
+
+    self_taught = True
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        logit_weight: float = 0.5,
+        prototype_weight: float = 0.1,
+        temperature: float = 4.0,
+        deep: bool = True,
+        pupils: Literal["single", "shown"] = "single",
+    ) -> None:
+        super().__init__(weight)
+        check_temperature(self, temperature)
+        if pupils not in ("single", "shown"):
+            raise InputError(f"SelfDistillation: pupils is '{pupils}'; use 'single' or 'shown'.")
+        self.logit_weight, self.temperature = logit_weight, temperature
+        self.prototype = PrototypeMatch(prototype_weight)
+        self.deep = self.reads_extras = deep
+        self.pupils = pupils
+        self.needs_subsets = pupils == "shown"
+
+    def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
+        """Refuse a network of which single modalities cannot be decoded.
+
+        Raises:
+            InputError: early fusion under ``single``.
+        """
+        if self.pupils == "single" and tuple(student.slots) != tuple(student.modalities):
+            raise InputError(
+                "SelfDistillation: this backbone mixes modalities at the input, so single ones "
+                "cannot be decoded from one encoding; use pupils: shown."
+            )
+
+    def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
+        """See the class; a sample of which ``present`` shows nothing counts as 0."""
+        size = batch["label"].shape[1:]
+        value = pixel_divergence(student.logits, teacher.logits, self.temperature, size)
+        for k, name in enumerate(self._deep_maps(student, teacher), 1):
+            maps = student.extras[name], teacher.extras[name]
+            value = value + 0.5**k * pixel_divergence(*maps, self.temperature, size)
+        total = self.logit_weight * value
+        if self.prototype.weight:
+            prototype = self.prototype.per_sample(student, teacher, batch)
+            total = total + self.prototype.weight * prototype
+        counts = batch["present"].any(1)
+        return torch.where(counts, total, 0.0).mean()
+
+    def _deep_maps(self, student: SegOutput, teacher: SegOutput) -> list[str]:
+        if not self.deep:
+            return []
+        names = [n for n in student.extras if n in teacher.extras and DEEP_SUPERVISION.fullmatch(n)]
+        return sorted(names, key=lambda name: int(name[2:]))
