@@ -276,7 +276,7 @@ class Geometry:
             grid_shape=triple(raw["grid_shape"]),
             grid_spacing=_spacing(raw["grid_spacing"]),
             boxes={name: Box.from_dict(box) for name, box in raw["boxes"].items()},
-            unit=float(raw["unit"]),
+            unit=float(raw.get("unit", 1.0)),
         )
 
 

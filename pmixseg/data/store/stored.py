@@ -253,7 +253,7 @@ def is_whole(folder: Path, meta: Mapping[str, Any]) -> bool:
     """
     try:
         return all(
-            crc32((folder / name).read_bytes()) == facts["crc32"]
+            crc32((folder / name).read_bytes()) == facts.get("crc32")
             for name, facts in meta["files"].items()
         )
     except OSError:
@@ -273,8 +273,21 @@ def unseal(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(facts, dict):
         return None
+    if facts.get("format") == 1:
+        return _of_format_1(facts)
     claimed = facts.pop("sha256", None)
     return facts if claimed == _content_hash(facts) else None
+
+
+def _of_format_1(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """A description that no seal and no checksums prove; ``pmixseg prepare`` writes them anew."""
+    if "bytes" not in facts:
+        return {**facts, "format": FORMAT} if {"task", "parameters"} <= set(facts) else None
+    sizes = facts["bytes"]
+    needed = {"case_id", "parameters", "sources", "geometry", "modalities", "codes", "patient"}
+    if not isinstance(sizes, dict) or not needed <= set(facts):
+        return None
+    return {**facts, "format": FORMAT, "files": {name: {"bytes": n} for name, n in sizes.items()}}
 
 
 def _content_hash(facts: Mapping[str, Any]) -> str:
