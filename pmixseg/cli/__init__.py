@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from pmixseg.cli import commands, segment, weights
@@ -122,6 +123,7 @@ def run_plain(args: Sequence[str], modules: Sequence[str] = ()) -> int:
         epilog="`pmixseg COMMAND --help` explains a command. "
         "Every command takes --import MODULE for classes of your own.",
     )
+    parser.add_argument("--version", action="version", version=f"pmixseg {version('pmixseg')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in TRAINING.items():
         subparsers.add_parser(name, help=text, add_help=False)

@@ -214,7 +214,8 @@ class SegmentationNetwork(LightningModule, Described):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/dice`` and ``val/dice/<region>``, averaged over cases of all ranks."""
-        means = self.validation_dice.compute()
+        # torchmetrics hands the mean of one region back as a tensor without a dimension.
+        means = self.validation_dice.compute().reshape(-1)
         self.validation_dice.reset()
         named = zip(self.task.regions, means, strict=True)
         self.log_dict({f"val/dice/{region}": dice for region, dice in named})

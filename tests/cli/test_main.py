@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,14 @@ def test_help_names_every_command(capsys):
     text = capsys.readouterr().out
     for command in ("quickstart", "phantom", "inspect", "prepare", "fit", "test", "report"):
         assert command in text
+
+
+def test_version_is_that_of_the_package(capsys):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"pmixseg {project['version']}\n"
 
 
 def test_bad_input_is_one_sentence_and_exit_code_one(tmp_path, capsys):
