@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from pmixseg.cli import commands, segment, weights
+from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.errors import InputError, disk_error
 
 TRAINING = {
@@ -129,6 +129,7 @@ def run_plain(args: Sequence[str], modules: Sequence[str] = ()) -> int:
         subparsers.add_parser(name, help=text, add_help=False)
     commands.add_to(subparsers)
     subparsers.add_parser(segment.NAME, help=segment.HELP, add_help=False)
+    preprocess.add_to(subparsers)
     weights.add_to(subparsers)
     chosen = parser.parse_args(args, argparse.Namespace(modules=modules))
     code: int = chosen.run(chosen)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from pmixseg.cli import preprocess
 from pmixseg.cli.commands import bar, console
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task, format_combination
@@ -17,7 +19,7 @@ from pmixseg.task import BRATS, Task, format_combination
 if TYPE_CHECKING:
     from pmixseg.data.scans.nifti import Source
     from pmixseg.evaluation.prediction.scans import SegmentSettings
-    from pmixseg.inference.segment import CaseResult
+    from pmixseg.inference.segment import CaseResult, Outputs
     from pmixseg.modules import SegmentationModule
 
 NAME = "segment"
@@ -97,6 +99,14 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
         action="store_true",
         help="segment scans that look implausible, and leave out those of unknown sequences",
     )
+    raw = parser.add_argument_group("scans as they come from the scanner")
+    raw.add_argument(
+        "--raw",
+        action="store_true",
+        help="register, bring to atlas space and cut out the brain first; the result lies on the "
+        "grid of the --reference scan, or else of T1ce, T1, T2 or FLAIR",
+    )
+    preprocess.add_flags(raw)
     what = parser.add_argument_group("what is written")
     what.add_argument("--probabilities", action="store_true", help="of every class, 4-D")
     what.add_argument("--entropy", action="store_true", help="voxel-wise uncertainty in nats")
@@ -126,6 +136,9 @@ def segmented(
             f"({', '.join(f'--{m} FILE' for m in module.task.modalities)})."
         )
     outputs = Outputs(given.out, given.probabilities, given.entropy, not given.no_gzip)
+    if given.raw:
+        yield segmented_raw(module, given, scans, settings, outputs, progress)
+        return
     if source is not None and source.is_dir():
         if given.channels or given.name or given.codes:
             raise InputError(
@@ -148,6 +161,42 @@ def segmented(
     codes = None if given.codes is None else codes_of(given.codes)
     yield segment_files(
         module, scans, outputs, settings, codes=codes, name=given.name, progress=progress
+    )
+
+
+def segmented_raw(
+    module: SegmentationModule,
+    given: argparse.Namespace,
+    scans: Mapping[str, Source],
+    settings: SegmentSettings,
+    outputs: Outputs,
+    progress: Callable[[int, int], None],
+) -> CaseResult:
+    """Preprocess and segment one patient's raw scans.
+
+    Raises:
+        InputError: a cohort, a 4-D file, or a folder in which a sequence is not certain.
+    """
+    from pmixseg.inference.folders import scans_in
+    from pmixseg.inference.raw import RawSettings, segment_raw
+
+    images = {m: Path(str(path)) for m, path in scans.items()}
+    source: Path | None = given.input
+    if source is not None:
+        images = {}
+        if source.is_dir():
+            images = dict(scans_in(source, module.task, force=given.force).images)
+        if not images:
+            raise InputError(
+                f"{source}: --raw takes one patient, a folder of files named by sequence or one "
+                "flag per scan; a cohort goes through `pmixseg preprocess` first."
+            )
+    images = {m: path for m, path in images.items() if m in module.modalities}
+    raw = RawSettings(given.brain, given.atlas, onto=given.reference)
+    codes = None if given.codes is None else codes_of(given.codes)
+    inner = replace(settings, reference=None)
+    return segment_raw(
+        module, images, outputs, inner, raw, codes=codes, name=given.name, progress=progress
     )
 
 

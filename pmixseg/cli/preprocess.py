@@ -1,0 +1,53 @@
+"""``pmixseg preprocess``: a cohort of raw scans into one that ``prepare`` reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pmixseg.cli.commands import bar, console, read_task
+
+
+def add_to(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "preprocess", help="register raw scans, bring them to atlas space, cut out the brain"
+    )
+    parser.add_argument("root", type=Path, help="cohort or case folder of raw scans")
+    parser.add_argument("out", type=Path, help="folder of the result; prepare it next")
+    parser.add_argument("--layout", help="name of a layout or YAML file with patterns")
+    parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
+    add_flags(parser)
+    parser.add_argument("--workers", type=int, default=1)
+
+    def run(args: argparse.Namespace) -> int:
+        from pmixseg.data.cohorts.layouts import find_cases
+        from pmixseg.preprocess.cohort import preprocess_cohort
+
+        cases = find_cases(args.root, read_task(args.task), layout=args.layout)
+        options = {"brain": args.brain, "atlas": args.atlas, "workers": args.workers}
+        with bar("cases") as progress:
+            done = list(preprocess_cohort(cases, args.out, **options, progress=progress))
+        for case in sorted(done, key=lambda c: c.name):
+            for note in case.notes:
+                console.print(f"warning: case '{case.name}': {note}", markup=False)
+            if case.problem:
+                console.print(f"problem: {case.problem}", markup=False)
+        failed = sum(case.problem is not None for case in done)
+        console.print(f"{len(done) - failed} cases in {args.out}, {failed} left out")
+        return 1 if failed else 0
+
+    parser.set_defaults(run=run)
+
+
+def add_flags(parser: Any) -> None:
+    """Add what ``preprocess`` and ``segment --raw`` share."""
+    parser.add_argument(
+        "--brain",
+        default="atlas",
+        metavar="HOW",
+        help="brain mask: a NIfTI file on the grid of the centre scan, 'atlas' (registration; "
+        "rough), or 'hd-bet' or 'synthstrip' where their command is installed",
+    )
+    parser.add_argument("--atlas", type=Path, help="a template without skull; default MNI152")

@@ -1,0 +1,110 @@
+"""Raw scans of one patient: preprocessed, segmented in atlas space, and brought back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from pmixseg.data.scans.outputs import write_labels
+from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.files import inside
+from pmixseg.inference.segment import CaseResult, Outputs, common_name
+from pmixseg.modules import SegmentationModule
+from pmixseg.preprocess import preprocess_scans
+from pmixseg.preprocess.itk import sitk
+
+Progress = Callable[[int, int], None]
+
+ATLAS_FOLDER = "atlas"
+"""Folder, beside the result, of everything in atlas space."""
+
+
+@dataclass(frozen=True)
+class RawSettings:
+    """How raw scans are preprocessed.
+
+    Args:
+        brain: ``atlas``, a mask file on the grid of the centre scan, or a program by name.
+        atlas: a template of one's own, without skull.
+        centre: modality that the others are registered to; default T1ce, then T1, T2, FLAIR.
+        onto: modality whose grid the result has; default the centre.
+    """
+
+    brain: str = "atlas"
+    atlas: Path | None = None
+    centre: str | None = None
+    onto: str | None = None
+
+
+def segment_raw(
+    module: SegmentationModule,
+    images: Mapping[str, Path],
+    outputs: Outputs,
+    settings: SegmentSettings | None = None,
+    raw: RawSettings | None = None,
+    *,
+    codes: Mapping[str, int] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> CaseResult:
+    """Segment scans as they come from the scanner: with skull, each on a grid of its own.
+
+    Beside ``<name>_seg.nii.gz`` on the grid of an original scan, a folder ``atlas`` is written: the
+    scans in atlas space, the brain mask, every transform, and the segmentation there.
+
+    Args:
+        module: a loaded model.
+        images: modality -> file; any subset of the model's modalities.
+        outputs: where to.
+        settings: how to segment.
+        raw: how to preprocess.
+        codes: label name -> number in the result; by default the class index.
+        name: of the case; by default what the files' names have in common.
+        progress: called with (windows done, windows in all).
+
+    Raises:
+        InputError: see :func:`~pmixseg.preprocess.preprocess_scans` and
+            :meth:`~pmixseg.SegmentationModule.segment`.
+    """
+    raw = raw or RawSettings()
+    called = name or common_name(images)
+    outputs.check(called, list(images.values()))
+    onto = raw.onto or None
+    if onto is not None and onto not in images:
+        raise InputError(f"case '{called}': --reference {onto} is not among {sorted(images)}.")
+    ready = preprocess_scans(images, called, brain=raw.brain, atlas=raw.atlas, centre=raw.centre)
+    files = ready.save(outputs.folder / ATLAS_FOLDER)
+    result = module.segment(files, settings, codes=codes, name=called, progress=progress)
+    home = outputs.folder / ATLAS_FOLDER / called
+    there = result.save(
+        home,
+        probabilities=outputs.probabilities,
+        entropy=outputs.entropy,
+        compress=outputs.compress,
+    )
+    target = onto or ready.centre
+    back = ready.back(result.classes, target)
+    classes = np.asarray(_array(back), np.uint8)
+    affine = nib.load(images[target]).affine.tolist()
+    ending = ".nii.gz" if outputs.compress else ".nii"
+    path = inside(outputs.folder, f"{called}_seg{ending}", "case")
+    written = write_labels(path, classes, affine, result.codes, module.task)
+    notes = (
+        f"case '{called}': the scans were registered to {ready.centre} and to atlas space; the "
+        f"segmentation lies on the grid of {target}, volumes are those in atlas space.",
+        *(f"case '{called}': {note}" for note in ready.notes),
+        *result.warnings,
+    )
+    return CaseResult(
+        called, result.combination, result.volumes, {"seg": written, "json": there["json"]}, notes
+    )
+
+
+def _array(image: object) -> np.ndarray:
+    values: np.ndarray = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
+    return values

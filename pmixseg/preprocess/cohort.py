@@ -1,0 +1,112 @@
+"""A cohort of raw scans, case by case, into a cohort that ``prepare`` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmixseg.data.cohorts.cases import Case
+from pmixseg.errors import InputError
+from pmixseg.files import inside
+from pmixseg.preprocess.atlas import read_volume
+from pmixseg.preprocess.itk import sitk
+from pmixseg.preprocess.pipeline import Preprocessed, preprocess_scans, write_image
+from pmixseg.preprocess.registration import resampled
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one case.
+
+    Args:
+        name: of the case.
+        notes: sentences about what is doubtful.
+        problem: why it was left out; ``None`` where it was written.
+    """
+
+    name: str
+    notes: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def preprocess_cohort(
+    cases: Sequence[Case],
+    out: Path,
+    *,
+    brain: str = "atlas",
+    atlas: Path | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Done]:
+    """Preprocess every case; one that fails is told, and the others go on.
+
+    Args:
+        cases: as a layout found them.
+        out: a folder per case is written here, in the layout of BraTS 2021.
+        brain: see :func:`~pmixseg.preprocess.preprocess_scans`.
+        atlas: see there.
+        workers: processes.
+        progress: called with (cases done, cases in all).
+
+    Yields:
+        A result per case, as each is done.
+    """
+    one = partial(preprocess_case, out=out, brain=brain, atlas=atlas)
+    with ProcessPoolExecutor(workers) as pool:
+        for count, future in enumerate(as_completed([pool.submit(one, c) for c in cases]), 1):
+            yield future.result()
+            if progress is not None:
+                progress(count, len(cases))
+
+
+def preprocess_case(case: Case, out: Path, brain: str, atlas: Path | None) -> Done:
+    """Preprocess one case and write it, its label map with it."""
+    try:
+        if case.problem is not None:
+            raise InputError(case.problem)
+        images = {m: _file_of(case, f) for m, f in case.images.items()}
+        done = preprocess_scans(images, case.case_id, brain=brain, atlas=atlas)
+        label = None if case.label is None else _label_in_atlas(case, done)
+        done.save(out)
+        if label is not None:
+            write_image(label, inside(out / done.name, f"{done.name}_seg.nii.gz", "case"))
+    except InputError as error:
+        return Done(case.case_id, problem=str(error))
+    return Done(case.case_id, done.notes)
+
+
+def _file_of(case: Case, file: Any) -> Path:
+    if isinstance(file, tuple):
+        raise InputError(
+            f"case '{case.case_id}': {file[0]} holds several sequences on one grid; such scans are "
+            "registered already, so prepare them without preprocessing."
+        )
+    return Path(file)
+
+
+def _label_in_atlas(case: Case, done: Preprocessed) -> Any:
+    """Bring the label map along with the scan on whose grid it was drawn."""
+    label = sitk.Cast(
+        read_volume(Path(str(case.label)), f"case '{case.case_id}', label"), sitk.sitkInt16
+    )
+    drawn = [m for m, scan in done.sources.items() if _same_grid(label, scan)]
+    if not drawn:
+        raise InputError(
+            f"case '{case.case_id}': the label map {case.label} lies on the grid of none of its "
+            "scans; resample it to the scan that it was drawn on."
+        )
+    nearest = done.centre if done.centre in drawn else drawn[0]
+    return resampled(label, done.mask, done.transforms[nearest], labels=True)
+
+
+def _same_grid(a: Any, b: Any) -> bool:
+    pairs = ((a.GetOrigin(), b.GetOrigin()), (a.GetSpacing(), b.GetSpacing()))
+    near = all(np.allclose(x, y, atol=1e-2) for x, y in pairs)
+    turned = np.allclose(a.GetDirection(), b.GetDirection(), atol=1e-3)
+    return a.GetSize() == b.GetSize() and near and turned

@@ -1,0 +1,158 @@
+"""One patient's raw scans: registered to each other, in atlas space, without skull; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pmixseg.data.scans.outputs import write_json
+from pmixseg.errors import InputError
+from pmixseg.files import inside, whole
+from pmixseg.preprocess.atlas import mni152, read_atlas, read_volume
+from pmixseg.preprocess.brain import brain_mask
+from pmixseg.preprocess.itk import sitk
+from pmixseg.preprocess.registration import place_in_atlas, register, resampled
+
+CENTRES = ("t1ce", "t1", "t2", "flair")
+"""Which scan the others are registered to, the first of these that exists: T1ce has, as a rule,
+the smallest voxels."""
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """Raw scans in atlas space, and the way back.
+
+    Args:
+        name: of the case.
+        scans: modality -> scan in atlas space without skull, background 0.
+        mask: the brain.
+        centre: modality that the others were registered to.
+        sources: modality -> the scan as it came.
+        transforms: modality -> transform, points of the atlas -> points of its scan.
+        notes: sentences about what is doubtful.
+    """
+
+    name: str
+    scans: Mapping[str, Any]
+    mask: Any
+    centre: str
+    sources: Mapping[str, Any]
+    transforms: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+    def back(self, labels: NDArray[np.integer[Any]], modality: str) -> Any:
+        """Bring a label map of the atlas space to the grid of an original scan.
+
+        Args:
+            labels: ``[x, y, z]``, in the voxels of :attr:`scans`.
+            modality: whose grid.
+
+        Returns:
+            A volume of integers on the voxels of that scan; each voxel has the label of the
+            nearest voxel in atlas space.
+        """
+        volume = sitk.GetImageFromArray(labels.transpose(2, 1, 0).astype(np.int32))
+        volume.CopyInformation(self.mask)
+        inverse = self.transforms[modality].GetInverse()
+        return resampled(volume, self.sources[modality], inverse, labels=True)
+
+    def save(self, folder: Path) -> dict[str, Path]:
+        """Write scans, mask, transforms and a summary as ``<name>/<name>_<what>``.
+
+        Returns:
+            Modality -> file in atlas space.
+
+        Raises:
+            InputError: a file cannot be written.
+        """
+        home = inside(folder, self.name, "case")
+        files = {m: inside(home, f"{self.name}_{m}.nii.gz", "case") for m in self.scans}
+        for modality, path in files.items():
+            write_image(self.scans[modality], path)
+        write_image(self.mask, home / f"{self.name}_brain.nii.gz")
+        for modality, transform in self.transforms.items():
+            with whole(home / f"{self.name}_{modality}.tfm") as part:
+                sitk.WriteTransform(transform, str(part))
+        facts = {
+            "case": self.name,
+            "centre": self.centre,
+            "transforms": "points of the atlas space -> points of the scan, mm, LPS (ITK)",
+            "notes": list(self.notes),
+        }
+        write_json(home / f"{self.name}_preprocess.json", facts)
+        return files
+
+
+def preprocess_scans(
+    images: Mapping[str, Path],
+    name: str = "scan",
+    *,
+    brain: str | Path = "atlas",
+    atlas: Path | None = None,
+    centre: str | None = None,
+) -> Preprocessed:
+    """Bring one patient's raw scans to what models are trained on.
+
+    Every scan is registered rigidly to the centre scan, the centre scan rigidly to the atlas, and
+    each is interpolated once, by both transforms together. Volumes in ml are kept: nothing is
+    stretched. The brain is cut out in atlas space.
+
+    Args:
+        images: modality -> file, on grids of their own, with or without skull; any subset.
+        name: of the case.
+        brain: ``atlas``, a mask file on the grid of the centre scan, or a program
+            (:data:`~pmixseg.preprocess.brain.PROGRAMS`).
+        atlas: a template of one's own; by default MNI152 on the grid of BraTS.
+        centre: modality that the others are registered to.
+
+    Raises:
+        InputError: no scan, one that cannot be read, or scans that cannot be registered.
+    """
+    if not images:
+        raise InputError(f"case '{name}' has no scan; give at least one sequence.")
+    middle = centre or _centre_of(list(images))
+    if middle not in images:
+        raise InputError(f"case '{name}': --centre {middle} is not among {sorted(images)}.")
+    space = mni152() if atlas is None else read_atlas(atlas)
+    sources = {m: read_volume(path, f"case '{name}', {m}") for m, path in images.items()}
+    to_centre = {m: _to(sources[middle], scan, m == middle) for m, scan in sources.items()}
+    poses = place_in_atlas(space.template, space.brain, sources[middle])
+    transforms = {m: _joined(poses[0], own) for m, own in to_centre.items()}
+    heads = {m: resampled(s, space.grid, transforms[m]) for m, s in sources.items()}
+    mask, notes = brain_mask(sources[middle], brain, space, poses)
+    scans = {m: sitk.Mask(head, mask) for m, head in heads.items()}
+    return Preprocessed(name, scans, mask, middle, sources, transforms, tuple(notes))
+
+
+def _centre_of(modalities: Sequence[str]) -> str:
+    return next((m for m in CENTRES if m in modalities), modalities[0])
+
+
+def _to(centre: Any, scan: Any, same: bool) -> Any:
+    return sitk.Euler3DTransform() if same else register(centre, scan)
+
+
+def _joined(first: Any, then: Any) -> Any:
+    """Return one rigid transform that applies ``first``, then ``then``."""
+    a, b = (np.asarray(t.GetMatrix()).reshape(3, 3) for t in (first, then))
+    joined = sitk.Euler3DTransform()
+    joined.SetMatrix((b @ a).ravel().tolist(), 1e-6)
+    zero = then.TransformPoint(first.TransformPoint((0.0, 0.0, 0.0)))
+    joined.SetTranslation(zero)
+    return joined
+
+
+def write_image(image: Any, path: Path) -> Path:
+    """Write a volume as NIfTI, complete or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with whole(path) as part:
+        sitk.WriteImage(image, str(part))
+    return path

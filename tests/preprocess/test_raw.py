@@ -1,0 +1,211 @@
+"""Phantoms with a skull, moved by known amounts: registered, cut out, segmented, brought back."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from pmixseg.backbones import Backbone
+from pmixseg.cli import main
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.errors import InputError
+from pmixseg.inference.raw import RawSettings, segment_raw
+from pmixseg.inference.segment import Outputs
+from pmixseg.modules import StudentModule
+from pmixseg.modules.preparation import Preparation
+from pmixseg.preprocess import preprocess_scans
+from pmixseg.preprocess.brain import brain_mask
+from pmixseg.preprocess.registration import difference, register
+from pmixseg.task import BRATS
+from pmixseg.types import Latents, SegOutput
+from tests.preprocess.heads import add_skull, move
+
+SCANS = {  # degrees, mm, voxel size
+    "t1ce": ((4.0, -3.0, 6.0), (5.0, -8.0, 4.0), (2.0, 2.0, 2.0)),
+    "flair": ((-5.0, 2.0, -7.0), (-9.0, 6.0, -3.0), (1.8, 1.8, 3.0)),
+}
+
+
+class Bright(Backbone):
+    """Calls oedema whatever is brighter in FLAIR than 1.2 standard deviations."""
+
+    def __init__(self, modalities=BRATS.modalities, num_classes=4):
+        super().__init__(modalities, num_classes, [1], [1])
+
+    def encode(self, image, present):
+        return Latents([image[:, :, None]], self.modalities, [present])
+
+    def decode(self, latents):
+        flair = latents.masked(0)[:, 0, 0]
+        rest = torch.zeros_like(flair)
+        return SegOutput(torch.stack([rest, rest - 9, 9 * (flair - 1.2), rest - 9], 1), latents)
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    """Files of a moved head, the true transforms, and the head as it was."""
+    folder = tmp_path_factory.mktemp("raw")
+    write_cohort(folder / "cohort", 1, seed=5, settings=PhantomSettings(spacing=2.0))
+    files, truth, brains = {}, {}, {}
+    for modality, (degrees, shift, spacing) in SCANS.items():
+        (path,) = (folder / "cohort").rglob(f"*_{modality}.nii.gz")
+        brains[modality] = path
+        brain = sitk.ReadImage(str(path), sitk.sitkFloat32)
+        head = add_skull(brain, "bright" if modality == "t1ce" else "mid")
+        scan, truth[modality] = move(head, degrees, shift, spacing)
+        files[modality] = folder / f"x_{modality}.nii.gz"
+        sitk.WriteImage(scan, str(files[modality]))
+        if modality == "t1ce":
+            mask, _ = move(sitk.Cast(brain > 0, sitk.sitkFloat32), degrees, shift, spacing)
+            sitk.WriteImage(sitk.Cast(mask > 0.5, sitk.sitkUInt8), str(folder / "mask.nii.gz"))
+    return {"files": files, "truth": truth, "brains": brains, "mask": folder / "mask.nii.gz"}
+
+
+@pytest.fixture(scope="module")
+def ready(patient):
+    return preprocess_scans(patient["files"], "x", brain=str(patient["mask"]))
+
+
+@pytest.fixture(scope="module")
+def module():
+    made = StudentModule(backbone=Bright(), fill="zero")
+    made.preparation = Preparation(normalisation="zscore-own-mask", patch=(32,) * 3)
+    return made.eval()
+
+
+def test_sequences_are_registered_within_a_millimetre_and_a_degree(patient, ready):
+    centre, other = (ready.transforms[m] for m in ("t1ce", "flair"))
+    found = register(*(ready.sources[m] for m in ("t1ce", "flair")))
+    truth = patient["truth"]
+    expected = sitk.Euler3DTransform()
+    matrices = {m: np.reshape(t.GetMatrix(), (3, 3)) for m, t in truth.items()}
+    expected.SetMatrix((matrices["flair"] @ matrices["t1ce"].T).ravel().tolist(), 1e-6)
+    origin = truth["flair"].TransformPoint(truth["t1ce"].GetInverse().TransformPoint((0, 0, 0)))
+    expected.SetTranslation(origin)
+    shift, turn = difference(found, expected)
+    assert shift < 1.0
+    assert turn < 1.0
+    # What is kept joins the same two steps: scan to scan goes through the atlas and out again.
+    point = (100.0, -130.0, 60.0)
+    there = other.TransformPoint(centre.GetInverse().TransformPoint(point))
+    assert np.linalg.norm(np.subtract(there, found.TransformPoint(point))) < 1e-3
+
+
+def test_the_atlas_grid_is_that_of_brats_and_the_background_is_0(ready):
+    for scan in ready.scans.values():
+        assert scan.GetSize() == (240, 240, 155)
+        assert scan.GetSpacing() == (1.0, 1.0, 1.0)
+        values = sitk.GetArrayFromImage(scan)
+        assert (values[sitk.GetArrayFromImage(ready.mask) == 0] == 0).all()
+    assert ready.centre == "t1ce"
+
+
+def test_a_head_keeps_its_size(patient, ready):
+    own = sitk.ReadImage(str(patient["mask"]))
+    ml = [
+        sitk.GetArrayFromImage(m).sum() * np.prod(m.GetSpacing()) / 1000 for m in (own, ready.mask)
+    ]
+    assert ml[1] == pytest.approx(ml[0], rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_atlas_finds_most_of_the_brain_by_itself(patient, ready):
+    rough = preprocess_scans({"t1ce": patient["files"]["t1ce"]}, "x")
+    a, b = (sitk.GetArrayFromImage(m.mask) > 0 for m in (rough, ready))
+    assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.88
+
+
+def test_a_result_comes_back_where_the_tumour_is(patient, module, tmp_path):
+    raw = RawSettings(brain=str(patient["mask"]))
+    result = segment_raw(module, patient["files"], Outputs(tmp_path), raw=raw, name="x")
+    segmented = nib.load(result.files["seg"])
+    source = nib.load(patient["files"]["t1ce"])
+    assert segmented.shape == source.shape
+    np.testing.assert_allclose(segmented.affine, source.affine, atol=1e-4)
+
+    direct = module.segment(patient["brains"])  # without the detour, then moved as the head was
+    image = sitk.ReadImage(str(patient["brains"]["t1ce"]))
+    label = sitk.GetImageFromArray(direct.classes.transpose(2, 1, 0).astype(np.uint8))
+    label.CopyInformation(image)
+    grid = sitk.ReadImage(str(patient["files"]["t1ce"]))
+    moved = sitk.Resample(
+        label, grid, patient["truth"]["t1ce"].GetInverse(), sitk.sitkNearestNeighbor, 0
+    )
+    a = sitk.GetArrayFromImage(moved).transpose(2, 1, 0) > 0
+    b = np.asarray(segmented.dataobj) > 0
+    assert a.sum() > 500
+    assert 2 * (a & b).sum() / (a.sum() + b.sum()) >= 0.9
+
+
+@pytest.mark.slow
+def test_everything_is_kept(patient, module, tmp_path):
+    raw = RawSettings(brain=str(patient["mask"]), onto="flair")
+    result = segment_raw(module, patient["files"], Outputs(tmp_path), raw=raw, name="x")
+    assert nib.load(result.files["seg"]).shape == nib.load(patient["files"]["flair"]).shape
+    home = tmp_path / "atlas" / "x"
+    names = {p.name for p in home.iterdir()}
+    for m in SCANS:
+        assert {f"x_{m}.nii.gz", f"x_{m}.tfm"} <= names
+        sitk.ReadTransform(str(home / f"x_{m}.tfm"))
+    assert {"x_brain.nii.gz", "x_seg.nii.gz", "x_seg.json", "x_preprocess.json"} <= names
+    assert json.loads((home / "x_preprocess.json").read_text())["centre"] == "t1ce"
+    assert any("atlas space" in note for note in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"brain": "nowhere.nii.gz"}, "does not exist"),
+        ({"brain": "hd-bet"}, "on the PATH"),
+        ({"centre": "t2"}, "is not among"),
+        ({"atlas": Path("nowhere.nii")}, "does not exist"),
+    ],
+)
+def test_one_sentence(patient, change, sentence, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    if "brain" in change:
+        atlas = type("A", (), {"grid": None, "brain": None})
+        with pytest.raises(InputError, match=sentence):
+            brain_mask(None, change["brain"], atlas, (None, None))
+        return
+    with pytest.raises(InputError, match=sentence):
+        preprocess_scans({"t1ce": patient["files"]["t1ce"]}, "x", **change)
+
+
+def test_files_that_show_no_head(tmp_path):
+    flat, vectors = tmp_path / "flat.nii.gz", tmp_path / "vectors.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)), flat)
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8, 3), np.float32), np.eye(4)), vectors)
+    (tmp_path / "text.nii.gz").write_text("no scan")
+    for path, sentence in (
+        (flat, "shows no head"),
+        (vectors, "one value per voxel"),
+        (tmp_path / "text.nii.gz", "cannot be read"),
+        (tmp_path / "none.nii.gz", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            preprocess_scans({"t1": path}, "x")
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_cohort_and_tells_what_failed(patient, tmp_path, capsys):
+    root = tmp_path / "raw"
+    for case in ("BraTS2021_00001", "BraTS2021_00002"):
+        (root / case).mkdir(parents=True)
+    good = root / "BraTS2021_00001"
+    (good / "BraTS2021_00001_t1ce.nii.gz").symlink_to(patient["files"]["t1ce"])
+    (good / "BraTS2021_00001_seg.nii.gz").symlink_to(patient["mask"])
+    bad = nib.Nifti1Image(np.ones((9, 9, 9), np.float32), np.eye(4))
+    nib.save(bad, root / "BraTS2021_00002" / "BraTS2021_00002_t1.nii.gz")
+    flags = ["--brain", str(patient["mask"])]
+    assert main(["preprocess", str(root), str(tmp_path / "out"), *flags]) == 1
+    said = capsys.readouterr().out
+    assert "1 cases in" in said
+    assert "BraTS2021_00002" in said
+    label = nib.load(tmp_path / "out/BraTS2021_00001/BraTS2021_00001_seg.nii.gz")
+    brain = nib.load(tmp_path / "out/BraTS2021_00001/BraTS2021_00001_brain.nii.gz")
+    np.testing.assert_array_equal(np.asarray(label.dataobj), np.asarray(brain.dataobj))
