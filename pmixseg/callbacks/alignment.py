@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
+from lightning.pytorch import LightningModule, Trainer
+
+from pmixseg.callbacks.gradient_ratio import GradientRatio
 from pmixseg.callbacks.term import TermCallback
 from pmixseg.describe import build
 from pmixseg.errors import InputError
@@ -25,6 +28,11 @@ class PmixAlignment(TermCallback):
 
     Args:
         weight: λ_a; 0 switches alignment off.
+        ratio: instead of a weight, what the gradient of the alignment at the aligned latents shall
+            be relative to that of the segmentation loss: 0.1 means a tenth. It is measured over
+            the first ``ratio_steps`` steps, in which nothing is aligned; the weight that it
+            becomes is then fixed, and logged as ``align/weight``.
+        ratio_steps: see ``ratio``.
         anchor: an anchor of the callback's own; by default the model's, borrowed: it stays a part
             of the model.
         distance: D, by name or as an object with arguments.
@@ -57,9 +65,17 @@ class PmixAlignment(TermCallback):
         warmup_epochs: int = 0,
         sample: bool = False,
         official: OfficialAlignment | None = None,
+        ratio: float | None = None,
+        ratio_steps: int = 16,
         name: str = "align",
     ) -> None:
         super().__init__(name, weight, start_epoch, warmup_epochs)
+        if ratio is not None and weight:
+            raise InputError(
+                f"both {name}.weight ({weight}) and {name}.ratio ({ratio}) are given; the ratio "
+                "becomes a weight, so give one of them."
+            )
+        self.ratio = None if ratio is None else GradientRatio(ratio, ratio_steps, name)
         given = (distance, levels, projection, detach, anchor, sample)
         if official is not None and given != ("nmse", None, None, "anchor", None, False):
             raise InputError(
@@ -73,6 +89,84 @@ class PmixAlignment(TermCallback):
         self.projection = projection
         self.detach = detach
         self.sample = sample
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a weight, or a ratio that becomes one."""
+        return self.weight > 0 or self.ratio is not None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Build the term, and refuse batches that its distance has no meaning for.
+
+        Raises:
+            InputError: see :class:`TermCallback`; or too few samples in a step.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or not self.active:
+            return
+        module = cast(SegmentationModule, pl_module)
+        term = cast(AlignmentTerm, module.terms[self.name])
+        self._check_batch(trainer, term)
+        if self.ratio is not None:
+            if not term.aligned_levels:
+                raise InputError(
+                    f"{self.name}.ratio is measured at latents of single modalities, which "
+                    f"{type(term.alignment).__name__} has none of; give {self.name}.weight."
+                )
+            self.ratio.start()
+            # A tuple hides the module from nn.Module: the term is a part of it.
+            term.measured = (self.ratio, module)
+
+    def _check_batch(self, trainer: Trainer, term: AlignmentTerm) -> None:
+        least = getattr(getattr(term.alignment, "distance", None), "smallest_batch", 1)
+        size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+        if size is not None and size * trainer.world_size < least:
+            raise InputError(
+                f"the distance of {self.name} compares patients, but a step has {size} sample; use "
+                f"--data.batch_size {least} or more, or another distance."
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Say whether this step is measured."""
+        if self.ratio is None:
+            return
+        term = cast(AlignmentTerm, cast(SegmentationModule, pl_module).terms[self.name])
+        started = trainer.current_epoch >= self.start_epoch
+        term.eager = started and self.ratio.measuring
+        self._take_weight()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Join what was measured."""
+        if self.ratio is not None:
+            self.ratio.end_step()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the weight that the ratio has become."""
+        if self.ratio is not None:
+            self._take_weight()
+            pl_module.log(f"{self.name}/weight", self.schedule.weight, rank_zero_only=True)
+
+    def _take_weight(self) -> None:
+        if self.ratio is not None and not self.ratio.measuring and not self.schedule.weight:
+            self.schedule.weight = self.ratio.weight()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured, so that a resumed training has the same weight."""
+        return {} if self.ratio is None else self.ratio.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on measuring, or with what was measured."""
+        if self.ratio is not None and state_dict:
+            self.ratio.load(state_dict)
 
     def build_term(self, module: SegmentationModule) -> Term:
         """See :class:`TermCallback`."""
@@ -158,6 +252,7 @@ class AlignmentTerm(Term):
         self._borrowed = (anchor,)
         self.sample = sample
         self.aligned_levels = alignment.levels
+        self.measured: tuple[GradientRatio, SegmentationModule] | None = None
 
     def decoded(self, latents: Latents) -> Latents:
         """Samples of the aligned levels, where asked for."""
@@ -172,4 +267,9 @@ class AlignmentTerm(Term):
         if self._borrowed[0] is None:
             shown = latents.usable[0]
             return self.alignment(latents, None, shown, shown)
-        return self.alignment(latents, self._borrowed[0], batch["present"], batch["acquired"])
+        value = self.alignment(latents, self._borrowed[0], batch["present"], batch["acquired"])
+        if self.eager and self.measured is not None and value.requires_grad:
+            ratio, module = self.measured
+            features = [latents.features[level] for level in self.aligned_levels]
+            ratio.measure(module.segmentation_loss(output, batch), value, features)
+        return value

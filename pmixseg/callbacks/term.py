@@ -41,6 +41,11 @@ class TermCallback(Callback, Described, ABC):
         self.warmup_epochs = warmup_epochs
 
     @property
+    def active(self) -> bool:
+        """Whether the callback adds its term."""
+        return self.weight > 0
+
+    @property
     def state_key(self) -> str:
         """One key per name, so that two callbacks of one class can stand side by side."""
         return f"{type(self).__qualname__}[{self.name}]"
@@ -56,7 +61,7 @@ class TermCallback(Callback, Described, ABC):
             InputError: the module is not one of pmixseg, the name is taken, or a callback that
                 copies the model's weights was set up before.
         """
-        if stage != "fit" or self.weight == 0:
+        if stage != "fit" or not self.active:
             return
         if not isinstance(pl_module, SegmentationModule):
             raise InputError(
@@ -64,8 +69,9 @@ class TermCallback(Callback, Described, ABC):
                 f"{type(pl_module).__name__}; derive yours from TeacherModule or StudentModule."
             )
         self._check_neighbours(trainer)
-        schedule = TermWeight(self.weight, self.start_epoch, self.warmup_epochs)
-        pl_module.add_term(self.name, self.build_term(pl_module), schedule, lent=True)
+        term = self.build_term(pl_module)
+        self.schedule = TermWeight(self.weight, self.start_epoch, self.warmup_epochs)
+        pl_module.add_term(self.name, term, self.schedule, lent=True)
 
     def _check_neighbours(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
@@ -75,7 +81,7 @@ class TermCallback(Callback, Described, ABC):
                     f"{type(other).__name__} would copy the model before {type(self).__name__} "
                     "adds its parameters; list it after."
                 )
-            if isinstance(other, TermCallback) and other.weight and other.name == self.name:
+            if isinstance(other, TermCallback) and other.active and other.name == self.name:
                 raise InputError(
                     f"two terms are called '{self.name}'; give one of the callbacks another name."
                 )

@@ -21,11 +21,13 @@ class Term(nn.Module, ABC):
         needs_acquired: the term looks at latents that the network itself is not shown; the module
             then encodes everything acquired (training only).
         aligned_levels: levels whose latents it aligns; the module fills these by default.
+        eager: the next step must not be part of a compiled graph.
         parts: named summands of the last value, for the log; detached.
     """
 
     needs_acquired: bool = False
     aligned_levels: tuple[int, ...] = ()
+    eager: bool = False
 
     def __init__(self) -> None:
         super().__init__()

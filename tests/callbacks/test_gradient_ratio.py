@@ -1,0 +1,137 @@
+"""``--align.ratio``: a weight that follows from gradients at the latents."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from pmixseg.callbacks import PmixAlignment
+from pmixseg.callbacks.gradient_ratio import GradientRatio
+from pmixseg.errors import InputError
+from pmixseg.losses.anchors import NormalAnchor
+from pmixseg.modules import StudentModule, TeacherModule
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+
+
+def student(**arguments):
+    torch.manual_seed(0)
+    return StudentModule(backbone=tiny(), optimizer=torch.optim.SGD, **arguments)
+
+
+def fit(folder, module, *callbacks, data=None, ckpt_path=None, **arguments):
+    trainer = quiet_trainer(folder, callbacks=list(callbacks), **arguments)
+    trainer.fit(module, data or MemoryData(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_the_weight_by_hand():
+    z = torch.tensor([1.0, 2.0], requires_grad=True)
+    ratio = GradientRatio(0.1, steps=2, name="align")
+    # |d(3 Σz)/dz| = 3 √2 and |d(z₀²)/dz| = 2, then 4 √2 and 2.
+    for slope in (3.0, 4.0):
+        assert ratio.measuring
+        ratio.measure(slope * z.sum(), z[0] ** 2, [z])
+        ratio.end_step()
+    assert not ratio.measuring
+    assert ratio.weight() == pytest.approx(0.1 * 7 * 2**0.5 / 4)
+    again = GradientRatio(0.3, steps=2, name="align")
+    again.load(ratio.state())
+    assert again.weight() == pytest.approx(3 * ratio.weight())
+
+
+class Watch(Callback):
+    """The weight of the alignment in every step, and the gradients by backpropagation."""
+
+    def __init__(self):
+        self.weights, self.norms = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.weights.append(module.term_weights["align"].at(module.current_epoch))
+        term = module.terms["align"]
+        inner = type(term).forward
+
+        def forward(output, batch):
+            value = inner(term, output, batch)
+            features = [output.latents.features[level] for level in term.aligned_levels]
+            pair = []
+            for loss in (module.segmentation_loss(output, batch), value):
+                grads = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
+                pair.append(sum(float(g.square().sum()) for g in grads if g is not None) ** 0.5)
+            self.norms.append(pair)
+            return value
+
+        term.forward = forward
+
+    def on_train_batch_end(self, trainer, module, *_):
+        del module.terms["align"].forward
+
+
+def test_first_steps_are_measured_and_then_the_weight_is_fixed(tmp_path):
+    watch = Watch()
+    module = student()
+    align = PmixAlignment(ratio=0.1, ratio_steps=3)
+    data = MemoryData(((True,) * 4,) * 8, batch_size=2)  # 4 steps an epoch
+    trainer = fit(tmp_path, module, align, watch, data=data, max_epochs=2)
+    first = watch.norms[:3]
+    expected = 0.1 * sum(s for s, _ in first) / sum(a for _, a in first)
+    assert watch.weights[:3] == [0.0] * 3
+    assert watch.weights[3:] == pytest.approx([expected] * 5, rel=1e-4)
+    assert trainer.logged_metrics["align/weight"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_resumed_training_has_the_same_weight(tmp_path):
+    data = MemoryData(((True,) * 4,) * 4, batch_size=2)  # 2 steps an epoch
+    whole = student()
+    whole_align = PmixAlignment(ratio=0.2, ratio_steps=3)
+    fit(tmp_path / "whole", whole, whole_align, data=data, max_epochs=3)
+    half = student()
+    trainer = fit(tmp_path, half, PmixAlignment(ratio=0.2, ratio_steps=3), data=data, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest, align = student(), PmixAlignment(ratio=0.2, ratio_steps=3)
+    fit(tmp_path, rest, align, data=data, ckpt_path=tmp_path / "half.ckpt", max_epochs=3)
+    assert align.schedule.weight == whole_align.schedule.weight > 0
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, rest.state_dict()[name]), name
+
+
+def test_a_loss_that_does_not_act_is_refused(tmp_path):
+    complete = MemoryData(((True,) * 4,) * 4, batch_size=2)
+    module = TeacherModule(backbone=tiny())
+    align = PmixAlignment(ratio=0.1, ratio_steps=1, distance="vid", anchor=NormalAnchor())
+    with pytest.raises(InputError, match=r"align\.ratio cannot be reached"):
+        fit(tmp_path, module, align, data=complete, max_epochs=2)
+
+
+def test_impossible_ratios_are_refused(tmp_path):
+    with pytest.raises(InputError, match="give one of them"):
+        PmixAlignment(weight=0.1, ratio=0.1)
+    with pytest.raises(InputError, match="above 0"):
+        PmixAlignment(ratio=0.0)
+    with pytest.raises(InputError, match="compares patients"):
+        one = MemoryData(((True,) * 4,) * 2, batch_size=1)
+        fit(tmp_path, student(), PmixAlignment(weight=0.1, distance="case_nce"), data=one)
+
+
+def ranks(folder, processes):
+    module, align = student(), PmixAlignment(ratio=0.1, ratio_steps=1, distance="case_nce")
+    rows = ((True,) * 4, (True, False, True, True), (False, True, True, False), (True,) * 4)
+    data = MemoryData(rows, batch_size=4 // processes)
+    spread = {"devices": 2, "strategy": "ddp_spawn"} if processes == 2 else {"devices": 1}
+    fit(folder, module, align, Keep(), data=data, max_epochs=3, **spread)
+    return torch.load(folder / "kept.pt", weights_only=True)
+
+
+class Keep(Callback):
+    """Writes weight and parameters down."""
+
+    def on_train_end(self, trainer, module):
+        if trainer.is_global_zero:
+            kept = {"weight": torch.tensor(module.term_weights["align"].weight)}
+            torch.save({**kept, **module.state_dict()}, f"{trainer.default_root_dir}/kept.pt")
+
+
+@pytest.mark.ddp
+def test_two_processes_find_the_weight_of_one(tmp_path):
+    one, two = ranks(tmp_path, 1), ranks(tmp_path, 2)
+    assert one["weight"] > 0
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-6, msg=name)
