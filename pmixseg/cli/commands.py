@@ -109,7 +109,11 @@ def _inspect(subparsers: Any) -> None:
 
         task = read_task(args.task)
         inspection = inspect_cohort(
-            args.root, task, layout=args.layout, progress=console.is_terminal
+            args.root,
+            task,
+            layout=args.layout,
+            labels=label_names(args.labels),
+            progress=console.is_terminal,
         )
         console.print(inspection, soft_wrap=True)
         return 1 if inspection.problems else 0
@@ -137,14 +141,14 @@ def _prepare(subparsers: Any) -> None:
     )
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.data.cohorts.layouts import find_cases
+        from pmixseg.data.cohorts.layouts import search
         from pmixseg.data.store.prepare import prepare
 
         task = read_task(args.task)
-        cases = find_cases(args.root, task, layout=args.layout)
+        cohort = search(args.root, task, args.layout, label_names(args.labels))
         spacing = None if args.spacing is None else tuple(args.spacing)
         report = prepare(
-            cases,
+            cohort.cases,
             args.store,
             task,
             spacing=spacing,
@@ -153,6 +157,7 @@ def _prepare(subparsers: Any) -> None:
             prune=args.prune,
             force=args.force,
         )
+        report.cohort = cohort.remarks
         # Whole lines: a name that is cut in two is no name.
         console.print(report.summary(), markup=False, soft_wrap=True)
         return 1 if report.failed else 0
@@ -210,6 +215,30 @@ def _compare(subparsers: Any) -> None:
 def _cohort_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", help="name of a layout or YAML file with patterns")
     parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL=NAME",
+        help="what a label is called in dataset.json, or its number: NCR=necrosis ED=2 ET=3,4",
+    )
+
+
+def label_names(pairs: list[str] | None) -> dict[str, str | int | list[str | int]] | None:
+    """Read ``LABEL=NAME`` and ``LABEL=1,3``.
+
+    Raises:
+        InputError: not of this form.
+
+    Example:
+        >>> label_names(["NCR=necrosis", "ET=3,4"])
+        {'NCR': ['necrosis'], 'ET': ['3', '4']}
+    """
+    if pairs is None:
+        return None
+    odd = [text for text in pairs if not all(text.partition("=")[::2])]
+    if odd:
+        raise InputError(f"--labels {odd[0]} is not of the form LABEL=NAME or LABEL=NUMBER.")
+    return {k: [*v.split(",")] for k, _, v in (text.partition("=") for text in pairs)}
 
 
 def read_task(path: Path | None) -> Task:

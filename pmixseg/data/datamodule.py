@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from pmixseg.data.augment import Augmentation
-from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.cohorts.layouts import find_cases, search
 from pmixseg.data.keys import make_key
 from pmixseg.data.masks import CaseMasks, Flags, MaskFile
 from pmixseg.data.patches import (
@@ -53,6 +53,8 @@ class BraTSDataModule(LightningDataModule):
         task: modalities, labels and regions; the store must have been made for it.
         spacing: voxel size in mm to prepare at; ``None`` keeps each case's own.
         layout: preset or YAML file if the layout of ``root`` is not to be recognised.
+        labels: the task's label -> its number(s) in the label files of ``root``, or its name in
+            ``dataset.json``, where the layout does not tell.
         prepare_workers: processes that prepare.
         split: rule that splits the cohort, or its ``{class_path, init_args}``; default
             :class:`~pmixseg.data.splits.Fractions` (70 / 10 / 20 %).
@@ -82,6 +84,7 @@ class BraTSDataModule(LightningDataModule):
         task: Task = BRATS,
         spacing: tuple[float, float, float] | None = None,
         layout: str | Path | None = None,
+        labels: dict[str, str | int | list[str | int]] | None = None,
         prepare_workers: int = 0,
         split: SplitPlan | None = None,
         patch_size: int | tuple[int, int, int] = (80, 80, 80),
@@ -108,7 +111,8 @@ class BraTSDataModule(LightningDataModule):
                 "[0, 1]; correct them."
             )
         self.root = None if root is None else Path(root)
-        self.task, self.layout, self.prepare_workers = task, layout, prepare_workers
+        self.task, self.layout, self.labels = task, layout, labels
+        self.prepare_workers = prepare_workers
         self._wanted_spacing = None if spacing is None else _spacing(spacing)
         self.store_path = self._beside_root() if store is None else Path(store)
         self.split_plan: SplitPlan = build(split) or Fractions()
@@ -167,7 +171,8 @@ class BraTSDataModule(LightningDataModule):
         if self._cases is None:
             self._cases = self.store.cases
             if self.root is not None:
-                there = {c.case_id for c in find_cases(self.root, self.task, self.layout)}
+                found = find_cases(self.root, self.task, self.layout, self.labels)
+                there = {c.case_id for c in found}
                 self._cases = tuple(name for name in self.store.cases if name in there)
         return self._cases
 
@@ -202,9 +207,9 @@ class BraTSDataModule(LightningDataModule):
         """
         if self.root is None:
             return
-        found = find_cases(self.root, self.task, self.layout)
+        cohort = search(self.root, self.task, self.layout, self.labels)
         report = prepare(
-            found,
+            cohort.cases,
             self.store_path,
             self.task,
             spacing=self._wanted_spacing,
@@ -212,6 +217,7 @@ class BraTSDataModule(LightningDataModule):
         )
         # What was opened before may have changed.
         self._store, self._cases, self._parts = None, None, None
+        report.cohort = cohort.remarks
         rank_zero_info(report.summary())
         if left := (*report.gone, *report.elsewhere):
             rank_zero_info(f"{len(left)} cases of the store are left out: not under {self.root}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmixseg.data.cohorts.cases import Case, Found, Tree
+from pmixseg.data.cohorts.cases import Case, Found, Tree, stem_of
 from pmixseg.data.cohorts.sequences import read_name
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -52,7 +52,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
     odd: dict[str, str] = {}
     for path in Tree.of(folder).files:
         name = path.relative_to(folder).as_posix()
-        reading = read_name(stem_of(path), task.modalities)
+        reading = read_name(stem_of(path).lower(), task.modalities)
         if reading.kind == "label":
             labels.append(name)
         elif path.parent != folder:
@@ -118,7 +118,7 @@ def notes_on_strays(
     """
     unread: list[str] = []
     for path in strays:
-        reading = read_name(stem_of(path), task.modalities)
+        reading = read_name(stem_of(path).lower(), task.modalities)
         if reading.kind in ("label", "foreign"):
             continue
         unread.append(path.name)
@@ -135,11 +135,6 @@ def notes_on_strays(
         f"case '{case.case_id}': {_listed(unread)} not read, for layout '{case.layout}' has no "
         "such name.",
     )
-
-
-def stem_of(path: Path) -> str:
-    """Name of a NIfTI file without its ending, in lower case."""
-    return path.name.lower().removesuffix(".gz").removesuffix(".nii")
 
 
 def _flags(modalities: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pmixseg.data.cohorts.cases import stem_of
 from pmixseg.data.cohorts.layouts import Case, Layout, search
 from pmixseg.data.cohorts.sequences import modality_of
 from pmixseg.data.scans.nifti import Source
@@ -17,7 +18,6 @@ from pmixseg.inference.folders import (
     FolderScans,
     notes_on_strays,
     scans_in,
-    stem_of,
     strays_of,
 )
 from pmixseg.modules import SegmentationModule
@@ -273,7 +273,7 @@ def common_name(images: Mapping[str, Source]) -> str:
     for modality, source in images.items():
         path = _path_of(source)
         if path is not None:
-            stem = path.name.removesuffix(".gz").removesuffix(".nii")
+            stem = stem_of(path)
             if stem.lower().endswith(modality.lower()):
                 stem = stem[: -len(modality)].rstrip("_-. ")
             stems.add(stem)

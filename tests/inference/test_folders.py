@@ -96,11 +96,11 @@ def test_files_of_which_nobody_knows_what_they_are(tmp_path, files, task, says):
 
 
 def test_a_contrast_enhanced_scan_is_not_plain(patient, run, model, case, tmp_path):
-    folder = patient("pat", t1ce="pat_T1_CE", t2="pat_T2")
+    folder = patient("pat", t1ce="a_T1_CE", t2="a_T2")
     code, said = run(folder)
     assert code == 0
     assert "t1ce+t2" in said
-    assert "(t1ce pat_T1_CE.nii.gz, t2 pat_T2.nii.gz)" in said
+    assert "(t1ce a_T1_CE.nii.gz, t2 a_T2.nii.gz)" in said
     (result,) = segment_folder(model, folder, Outputs(tmp_path / "two"))
     assert result.combination == ("t1ce", "t2")
     code, said = run(patient("both", t1="T1", t1ce="T1C"))
@@ -120,16 +120,16 @@ def test_a_scan_of_an_unknown_sequence_is_refused_or_left_out_by_force(patient, 
 
 def test_a_scan_beside_those_of_a_layout(patient, run, model, tmp_path):
     """The folder of a BraTS case by its name, with one scan that is named otherwise."""
-    folder = patient("x7", t1="x7_t1", t2="x7_t2", t1ce="x7_T1_CE", label="x7_seg")
+    folder = patient("x7", t1="x7_t1", t2="x7_t2", t1ce="x7_T1_KM", label="x7_seg")
     assert find_cases(folder, BRATS)[0].layout == "brats"
     (result,) = segment_folder(model, folder, Outputs(tmp_path / "two"))
-    assert "x7_T1_CE.nii.gz seems to be its t1ce" in result.problem
+    assert "x7_T1_KM.nii.gz seems to be its t1ce" in result.problem
     assert run(folder)[0] == 1
     for flags in (["--force"], ["--layout", "brats"]):
         code, said = run(folder, *flags)
         assert code == 0
-        assert "x7_T1_CE.nii.gz not read" in said
-    (folder / "x7_T1_CE.nii.gz").rename(folder / "x7_swi.nii.gz")
+        assert "x7_T1_KM.nii.gz not read" in said
+    (folder / "x7_T1_KM.nii.gz").rename(folder / "x7_swi.nii.gz")
     code, said = run(folder)
     assert code == 0
     assert "x7_swi.nii.gz not read, for layout 'brats' has no such name" in said
@@ -148,9 +148,9 @@ def test_scans_that_a_dedicated_student_does_not_read_are_named(patient, case, t
 
 
 def test_a_flag_that_a_files_name_contradicts_is_told(patient, model, tmp_path):
-    folder = patient(t1ce="x7_T1_CE", flair="x7_T2_FLAIR", t2="scan")
-    given = {"t1": "x7_T1_CE", "flair": "x7_T2_FLAIR", "t2": "scan"}
+    folder = patient(t1ce="x7_T1_KM", flair="x7_T2_FLAIR", t2="scan")
+    given = {"t1": "x7_T1_KM", "flair": "x7_T2_FLAIR", "t2": "scan"}
     images = {m: folder / f"{name}.nii.gz" for m, name in given.items()}
     result = segment_files(model, images, Outputs(tmp_path), name="x7")
     (told,) = [w for w in result.warnings if "its name says" in w]
-    assert told == "case 'x7': x7_T1_CE.nii.gz is given as t1, but its name says t1ce."
+    assert told == "case 'x7': x7_T1_KM.nii.gz is given as t1, but its name says t1ce."

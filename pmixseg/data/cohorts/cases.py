@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pmixseg.data.cohorts.patients import check_pattern, patient_of, remark_on_patients
 from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -18,6 +19,11 @@ ImageFile = Path | tuple[Path, int]
 
 Pattern = str | tuple[str, int]
 """Where files lie, or where 4-D files lie and which channel to take."""
+
+_ENDING = r"(?i:\.(?:nii(?:\.gz)?|mha|nrrd))"
+
+ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
+"""Endings of the files that are scans or label maps."""
 
 _MAX_DEPTH = 8
 _GRADES = ("HGG", "LGG")
@@ -32,6 +38,7 @@ class Case:
         images: modality -> file, or (4-D file, channel); only what exists.
         label: the label map, or ``None``.
         codes: label name -> number in the label file.
+        also: further number in the label file -> label name.
         grade: ``HGG``, ``LGG``, or ``None`` where the layout does not tell.
         patient: groups the time points of one patient.
         layout: name of the layout it was found by.
@@ -52,6 +59,7 @@ class Case:
     ignored: tuple[int, ...] = ()
     doubtful: tuple[int, ...] = ()
     witness: str = ""
+    also: Mapping[int, str] = field(default_factory=dict)
     problem: str | None = None
 
     def coding(self, task: Task) -> Coding:
@@ -60,7 +68,9 @@ class Case:
         Raises:
             InputError: the codes do not fit the task's labels.
         """
-        return Coding.of(task, self.codes, self.ignored, self.doubtful, self.witness)
+        return Coding.of(
+            task, self.codes, self.ignored, self.doubtful, self.witness, also=self.also
+        )
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,9 @@ class Layout:
 
     A pattern is a path with named fields: ``{case}/{case}_flair.nii.gz``. A field matches within
     one folder or file name, and the same text wherever it is repeated; ``*`` matches any text
-    within one name; ``.nii.gz`` also matches ``.nii``. Three fields mean something: ``case``,
-    ``patient`` (groups time points; default: the case) and ``grade`` (HGG or LGG).
+    within one name; small and capital letters are not told apart outside fields; ``.nii.gz`` also
+    matches ``.nii``, ``.mha`` and ``.nrrd``. Three fields mean something: ``case``, ``patient``
+    (groups visits) and ``grade`` (HGG or LGG).
 
     Args:
         name: how messages and metadata call it.
@@ -78,14 +89,17 @@ class Layout:
             is a channel of a 4-D file.
         label: patterns of the label map.
         codes: label name -> number in the label map.
+        also: further number in the label map -> label name.
         ignored: numbers in the label map that are no label of the task and become background.
         case: how the case's name is made of fields.
+        patient: where no field tells the patient: a regular expression whose first group in the
+            case's name does. By default, names of visits as people write them are known.
         fields: field -> regular expression that its text must match.
         anchored: patterns start at the root; otherwise they may end any path.
         described: channels, codes and labels stand in the cohort's ``dataset.json``.
 
     Raises:
-        InputError: a pattern that lacks the fields of the case's name.
+        InputError: a pattern that lacks the fields of the case's name, or cannot be read.
     """
 
     name: str
@@ -94,11 +108,15 @@ class Layout:
     codes: Mapping[str, int]
     ignored: tuple[int, ...] = ()
     case: str = "{case}"
+    patient: str = ""
+    also: Mapping[int, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     anchored: bool = True
     described: bool = False
 
     def __post_init__(self) -> None:
+        if self.patient:
+            check_pattern(self.patient, f"layout '{self.name}'")
         needed = set(_field_names(self.case))
         patterns = [p for several in self.images.values() for p in several] + [*self.label]
         for pattern in patterns:
@@ -120,25 +138,45 @@ class Layout:
 
     def _compile(self, pattern: Pattern) -> re.Pattern[str]:
         text = pattern if isinstance(pattern, str) else pattern[0]
-        stem = re.sub(r"\.nii(\.gz)?$", "", text)
-        ending = r"\.nii(?:\.gz)?" if stem != text else ""
+        stem = re.sub(rf"{_ENDING}$", "", text)
+        ending = _ENDING if stem != text else ""
         parts, seen = [], set[str]()
         for literal, name, _, _ in string.Formatter().parse(stem):
-            parts.append("[^/]*".join(re.escape(piece) for piece in literal.split("*")))
+            plain = "[^/]*".join(re.escape(piece) for piece in literal.split("*"))
+            parts.append(f"(?i:{plain})")
             if name:
                 body = self.fields.get(name, "|".join(_GRADES) if name == "grade" else "[^/]+")
                 parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{body})")
                 seen.add(name)
         start = "" if self.anchored else r"(?:.*/)?"
-        return re.compile(f"{start}{''.join(parts)}{ending}")
+        try:
+            return re.compile(f"{start}{''.join(parts)}{ending}")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(
+                f"layout '{self.name}': pattern '{text}' with the fields {dict(self.fields)} "
+                f"cannot be read ({error}); correct it."
+            ) from error
+
+    def tells_patients(self) -> bool:
+        """Whether it says itself who the patient is."""
+        patterns = [p for several in self.images.values() for p in several]
+        texts = [p if isinstance(p, str) else p[0] for p in patterns]
+        return bool(self.patient) or any("patient" in _field_names(t) for t in texts)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a layout makes of a tree: its cases, and the NIfTI files that belong to none."""
+    """What a layout makes of a tree.
+
+    Args:
+        cases: sorted by name.
+        stray: scan files that belong to none.
+        remarks: sentences about the cohort as a whole.
+    """
 
     cases: list[Case]
     stray: list[Path]
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,7 +185,7 @@ class Tree:
 
     Args:
         root: where it was looked.
-        files: all ``.nii`` and ``.nii.gz`` files, sorted.
+        files: all files of :data:`ENDINGS`, sorted.
         unreadable: folder -> reason.
     """
 
@@ -177,8 +215,7 @@ class Tree:
             deep = len(here.relative_to(root).parts) >= _MAX_DEPTH
             inner[:] = [] if deep else sorted(n for n in inner if not n.startswith("."))
             # Archives made on a Mac hold a hidden "._" twin of every file.
-            endings = (".nii", ".nii.gz")
-            files += [here / n for n in names if n.lower().endswith(endings) and n[0] != "."]
+            files += [here / n for n in names if n.lower().endswith(ENDINGS) and n[0] != "."]
         if root in unreadable:
             raise InputError(
                 f"{root} cannot be read ({unreadable[root]}); check the folder's permissions."
@@ -227,16 +264,17 @@ def match(tree: Tree, layout: Layout) -> Found:
                 label=_path_of(chosen["label"][1]) if "label" in chosen else None,
                 codes=layout.codes,
                 grade=known.get("grade"),
-                patient=known.get("patient", case_id),
+                patient=known.get("patient") or patient_of(case_id, layout.patient),
                 layout=layout.name,
                 ignored=layout.ignored,
+                also=layout.also,
                 problem=problems.get(case_id),
             )
         )
     for folder, reason in tree.unreadable.items():
         sentence = f"case '{folder.name}': {folder} cannot be read ({reason}); check permissions."
         cases.append(Case(folder.name, {}, None, layout.codes, problem=sentence))
-    return Found(cases, stray)
+    return Found(cases, stray, remark_on_patients(cases, layout.tells_patients()))
 
 
 def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
@@ -249,6 +287,11 @@ def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
     for path in tree.files:
         inside = path.relative_to(tree.root)
         yield path, (inside if layout.anchored else above / inside).as_posix()
+
+
+def stem_of(path: Path) -> str:
+    """Name of a scan file without its ending, whatever its case."""
+    return re.sub(rf"{_ENDING}$", "", path.name)
 
 
 def _path_of(source: ImageFile) -> Path:

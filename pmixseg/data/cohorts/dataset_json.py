@@ -1,71 +1,77 @@
-"""Channels and label codes from the ``dataset.json`` of MSD and nnU-Net."""
+"""Channels and label numbers from the ``dataset.json`` of MSD and nnU-Net."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pmixseg.data.cohorts.cases import Layout, Pattern, Tree
+from pmixseg.data.cohorts.codings import Numbers, coding_by_names
 from pmixseg.data.cohorts.sequences import modality_of
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
-_ALIASES = {
-    "ncr": ("ncrnet", "netc", "net", "necrosis", "necroticcore", "nonenhancingtumor"),
-    "ed": ("edema", "oedema", "peritumoraledema", "snfh"),
-    "et": ("enhancing", "enhancingtumor", "activetumor"),
-    "wt": ("whole", "wholetumor"),
-    "tc": ("core", "tumorcore"),
-}
-"""Names of the same label or region, lower case, American, letters and digits only."""
 
-_OUTSIDE = ("rc", "resectioncavity", "cavity")
-"""Labels that are outside every region."""
-
-
-def described_layout(layout: Layout, tree: Tree, task: Task) -> Layout:
+def described_layout(
+    layout: Layout, tree: Tree, task: Task, labels: Mapping[str, Any] | None = None
+) -> Layout:
     """Fill in what the cohort's ``dataset.json`` says.
 
     Args:
-        layout: the preset ``msd`` (one 4-D file per case) or ``nnunet`` (a file per channel).
+        layout: the preset ``msd`` (one 4-D file per case) or ``nnunet`` (a file per channel), or a
+            layout based on one. What it says itself of images and codes is kept.
         tree: the cohort.
-        task: whose modalities and labels the file's names are matched to, by name or common alias;
+        task: whose modalities and labels the file's names are matched to, by the usual spellings;
             nnU-Net's region labels (``whole tumor: [1, 2, 3]``) are matched to the task's regions.
+        labels: the task's label -> its name or number(s) in the file, where spellings do not tell.
 
     Raises:
         InputError: no such file, or names in it that cannot be matched.
     """
     path = tree.root / "dataset.json"
+    raw = _read(path, layout.name)
+    images = dict(layout.images) or _images(path, raw, layout.name, task)
+    if layout.codes and not labels:
+        return replace(layout, images=images)
+    coding = coding_by_names(_numbers(path, raw), task, str(path), labels)
+    return replace(
+        layout, images=images, codes=coding.codes, also=coding.also, ignored=coding.ignored
+    )
+
+
+def _read(path: Path, name: str) -> Mapping[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        channels = dict(raw.get("channel_names") or raw["modality"])
-        labels = _labels(raw["labels"])
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(
-            f"layout '{layout.name}' needs {path}, which does not exist; add it or name another "
-            "layout."
+            f"layout '{name}' needs {path}, which does not exist; add it or name another layout."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} cannot be read as a dataset description ({type(error).__name__}: {error}); "
-            "correct it."
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+    if not isinstance(raw, Mapping):
+        raise _unreadable(path, f"it holds a {type(raw).__name__}")
+    return raw
+
+
+def _images(
+    path: Path, raw: Mapping[str, Any], name: str, task: Task
+) -> dict[str, tuple[Pattern, ...]]:
+    channels = _channels(path, raw)
     images: dict[str, tuple[Pattern, ...]] = {}
-    for number, name in channels.items():
-        modality = modality_of(str(name), task.modalities)
+    for index, channel in channels.items():
+        modality = modality_of(channel, task.modalities)
         if modality in images:
             raise InputError(
                 f"{path}: more than one of its channels {list(channels.values())} is {modality}; "
                 "write a layout file."
             )
         if modality is not None:
-            index = int(number)
             images[modality] = (
                 (("imagesTr/{case}.nii.gz", index),)
-                if layout.name == "msd"
+                if name == "msd"
                 else (f"imagesTr/{{case}}_{index:04d}.nii.gz",)
             )
     if not images:
@@ -73,55 +79,58 @@ def described_layout(layout: Layout, tree: Tree, task: Task) -> Layout:
             f"{path}: none of its channels {list(channels.values())} is a modality of task "
             f"'{task.name}' {list(task.modalities)}; write a layout file."
         )
-    codes, ignored = _codes(labels, task, str(path))
-    return replace(layout, images=images, codes=codes, ignored=ignored)
+    return images
 
 
-def _labels(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _channels(path: Path, raw: Mapping[str, Any]) -> dict[int, str]:
+    """Number -> name; also of a list, and of names with their numbers."""
+    field = next((f for f in ("channel_names", "modality") if raw.get(f)), None)
+    if field is None:
+        raise _unreadable(path, "it has neither 'channel_names' nor 'modality'")
+    named = raw[field]
+    if isinstance(named, list):
+        named = {str(index): name for index, name in enumerate(named)}
+    channels: dict[int, str] = {}
+    if isinstance(named, Mapping):
+        for key, value in named.items():
+            number, name = (key, value) if _whole(key) is not None else (value, key)
+            index = _whole(number)
+            if index is None or index < 0 or not isinstance(name, str):
+                raise _unreadable(path, f"'{field}' has {key!r}: {value!r}")
+            channels[index] = name
+    if not channels:
+        raise _unreadable(path, f"'{field}' is {named!r}")
+    return channels
+
+
+def _numbers(path: Path, raw: Mapping[str, Any]) -> dict[str, Numbers]:
     """Name -> numbers; nnU-Net 1 and MSD write number -> name, nnU-Net 2 name -> number(s)."""
-    found: dict[str, tuple[int, ...]] = {}
-    for key, value in raw.items():
-        if isinstance(value, str):
-            found[value] = (int(key),)
-        else:
-            found[str(key)] = tuple(value) if isinstance(value, list) else (int(value),)
-    return {n: v for n, v in found.items() if v != (0,)}
+    labels = raw.get("labels")
+    if not isinstance(labels, Mapping):
+        raise _unreadable(path, f"'labels' is {labels!r}")
+    numbers: dict[str, Numbers] = {}
+    for key, value in labels.items():
+        name, several = (value, key) if _whole(key) is not None else (key, value)
+        several = several if isinstance(several, list) else [several]
+        whole = [_whole(n) for n in several]
+        if not isinstance(name, str) or not whole or None in whole:
+            raise _unreadable(path, f"'labels' has {key!r}: {value!r}")
+        numbers[name] = tuple(n for n in whole if n is not None)
+    return {name: several for name, several in numbers.items() if several != (0,)}
 
 
-def _codes(
-    labels: Mapping[str, tuple[int, ...]], task: Task, where: str
-) -> tuple[dict[str, int], tuple[int, ...]]:
-    outside = {n for n in labels if _plain(n) in _OUTSIDE}
-    ignored = tuple(c for n in outside for c in labels[n])
-    single = {_matching(n, task.labels): v for n, v in labels.items() if n not in outside}
-    if set(single) == set(task.labels) and all(len(v) == 1 for v in single.values()):
-        return {n: single[n][0] for n in task.labels}, ignored
-    regions = {_matching(n, task.regions): set(v) for n, v in labels.items() if n not in outside}
-    codes: dict[str, int] = {}
-    if set(regions) == set(task.regions):
-        for label in task.labels:
-            inside = [regions[r] for r in task.regions if label in task.regions[r]]
-            without = [regions[r] for r in task.regions if label not in task.regions[r]]
-            numbers = set.intersection(*inside).difference(*without) if inside else set()
-            if len(numbers) == 1:
-                codes[label] = numbers.pop()
-    if set(codes) != set(task.labels):
-        raise InputError(
-            f"{where}: its labels {list(labels)} cannot be matched to the labels "
-            f"{list(task.labels)} or regions {list(task.regions)} of task '{task.name}'; write a "
-            "layout file."
-        )
-    return codes, ignored
+def _whole(value: object) -> int | None:
+    """A whole number, also where JSON has it as text."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        return None
 
 
-def _matching(name: str, wanted: Iterable[str]) -> str | None:
-    plain = _plain(name)
-    for candidate in wanted:
-        own = _plain(candidate)
-        if plain == own or plain in _ALIASES.get(own, ()):
-            return candidate
-    return None
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower()).replace("tumour", "tumor")
+def _unreadable(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path} cannot be read as a dataset description ({why}); correct it, or write a layout "
+        "file."
+    )

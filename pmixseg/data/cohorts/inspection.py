@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from pmixseg.data.cohorts.layouts import Case, Layout, search
+from pmixseg.data.cohorts.layouts import Case, LabelNames, Layout, search
 from pmixseg.data.cohorts.orientation import odd_ones_out
 from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
 from pmixseg.data.scans.canonical import STORE_DTYPE, join
@@ -181,6 +181,7 @@ def inspect_cohort(
     root: Path | str,
     task: Task,
     layout: str | Path | Layout | None = None,
+    labels: LabelNames | None = None,
     *,
     progress: bool = False,
 ) -> Inspection:
@@ -190,18 +191,20 @@ def inspect_cohort(
         root: the cohort's folder.
         task: which modalities and labels are looked for.
         layout: see :func:`~pmixseg.data.cohorts.layouts.find_cases`.
+        labels: likewise.
         progress: show a progress bar with the time left.
 
     Raises:
         InputError: the folder is missing or unreadable, or no layout fits.
     """
-    found = search(root, task, layout)
+    found = search(root, task, layout, labels)
     console = Console(stderr=True)
     cases = track(found.cases, "inspecting", console=console, disable=not progress)
     odd = odd_ones_out(found.cases)
     facts = [_facts(case, task, odd) for case in cases]
-    names = [case.layout for case in found.cases if case.layout]
-    return Inspection(Path(root), names[0], task, facts, found.stray)
+    names = dict.fromkeys(case.layout for case in found.cases if case.layout)
+    layouts = " and ".join(names)
+    return Inspection(Path(root), layouts, task, facts, found.stray, found.remarks)
 
 
 def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:

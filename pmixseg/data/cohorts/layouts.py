@@ -8,23 +8,38 @@ layout          files                                                           
 ``brats2020``   ``BraTS20_Training_001/BraTS20_Training_001_flair.nii.gz``            4
 ``brats2021``   ``BraTS2021_00000/BraTS2021_00000_flair.nii.gz``                      4
 ``brats``       such names with any case name, with or without ``HGG``, ``LGG``       4
-``brats2024``   ``BraTS-GLI-00005-100/BraTS-GLI-00005-100-t2f.nii.gz``                3; 4 = cavity
-``brats2023``   the same names before the cavity became a label                       3
+``brats2024``   ``BraTS-GLI-00005-100/BraTS-GLI-00005-100-t2f.nii.gz``; also MET      3; 4 = cavity
+``brats2023``   the same before the cavity became a label; also MEN, SSA (Africa)     3
+``brats-ped``   the same of children, ``BraTS-PED-…``                                 1 (2, 3, 4)
+``brats-goat``  ``BraTS-GoAT-00000/BraTS-GoAT-00000-t2f.nii.gz``                      3
 ``msd``         Medical Segmentation Decathlon, Task01: 4-D images, ``dataset.json``  from the file
 ``nnunet``      nnU-Net raw: ``imagesTr/x_0000.nii.gz``, ``dataset.json``             from the file
 ==============  ====================================================================  ============
+
+Every ending may also be ``.nii``, ``.mha`` or ``.nrrd``, in small or capital letters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pmixseg.data.cohorts.cases import Case, Found, ImageFile, Layout, Pattern, Tree, match
+from pmixseg.data.cohorts.cases import (
+    ENDINGS,
+    Case,
+    Found,
+    ImageFile,
+    Layout,
+    Pattern,
+    Tree,
+    match,
+)
+from pmixseg.data.cohorts.codings import coding_by_numbers
 from pmixseg.data.cohorts.dataset_json import described_layout
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -39,8 +54,25 @@ __all__ = [
     "search",
 ]
 
-_OLD_SUFFIXES = {"flair": "flair", "t1ce": "t1ce", "t1": "t1", "t2": "t2"}
-_NEW_SUFFIXES = {"flair": "t2f", "t1ce": "t1c", "t1": "t1n", "t2": "t2w"}
+_OLD_SUFFIXES = {
+    "flair": ("flair",),
+    "t1ce": ("t1ce", "t1post", "t1gd", "t1c", "t1_ce", "t1_post", "t1_gd", "t1_c"),
+    "t1": ("t1",),
+    "t2": ("t2",),
+}
+_NEW_SUFFIXES = {"flair": ("t2f",), "t1ce": ("t1c",), "t1": ("t1n",), "t2": ("t2w",)}
+_NOT_READ = {
+    ".dcm": "DICOM: convert series to NIfTI first, with dcm2niix for one",
+    ".ima": "DICOM: convert series to NIfTI first, with dcm2niix for one",
+    ".mhd": "not looked for: convert it to .mha or .nii.gz",
+    ".nhdr": "not looked for: convert it to .nrrd or .nii.gz",
+    ".mgz": "not looked for: convert it to .nii.gz",
+    ".img": "not looked for: convert it to .nii.gz",
+    ".h5": "no scan, but slices of one: use the original files",
+    ".npy": "an array without geometry: use the original files",
+}
+_LOOKED_AT = 2000
+
 _OLD_CODES = {"NCR": 1, "ED": 2, "ET": 4}
 _NEW_CODES = {"NCR": 1, "ED": 2, "ET": 3}
 
@@ -48,21 +80,31 @@ _NEW_CODES = {"NCR": 1, "ED": 2, "ET": 3}
 def _brats(
     name: str,
     stems: tuple[str, ...],
-    suffixes: Mapping[str, str],
+    suffixes: Mapping[str, tuple[str, ...]],
     codes: Mapping[str, int],
     joint: str,
     *,
     case: str = "{case}",
     patterns: Mapping[str, str] | None = None,
     ignored: tuple[int, ...] = (),
+    also: Mapping[int, str] | None = None,
     odd_labels: tuple[str, ...] = (),
 ) -> Layout:
-    """A layout whose every file is ``stem + joint + suffix``."""
+    """A layout whose every file is ``stem + joint + suffix``.
+
+    Some programs unpack every file into a folder of its name, as ``x_flair.nii/0001.nii``.
+    """
+
+    def files(suffix: str) -> tuple[str, ...]:
+        names = [f"{stem}{joint}{suffix}.nii" for stem in stems]
+        return (*(f"{n}.gz" for n in names), *(f"{n}/*.nii.gz" for n in names))
+
     return Layout(
         name=name,
-        images={m: tuple(f"{s}{joint}{x}.nii.gz" for s in stems) for m, x in suffixes.items()},
-        label=(*(f"{s}{joint}seg.nii.gz" for s in stems), *odd_labels),
+        images={m: tuple(p for x in several for p in files(x)) for m, several in suffixes.items()},
+        label=(*files("seg"), *odd_labels),
         codes=codes,
+        also=also or {},
         ignored=ignored,
         case=case,
         fields=patterns or {},
@@ -127,6 +169,24 @@ _PRESETS = (
         case="{patient}-{visit}",
         patterns={"patient": r"(?!BraTS-PED)[^/]+", "visit": r"\d{3}"},
     ),
+    _brats(
+        "brats-ped",
+        (_DASHED,),
+        _NEW_SUFFIXES,
+        {"NCR": 2, "ED": 4, "ET": 1},  # 2 non-enhancing tumour, 3 cystic component: core, not ET
+        "-",
+        case="{patient}-{visit}",
+        patterns={"patient": r"BraTS-PED-[^/]+", "visit": r"\d{3}"},
+        also={3: "NCR"},
+    ),
+    _brats(
+        "brats-goat",
+        (_FLAT,),
+        _NEW_SUFFIXES,
+        _NEW_CODES,
+        "-",
+        patterns={"case": r"BraTS-GoAT-\d+"},
+    ),
     Layout(
         "msd",
         {},
@@ -143,8 +203,15 @@ LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _PRESETS}
 """Presets by name."""
 
 
+LabelNames = Mapping[str, str | int | list[str | int]]
+"""Label of a task -> its name or number(s) in a cohort."""
+
+
 def find_cases(
-    root: Path | str, task: Task, layout: str | Path | Layout | None = None
+    root: Path | str,
+    task: Task,
+    layout: str | Path | Layout | None = None,
+    labels: LabelNames | None = None,
 ) -> list[Case]:
     """The cases under a folder, sorted by name.
 
@@ -153,21 +220,28 @@ def find_cases(
         task: which modalities and labels are wanted.
         layout: name of a preset, a YAML file (see :func:`load_layout`), a layout, or ``None`` to
             recognise it by looking.
+        labels: the task's label -> number(s) in the label files, or name in ``dataset.json``;
+            instead of what the layout says.
 
     Raises:
         InputError: the folder is missing or unreadable, no layout fits, or the layout lacks a
             modality or label of the task.
     """
-    return search(root, task, layout).cases
+    return search(root, task, layout, labels).cases
 
 
-def search(root: Path | str, task: Task, layout: str | Path | Layout | None = None) -> Found:
-    """:func:`find_cases`, together with the NIfTI files that belong to no case."""
+def search(
+    root: Path | str,
+    task: Task,
+    layout: str | Path | Layout | None = None,
+    labels: LabelNames | None = None,
+) -> Found:
+    """:func:`find_cases`, together with the files that belong to no case, and remarks."""
     tree = Tree.of(root)
     if layout is None:
-        return _recognise(tree, task)
+        return _recognise(tree, task, labels)
     chosen = layout if isinstance(layout, Layout) else load_layout(layout)
-    found = match(tree, _for_task(chosen, tree, task))
+    found = match(tree, _for_task(chosen, tree, task, labels))
     if not any(case.images for case in found.cases):
         raise InputError(
             f"{tree.root}: layout '{chosen.name}' finds no case among {_examples(tree)}; name "
@@ -190,7 +264,9 @@ def load_layout(source: str | Path) -> Layout:
         label: "{patient}/{visit}/mask.nii.gz"
         case: "{patient}_{visit}"
         codes: {NCR: 1, ED: 2, ET: 3}
+        also: {6: NCR}             # optional: further numbers of a label
         ignored: [4]
+        patient: "(.+)-[0-9]+"     # optional: where no field is called patient
 
     Raises:
         InputError: no such preset or file, or a file that does not say this.
@@ -231,6 +307,8 @@ def _from_yaml(path: Path, raw: Any) -> Layout:
         given["label"] = (label,) if isinstance(label, str) else tuple(label or ())
     if "codes" in given:
         given["codes"] = {str(k): int(v) for k, v in given["codes"].items()}
+    if "also" in given:
+        given["also"] = {int(k): str(v) for k, v in given["also"].items()}
     given["ignored"] = tuple(int(v) for v in given.get("ignored", ()))
     if base is None:
         return Layout(**{"label": (), "codes": {}, **given})
@@ -244,9 +322,12 @@ def _patterns(raw: Any) -> tuple[Pattern, ...]:
     return tuple(p if isinstance(p, str) else (str(p["file"]), int(p["channel"])) for p in several)
 
 
-def _for_task(layout: Layout, tree: Tree, task: Task) -> Layout:
+def _for_task(layout: Layout, tree: Tree, task: Task, labels: LabelNames | None) -> Layout:
     """The layout with the task's modalities only, completed from ``dataset.json`` if it says so."""
-    full = described_layout(layout, tree, task) if layout.described else layout
+    full = described_layout(layout, tree, task, labels) if layout.described else layout
+    if labels and not layout.described:
+        coding = coding_by_numbers(labels, task, "these labels")
+        full = replace(layout, codes=coding.codes, also=coding.also, ignored=())
     lacking = [m for m in task.modalities if m not in full.images]
     if lacking:
         raise InputError(
@@ -256,17 +337,17 @@ def _for_task(layout: Layout, tree: Tree, task: Task) -> Layout:
     return replace(full, images={m: full.images[m] for m in task.modalities})
 
 
-def _recognise(tree: Tree, task: Task) -> Found:
+def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Found:
     best: Found | None = None
     reasons: list[str] = []
     most = 0
     for preset in _PRESETS:
         try:
-            found = match(tree, _for_task(preset, tree, task))
+            found = match(tree, _for_task(preset, tree, task, labels))
         except InputError as error:
-            reasons += (
-                [str(error)] if preset.described and (tree.root / "dataset.json").exists() else []
-            )
+            described = (tree.root / "dataset.json").exists()
+            told = preset.described if described else labels is not None
+            reasons += [str(error)] if told else []
             continue
         count = sum(len(case.images) for case in found.cases)
         if count > most:
@@ -275,8 +356,10 @@ def _recognise(tree: Tree, task: Task) -> Found:
         raise InputError(
             f"{tree.root}: no known layout fits {_examples(tree)}; name one of "
             f"{', '.join(LAYOUTS)}, or write a YAML file of patterns."
-            + "".join(f" ({reason})" for reason in reasons)
+            + "".join(f" ({reason})" for reason in dict.fromkeys(reasons))
         )
+    if labels:
+        return best
     return replace(best, cases=[_told_by_number(case) for case in best.cases])
 
 
@@ -295,5 +378,13 @@ def _told_by_number(case: Case) -> Case:
 
 def _examples(tree: Tree) -> str:
     if not tree.files:
-        return "this folder (it holds no .nii or .nii.gz file)"
-    return f"{len(tree.files)} NIfTI files such as '{tree.files[0].relative_to(tree.root)}'"
+        return f"this folder (it holds no {', '.join(ENDINGS)} file{_others(tree.root)})"
+    return f"{len(tree.files)} scan files such as '{tree.files[0].relative_to(tree.root)}'"
+
+
+def _others(root: Path) -> str:
+    """What else lies there that may be meant as scans."""
+    for path in islice(root.rglob("*"), _LOOKED_AT):
+        if path.suffix.lower() in _NOT_READ:
+            return f", but {path.relative_to(root)}, which is {_NOT_READ[path.suffix.lower()]}"
+    return ""

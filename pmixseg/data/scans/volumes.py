@@ -266,6 +266,7 @@ class Coding:
         ignored: Sequence[int] = (),
         doubtful: Sequence[int] = (),
         witness: str = "",
+        also: Mapping[int, str] | None = None,
     ) -> Coding:
         """The coding of one layout.
 
@@ -275,24 +276,29 @@ class Coding:
             ignored: numbers that become background.
             doubtful: see the class.
             witness: see the class.
+            also: further number -> label name.
 
         Raises:
             InputError: a label without a number of its own from 1 to 255, or a name too many.
         """
         used = dict(codes or {name: i + 1 for i, name in enumerate(task.labels)})
-        numbers = [*used.values(), *ignored]
+        further = dict(also or {})
+        numbers = [*used.values(), *further, *ignored]
         usable = len({0, *numbers}) == len(numbers) + 1 and all(0 < n < 256 for n in numbers)
-        if set(used) != set(task.labels) or not usable:
+        known = set(further.values()) <= set(task.labels)
+        if set(used) != set(task.labels) or not usable or not known:
             raise InputError(
-                f"label codes {used} with ignored codes {list(ignored)} must give each of "
-                f"{list(task.labels)} a number of its own from 1 to 255; correct the layout."
+                f"label codes {used}{f' and {further}' if further else ''} with ignored codes "
+                f"{list(ignored)} must give each of {list(task.labels)} a number of its own from 1 "
+                "to 255; correct the layout."
             )
         table = np.full(256, _NO_CLASS, dtype=np.uint8)
         table[[0, *ignored]] = 0
         for index, name in enumerate(task.labels):
-            table[used[name]] = index + 1
-        known = witness if witness in used else ""
-        return cls(table, used, tuple(ignored), tuple(doubtful) if known else (), known)
+            table[[used[name], *(n for n, label in further.items() if label == name)]] = index + 1
+        if witness not in used:
+            return cls(table, used, tuple(ignored))
+        return cls(table, used, tuple(ignored), tuple(doubtful), witness)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ def _asked(recipe: Recipe, case: Case) -> dict[str, Any]:
         "ignored": list(case.ignored),
         "doubtful": list(case.doubtful),
         "witness": case.witness,
+        "also": {str(number): label for number, label in case.also.items()},
         "odd_one_out": case.case_id in recipe.odd,
         "parameters": dict(recipe.parameters),
     }

@@ -85,7 +85,7 @@ def test_nnunet(touch, content, codes, ignored):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"labels": MSD_LABELS}, "KeyError: 'modality'"),
+        ({"labels": MSD_LABELS}, "neither 'channel_names' nor 'modality'"),
         ({"modality": {"0": "CT"}, "labels": MSD_LABELS}, "none of its channels"),
         (
             {"modality": MSD_CHANNELS, "labels": {"0": "background", "1": "liver"}},

@@ -87,10 +87,12 @@ def test_2024_by_its_numbers(touch):
     assert case.ignored == (4,) and case.patient == "BraTS-GLI-00005"
 
 
-def test_paediatric_labels_are_not_guessed(touch):
+def test_paediatric_labels_have_numbers_of_their_own(touch):
     root = touch(*brats_files("BraTS-PED-00002-000", NEW, "-"))
-    with pytest.raises(InputError, match="no known layout fits 5 NIfTI files such as"):
-        find_cases(root, BRATS)
+    (case,) = find_cases(root, BRATS)
+    check([case], "brats-ped", ["BraTS-PED-00002-000"], {"NCR": 2, "ED": 4, "ET": 1})
+    assert case.also == {3: "NCR"}, "non-enhancing tumour and cysts are core"
+    assert case.coding(BRATS).table[:5].tolist() == [0, 3, 1, 1, 2]
 
 
 def test_a_guess_can_be_overridden(touch):
@@ -98,7 +100,7 @@ def test_a_guess_can_be_overridden(touch):
     assert find_cases(root, BRATS, "brats")[0].layout == "brats"
     recoded = replace(LAYOUTS["brats2021"], name="mine", codes=NEW_CODES)
     assert find_cases(root, BRATS, recoded)[0].codes == NEW_CODES
-    with pytest.raises(InputError, match="layout 'brats2018' finds no case among 5 NIfTI files"):
+    with pytest.raises(InputError, match="layout 'brats2018' finds no case among 5 scan files"):
         find_cases(root, BRATS, "brats2018")
     with pytest.raises(InputError, match="layout 'brats18' is not known; use one of brats2018, "):
         find_cases(root, BRATS, "brats18")
@@ -165,9 +167,9 @@ def test_missing_empty_and_unreadable_roots(touch, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is not a folder"):
         find_cases(tmp_path / "file", BRATS)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"it holds no \.nii or \.nii\.gz file"):
+    with pytest.raises(InputError, match=r"it holds no \.nii, \.nii\.gz, \.mha, \.nrrd file"):
         find_cases(tmp_path / "empty", BRATS)
-    with pytest.raises(InputError, match=r"it holds no \.nii or \.nii\.gz file"):
+    with pytest.raises(InputError, match=r"it holds no \.nii, \.nii\.gz, \.mha, \.nrrd file"):
         find_cases(tmp_path / "empty", BRATS, "brats2021")
     root = touch(*brats_files("BraTS2021_00000"), *brats_files("BraTS2021_00001"))
     closed = {root / "BraTS2021_00001"}

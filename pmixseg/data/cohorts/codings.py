@@ -1,0 +1,164 @@
+"""Which numbers of a label file mean which label, by the names that others give to labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pmixseg.errors import InputError
+from pmixseg.task import Task
+
+Numbers = tuple[int, ...]
+"""The numbers of one label or region."""
+
+_SPELLINGS = {
+    "ncr": (
+        "ncrnet netc net necrosis necrotic necroticcore necrotictumor necrotictumorcore "
+        "nonenhancing nonenhancingtumor nonenhancingtumorcore nonenhancingcore "
+        "necroticandnonenhancingtumor necroticandnonenhancingtumorcore necroticnonenhancingtumor "
+        "necroticnonenhancingtumorcore necroticandnonenhancing ncrandnet necrosisandnonenhancing"
+    ),
+    "ed": (
+        "edema oedema edematous edematoustissue peritumoral peritumoraledema peritumoraloedema "
+        "peritumoraledematoustissue vasogenicedema snfh flairhyperintensity "
+        "surroundingnonenhancingflairhyperintensity invadedtissue"
+    ),
+    "et": (
+        "enhancing enhancement enhancingtumor enhancingtissue enhancingcore gdenhancing "
+        "gdenhancingtumor gadoliniumenhancingtumor contrastenhancing contrastenhancingtumor "
+        "activetumor"
+    ),
+    "wt": "whole wholetumor complete completetumor",
+    "tc": "core tumorcore",
+}
+"""Names of the same label or region, lower case, American, letters and digits only."""
+
+_OUTSIDE = frozenset({"rc", "resectioncavity", "cavity", "resection"})
+"""Labels that are outside every region."""
+
+_NOT_ANNOTATED = "ignore"
+"""What nnU-Net calls voxels that nobody annotated."""
+
+
+@dataclass(frozen=True)
+class NamedCoding:
+    """Numbers of label files.
+
+    Args:
+        codes: label -> its number, which results have, too.
+        also: further number -> label.
+        ignored: numbers that become background.
+    """
+
+    codes: Mapping[str, int]
+    also: Mapping[int, str]
+    ignored: Numbers
+
+
+def coding_by_names(
+    numbers: Mapping[str, Numbers],
+    task: Task,
+    where: str,
+    labels: Mapping[str, Any] | None = None,
+) -> NamedCoding:
+    """Match the labels of a cohort to those of a task.
+
+    Args:
+        numbers: the cohort's name of a label, or of a region, -> its numbers.
+        task: whose labels or regions are looked for, by the usual spellings.
+        where: how messages name the file.
+        labels: the task's label -> name or number(s); where given, spellings are not used, and
+            what it does not name is ignored.
+
+    Raises:
+        InputError: they cannot be matched.
+    """
+    if labels:
+        chosen = {label: _chosen(labels, label, numbers, where) for label in task.labels}
+        used = {n for several in chosen.values() for n in several}
+        rest = {n for several in numbers.values() for n in several} - used - {0}
+        return _coding(chosen, tuple(sorted(rest)))
+    if any(_plain(name) == _NOT_ANNOTATED for name in numbers):
+        raise InputError(
+            f"{where}: its label 'ignore' marks voxels that nobody annotated, which cannot be left "
+            "out of training here; say which labels to read (--labels, data.labels), then these "
+            "voxels become background, or leave such cases out."
+        )
+    outside = {name for name in numbers if _plain(name) in _OUTSIDE}
+    ignored = tuple(n for name in numbers if name in outside for n in numbers[name])
+    inside = {name: several for name, several in numbers.items() if name not in outside}
+    single = {_matching(name, task.labels): several for name, several in inside.items()}
+    if set(single) == set(task.labels) and len(single) == len(inside):
+        return _coding({label: single[label] for label in task.labels}, ignored)
+    regions = {_matching(name, task.regions): set(n) for name, n in inside.items()}
+    if set(regions) == set(task.regions) and len(regions) == len(inside):
+        parts = {label: _part(label, regions, task) for label in task.labels}
+        if all(parts.values()):
+            return _coding(parts, ignored)
+    raise InputError(
+        f"{where}: its labels {list(numbers)} cannot be matched to the labels {list(task.labels)} "
+        f"or regions {list(task.regions)} of task '{task.name}'; say which is which, such as "
+        f"--labels {task.labels[0]}={next(iter(numbers), 'NAME')} … (data.labels in YAML), or "
+        "write a layout file."
+    )
+
+
+def coding_by_numbers(labels: Mapping[str, Any], task: Task, where: str) -> NamedCoding:
+    """The coding of a cohort that has no names for its labels.
+
+    Args:
+        labels: the task's label -> number or numbers.
+        task: its labels.
+        where: how messages name what was given.
+
+    Raises:
+        InputError: a label without a number.
+    """
+    return _coding({label: _chosen(labels, label, {}, where) for label in task.labels}, ())
+
+
+def _chosen(
+    labels: Mapping[str, Any], label: str, numbers: Mapping[str, Numbers], where: str
+) -> Numbers:
+    known = ", ".join(f"{name} ({', '.join(map(str, n))})" for name, n in numbers.items())
+    value = labels.get(label)
+    several = value if isinstance(value, list | tuple) else [value]
+    found: list[int] = []
+    for one in several:
+        if isinstance(one, str) and one in numbers:
+            found += numbers[one]
+        elif isinstance(one, int | str) and re.fullmatch(r"\d+", str(one)):
+            found.append(int(one))
+        else:
+            raise InputError(
+                f"{where}: {one!r} is given for {label}; give a number"
+                + (f", or one of {known}." if known else ".")
+            )
+    return tuple(dict.fromkeys(found))
+
+
+def _coding(numbers: Mapping[str, Numbers], ignored: Numbers) -> NamedCoding:
+    also = {n: label for label, several in numbers.items() for n in several[1:]}
+    return NamedCoding({label: several[0] for label, several in numbers.items()}, also, ignored)
+
+
+def _part(label: str, regions: Mapping[str | None, set[int]], task: Task) -> Numbers:
+    """The numbers that are in all regions of a label and in no other."""
+    inside = [regions[r] for r in task.regions if label in task.regions[r]]
+    without = [regions[r] for r in task.regions if label not in task.regions[r]]
+    return tuple(sorted(set.intersection(*inside).difference(*without))) if inside else ()
+
+
+def _matching(name: str, candidates: Iterable[str]) -> str | None:
+    plain = _plain(name)
+    for candidate in candidates:
+        own = _plain(candidate)
+        if plain == own or plain in _SPELLINGS.get(own, "").split():
+            return candidate
+    return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower()).replace("tumour", "tumor")
