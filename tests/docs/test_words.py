@@ -1,0 +1,78 @@
+"""Pages as a reader meets them: links that lead somewhere, a README of three screens."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import DOCS, ROOT
+
+LONGEST_SENTENCE = 25
+MOST_WORDS = 1100
+LINK = re.compile(r"(?<!!)\[[^]]*\]\(([^)\s]+)\)|!\[[^]]*\]\(([^)\s]+)\)")
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "experiments").rglob("*.md")),
+    *sorted((ROOT / ".github").rglob("*.md")),
+]
+
+
+def prose(text):
+    """A page without code, tables, headings and addresses."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    return "\n".join(line for line in text.splitlines() if not line.startswith(("|", "#")))
+
+
+def sentences(text):
+    plain = re.sub(r"^\s*[*-] ", "\n", prose(text), flags=re.MULTILINE)
+    return [s for s in re.split(r"(?<=[.!?])\s+|\n\n", plain) if s.strip()]
+
+
+def test_sentences_are_told_apart():
+    text = "# Title\n\nOne two. Three\nfour!\n\n| a | b |\n\n```bash\ncode. code.\n```\n* five"
+    assert [len(s.split()) for s in sentences(text)] == [2, 2, 1]
+
+
+def test_no_sentence_of_the_readme_is_long():
+    text = (ROOT / "README.md").read_text()
+    assert [s for s in sentences(text) if len(s.split()) > LONGEST_SENTENCE] == []
+
+
+def test_the_readme_fits_three_screens():
+    assert len((ROOT / "README.md").read_text().split()) <= MOST_WORDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    links = [a or b for a, b in LINK.findall(page.read_text())]
+    inside = [link.split("#")[0] for link in links if "://" not in link and link[0] != "#"]
+    assert [link for link in inside if not (page.parent / link).exists()] == []
+
+
+def test_pages_that_code_names_exist():
+    """Docstrings say where the method stands, as ``docs/method/anchors.md``."""
+    named = {
+        (name, path)
+        for folder in ("pmixseg", "tests", "experiments")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml", ".md")
+        for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text())
+    }
+    assert named
+    assert {(n, str(p)) for n, p in named if not (ROOT / n).exists()} == set()
+
+
+def test_the_distances_of_the_page_are_those_of_the_package():
+    from pmixseg.losses import DISTANCES
+
+    page = (DOCS / "method" / "alignment.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert set(DISTANCES) <= listed
+
+
+def test_the_glossary_has_at_most_fifteen_words():
+    page = Path(DOCS / "start" / "glossary.md").read_text()
+    assert len([line for line in page.splitlines() if line.startswith("| ")]) - 1 <= 15
