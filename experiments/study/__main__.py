@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 
 from experiments.study.analysis import analyse
 from experiments.study.plan import Plan, read_plan
-from experiments.study.results import StudyResults
+from experiments.study.results import TRAININGS, StudyResults
 from experiments.study.runner import Runner
 from experiments.study.training import COHORT, ENDED
 from pmixseg.errors import InputError
@@ -85,21 +86,28 @@ def run(plan: Plan, args: argparse.Namespace) -> int:
     )
     try:
         if args.fit is not None:
-            plan = fitted(plan, args.fit, runner, work / "steps.json")
+            plan = fitted(plan, args.fit, runner, work / STEPS, folder)
         known = earlier(plan, folder, work)
         if known is not None:
             runner.durations = durations(plan, known)
+        runner.keep = partial(keep, plan, folder, work)
         runner.run(plan.trainings, set() if known is None else set(known.trainings["run"]))
     except KeyboardInterrupt:
         _say("stopped; repeat the command to go on")
     finally:
         runner.stop()
-    now = earlier(plan, folder, work)
-    if now is not None:
-        now.write(folder)
+    keep(plan, folder, work)
     return status(plan, args.results) or (1 if runner.failed else 0)
 
 
+def keep(plan: Plan, folder: Path, work: Path) -> None:
+    """Write what has ended into the study's results."""
+    results = earlier(plan, folder, work)
+    if results is not None:
+        results.write(folder)
+
+
+STEPS = "steps.json"
 TRIAL_STEPS = 60
 OVERHEAD = 15.0
 """Seconds of a training beside its steps: the gap measured twice, and the test."""
@@ -107,17 +115,17 @@ SHARE = 0.85
 """Of the time that is planned with: speed differs between arms and over time."""
 
 
-def fitted(plan: Plan, seeds: int, runner: Runner, kept: Path) -> Plan:
+def fitted(plan: Plan, seeds: int, runner: Runner, kept: Path, folder: Path) -> Plan:
     """The same plan with as many steps as the time allows, equal in all trainings.
 
-    The choice rests on speed alone. It is made once per folder of work, so that a study that goes
-    on later keeps it.
+    The choice rests on speed alone. It is made once, so that a study that goes on later keeps it.
 
     Args:
         plan: its steps are the most that are taken.
         seeds: so many shall end.
         runner: its processes train for a moment, all at once, and then go on with the study.
         kept: file of the choice.
+        folder: of the study's results; what has ended there made the choice already.
 
     Raises:
         InputError: the plan has trainings of different lengths, or there is no time at all.
@@ -128,7 +136,9 @@ def fitted(plan: Plan, seeds: int, runner: Runner, kept: Path) -> Plan:
             f"{plan.name}: --fit needs one length, and the plan has {sorted(lengths)}."
         )
     most = int(lengths.pop())
-    if kept.is_file():
+    if (folder / TRAININGS).is_file():
+        steps = int(StudyResults.read(folder).trainings["steps"].iloc[0])
+    elif kept.is_file():
         steps = int(json.loads(kept.read_text(encoding="utf-8"))["steps"])
     else:
         trials = [
@@ -157,7 +167,7 @@ def earlier(plan: Plan, folder: Path, work: Path) -> StudyResults | None:
     """
     names = [training.name for training in plan.trainings]
     here = StudyResults.gather(plan.name, work / ENDED, names)
-    there = StudyResults.read(folder) if (folder / "trainings.csv").is_file() else None
+    there = StudyResults.read(folder) if (folder / TRAININGS).is_file() else None
     both = there.joined(here) if here and there else here or there
     if both is not None:
         made = dict(zip(both.trainings["run"], both.trainings["settings"], strict=True))
@@ -187,7 +197,7 @@ def status(plan: Plan, results: Path) -> int:
     """Say per group and arm what has ended; 3 where something is left."""
     folder = results / plan.name
     rows: Mapping[str, Any] = {}
-    if (folder / "trainings.csv").is_file():
+    if (folder / TRAININGS).is_file():
         rows = StudyResults.read(folder).trainings.set_index("run").to_dict("index")
     counts: dict[tuple[str, str], list[int]] = {}
     seconds = 0.0

@@ -78,8 +78,9 @@ class Cohort:
         used = {str(name) for part in parts for name in part}
         grid = None if self.spacing is None else (self.spacing,) * 3
         cases = [case for case in find_cases(root, BRATS) if case.case_id in used]
+        # Which cases there are is the plan's choice, and was made before: no judge takes one out.
         report = prepare(
-            cases, folder / STORE, BRATS, spacing=grid, workers=workers, progress=False
+            cases, folder / STORE, BRATS, spacing=grid, workers=workers, progress=False, force=True
         )
         if report.failed or len(cases) < len(used):
             raise InputError(f"{root}: {' '.join(report.failed.values()) or 'cases are missing.'}")

@@ -51,6 +51,9 @@ def serve(pipe: Connection, cohort: Cohort, work: Path, threads: int) -> None:
             pipe.send(("failed", traceback.format_exc()))
 
 
+KEEP_EVERY = 20.0
+
+
 @dataclass
 class Worker:
     """A process that trains one thing after the other.
@@ -86,6 +89,7 @@ class Runner:
         until: nothing is begun that would not end by then (``time.monotonic()``), and whatever
             runs then is stopped.
         tell: called with a line per event.
+        keep: called when trainings have ended, at most every :data:`KEEP_EVERY` seconds.
         durations: seconds of trainings that ended, by (group, arm, part).
     """
 
@@ -95,6 +99,7 @@ class Runner:
     threads: int = 1
     until: float = float("inf")
     tell: Callable[[str], None] = print
+    keep: Callable[[], None] | None = None
     durations: dict[tuple[str, str, str], float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     workers: list[Worker] = field(default_factory=list)
@@ -128,6 +133,7 @@ class Runner:
         ]
         done = {t.name for t in trainings} - {t.name for t in waiting}
         figures: list[dict[str, Any]] = []
+        kept = time.monotonic()
         while True:
             self._hand_out(waiting, done)
             busy = [w for w in self.workers if w.training is not None]
@@ -142,6 +148,11 @@ class Runner:
             for worker in busy:
                 if worker.pipe in ready:
                     self._take(worker, done, figures)
+            if self.keep is not None and time.monotonic() > kept + KEEP_EVERY:
+                # After the next trainings were begun, so that none waits for it.
+                self._hand_out(waiting, done)
+                self.keep()
+                kept = time.monotonic()
 
     def _lacks_weights(
         self, training: Training, trainings: Sequence[Training], ended: set[str]

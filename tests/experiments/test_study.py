@@ -1,6 +1,7 @@
 """The runner of studies: plans, cases, a whole small study, stops of every kind, its tables."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,7 +272,7 @@ def test_nothing_is_begun_that_would_not_end_in_time(plan_file, tmp_path, capsys
     assert not (tmp_path / "work" / "small" / one_training.ENDED).exists()
 
 
-def test_steps_are_fitted_to_the_time_once_and_alike(plan_file, tmp_path):
+def test_steps_are_fitted_to_the_time_once_and_alike(ran, plan_file, tmp_path):
     class Clock(Runner):
         """A runner of two processes with 200 s left, in each of which 10 steps take a second."""
 
@@ -283,19 +284,22 @@ def test_steps_are_fitted_to_the_time_once_and_alike(plan_file, tmp_path):
     plan = read_plan(plan_file, {"training.steps": 10_000})
     # Five trainings of one seed are three waves: 10 · (200 · 0.85 / 3 − 15) = 416.7.
     runner = Clock(plan.cohort, tmp_path, jobs=2, until=time.monotonic() + 200, tell=str)
-    first = fitted(plan, 1, runner, tmp_path / "steps.json")
+    first = fitted(plan, 1, runner, tmp_path / "steps.json", tmp_path)
     assert {t.settings["steps"] for t in first.trainings} == {400}
     assert len(first.trainings) == len(plan.trainings)
     # Ten of two seeds are five waves, but the choice stands.
-    again = fitted(plan, 2, runner, tmp_path / "steps.json")
+    again = fitted(plan, 2, runner, tmp_path / "steps.json", tmp_path)
     assert {t.settings["steps"] for t in again.trainings} == {400}
-    other = fitted(plan, 2, runner, tmp_path / "other.json")
+    other = fitted(plan, 2, runner, tmp_path / "other.json", tmp_path)
     assert {t.settings["steps"] for t in other.trainings} == {180}
-    few = fitted(read_plan(plan_file), 1, runner, tmp_path / "few.json")
+    few = fitted(read_plan(plan_file), 1, runner, tmp_path / "few.json", tmp_path)
     assert {t.settings["steps"] for t in few.trainings} == {2}
+    shutil.copytree(ran / "results" / "small", tmp_path / "results")
+    known = fitted(plan, 2, runner, tmp_path / "none.json", tmp_path / "results")
+    assert {t.settings["steps"] for t in known.trainings} == {2}
     late = replace(runner, until=time.monotonic() + 30)
     with pytest.raises(InputError, match="too few for a training"):
-        fitted(plan, 2, late, tmp_path / "late.json")
+        fitted(plan, 2, late, tmp_path / "late.json", tmp_path)
 
 
 def test_steps_of_two_lengths_are_not_fitted(plan_file, tmp_path, capsys):
