@@ -137,6 +137,31 @@ def all_combinations(modalities: Sequence[str]) -> list[Combination]:
     return [c for n in range(1, len(modalities) + 1) for c in subsets_of_size(modalities, n)]
 
 
+def balanced_combinations(modalities: Sequence[str], turn: int = 0) -> list[Combination]:
+    """Return a few combinations in which every modality is shown equally often.
+
+    Of M modalities in a circle: neighbours, from 1 to M/2 of them, each beside all the others, and
+    everything. 5 of the 15 of four modalities.
+
+    Args:
+        modalities: names, in task order.
+        turn: where on the circle to begin, so that another modality stands alone.
+
+    Example:
+        >>> [format_combination(c) for c in balanced_combinations(["a", "b", "c", "d"])]
+        ['a', 'b+c+d', 'a+b', 'c+d', 'a+b+c+d']
+        >>> [format_combination(c) for c in balanced_combinations(["a", "b", "c", "d"], turn=3)]
+        ['d', 'a+b+c', 'a+d', 'b+c', 'a+b+c+d']
+    """
+    count = len(modalities)
+    chosen: list[Combination] = []
+    for size in range(1, count // 2 + 1):
+        some = {(turn + k) % count for k in range(size)}
+        chosen.append(tuple(m for k, m in enumerate(modalities) if k in some))
+        chosen.append(tuple(m for k, m in enumerate(modalities) if k not in some))
+    return [*chosen, tuple(modalities)]
+
+
 def format_combination(combination: Iterable[str]) -> str:
     """Names joined by ``+``."""
     return "+".join(combination)

@@ -200,17 +200,17 @@ class SegmentationNetwork(LightningModule, Described):
             self.preparation = self.preparation.merge(data, self.evaluation, fitting=stage == "fit")
 
     @abstractmethod
-    def draw_validation_combination(self, item: CaseItem) -> Combination:
-        """The combination a validation case is scored on."""
+    def validation_combinations(self, item: CaseItem) -> list[Combination]:
+        """Return the combinations that a validation case is scored on, the same in every epoch."""
 
     def validation_step(self, item: CaseItem, batch_idx: int) -> None:
-        """Dice per region of a whole case on one combination, fixed per case."""
-        combination = self.draw_validation_combination(item)
-        prediction = next(iter(self.predict_item(item, [combination])))
-        classes = prediction.on_grid()
-        scores = region_dice(classes, item["label"].to(classes.device), self.task)
-        dice = torch.tensor([scores[region] for region in self.task.regions])
-        self.validation_dice.update(dice, item["case_id"])
+        """Score a whole case: Dice per region, the mean over several combinations."""
+        scores = []
+        for prediction in self.predict_item(item, self.validation_combinations(item)):
+            classes = prediction.on_grid()
+            dice = region_dice(classes, item["label"].to(classes.device), self.task)
+            scores.append([dice[region] for region in self.task.regions])
+        self.validation_dice.update(torch.tensor(scores).mean(0), item["case_id"])
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/dice`` and ``val/dice/<region>``, averaged over cases of all ranks."""

@@ -10,8 +10,11 @@ import torch
 from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError
 from pmixseg.modules.base import SegmentationModule
-from pmixseg.task import Combination, parse_combination, presence
+from pmixseg.task import Combination, balanced_combinations, parse_combination, presence
 from pmixseg.types import Batch, Presence
+
+CHEAP = 15
+"""Combinations of one encoding that a validation decodes, if not told otherwise."""
 
 
 class StudentModule(SegmentationModule):
@@ -63,11 +66,23 @@ class StudentModule(SegmentationModule):
             return usable
         return self.sampler.draw(batch["key"], usable, self.task.modalities)
 
-    def draw_validation_combination(self, item: CaseItem) -> Combination:
-        """Drawn from the case's key, the same in every epoch."""
-        usable = torch.tensor([presence(self.acquired_names(item), self.task.modalities)])
+    def validation_combinations(self, item: CaseItem) -> list[Combination]:
+        """Return what ``evaluation.validation`` says, of what was acquired.
+
+        A student that is shown all of its combination in training is validated on that alone.
+        """
+        acquired, how = self.acquired_names(item), self.evaluation.validation
         if not self.draws:
-            return self.acquired_names(item)
-        key = item["key"].reshape(1).cpu()
-        drawn = self.sampler.draw(key, usable, self.task.modalities)[0]
+            return [acquired]
+        if how == "drawn":
+            return [self._drawn(item, acquired)]
+        every = self.test_combinations(item)
+        cheap = self.shares_encoding and len(every) <= CHEAP
+        if how == "all" or (how == "auto" and cheap):
+            return every
+        return balanced_combinations(acquired, int(item["key"]) % len(acquired))
+
+    def _drawn(self, item: CaseItem, acquired: Combination) -> Combination:
+        usable = torch.tensor([presence(acquired, self.task.modalities)])
+        drawn = self.sampler.draw(item["key"].reshape(1).cpu(), usable, self.task.modalities)[0]
         return tuple(m for m, f in zip(self.task.modalities, drawn.tolist(), strict=True) if f)

@@ -35,9 +35,9 @@ class TeacherModule(SegmentationModule):
         """Everything acquired."""
         return batch["acquired"]
 
-    def draw_validation_combination(self, item: CaseItem) -> Combination:
-        """Everything acquired."""
-        return self.acquired_names(item)
+    def validation_combinations(self, item: CaseItem) -> list[Combination]:
+        """Everything acquired: what it is trained for."""
+        return [self.acquired_names(item)]
 
     def extra_loss(self, latents: Latents, batch: Batch, parts: dict[str, Tensor]) -> Tensor:
         """λ_w · L_seg of the same encoding, decoded from a drawn subset with filled slots."""

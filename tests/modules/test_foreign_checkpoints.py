@@ -123,7 +123,7 @@ def test_a_repeated_case_weighs_once_in_validation(phantom_store):
     for name, hit in (("a", 1.0), ("b", 0.0), ("a", 1.0)):
         module.predict_item = lambda item, combinations, hit=hit: iter([Fixed(truth * int(hit))])
         item = {"case_id": name, "label": truth, "acquired": torch.ones(4).bool()}
-        module.draw_validation_combination = lambda item: BRATS.modalities
+        module.validation_combinations = lambda item: [BRATS.modalities]
         module.validation_step(item, 0)
     module.on_validation_epoch_end()
     assert logged["val/dice/WT"] == pytest.approx(0.5)

@@ -1,0 +1,111 @@
+"""``val/dice`` is the mean over several combinations of every case."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
+from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.missing import Bernoulli
+from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.scores.metrics import region_dice
+from pmixseg.modules import StudentModule, TeacherModule
+from pmixseg.task import BRATS, balanced_combinations, format_combination
+
+SEGRESNET = {
+    "class_path": "monai.networks.nets.SegResNet",
+    "init_args": {"init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]},
+}
+FIVE = ["flair", "t1ce+t1+t2", "flair+t1ce", "t1+t2", "flair+t1ce+t1+t2"]
+
+
+def student(validation="auto", backbone=None, **arguments):
+    torch.manual_seed(0)
+    return StudentModule(
+        backbone=backbone or MultiEncoderUNet(width=4, levels=2),
+        evaluation=EvaluationSettings(overlap=0.0, validation=validation),
+        **arguments,
+    )
+
+
+def item_of(acquired=(True,) * 4, key=0):
+    return {"case_id": "a", "acquired": torch.tensor(acquired), "key": torch.tensor(key)}
+
+
+def names(module, item=None):
+    return [format_combination(c) for c in module.validation_combinations(item or item_of())]
+
+
+def test_all_combinations_where_one_encoding_serves_them_else_a_balanced_set():
+    every = [format_combination(c) for c in BRATS.combinations()]
+    fused = EarlyFusion(SEGRESNET)
+    assert names(student()) == every and len(every) == 15
+    assert names(student(backbone=fused)) == FIVE
+    assert names(student("all", fused)) == every
+    assert names(student("balanced")) == FIVE
+    assert names(student(), item_of((True, False, False, True))) == ["flair", "t2", "flair+t2"]
+
+
+def test_one_drawn_combination_is_that_of_the_sampler_and_of_the_key():
+    module = student("drawn", sampler=Bernoulli({"flair": 0.9}))
+    drawn = [names(module, item_of(key=key)) for key in range(40)]
+    assert all(len(one) == 1 for one in drawn)
+    assert {one[0] for one in drawn} == {"flair+t1ce+t1+t2", "t1ce+t1+t2"}
+    assert drawn == [names(module, item_of(key=key)) for key in range(40)]
+
+
+def test_what_is_trained_for_one_combination_is_validated_on_it():
+    assert names(student(combination="t1+t2")) == ["t1+t2"]
+    teacher = TeacherModule(backbone=MultiEncoderUNet(width=4, levels=2))
+    assert names(teacher) == ["flair+t1ce+t1+t2"]
+    assert names(teacher, item_of((True, False, True, True))) == ["flair+t1+t2"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_a_balanced_set_shows_every_modality_equally_often(count):
+    modalities = [f"m{k}" for k in range(count)]
+    singles = set()
+    for turn in range(count):
+        chosen = balanced_combinations(modalities, turn)
+        assert len(set(chosen)) == len(chosen)
+        assert chosen[-1] == tuple(modalities) and all(chosen)
+        shown = {m: sum(m in c for c in chosen) for m in modalities}
+        assert len(set(shown.values())) == 1
+        singles |= {c[0] for c in chosen if len(c) == 1}
+    assert singles == set(modalities)
+
+
+def test_six_modalities_are_not_validated_on_all_63():
+    module = student()
+    module.test_combinations = lambda item: [("flair",)] * 63
+    assert names(module) == FIVE
+
+
+def test_an_unknown_word_is_refused():
+    with pytest.raises(InputError, match=r"evaluation\.validation is 'some'"):
+        EvaluationSettings(validation="some")
+
+
+def test_the_logged_dice_is_the_mean_over_combinations_then_over_cases(phantom_store, tmp_path):
+    module = student("balanced")
+    data = BraTSDataModule(phantom_store, patch_size=16, batch_size=2)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    )
+    found = trainer.validate(module, data, verbose=False)[0]
+    assert set(found) == {"val/dice", "val/dice/WT", "val/dice/TC", "val/dice/ET"}
+    module.eval()
+    means = []
+    for item in data.val_dataloader():
+        scores = []
+        for combination in module.validation_combinations(item):
+            prediction = next(iter(module.predict_item(item, [combination])))
+            scores.append(region_dice(prediction.on_grid(), item["label"], BRATS)["WT"])
+        means.append(sum(scores) / len(scores))
+        assert len(scores) == 5
+    assert found["val/dice/WT"] == pytest.approx(sum(means) / len(means), rel=1e-5)
