@@ -238,7 +238,7 @@ class MMFormer(Backbone):
         initialise(self)
 
     def encode(self, image: Image, present: Presence) -> Latents:
-        """See :meth:`Backbone.encode`."""
+        """Return the latents of the shown modalities, one per modality and level."""
         check_input(image, present, self.modalities, self.strides, least=2)
         pieces = encode_slots(self.encoders, image, present, self.recompute)
         features = join_levels(pieces, present, LEVELS)
@@ -246,7 +246,7 @@ class MMFormer(Backbone):
         return EncodedLatents(features, self.modalities, flags, encoded=present, pieces=pieces)
 
     def decode(self, latents: Latents) -> SegOutput:
-        """See :meth:`Backbone.decode`."""
+        """Return the logits that the decoder makes of the latents."""
         lowest = self._between(latents.masked(LEVELS - 1))
         logits, extras, maps = self.decoder_fuse(latents, lowest)
         if self.training and self.decoder_sep is not None and isinstance(latents, EncodedLatents):

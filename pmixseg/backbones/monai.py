@@ -81,12 +81,12 @@ class SegResNetCut(Cut):
         self.strides = tuple(2**k for k in levels)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """See :class:`Cut`."""
+        """Return the feature maps of the network, finest first."""
         features: list[Tensor] = self.network.encode(x)[1]
         return features
 
     def decode(self, features: list[Tensor], training: bool) -> Decoded:
-        """See :class:`Cut`."""
+        """Return logits, auxiliary outputs and decoder maps from feature maps."""
         net, x, maps = self.network, features[-1], []
         if type(net).decode is not SegResNet.decode:
             return Decoded(net.decode(x, features[::-1]), {}, [])
@@ -120,7 +120,7 @@ class UNetCut(Cut):
         self.strides = (*strides, strides[-1])
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """See :class:`Cut`."""
+        """Return the feature maps of the network, finest first."""
         features = []
         for layer in (*self.downs, self.bottom):
             x = layer(x)
@@ -128,7 +128,7 @@ class UNetCut(Cut):
         return features
 
     def decode(self, features: list[Tensor], training: bool) -> Decoded:
-        """See :class:`Cut`."""
+        """Return logits, auxiliary outputs and decoder maps from feature maps."""
         x, maps = features[-1], []
         for up, skip in zip(reversed(self.ups), reversed(features[:-1]), strict=True):
             x = up(torch.cat([skip, x], 1))
@@ -151,7 +151,7 @@ class DynUNetCut(Cut):
             )
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """See :class:`Cut`."""
+        """Return the feature maps of the network, finest first."""
         net, features = self.network, []
         for layer in (net.input_block, *net.downsamples, net.bottleneck):
             x = layer(x)
@@ -159,7 +159,7 @@ class DynUNetCut(Cut):
         return features
 
     def decode(self, features: list[Tensor], training: bool) -> Decoded:
-        """See :class:`Cut`."""
+        """Return logits, auxiliary outputs and decoder maps from feature maps."""
         net, x, extras, maps = self.network, features[-1], {}, []
         heads = net.deep_supervision_heads if training and net.deep_supervision else []
         for level in reversed(range(len(features) - 1)):
@@ -181,14 +181,14 @@ class SwinUNETRCut(Cut):
         self.strides = (1, *(network.patch_size * 2**k for k in range(5)))
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """See :class:`Cut`."""
+        """Return the feature maps of the network, finest first."""
         net = self.network
         hidden = net.swinViT(x, net.normalize)
         skips = [net.encoder2(hidden[0]), net.encoder3(hidden[1]), net.encoder4(hidden[2])]
         return [net.encoder1(x), *skips, hidden[3], net.encoder10(hidden[4])]
 
     def decode(self, features: list[Tensor], training: bool) -> Decoded:
-        """See :class:`Cut`."""
+        """Return logits, auxiliary outputs and decoder maps from feature maps."""
         net, x, maps = self.network, features[-1], []
         ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1)
         for up, skip in zip(ups, reversed(features[:-1]), strict=True):
@@ -205,11 +205,11 @@ class OwnCut(Cut):
         self.channels, self.strides = tuple(network.channels), tuple(network.strides)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """See :class:`Cut`."""
+        """Return the feature maps of the network, finest first."""
         return list(self.network.encode(x))
 
     def decode(self, features: list[Tensor], training: bool) -> Decoded:
-        """See :class:`Cut`."""
+        """Return logits, auxiliary outputs and decoder maps from feature maps."""
         return _outputs(self.network.decode(features))
 
 
@@ -221,11 +221,11 @@ class Uncut(Cut):
         self.channels, self.strides = (modalities,), (1,)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """See :class:`Cut`."""
+        """Return the feature maps of the network, finest first."""
         return [x]
 
     def decode(self, features: list[Tensor], training: bool) -> Decoded:
-        """See :class:`Cut`."""
+        """Return logits, auxiliary outputs and decoder maps from feature maps."""
         return _outputs(self.network(features[0]))
 
 
@@ -317,7 +317,7 @@ class EarlyFusion(Backbone):
         return Latents(features, self.slots, [present.any(1, keepdim=True)] * len(features))
 
     def decode(self, latents: Latents) -> SegOutput:
-        """See :meth:`Backbone.decode`.
+        """Return the logits that the decoder makes of the latents.
 
         Raises:
             InputError: the network does not return ``num_classes`` channels.

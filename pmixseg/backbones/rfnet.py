@@ -310,7 +310,7 @@ class RFNet(Backbone):
         initialise(self)
 
     def encode(self, image: Image, present: Presence) -> Latents:
-        """See :meth:`Backbone.encode`."""
+        """Return the latents of the shown modalities, one per modality and level."""
         check_input(image, present, self.modalities, self.strides, least=2)
         pieces = encode_slots(self.encoders, image, present, self.recompute)
         features = join_levels(pieces, present, len(self.strides))
@@ -318,7 +318,7 @@ class RFNet(Backbone):
         return EncodedLatents(features, self.modalities, flags, encoded=present, pieces=pieces)
 
     def decode(self, latents: Latents) -> SegOutput:
-        """See :meth:`Backbone.decode`."""
+        """Return the logits that the decoder makes of the latents."""
         logits, regions, maps = self.decoder_fuse(latents)
         extras: dict[str, Tensor] = {}
         if self.training:

@@ -101,7 +101,7 @@ class ShaSpec(Backbone):
         self.classifier = ModalityClassifier(widths[-1], slots)
 
     def encode(self, image: Image, present: Presence) -> Latents:
-        """See :meth:`Backbone.encode`."""
+        """Return the latents of the shown modalities, one per modality and level."""
         check_input(image, present, self.modalities, self.strides)
         shared = encode_slots([self.shared] * len(self.modalities), image, present, self.recompute)
         specific = encode_slots(self.specific, image, present, self.recompute)
@@ -118,7 +118,7 @@ class ShaSpec(Backbone):
         ]
 
     def decode(self, latents: Latents) -> SegOutput:
-        """See :meth:`Backbone.decode`."""
+        """Return the logits that the decoder makes of the latents."""
         fused = [fusion(_slots(latents, level)) for level, fusion in enumerate(self.fusions)]
         maps: list[Tensor] = []
         x = fused[-1]

@@ -194,7 +194,7 @@ class UHVED(Backbone):
                 nn.init.kaiming_normal_(part.weight, a=SLOPE)
 
     def encode(self, image: Image, present: Presence) -> Latents:
-        """See :meth:`Backbone.encode`."""
+        """Return the latents of the shown modalities, one per modality and level."""
         check_input(image, present, self.modalities, self.strides)
         pieces = encode_slots(self.encoders, image, present)
         joined = join_levels(pieces, present, LEVELS)
@@ -208,7 +208,7 @@ class UHVED(Backbone):
         )
 
     def decode(self, latents: Latents) -> SegOutput:
-        """See :meth:`Backbone.decode`."""
+        """Return the logits that the decoder makes of the latents."""
         posteriors = [product_of_gaussians(latents, level) for level in range(len(latents))]
         codes = [self._code(*posterior) for posterior in posteriors]
         extras: dict[str, Tensor] = {}

@@ -140,14 +140,14 @@ class MultiEncoderUNet(Backbone):
                     nn.init.zeros_(part.bias)
 
     def encode(self, image: Image, present: Presence) -> Latents:
-        """See :meth:`Backbone.encode`; encoder m sees only the samples that have modality m."""
+        """Return a latent per modality and level; encoder m sees only samples with modality m."""
         check_input(image, present, self.modalities, self.strides)
         pieces = encode_slots(self.encoders, image, present, self.recompute)
         features = join_levels(pieces, present, len(self.strides))
         return Latents(features, self.modalities, [present] * len(features))
 
     def decode(self, latents: Latents) -> SegOutput:
-        """See :meth:`Backbone.decode`."""
+        """Return the logits that the decoder makes of the latents."""
         fused = [fusion(latents, level) for level, fusion in enumerate(self.fusions)]
         extras: dict[str, Tensor] = {}
         maps: list[Tensor] = []

@@ -169,7 +169,7 @@ class PmixAlignment(TermCallback):
             self.ratio.load(state_dict)
 
     def build_term(self, module: SegmentationModule) -> Term:
-        """See :class:`TermCallback`."""
+        """Build the alignment term for a module."""
         backbone = module.backbone
         separate = backbone.slots == backbone.modalities
         if self.official is not None and self.official.fused:
@@ -262,7 +262,7 @@ class AlignmentTerm(Term):
         return self.alignment.sample(latents)
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
-        """See :class:`~pmixseg.losses.term.Term`."""
+        """Return the alignment loss of one batch."""
         latents = output.latents
         if self._borrowed[0] is None:
             shown = latents.usable[0]

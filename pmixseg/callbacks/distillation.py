@@ -61,7 +61,7 @@ class Distillation(TermCallback):
         self.terms: dict[str, DistillationLoss] = {k: build(v) for k, v in given.items()}
 
     def build_term(self, module: SegmentationModule) -> Term:
-        """See :class:`TermCallback`."""
+        """Build the distillation term for a module and its teacher."""
         if not self.terms:
             raise InputError(f"{self.name}.terms is empty; name at least one term.")
         taught = [name for name, term in self.terms.items() if not term.self_taught]
@@ -116,7 +116,7 @@ class Distillation(TermCallback):
         return module.eval().requires_grad_(False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See :class:`TermCallback`; also compare the teacher's spacing with the data's."""
+        """Load the teacher and build the term; compare the teacher's spacing with the data's."""
         super().setup(trainer, pl_module, stage)
         data = getattr(trainer, "datamodule", None)
         if stage != "fit" or self.weight == 0 or data is None:
@@ -204,7 +204,7 @@ class DistillationTerm(Term):
         return {name: cast(DistillationLoss, loss) for name, loss in self.terms.items()}
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
-        """See :class:`~pmixseg.losses.term.Term`."""
+        """Return the weighted sum of the losses between student and teacher."""
         lessons: dict[tuple[bool, str, bool], SegOutput] = {}
         total: Tensor = output.logits.new_zeros((), dtype=torch.float32)
         for (name, loss), strength in zip(self._losses().items(), self.strengths, strict=True):

@@ -134,7 +134,7 @@ class GapMonitor(Callback, Described):
         return {"guard": dict(self._guard), "validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`state_dict`; a reference that is given now wins."""
+        """Take what an earlier part of the training measured; a reference given now wins."""
         self._guard = self._guard or dict(state_dict["guard"])
         self._validations = state_dict["validations"]
 

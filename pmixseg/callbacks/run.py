@@ -157,7 +157,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """See :class:`TorchCheckpointIO`.
+        """Write a checkpoint whole, or leave the last good one.
 
         Raises:
             InputError: the file cannot be written.
@@ -191,7 +191,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._kept_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See :class:`ModelCheckpoint`."""
+        """Keep the latest checkpoint alone where nothing is validated; write each one whole."""
         data = getattr(trainer, "datamodule", None)
         validated = trainer.limit_val_batches and (data is None or data.parts.val)
         if not validated:

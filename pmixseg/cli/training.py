@@ -61,7 +61,7 @@ class SaveRunConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See :class:`SaveConfigCallback`.
+        """Write the configuration into the run's folder and the logger.
 
         Raises:
             InputError: the run folder cannot be written.

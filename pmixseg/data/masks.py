@@ -80,7 +80,7 @@ class MaskFile(CaseMasks):
         self.path = Path(path)
 
     def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
-        """See :meth:`CaseMasks.allowed`.
+        """Return the modalities that a case may have.
 
         Raises:
             InputError: unreadable file, unknown case or modality, or a case left with nothing.
@@ -190,7 +190,7 @@ class RandomMasks(CaseMasks):
         self.rates, self.seed = rates, seed
 
     def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
-        """See :meth:`CaseMasks.allowed`."""
+        """Return the modalities that a case may have."""
         row = rate_row(self.rates, modalities, "RandomMasks")
         return _draw(cases, row.expand(len(cases), -1), self.seed)
 
@@ -221,7 +221,7 @@ class SiteMasks(CaseMasks):
         self.rates, self.seed = rates, seed
 
     def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
-        """See :meth:`CaseMasks.allowed`.
+        """Return the modalities that a case may have.
 
         Raises:
             InputError: rates for a site that no case has.
@@ -270,7 +270,7 @@ class CovariateMasks(CaseMasks):
         self.file, self.column = Path(file) if file else None, column
 
     def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
-        """See :meth:`CaseMasks.allowed`.
+        """Return the modalities that a case may have.
 
         Raises:
             InputError: the file lacks the column or holds something that is not a number.

@@ -50,7 +50,7 @@ class UniformCombinations(MissingnessSampler):
     """
 
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
-        """See :meth:`MissingnessSampler.draw`."""
+        """Draw the modalities to show, ``[B, M]``, never empty and within ``acquired``."""
         # The combinations of n acquired modalities are the binary numbers 1 .. 2^n - 1, one
         # digit for each of them.
         number = acquired.sum(1, keepdim=True)
@@ -68,7 +68,7 @@ class UniformSizes(MissingnessSampler):
     """
 
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
-        """See :meth:`MissingnessSampler.draw`."""
+        """Draw the modalities to show, ``[B, M]``, never empty and within ``acquired``."""
         u = uniform(keys, _STREAM, 1 + len(modalities)).to(acquired.device)
         size = 1 + (u[:, :1] * acquired.sum(1, keepdim=True)).long()
         order = torch.where(acquired, u[:, 1:], 2.0)
@@ -92,7 +92,7 @@ class Bernoulli(MissingnessSampler):
         self.rates = rates
 
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
-        """See :meth:`MissingnessSampler.draw`."""
+        """Draw the modalities to show, ``[B, M]``, never empty and within ``acquired``."""
         rates = rate_row(self.rates, modalities, "Bernoulli").to(acquired.device)
         u = uniform(keys, _STREAM, len(modalities)).to(acquired.device)
         return bernoulli_not_empty(u, rates.expand_as(u), acquired)
@@ -124,7 +124,7 @@ class FixedList(MissingnessSampler):
             )
 
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
-        """See :meth:`MissingnessSampler.draw`."""
+        """Draw the modalities to show, ``[B, M]``, never empty and within ``acquired``."""
         listed = [presence(parse_combination(c, modalities), modalities) for c in self.combinations]
         shown = torch.tensor(listed, device=acquired.device) & acquired[:, None]
         weights = torch.tensor(self.weights, dtype=torch.float64, device=acquired.device)
@@ -169,7 +169,7 @@ class Protocols(MissingnessSampler):
         )
 
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
-        """See :meth:`MissingnessSampler.draw`."""
+        """Draw the modalities to show, ``[B, M]``, never empty and within ``acquired``."""
         return self.sampler.draw(keys, acquired, modalities)
 
 
@@ -205,7 +205,7 @@ class Dependent(MissingnessSampler):
         self.given_missing = given_missing
 
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
-        """See :meth:`MissingnessSampler.draw`."""
+        """Draw the modalities to show, ``[B, M]``, never empty and within ``acquired``."""
         where, device = "Dependent", acquired.device
         subsets = [presence(c, modalities) for c in all_combinations(modalities)]
         flags = torch.tensor(subsets, device=device)

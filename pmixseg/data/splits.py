@@ -132,7 +132,7 @@ class SplitFiles(SplitPlan):
         self.paths = {"train": train, "val": val, "test": test}
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:
-        """See :meth:`SplitPlan.split`.
+        """Split the cases by the files of names.
 
         Raises:
             InputError: unreadable file, or it names cases that the cohort lacks.
@@ -157,7 +157,7 @@ class SplitJson(SplitPlan):
         self.path, self.fold = Path(path), fold
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:
-        """See :meth:`SplitPlan.split`.
+        """Split the cases by the JSON file.
 
         Raises:
             InputError: unreadable file, another structure, or it names cases that the cohort lacks.
@@ -214,7 +214,7 @@ class KFold(SplitPlan):
         self.fold, self.folds, self.val_fraction, self.seed = fold, folds, val_fraction, seed
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:
-        """See :meth:`SplitPlan.split`.
+        """Split the cases into folds, and hold one out.
 
         Raises:
             InputError: a part that should hold cases gets none.
@@ -252,7 +252,7 @@ class Fractions(SplitPlan):
             )
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:
-        """See :meth:`SplitPlan.split`.
+        """Split the cases at random by shares, patients kept together.
 
         Raises:
             InputError: a part with a share above 0 gets no case.
@@ -273,7 +273,7 @@ class WholeCohort(SplitPlan):
         self.part = part
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:
-        """See :meth:`SplitPlan.split`."""
+        """Put every case into the one part."""
         return Split(**{self.part: tuple(sorted(case.case_id for case in cases))})
 
 

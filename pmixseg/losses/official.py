@@ -97,7 +97,7 @@ class July2025Alignment(OfficialAlignment):
     def forward(
         self, latents: Latents, anchor: Anchor | None, present: Presence, acquired: Presence
     ) -> Scalar:
-        """See :class:`OfficialAlignment`."""
+        """Return the loss of the snippet of July 2025 for one batch."""
         assert anchor is not None  # only a fused loss comes without
         raw = latents.features[0]
         subset = latents.usable[0] & acquired.to(raw.device)

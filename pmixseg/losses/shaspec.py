@@ -41,7 +41,7 @@ class ShaSpecCriterion(Criterion):
         self.segmentation = DiceCE()
 
     def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
-        """See :meth:`Criterion.forward`."""
+        """Return the segmentation loss and ShaSpec's two auxiliary losses."""
         total = self.segmentation(output, batch, epoch)
         if "shared" not in output.extras:
             return total

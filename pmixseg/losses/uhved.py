@@ -41,7 +41,7 @@ class UHVEDCriterion(Criterion):
         self.segmentation = DiceCE()
 
     def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
-        """See :meth:`Criterion.forward`."""
+        """Return the segmentation loss, U-HVED's divergence and its reconstruction loss."""
         total = self.segmentation(output, batch, epoch)
         if "reconstruction" not in output.extras:
             return total

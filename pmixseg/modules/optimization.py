@@ -45,7 +45,7 @@ class Polynomial(Schedule):
         self.warmup_steps = warmup_steps
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """See :class:`Schedule`."""
+        """Return a scheduler with polynomial decay over the steps of a training."""
         return LambdaLR(optimizer, functools.partial(self._factor, total_steps=total_steps))
 
     def _factor(self, step: int, total_steps: int) -> float:
@@ -66,7 +66,7 @@ class OneCycle(Schedule):
         self.warmup_fraction = warmup_fraction
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """See :class:`Schedule`."""
+        """Return a scheduler with one cycle over the steps of a training."""
         peaks = [group["lr"] for group in optimizer.param_groups]
         # A warm-up has at least one step; in debugging runs of a few it has no share of them.
         # PyTorch divides by the length of both parts, so neither may have none.

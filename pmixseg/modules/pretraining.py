@@ -46,7 +46,7 @@ class Reconstruction(Term):
         self.whole: Image | None = None
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
-        """See :class:`~pmixseg.losses.term.Term`; ``whole`` is the image before hiding, M columns.
+        """Return the squared error over every acquired sequence of the image before hiding.
 
         Raises:
             RuntimeError: no image has been given.
@@ -142,7 +142,7 @@ class MaskedPretraining(StudentModule):
         return output.logits.new_zeros((), dtype=torch.float32)
 
     def on_fit_start(self) -> None:
-        """See :class:`~pmixseg.modules.base.SegmentationModule`.
+        """Refuse a pre-training that would validate.
 
         Raises:
             InputError: validation is on, though there is no segmentation to score.

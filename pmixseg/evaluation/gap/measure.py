@@ -194,7 +194,7 @@ def corrected_total_correlation(vectors: Vectors, seed: int = 0, shuffles: int =
 
 
 def moment_kl(vectors: Vectors) -> float:
-    """See :class:`Gap`: blind to the gap once every modality is normalised."""
+    """Return a divergence of moments per channel, which normalisation makes blind to the gap."""
     variance, mean = torch.var_mean(vectors.double(), 0, correction=0)
     variance = variance.clamp_min(1e-12)
     mean_p = mean.mean(0)

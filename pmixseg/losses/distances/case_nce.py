@@ -86,7 +86,7 @@ class CaseNCE(Distance):
             )
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class."""
+        """Return the distance per sample and modality, ``[B, M]``."""
         residuals, inside = self._residuals(latents)
         target, exists = self._targets(residuals, latents, anchor)
         if detach == "anchor":

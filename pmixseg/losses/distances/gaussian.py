@@ -101,7 +101,7 @@ class KL(Distance):
         return latents.features, latents.log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class."""
+        """Return the distance per sample and modality, ``[B, M]``."""
         mean, log_variance = self.moments(latents)
         mean_p, log_variance_p = anchor.gaussian(
             mean, log_variance, latents.subset, latents.level, detach_weights=True
@@ -167,7 +167,7 @@ class VID(Distance):
             )
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class; ``detach="anchor"`` does not stop μ and σ² from learning."""
+        """Return the distance per sample and modality; μ and σ² learn whatever is detached."""
         if self.standardised:
             latents = standardise(latents, self.epsilon)
         features = latents.features.detach() if detach == "features" else latents.features

@@ -81,7 +81,7 @@ class JointKL(Distance):
         """Every anchor has a Gaussian form."""
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class; the value of a sample stands in all of its slots."""
+        """Return the divergence of each sample, which stands in all of its slots."""
         shown, subset = latents.shown, latents.subset
         features = latents.features
         if detach == "anchor":  # nor do hidden latents move through the ridge

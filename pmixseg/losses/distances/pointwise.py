@@ -40,7 +40,7 @@ class MSE(Distance):
     name = "mse"
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class."""
+        """Return the distance per sample and modality, ``[B, M]``."""
         features, target = point_and_target(latents, anchor, detach)
         return 0.5 * mean_over_brain((features - target).square().mean(2), latents.brain)
 
@@ -75,7 +75,7 @@ class NMSE(Distance):
         self.epsilon = epsilon
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class."""
+        """Return the distance per sample and modality, ``[B, M]``."""
         variance = shared_moments(latents, self.epsilon).variance
         scaled = replace(latents, features=latents.features * variance.mean().rsqrt())
         features, target = point_and_target(scaled, anchor, detach)
@@ -102,7 +102,7 @@ class SmoothL1(Distance):
         self.beta, self.epsilon = beta, epsilon
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class."""
+        """Return the distance per sample and modality, ``[B, M]``."""
         features, target = point_and_target(standardise(latents, self.epsilon), anchor, detach)
         target = target.expand_as(features)
         loss = F.smooth_l1_loss(features, target, reduction="none", beta=self.beta)
@@ -143,7 +143,7 @@ class Cosine(Distance):
             )
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class."""
+        """Return the distance per sample and modality, ``[B, M]``."""
         features, target = point_and_target(standardise(latents, self.epsilon), anchor, detach)
         difference = self._unit(features) - self._unit(target)
         return 0.5 * mean_over_brain(difference.square().sum(2), latents.brain)

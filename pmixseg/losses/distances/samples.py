@@ -41,7 +41,7 @@ class SampledDistance(Distance):
         self.points, self.seed = points, seed
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class."""
+        """Return the distance per sample and modality, ``[B, M]``."""
         features, target = point_and_target(latents, anchor, detach)
         seed = self.seed * 1000 + latents.level
         places, inside = brain_points(latents.brain, self.points, seed)
@@ -89,7 +89,7 @@ class MMD(SampledDistance):
         super().__init__(points, seed)
 
     def between(self, x: Tensor, y: Tensor, inside: Bool[Tensor, "b n"], seed: int) -> PerSlot:
-        """See the class."""
+        """Return the distance between two sets of vectors."""
         weight = inside.to(x) / inside.sum(1, keepdim=True).clamp_min(1)
         pairs = weight[:, None, :, None] * weight[:, None, None]  # [B, 1, N, N], summing to 1
         # Distances do not change with the origin, and lose fewer digits near it.
@@ -148,7 +148,7 @@ class SlicedWasserstein(SampledDistance):
         self.projections = projections
 
     def between(self, x: Tensor, y: Tensor, inside: Bool[Tensor, "b n"], seed: int) -> PerSlot:
-        """See the class."""
+        """Return the distance between two sets of vectors."""
         directions = normal_numbers((x.shape[3], self.projections), seed + 250, like=x)
         directions = directions / directions.norm(dim=0)
         last = torch.finfo(x.dtype).max / 4

@@ -45,7 +45,7 @@ class VIC(Distance):
         self.epsilon = epsilon
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class."""
+        """Return the distance per sample and modality, ``[B, M]``."""
         features, target = point_and_target(standardise(latents, self.epsilon), anchor, detach)
         difference = mean_over_brain((features - target).square().mean(2), latents.brain)
         covariance = pooled_covariance(

@@ -51,7 +51,7 @@ class Whitened(Distance):
         self.epsilon = epsilon
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """See the class."""
+        """Return the distance per sample and modality, ``[B, M]``."""
         with torch.no_grad():
             whole = self._factor(latents, latents.subset)
         own = self._factor(latents, latents.shown)

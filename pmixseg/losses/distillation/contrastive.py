@@ -56,7 +56,7 @@ class ContrastiveMatch(LatentLoss):
     def compare_level(
         self, student: SegOutput, teacher: SegOutput, batch: Batch, pair: Pair
     ) -> Scalar:
-        """See the class."""
+        """Return the loss of one level."""
         features, shown = self.student_latents(student, batch, pair)
         brain = brain_of(student, pair.student)
         mine = _embed(self.to_teacher(mean_latent(features, shown), pair), brain)

@@ -88,7 +88,7 @@ class LatentMatch(LatentLoss):
     def compare_level(
         self, student: SegOutput, teacher: SegOutput, batch: Batch, pair: Pair
     ) -> Scalar:
-        """See the class."""
+        """Return the loss of one level."""
         features, shown = self.student_latents(student, batch, pair)
         latents, usable = self.teacher_latents(teacher, pair)
         if self.target == "same":
@@ -139,7 +139,7 @@ class SubsetMatch(LatentLoss):
     def compare_level(
         self, student: SegOutput, teacher: SegOutput, batch: Batch, pair: Pair
     ) -> Scalar:
-        """See the class."""
+        """Return the loss of one level."""
         features, shown = self.student_latents(student, batch, pair)
         latents, usable = self.teacher_latents(teacher, pair)
         brain = brain_of(student, pair.student)
@@ -180,7 +180,7 @@ class VariationalMatch(SlotwiseLoss):
             self.raw_variances[str(pair.stride)] = nn.Parameter(raw)
 
     def between(self, features: Features, target: Features, brain: Brain, pair: Pair) -> PerSlot:
-        """See the class."""
+        """Return the difference between a student's and a teacher's features."""
         variance = floored_variance(self.raw_variances[str(pair.stride)].to(features.dtype))
         squared = (features - target).square() / variance[:, None, None, None]
         return 0.5 * mean_over_brain(squared.mean(2) + variance.log().mean(), brain)

@@ -52,7 +52,7 @@ class LogitKL(DistillationLoss):
         self.temperature, self.squared = temperature, squared
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
-        """See the class."""
+        """Return the loss between the student's and the teacher's outputs."""
         q = F.log_softmax(full_precision(student.logits) / self.temperature, 1)
         p = F.log_softmax(full_precision(teacher.logits.detach()) / self.temperature, 1)
         divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean()
@@ -85,7 +85,7 @@ class WeightedSoftCE(DistillationLoss):
         self.temperature = temperature
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
-        """See the class."""
+        """Return the loss between the student's and the teacher's outputs."""
         logits, taught = full_precision(student.logits), full_precision(teacher.logits.detach())
         label = batch["label"]
         with torch.no_grad():
@@ -152,7 +152,7 @@ class ProbabilityMSE(DistillationLoss):
         return math.exp(-5 * (1 - epoch / self.ramp_epochs) ** 2)
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
-        """See the class."""
+        """Return the loss between the student's and the teacher's outputs."""
         p = F.softmax(full_precision(teacher.logits.detach()), 1)
         squared = (F.softmax(full_precision(student.logits), 1) - p).square()
         per_class = squared.mean((0, 2, 3, 4))

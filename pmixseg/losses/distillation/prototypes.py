@@ -92,7 +92,7 @@ class PrototypeMatch(DistillationLoss):
         self.index = index
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
-        """See the class."""
+        """Return the loss between the student's and the teacher's outputs."""
         return self.per_sample(student, teacher, batch).mean()
 
     def per_sample(
@@ -141,7 +141,7 @@ class LatentPrototypeMatch(LatentLoss):
     def compare_level(
         self, student: SegOutput, teacher: SegOutput, batch: Batch, pair: Pair
     ) -> Scalar:
-        """See the class."""
+        """Return the loss of one level."""
         features, shown = self.student_latents(student, batch, pair)
         fractions = area_fractions(batch["label"], student.logits.shape[1], features.shape[3:])
         target, brain = self.teacher_anchor(teacher, pair), brain_of(student, pair.student)

@@ -114,7 +114,7 @@ class SelfDistillation(DistillationLoss):
             )
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
-        """See the class; a sample of which ``present`` shows nothing counts as 0."""
+        """Return the losses of all levels; a sample that shows nothing counts as 0."""
         size = batch["label"].shape[1:]
         value = pixel_divergence(student.logits, teacher.logits, self.temperature, size)
         for k, name in enumerate(self._deep_maps(student, teacher), 1):

@@ -52,7 +52,7 @@ class GramMatch(SlotwiseLoss):
         self.normalisation = normalisation
 
     def between(self, features: Features, target: Features, brain: Brain, pair: Pair) -> PerSlot:
-        """See the class."""
+        """Return the difference between a student's and a teacher's features."""
         distances = (_gram(features, brain) - _gram(target, brain)).square().mean((2, 3))
         if self.normalisation == "mean":
             return distances
