@@ -22,7 +22,7 @@ _TORCH = re.compile(r"PytorchStreamWriter|inline_container\S* \. unexpected pos|
 
 
 class InputError(ValueError):
-    """Something a person gave is wrong: one sentence that says what, where and what to do.
+    """Tell a person what is wrong with an input: one sentence with what, where and what to do.
 
     The command line prints the sentence without a traceback and exits with code 1; library users
     catch it as a :class:`ValueError`.

@@ -15,7 +15,7 @@ Combination = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """A segmentation task: the only place in the package that knows a modality by name.
+    """Say what is segmented, and from which sequences; nothing else knows a modality by name.
 
     Args:
         name: short identifier, stored in checkpoints and records.

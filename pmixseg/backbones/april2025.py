@@ -20,7 +20,7 @@ def embedding(channels: int) -> nn.Sequential:
 
 
 class April2025Network(nn.Module):
-    """Two blocks with one channel per modality, then any ordinary network: ``official-2025-04``.
+    """Segment with the early-fusion network of the snippet of April 2025.
 
     For :class:`~pmixseg.backbones.EarlyFusion`. Level 0 is the output of the second block, whose
     channels the snippet takes for modalities although both convolutions mix them; the levels

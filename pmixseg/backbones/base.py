@@ -13,7 +13,7 @@ from pmixseg.types import Image, Latents, Presence, SegOutput
 
 
 class Backbone(nn.Module, Described, ABC):
-    """A segmentation network split where alignment and filling happen.
+    """Split a segmentation network where alignment and filling happen: encode, then decode.
 
     Subclasses implement :meth:`encode` and :meth:`decode`. Voxels of modalities outside
     ``present`` never influence ``logits``; :func:`pmixseg.testing.check_backbone` proves it.

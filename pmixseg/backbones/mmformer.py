@@ -163,7 +163,9 @@ class FusedDecoder(Decoder):
 
 
 class MMFormer(Backbone):
-    """mmFormer, for any modalities, classes and patches (Zhang et al., MICCAI 2022).
+    """Segment with mmFormer, for any modalities, classes and patches.
+
+    Source: Zhang et al., mmFormer (MICCAI 2022).
 
     Five levels at strides 1 to 16; the latent of the lowest level is the output of the intra-modal
     transformer. The inter-modal transformer runs in :meth:`decode`, over the tokens of all

@@ -253,7 +253,7 @@ def cut(network: nn.Module, modalities: int) -> Cut:
 
 
 class EarlyFusion(Backbone):
-    """All modalities as input channels of one network; a missing one is 0.
+    """Segment with any network that reads all modalities as channels; a missing one is 0.
 
     The classic baseline ("modality dropout" when trained on random combinations). Its latents
     have one slot, ``fused``, so a modality cannot be hidden after encoding: ``shares_encoding`` is

@@ -265,7 +265,9 @@ class RegionDecoder(Decoder):
 
 
 class RFNet(Backbone):
-    """RFNet, for any modalities, classes and patches (Ding et al., ICCV 2021).
+    """Segment with RFNet, for any modalities, classes and patches.
+
+    Source: Ding et al., RFNet (ICCV 2021).
 
     Four levels at strides 1, 2, 4, 8. Trained by :class:`~pmixseg.losses.rfnet.RFNetCriterion`;
     in training, ``extras`` hold

@@ -41,7 +41,7 @@ class ModalityClassifier(nn.Module):
 
 
 class ShaSpec(Backbone):
-    r"""Shared and specific encoders; a missing modality is the mean of the shared features.
+    r"""Segment with shared and specific encoders; shared features replace a missing modality.
 
     With the shared encoder s (one for all modalities) and the specific encoder p_m, at each level
 

@@ -141,7 +141,9 @@ def _divergence(latents: EncodedLatents, shown: Sequence[Gaussian]) -> Tensor:
 
 
 class UHVED(Backbone):
-    """U-HVED, for any modalities, classes and patches (Dorent et al., MICCAI 2019).
+    """Segment with U-HVED, for any modalities, classes and patches.
+
+    Source: Dorent et al., U-HVED (MICCAI 2019).
 
     Four levels at strides 1, 2, 4, 8. A level's latent is a Gaussian per modality
     (``latents.features`` are means, ``latents.log_variance`` clamped to ±10); the code of a

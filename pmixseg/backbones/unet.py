@@ -72,7 +72,7 @@ class Fusion(nn.Module):
 
 
 class MultiEncoderUNet(Backbone):
-    """One U-Net encoder per modality, 1x1x1 fusion at every level, one decoder with skips.
+    """Segment with one U-Net encoder per modality, fusion at every level, and one decoder.
 
     Level l has ``width·2^l`` channels at stride ``stem·2^l``. A level's slots are fused by
     ``LeakyReLU(IN(Σ_m W_m f_m))``; absent slots are 0. Convolution blocks, strided down- and

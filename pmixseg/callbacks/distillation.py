@@ -23,8 +23,9 @@ from pmixseg.types import Batch, Scalar, SegOutput
 
 
 class Distillation(TermCallback):
-    """``Σ_j λ_j L_distill,j`` between a student and a frozen teacher (docs/method/distillation.md).
+    """Teach a student what a frozen teacher knows, by a weighted sum of losses.
 
+    The loss is ``Σ_j λ_j L_distill,j`` (docs/method/distillation.md).
     The teacher sees everything acquired of the same augmented patch, whatever the student was
     built for. It is in no checkpoint of the student, stays in eval mode and gets no gradient.
 

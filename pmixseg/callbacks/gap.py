@@ -33,7 +33,9 @@ GUARDED = ("variance", "effective_rank")
 
 
 class GapMonitor(Callback, Described):
-    """Measures the gap before training, after validations and at the end (docs/method/theory.md).
+    """Measure how far apart the latents of the modalities are, before, during and after training.
+
+    What the numbers mean: docs/method/theory.md.
 
     Logged for every level l under ``gap/level<l>/``: the numbers of
     :class:`~pmixseg.evaluation.gap.measure.Gap` (``numerator``, ``variance`` and

@@ -28,7 +28,7 @@ FLUSH_ROWS = 20
 
 
 class RunLogger(Logger):
-    """Writes ``<run>/metrics.csv``, a row per logging step, and keeps what is there.
+    """Write the metrics of a training to the run's ``metrics.csv``, a row per logging step.
 
     Lightning's ``CSVLogger`` deletes an earlier file of the same folder, so a training that is
     resumed would lose its history. Here rows before the first new step are kept, rows from that
@@ -166,7 +166,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """``<run>/checkpoints/{best,last}.ckpt``: the highest ``val/dice``, and the latest epoch.
+    """Keep two checkpoints of a run: the best ``val/dice``, and the latest epoch.
 
     ``last`` is written after every training epoch, after its validation if it has one, and when
     ``max_steps`` ends a training within an epoch; Lightning's ``save_last`` writes it only where

@@ -14,7 +14,7 @@ from pmixseg.modules.base import SegmentationModule
 
 
 class TermCallback(Callback, Described, ABC):
-    """Hangs a :class:`~pmixseg.losses.term.Term` into the module before training.
+    """Add a term of your own to the training loss.
 
     A callback cannot change the loss once it is computed (``on_before_backward`` only sees it), so
     it builds a term in ``setup``, before optimizers exist, and the module's ``training_step``

@@ -16,7 +16,7 @@ from pmixseg.types import Batch, Keys
 
 
 class Augmentation(Described):
-    """Flips, one resampling (rotation about a random axis and zoom), and intensity changes.
+    """Augment a batch on its device: flips, one rotation with zoom, changes of intensity.
 
     Every sample has its own flips, axis, angle and zoom, shared by its modalities and its label;
     every modality of a sample has its own intensity changes, applied where that modality is not 0:

@@ -38,7 +38,7 @@ Part = Literal["train", "val", "test"]
 
 
 class BraTSDataModule(LightningDataModule):
-    """A prepared cohort, split; training batches are augmented on the device.
+    """Load a prepared cohort: split it, read patches, augment them on the device.
 
     Nothing here is particular to BraTS but the default task. Batches hold what
     :class:`~pmixseg.types.Batch` names, without ``present``: which modalities the network sees is

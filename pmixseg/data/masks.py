@@ -49,7 +49,7 @@ class MaskableCase(Protocol):
 
 
 class CaseMasks(Described, ABC):
-    """A rule for what of each case may be used."""
+    """Say which modalities of each case may be used."""
 
     @abstractmethod
     def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
@@ -65,7 +65,7 @@ class CaseMasks(Described, ABC):
 
 
 class MaskFile(CaseMasks):
-    """Masks written down per case, as CSV or JSON. Cases that are not listed keep everything.
+    """Withhold modalities by a CSV or JSON file; cases that it does not list keep everything.
 
     CSV: a column ``data_name``, ``case_id`` or ``case``, and either ``mask``, a list of M truth
     values in task order (the files of PASSION, whose order FLAIR, T1ce, T1, T2 is that of
@@ -175,7 +175,7 @@ class MaskFile(CaseMasks):
 
 
 class RandomMasks(CaseMasks):
-    """Each case loses each modality with the modality's own rate, once and for all.
+    """Withhold each modality from each case at the modality's own rate, once and for all.
 
     The imbalanced rates of PASSION (2, 4, 6 and 8 of 10 for T1, T1ce, FLAIR and T2), drawn here
     instead of read from a file; never all of a case's modalities.
@@ -196,7 +196,7 @@ class RandomMasks(CaseMasks):
 
 
 class SiteMasks(CaseMasks):
-    """Missing rates that depend on where a case was scanned.
+    """Withhold modalities at rates that depend on where a case was scanned.
 
     Args:
         pattern: regular expression searched in the case id; its first group is the site, like
@@ -238,7 +238,7 @@ class SiteMasks(CaseMasks):
 
 
 class CovariateMasks(CaseMasks):
-    """Missing not at random: the odds of losing a modality follow a number of the case.
+    """Withhold modalities by a number of the case: missing not at random.
 
     P(modality m is missing) = sigmoid(logit(rate_m) + slope_m · z), where z is the covariate,
     standardised over the cohort (0 where a case has none). The covariate is the tumour's size in

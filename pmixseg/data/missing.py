@@ -24,7 +24,7 @@ _STREAM = "present"
 
 
 class MissingnessSampler(Described, ABC):
-    """Draws what a sample's network is shown."""
+    """Draw which modalities the network is shown, anew for every sample."""
 
     @abstractmethod
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
@@ -44,7 +44,7 @@ class MissingnessSampler(Described, ABC):
 
 
 class UniformCombinations(MissingnessSampler):
-    """Every non-empty combination of the acquired modalities with equal probability.
+    """Draw every non-empty combination of the acquired modalities equally often.
 
     The protocol of RFNet, mmFormer and most others: 1/15 each where all four are acquired.
     """
@@ -61,9 +61,10 @@ class UniformCombinations(MissingnessSampler):
 
 
 class UniformSizes(MissingnessSampler):
-    """First how many modalities, uniform over 1 .. n, then which, uniform over those of that size.
+    """Draw how many modalities are shown, then which.
 
-    The protocol of U-HVED. Single modalities and the complete set come up more often than under
+    Sizes are equally likely, and so are the combinations of one size: the protocol of
+    U-HVED. Single modalities and the complete set come up more often than under
     :class:`UniformCombinations`.
     """
 
@@ -77,7 +78,7 @@ class UniformSizes(MissingnessSampler):
 
 
 class Bernoulli(MissingnessSampler):
-    """Each modality goes missing on its own, given that not all of them do.
+    """Hide each modality on its own, at a rate of its own, but never all of them.
 
     Args:
         rates: probability in [0, 1) that a modality is missing: one number, or a number per
@@ -99,7 +100,7 @@ class Bernoulli(MissingnessSampler):
 
 
 class FixedList(MissingnessSampler):
-    """One of the listed combinations.
+    """Draw one of the listed combinations.
 
     A case that lacks modalities is shown what it has of the combination; entries of which it has
     nothing are left out of its draw, and a case that has nothing of any entry is shown all it has.
@@ -132,7 +133,7 @@ class FixedList(MissingnessSampler):
 
 
 class Protocols(MissingnessSampler):
-    """Named scanning protocols, each the combination that it acquires: absence has a structure.
+    """Draw one of several named scanning protocols, each with the modalities it acquires.
 
     Drawn as in :class:`FixedList`; the names are for the people who read the configuration.
 
@@ -174,7 +175,7 @@ class Protocols(MissingnessSampler):
 
 
 class Dependent(MissingnessSampler):
-    """The absence of one modality changes the odds of another's, given that not all are missing.
+    """Hide modalities so that the absence of one changes the odds of another's.
 
     Args:
         rates: probability in [0, 1) that a modality is missing, as in :class:`Bernoulli`.

@@ -37,7 +37,7 @@ class Sample(TypedDict):
 
 
 class CaseItem(TypedDict):
-    """A whole case for evaluation."""
+    """Hold a whole case for evaluation."""
 
     image: Float[Tensor, "m d h w"]
     """float32, in ``stored.geometry.box()``; modalities outside ``acquired`` are 0."""
@@ -52,7 +52,7 @@ class CaseItem(TypedDict):
 
 
 class PatchTransform(Described, ABC):
-    """An augmentation of single patches, run where they are read (in the workers)."""
+    """Augment single patches where they are read, in the workers."""
 
     @abstractmethod
     def __call__(
@@ -62,7 +62,7 @@ class PatchTransform(Described, ABC):
 
 
 class PatchDataset(Dataset[Sample]):
-    """Patches of labelled cases, addressed by (epoch, index); index i is of case i mod cases.
+    """Read patches of labelled cases by (epoch, index).
 
     With probability ``foreground`` a patch is centred on a tumour voxel (of a class chosen
     uniformly among those the case has), as far as the volume's border allows; otherwise its
@@ -149,7 +149,7 @@ class PatchDataset(Dataset[Sample]):
 
 
 class CaseDataset(Dataset[CaseItem]):
-    """Whole cases, for evaluation.
+    """Read whole cases, for evaluation.
 
     Args:
         store: prepared cohort.

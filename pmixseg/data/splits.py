@@ -60,7 +60,7 @@ def hash_cases(cases: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """Case ids of the three parts.
+    """Hold the case ids of the three parts of a cohort.
 
     Raises:
         InputError: a case is named twice, in one part or in two.
@@ -103,7 +103,7 @@ class Split:
 
 
 class SplitPlan(Described, ABC):
-    """A rule that splits a cohort."""
+    """Split a cohort into training, validation and test cases."""
 
     @abstractmethod
     def split(self, cases: Sequence[SplittableCase]) -> Split:
@@ -115,7 +115,7 @@ class SplitPlan(Described, ABC):
 
 
 class SplitFiles(SplitPlan):
-    """One text file per part, one case id per line; blank lines and ``#`` comments are skipped.
+    """Split by one text file per part, with one case id per line.
 
     Args:
         train: file of the training cases; the other parts may be left out, too.
@@ -144,7 +144,7 @@ class SplitFiles(SplitPlan):
 
 
 class SplitJson(SplitPlan):
-    """A JSON file: ``{"train": [...], "val": [...], "test": [...]}``, or a list of such folds.
+    """Split by a JSON file: ``{"train": [...], "val": [...], "test": [...]}``, or a list of folds.
 
     nnU-Net's ``splits_final.json`` is such a list.
 
@@ -191,7 +191,7 @@ class SplitJson(SplitPlan):
 
 
 class KFold(SplitPlan):
-    """k-fold cross-validation: fold k tests, a share of the rest validates, what is left trains.
+    """Split for k-fold cross-validation: fold k tests, a share of the rest validates.
 
     Args:
         fold: which fold tests, from 0.
@@ -229,7 +229,7 @@ class KFold(SplitPlan):
 
 
 class Fractions(SplitPlan):
-    """Shares of the cohort.
+    """Split at random by shares of the cohort.
 
     Args:
         train: share of the training cases; the three sum to 1.
@@ -263,7 +263,7 @@ class Fractions(SplitPlan):
 
 
 class WholeCohort(SplitPlan):
-    """Every case in one part: testing on a cohort that no training has seen.
+    """Put every case into one part, to test on a cohort that no training has seen.
 
     Args:
         part: which part.

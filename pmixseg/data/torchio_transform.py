@@ -15,7 +15,7 @@ from pmixseg.errors import InputError
 
 
 class TorchIOTransform(PatchTransform):
-    """TorchIO transforms, one after the other, on each patch where it is read.
+    """Apply TorchIO transforms, one after the other, to each patch where it is read.
 
     They run on the CPU, in the data loader's workers; :class:`~pmixseg.data.augment.Augmentation`
     is many times faster. A patch is a subject with the images ``image`` (M channels) and ``label``;

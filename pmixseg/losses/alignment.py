@@ -36,7 +36,7 @@ from pmixseg.types import Latents, Presence, Scalar
 
 
 class Alignment(nn.Module):
-    """Alignment loss of some levels.
+    """Sum the distances between each modality's latents and the anchor over some levels.
 
     Args:
         distance: a name of :data:`DISTANCES`, or a distance.
@@ -194,7 +194,7 @@ class Alignment(nn.Module):
 
 
 def resolve_levels(levels: Sequence[int], count: int) -> tuple[int, ...]:
-    """Levels of a network as numbers from 0, finest first.
+    """Return levels of a network as numbers from 0, finest first.
 
     Args:
         levels: any of them; negative ones count from the coarsest.

@@ -30,7 +30,7 @@ Weights = Float[Tensor, "b m"]
 
 
 class Anchor(nn.Module, Described, ABC):
-    """One distribution per level that all modalities share.
+    """Give all modalities one common distribution per level: P_mix.
 
     An anchor is made without knowing the modalities; :meth:`bind` tells it, once, and creates
     its parameters.
@@ -126,7 +126,7 @@ class Anchor(nn.Module, Described, ABC):
 
 
 class NormalAnchor(Anchor):
-    """The standard normal N(0, I): P^N_mix of the papers.
+    """Anchor latents at the standard normal N(0, I): P^N_mix of the papers.
 
     As a point it is its mean, 0, so ``mse`` to it is ½ mean(f²). It knows nothing about the
     patient and cannot fill a slot.
@@ -154,7 +154,7 @@ class NormalAnchor(Anchor):
 
 
 class WeightedAnchor(Anchor):
-    r"""An anchor that is a weighted mean of latents: :math:`P = \sum_{m \in S} w'_m f_m`."""
+    r"""Anchor latents at a weighted mean of them: :math:`P = \sum_{m \in S} w'_m f_m`."""
 
     @abstractmethod
     def weights(self, subset: Presence, level: int, detach: bool = False) -> Weights:
@@ -199,7 +199,9 @@ class WeightedAnchor(Anchor):
 
 
 class ModalityAnchor(WeightedAnchor):
-    """One modality's latent: P^k_mix of the papers; the mean of the subset where k is not in it.
+    """Anchor latents at one modality's own: P^k_mix of the papers.
+
+    Where modality k is not in the subset, the anchor is the mean of the subset.
 
     Args:
         modality: name of k.
@@ -225,7 +227,7 @@ class ModalityAnchor(WeightedAnchor):
 
 
 class MixtureAnchor(WeightedAnchor):
-    """Mixture with weights w = softmax(a): P*_mix of the papers.
+    """Anchor latents at a mixture of them, with weights w = softmax(a): P*_mix of the papers.
 
     The parameters start at 0, where w is uniform. With equal terms the alignment loss is
     stationary there (docs/method/anchors.md), so it is given sg[w]; w learns from the segmentation
@@ -303,7 +305,7 @@ class MixtureAnchor(WeightedAnchor):
 
 
 class ProductAnchor(Anchor):
-    r"""Product of Gaussian experts, one per modality and N(0, I): U-HVED.
+    r"""Anchor latents at a product of Gaussians, one per modality and N(0, I), as U-HVED.
 
     .. math:: \sigma_P^{-2} = 1 + \sum_{m \in S} \sigma_m^{-2}, \qquad
               \mu_P = \sigma_P^2 \sum_{m \in S} \mu_m / \sigma_m^2

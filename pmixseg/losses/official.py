@@ -39,7 +39,7 @@ INITIAL_DEVIATION = 0.1
 
 
 class July2025Anchor(MixtureAnchor):
-    """Learned mixture with one w for all levels, started at random: ``official-2025-07``."""
+    """Mix latents by one learned w for all levels, started at random: ``official-2025-07``."""
 
     def __init__(self) -> None:
         super().__init__("learned", shared=True)
@@ -50,7 +50,7 @@ class July2025Anchor(MixtureAnchor):
 
 
 class OfficialAlignment(nn.Module, Described, ABC):
-    """The whole alignment loss of a public snippet, in place of a distance, levels and the rest.
+    """Compute the whole alignment loss of a public snippet.
 
     Attributes:
         needs_acquired: hidden modalities must be encoded.
@@ -75,7 +75,7 @@ class OfficialAlignment(nn.Module, Described, ABC):
 
 
 class July2025Alignment(OfficialAlignment):
-    r"""Alignment loss of the snippet of July 2025: ``official-2025-07``.
+    r"""Compute the alignment loss of the snippet of July 2025: ``official-2025-07``.
 
     .. math:: L = \frac{1}{2M} \sum_m \operatorname{mean} (f_m - P)^2, \qquad
               P = \sum_m w_m f_m
@@ -141,7 +141,7 @@ def fill_july_2025(
 
 
 class April2025Alignment(OfficialAlignment):
-    r"""Alignment loss of the early-fusion snippet of April 2025: ``official-2025-04``.
+    r"""Compute the early-fusion alignment loss of April 2025: ``official-2025-04``.
 
     .. math:: L = \frac{1}{M} \sum_c \operatorname{mean} (z_c - P)^2, \qquad
               P = \sum_c \frac{a_c}{\sum_j a_j} \operatorname{sg}[z_c]

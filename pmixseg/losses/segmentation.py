@@ -24,7 +24,7 @@ SMOOTH = 1e-5
 
 
 class Criterion(nn.Module, Described, ABC):
-    """The segmentation loss of a backbone.
+    """Compute the segmentation loss of a backbone.
 
     A backbone with auxiliary outputs of its own subclasses this and reads them by name from
     ``output.extras``, which is empty in eval mode.
@@ -53,7 +53,7 @@ class Criterion(nn.Module, Described, ABC):
 
 
 def area_fractions(label: Label, num_classes: int, shape: Sequence[int]) -> Tensor:
-    """Share of each class in every voxel of a coarser grid.
+    """Return the share of each class in every voxel of a coarser grid.
 
     A class that is thinner than a coarse voxel keeps its mass, where nearest-neighbour labels
     lose it (they lose the necrotic core in a quarter of 80³ patches at stride 8).
@@ -102,7 +102,7 @@ def refuse_negative(criterion: str, weights: Mapping[str, float]) -> None:
 
 
 class DiceCE(Criterion):
-    r"""Soft Dice plus cross-entropy (MONAI's ``DiceCELoss``), with deep supervision.
+    r"""Compute soft Dice plus cross-entropy (MONAI's ``DiceCELoss``), with deep supervision.
 
     .. math:: L = \frac{\sum_{k \ge 0} 2^{-k} L_k}{\sum_{k \ge 0} 2^{-k}}, \qquad
               L_k = \lambda_\mathrm{dice} L_\mathrm{dice} + \lambda_\mathrm{ce} L_\mathrm{ce}

@@ -42,7 +42,7 @@ from pmixseg.types import Batch, Latents, Presence, Scalar, SegOutput
 
 
 class SegmentationModule(SegmentationNetwork):
-    """Backbone, fill policy, criterion and terms in one trainable unit.
+    """Train and test a backbone with its fill, criterion and terms: the base of all modules.
 
     Subclass :class:`~pmixseg.TeacherModule` or :class:`~pmixseg.StudentModule` and override
     :meth:`build_backbone` for a network of your own.

@@ -14,7 +14,7 @@ from pmixseg.types import Latents, Presence, SegOutput
 
 
 class July2025Student(StudentModule):
-    """A student with the anchor and the fill of ``official-2025-07``.
+    """Train a student with the anchor and the fill of ``official-2025-07``.
 
     Its fill is not the same rule in training and at test, unlike that of every other module here:
     see :func:`~pmixseg.losses.official.fill_july_2025`. Train it with

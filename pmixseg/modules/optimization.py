@@ -23,7 +23,7 @@ VALIDATION = "val/dice"
 
 
 class Schedule(Described, ABC):
-    """A learning-rate schedule over the whole training; the module tells it how many steps."""
+    """Schedule the learning rate over a whole training; the module says how many steps."""
 
     @abstractmethod
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
@@ -31,7 +31,7 @@ class Schedule(Described, ABC):
 
 
 class Polynomial(Schedule):
-    """``lr(t) = lr_0 · (1 − t/T)^power`` after a linear warm-up.
+    """Lower the learning rate as ``lr(t) = lr_0 · (1 − t/T)^power`` after a linear warm-up.
 
     The schedule of RFNet, mmFormer and nnU-Net (power 0.9; docs/method/baselines.md).
 
@@ -56,7 +56,7 @@ class Polynomial(Schedule):
 
 
 class OneCycle(Schedule):
-    """PyTorch's ``OneCycleLR`` up to the optimizer's own learning rate.
+    """Schedule the learning rate by PyTorch's ``OneCycleLR``, up to the optimizer's own rate.
 
     Args:
         warmup_fraction: share of the steps in which the rate rises.

@@ -91,7 +91,7 @@ def hide_blocks(image: Image, keys: Keys, block: int, share: float) -> Image:
 
 
 class MaskedPretraining(StudentModule):
-    """A backbone learns to fill in what is hidden from it, and reads no label.
+    """Train a backbone to fill in what is hidden from it, without labels.
 
     Of each sample a number of sequences, then which ones, is hidden whole, and of those that are
     left a share of cubes; the network's output, through one 1x1x1 convolution, is compared with all

@@ -18,7 +18,7 @@ CHEAP = 15
 
 
 class StudentModule(SegmentationModule):
-    """Trains on drawn subsets of the acquired modalities, or on one fixed combination.
+    """Train on drawn subsets of the acquired modalities, or on one fixed combination.
 
     ``L_student = L_seg + Σ weight · term`` (docs/method/distillation.md).
 

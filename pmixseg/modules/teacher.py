@@ -13,7 +13,7 @@ from pmixseg.types import Batch, Latents, Presence
 
 
 class TeacherModule(SegmentationModule):
-    """Trains on all acquired modalities; the source of distillation.
+    """Train on all acquired modalities; students learn from it.
 
     ``L_teacher = L_seg + λ_w L_seg(decode(fill(Z, A'))) + Σ weight · term``, the second summand
     only where the anchor's weights are learned: with every modality present nothing is filled, so

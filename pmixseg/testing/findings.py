@@ -16,7 +16,7 @@ Instance norm over a handful of voxels magnifies rounding; a broken rule shows a
 
 
 class ConformanceError(AssertionError):
-    """A class breaks rules of its contract; the message has one line per rule.
+    """Say which rules of its contract a class breaks, one line per rule.
 
     Attributes:
         broken: rule -> what was found.

@@ -31,7 +31,7 @@ _GRADES = ("HGG", "LGG")
 
 @dataclass(frozen=True)
 class Case:
-    """One patient scan as it lies on disk; it may lack modalities and the label.
+    """Describe one patient scan as it lies on disk; it may lack modalities and the label.
 
     Args:
         case_id: unique in its cohort.
@@ -75,7 +75,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a cohort keeps its files and how it numbers its labels.
+    """Describe where a cohort keeps its files and how it numbers its labels.
 
     A pattern is a path with named fields: ``{case}/{case}_flair.nii.gz``. A field matches within
     one folder or file name, and the same text wherever it is repeated; ``*`` matches any text

@@ -213,7 +213,7 @@ def find_cases(
     layout: str | Path | Layout | None = None,
     labels: LabelNames | None = None,
 ) -> list[Case]:
-    """The cases under a folder, sorted by name.
+    """Return the cases under a folder, sorted by name.
 
     Args:
         root: the cohort's folder, or one that contains it, or the folder of one case.

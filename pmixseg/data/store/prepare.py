@@ -52,7 +52,7 @@ def prepare(
     force: bool = False,
     progress: bool = True,
 ) -> PrepareReport:
-    """Prepare cases into a store; what is there and up to date is kept.
+    """Prepare cases into a store; keep what is there and up to date.
 
     A case is done again when a source file, its layout or a parameter has changed. Any number of
     processes may prepare the same store at once. One bad case stops no other; an interrupt leaves

@@ -10,7 +10,7 @@ from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
 
 @dataclass
 class PrepareReport:
-    """What became of every case.
+    """Say what became of every case that was to be prepared.
 
     Args:
         store: the store's folder.

@@ -25,7 +25,7 @@ __all__ = ["PrepareReport", "Store", "StoredCase", "prepare"]
 
 
 class Store:
-    """A prepared cohort, read only; cheap to pickle.
+    """Open a prepared cohort for reading; cheap to send to a worker.
 
     Use :meth:`open`.
 

@@ -51,7 +51,7 @@ MAX_MAPS = 128
 
 @dataclass(frozen=True)
 class StoredCase:
-    """A prepared case; arrays are memory-mapped and read-only, so a patch costs what it weighs.
+    """Read a prepared case from memory-mapped arrays, whole or by patch.
 
     Arrays are mapped when they are asked for, and at most :data:`MAX_MAPS` at a time: every map
     holds a file open, of which a process may hold 1,024 as a rule. Pickling a case passes its

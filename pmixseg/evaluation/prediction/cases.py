@@ -37,7 +37,7 @@ Validation = Literal["auto", "all", "balanced", "drawn"]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How predictions are made and scored; written into every result file.
+    """Say how predictions are made and scored; every result file states it.
 
     Args:
         window: inference window in voxels; ``None``: the training patch.

@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """How scans are segmented; written beside the result.
+    """Say how scans are segmented; the result states it.
 
     Args:
         tta: average over the eight mirrorings of the volume; eight times the work.

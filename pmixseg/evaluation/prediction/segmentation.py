@@ -31,7 +31,7 @@ NOTICE = "Research use only: not a medical device, not for diagnosis or treatmen
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What a model found in one set of scans, in the grid of its reference scan.
+    """Hold what a model made of one set of scans, in the grid of its reference scan.
 
     Args:
         name: of the case.

@@ -60,7 +60,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Records:
-    """Results of one run.
+    """Hold the results of one run: a row per case, combination and region.
 
     Args:
         table: the rows, columns beginning with :data:`FIRST_COLUMNS`.

@@ -31,7 +31,7 @@ _EMPTY: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Conventions:
-    """How scores are defined where papers differ.
+    """Choose how scores are defined where papers differ.
 
     Args:
         hd95: HD95 and ASD in mm where one mask is empty: ``brats`` 373.12866 (BraTS, nnU-Net),

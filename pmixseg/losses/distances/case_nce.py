@@ -17,7 +17,7 @@ NO_CANDIDATE = -1e4
 
 
 class CaseNCE(Distance):
-    r"""Contrast of each modality's latent with the anchor at the same place: ``case_nce``.
+    r"""Contrast each modality's latent with the anchor at the same place: ``case_nce``.
 
     With :math:`r` the latents minus the mean over samples and acquired modalities at the same
     voxel position, divided by the channel's standard deviation; :math:`a_{m,v}` the unit vector of

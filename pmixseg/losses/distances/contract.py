@@ -66,7 +66,7 @@ class LevelLatents:
 
 
 class Distance(nn.Module, Described, ABC):
-    """Distance between the latent of a modality and the anchor.
+    """Measure how far the latent of a modality is from the anchor.
 
     Attributes:
         name: short name for ``--align.distance``; a class without one is named by its path.

@@ -45,7 +45,7 @@ def raw_of_unit_variance() -> float:
 
 
 class KL(Distance):
-    r"""Closed-form KL divergence between Gaussian latents and a Gaussian anchor: ``kl``.
+    r"""Compute the KL divergence of Gaussian latents from a Gaussian anchor: ``kl``.
 
     1x1x1 heads, one per modality and level, give :math:`\mu_m` and :math:`\log \sigma_m^2`
     (within ±6, by a scaled tanh) for every voxel and channel. The anchor is
@@ -115,7 +115,7 @@ class KL(Distance):
 
 
 class VID(Distance):
-    r"""Negative log-likelihood under one learnable Gaussian that all modalities share: ``vid``.
+    r"""Score latents under one learnable Gaussian that all modalities share: ``vid``.
 
     .. math:: D(f) = \tfrac12 \operatorname{mean} \left(
               \frac{(\hat f - \mu)^2}{\sigma^2} + \log \sigma^2 \right), \qquad

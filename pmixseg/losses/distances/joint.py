@@ -32,7 +32,7 @@ SMALLEST_EIGENVALUE = 1e-2
 
 
 class JointKL(Distance):
-    r"""KL divergence of all modalities together from a joint Gaussian anchor: ``joint``.
+    r"""Compute the KL divergence of all modalities together from a joint Gaussian: ``joint``.
 
     For every sample and channel, the brain voxels give a vector of modalities
     :math:`z = (f_{mv})_{m \in A}` with mean :math:`\mu` and full covariance :math:`\Sigma`. The

@@ -28,7 +28,7 @@ from pmixseg.losses.distances.moments import mean_over_brain, shared_moments, st
 
 
 class MSE(Distance):
-    r"""Half the mean squared difference: ``mse``.
+    r"""Compute half the mean squared difference: ``mse``.
 
     .. math:: D(f, P) = \tfrac12 \operatorname{mean}\,(f - P)^2
 
@@ -46,7 +46,7 @@ class MSE(Distance):
 
 
 class NMSE(Distance):
-    r"""Half the mean squared difference, relative to the latents' variance: ``nmse``.
+    r"""Compute half the mean squared difference, relative to the latents' variance: ``nmse``.
 
     .. math:: D(f_m, P) = \frac{\tfrac12 \operatorname{mean}\,(f_m - P)^2}
                                {\operatorname{mean}_c \operatorname{Var}_c(f) + \varepsilon}
@@ -83,7 +83,7 @@ class NMSE(Distance):
 
 
 class SmoothL1(Distance):
-    r"""Huber's loss between standardised latents and their anchor: ``smooth_l1``.
+    r"""Compute Huber's loss between standardised latents and their anchor: ``smooth_l1``.
 
     .. math:: D = \operatorname{mean} h(\hat f - \hat P), \qquad
               h(x) = \begin{cases} x^2 / 2β & |x| < β \\ |x| - β/2 & \text{else} \end{cases}
@@ -110,7 +110,7 @@ class SmoothL1(Distance):
 
 
 class Cosine(Distance):
-    r"""Angle between standardised latents and their anchor, voxel by voxel: ``cosine``.
+    r"""Measure the angle between standardised latents and their anchor: ``cosine``.
 
     .. math:: D = \operatorname{mean}_v \tfrac12 \left\|
                   \frac{\hat f_v}{\sqrt{\|\hat f_v\|^2 + \varepsilon}} -

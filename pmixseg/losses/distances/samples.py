@@ -66,7 +66,7 @@ class SampledDistance(Distance):
 
 
 class MMD(SampledDistance):
-    r"""Squared maximum mean discrepancy with a multi-bandwidth RBF kernel: ``mmd``.
+    r"""Compute the squared maximum mean discrepancy with RBF kernels: ``mmd``.
 
     .. math:: D = \operatorname{mean} k(x, x') + \operatorname{mean} k(y, y')
                   - 2 \operatorname{mean} k(x, y), \qquad
@@ -126,7 +126,7 @@ def _kernel(squared: Tensor, median: Tensor, pairs: Tensor) -> Tensor:
 
 
 class SlicedWasserstein(SampledDistance):
-    r"""Squared sliced 2-Wasserstein distance: ``sliced_wasserstein``.
+    r"""Compute the squared sliced 2-Wasserstein distance: ``sliced_wasserstein``.
 
     .. math:: D = \operatorname{mean}_{k, i} \left( \operatorname{sort}(X \theta_k)_i
                   - \operatorname{sort}(Y \theta_k)_i \right)^2

@@ -16,7 +16,7 @@ from pmixseg.losses.distances.moments import mean_over_brain, pooled_covariance,
 
 
 class VIC(Distance):
-    r"""Squared difference per channel, with guards on variance and covariance: ``vic``.
+    r"""Compute the squared difference per channel, with guards on variance and covariance: ``vic``.
 
     .. math:: D = \operatorname{mean}_{c,v} \frac{(f - P)^2}{\operatorname{Var}_c}
                   + \frac{4}{C^2} \sum_{c \neq d} R_{cd}^2

@@ -23,7 +23,7 @@ SMALLEST_VARIANCE = 1e-8
 
 
 class Whitened(Distance):
-    r"""Half the mean squared Mahalanobis distance to the anchor: ``whitened``.
+    r"""Compute half the mean squared Mahalanobis distance to the anchor: ``whitened``.
 
     .. math:: D = \frac{1}{2C} \operatorname{tr}\,(S_T + \varepsilon I)^{-1} S_W, \qquad
               S_W = \operatorname{mean}_v (f - P)(f - P)^T

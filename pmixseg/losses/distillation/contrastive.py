@@ -25,7 +25,7 @@ def case_numbers(case_id: Sequence[str]) -> Int64[Tensor, " b"]:
 
 
 class ContrastiveMatch(LatentLoss):
-    r"""Global embeddings of the same case close, of others apart.
+    r"""Pull embeddings of the same case together, and push those of other cases apart.
 
     .. math:: L = \operatorname{mean}_i \left[ \tfrac12 \operatorname{mean}_{j: same} d_{ij}^2 +
               \tfrac12 \operatorname{mean}_{j: other} \max(0, \text{margin} - d_{ij})^2 \right]

@@ -19,7 +19,7 @@ from pmixseg.types import Batch, Brain, Features, Scalar, SegOutput
 
 
 class LatentMatch(LatentLoss):
-    r"""Squared distance of the student's latents from the teacher's anchor, on the teacher's scale.
+    r"""Pull the student's latents towards the teacher's anchor, on the teacher's scale.
 
     .. math:: L = \sum_l \frac{1}{|A|} \sum_{m \in A}
               \frac{\operatorname{mean}\,(h_l(f_m^s) - \operatorname{sg} P^t)^2}
@@ -104,7 +104,7 @@ class LatentMatch(LatentLoss):
 
 
 class SubsetMatch(LatentLoss):
-    r"""Distance between the fused latents of two drawn combinations of one sample.
+    r"""Pull the fused latents of two drawn combinations of one sample together.
 
     .. math:: L = \sum_l
               \frac{\operatorname{mean}\,(\bar f_A - \operatorname{sg} \bar f_{A'})^2}
@@ -150,7 +150,7 @@ class SubsetMatch(LatentLoss):
 
 
 class VariationalMatch(SlotwiseLoss):
-    r"""Variational information distillation.
+    r"""Explain the teacher's features by the student's: variational information distillation.
 
     .. math:: D = \tfrac12 \operatorname{mean} \left(
               \frac{(h(f_m^s) - P^t)^2}{\sigma^2} + \log \sigma^2 \right), \qquad

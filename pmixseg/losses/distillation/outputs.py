@@ -27,7 +27,7 @@ def check_temperature(owner: object, temperature: float) -> None:
 
 
 class LogitKL(DistillationLoss):
-    r"""KL divergence between softened class probabilities.
+    r"""Compute the KL divergence between the teacher's and the student's softened outputs.
 
     .. math:: L = T^2 \operatorname{mean}_v \sum_c p_c \log \frac{p_c}{q_c}, \qquad
               p = \operatorname{softmax}(t / T),\; q = \operatorname{softmax}(s / T)
@@ -60,7 +60,7 @@ class LogitKL(DistillationLoss):
 
 
 class WeightedSoftCE(DistillationLoss):
-    r"""Soft cross-entropy where the teacher is right and better than the student.
+    r"""Teach soft labels where the teacher is right and better than the student.
 
     .. math:: L = \frac{\sum_v \omega_v \bigl(- \sum_c p_c \log q_c\bigr)}{\sum_v \omega_v}, \qquad
               \omega_v = \operatorname{sg}\bigl[\max(0, CE_s - CE_t) \cdot [\arg\max t = y]\bigr]
@@ -103,7 +103,7 @@ class WeightedSoftCE(DistillationLoss):
 
 
 class ProbabilityMSE(DistillationLoss):
-    r"""Squared difference of class probabilities: consistency of two outputs.
+    r"""Compute the squared difference of class probabilities: consistency of two outputs.
 
     .. math:: L = \operatorname{mean}_{c,v} (p_{cv} - q_{cv})^2 \quad (\text{mean}) \qquad\text{or}
               \quad L = \sum_{c > 0} \operatorname{mean}_v (p_{cv} - q_{cv})^2

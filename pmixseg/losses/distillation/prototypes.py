@@ -67,7 +67,7 @@ def map_difference(
 
 
 class PrototypeMatch(DistillationLoss):
-    r"""Similarity of every voxel of a decoder map to the class prototypes, as the teacher has it.
+    r"""Match how similar each voxel of a decoder map is to the prototypes of the classes.
 
     Prototypes are class means of a decoder's feature map, per sample. The published terms take the
     map that the last convolution reads, the finest. Mean over classes and voxels of
@@ -121,7 +121,7 @@ class PrototypeMatch(DistillationLoss):
 
 
 class LatentPrototypeMatch(LatentLoss):
-    r"""The same of latents: similarity to class prototypes of the encoder.
+    r"""Match how similar each latent is to the prototypes of the classes.
 
     :func:`map_difference` of every shown modality of the student against the teacher's anchor, over
     brain voxels, with area fractions of the label at the latent's stride. Not a published form:

@@ -52,7 +52,7 @@ def _enlarge(probabilities: Tensor, size: torch.Size) -> Tensor:
 
 
 class SelfDistillation(DistillationLoss):
-    r"""The network on everything acquired teaches itself on single modalities.
+    r"""Let the network on everything acquired teach itself on single modalities.
 
     .. math:: L = \sum_{m} w_\mathrm{logit} \Bigl( D(z_m, z) + \sum_{k=1}^{K} 2^{-k}
               D(r^k_m, r^k) \Bigr) + w_\mathrm{proto} L_\mathrm{proto}(m)

@@ -14,7 +14,7 @@ from pmixseg.types import Brain, Features
 
 
 class GramMatch(SlotwiseLoss):
-    r"""Squared difference of Gram matrices ("style").
+    r"""Compute the squared difference of Gram matrices ("style").
 
     .. math:: D = \operatorname{mean}_{c,c'} (G^s - G^t)^2, \qquad
               G_{cc'} = \frac{1}{N} \sum_v f_{cv} f_{c'v}
