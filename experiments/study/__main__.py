@@ -168,7 +168,7 @@ def earlier(plan: Plan, folder: Path, work: Path) -> StudyResults | None:
     names = [training.name for training in plan.trainings]
     here = StudyResults.gather(plan.name, work / ENDED, names)
     there = StudyResults.read(folder) if (folder / TRAININGS).is_file() else None
-    both = there.joined(here) if here and there else here or there
+    both = there.joined(here, names) if here and there else here or there
     if both is not None:
         made = dict(zip(both.trainings["run"], both.trainings["settings"], strict=True))
         other = [t.name for t in plan.trainings if made.get(t.name, t.fingerprint) != t.fingerprint]

@@ -37,6 +37,13 @@ def percent(value: float, signed: bool = False) -> str:
     return f"{100 * value:+.2f}" if signed else f"{100 * value:.1f}"
 
 
+def interval(ends: tuple[float, float]) -> str:
+    """Both ends in points; a dash where there is none."""
+    if np.isnan(ends).any():
+        return "–"
+    return f"{percent(ends[0], True)} to {percent(ends[1], True)}"
+
+
 def arm_names(results: StudyResults, entry: Entry) -> list[str]:
     """Arms of a table."""
     named = entry.get("arms")
@@ -140,16 +147,16 @@ def tests(results: StudyResults, entry: Entry) -> str:
             [
                 name,
                 percent(test.difference, signed=True),
-                f"{percent(test.interval[0], True)} to {percent(test.interval[1], True)}",
-                f"{percent(drawn[0], True)} to {percent(drawn[1], True)}",
-                f"{test.p:.3g}",
+                interval(test.interval),
+                interval(drawn),
+                figure(test.p),
                 "",
-                f"{100 * test.detectable:.2f}",
+                "–" if np.isnan(test.detectable) else f"{100 * test.detectable:.2f}",
                 " ".join(f"{100 * d:+.1f}" for d in differences.mean(axis=1)),
             ]
         )
     for row, corrected in zip(rows, holm(np.array(p_values)), strict=True):
-        row[5] = f"{corrected:.3g}"
+        row[5] = figure(corrected)
     header = [
         "A − B",
         "difference, points",

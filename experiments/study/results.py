@@ -18,7 +18,7 @@ file                  content
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,14 +105,26 @@ class StudyResults:
         trainings = pd.DataFrame(rows).astype({"block": str})
         return cls(pd.concat(tables, ignore_index=True), trainings, sidecar)
 
-    def joined(self, other: StudyResults) -> StudyResults:
-        """With the trainings of another that this one lacks."""
+    def joined(self, other: StudyResults, order: Sequence[str]) -> StudyResults:
+        """With the trainings of another that this one lacks.
+
+        Args:
+            other: of the same study.
+            order: names of trainings, as the plan has them; others stay in front.
+        """
         new = ~other.trainings["run"].isin(self.trainings["run"])
         runs = set(other.trainings.loc[new, "run"])
         records = other.records[other.records["run"].isin(runs)]
+        place = {name: number for number, name in enumerate(order)}
+
+        def sort(one: pd.DataFrame, two: pd.DataFrame) -> pd.DataFrame:
+            both = pd.concat([one, two], ignore_index=True)
+            ranks = both["run"].map(place).fillna(-1)
+            return both.loc[ranks.sort_values(kind="stable").index].reset_index(drop=True)
+
         return StudyResults(
-            pd.concat([self.records, records], ignore_index=True),
-            pd.concat([self.trainings, other.trainings[new]], ignore_index=True),
+            sort(self.records, records),
+            sort(self.trainings, other.trainings[new]),
             self.sidecar,
         )
 

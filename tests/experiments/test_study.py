@@ -394,6 +394,21 @@ def test_only_blocks_that_are_whole_are_compared_and_missing_ones_are_said():
     assert "Fewer than the 3 seeds planned. Seeds 0, 1; 1 cases." in text
 
 
+def test_results_that_came_at_different_times_stand_in_the_order_of_the_plan():
+    first, second = made_results({"b": [[0.5]]}), made_results({"a": [[0.4]], "b": [[0.9]]})
+    both = first.joined(second, ["a_s0", "b_s0"])
+    assert both.trainings["run"].tolist() == ["a_s0", "b_s0"]
+    assert both.records["run"].tolist() == ["a_s0"] * 2 + ["b_s0"] * 2
+    assert both.records["dice"].tolist() == [0.4, 0.4, 0.5, 0.5]  # what was there stays
+
+
+def test_one_seed_has_a_difference_and_no_interval():
+    entry = {"title": "t", "kind": "tests", "group": "g", "contrasts": [["a", "b"]]}
+    text = analyse(made_results({"a": [[0.5, 0.6]], "b": [[0.4, 0.4]]}), [entry])
+    assert "| a − b | +15.00 | – | " in text
+    assert "nan" not in text
+
+
 def test_an_endpoint_may_be_about_the_combinations_that_hold_one_sequence():
     results = made_results({"a": [[0.5], [0.7]], "b": [[0.4], [0.5]]})
     with_contrast = results.records["combination"] == "flair+t1ce"
