@@ -53,7 +53,14 @@ def parser() -> argparse.ArgumentParser:
                 help="measure the speed, and lower the steps of all trainings alike until so many "
                 "seeds end within --minutes",
             )
-        if name != "analyse":
+        if name == "analyse":
+            command.add_argument(
+                "--into",
+                type=Path,
+                metavar="PAGE",
+                help="write them into a page, between <!-- NAME: begin --> and <!-- NAME: end -->",
+            )
+        else:
             command.add_argument("--groups", nargs="+", help="only these")
             command.add_argument("--seeds", nargs="+", type=int, help="only these")
     return made
@@ -66,7 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
         plan = read_plan(args.plan, dict(_change(text) for text in args.set))
         if args.command == "analyse":
             results = StudyResults.read(args.results / plan.name)
-            print(f"## {plan.title}\n\n{analyse(results, plan.tables)}")
+            text = analyse(results, plan.tables, {t.group for t in plan.trainings})
+            if args.into is None:
+                print(f"## {plan.title}\n\n{text}")
+            else:
+                insert(args.into, plan.name, text)
             return 0
         plan = plan.only(args.groups, args.seeds)
         return run(plan, args) if args.command == "run" else status(plan, args.results)
@@ -191,6 +202,21 @@ def durations(plan: Plan, known: StudyResults) -> dict[tuple[str, str, str], flo
             taken = float(row["seconds"] + row["scoring_seconds"])
             longest[key] = max(taken, longest.get(key, 0.0))
     return longest
+
+
+def insert(page: Path, name: str, text: str) -> None:
+    """Replace what stands between a study's two marks on a page.
+
+    Raises:
+        InputError: the page lacks them.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    old = page.read_text(encoding="utf-8")
+    if begin not in old or end not in old:
+        raise InputError(f"{page} lacks the lines {begin} and {end}; add them.")
+    head, tail = old.split(begin)[0], old.split(end)[1]
+    with whole(page) as part:
+        part.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}", encoding="utf-8")
 
 
 def status(plan: Plan, results: Path) -> int:

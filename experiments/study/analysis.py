@@ -7,7 +7,7 @@ every scored combination must hold, where the endpoint is about that sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -175,6 +175,37 @@ def tests(results: StudyResults, entry: Entry) -> str:
     return markdown(header, rows) + "\n\n" + " ".join(notes)
 
 
+def verdict(results: StudyResults, entry: Entry) -> str:
+    """Say what the interval of each contrast shows, by a rule that the plan fixed before the run.
+
+    ``worth`` is the smallest gain, in points, that would be worth having.
+    """
+    worth = float(entry["worth"])
+    sentences = []
+    for name, weights in contrasts(entry).items():
+        blocks = results.whole_blocks(entry["group"], entry.get("arms") or list(weights))
+        by_arm = [w * endpoint(results, entry, arm, blocks) for arm, w in weights.items()]
+        test = paired_t(np.sum(by_arm, axis=0))
+        low, high = (100 * end for end in test.interval)
+        many = f"{len(blocks)} seeds" if len(blocks) > 1 else "one seed"
+        measured = f"{percent(test.difference, True)} points ({interval(test.interval)}; {many})."
+        if np.isnan(low):
+            said = f"not decided.** {measured} Without an interval nothing follows."
+        elif low > 0:
+            said = f"helps.** {measured}"
+        elif high < 0:
+            said = f"harms.** {measured}"
+        elif high < worth:
+            said = f"refuted.** {measured} A gain of {worth:g} points or more is excluded."
+        else:
+            seen = (
+                f"{100 * test.detectable:.1f} points would have been seen in four of five studies"
+            )
+            said = f"not decided.** {measured} A gain of {worth:g} points is not excluded; {seen}."
+        sentences.append(f"- **{name}: {said}")
+    return "\n".join(sentences)
+
+
 def parts(results: StudyResults, entry: Entry) -> str:
     """Differences of pairs by region and number of sequences; how many cells pass Holm."""
     rows, cells = [], 0
@@ -307,6 +338,7 @@ TABLES: dict[str, Callable[[StudyResults, Entry], str]] = {
     "each": each,
     "cases": cases,
     "tests": tests,
+    "verdict": verdict,
     "parts": parts,
     "differences": differences,
     "gap": gap,
@@ -315,11 +347,19 @@ TABLES: dict[str, Callable[[StudyResults, Entry], str]] = {
 """Kind of a table in a plan -> what makes it."""
 
 
-def analyse(results: StudyResults, entries: Sequence[Entry]) -> str:
-    """Every table of a plan, each under its title; one whose trainings are missing says so.
+NOTHING = "No seed has ended."
+
+
+def analyse(results: StudyResults, entries: Sequence[Entry], planned: Collection[str] = ()) -> str:
+    """Make every table of a plan, each under its title.
+
+    Args:
+        results: what ended.
+        entries: the plan's tables.
+        planned: groups that are still trained: a table of one without a whole block says so.
 
     Raises:
-        InputError: a kind of table that there is not.
+        InputError: a kind of table, a group or an arm that there is not.
     """
     sections = []
     for entry in entries:
@@ -328,5 +368,17 @@ def analyse(results: StudyResults, entries: Sequence[Entry]) -> str:
                 f"table '{entry['title']}': no kind '{entry['kind']}'; use one of "
                 f"{', '.join(TABLES)}."
             )
-        sections.append(f"### {entry['title']}\n\n{TABLES[entry['kind']](results, entry)}")
+        waits = entry["group"] in planned and not has_ended(results, entry)
+        text = NOTHING if waits else TABLES[entry["kind"]](results, entry)
+        sections.append(f"### {entry['title']}\n\n{text}")
     return "\n\n".join(sections)
+
+
+def has_ended(results: StudyResults, entry: Entry) -> bool:
+    """Whether a block of every arm that a table needs is whole."""
+    if entry["group"] not in set(results.trainings["group"]):
+        return False
+    needed = list(entry.get("arms") or ())
+    if "contrasts" in entry:
+        needed += [arm for weights in contrasts(entry).values() for arm in weights]
+    return bool(results.whole_blocks(entry["group"], needed or None))

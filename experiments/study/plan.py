@@ -66,6 +66,9 @@ class Training:
     part: str = ""
     needs: str | None = None
     kept: bool = False
+    parts: int = 1
+    """Trainings that are this arm together."""
+
     trial: bool = False
     """Only for its speed: it is not scored, and leaves nothing."""
 
@@ -199,4 +202,6 @@ def _of_arm(
         ready = copy.deepcopy(settings)
         if place:
             put(ready, place, value)
-        yield Training(group, arm, seed, ready, str(value), needs, kept=arm in needed)
+        yield Training(
+            group, arm, seed, ready, str(value), needs, arm in needed, max(len(parts), 1)
+        )

@@ -8,8 +8,9 @@ file                  content
 ``records.json``      the sidecar of those records
 ``trainings.csv``     ``run``, ``group`` (the table it belongs to), ``arm``, ``block`` (trainings
                       of one block are matched: same seed, or same case left out), ``against``
-                      (arm that it is compared with in exploratory tables), ``seed``, ``part``,
-                      ``steps``, seconds, last losses, and measures of the latents:
+                      (arm that it is compared with in exploratory tables), ``seed``, ``part``
+                      that was scored, ``parts`` (trainings that make up the arm), ``steps``,
+                      seconds, last losses, and measures of the latents:
                       ``gap/level<l>/<measure>`` after and ``gap_before/level<l>/<measure>``
                       before the training
 ====================  ===========================================================================
@@ -166,12 +167,19 @@ class StudyResults:
         """
         rows = self.group(group)
         wanted = set(rows["arm"] if arms is None else arms)
-        blocks = rows.groupby("block", sort=False)["arm"].agg(set)
-        return [str(block) for block, ended in blocks.items() if wanted <= ended]
+        # An arm of several trainings, such as a student for each sequence, counts when all ended.
+        parts = rows["parts"].fillna(1) if "parts" in rows else pd.Series(1, rows.index)
+        counts = rows.assign(parts=parts).groupby(["block", "arm"], sort=False)["parts"]
+        ended = counts.agg(lambda of: len(of) >= of.iloc[0])
+        there: dict[str, set[str]] = {}
+        for block, arm in ended[ended].index:
+            there.setdefault(str(block), set()).add(arm)
+        return [
+            block for block in dict.fromkeys(rows["block"]) if wanted <= there.get(block, set())
+        ]
 
     def tables(self, group: str, arm: str, blocks: list[str]) -> list[pd.DataFrame]:
         """Records of an arm, a table per block, in the order of the blocks."""
         rows = self.arm(group, arm)
-        # An arm may be several trainings, such as a student for each sequence.
         runs = [rows.loc[rows["block"] == block, "run"] for block in blocks]
         return [pd.concat([self.run(str(name)) for name in names]) for names in runs]

@@ -99,6 +99,7 @@ def train(training: Training, cohort: Cohort, work: Path) -> dict[str, Any]:
         "against": None,
         "seed": training.seed,
         "part": "test",
+        "parts": training.parts,
         "steps": int(trainer.global_step),
         "settings": training.fingerprint,
         **losses,

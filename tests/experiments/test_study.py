@@ -409,6 +409,50 @@ def test_one_seed_has_a_difference_and_no_interval():
     assert "nan" not in text
 
 
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ([0.02, 0.03, 0.04], "helps.** +3.00 points"),
+        ([-0.02, -0.03, -0.04], "harms.** -3.00 points"),
+        ([-0.001, 0.0, 0.001], "refuted.** +0.00 points"),
+        ([-0.05, 0.0, 0.05], "not decided.** +0.00 points"),
+        ([0.03], "not decided.** +3.00 points (–; one seed). Without an interval"),
+    ],
+)
+def test_a_verdict_follows_from_the_interval_and_what_would_be_worth_having(gains, said):
+    dice = {"a": [[0.5 + gain] for gain in gains], "b": [[0.5] for _ in gains]}
+    entry = {"title": "t", "kind": "verdict", "group": "g", "worth": 0.5, "contrasts": [["a", "b"]]}
+    assert f"- **a − b: {said}" in analyse(made_results(dice), [entry])
+
+
+def test_a_group_that_has_not_begun_and_an_arm_that_is_half_done_are_no_result():
+    results = made_results({"a": [[0.5]], "b": [[0.4]]})
+    entry = {"title": "t", "kind": "tests", "group": "g", "contrasts": [["a", "b"]]}
+    later = {**entry, "group": "h"}
+    assert analyse(results, [later], {"g", "h"}) == "### t\n\nNo seed has ended."
+    with pytest.raises(InputError, match="no group 'h'"):
+        analyse(results, [later])
+    assert "+10.00" in analyse(results, [entry], {"g"})
+    results.trainings["parts"] = [1.0, 2.0]  # b is to be two trainings
+    assert analyse(results, [entry], {"g"}) == "### t\n\nNo seed has ended."
+
+
+def test_tables_go_between_the_marks_of_a_page(ran, plan_file, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("head\n<!-- small: begin -->\nold\n<!-- small: end -->\ntail\n")
+    command = ["analyse", str(plan_file), "--results", str(ran / "results"), "--into", str(page)]
+    assert main(command) == 0
+    first = page.read_text()
+    assert first.startswith("head\n<!-- small: begin -->\n\n### Arms")
+    assert first.endswith("<!-- small: end -->\ntail\n")
+    assert "old" not in first
+    assert main(command) == 0
+    assert page.read_text() == first
+    page.write_text("nothing")
+    assert main(command) == 1
+    assert "lacks the lines" in capsys.readouterr().err
+
+
 def test_an_endpoint_may_be_about_the_combinations_that_hold_one_sequence():
     results = made_results({"a": [[0.5], [0.7]], "b": [[0.4], [0.5]]})
     with_contrast = results.records["combination"] == "flair+t1ce"
