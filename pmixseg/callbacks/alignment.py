@@ -13,7 +13,7 @@ from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.losses.alignment import Alignment
 from pmixseg.losses.anchors import Anchor
-from pmixseg.losses.distances import KL, Distance
+from pmixseg.losses.distances import DISTANCES, KL, Distance
 from pmixseg.losses.official import OfficialAlignment
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
@@ -48,9 +48,9 @@ class PmixAlignment(TermCallback):
         name: key in log and checkpoint.
 
     Raises:
-        InputError: ``official`` beside arguments it would ignore; in ``setup``: a backbone that
-            mixes modalities at the input; a model without an anchor; learned weights that no
-            segmentation loss would reach; unknown levels.
+        InputError: ``official`` beside arguments it would ignore; an unknown distance; in
+            ``setup``: a backbone that mixes modalities at the input; a model without an anchor;
+            learned weights that no segmentation loss would reach; unknown levels.
     """
 
     def __init__(
@@ -85,6 +85,12 @@ class PmixAlignment(TermCallback):
         self.official: OfficialAlignment | None = build(official)
         self.anchor: Anchor | None = build(anchor)
         self.distance: str | Distance = build(distance)
+        if isinstance(self.distance, str) and self.distance not in DISTANCES:
+            # Found before anything is trained, and where the weight is 0, too.
+            raise InputError(
+                f"{name}.distance: there is no distance '{distance}'; use one of "
+                f"{', '.join(DISTANCES)}."
+            )
         self.levels = levels
         self.projection = projection
         self.detach = detach

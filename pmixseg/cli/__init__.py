@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pmixseg.cli import commands, preprocess, segment, weights
+from pmixseg.cli.arguments import take_out
+from pmixseg.cli.mistakes import Parser, UsageError, complaint
 from pmixseg.errors import InputError, disk_error
 
 TRAINING = {
@@ -29,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         0 if all went well, 1 if the input, a path or the disk is at fault (one sentence on
         stderr), 130 after Ctrl-C.
-        Wrong flags end the process with 2, as argparse does.
+        2 if a flag is wrong.
     """
     given = list(sys.argv[1:] if args is None else args)
     try:
@@ -42,17 +44,33 @@ def main(args: Sequence[str] | None = None) -> int:
         if given and given[0] == segment.NAME:  # its flags depend on the checkpoint
             return segment.run(given[1:], modules)
         return run_plain(given, modules)
-    except (ValueError, OSError, RuntimeError) as error:
-        cause = input_error(error) if isinstance(error, ValueError) else disk_error(error)
+    except BaseException as error:
+        if interrupted(error):
+            print("pmixseg: stopped.", file=sys.stderr)  # noqa: T201  # the command line's own output
+            return 130
+        cause = None if isinstance(error, SystemExit) else input_error(error) or disk_error(error)
         if cause is None and isinstance(error, UnicodeDecodeError):
             cause = no_text(given)
+        if cause is None and isinstance(error, Exception):
+            cause = complaint(error)
         if cause is None:
             raise
         print(f"pmixseg: {cause}", file=sys.stderr)  # noqa: T201  # the command line's own output
-        return 1
-    except KeyboardInterrupt:
-        print("pmixseg: stopped.", file=sys.stderr)  # noqa: T201  # the command line's own output
-        return 130
+        return 2 if isinstance(cause, UsageError) else 1
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether an error is Ctrl-C, or what a library made of it: Lightning exits with 1.
+
+    What is raised while Ctrl-C ends an import or a library's call counts as well.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def input_error(error: BaseException | None) -> InputError | None:
@@ -94,16 +112,7 @@ def import_modules(args: list[str]) -> tuple[list[str], list[str]]:
     Raises:
         InputError: a module that cannot be imported.
     """
-    left: list[str] = []
-    names: list[str] = []
-    rest = iter(args)
-    for arg in rest:
-        if arg == "--import":
-            names.append(next(rest, ""))
-        elif arg.startswith("--import="):
-            names.append(arg.split("=", 1)[1])
-        else:
-            left.append(arg)
+    names, left = take_out(args, "--import")
     for name in names:
         try:
             sys.path.insert(0, "")
@@ -117,7 +126,7 @@ def import_modules(args: list[str]) -> tuple[list[str], list[str]]:
 
 def run_plain(args: Sequence[str], modules: Sequence[str] = ()) -> int:
     """Parse and run a command that is not Lightning's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pmixseg",
         description="Brain-tumour segmentation when MRI sequences are missing. Research use only.",
         epilog="`pmixseg COMMAND --help` explains a command. "
@@ -131,6 +140,8 @@ def run_plain(args: Sequence[str], modules: Sequence[str] = ()) -> int:
     subparsers.add_parser(segment.NAME, help=segment.HELP, add_help=False)
     preprocess.add_to(subparsers)
     weights.add_to(subparsers)
-    chosen = parser.parse_args(args, argparse.Namespace(modules=modules))
+    chosen, unknown = parser.parse_known_args(args, argparse.Namespace(modules=modules))
+    if unknown:  # told by the command's own parser, which knows what is near
+        subparsers.choices[chosen.command].error(f"unrecognized arguments: {unknown[0]}")
     code: int = chosen.run(chosen)
     return code

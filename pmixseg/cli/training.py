@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -22,14 +22,21 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pmixseg.callbacks.alignment import PmixAlignment
+from pmixseg.callbacks.calm import calm
 from pmixseg.callbacks.distillation import Distillation
 from pmixseg.callbacks.predictions import PredictionWriter
 from pmixseg.callbacks.run import RunCheckpoint, RunLogger
 from pmixseg.callbacks.temperatures import TemperatureFitting
+from pmixseg.cli.arguments import (
+    option,
+    with_checkpoint_path,
+    with_guessed_split,
+    with_split_class,
+)
+from pmixseg.cli.mistakes import UsageError, training_sentence
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe
 from pmixseg.errors import InputError, writing
@@ -49,7 +56,18 @@ DEFAULT_TERMS = {"logit": "pmixseg.losses.LogitKL", "latent": "pmixseg.losses.La
 
 _load_yaml = get_loader("yaml")
 # Files may name classes by paths of an earlier version.
-set_loader("yaml", lambda text: current_yaml(_load_yaml(text)), exceptions=(yaml.YAMLError,))
+set_loader(
+    "yaml",
+    lambda text: with_guessed_split(current_yaml(_load_yaml(text))),
+    exceptions=(yaml.YAMLError,),
+)
+
+
+class TrainingParser(LightningArgumentParser):
+    """Lightning's parser; it takes whole flags only, and leaves mistakes to be told by us."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "exit_on_error": False, "allow_abbrev": False})
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -71,35 +89,48 @@ class SaveRunConfig(SaveConfigCallback):
         with writing(folder / "config.yaml"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(text)
-        if isinstance(trainer.logger, Logger) and not isinstance(trainer.logger, RunLogger):
-            trainer.logger.log_hyperparams({"config": text})
+        for logger in trainer.loggers:
+            if not isinstance(logger, RunLogger):
+                logger.log_hyperparams(yaml.safe_load(text))
 
 
 class TrainingCLI(LightningCLI):
     """Model and data by class or YAML, alignment and distillation as top-level groups."""
 
     def __init__(self, args: Sequence[str], modules: Sequence[str] = ()) -> None:
-        self.given, self.modules = list(args), list(modules)
-        with warnings.catch_warnings():
-            # We pass what the console script was given; both are the same.
-            warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
-            super().__init__(
-                SegmentationModule,
-                BraTSDataModule,
-                subclass_mode_model=True,
-                auto_configure_optimizers=False,
-                seed_everything_default=0,
-                save_config_callback=SaveRunConfig,
-                save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
-                trainer_defaults={"use_distributed_sampler": False, "max_epochs": 100},
-                args=with_checkpoint_defaults(args, modules),
-            )
+        self.given, self.modules = with_split_class(with_checkpoint_path(args)), list(modules)
+        calm()
+        super().__init__(
+            SegmentationModule,
+            BraTSDataModule,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            trainer_defaults={"use_distributed_sampler": False, "max_epochs": 100},
+            parser_class=TrainingParser,
+            args=with_checkpoint_defaults(self.given, modules),
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line.
+
+        Raises:
+            UsageError: a flag, a file or a value is wrong.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            flags = [f"--{action.dest}" for action in self._parser(self.given[0])._actions]
+            raise UsageError(training_sentence(str(error), self.given, flags)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Groups ``align`` and ``distill``, the run folder, and weights to start from."""
         parser.add_lightning_class_args(PmixAlignment, "align")
         parser.add_lightning_class_args(Distillation, "distill")
         # Named here, so that one flag can change one argument of one term; a file replaces them.
+        parser.set_defaults({"model": {"class_path": "pmixseg.StudentModule"}})
         terms = {name: {"class_path": path} for name, path in DEFAULT_TERMS.items()}
         parser.set_defaults({"distill.terms": terms})
         parser.add_argument("--run", type=str | None, default=None, help="Folder of this run.")
@@ -252,17 +283,6 @@ def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -
         data["patch_size"] = payload["patch"]
     config = resolve({"model": describing(payload), "data": data}, modules, path)
     return [given[0], f"--config={json.dumps(config)}", *given[1:]]
-
-
-def option(args: Sequence[str], name: str) -> str | None:
-    """Value of ``--name value`` or ``--name=value``, the last one given."""
-    found = None
-    for i, arg in enumerate(args):
-        if arg == name and i + 1 < len(args):
-            found = args[i + 1]
-        elif arg.startswith(f"{name}="):
-            found = arg.split("=", 1)[1]
-    return found
 
 
 def with_evaluation(description: dict[str, Any]) -> dict[str, Any]:

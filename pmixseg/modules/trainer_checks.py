@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 
 from pmixseg.errors import InputError
-from pmixseg.modules.optimization import mode_of
+from pmixseg.modules.optimization import mode_of, validates
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -25,9 +27,28 @@ def check_trainer(trainer: Trainer) -> None:
             )
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or callback.monitor is None:
             continue
+        if getattr(callback, "strict", True):
+            _check_name(type(callback).__name__, callback.monitor, trainer)
         mode = mode_of(callback.monitor)
         if mode is not None and callback.mode != mode:
             raise InputError(
                 f"{type(callback).__name__} watches {callback.monitor} with mode {callback.mode}, "
                 f"but it is better {'lower' if mode == 'min' else 'higher'}; give it mode: {mode}."
             )
+
+
+def _check_name(who: str, metric: str, trainer: Trainer) -> None:
+    """Refuse a metric that a training does not log, where all that it logs is known."""
+    module: Any = trainer.lightning_module
+    everybody = [module, *trainer.callbacks]  # type: ignore[attr-defined]  # as above
+    if any(type(o).__module__.partition(".")[0] not in ("pmixseg", "lightning") for o in everybody):
+        return  # classes of the user's own may log anything
+    known = ["loss", "train/loss", "train/seg", *(f"train/{name}" for name in module.terms)]
+    if validates(trainer):
+        known += ["val/dice", *(f"val/dice/{region}" for region in module.task.regions)]
+    parts = ("train/", "gap/", "anchor/")  # what terms and monitors log in detail
+    if metric in known or metric.startswith(parts):
+        return
+    raise InputError(
+        f"{who} watches {metric}, which this training does not log; use one of {', '.join(known)}."
+    )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pmixseg.cli import import_modules, main
-from pmixseg.cli.training import differences, option, with_checkpoint_defaults
+from pmixseg.cli.arguments import option
+from pmixseg.cli.training import differences, with_checkpoint_defaults
 
 
 def test_help_names_every_command(capsys):
@@ -87,8 +88,8 @@ def test_a_file_that_is_no_checkpoint_is_one_sentence(tmp_path, capsys):
 def test_import_loads_modules_of_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "my_networks_for_test.py").write_text("x = 1\n")
     monkeypatch.chdir(tmp_path)
-    left = import_modules(["fit", "--import", "my_networks_for_test", "--x=1"])
-    assert left == ["fit", "--x=1"]
+    left, names = import_modules(["fit", "--import", "my_networks_for_test", "--x=1"])
+    assert (left, names) == (["fit", "--x=1"], ["my_networks_for_test"])
     assert sys.modules["my_networks_for_test"].x == 1
 
 

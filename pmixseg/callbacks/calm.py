@@ -1,0 +1,53 @@
+"""Quiet where Lightning speaks of its products, and of what this package has arranged."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+CHATTER = re.compile(
+    r"\W*(Tip:|(GPU|TPU|HPU|IPU) available|Seed set to|`Trainer\.\w+` (stopped|already)|"
+    r"Restor(ing|ed) |Loaded model weights|Using (16bit|bfloat16|double)|"
+    r"Detected KeyboardInterrupt|You are using a CUDA device .* Tensor Cores|LOCAL_RANK)"
+)
+"""How messages begin that tell a person nothing about what they asked for."""
+
+ARRANGED = (
+    r".*LeafSpec",
+    r".*does not have many workers",
+    r".*smaller than the logging interval",
+    r".*callbacks used to create the checkpoint",
+    r"Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed",
+    r"You defined a `validation_step` but have no `val_dataloader`",
+    r"ReduceLROnPlateau conditioned on metric .* not available",
+    r"You're resuming from a checkpoint that ended before the epoch ended",
+    r"Total length of `DataLoader` across ranks is zero",
+    r"Trainer already configured with model summary callbacks",
+    r".*args parameter is intended",
+)
+"""Warnings about what this package sets itself, or about Lightning's own inside."""
+
+
+class _NoChatter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return CHATTER.match(record.getMessage()) is None
+
+
+def calm() -> None:
+    """Leave out such messages and warnings for the rest of the process."""
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "lightning.fabric.utilities.seed",
+    ):
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, _NoChatter) for f in logger.filters):
+            logger.addFilter(_NoChatter())
+    for message in ARRANGED:
+        warnings.filterwarnings("ignore", message=message)
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"lightning|jsonargparse|torch")

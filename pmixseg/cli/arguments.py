@@ -1,0 +1,192 @@
+"""Reading what stands on a command line before a parser does."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pmixseg.errors import InputError
+
+
+def options(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Every flag with its value: ``--name value`` or ``--name=value``.
+
+    A value that looks like a flag is none; a flag without a value has ``None``.
+
+    Example:
+        >>> list(options(["fit", "--a", "1", "--b=2", "--c", "--d"]))
+        [('--a', '1'), ('--b', '2'), ('--c', None), ('--d', None)]
+    """
+    for index, arg in enumerate(args):
+        if not arg.startswith("-"):
+            continue
+        name, equals, value = arg.partition("=")
+        if equals:
+            yield name, value
+        elif index + 1 < len(args) and not args[index + 1].startswith("-"):
+            yield name, args[index + 1]
+        else:
+            yield name, None
+
+
+def option(args: Sequence[str], *names: str) -> str | None:
+    """The value of a flag, the last one given."""
+    values = [value for name, value in options(args) if name in names and value is not None]
+    return values[-1] if values else None
+
+
+def flag_name(arg: str) -> str:
+    """A flag without its value and without jsonargparse's ``init_args``.
+
+    Example:
+        >>> flag_name("--model.init_args.backbone.width=4")
+        '--model.backbone.width'
+    """
+    return arg.partition("=")[0].replace(".init_args", "")
+
+
+def config_files(args: Sequence[str]) -> list[Path]:
+    """The configuration files among the arguments, in their order."""
+    paths = [Path(v) for name, v in options(args) if name in ("-c", "--config") and v]
+    return [path for path in paths if len(str(path)) < 1000 and path.is_file()]
+
+
+def take_out(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """Split a flag that may come several times off the arguments.
+
+    Returns:
+        Its values, and the other arguments.
+
+    Example:
+        >>> take_out(["fit", "--import", "a", "--x=1", "--import=b"], "--import")
+        (['a', 'b'], ['fit', '--x=1'])
+    """
+    values: list[str] = []
+    left: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if arg == name:
+            values.append(next(rest, ""))
+        elif arg.startswith(f"{name}="):
+            values.append(arg.partition("=")[2])
+        else:
+            left.append(arg)
+    return values, left
+
+
+def with_checkpoint_path(args: Sequence[str]) -> list[str]:
+    """Replace ``--ckpt_path last`` or ``best`` by that file of the run folder.
+
+    Raises:
+        InputError: no ``--run`` says which run is meant.
+    """
+    name = option(args, "--ckpt_path")
+    if name not in ("last", "best"):
+        return list(args)
+    run = option(args, "--run")
+    if run is None:
+        raise InputError(
+            f"--ckpt_path {name} is a checkpoint of a run; say which one with --run, or give the "
+            "path of the file."
+        )
+    _, left = take_out(args, "--ckpt_path")
+    return [*left, f"--ckpt_path={Path(run) / 'checkpoints' / f'{name}.ckpt'}"]
+
+
+def with_split_class(args: Sequence[str]) -> list[str]:
+    """Name the class of a split whose arguments alone are given.
+
+    Raises:
+        InputError: no split takes all of them.
+    """
+    prefix = "--data.split."
+    given = {
+        flag_name(flag).removeprefix(prefix): value
+        for flag, value in options(args)
+        if flag_name(flag).startswith(prefix)
+    }
+    named = "class_path" in given or any(flag_name(arg) == "--data.split" for arg in args)
+    if not given or named or any(_names_split(path) for path in config_files(args)):
+        return list(args)
+    first = next(i for i, arg in enumerate(args) if flag_name(arg).startswith(prefix))
+    return [*args[:first], f"--data.split={split_class(given)}", *args[first:]]
+
+
+def _names_split(path: Path) -> bool:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return bool(content["data"]["split"])
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return False
+
+
+def split_class(arguments: Mapping[str, Any]) -> str:
+    """The class of a split, from the names and kinds of its arguments.
+
+    Raises:
+        InputError: no split takes all of them.
+
+    Example:
+        >>> split_class({"train": "train.txt", "val": "val.txt"})
+        'pmixseg.data.SplitFiles'
+        >>> split_class({"train": "0.8"}), split_class({"fold": 1})
+        ('pmixseg.data.Fractions', 'pmixseg.data.KFold')
+    """
+    names = set(arguments)
+    shares = all(_is_number(v) for k, v in arguments.items() if k in ("train", "val", "test"))
+    parts = names & {"train", "val", "test"}
+    kinds = {
+        "Fractions": {"train", "val", "test", "seed"} if shares else set(),
+        "SplitFiles": {"train", "val", "test"} if not shares else set(),
+        "SplitJson": {"path", "fold"} if "path" in names else set(),
+        "KFold": {"fold", "folds", "val_fraction", "seed"} if not parts else set(),
+    }
+    for name, takes in kinds.items():
+        if names and names <= takes:
+            return (
+                f"pmixseg.data.{name}"
+                if name != "WholeCohort"
+                else "pmixseg.data.splits.WholeCohort"
+            )
+    known = sorted(set().union(*kinds.values(), {"train", "val", "test", "path"}))
+    odd = sorted(names - set(known)) or sorted(names)
+    raise InputError(
+        f"no split of data.split takes {', '.join(odd)} together with what else is given; "
+        f"{nearest(odd[0], known) or 'name its class (--data.split CLASS).'}"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def with_guessed_split(config: Any) -> Any:
+    """A parsed file in which a split without a class has one."""
+    data: Any = config.get("data") if isinstance(config, dict) else None
+    split: Any = data.get("split") if isinstance(data, dict) else None
+    if not isinstance(split, dict) or not split or {"class_path", "init_args"} & set(split):
+        return config
+    described = {"class_path": split_class(split), "init_args": split}
+    data = {**data, "split": described}
+    return {**config, "data": data}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean …?`` for a name that is nearly one of ``known``; else nothing.
+
+    Example:
+        >>> nearest("widht", ["width", "levels"])
+        'did you mean width?'
+    """
+    names = sorted(set(known))
+    close = [k for k in names if len(name) > 3 and k.startswith(name)]
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else ""

@@ -1,0 +1,261 @@
+"""What a person got wrong on the command line or in a file, as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import linecache
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from pmixseg.cli.arguments import config_files, flag_name, nearest
+from pmixseg.describe import find_class
+from pmixseg.errors import InputError
+
+LIBRARIES = ("lightning", "lightning_fabric", "jsonargparse", "torch.optim", "wandb")
+"""Packages whose deliberate complaints are about what a person asked for."""
+
+EXPECTED = re.compile(
+    r"^( *)(?:- )?Expected an? (?!path but)(.+?)(?:\. Got value: .*)?$", re.MULTILINE
+)
+"""How jsonargparse names a type that a value is not of; deeper lines are about inner values."""
+
+
+class UsageError(InputError):
+    """A flag, an argument or a file's key that a command does not take."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a plain command: whole flags only, and mistakes as one sentence."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage text.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(plain_sentence(message, self))
+
+
+def plain_sentence(message: str, parser: argparse.ArgumentParser) -> str:
+    """What argparse says, with the nearest name that it knows.
+
+    Example:
+        >>> parser = Parser(prog="pmixseg inspect")
+        >>> _ = parser.add_argument("--layout")
+        >>> print(plain_sentence("unrecognized arguments: --laout x", parser))
+        pmixseg inspect takes no --laout; did you mean --layout?
+    """
+    helps = f"see `{parser.prog} --help`."
+    if unknown := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):
+        flag = unknown[1].partition("=")[0]
+        options = [name for action in parser._actions for name in action.option_strings]
+        return f"{parser.prog} takes no {flag}; {nearest(flag, options) or helps}"
+    if choice := re.fullmatch(
+        r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message
+    ):
+        names = [name.strip(" '") for name in choice[3].split(",")]
+        what = "command" if choice[1] == "COMMAND" else choice[1]
+        return (
+            f"'{choice[2]}' is no {what}; "
+            f"{nearest(choice[2], names) or 'use one of ' + ', '.join(names) + '.'}"
+        )
+    if lacking := re.fullmatch(r"the following arguments are required: (.*)", message):
+        return f"{parser.prog} needs {lacking[1]}; {helps}"
+    return f"{parser.prog}: {message}; {helps}"
+
+
+def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -> str:
+    """What jsonargparse says of the flags and files of a training command.
+
+    Args:
+        message: its text, which may name every type that was tried.
+        args: the command line.
+        known: flags that the command takes.
+    """
+    if "Problems parsing config" in message or message.startswith("Unexpected config"):
+        return broken_file(args) or " ".join(message.split())
+    if lost := re.search(r"File does not exist: '([^']+)'", message):
+        return f"the file {lost[1]} does not exist; correct its path."
+    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+        flag = unknown[1].partition("=")[0]
+        if not flag.startswith("-"):
+            return f"'{flag}' is no flag; flags begin with --, see `pmixseg {args[0]} --help`."
+        hint = nearest(flag, known) or f"see `pmixseg {args[0]} --help`."
+        return f"pmixseg {args[0]} takes no {flag}; {hint}"
+    if unknown := re.search(r"does not accept option '([^']+)'", message):
+        place, flag = where(unknown[1].split("."), args), f"--{unknown[1]}"
+        hint = nearest(flag, known).replace("--", "")
+        return f"{place}: {unknown[1]} is no setting; {hint or 'correct its name.'}"
+    if lacking := re.fullmatch(r"argument (\S+): expected (.*)", message):
+        return f"{lacking[1]} needs {lacking[2].replace('argument', 'value')}; give it."
+    if lacking := re.search(r"the following arguments are required: (.*)", message):
+        return f"pmixseg {args[0]} needs {lacking[1].replace(f'{args[0]}.', '--')}; give it."
+    return _value_sentence(message, args)
+
+
+def _value_sentence(message: str, args: Sequence[str]) -> str:
+    path = [key for key in re.findall(r'Parser key "([^"]+)"', message) if key != "config"]
+    nested = re.findall(r"NestedArg\(key='([^']+)'", message)
+    if nested and path:  # the outermost one is told last
+        path = [path[0], *nested[-1].split(".")]
+    keys = ".".join(path).replace("init_args.", "").split(".")
+    refused = re.findall(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
+    if refused:
+        cls, name = refused[-1]
+        if keys[-1] != name:
+            keys.append(name)
+        hint = nearest(name, arguments_of(cls)) or f"it takes {', '.join(arguments_of(cls))}."
+        return f"{where(keys, args)}: {cls.rpartition('.')[2]} takes no '{name}'; {hint}"
+    names = re.findall(r"dot import path string: (\S+)", message)
+    if names:
+        hint = nearest(names[0], classes_for(message))
+        hint = hint or "name a class by its path, package.Class, and --import its module if need be"
+        return f"{where(keys, args)}: no class '{names[0]}' is known; {hint.rstrip('.')}"
+    expected = [
+        (len(space), words(kind))
+        for space, kind in re.findall(
+            r"^( *)(?:- )?Expected an? (?!path but)(.+?)(?:\. Got value: .*)?$",
+            message,
+            re.MULTILINE,
+        )
+    ]
+    wanted = [kind for depth, kind in expected if depth == max(expected)[0]]  # of the value itself
+    value = re.search(r"(?:Got|Given) value: (?!NestedArg)(.*)", message)
+    if wanted and value:
+        several = sorted(set(wanted), key=lambda word: (word == "null", wanted.index(word)))
+        return f"{where(keys, args)} is {value[1]}, but must be {' or '.join(several)}."
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    frame = r"Parser key .*:$|Does not validate|Errors:|Subtypes:|Problem with|Expected an? <class"
+    told = [line for line in lines if not re.match(frame, line)]
+    return f"{where(keys, args)}: {' '.join((told or lines)[0].split())}; correct it."
+
+
+def words(kind: str) -> str:
+    """A type in words.
+
+    Example:
+        >>> [words(k) for k in ("<class 'int'>", "typing.Literal['zero', 'anchor']")]
+        ['int', 'one of zero, anchor']
+    """
+    if literal := re.match(r"typing\.Literal\[(.*)\]", kind):
+        return "one of " + literal[1].replace("'", "")
+    if plain := re.match(r"<class '([^']+)'>", kind):
+        return {"NoneType": "null"}.get(plain[1], plain[1].rpartition(".")[2])
+    return kind
+
+
+def arguments_of(class_path: str) -> list[str]:
+    """Names of what a constructor takes, those that it hands on included."""
+    try:
+        found: Any = find_class(class_path)
+    except InputError:
+        return []
+    names: dict[str, None] = {}
+    bases: tuple[Any, ...] = getattr(found, "__mro__", (found,))
+    for base in bases:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names |= {p.name: None for p in parameters if p.kind in plain and p.name != "self"}
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def classes_for(message: str) -> list[str]:
+    """Names of the classes that stand where the message says none is known."""
+    bases = re.findall(r"([a-z_][\w.]*\.[A-Z]\w*)", message)
+    known: list[str] = []
+    for path in dict.fromkeys([*bases, "torch.optim.Optimizer"]):
+        try:
+            base = find_class(path)
+        except InputError:
+            continue
+        if inspect.isclass(base):
+            known += [cls.__name__ for cls in below(base)]
+    return known
+
+
+def below(base: type[Any]) -> Iterator[type[Any]]:
+    """A class and all classes derived from it."""
+    yield base
+    for cls in base.__subclasses__():
+        yield from below(cls)
+
+
+def where(keys: Sequence[str], args: Sequence[str]) -> str:
+    """The flag, or the file and line, in which a setting is given."""
+    flag = "--" + ".".join(keys)
+    if any(flag_name(arg) == flag for arg in args):
+        return flag
+    for path in reversed(config_files(args)):
+        line = line_of(path, keys)
+        if line is not None:
+            return f"{path}, line {line}"
+    return flag
+
+
+def line_of(path: Path, keys: Sequence[str]) -> int | None:
+    """The line of a YAML file in which the last of ``keys`` stands, below those before it."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    line, left = None, list(keys)
+    while left and isinstance(node, yaml.MappingNode):
+        entries = {key.value: (key, value) for key, value in node.value}
+        for name in (left[0], "init_args"):
+            if name in entries:
+                key, node = entries[name]
+                break
+        else:
+            return line if len(left) < len(keys) else None
+        if name == left[0]:
+            line = key.start_mark.line + 1
+            left.pop(0)
+    return line
+
+
+def broken_file(args: Sequence[str]) -> str | None:
+    """The first file among the arguments that is no YAML, or no settings."""
+    for path in config_files(args):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            line = "" if mark is None else f", line {mark.line + 1}"
+            return f"{path}{line}: this is no YAML ({error.problem}); correct it."
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            return f"{path} cannot be read ({' '.join(str(error).split())}); correct it."
+        if not isinstance(content, dict):
+            return f"{path} holds no settings, but a {type(content).__name__}; write `key: value`."
+    return None
+
+
+def complaint(error: BaseException) -> InputError | None:
+    """A library's deliberate complaint about what a person asked for, as a sentence.
+
+    It is deliberate where the library's own code raises it; an error that only passes through the
+    library is a fault of the program, and ``None`` is returned.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return None
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+    ours = not any(module == name or module.startswith(f"{name}.") for name in LIBRARIES)
+    if ours or not line.strip().startswith("raise"):
+        return None
+    library = module.partition(".")[0].capitalize()
+    return InputError(f"{library} refuses: {' '.join(str(error).split())}")

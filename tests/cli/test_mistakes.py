@@ -1,0 +1,256 @@
+"""Mistakes on the command line and in files: one sentence that names the place and what is near."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import pmixseg
+from pmixseg.cli import interrupted, main
+from pmixseg.cli.arguments import nearest, split_class, with_split_class
+from pmixseg.cli.mistakes import complaint
+from pmixseg.errors import InputError
+from tests.cli.test_training import TINY
+
+
+def said(capsys, *args):
+    code = main(list(args))
+    out, err = capsys.readouterr()
+    lines = [line for line in (out + err).splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("pmixseg: ")
+    return code, lines[0].removeprefix("pmixseg: ")
+
+
+FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        (
+            "--trainer.max_epoch=3",
+            "takes no --trainer.max_epoch; did you mean --trainer.max_epochs?",
+        ),
+        ("--trainer.max_ep=3", "takes no --trainer.max_ep; did you mean --trainer.max_epochs?"),
+        ("--ru=x", "takes no --ru; did you mean --run?"),
+        ("--align.distnace=nmse", "takes no --align.distnace; did you mean --align.distance?"),
+        ("--trainer.max_epochs=x", "--trainer.max_epochs is x, but must be int or null."),
+        ("--model.fil=zero", "--model.fil: StudentModule takes no 'fil'; did you mean fill?"),
+        ("--model.fill=mean", "--model.fill is mean, but must be one of zero, anchor or null."),
+        ("--model=StudntModule", "--model: no class 'StudntModule' is known; did you mean Stud"),
+        (
+            "--model.optimizer=AdamX",
+            "no class 'AdamX' is known; did you mean Adam",
+        ),
+        ("--trainer.callbacks=EarlyStoping", "did you mean EarlyStopping?"),
+        ("--data.patch_size=[1,2]", "--data.patch_size is [1, 2], but must be int or tuple with 3"),
+        ("--distill.terms.logit.temp=4", "LogitKL takes no 'temp'; did you mean temperature?"),
+        ("--model.task=foo", "--model.task: Unable to load config 'foo'"),
+        ("extra", "'extra' is no flag; flags begin with --"),
+        ("--ckpt_path", "--ckpt_path needs one value; give it."),
+    ],
+)
+def test_a_wrong_flag(capsys, flag, sentence):
+    code, text = said(capsys, *FIT, flag)
+    assert code == 2
+    assert sentence in text
+    assert "usage" not in text
+    assert "<class" not in text
+
+
+def test_a_wrong_flag_of_a_nested_class(capsys):
+    _, text = said(capsys, *FIT, "--model.backbone=MultiEncoderUNet", "--model.backbone.widht=4")
+    assert text == "--model.backbone.widht: MultiEncoderUNet takes no 'widht'; did you mean width?"
+    _, text = said(capsys, *FIT, "--model.backbone=MultiEncoderUNet", "--model.backbone.width=x")
+    assert text == "--model.backbone.width is x, but must be int."
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("model: {class_path: A\ntrainer: [1\n", "line 2: this is no YAML"),
+        (
+            "trainer: {max_epochs: 1}\ndata:\n  stroe: st\n",
+            "line 3: data.stroe is no setting; did you mean data.store?",
+        ),
+        ("trainer:\n  max_epochs: x\n", "line 2 is x, but must be int or null."),
+        (
+            "model:\n  class_path: StudentModule\n  init_args:\n    backbone:\n"
+            "      class_path: MultiEncoderUNet\n      init_args: {widht: 4}\n",
+            "line 6: MultiEncoderUNet takes no 'widht'; did you mean width?",
+        ),
+        ("- a\n- b\n", "holds no settings, but a list"),
+        ("nonsense\n", "holds no settings, but a str"),
+        ("data: {split: {trian: a.txt}}\n", "no split of data.split takes trian"),
+    ],
+)
+def test_a_wrong_file(tmp_path, capsys, content, sentence):
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    code, text = said(capsys, "fit", "-c", str(path))
+    assert code in (1, 2)
+    assert sentence in text
+    if "split" not in sentence:
+        assert text.startswith(str(path))
+
+
+def test_a_file_that_is_missing(capsys):
+    code, text = said(capsys, "fit", "-c", "nowhere.yaml")
+    assert (code, "nowhere.yaml does not exist" in text) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["tets"], "'tets' is no command; did you mean test?"),
+        (["prepare"], "pmixseg prepare needs root, store; see `pmixseg prepare --help`."),
+        (["inspect", "--laout", "x", "base"], "inspect takes no --laout; did you mean --layout?"),
+        (["inspect", "--lay", "x", "base"], "inspect takes no --lay; did you mean --layout?"),
+        (["phantom", "x", "--cases", "many"], "argument --cases: invalid int value: 'many'"),
+    ],
+)
+def test_a_wrong_plain_command(capsys, args, sentence):
+    code, text = said(capsys, *args)
+    assert code == 2
+    assert sentence in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--trainer.accelerator=gpu"], "Lightning refuses: "),
+        (["--trainer.barebones=true"], "Lightning refuses: "),
+        (["--trainer.val_check_interval=100"], "Lightning refuses: `val_check_interval` (100)"),
+        (["--model.optimizer=SGD", "--model.optimizer.lr=-1"], "Invalid learning rate"),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
+            "watches val_loss, which this training does not log",
+        ),
+    ],
+)
+def test_what_lightning_complains_of(phantom_store, tmp_path, capsys, flags, sentence):
+    command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
+    if "gpu" in flags[0]:
+        command.remove("--trainer.accelerator=cpu")
+    code = main([*command, "--trainer.limit_train_batches=2", *flags])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1
+    assert last.startswith("pmixseg: ")
+    assert sentence in last
+
+
+def test_a_wrong_distance_is_found_where_its_weight_is_0(capsys):
+    code, text = said(capsys, *FIT, "--align.distance=nmsee")
+    assert code == 1
+    assert "align.distance: there is no distance 'nmsee'; use one of" in text
+
+
+def test_an_error_that_only_passes_through_a_library_is_no_complaint():
+    try:
+        {}["a"]
+    except KeyError as error:
+        assert complaint(error) is None
+
+
+def test_without_model_a_student_is_trained(phantom_store, tmp_path):
+    flags = [f for f in TINY if "window" not in f]
+    command = ["fit", f"--data.store={phantom_store}", "--trainer.fast_dev_run=true"]
+    window = "--model.evaluation.window=[48,48,32]"
+    assert main([*command, f"--run={tmp_path}/a", *flags, window]) == 0
+    only = ["--model.backbone=MultiEncoderUNet", "--model.backbone.width=4"]
+    rest = [f for f in flags if not f.startswith("--model")]
+    assert main([*command, f"--run={tmp_path}/b", *only, *rest, window]) == 0
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"pmixseg {pmixseg.__version__}\n"
+
+
+def test_a_split_class_is_guessed_from_its_arguments():
+    flags = ["fit", "--data.split.train=a.txt", "--data.split.val", "b.txt"]
+    split = "--data.split=pmixseg.data.SplitFiles"
+    assert with_split_class(flags) == ["fit", split, *flags[1:]]
+    assert split_class({"train": 0.5, "val": 0.5, "test": 0}) == "pmixseg.data.Fractions"
+    assert split_class({"path": "a.json", "fold": 1}) == "pmixseg.data.SplitJson"
+    assert split_class({"folds": 3}) == "pmixseg.data.KFold"
+    named = ["fit", "--data.split=KFold", "--data.split.fold=1"]
+    assert with_split_class(named) == named
+    with pytest.raises(InputError, match="did you mean train"):
+        split_class({"trian": "a.txt"})
+    assert nearest("abc", ["xyz"]) == ""
+
+
+@pytest.mark.parametrize("how", ["flags", "file"])
+def test_a_split_is_spelt_the_same_with_or_without_a_file(phantom_store, tmp_path, how):
+    names = sorted(p.name for p in (phantom_store / "cases").iterdir())
+    for part, cases in {"train": names[:2], "val": names[2:3], "test": names[3:4]}.items():
+        (tmp_path / f"{part}.txt").write_text("\n".join(cases))
+    split = [f"--data.split.{part}={tmp_path}/{part}.txt" for part in ("train", "val", "test")]
+    if how == "file":
+        text = "data:\n  split:\n" + "".join(
+            f"    {part}: {tmp_path}/{part}.txt\n" for part in ("train", "val", "test")
+        )
+        (tmp_path / "a.yaml").write_text(text)
+        split = ["-c", str(tmp_path / "a.yaml")]
+    command = ["fit", f"--run={tmp_path}/r", f"--data.store={phantom_store}", *split, *TINY]
+    quick = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+    assert main([*command, *quick]) == 0
+    assert "SplitFiles" in (tmp_path / "r" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_checkpoint_of_a_run_by_name(phantom_store, tmp_path, capsys, name):
+    run = tmp_path / "r"
+    command = ["fit", f"--run={run}", f"--data.store={phantom_store}", *TINY]
+    assert main([*command, "--trainer.limit_train_batches=1"]) == 0
+    test = ["test", f"--ckpt_path={name}", f"--data.store={phantom_store}"]
+    assert main([*test, f"--run={run}", "--trainer.limit_test_batches=1"]) == 0
+    assert (run / "records.csv").is_file()
+    capsys.readouterr()
+    assert main(test) == 1
+    assert "say which one with --run" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_seen_through_what_libraries_make_of_it():
+    def nested():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1) from None
+
+    with pytest.raises(SystemExit) as stop:
+        nested()
+    assert interrupted(stop.value)
+    assert not interrupted(SystemExit(2))
+
+
+@pytest.mark.parametrize("after", [0.3, 1.0, None])
+def test_ctrl_c_ends_a_training_with_130_and_one_line(phantom_store, tmp_path, after):
+    flags = [f for f in TINY if "max_epochs" not in f]
+    command = [sys.executable, "-m", "pmixseg", "fit", f"--run={tmp_path}"]
+    command += [f"--data.store={phantom_store}", *flags, "--data.num_workers=1"]
+    child = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    if after is None:  # in the midst of a training
+        limit = time.monotonic() + 120
+        while not (tmp_path / "checkpoints" / "last.ckpt").is_file():
+            assert time.monotonic() < limit, child.poll()
+            time.sleep(0.1)
+    else:
+        time.sleep(after)
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    if after != 0.3 or "pmixseg" in err:  # before that Python itself may still be starting
+        assert child.returncode == 130, err
+        assert err.splitlines()[-1] == "pmixseg: stopped."
+        assert "Traceback" not in out + err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)  # nobody of its group is left
