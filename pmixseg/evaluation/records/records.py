@@ -35,7 +35,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,40 +151,6 @@ class Records:
         with _alone(path.parent):
             self._write(path)
         return path
-
-    def append(self, path: Path | str, *, start_anew: bool = False) -> Records:
-        """Merge into the table at ``path``: a row with the same key replaces the old one.
-
-        Args:
-            path: see :meth:`write`.
-            start_anew: where the file was made with another checkpoint, task or convention,
-                forget it instead of refusing.
-
-        Returns:
-            What the file now holds.
-
-        Raises:
-            InputError: the file was made with another checkpoint, task or convention.
-        """
-        path = _target(Path(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.parent):
-            merged = self
-            if path.is_file():
-                old = Records.read(path)
-                differ = self.sidecar.differences(old.sidecar)
-                if differ and not start_anew:
-                    raise InputError(
-                        f"{path}: its rows were made with another {' and another '.join(differ)}; "
-                        "rows that cannot be compared must not share a file: remove it or write to "
-                        "another."
-                    )
-                if not differ:
-                    both = pd.concat([old.table, self.table], ignore_index=True)
-                    both["run"] = both["run"].iloc[-1]  # the folder may have been renamed
-                    merged = replace(self, table=_tidy(both, self.task, str(path)))
-            merged._write(path)
-        return merged
 
     def _write(self, path: Path) -> None:
         suffix = path.suffix

@@ -190,19 +190,3 @@ def gaussian_divergences(
     # tr(P⁻¹Σ) = |L_P⁻¹ L_Σ|², and δᵀP⁻¹δ is the last column's square.
     value: Tensor = 0.5 * (solved.square().sum((-2, -1)) - shift.shape[-1]) + logs.sum(-1)
     return value
-
-
-def total_correlations(covariance: Float[Tensor, "... m m"]) -> Tensor:
-    r"""Total correlation :math:`\tfrac12 (\sum_m \log \Sigma_{mm} - \log\det \Sigma)`, in nats.
-
-    Args:
-        covariance: Σ of Gaussian scalars, positive definite.
-
-    Example:
-        >>> round(total_correlations(torch.tensor([[1.0, 0.6], [0.6, 1.0]])).item(), 6)
-        0.223144
-    """
-    lower = torch.linalg.cholesky(covariance).diagonal(dim1=-2, dim2=-1)
-    variances = covariance.diagonal(dim1=-2, dim2=-1)
-    value: Tensor = (0.5 * variances.log() - lower.log()).sum(-1)
-    return value

@@ -78,48 +78,6 @@ def test_case_ids_stay_text(tmp_path):
     assert list(Records.read(tmp_path).table["case"]) == ["00014", "1e3", "NA"]
 
 
-def test_append_merges_by_key_and_the_later_value_wins(tmp_path):
-    path = tmp_path / "run" / "records.csv"
-    made(row("a", dice=0.1), row("b", dice=0.2)).append(path)
-    merged = made(row("b", dice=0.9), row("b", "flair", dice=0.3), run="renamed").append(path)
-    found = Records.read(path).table
-    assert [(r.case, r.combination, r.dice) for r in found.itertuples()] == [
-        ("a", "t1", 0.1),
-        ("b", "flair", 0.3),
-        ("b", "t1", 0.9),
-    ]
-    assert set(found["run"]) == {"renamed"}
-    pd.testing.assert_frame_equal(found, merged.table, check_dtype=False)
-
-
-def test_appending_twice_is_appending_once(tmp_path):
-    path = tmp_path / "records.csv"
-    made(row("a"), row("b")).append(path)
-    once = path.read_bytes()
-    made(row("a"), row("b")).append(path)
-    assert path.read_bytes() == once
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"conventions": {"hd95_rule": "max_directed"}}, "conventions"),
-        ({"checkpoint": {"file": "x", "sha256": "1"}}, "checkpoint"),
-        ({"postprocess": ("fill_holes",)}, "postprocess"),
-    ],
-)
-def test_rows_that_cannot_be_compared_do_not_share_a_file(tmp_path, change, word):
-    path = tmp_path / "records.csv"
-    made(row("a")).append(path)
-    other = made(row("b"), about=replace(ABOUT, **change))
-    with pytest.raises(InputError, match=f"made with another {word}"):
-        other.append(path)
-    assert list(Records.read(path).table["case"]) == ["a"]
-    other.append(path, start_anew=True)
-    assert list(Records.read(path).table["case"]) == ["b"]
-    assert Records.read(path).sidecar.differences(other.sidecar) == []
-
-
 def test_a_full_disk_leaves_the_old_table_whole(tmp_path, monkeypatch):
     path = tmp_path / "records.csv"
     made(row("a")).write(path)
@@ -131,7 +89,7 @@ def test_a_full_disk_leaves_the_old_table_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
     with pytest.raises(InputError, match="No space left"):
-        made(row("b")).append(path)
+        made(row("b")).write(path)
     assert path.read_bytes() == old
     assert sorted(p.name for p in tmp_path.iterdir()) == ["records.csv", "records.json"]
 
@@ -295,7 +253,7 @@ def test_parquet_without_its_package_is_a_sentence(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_parquet_is_written_appended_and_read_like_csv(tmp_path):
+def test_parquet_is_written_and_read_like_csv(tmp_path):
     pytest.importorskip("pyarrow", reason="needs pmixseg[parquet]")
     path = tmp_path / "records.parquet"
     before = made(row("00014", dice=0.1), row("b", "flair+t2", hd95=2.0))
@@ -303,11 +261,6 @@ def test_parquet_is_written_appended_and_read_like_csv(tmp_path):
     after = Records.read(tmp_path)
     assert not after.altered
     pd.testing.assert_frame_equal(after.table, before.table, check_dtype=False)
-    merged = made(row("00014", dice=0.7), row("c")).append(path)
-    expected = before.append(tmp_path / "other.csv")
-    expected = made(row("00014", dice=0.7), row("c")).append(tmp_path / "other.csv")
-    pd.testing.assert_frame_equal(merged.table, expected.table, check_dtype=False)
-    pd.testing.assert_frame_equal(Records.read(path).table, expected.table, check_dtype=False)
 
 
 def test_of_two_tables_the_one_written_last_is_read(tmp_path):
@@ -365,7 +318,7 @@ def test_two_ranks_give_every_case_once(tmp_path):
     assert {r["rank"] for r in first if r["case"] == "a"} == {0}
 
 
-APPENDER = textwrap.dedent(
+WRITER = textwrap.dedent(
     """
     import sys, time
     from pmixseg.evaluation.records.records import Records
@@ -375,19 +328,21 @@ APPENDER = textwrap.dedent(
     time.sleep(max(start - time.time(), 0))
     for i in range(12):
         row = {"case": f"{name}{i}", "combination": "t1", "region": "WT", "dice": 0.5}
-        Records.from_rows([row], "r", Sidecar(BRATS)).append(path)
+        Records.from_rows([row], "r", Sidecar(BRATS)).write(path)
     """
 )
 
 
-@pytest.mark.skipif(os.name == "nt", reason="appending is locked on POSIX only")
-def test_two_processes_may_append_at_once(tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="writing is locked on POSIX only")
+def test_two_processes_may_write_at_once(tmp_path):
     path = tmp_path / "records.csv"
     start = str(time.time() + 4)
     workers = [
-        subprocess.Popen([sys.executable, "-c", APPENDER, name, str(path), start])
+        subprocess.Popen([sys.executable, "-c", WRITER, name, str(path), start])
         for name in ("a", "b")
     ]
     assert [w.wait(timeout=120) for w in workers] == [0, 0]
-    assert len(Records.read(path).table) == 24
+    records = Records.read(path)  # table and sidecar of one write, whichever was last
+    assert len(records.table) == 1
+    assert not records.altered
     assert sorted(p.name for p in tmp_path.iterdir()) == ["records.csv", "records.json"]
