@@ -165,7 +165,7 @@ def trainings(steps: int, weight: float, folder: Path) -> None:
         ).items():
             gap = sample.gap()
             shown = f"{dice:.1f}" if level == 0 else ""
-            row(name, level, gap.numerator, gap.variance, gap.ratio, gap.effective_rank, shown)
+            row(name, level, gap.numerator, gap.variance, gap.ratio, gap.rank_within, shown)
             name = ""
         if isinstance(module, July2025Student):
             alike = StudentModule(

@@ -259,11 +259,11 @@ def differences(results: StudyResults, entry: Entry) -> str:
                 *(percent(by_region[r]) for r in regions),
                 f"{np.mean(shift):+.2f}",
                 " ".join(f"{value:+.2f}" for value in shift),
-                *_coarsest(own.loc[blocks], ("ratio", "effective_rank")),
+                *_coarsest(own.loc[blocks], ("ratio", "rank_within")),
             ]
         )
     header = ["trained", "mean Dice, %", *regions, "against", "per seed"]
-    return markdown([*header, "gap, coarsest level", "effective rank"], rows)
+    return markdown([*header, "gap, coarsest level", "rank within a sequence"], rows)
 
 
 def _coarsest(rows: pd.DataFrame, measures: Sequence[str]) -> list[str]:

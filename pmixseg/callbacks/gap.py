@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -15,20 +15,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
 from pmixseg.eval_mode import evaluating
+from pmixseg.evaluation.gap.guards import low_guards
 from pmixseg.evaluation.gap.latents import (
     LatentSample,
     centre_window,
     named_subsets,
     sample_latents,
 )
-from pmixseg.evaluation.gap.measure import COLLAPSE_SHARE, Gap
+from pmixseg.evaluation.gap.measure import Gap
 from pmixseg.evaluation.report.figures import save_png
 from pmixseg.evaluation.report.latents_figure import projection_figure
 from pmixseg.losses.alignment import resolve_levels
+from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
-from pmixseg.task import format_combination
+from pmixseg.task import Task, format_combination
 
-GUARDED = ("variance", "effective_rank")
+GUARDED = ("rank_within", "decodability")
 """What must not collapse."""
 
 
@@ -38,9 +40,11 @@ class GapMonitor(Callback, Described):
     What the numbers mean: docs/method/theory.md.
 
     Logged for every level l under ``gap/level<l>/``: the numbers of
-    :class:`~pmixseg.evaluation.gap.measure.Gap` (``numerator``, ``variance`` and
-    ``effective_rank`` apart, and ``ratio``, the gap), ``collapsed`` (0 or 1), and the ratio
-    among every smaller combination, ``ratio/flair+t1``; ``gap/ratio`` is the mean over levels.
+    :class:`~pmixseg.evaluation.gap.measure.Gap` (``ratio``, the gap; ``whitened``; ``rank_within``;
+    ``numerator`` and ``variance`` apart); ``decodability/<region>``, the cross-validated linear R²
+    of a region from one sequence's latent, and their mean ``decodability``; ``collapsed`` (0 or 1);
+    and the ratio among every smaller combination, ``ratio/flair+t1``. ``gap/ratio`` is the mean
+    over levels.
     The row of ``metrics.csv`` from before the first step has epoch -1. Scatter plots of the
     latents, before and after, go to wandb and TensorBoard, and as files into ``<run>/gap`` with any
     other logger.
@@ -53,9 +57,9 @@ class GapMonitor(Callback, Described):
         cases: at most so many validation cases, those with every modality.
         points: voxels per level.
         every: measure after every n-th validation.
-        reference: run folder of the same network trained *without* alignment: collapse is a
-            variance or effective rank below a tenth of its last. By default below a tenth of
-            this run's own before training.
+        reference: run folder of the same network trained *without* alignment: collapse is a rank
+            within a modality under half, or a decodability under 0.8, of its last. By default of
+            this run's own last measurement before anything was aligned.
         pictures: draw the latents.
 
     Raises:
@@ -84,6 +88,7 @@ class GapMonitor(Callback, Described):
         self._guard: dict[str, float] = {}
         self._warned: set[str] = set()
         self._images: list[torch.Tensor] = []
+        self._regions: list[torch.Tensor] | None = None
         self._validations = 0
         self._last_step = -1
 
@@ -101,16 +106,13 @@ class GapMonitor(Callback, Described):
         self._levels_of(module)
         if self.reference is not None:
             self._guard = read_reference(Path(self.reference))
-        self._images = complete_images(trainer, module, self.cases)
+        self._images, self._regions = complete_cases(trainer, module, self.cases)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before the first step; a resumed training has done so."""
         if trainer.global_step:
             return
         values = self._measure(trainer, _checked(pl_module), picture="before")
-        if not self._guard:
-            names = [n for n in values if n.rsplit("/", 1)[-1] in GUARDED]
-            self._guard = {name: values[name] for name in names}
         _log(trainer, {**values, "epoch": -1.0}, step=0)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,7 +155,10 @@ class GapMonitor(Callback, Described):
         values: dict[str, float] = {}
         if trainer.is_global_zero:
             samples = self._sample(module)
-            values = gap_values(samples, module.backbone.slots)
+            values = gap_values(samples, module.backbone.slots, list(module.task.regions))
+            if self.reference is None and not (self._guard and is_aligned(module)):
+                guarded = [n for n in values if n.rsplit("/", 1)[-1] in GUARDED]
+                self._guard = {name: values[name] for name in guarded}
             values |= self._collapses(values, samples)
             if picture and self.pictures:
                 self._draw(trainer, module, samples, picture)
@@ -167,7 +172,13 @@ class GapMonitor(Callback, Described):
         window = module.preparation.window(module.evaluation, module.strides)
         with evaluating(module), torch.random.fork_rng(devices):
             return sample_latents(
-                module, images, window, module.anchor, self._levels_of(module), self.points
+                module,
+                images,
+                window,
+                module.anchor,
+                self._levels_of(module),
+                self.points,
+                None if self._regions is None else [r.to(module.device) for r in self._regions],
             )
 
     def _collapses(
@@ -175,17 +186,16 @@ class GapMonitor(Callback, Described):
     ) -> dict[str, float]:
         found = {}
         for level in samples:
-            names = [f"gap/level{level}/{what}" for what in GUARDED]
-            low = [n for n in names if n in self._guard and values[n] < _floor(self._guard[n])]
-            found[f"gap/level{level}/collapsed"] = float(bool(low))
-            for name in low:
-                if name in self._warned:
-                    continue
+            prefix = f"gap/level{level}/"
+            low = low_guards(_of_level(values, prefix), _of_level(self._guard, prefix))
+            found[f"{prefix}collapsed"] = float(bool(low))
+            for name in (prefix + what for what in low if prefix + what not in self._warned):
                 self._warned.add(name)
+                than = "the reference run" if self.reference else "this one before alignment"
                 rank_zero_warn(
-                    f"{name} is {values[name]:.3g}, below a tenth of {self._guard[name]:.3g} "
-                    f"({'the reference run' if self.reference else 'before training'}): the "
-                    "latents collapse, and the gap means nothing; lower the alignment's weight."
+                    f"{name} is {values[name]:.3g}, {self._guard[name]:.3g} in {than}: the latents "
+                    "collapse, so a small gap means nothing; lower the alignment's weight, or use "
+                    "another distance."
                 )
         return found
 
@@ -214,12 +224,32 @@ class GapMonitor(Callback, Described):
                     rank_zero_warn(f"{path} cannot be written ({error.strerror or error}).")
 
 
-def gap_values(samples: dict[int, LatentSample], names: Sequence[str]) -> dict[str, float]:
+def _of_level(values: dict[str, float], prefix: str) -> dict[str, float]:
+    return {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+
+
+def is_aligned(module: SegmentationModule) -> bool:
+    """Whether latents have been aligned up to the present epoch."""
+    return any(
+        cast(Term, term).aligned_levels and module.term_weights[name].at(module.current_epoch) > 0
+        for name, term in module.terms.items()
+    )
+
+
+def gap_values(
+    samples: dict[int, LatentSample], names: Sequence[str], regions: Sequence[str] = ()
+) -> dict[str, float]:
     """Names of the log and their numbers; see :class:`GapMonitor`."""
     values: dict[str, float] = {}
     for level, sample in samples.items():
         gap: Gap = sample.gap()
         values |= {f"gap/level{level}/{k}": v for k, v in gap.to_dict().items()}
+        shares = sample.decodability()
+        if shares is not None:
+            known = {r: float(v) for r, v in zip(regions, shares, strict=True) if v.isfinite()}
+            values |= {f"gap/level{level}/decodability/{r}": v for r, v in known.items()}
+            if known:
+                values[f"gap/level{level}/decodability"] = sum(known.values()) / len(known)
         for combination in named_subsets(names):
             slots = [list(names).index(name) for name in combination]
             title = f"gap/level{level}/ratio/{format_combination(combination)}"
@@ -229,8 +259,13 @@ def gap_values(samples: dict[int, LatentSample], names: Sequence[str]) -> dict[s
     return values
 
 
-def complete_images(trainer: Trainer, module: SegmentationModule, count: int) -> list[torch.Tensor]:
+def complete_cases(
+    trainer: Trainer, module: SegmentationModule, count: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     """Windows of validation cases with all modalities of the module, first by name.
+
+    Returns:
+        Images, and the regions in the same windows; ``None`` if a case has no label.
 
     Raises:
         InputError: there is none.
@@ -239,10 +274,14 @@ def complete_images(trainer: Trainer, module: SegmentationModule, count: int) ->
     items = data.items("val") if data is not None and hasattr(data, "items") else ()
     window = module.preparation.window(module.evaluation, module.strides)
     found: list[torch.Tensor] = []
+    regions: list[torch.Tensor] = []
     for item in items:
         if bool(module.columns(item["acquired"][None]).all()):
             whole = module.columns(item["image"][None])[0]
             found.append(centre_window(whole, window).clone())  # not a view: the case is let go
+            if item.get("label") is not None:
+                marked = region_maps(item["label"], module.task)
+                regions.append(centre_window(marked, window, around=whole).clone())
         if len(found) == count:
             break
     if not found:
@@ -250,11 +289,17 @@ def complete_images(trainer: Trainer, module: SegmentationModule, count: int) ->
             "GapMonitor compares the modalities of one case, but no validation case has all of "
             f"{list(module.modalities)}; give the split validation cases, or leave it out."
         )
-    return found
+    return found, regions if len(regions) == len(found) else None
+
+
+def region_maps(label: torch.Tensor, task: Task) -> torch.Tensor:
+    """1 inside each region and 0 outside, ``[R, D, H, W]``."""
+    maps = [torch.isin(label, torch.tensor(task.region_classes(r))) for r in task.regions]
+    return torch.stack(maps).float()
 
 
 def read_reference(run: Path) -> dict[str, float]:
-    """Last variance and effective rank of every level in a run's ``metrics.csv``.
+    """Last rank and decodability of every level in a run's ``metrics.csv``.
 
     Raises:
         InputError: no such file, or no gap in it.
@@ -270,10 +315,6 @@ def read_reference(run: Path) -> dict[str, float]:
             f"GapMonitor.reference: {path} holds no gap; train that run with GapMonitor as well."
         )
     return {name: float(table[name].dropna().iloc[-1]) for name in names}
-
-
-def _floor(reference: float) -> float:
-    return COLLAPSE_SHARE * reference
 
 
 def _checked(module: LightningModule) -> SegmentationModule:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from pmixseg.evaluation.records.curves import read_log
 
-MEASURES = ("ratio", "variance", "effective_rank", "cka")
+MEASURES = ("ratio", "whitened", "rank_within", "decodability")
 """What the report's table shows, in this order."""
 
 _COLUMN = re.compile(r"gap/level(\d+)/(\w+)")
@@ -25,8 +25,8 @@ class GapChange:
         before: measure -> value before the first step.
         after: measure -> value of the weights that were kept; empty where only those of other
             epochs were measured.
-        collapsed: variance or effective rank fell below a tenth of what it was compared with;
-            ``None`` where ``after`` is empty.
+        collapsed: the rank within a modality, or the decodability, fell too far below that of the
+            reference; ``None`` where ``after`` is empty.
     """
 
     level: int

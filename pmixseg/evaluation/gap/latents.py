@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from pmixseg.evaluation.gap.guards import decodability
 from pmixseg.evaluation.gap.measure import Gap, Targets, Vectors, measure_gap, voxel_vectors
 from pmixseg.evaluation.prediction.windows import Predictor
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
@@ -25,15 +26,25 @@ class LatentSample:
         vectors: latents of all modalities, ``[n, M, C]``.
         targets: the anchor over all of them, ``[n, C]``.
         weights: what each modality weighs in that anchor, summing to 1, ``[M]``.
+        cases: number of the case of each voxel, ``[n]``.
+        regions: share of each region in each voxel, ``[n, R]``; ``None`` without labels.
     """
 
     vectors: Vectors
     targets: Targets
     weights: Float[Tensor, " m"]
+    cases: Int64[Tensor, " n"] | None = None
+    regions: Float[Tensor, "n r"] | None = None
 
     def gap(self) -> Gap:
         """All numbers of the gap."""
         return measure_gap(self.vectors, self.targets)
+
+    def decodability(self) -> Float[Tensor, " r"] | None:
+        """Of each region from one modality's latent; ``None`` without labels."""
+        if self.regions is None or self.cases is None:
+            return None
+        return decodability(self.vectors, self.regions, self.cases)
 
     def ratio(self, slots: Sequence[int]) -> float:
         """The gap among some of the modalities, around the anchor over these.
@@ -57,6 +68,7 @@ def sample_latents(
     anchor: Anchor | None,
     levels: Sequence[int],
     points: int = 1024,
+    regions: Sequence[Float[Tensor, "r d h w"]] | None = None,
 ) -> dict[int, LatentSample]:
     """Latents of complete cases, in one window of each around the middle of the brain.
 
@@ -67,34 +79,47 @@ def sample_latents(
         anchor: the model's; a uniform mixture where there is none, or it has no features.
         levels: which levels.
         points: voxels in all of each level, spread evenly over the cases.
+        regions: of each case, 1 inside a region and 0 outside, on the image's grid.
 
     Returns:
         Level -> vectors inside the brain; empty if there is no image.
     """
     names = tuple(predictor.modalities)
+    images = list(images)
     cuts = [centre_window(image, window) for image in images]
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {level: [] for level in levels}
-    weights: dict[int, Tensor] = {}
+    found: dict[int, list[LatentSample]] = {level: [] for level in levels}
+    share = -(-points // max(len(cuts), 1))
     for number, cut in enumerate(cuts):
         everything = torch.ones(1, len(names), dtype=torch.bool, device=cut.device)
         with torch.no_grad():
-            latents = predictor.encode(cut[None], everything)
+            latents = predictor.encode(cut[None], everything).with_brain(cut[None])
+        assert latents.brain is not None
+        marked = None
+        if regions is not None:
+            marked = centre_window(regions[number], window, around=images[number]).float()
         for level in levels:
-            features = latents.features[level].float()
-            present = latents.usable[level]
-            mixed, weights[level] = _mix(anchor, features, present, level)
-            d, h, w = features.shape[3:]
-            brain = F.adaptive_avg_pool3d((cut != 0).any(0)[None].float(), (d, h, w))
-            share = -(-points // len(cuts))
-            pair = voxel_vectors(features, mixed, brain > 0.5, share, seed=number)
-            found[level].append(pair)
-    return {
-        level: LatentSample(
-            torch.cat([v for v, _ in pairs]), torch.cat([t for _, t in pairs]), weights[level]
-        )
-        for level, pairs in found.items()
-        if pairs
-    }
+            features, brain = latents.features[level].float(), latents.brain[level]
+            mixed, weights = _mix(anchor, features, latents.usable[level], level)
+            vectors, targets = voxel_vectors(features, mixed, brain, share, seed=number)
+            shares = None
+            if marked is not None:
+                d, h, w = features.shape[3:]
+                pooled = F.adaptive_avg_pool3d(marked, (d, h, w))[None]
+                _, shares = voxel_vectors(features, pooled, brain, share, seed=number)
+            cases = torch.full((len(vectors),), number)
+            found[level].append(LatentSample(vectors, targets, weights, cases, shares))
+    return {level: _joined(samples) for level, samples in found.items() if samples}
+
+
+def _joined(samples: Sequence[LatentSample]) -> LatentSample:
+    regions = [s.regions for s in samples if s.regions is not None]
+    return LatentSample(
+        torch.cat([s.vectors for s in samples]),
+        torch.cat([s.targets for s in samples]),
+        samples[-1].weights,
+        torch.cat([s.cases for s in samples if s.cases is not None]),
+        torch.cat(regions) if regions else None,
+    )
 
 
 def named_subsets(names: Sequence[str]) -> list[Combination]:
@@ -110,9 +135,19 @@ def named_subsets(names: Sequence[str]) -> list[Combination]:
     return [c for size in range(2, largest + 1) for c in combinations(names, size)]
 
 
-def centre_window(image: Float[Tensor, "m d h w"], size: Sequence[int]) -> Tensor:
-    """The window around the middle of the non-zero voxels, padded with 0 where the image ends."""
-    places = (image != 0).any(0).nonzero().double()
+def centre_window(
+    image: Float[Tensor, "m d h w"],
+    size: Sequence[int],
+    around: Float[Tensor, "m d h w"] | None = None,
+) -> Tensor:
+    """The window around the middle of the non-zero voxels, padded with 0 where the image ends.
+
+    Args:
+        image: to be cut.
+        size: of the window.
+        around: image whose voxels are meant, on the same grid; ``image`` itself if not given.
+    """
+    places = ((image if around is None else around) != 0).any(0).nonzero().double()
     shape = torch.tensor(image.shape[1:], dtype=torch.double)
     middle = places.mean(0).cpu() if len(places) else shape / 2
     slices = []

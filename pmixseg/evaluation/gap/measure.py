@@ -1,10 +1,10 @@
-r"""The gap between modalities in latent space, in nine numbers.
+r"""The gap between modalities in latent space, in ten numbers.
 
 Voxel vectors are collected over cases with :func:`voxel_vectors`, joined, and measured together
 with :func:`measure_gap`. Everything is computed in float64 on the CPU.
 
-Source: docs/method/theory.md. Effective rank: Roy & Vetterli (EUSIPCO 2007). Centroid distance:
-Liang et al. (NeurIPS 2022). Linear CKA: Kornblith et al. (ICML 2019).
+Source: docs/method/theory.md. Centroid distance: Liang et al. (NeurIPS 2022). Linear
+CKA: Kornblith et al. (ICML 2019).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pmixseg.evaluation.gap.guards import rank_within, whitened_gap
 from pmixseg.evaluation.gap.information import jensen_shannon, total_correlation
 from pmixseg.losses.distances.gaussian import gaussian_kl
 from pmixseg.types import Features
@@ -26,9 +27,6 @@ Targets = Float[Tensor, "n c"]
 PRINCIPAL_CHANNELS = 8
 """Channels that Gaussians are fitted to: at 64 channels the estimates are mostly bias."""
 
-COLLAPSE_SHARE = 0.1
-"""Variance or rank below this share of the run without alignment is a collapse."""
-
 
 @dataclass(frozen=True)
 class Gap:
@@ -37,9 +35,10 @@ class Gap:
     Args:
         numerator: :math:`\operatorname{mean}_m \operatorname{mean} (f_m - P)^2`.
         variance: mean over channels of the variance over voxels and modalities together.
-        effective_rank: exp of the entropy of the normalised eigenvalues of their covariance,
-            between 1 and the number of channels; 0 for constant latents.
-        ratio: numerator / variance: the gap. 0 for constant latents: look at the variance.
+        rank_within: :func:`~pmixseg.evaluation.gap.guards.rank_within`, between 1 and the number of
+            channels; 0 for constant latents.
+        ratio: numerator / variance: the gap. 0 for constant latents; collapse makes it small.
+        whitened: :func:`~pmixseg.evaluation.gap.guards.whitened_gap`, which collapse does not.
         centroid_distance: mean over pairs of modalities of the distance of their mean vectors,
             in units of the root of the summed channel variances.
         cka: mean over pairs of the linear centred kernel alignment, 0 to 1.
@@ -54,8 +53,9 @@ class Gap:
 
     numerator: float
     variance: float
-    effective_rank: float
+    rank_within: float
     ratio: float
+    whitened: float
     centroid_distance: float
     cka: float
     jensen_shannon: float
@@ -65,17 +65,6 @@ class Gap:
     def to_dict(self) -> dict[str, float]:
         """Name -> number, for logs and records."""
         return asdict(self)
-
-    def collapsed(self, reference: Gap) -> bool:
-        """Whether variance or effective rank fell below a tenth of the reference's.
-
-        Args:
-            reference: the same level in the run without alignment.
-        """
-        return (
-            self.variance < COLLAPSE_SHARE * reference.variance
-            or self.effective_rank < COLLAPSE_SHARE * reference.effective_rank
-        )
 
 
 def voxel_vectors(
@@ -131,28 +120,15 @@ def measure_gap(vectors: Vectors, targets: Targets, seed: int = 0, samples: int 
     return Gap(
         numerator=numerator,
         variance=variance,
-        effective_rank=effective_rank(covariance),
+        rank_within=rank_within(vectors),
         ratio=numerator / variance if varies else 0.0,
+        whitened=whitened_gap(vectors, targets),
         centroid_distance=_centroids(vectors) / spread.sum().sqrt().item() if varies else 0.0,
         cka=_mean_over_pairs(vectors),
         jensen_shannon=_fitted_divergence(principal, seed, samples) if varies else 0.0,
         total_correlation=corrected_total_correlation(principal, seed) if varies else 0.0,
         moment_kl=moment_kl(vectors),
     )
-
-
-def effective_rank(covariance: Float[Tensor, "c c"]) -> float:
-    r"""Exp of the entropy of the normalised eigenvalues; 0 for a zero matrix.
-
-    Example:
-        >>> round(effective_rank(torch.eye(5)), 6)
-        5.0
-    """
-    values = torch.linalg.eigvalsh(covariance.double()).clamp_min(0)
-    if values.sum() == 0:
-        return 0.0
-    shares = values / values.sum()
-    return float((-torch.special.xlogy(shares, shares).sum()).exp())
 
 
 def linear_cka(x: Float[Tensor, "n c"], y: Float[Tensor, "n d"]) -> float:

@@ -13,7 +13,7 @@ DRAWN = ("train", "val", "gap", "align", "anchor")
 """First parts of names that are drawn, in this order; others are not part of the course."""
 
 
-GAP_DRAWN = ("ratio", "numerator", "variance", "effective_rank")
+GAP_DRAWN = ("ratio", "whitened", "rank_within", "decodability")
 """Measures of the gap that are drawn, a chart each with a curve per level."""
 
 

@@ -43,7 +43,7 @@ def projection_figure(
         gap = sample.gap()
         axes.set_title(
             f"level {level}: gap {gap.ratio:.2g}\nvariance {gap.variance:.2g}, "
-            f"rank {gap.effective_rank:.1f}",
+            f"rank {gap.rank_within:.1f}",
             fontsize=9,
         )
         axes.set_xticks([])

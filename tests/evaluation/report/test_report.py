@@ -319,8 +319,8 @@ def test_gap_before_and_after_beside_dice(tmp_path):
     plain = make_run(tmp_path, "plain", made_up_rows())
     aligned = make_run(tmp_path, "aligned", made_up_rows(seed=1))
     rows = [
-        "epoch,step,val/dice,gap/level1/ratio,gap/level1/variance,gap/level1/effective_rank,"
-        "gap/level1/cka,gap/level1/collapsed,gap/level1/ratio/flair+t1",
+        "epoch,step,val/dice,gap/level1/ratio,gap/level1/whitened,gap/level1/rank_within,"
+        "gap/level1/decodability,gap/level1/collapsed,gap/level1/ratio/flair+t1",
         "-1,0,,0.61234,0.5,7.25,0.125,0,0.9",
         "0,9,0.5,0.31234,0.25,6.25,0.5,0,0.9",
         "1,19,0.4,0.01234,0.0125,1.5,0.75,1,0.9",
@@ -334,7 +334,13 @@ def test_gap_before_and_after_beside_dice(tmp_path):
         assert number in section, number
     titles = {chart.title: set(chart.curves) for chart in read_curves(aligned)}
     assert titles["gap/ratio"] == {"level1"}
-    assert set(titles) == {"val/dice", "gap/ratio", "gap/variance", "gap/effective_rank"}
+    assert set(titles) == {
+        "val/dice",
+        "gap/ratio",
+        "gap/whitened",
+        "gap/rank_within",
+        "gap/decodability",
+    }
     alone = write_report([plain], tmp_path / "alone", images=False).read_text()
     assert "Gap between sequences" not in alone
 
