@@ -18,6 +18,7 @@ from experiments.study.results import StudyResults
 from pmixseg.errors import InputError
 from pmixseg.evaluation.comparison.comparison import compare
 from pmixseg.evaluation.comparison.paired_tests import holm, paired_t, two_way_bootstrap
+from pmixseg.evaluation.gap.guards import low_guards
 
 Entry = Mapping[str, Any]
 Array = NDArray[np.float64]
@@ -259,11 +260,16 @@ def differences(results: StudyResults, entry: Entry) -> str:
                 *(percent(by_region[r]) for r in regions),
                 f"{np.mean(shift):+.2f}",
                 " ".join(f"{value:+.2f}" for value in shift),
-                *_coarsest(own.loc[blocks], ("ratio", "rank_within")),
+                *_coarsest(own.loc[blocks], ("ratio", _rank(own))),
             ]
         )
     header = ["trained", "mean Dice, %", *regions, "against", "per seed"]
     return markdown([*header, "gap, coarsest level", "rank within a sequence"], rows)
+
+
+def _rank(rows: pd.DataFrame) -> str:
+    """Which rank was measured: the older studies pooled the sequences."""
+    return "rank_within" if measured(rows, "gap", "rank_within") else "effective_rank"
 
 
 def _coarsest(rows: pd.DataFrame, measures: Sequence[str]) -> list[str]:
@@ -290,10 +296,15 @@ def spell(measure: str, value: float) -> str:
 
 
 def gap(results: StudyResults, entry: Entry) -> str:
-    """Measures of the latents after training (and, where known, before), mean over blocks."""
+    """Measures of the latents after training (and, where known, before), mean over blocks.
+
+    ``references`` names for an arm the one without alignment; the table then counts the blocks in
+    which a guard is lost against that arm (docs/method/theory.md).
+    """
     names = arm_names(results, entry)
     rows = []
     chosen = list(entry.get("measures") or ())
+    references = entry.get("references") or {}
     for name in names:
         own = results.arm(entry["group"], name)
         # Students that see one sequence have a row each; a measure between sequences is missing.
@@ -311,8 +322,30 @@ def gap(results: StudyResults, entry: Entry) -> str:
                 before = own.get(f"gap_before/{level}/{measure}", pd.Series(dtype=float)).mean()
                 was = f"{before:.2f} → " if measure == "ratio" and not np.isnan(before) else ""
                 cells.append(was + spell(measure, float(after)))
+            if references:
+                cells.append(collapses(results, entry["group"], name, references, level))
             rows.append([name, level.removeprefix("level"), *cells])
-    return markdown(["trained", "level", *(m.replace("_", " ") for m in chosen)], rows)
+    more = ["collapsed"] if references else []
+    return markdown(["trained", "level", *(m.replace("_", " ") for m in chosen), *more], rows)
+
+
+def collapses(
+    results: StudyResults, group: str, arm: str, references: Mapping[str, str], level: str
+) -> str:
+    """In how many blocks a guard is too low, of those that the arm and its reference share."""
+    if arm not in references:
+        return "–"
+    own = results.arm(group, arm).set_index("block")
+    other = results.arm(group, references[arm]).set_index("block")
+    shared = [block for block in own.index if block in other.index]
+    guards = {f"gap/{level}/{name}": name for name in ("rank_within", "decodability")}
+    known = [column for column in guards if column in own and column in other]
+
+    def values(rows: pd.DataFrame, block: str) -> dict[str, float]:
+        return {guards[column]: float(rows.loc[block, column]) for column in known}
+
+    low = [bool(low_guards(values(own, block), values(other, block))) for block in shared]
+    return f"{sum(low)} of {len(shared)}"
 
 
 def figure(value: float) -> str:

@@ -86,7 +86,8 @@ def train(training: Training, cohort: Cohort, work: Path) -> dict[str, Any]:
         return {"speed": pace.speed}
     device = trainer.strategy.root_device  # the fit moves the module back to the CPU
     trained = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
-    losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+    logged = trainer.callback_metrics.items()
+    losses = {k: float(v) for k, v in logged if k.startswith(("train/", "align/"))}
     if training.kept:
         with whole(checkpoint_of(work, training.name)) as part:
             trainer.save_checkpoint(part, weights_only=True)
@@ -199,7 +200,7 @@ def measures(path: Path) -> dict[str, float]:
     for name in (n for n in log if str(n).startswith("gap/")):
         known = log[name].dropna()
         # Ratios of smaller combinations are a table of their own, and are left out.
-        if len(known) and name.count("/") == 2:
+        if len(known) and "/ratio/" not in name:
             values[str(name)] = float(known.iloc[-1])
             values["gap_before" + str(name).removeprefix("gap")] = float(known.iloc[0])
     return values

@@ -53,7 +53,8 @@ SMALL = {
         "alone": None,
         "aligned": {
             "align": {
-                "weight": 0.1,
+                "ratio": 0.1,
+                "ratio_steps": 1,
                 "anchor": {
                     "class_path": "pmixseg.losses.MixtureAnchor",
                     "init_args": {"weights": "uniform"},
@@ -78,7 +79,14 @@ SMALL = {
         {"title": "Arms", "kind": "arms", "group": "few", "arms": ["alone", "aligned", "taught"]},
         {"title": "Test", "kind": "tests", "group": "few", "contrasts": [["aligned", "alone"]]},
         {"title": "Cases", "kind": "cases", "group": "few", "arms": ["alone", "aligned"]},
-        {"title": "Gap", "kind": "gap", "group": "few", "arms": ["alone", "aligned"]},
+        {
+            "title": "Gap",
+            "kind": "gap",
+            "group": "few",
+            "arms": ["alone", "aligned"],
+            "measures": ["ratio", "rank_within", "decodability", "decodability/WT"],
+            "references": {"aligned": "alone"},
+        },
         {"title": "Cost", "kind": "figures", "group": "few", "columns": ["cpu_seconds"]},
     ],
 }
@@ -211,11 +219,14 @@ def test_a_whole_study_leaves_three_files_and_prints_its_tables(ran, plan_file, 
     assert first["gap/level1/ratio"] > 0
     assert first["gap_before/level1/ratio"] > 0
     assert first["steps"] == 2
+    assert first["align/weight"] > 0
     assert main(["analyse", str(plan_file), "--results", str(ran / "results")]) == 0
     printed = capsys.readouterr().out
     assert "| aligned − alone |" in printed
     assert "Seeds 1, 2; 2 cases." in printed
-    assert "### Gap" in printed
+    gap = printed.split("### Gap")[1].split("###")[0]
+    assert "| collapsed |" in gap
+    assert gap.count(" of 2 |") == 2  # of the aligned arm, at both levels
 
 
 def test_what_has_ended_is_not_repeated(ran, plan_file, capsys):
@@ -435,6 +446,17 @@ def test_a_group_that_has_not_begun_and_an_arm_that_is_half_done_are_no_result()
     assert "+10.00" in analyse(results, [entry], {"g"})
     results.trainings["parts"] = [1.0, 2.0]  # b is to be two trainings
     assert analyse(results, [entry], {"g"}) == "### t\n\nNo seed has ended."
+
+
+def test_a_collapse_is_counted_against_the_arm_without_alignment_of_the_same_seed():
+    results = made_results({"a": [[0.5]] * 3, "b": [[0.5]] * 3})
+    results.trainings["gap/level1/rank_within"] = [4.0, 4.0, 4.0, 10.0, 7.0, 4.0]
+    results.trainings["gap/level1/decodability"] = [0.5, 0.5, 0.3, 0.5, 0.5, 0.5]
+    entry = {"title": "t", "kind": "gap", "group": "g", "measures": ["rank_within"]}
+    # Against b: rank 4 of 10 and decodability 0.3 of 0.5 are too low, rank 4 of 7 is not.
+    text = analyse(results, [{**entry, "references": {"a": "b"}}])
+    assert "| a | 1 | 4.0 | 2 of 3 |" in text
+    assert "| b | 1 | 7.0 | – |" in text
 
 
 def test_tables_go_between_the_marks_of_a_page(ran, plan_file, tmp_path, capsys):
