@@ -263,6 +263,11 @@ def report(results: Sequence[CaseResult], task: Task) -> None:
             volumes = (f"{result.volumes[region]:.2f}" for region in task.regions)
             table.add_row(result.name, format_combination(result.combination), *volumes)
         console.print(table)
+    kinds = {tuple(sorted(r.codes.items(), key=lambda item: item[1])): r.name for r in done}
+    for codes, name in kinds.items():
+        numbers = ", ".join(f"{number} {label}" for label, number in codes)
+        whose = "" if len(kinds) == 1 else f" in case {name} and others like it"
+        console.print(f"numbers in the files{whose}: 0 background, {numbers}", markup=False)
     for result in results:
         for sentence in result.warnings:
             console.print(f"warning: {sentence}", markup=False)

@@ -85,6 +85,7 @@ class CaseResult:
         files: what was written.
         warnings: sentences.
         problem: the sentence that says why it failed.
+        codes: label -> number in the file.
     """
 
     name: str
@@ -93,6 +94,7 @@ class CaseResult:
     files: Mapping[str, Path] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     problem: str | None = None
+    codes: Mapping[str, int] = field(default_factory=dict)
 
 
 def segment_files(
@@ -113,7 +115,8 @@ def segment_files(
         images: modality -> file, (4-D file, channel) or nibabel image.
         outputs: where to.
         settings: how.
-        codes: label name -> number in the result; by default the class index.
+        codes: label name -> number in the result; by default that of the layout of the files'
+            folder, as if the folder were segmented, or else the class index.
         name: of the case; by default what the files' names have in common.
         notes: sentences that are added to the result's warnings.
         progress: called with (windows done, windows in all).
@@ -124,6 +127,7 @@ def segment_files(
     called = name or common_name(images)
     files = [p for s in images.values() if (p := _path_of(s)) is not None]
     outputs.check(called, files)
+    codes = codes or _codes_beside(module.task, files)
     found = module.segment(images, settings, codes=codes, name=called, progress=progress)
     said = [*notes, *_contradicted(module, images, called)]
     if called == UNNAMED and len(files) > 1:
@@ -301,7 +305,25 @@ def _contradicted(
 
 
 def _result(found: Segmentation, files: Mapping[str, Path]) -> CaseResult:
-    return CaseResult(found.name, found.combination, found.volumes, files, found.warnings)
+    return CaseResult(
+        found.name, found.combination, found.volumes, files, found.warnings, codes=found.codes
+    )
+
+
+def _codes_beside(task: Task, files: Sequence[Path]) -> Mapping[str, int] | None:
+    """The label codes that the scans' folder would be segmented with, where it is a case's."""
+    if not files:
+        return None
+    try:
+        cases = search(files[0].parent, task).cases
+    except (InputError, OSError):
+        return None
+    wanted = {path.resolve() for path in files}
+    for case in cases:
+        own = {p.resolve() for s in case.images.values() if (p := _path_of(s)) is not None}
+        if wanted <= own:
+            return case.codes or None
+    return None
 
 
 def _named_by_modality(

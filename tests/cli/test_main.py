@@ -112,19 +112,3 @@ def test_differences_are_named_by_their_path():
     assert differences(stored, given) == [weights]
     named = ["test", "--model.init_args.c=2"]
     assert differences(stored, given, named) == [weights, "model.c is 2, the checkpoint had None"]
-
-
-def test_another_path_of_the_same_class_is_no_difference():
-    def described(path):
-        return {"backbone": {"class_path": path, "init_args": {}}}
-
-    stored = described("pmixseg.backbones.MultiEncoderUNet")
-    assert differences(stored, described("pmixseg.backbones.unet.MultiEncoderUNet")) == []
-    assert differences(stored, described("pmixseg.backbones.rfnet.RFNet")) == [
-        "model.backbone.class_path is pmixseg.backbones.rfnet.RFNet, the checkpoint had "
-        "pmixseg.backbones.MultiEncoderUNet"
-    ]
-    # What a checkpoint names is not imported only to be compared.
-    foreign = differences(described("antigravity.Fly"), described("antigravity.Fall"))
-    assert len(foreign) == 1
-    assert "antigravity" not in sys.modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,10 @@ from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
 from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.evaluation.prediction.windows import Predictor, check_windows
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
-from pmixseg.task import Combination, Task
+from pmixseg.task import Combination, Task, format_combination
+
+LARGEST_SHARE = 0.5
+"""Of the brain, that a tumour with its oedema may take before a result is doubted."""
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
@@ -162,10 +166,40 @@ def segment_scans(
     geometry = _in_reference(case.geometry, grid, recipe.spacing)
     facts = _facts(recipe, settings, len(chosen))
     inputs = _inputs(images, chosen, {**grid.digests, **case.digests})
+    voxel = math.prod(case.geometry.grid_spacing) / 1000
+    brain = float((case.image != 0).any(0).sum()) * voxel
     del case  # its arrays are as large as all windows' sums
     prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
     identity = None if recipe.checkpoint is None else checkpoint_identity(Path(recipe.checkpoint))
-    return Segmentation(name, prediction, codes, inputs, facts, identity, tuple(notes))
+    made = Segmentation(name, prediction, codes, inputs, facts, identity, tuple(notes))
+    said = _doubts_of_result(made, brain, where)
+    for note in said:
+        warnings.warn(note, stacklevel=3)
+    return replace(made, warnings=(*made.warnings, *said))
+
+
+def _doubts_of_result(made: Segmentation, brain: float, where: str) -> list[str]:
+    """Sentences about a segmentation that no patient has.
+
+    Args:
+        made: the segmentation.
+        brain: volume of the scans' foreground in ml.
+        where: the case, for the sentence.
+    """
+    shown = format_combination(made.combination)
+    largest = max(made.volumes.values(), default=0.0)
+    if largest == 0:
+        return [
+            f"{where}: nothing was segmented from {shown}; if there is a tumour, look at the scans "
+            "and their names, or give more of them."
+        ]
+    if largest > LARGEST_SHARE * brain:
+        return [
+            f"{where}: {largest:.0f} ml are segmented in a brain of {brain:.0f} ml, more than a "
+            "tumour takes; look at the result, and at the scans: skull-stripped, and rightly "
+            "named."
+        ]
+    return []
 
 
 def _choose(
