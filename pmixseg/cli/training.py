@@ -38,12 +38,15 @@ from pmixseg.cli.arguments import (
 )
 from pmixseg.cli.mistakes import UsageError, training_sentence
 from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.training_cases import TrainingCases
 from pmixseg.describe import describe
 from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
 from pmixseg.modules.optimization import schedule_from
+from pmixseg.modules.payload import Payload
+from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.trust import offline, resolve
 from pmixseg.old_paths import current_yaml
 
@@ -144,6 +147,11 @@ class TrainingCLI(LightningCLI):
             help="With validate: fit temperatures on the validation cases and write this "
             "checkpoint, which has them.",
         )
+        parser.add_argument(
+            "--force",
+            action="store_true",
+            help="With test and validate: score cases that the model was trained on, too.",
+        )
         parser.link_arguments("data.task", "model.init_args.task")
 
     def _parse_ckpt_path(self) -> None:
@@ -223,35 +231,38 @@ class TrainingCLI(LightningCLI):
         """Start from given weights; say where flags differ from the checkpoint."""
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint:
-            payload = read_checkpoint(checkpoint)["pmixseg"]
-            description = describing(payload)
+            raw = read_checkpoint(checkpoint)["pmixseg"]
+            description, trained = describing(raw), Payload.from_dict(raw).preparation
             with suppress(InputError):  # what a resumed training has been given, it need not name
                 description = resolve(description, self.modules, checkpoint)
             stored, now = with_evaluation(description), with_evaluation(describe(self.model))
             lines = differences(stored, now, self.given)
-            lines += self.changed_data(payload, stored["evaluation"], now["evaluation"])
+            lines += self.changed_data(trained, stored["evaluation"], now["evaluation"])
             for line in lines:
                 say(f"{line} (the flags win)")
+        self.model.force = bool(self._get(self.config, "force"))
         if start := self._get(self.config, "init_from"):
             restore(self.model, read_checkpoint(start))
 
     def changed_data(
-        self, payload: dict[str, Any], stored: dict[str, Any], now: dict[str, Any]
+        self, trained: Preparation, stored: dict[str, Any], now: dict[str, Any]
     ) -> list[str]:
         """Where patch, spacing and inference window are not those of the training, in words.
 
         Args:
-            payload: what the checkpoint says about itself.
+            trained: of the checkpoint's data.
             stored: its evaluation settings.
             now: those of the model.
         """
         given = {"patch_size": list(self.datamodule.patch_size)}
         if (spacing := self._get(self.config, "data.spacing")) is not None:
             given["spacing"] = list(spacing)
-        trained = {"patch_size": payload["patch"], "spacing": payload["spacing"]}
-        trained = {k: trained[k] for k in given if trained[k] or k == "spacing"}
-        lines = differences(trained, given, where="data")
-        windows = [now["window"] or given["patch_size"], stored["window"] or payload["patch"]]
+        patch = None if trained.patch is None else list(trained.patch)
+        spacing = None if trained.spacing is None else list(trained.spacing)
+        had = {"patch_size": patch, "spacing": spacing}
+        had = {k: had[k] for k in given if had[k] or k == "spacing"}
+        lines = differences(had, given, where="data")
+        windows = [now["window"] or given["patch_size"], stored["window"] or patch]
         if not (now["window"] and stored["window"]) and all(windows) and windows[0] != windows[1]:
             lines.append(f"the inference window is {windows[0]}, the checkpoint had {windows[1]}")
         return lines
@@ -269,7 +280,15 @@ def say(sentence: str) -> None:
 def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -> list[str]:
     """Put a checkpoint's model and data settings in front of the flags, so that flags win.
 
-    ``test --ckpt_path x.ckpt`` then needs nothing but the data.
+    ``test --ckpt_path x.ckpt`` then needs nothing else: store, split, patch and window are those
+    of the training.
+
+    Args:
+        args: of the command line.
+        modules: whose classes the checkpoint may name.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or names what it may not.
     """
     given = list(args)
     if not given or given[0] not in ("validate", "test", "predict"):
@@ -277,12 +296,37 @@ def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -
     path = option(given, "--ckpt_path")
     if path is None:
         return given
-    payload = read_checkpoint(path)["pmixseg"]
-    data = {k: payload[k] for k in ("task", "spacing") if payload[k] is not None}
-    if payload["patch"] is not None:
-        data["patch_size"] = payload["patch"]
-    config = resolve({"model": describing(payload), "data": data}, modules, path)
+    raw = read_checkpoint(path)["pmixseg"]
+    payload = Payload.from_dict(raw, path)
+    trained = payload.preparation
+    data: dict[str, Any] = {"task": payload.task.to_dict()}
+    if trained.spacing is not None:
+        data["spacing"] = list(trained.spacing)
+    if trained.patch is not None:
+        data["patch_size"] = list(trained.patch)
+    if trained.cases is not None:
+        data |= data_of(trained.cases, given, path)
+    config = {"model": resolve(describing(raw), modules, path), "data": data}
     return [given[0], f"--config={json.dumps(config)}", *given[1:]]
+
+
+def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, Any]:
+    """Store and split of a training, as far as the command line does not name its own.
+
+    Args:
+        cases: of the training.
+        args: of the command line.
+        path: of the checkpoint.
+    """
+    data: dict[str, Any] = {}
+    files = ("-c", "--config", "--data=", "--data.root", "--data.store")
+    if cases.store and Path(cases.store).is_dir() and not any(a.startswith(files) for a in args):
+        data["store"] = cases.store
+    if (cases.train or cases.test) and not any(a.startswith("--data.split") for a in args):
+        lists = {part: list(getattr(cases, part)) for part in ("train", "val", "test")}
+        arguments = {**lists, "source": path}
+        data["split"] = {"class_path": "pmixseg.data.SplitLists", "init_args": arguments}
+    return data
 
 
 def with_evaluation(description: dict[str, Any]) -> dict[str, Any]:

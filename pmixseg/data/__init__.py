@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Split,
         SplitFiles,
         SplitJson,
+        SplitLists,
         SplitPlan,
         WholeCohort,
     )
@@ -57,6 +58,7 @@ _HOME = {
         "Split",
         "SplitFiles",
         "SplitJson",
+        "SplitLists",
         "SplitPlan",
         "WholeCohort",
     ),
@@ -90,6 +92,7 @@ __all__ = [
     "Split",
     "SplitFiles",
     "SplitJson",
+    "SplitLists",
     "SplitPlan",
     "Store",
     "StoredCase",

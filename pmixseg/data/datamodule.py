@@ -116,6 +116,7 @@ class BraTSDataModule(LightningDataModule):
         self._wanted_spacing = None if spacing is None else _spacing(spacing)
         self.store_path = self._beside_root() if store is None else Path(store)
         self.split_plan: SplitPlan = build(split) or Fractions()
+        self.split_is_chosen = split is not None
         self.patch_size = _size(patch_size)
         self.patches_per_case, self.foreground = patches_per_case, foreground
         self.batch_size, self.num_workers = batch_size, num_workers

@@ -143,6 +143,42 @@ class SplitFiles(SplitPlan):
         return _known(Split(**parts), cases, ", ".join(str(p) for p in self.paths.values() if p))
 
 
+class SplitLists(SplitPlan):
+    """Lists of case ids, such as those that a checkpoint holds of its training.
+
+    Args:
+        train: ids of the training cases.
+        val: ids of the validation cases.
+        test: ids of the test cases.
+        source: where the lists are from, for errors.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[str] = (),
+        val: Sequence[str] = (),
+        test: Sequence[str] = (),
+        source: str = "the configuration",
+    ) -> None:
+        self.lists = Split(tuple(train), tuple(val), tuple(test))
+        self.source = source
+
+    def split(self, cases: Sequence[SplittableCase]) -> Split:
+        """See :meth:`SplitPlan.split`.
+
+        Raises:
+            InputError: the lists name cases that the cohort lacks.
+        """
+        cohort = {case.case_id for case in cases}
+        every = {*self.lists.train, *self.lists.val, *self.lists.test}
+        if not every & cohort:
+            raise InputError(
+                f"the cohort has none of the {len(every)} cases of the split in {self.source}; "
+                "for a cohort that no training has seen use --data.split=WholeCohort."
+            )
+        return _known(self.lists, cases, self.source)
+
+
 class SplitJson(SplitPlan):
     """Split by a JSON file: ``{"train": [...], "val": [...], "test": [...]}``, or a list of folds.
 

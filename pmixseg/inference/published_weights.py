@@ -18,7 +18,6 @@ from pmixseg.errors import InputError
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.modules import SegmentationModule, StudentModule
 from pmixseg.modules.checkpoint import write_checkpoint
-from pmixseg.modules.payload import payload_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.task import BRATS, Task
 
@@ -91,7 +90,7 @@ class Imported:
             "epoch": 0,
             "global_step": 0,
             "state_dict": self.module.state_dict(),
-            "pmixseg": payload_of(self.module),
+            "pmixseg": self.module.payload().to_dict(),
         }
         return write_checkpoint(checkpoint, path)
 

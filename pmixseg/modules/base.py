@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -24,6 +24,7 @@ from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
+from pmixseg.modules.divergence import FiniteLoss
 from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.modules.optimization import (
     Schedule,
@@ -34,7 +35,7 @@ from pmixseg.modules.optimization import (
     scheduler_from,
     total_steps,
 )
-from pmixseg.modules.payload import check_terms, payload_of
+from pmixseg.modules.payload import Payload, weights_for, weights_of
 from pmixseg.modules.resuming import PENDING, TrainingSettings, patience_of, pending_metrics
 from pmixseg.modules.trainer_checks import check_trainer
 from pmixseg.task import BRATS, Task
@@ -97,6 +98,7 @@ class SegmentationModule(SegmentationNetwork):
         self._rate_changed = False
         self._patience: list[tuple[EarlyStopping, int]] = []
         self._pending: dict[str, float] | None = None
+        self._finite = FiniteLoss()
         self.save_hyperparameters(describe(self.init_args))
 
     # ---------------------------------------------------------------- training
@@ -140,8 +142,28 @@ class SegmentationModule(SegmentationNetwork):
                 parts[f"{name}/{part}"] = number
             total = total + self.term_weights[name].at(self.current_epoch) * value
         total = total + self._touch_every_parameter()
+        self._watch(parts)
         self._log_losses(total, parts, len(batch["case_id"]))
         return total
+
+    def _watch(self, parts: dict[str, Tensor]) -> None:
+        """Notice a loss that is not finite; on a CPU at once, elsewhere without waiting for it."""
+        scaler = self._trainer and getattr(self.trainer.precision_plugin, "scaler", None)
+        if self._trainer is None or scaler is not None:
+            return  # a gradient scaler skips such a step and goes on
+        self._finite.see(parts, self.global_step)
+        if self.device.type == "cpu":
+            self._finite.check(self.lr)
+
+    def on_validation_start(self) -> None:
+        """Validate no training that has diverged.
+
+        Raises:
+            InputError: its loss is not finite; or see :class:`SegmentationNetwork`.
+        """
+        super().on_validation_start()
+        if self.trainer.state.fn == "fit":
+            self._finite.check(self.lr)
 
     def own_batch(self, batch: Batch) -> Batch:
         """Bring a batch of the task into the order of this module's slots, once per step.
@@ -183,7 +205,12 @@ class SegmentationModule(SegmentationNetwork):
         return int(getattr(data, "seed", 0) or 0)
 
     def on_train_epoch_end(self) -> None:
-        """Log the anchor's weights where it fills, to see them leave the uniform mixture."""
+        """Log the anchor's weights where it fills, to see them leave the uniform mixture.
+
+        Raises:
+            InputError: the loss was not finite; no checkpoint of this epoch is written.
+        """
+        self._finite.check(self.lr)
         if not isinstance(self.anchor, MixtureAnchor) or not self.anchor.learned:
             return
         everything = torch.ones(1, len(self.backbone.slots), dtype=torch.bool, device=self.device)
@@ -236,6 +263,7 @@ class SegmentationModule(SegmentationNetwork):
         super().setup(stage)
         if stage == "fit":
             self._return_terms()
+            self._finite = FiniteLoss()
             self.follow_levels(self.aligned_levels())
             check_trainer(self.trainer)
             self._pending, self._settings, self._rate_changed = None, None, False
@@ -324,7 +352,7 @@ class SegmentationModule(SegmentationNetwork):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write what :func:`pmixseg.load` needs, primitives only."""
-        checkpoint["pmixseg"] = payload_of(self)
+        checkpoint["pmixseg"] = self.payload().to_dict()
         # Said once: a second description could come to say something else.
         own = checkpoint.get("hyper_parameters", {})
         if set(own) <= set(self.init_args):
@@ -332,15 +360,69 @@ class SegmentationModule(SegmentationNetwork):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             checkpoint[PENDING] = pending_metrics(self.trainer)
 
+    def payload(self) -> Payload:
+        """Say what a checkpoint must say about this module.
+
+        Raises:
+            InputError: an argument that cannot be written.
+        """
+        description = describe(self, type(self).__name__)
+        description["init_args"].pop("task", None)
+        return Payload(
+            **description,
+            task=self.task,
+            preparation=self.preparation,
+            overlap=self.evaluation.overlap,
+            terms=tuple(self.terms),
+        )
+
+    def adopt(self, checkpoint: Mapping[str, Any], *, fitting: bool) -> dict[str, Tensor]:
+        """Take over the preparation of a checkpoint, and return its weights for this module.
+
+        Resuming needs exactly the same terms. Anything else (test, predict, plain loading) needs
+        none.
+
+        Args:
+            checkpoint: what its file holds; it is not changed.
+            fitting: whether a training is resumed.
+
+        Raises:
+            InputError: the file is not ours, or damaged; it is of another task or network, or its
+                data had another spacing or normalisation; its weights are not finite; or a
+                training is resumed with other terms.
+        """
+        payload = Payload.from_dict(checkpoint.get("pmixseg"))
+        payload.refuse_other_task(self.task)
+        if fitting:
+            payload.refuse_other_terms(self.terms)
+        trained = payload.preparation
+        trained.refuse_other(self.preparation)
+        saved = weights_of(checkpoint)
+        own, name = self.state_dict(), type(self).__name__
+        state = weights_for(own, saved, self.terms, name, fitting=fitting)
+        data = self.preparation
+        self.preparation = data.after(trained) if fitting else trained.on(data)
+        return state
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Refuse what would lose a part of the model.
+
+        Raises:
+            InputError: always; use :func:`pmixseg.load`.
+        """
+        raise InputError(
+            "Lightning's load_from_checkpoint would lose the backbone, temperatures, window and "
+            f"post-processing of this model; use pmixseg.load({str(checkpoint_path)!r})."
+        )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume with the same terms; test, validate and predict without any.
 
         Raises:
-            InputError: see :func:`~pmixseg.modules.payload.check_terms`.
+            InputError: see :meth:`adopt`.
         """
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
-        check_terms(self, checkpoint, fitting=fitting)
-        # The default is what the weights were trained with, not what it is without their terms.
-        self.follow_levels(checkpoint["pmixseg"].get("fill_levels"))
+        checkpoint["state_dict"] = self.adopt(checkpoint, fitting=fitting)
         if fitting:
             self._pending = dict(checkpoint.get(PENDING, {}))

@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
+from zlib import error
 
 import torch
 
@@ -17,7 +19,7 @@ from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.scores.calibration import Temperatures
 from pmixseg.files import whole
 from pmixseg.modules.base import SegmentationModule
-from pmixseg.modules.payload import FORMAT, check_terms, preparation_of
+from pmixseg.modules.payload import Payload, weights_of
 from pmixseg.modules.trust import offline, resolve
 from pmixseg.task import Task
 from pmixseg.weights import local_copy, read_published
@@ -39,14 +41,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         return _checked(read_published(path), path)
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist; give the path of a .ckpt file.")
+    _refuse_damaged(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can fail in any way, KeyError included
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+    except Exception as fault:  # a damaged pickle can fail in any way, KeyError included
+        reason = (str(fault).splitlines() or [type(fault).__name__])[0].split(". ")[0]
         raise InputError(
             f"{path} cannot be read as a checkpoint ({reason}); it is damaged or another kind of "
             "file."
-        ) from error
+        ) from fault
     return _checked(checkpoint, path)
 
 
@@ -55,16 +58,29 @@ def _checked(checkpoint: Any, path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} was not written by pmixseg; import published weights with `pmixseg import`."
         )
-    payload = checkpoint["pmixseg"]
-    if not isinstance(payload, dict) or not isinstance(payload.get("task", {}), dict):
-        raise InputError(f"{path} does not describe a model and its task; it is damaged.")
-    version = payload.get("format")
-    if version != FORMAT:
-        raise InputError(
-            f"{path} has checkpoint format {version}, this version of pmixseg reads {FORMAT}; "
-            "update pmixseg."
-        )
+    Payload.from_dict(checkpoint["pmixseg"], str(path))
+    weights_of(checkpoint, str(path))
     return checkpoint
+
+
+def _refuse_damaged(path: Path) -> None:
+    """Compare a checkpoint's parts with the checksums that it holds; PyTorch does not.
+
+    Raises:
+        InputError: one does not hold.
+    """
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (BadZipFile, OSError, EOFError, ValueError, NotImplementedError, error) as reason:
+        raise InputError(
+            f"{path} cannot be read as a checkpoint ({reason}); it is damaged or another kind of "
+            "file."
+        ) from reason
+    if damaged is not None:
+        raise InputError(
+            f"{path} is damaged: the checksum of its part {damaged} does not hold; copy it again."
+        )
 
 
 def load(
@@ -143,13 +159,11 @@ def write_checkpoint(checkpoint: dict[str, Any], out: str | Path) -> Path:
     return out
 
 
-def restore(module: SegmentationModule, checkpoint: dict[str, Any]) -> None:
+def restore(module: SegmentationModule, checkpoint: Mapping[str, Any]) -> None:
     """Copy the weights of a checkpoint into a module, terms left out.
 
     Raises:
-        InputError: the checkpoint belongs to another network.
+        InputError: see :meth:`~pmixseg.SegmentationModule.adopt`.
     """
-    check_terms(module, checkpoint, fitting=False)
-    module.load_state_dict(checkpoint["state_dict"])
-    module.preparation = preparation_of(checkpoint["pmixseg"])
-    module.follow_levels(checkpoint["pmixseg"].get("fill_levels"))
+    module.load_state_dict(module.adopt(checkpoint, fitting=False))
+    module.preparation = Payload.from_dict(checkpoint["pmixseg"]).preparation

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from pmixseg.backbones.base import Backbone
@@ -17,6 +19,7 @@ from pmixseg.data.missing import MissingnessSampler, UniformCombinations
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.scans.canonical import STORE_DTYPE
 from pmixseg.data.scans.nifti import Source
+from pmixseg.data.training_cases import SeenCase, say_seen
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
 from pmixseg.eval_mode import evaluating
@@ -33,14 +36,8 @@ from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.fill import fill_with_anchor
-from pmixseg.modules.preparation import Preparation
-from pmixseg.modules.recording import (
-    check_place,
-    forget_examples,
-    keep_example,
-    warn_without_label,
-    write_records,
-)
+from pmixseg.modules.preparation import Preparation, seen_cases
+from pmixseg.modules.recording import Recording, warn_without_label
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -85,6 +82,8 @@ class SegmentationNetwork(LightningModule, Described):
         self.preparation = Preparation()
         self.loaded_from: str | None = None
         self.records: list[dict[str, Any]] = []
+        self.force = False
+        self.seen: list[SeenCase] = []
         self.validation_dice = CaseMeans([len(self.task.regions)])
         self._encode, self._decode = self.backbone.encode, self.backbone.decode
         if compile:
@@ -221,17 +220,48 @@ class SegmentationNetwork(LightningModule, Described):
         self.log_dict({f"val/dice/{region}": dice for region, dice in named})
         self.log("val/dice", means.mean(), prog_bar=True)
 
+    @property
+    def recording(self) -> Recording:
+        """What a test leaves in the trainer's folder."""
+        return Recording(Path(self.trainer.default_root_dir), self.task, self.evaluation)
+
+    def on_validation_start(self) -> None:
+        """Refuse to validate on cases that the model was trained on.
+
+        Raises:
+            InputError: there are such cases, and :attr:`force` is not set.
+        """
+        if self.trainer.state.fn == "validate":
+            self._refuse_seen("val", ("training",))
+
+    def on_test_start(self) -> None:
+        """Refuse to test on cases that the model was trained or selected with.
+
+        Raises:
+            InputError: there are such cases, and :attr:`force` is not set.
+        """
+        self._refuse_seen("test", ("training", "validation"))
+
+    def _refuse_seen(self, part: Literal["val", "test"], counted: tuple[str, ...]) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        self.seen = seen_cases(data, part, self.preparation, counted)
+        if self.seen and self.force:
+            names = ", ".join(str(case) for case in self.seen[:5])
+            rank_zero_warn(f"{len(self.seen)} cases are scored that the model knows: {names}.")
+        elif self.seen:
+            raise InputError(say_seen(self.seen, part))
+
     def on_test_epoch_start(self) -> None:
         """Start with no records and no pictures of an earlier test."""
         self.records = []
-        check_place(self)
-        forget_examples(self)
+        self.recording.check_place()
+        self.recording.forget_examples()
 
     def test_step(self, item: CaseItem, batch_idx: int) -> None:
         """Score a case on every combination of what was acquired, in its native grid."""
         predictions = self.predict_item(item, self.test_combinations(item))
         if batch_idx < self.evaluation.examples:
-            predictions = keep_example(predictions, self, item)
+            predictions = self.recording.keep_example(predictions, item)
         rows = score_case(predictions, item, self.evaluation)
         if not rows:
             warn_without_label(item)
@@ -239,7 +269,12 @@ class SegmentationNetwork(LightningModule, Described):
 
     def on_test_epoch_end(self) -> None:
         """Write the records of all ranks and log ``test/dice`` and ``test/dice/<region>``."""
-        self.log_dict(write_records(self, self.records))
+        source = self.trainer.ckpt_path or self.loaded_from
+        split = getattr(getattr(self.trainer, "datamodule", None), "split_name", None)
+        scores = self.recording.write(
+            self.records, source, split, self.preparation, [case.name for case in self.seen]
+        )
+        self.log_dict(scores)
 
     def test_combinations(self, item: CaseItem) -> list[Combination]:
         """Every non-empty subset of the module's modalities that the case has."""

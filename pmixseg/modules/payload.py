@@ -2,114 +2,198 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.modules.preparation import Preparation
-
-if TYPE_CHECKING:
-    from pmixseg.modules.base import SegmentationModule
+from pmixseg.task import Task
 
 FORMAT = 1
 """Version of the ``pmixseg`` entry of a checkpoint."""
 
-
-def payload_of(module: SegmentationModule) -> dict[str, Any]:
-    """The ``pmixseg`` entry of a checkpoint."""
-    description = describe(module, type(module).__name__)
-    description["init_args"].pop("task", None)
-    ready = module.preparation
-    return {
-        "format": FORMAT,
-        **description,
-        "task": module.task.to_dict(),
-        "spacing": None if ready.spacing is None else list(ready.spacing),
-        "normalisation": ready.normalisation,
-        "dtype": ready.dtype,
-        "patch": None if ready.patch is None else list(ready.patch),
-        "overlap": module.evaluation.overlap,
-        "split": ready.split,
-        "seed": None if ready.seed is None else dict(ready.seed),
-        "fill_levels": module.fill_levels,
-        "terms": sorted(module.terms),
-    }
+Weights = Mapping[str, Tensor]
 
 
-def preparation_of(payload: dict[str, Any]) -> Preparation:
-    """Read the preparation back from a payload."""
-    spacing, patch = payload["spacing"], payload["patch"]
-    return Preparation(
-        spacing=None if spacing is None else tuple(spacing),
-        normalisation=payload["normalisation"],
-        dtype=payload.get("dtype"),
-        patch=None if patch is None else tuple(patch),
-        split=payload.get("split"),
-        seed=payload.get("seed"),
-    )
+@dataclass(frozen=True)
+class Payload:
+    """The ``pmixseg`` entry of a checkpoint.
+
+    Args:
+        class_path: public path of the module's class.
+        init_args: its arguments, without the task.
+        task: modalities, labels and regions.
+        preparation: of the training data.
+        overlap: of inference windows.
+        terms: names of the loss terms that the training had.
+    """
+
+    class_path: str
+    init_args: Mapping[str, Any]
+    task: Task
+    preparation: Preparation
+    overlap: float
+    terms: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only."""
+        return {
+            "format": FORMAT,
+            "class_path": self.class_path,
+            "init_args": dict(self.init_args),
+            "task": self.task.to_dict(),
+            **self.preparation.to_dict(),
+            "overlap": self.overlap,
+            "terms": sorted(self.terms),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str = "the checkpoint") -> Payload:
+        """Inverse of :meth:`to_dict`; what older versions did not write is not known.
+
+        Args:
+            raw: the entry.
+            where: how errors name the checkpoint.
+
+        Raises:
+            InputError: there is no entry, it is of another format, or damaged.
+        """
+        if raw is None:
+            raise InputError(
+                f"{where} was not written by pmixseg (it has no 'pmixseg' entry); import "
+                "published weights with `pmixseg import`."
+            )
+        if not isinstance(raw, Mapping):
+            raise InputError(f"{where} does not describe a model and its task; it is damaged.")
+        version = raw.get("format")
+        if version != FORMAT:
+            raise InputError(
+                f"{where} has checkpoint format {version}, this version of pmixseg reads {FORMAT}; "
+                "update pmixseg."
+            )
+        path, arguments, terms = raw.get("class_path"), raw.get("init_args"), raw.get("terms", [])
+        overlap = raw.get("overlap")
+        if not (
+            isinstance(path, str)
+            and isinstance(arguments, Mapping)
+            and isinstance(raw.get("task"), Mapping)
+            and isinstance(terms, list)
+            and all(isinstance(name, str) for name in terms)
+            and isinstance(overlap, int | float)
+        ):
+            raise InputError(f"{where} does not describe a model and its task; it is damaged.")
+        try:
+            task = Task.from_dict(raw["task"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{where} has no task that can be read; it is damaged.") from error
+        preparation = Preparation.from_dict(raw, where)
+        return cls(path, dict(arguments), task, preparation, float(overlap), tuple(terms))
+
+    def refuse_other_task(self, task: Task) -> None:
+        """Refuse a task that the model was not trained for.
+
+        Raises:
+            InputError: it differs in any name.
+        """
+        if self.task.to_dict() != task.to_dict():
+            raise InputError(
+                f"the checkpoint belongs to the task '{self.task.name}' with modalities "
+                f"{list(self.task.modalities)}, not to this one ('{task.name}', "
+                f"{list(task.modalities)}); use a checkpoint of this task."
+            )
+
+    def refuse_other_terms(self, terms: Iterable[str]) -> None:
+        """Refuse to resume a training with other terms than it had.
+
+        Raises:
+            InputError: they differ.
+        """
+        if set(self.terms) != set(terms):
+            raise InputError(
+                f"the checkpoint was trained with the terms {sorted(self.terms)}, this training "
+                f"has {sorted(terms)}; resume with the same terms, or start anew with --init_from."
+            )
 
 
-def check_terms(module: SegmentationModule, checkpoint: dict[str, Any], *, fitting: bool) -> None:
-    """Make the checkpoint's terms those of the module, and refuse one that does not fit it.
-
-    Resuming needs exactly the same terms. Anything else (test, predict, plain loading) needs
-    none: weights of terms that the module does not have are dropped from ``checkpoint``.
+def weights_of(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> Weights:
+    """Return the weights that a checkpoint holds.
 
     Raises:
-        InputError: the file is not ours; it is of another task or network, or its data had another
-            spacing or normalisation; or a training is resumed with other terms.
+        InputError: there are none, or other things than tensors.
     """
-    payload = checkpoint.get("pmixseg")
-    if payload is None:
-        raise InputError(
-            "this checkpoint was not written by pmixseg (it has no 'pmixseg' entry); "
-            "import published weights with `pmixseg import`."
-        )
-    if payload["task"] != module.task.to_dict():
-        raise InputError(
-            f"the checkpoint belongs to the task '{payload['task']['name']}' with modalities "
-            f"{payload['task']['modalities']}, not to this one ('{module.task.name}', "
-            f"{list(module.task.modalities)}); use a checkpoint of this task."
-        )
-    stored, present = set(payload["terms"]), set(module.terms)
-    if fitting and stored != present:
-        raise InputError(
-            f"the checkpoint was trained with the terms {sorted(stored)}, this training has "
-            f"{sorted(present)}; resume with the same terms, or start anew with --init_from."
-        )
-    trained = preparation_of(payload)
-    trained.refuse_other(module.preparation)
-    state = checkpoint["state_dict"]
-    foreign = [k for k in state if k.startswith("terms.") and k.split(".")[1] not in present]
-    for key in foreign:
-        del state[key]
+    state = checkpoint.get("state_dict")
+    tensors = isinstance(state, Mapping) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    )
+    if not tensors:
+        raise InputError(f"{where} holds no weights; it is damaged.")
+    assert isinstance(state, Mapping)
+    return state
+
+
+def weights_for(
+    own: Weights, saved: Weights, terms: Iterable[str], name: str, *, fitting: bool
+) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint that belong into a network.
+
+    Weights of terms that the network does not have are left out. Its own terms keep what the
+    checkpoint does not have of them, unless a training is resumed.
+
+    Args:
+        own: state of the network.
+        saved: state of the checkpoint.
+        terms: names of the network's terms.
+        name: of the network's class, for errors.
+        fitting: whether a training is resumed.
+
+    Raises:
+        InputError: it is the state of another network, or not finite.
+    """
+    kept = set(terms)
+    state = {
+        key: value
+        for key, value in saved.items()
+        if not key.startswith("terms.") or key.split(".")[1] in kept
+    }
     if not fitting:
-        own = module.state_dict()
-        state.update({k: v for k, v in own.items() if k.startswith("terms.") and k not in state})
-        if module.preparation.normalisation is None:
-            module.preparation = trained
-        else:  # taken from the data to be tested on, which cannot know these
-            module.preparation = replace(module.preparation, split=trained.split, seed=trained.seed)
-    _check_weights(module, state)
+        state |= {k: v for k, v in own.items() if k.startswith("terms.") and k not in state}
+    refuse_other_weights(own, state, name)
+    refuse_infinite(state)
+    return state
 
 
-def _check_weights(module: SegmentationModule, state: Mapping[str, Tensor]) -> None:
-    own = module.state_dict()
-    lost = [name for name in own if name not in state]
-    foreign = [name for name in state if name not in own]
-    other = [name for name in own if name in state and own[name].shape != state[name].shape]
-    found = [f"it lacks {name}" for name in lost]
-    found += [f"it has {name}, which is unknown here" for name in foreign]
-    found += [
-        f"{name} is {list(state[name].shape)} there and {list(own[name].shape)} here"
-        for name in other
+def refuse_other_weights(own: Weights, state: Weights, name: str) -> None:
+    """Refuse weights whose names or shapes are those of another network.
+
+    Raises:
+        InputError: they are.
+    """
+    faults = [f"it lacks {key}" for key in own if key not in state]
+    faults += [f"it has {key}, which is unknown here" for key in state if key not in own]
+    faults += [
+        f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} here"
+        for key in own
+        if key in state and own[key].shape != state[key].shape
     ]
-    if found:
+    if faults:
         raise InputError(
-            f"the checkpoint's weights do not fit this {type(module).__name__}: {found[0]} (and "
-            f"{len(found) - 1} more); use the backbone that it was trained with."
+            f"the checkpoint's weights do not fit this {name}: {faults[0]} (and {len(faults) - 1} "
+            "more); use the backbone that it was trained with."
+        )
+
+
+def refuse_infinite(state: Weights) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        InputError: they do.
+    """
+    broken = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    if broken:
+        raise InputError(
+            f"{len(broken)} weights of the checkpoint are not finite ({', '.join(broken[:3])}): "
+            "the training diverged, or the file was damaged; use a checkpoint of an earlier epoch."
         )

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pmixseg.data.scans.canonical import NORMALISATION
+from pmixseg.data.training_cases import (
+    SeenCase,
+    TrainingCases,
+    scans_of,
+    training_cases,
+)
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 
@@ -24,6 +30,7 @@ class Preparation:
         seed: ``everything`` (Lightning's, for the first weights) and ``data`` (patches,
             augmentation, missingness) of that training, as far as known.
         dtype: rounding of the normalised intensities; ``None``: not known.
+        cases: the split of that training, and what tells its cases; ``None``: not known.
     """
 
     spacing: tuple[float, ...] | None = None
@@ -32,6 +39,41 @@ class Preparation:
     split: str | None = None
     seed: Mapping[str, int] | None = None
     dtype: str | None = None
+    cases: TrainingCases | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives, as a checkpoint holds them."""
+        return {
+            "spacing": None if self.spacing is None else list(self.spacing),
+            "normalisation": self.normalisation,
+            "dtype": self.dtype,
+            "patch": None if self.patch is None else list(self.patch),
+            "split": self.split,
+            "seed": None if self.seed is None else dict(self.seed),
+            "cases": None if self.cases is None else self.cases.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str) -> Preparation:
+        """Inverse of :meth:`to_dict`; keys that an older version did not write are not known.
+
+        Raises:
+            InputError: a value that is none of its kind.
+        """
+        spacing, patch, seed, cases = (raw.get(k) for k in ("spacing", "patch", "seed", "cases"))
+        sizes = _are(spacing, (int, float)) and _are(patch, int)
+        texts = all(isinstance(raw.get(k), str | None) for k in ("normalisation", "dtype", "split"))
+        if not (sizes and texts and isinstance(seed, Mapping | None)):
+            raise InputError(f"{where} does not say how its data were prepared; it is damaged.")
+        return cls(
+            spacing=None if spacing is None else tuple(spacing),
+            normalisation=raw.get("normalisation"),
+            dtype=raw.get("dtype"),
+            patch=None if patch is None else tuple(patch),
+            split=raw.get("split"),
+            seed=None if seed is None else dict(seed),
+            cases=None if cases is None else TrainingCases.from_dict(cases, where),
+        )
 
     def merge(self, data: Any, evaluation: EvaluationSettings, *, fitting: bool) -> Preparation:
         """Take over a data module's preparation, or check it against a checkpoint's.
@@ -46,11 +88,33 @@ class Preparation:
             patch=tuple(data.patch_size),
             split=data.split_name if fitting else self.split,
             seed=_seeds(data) if fitting else self.seed,
+            cases=self._cases_of(data) if fitting else self.cases,
         )
         if fitting or self.normalisation is None:
             return theirs
         self.refuse_other(theirs)
         return self
+
+    def on(self, data: Preparation) -> Preparation:
+        """Return the preparation of a trained model that meets data.
+
+        Args:
+            data: of the data; unknown where there are none yet.
+        """
+        if data.normalisation is None:
+            return self
+        # What was taken from data to be tested on cannot know these.
+        return replace(data, split=self.split, seed=self.seed, cases=self.cases)
+
+    def after(self, trained: Preparation) -> Preparation:
+        """Return the preparation of a training that goes on from another one."""
+        cases = trained.cases if self.cases is None else self.cases.after(trained.cases)
+        return replace(self, cases=cases)
+
+    def _cases_of(self, data: Any) -> TrainingCases | None:
+        cases = training_cases(data)
+        # The weights still know what they were trained with before.
+        return self.cases if cases is None else cases.after(self.cases)
 
     def refuse_other(self, data: Preparation) -> None:
         """Refuse data that the model of this preparation was not trained for.
@@ -101,8 +165,49 @@ class Preparation:
         return self.spacing[0], self.spacing[1], self.spacing[2]
 
 
+def _are(value: Any, kinds: type[int] | tuple[type[int], type[float]]) -> bool:
+    """Whether a value is three positive numbers, or nothing."""
+    if value is None:
+        return True
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(isinstance(v, kinds) and not isinstance(v, bool) and v > 0 for v in value)
+    )
+
+
 def _seeds(data: Any) -> dict[str, int]:
     """The seeds of a training that starts now."""
     given = os.environ.get("PL_GLOBAL_SEED", "")  # where seed_everything leaves it
     found = {"everything": int(given)} if given.isdigit() else {}
     return {**found, "data": int(getattr(data, "seed", 0) or 0)}
+
+
+def seen_cases(
+    data: Any, part: str, trained: Preparation, counted: Sequence[str]
+) -> list[SeenCase]:
+    """Find cases of a data module that a model knows from its training.
+
+    Args:
+        data: the data module, or ``None``.
+        part: of its split that is to be scored.
+        trained: preparation of the model.
+        counted: parts of the training's split that count.
+
+    Raises:
+        InputError: it cannot be known, and the data were split in another way than the training's.
+    """
+    parts, store = getattr(data, "parts", None), getattr(data, "store", None)
+    if parts is None or store is None:
+        return []
+    if trained.cases is None:
+        drawn = not getattr(data, "split_is_chosen", True)
+        if drawn and trained.split not in (None, data.split_name):
+            raise InputError(
+                f"the checkpoint holds no lists of its cases, and its training had the split "
+                f"'{trained.split}' where this is '{data.split_name}'; name the split "
+                "(--data.split=...), or --data.split=WholeCohort for cases that it has never seen."
+            )
+        return []
+    cases = {name: scans_of(store.read(name)) for name in getattr(parts, part)}
+    return trained.cases.seen(cases, counted)

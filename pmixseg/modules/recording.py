@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -14,115 +15,134 @@ from rich.console import Console
 
 from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError, writing
-from pmixseg.evaluation.prediction.cases import CasePrediction
+from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings
 from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.grouped import result_table
 from pmixseg.evaluation.records.records import Records, gather_rows
 from pmixseg.evaluation.records.sidecar import Sidecar, checkpoint_identity
-from pmixseg.task import Combination
-
-if TYPE_CHECKING:
-    from pmixseg.modules.network import SegmentationNetwork
+from pmixseg.modules.preparation import Preparation
+from pmixseg.task import Combination, Task
 
 
-def run_folder(module: SegmentationNetwork) -> Path:
-    """Where the trainer writes."""
-    return Path(module.trainer.default_root_dir)
+@dataclass(frozen=True)
+class Recording:
+    """The files that a test leaves in a run folder.
 
-
-@rank_zero_only
-def check_place(module: SegmentationNetwork) -> None:
-    """Find out before a long test, not after it, that its records could not be written.
-
-    Raises:
-        InputError: they could not.
+    Args:
+        folder: of the run.
+        task: of the model.
+        settings: how it is evaluated; name the file of the records.
     """
-    path = run_folder(module) / module.evaluation.records
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
 
+    folder: Path
+    task: Task
+    settings: EvaluationSettings
 
-@rank_zero_only
-def forget_examples(module: SegmentationNetwork) -> None:
-    """Remove the pictures of an earlier test of this run."""
-    for path in examples_of(run_folder(module)).values():
-        path.unlink(missing_ok=True)
+    @property
+    def path(self) -> Path:
+        """The table of records."""
+        return self.folder / self.settings.records
 
+    @rank_zero_only
+    def check_place(self) -> None:
+        """Find out before a long test, not after it, that its records could not be written.
 
-def keep_example(
-    predictions: Iterable[CasePrediction], module: SegmentationNetwork, item: CaseItem
-) -> Iterator[CasePrediction]:
-    """Pass predictions on, and write a small copy of the case when all have passed.
+        Raises:
+            InputError: they could not.
+        """
+        with writing(self.path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
 
-    Warns if it cannot be written: a picture is not worth the results of a long test.
-    """
-    shown: dict[Combination, np.ndarray] = {}
-    for prediction in predictions:
-        shown[prediction.combination] = prediction.on_grid().cpu().numpy().astype(np.uint8)
-        yield prediction
-    label = item.get("label")
-    stored = item["stored"]
-    example = Example.from_volumes(
-        item["case_id"],
-        module.task.modalities,
-        item["image"].float().cpu().numpy(),
-        None if label is None else label.cpu().numpy().astype(np.uint8),
-        shown,
-        stored.geometry.grid_spacing,
-    )
-    try:
-        example.save(run_folder(module))
-    except InputError as error:
-        warnings.warn(f"{error} The report will show no picture of this case.", stacklevel=2)
+    @rank_zero_only
+    def forget_examples(self) -> None:
+        """Remove the pictures of an earlier test of this run."""
+        for path in examples_of(self.folder).values():
+            path.unlink(missing_ok=True)
 
+    def keep_example(
+        self, predictions: Iterable[CasePrediction], item: CaseItem
+    ) -> Iterator[CasePrediction]:
+        """Pass predictions on, and write a small copy of the case when all have passed.
 
-def write_records(module: SegmentationNetwork, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Gather the rows of all ranks, write ``records.csv`` and its sidecar, print the table.
+        Warns if it cannot be written: a picture is not worth the results of a long test.
+        """
+        shown: dict[Combination, np.ndarray] = {}
+        for prediction in predictions:
+            shown[prediction.combination] = prediction.on_grid().cpu().numpy().astype(np.uint8)
+            yield prediction
+        label = item.get("label")
+        stored = item["stored"]
+        example = Example.from_volumes(
+            item["case_id"],
+            self.task.modalities,
+            item["image"].float().cpu().numpy(),
+            None if label is None else label.cpu().numpy().astype(np.uint8),
+            shown,
+            stored.geometry.grid_spacing,
+        )
+        try:
+            example.save(self.folder)
+        except InputError as error:
+            warnings.warn(f"{error} The report will show no picture of this case.", stacklevel=2)
 
-    Returns:
-        ``test/dice`` and ``test/dice/<region>``, averaged over cases and combinations.
+    def write(
+        self,
+        rows: list[dict[str, Any]],
+        checkpoint: str | Path | None,
+        split: str | None,
+        preparation: Preparation,
+        seen: Sequence[str] = (),
+    ) -> dict[str, float]:
+        """Gather the rows of all ranks, write the records and their sidecar, print the table.
 
-    Raises:
-        InputError: no test case has a label.
-    """
-    every = gather_rows(rows)
-    if not every:
-        raise InputError("no test case has a label, so there is nothing to score; use predict.")
-    folder = run_folder(module)
-    data = getattr(module.trainer, "datamodule", None)
-    source = module.trainer.ckpt_path or module.loaded_from
-    sidecar = Sidecar(
-        module.task,
-        conventions=module.evaluation.conventions.to_dict(),
-        postprocess=module.evaluation.postprocess,
-        checkpoint=None if source is None else checkpoint_identity(Path(source)),
-        split=None if data is None else data.split_name,
-        part="test",
-        phantom=all("PHANTOM" in row["case"] for row in every),
-        config={
-            "evaluation": module.evaluation.to_dict(),
-            "spacing": module.preparation.spacing,
-            "patch": module.preparation.patch,
-            "seed": module.preparation.seed,
-        },
-    ).stamped()
-    records = Records.from_rows(every, folder.resolve().name, sidecar)
-    _publish(records, folder / module.evaluation.records)
-    table = records.table
-    means = table.groupby("region", sort=False)["dice"].mean()
-    found = {f"test/dice/{region}": float(value) for region, value in means.items()}
-    return {"test/dice": float(means.mean()), **found}
+        Args:
+            rows: of this rank.
+            checkpoint: file of the weights, if they are from one.
+            split: name of the split that was tested.
+            preparation: of the model's training data.
+            seen: test cases that the model was trained or selected with.
 
+        Returns:
+            ``test/dice`` and ``test/dice/<region>``, averaged over cases and combinations.
 
-@rank_zero_only
-def _publish(records: Records, path: Path) -> None:
-    cases = records.table["case"].nunique()
-    records.write(path)
-    console = Console(highlight=False)
-    console.print(result_table(records, width=console.width))
-    console.print(f"{cases} cases; {path}, conventions in {path.with_suffix('.json').name}")
+        Raises:
+            InputError: no test case has a label.
+        """
+        every = gather_rows(rows)
+        if not every:
+            raise InputError("no test case has a label, so there is nothing to score; use predict.")
+        sidecar = Sidecar(
+            self.task,
+            conventions=self.settings.conventions.to_dict(),
+            postprocess=self.settings.postprocess,
+            checkpoint=None if checkpoint is None else checkpoint_identity(Path(checkpoint)),
+            split=split,
+            part="test",
+            phantom=all("PHANTOM" in row["case"] for row in every),
+            seen=sorted(seen),
+            config={
+                "evaluation": self.settings.to_dict(),
+                "spacing": preparation.spacing,
+                "patch": preparation.patch,
+                "seed": preparation.seed,
+            },
+        ).stamped()
+        records = Records.from_rows(every, self.folder.resolve().name, sidecar)
+        self._publish(records)
+        means = records.table.groupby("region", sort=False)["dice"].mean()
+        found = {f"test/dice/{region}": float(value) for region, value in means.items()}
+        return {"test/dice": float(means.mean()), **found}
+
+    @rank_zero_only
+    def _publish(self, records: Records) -> None:
+        cases = records.table["case"].nunique()
+        records.write(self.path)
+        console = Console(highlight=False)
+        console.print(result_table(records, width=console.width))
+        beside = self.path.with_suffix(".json").name
+        console.print(f"{cases} cases; {self.path}, conventions in {beside}")
 
 
 def warn_without_label(item: CaseItem) -> None:

@@ -13,7 +13,6 @@ from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.scores.calibration import reliability
 from pmixseg.modules import StudentModule, load
-from pmixseg.modules.payload import payload_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.task import BRATS, format_combination
 
@@ -33,7 +32,7 @@ def run(phantom_store, tmp_path_factory):
     module = StudentModule(backbone=backbone, evaluation=evaluation)
     module.preparation = Preparation(None, "zscore-own-mask", (48, 48, 32))
     module.backbone.heads[0].bias.data = torch.tensor([12.0, 0.0, 0.0, 0.0])
-    content = {"state_dict": module.state_dict(), "pmixseg": payload_of(module)}
+    content = {"state_dict": module.state_dict(), "pmixseg": module.payload().to_dict()}
     torch.save({**content, "pytorch-lightning_version": "2.6.6"}, folder / "raw.ckpt")
     assert main(command("validate", folder / "raw.ckpt", phantom_store, folder)) == 0
     return folder

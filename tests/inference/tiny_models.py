@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from pmixseg.backbones import Backbone, MultiEncoderUNet
 from pmixseg.modules import StudentModule
-from pmixseg.modules.payload import payload_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.task import BRATS
 from pmixseg.types import Latents, SegOutput
@@ -44,5 +43,5 @@ def tiny_student(window=32, spacing=None, backbone=None, **arguments) -> Student
 
 
 def save(module, path) -> Path:
-    torch.save({"state_dict": module.state_dict(), "pmixseg": payload_of(module)}, path)
+    torch.save({"state_dict": module.state_dict(), "pmixseg": module.payload().to_dict()}, path)
     return path

@@ -18,7 +18,6 @@ from pmixseg.errors import InputError
 from pmixseg.losses.segmentation import DiceCE
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import write_checkpoint
-from pmixseg.modules.payload import payload_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.trust import MONAI_NETWORKS, offline, resolve
 from pmixseg.task import BRATS
@@ -42,7 +41,7 @@ def write(tmp_path):
     def written(module=None, **arguments):
         module = module or StudentModule(backbone=network())
         module.preparation = Preparation(normalisation="zscore-own-mask", patch=(16, 16, 16))
-        payload = payload_of(module)
+        payload = module.payload().to_dict()
         payload["init_args"] |= arguments
         checkpoint = {"epoch": 0, "state_dict": module.state_dict(), "pmixseg": payload}
         return write_checkpoint(checkpoint, tmp_path / "given.ckpt")
@@ -353,9 +352,9 @@ def test_what_every_checkpoint_holds_passes():
         scheduler={"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}},
         evaluation={"records": "test.csv"},
     )
-    payload = payload_of(module)
+    payload = module.payload().to_dict()
     assert resolve(payload) == payload
     inner = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
     own = {"class_path": APRIL, "init_args": {"arguments": {"init_filters": 8}}}
     for net in (inner, own):
-        resolve(payload_of(StudentModule(backbone=EarlyFusion(net))))
+        resolve(StudentModule(backbone=EarlyFusion(net)).payload().to_dict())

@@ -17,7 +17,6 @@ from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules import StudentModule
-from pmixseg.modules.payload import payload_of
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 DESCRIBED = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_args": {}}
@@ -50,7 +49,7 @@ def cohort(store):
 def test_the_rate_falls_when_the_metric_gets_no_better(phantom_store, tmp_path, scheduler, mode):
     if isinstance(scheduler, functools.partial | dict):
         module = StudentModule(backbone=tiny(), scheduler=scheduler)
-        told = payload_of(module)["init_args"]["scheduler"]
+        told = module.payload().to_dict()["init_args"]["scheduler"]
         assert told["init_args"]["mode"] == mode
     else:  # which no checkpoint could hold, so it is put in place afterwards
         module = StudentModule(backbone=tiny())

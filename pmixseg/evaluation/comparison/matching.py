@@ -35,16 +35,23 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
                     "same checkpoint, which is one training and not two; give each training once."
                 )
             seen[digest] = run_name(one)
+    known = [
+        f"{run_name(one)}: {len(one.sidecar.seen)} of its test cases were used to train or select "
+        "the model, so its scores are too good."
+        for one in (*a, *b)
+        if one.sidecar.seen
+    ]
     odd = [
         f"{run_name(x)} ({_spell(x)}) with {run_name(y)} ({_spell(y)})"
         for x, y in zip(a, b, strict=False)
         if _differ(x, y)
     ]
     if not odd:
-        return []
+        return known
     return [
+        *known,
         f"Runs of different seeds are matched: {'; '.join(odd)}. Name both sides in the order of "
-        "their seeds, or the pairs share nothing."
+        "their seeds, or the pairs share nothing.",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol, get_args
 
@@ -189,7 +190,14 @@ def iterate_combinations(
                     sums[k][(slice(None), *window)].addcmul_(one, weight)
             if progress is not None:
                 progress(done * len(windows) + start + len(batch), len(starts) * len(windows))
-        yield rows, sums.div_(total)[visible]
+        found = sums.div_(total)[visible]
+        if not math.isfinite(float(found.sum())):
+            raise InputError(
+                "the network answers with numbers that are not finite: its weights or the scans "
+                "hold extreme values, or half precision is too coarse for it; use another "
+                "checkpoint, or compute in fp32."
+            )
+        yield rows, found
 
 
 @torch.no_grad()

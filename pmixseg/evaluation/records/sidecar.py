@@ -35,6 +35,7 @@ class Sidecar:
         split: name of a published split, or hash of the lists of cases.
         part: which part of the split was scored, e.g. ``test``.
         phantom: synthetic cases (True), patients (False), or not known.
+        seen: cases that the model was trained or selected with, and that were scored by force.
         config: how the run was configured; primitives.
         versions: package -> version.
         git: ``{"commit": hash, "dirty": bool}`` of the working folder, if it is a checkout.
@@ -49,6 +50,7 @@ class Sidecar:
     split: str | None = None
     part: str | None = None
     phantom: bool | None = None
+    seen: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     git: Mapping[str, Any] | None = None
@@ -77,6 +79,7 @@ class Sidecar:
             "split": self.split,
             "part": self.part,
             "phantom": self.phantom,
+            "seen": list(self.seen),
             "config": describe(self.config, "config"),
             "versions": dict(self.versions),
             "git": describe(self.git, "git"),

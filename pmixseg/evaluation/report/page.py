@@ -187,6 +187,7 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
             ("another class", CONFUSED),
         ],
         phantom=[one.sidecar.phantom for one in records],
+        known=[(run.name, n) for run in runs if (n := len(run.records.sidecar.seen))],
         synthetic=all(one.sidecar.phantom for one in records),
         penalty=_penalty(records),
         images=images,

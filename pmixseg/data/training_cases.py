@@ -1,0 +1,168 @@
+"""Which cases a model was trained with, so that no test scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pmixseg.data.store.store import StoredCase
+from pmixseg.errors import InputError
+
+Scans = tuple[str, ...]
+"""Hashes of the scans of one case, sorted."""
+
+HASH_DIGITS = 16
+"""Hexadecimal digits that are kept of a scan's SHA-256: a cohort of 10^5 scans has no collision."""
+
+
+@dataclass(frozen=True)
+class SeenCase:
+    """A case that a model was trained or selected with.
+
+    Args:
+        name: of the case that is to be scored.
+        part: ``training``, ``validation``, or ``earlier training``.
+        known_as: the name under which the model has seen the same scans.
+    """
+
+    name: str
+    part: str
+    known_as: str
+
+    def __str__(self) -> str:
+        same = "" if self.known_as == self.name else f", its scans are those of {self.known_as}"
+        return f"{self.name} ({self.part}{same})"
+
+
+@dataclass(frozen=True)
+class TrainingCases:
+    """The split of a training, and what tells its cases in another cohort or under another name.
+
+    Args:
+        store: where the cases lay.
+        train: names of the cases of the training part.
+        val: names of the validation part, with which a model is selected.
+        test: names of the test part.
+        scans: name -> hashes of the scans, for cases of the training and validation parts.
+        earlier: the same for cases of earlier trainings: of the weights that this one began with,
+            and of its teacher.
+    """
+
+    store: str | None = None
+    train: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    scans: Mapping[str, Scans] = field(default_factory=dict)
+    earlier: Mapping[str, Scans] = field(default_factory=dict)
+
+    def after(self, before: TrainingCases | None) -> TrainingCases:
+        """Return the same, with the cases of a training that this one builds on."""
+        if before is None:
+            return self
+        own = set(self.train) | set(self.val)
+        seen = {name: before.scans.get(name, ()) for name in (*before.train, *before.val)}
+        every = {**self.earlier, **before.earlier, **seen}
+        return replace(self, earlier={k: v for k, v in every.items() if k not in own})
+
+    def seen(
+        self, cases: Mapping[str, Scans], parts: Iterable[str] = ("training", "validation")
+    ) -> list[SeenCase]:
+        """Find cases that the model knows, by name or by the content of a scan.
+
+        Args:
+            cases: name -> hashes, of what is to be scored.
+            parts: which parts count beside those of earlier trainings.
+        """
+        where = dict.fromkeys(self.earlier, "earlier training")
+        where |= dict.fromkeys(self.val, "validation") | dict.fromkeys(self.train, "training")
+        counted = {k: p for k, p in where.items() if p == "earlier training" or p in set(parts)}
+        hashes = {**self.earlier, **self.scans}
+        owner = {scan: name for name in counted for scan in hashes.get(name, ())}
+        found = []
+        for name, scans in cases.items():
+            known = name if name in counted else next((owner[s] for s in scans if s in owner), None)
+            if known is not None:
+                found.append(SeenCase(name, counted[known], known))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives, for a checkpoint."""
+        return {
+            "store": self.store,
+            **{part: list(getattr(self, part)) for part in ("train", "val", "test")},
+            **{k: {n: list(s) for n, s in getattr(self, k).items()} for k in ("scans", "earlier")},
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str) -> TrainingCases:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: not of this form.
+        """
+        lists = ("train", "val", "test")
+        if not (
+            isinstance(raw, Mapping)
+            and isinstance(raw.get("store"), str | None)
+            and all(_are_texts(raw.get(part)) for part in lists)
+            and all(
+                isinstance(raw.get(k), Mapping)
+                and all(isinstance(n, str) and _are_texts(s) for n, s in raw[k].items())
+                for k in ("scans", "earlier")
+            )
+        ):
+            raise InputError(f"{where} does not say which cases it was trained on; it is damaged.")
+        train, val, test = (tuple(raw[part]) for part in lists)
+        scans, earlier = ({n: tuple(s) for n, s in raw[k].items()} for k in ("scans", "earlier"))
+        return cls(raw["store"], train, val, test, scans, earlier)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def scans_of(case: StoredCase) -> Scans:
+    """Hashes that tell the scans of a stored case, whatever it is called.
+
+    A file is told by the SHA-256 of its bytes. A copy that was packed anew has other bytes; it is
+    told by the checksums of the prepared arrays, where both were prepared in the same way.
+    """
+    sources = case.meta["sources"]
+    hashes = {s["sha256"][:HASH_DIGITS] for role, s in sources.items() if role != "label"}
+    files = [facts for _, facts in sorted(case.meta["files"].items())]
+    checks = [f"{facts['crc32']:08x}" for facts in files if "crc32" in facts]
+    if len(checks) > 1:  # 32 bits alone would meet by chance
+        hashes.add("".join(checks))
+    return tuple(sorted(hashes))
+
+
+def training_cases(data: Any) -> TrainingCases | None:
+    """What a data module trains on; ``None`` for one that has no store and split."""
+    parts, store = getattr(data, "parts", None), getattr(data, "store", None)
+    if parts is None or store is None:
+        return None
+    seen = (*parts.train, *parts.val)
+    return TrainingCases(
+        str(store.root.resolve()),
+        parts.train,
+        parts.val,
+        parts.test,
+        {name: scans_of(store.read(name)) for name in seen},
+    )
+
+
+def say_seen(seen: Sequence[SeenCase], part: str) -> str:
+    """One sentence that refuses to score cases that a model knows.
+
+    Args:
+        seen: the cases, at least one.
+        part: of the split that was to be scored.
+    """
+    more = ", …" if len(seen) > 5 else ""
+    return (
+        f"{len(seen)} cases of the {part} part are known to this model from its training "
+        f"({', '.join(str(case) for case in seen[:5])}{more}): their scores would be too good; "
+        "score others (a command without a split takes the checkpoint's own), or go on with "
+        "--force (in Python: module.force = True)."
+    )

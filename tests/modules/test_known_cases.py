@@ -1,0 +1,214 @@
+"""A test never scores patients that the model was trained on, without a word."""
+
+import json
+import shutil
+
+import pytest
+from lightning.pytorch import Trainer
+
+from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.cli import main
+from pmixseg.data import BraTSDataModule, SplitLists, WholeCohort
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.store.store import Store, prepare
+from pmixseg.data.training_cases import TrainingCases, scans_of
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records.records import Records
+from pmixseg.modules import StudentModule, load
+from pmixseg.modules.checkpoint import read_checkpoint, write_checkpoint
+from pmixseg.task import BRATS
+
+QUIET = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+@pytest.fixture(scope="module")
+def store(phantom_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("known") / "store"
+    assert not prepare(find_cases(phantom_root, BRATS), out, BRATS, progress=False).failed
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory):
+    """A run whose split is not the default one."""
+    run = tmp_path_factory.mktemp("known") / "run"
+    flags = ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
+    flags += ["--model.backbone.width=2", "--model.backbone.levels=2", "--data.patch_size=16"]
+    flags += [
+        "--data.split=KFold",
+        "--data.split.fold=1",
+        "--data.split.folds=3",
+        "--data.split.val_fraction=0.25",
+    ]
+    flags += ["--data.split.val_fraction=0.25", "--trainer.max_steps=1"]
+    flags += ["--trainer.limit_val_batches=1", "--model.evaluation.window=[48,48,32]"]
+    assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *QUIET]) == 0
+    return run / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def score(trained, tmp_path, capsys):
+    def call(command, *flags):
+        code = main([command, f"--ckpt_path={trained}", f"--run={tmp_path / 'r'}", *flags, *QUIET])
+        said = capsys.readouterr()
+        return code, " ".join((said.out + said.err).split())
+
+    return call
+
+
+def cases_of(checkpoint):
+    return TrainingCases.from_dict(read_checkpoint(checkpoint)["pmixseg"]["cases"], "x")
+
+
+def test_a_checkpoint_holds_the_lists_and_what_tells_the_scans(trained, store):
+    cases, opened = cases_of(trained), Store.open(store)
+    assert sorted((*cases.train, *cases.val, *cases.test)) == sorted(opened.cases)
+    assert set(cases.scans) == {*cases.train, *cases.val}
+    assert cases.scans[cases.train[0]] == scans_of(opened.read(cases.train[0]))
+    assert cases.store == str(store)
+
+
+def test_a_test_without_a_split_takes_store_and_split_of_the_training(trained, score, tmp_path):
+    code, said = score("test")
+    assert code == 0, said
+    records = Records.read(tmp_path / "r")
+    assert set(records.table["case"]) == set(cases_of(trained).test)
+    assert records.sidecar.split == read_checkpoint(trained)["pmixseg"]["split"]
+    assert list(records.sidecar.seen) == []
+
+
+def test_validation_and_prediction_take_them_as_well(trained, score, tmp_path):
+    code, said = score("validate")
+    assert code == 0, said
+    code, said = score("predict")
+    assert code == 0, said
+    written = {p.name.removesuffix("_seg.nii.gz") for p in (tmp_path / "r").rglob("*_seg.nii.gz")}
+    assert written == set(cases_of(trained).test)
+
+
+@pytest.mark.parametrize(
+    "split", [["--data.split=KFold", "--data.split.folds=3"], ["--data.split=WholeCohort"]]
+)
+def test_a_case_that_was_trained_on_is_refused_by_name(score, split):
+    code, said = score("test", *split)
+    assert code == 1
+    assert "known to this model from its training" in said
+    assert "(training)" in said or "(validation)" in said
+    assert "--force" in said
+
+
+def test_validation_refuses_training_cases_and_takes_its_own(trained, score, tmp_path):
+    cases = cases_of(trained)
+    (tmp_path / "val.txt").write_text("\n".join((*cases.val, cases.train[0])))
+    code, said = score(
+        "validate", "--data.split=SplitFiles", f"--data.split.val={tmp_path}/val.txt"
+    )
+    assert code == 1
+    assert (
+        f"1 cases of the val part are known to this model from its training ({cases.train[0]}"
+        in said
+    )
+
+
+def test_the_same_scans_under_another_name_are_refused(trained, phantom_root, score, tmp_path):
+    """A cohort whose folders and files were renamed, and one that was packed anew."""
+    cases = cases_of(trained)
+    known = cases.train[0]
+    source = next(phantom_root.rglob(known))
+    target = tmp_path / "renamed" / "HGG" / "Brats18_XYZ_1"
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        shutil.copy(path, target / path.name.replace(known, "Brats18_XYZ_1"))
+    again = tmp_path / "renamed-store"
+    found = find_cases(tmp_path / "renamed", BRATS)
+    assert not prepare(found, again, BRATS, progress=False).failed
+    code, said = score("test", f"--data.store={again}", "--data.split=WholeCohort")
+    assert code == 1
+    assert f"Brats18_XYZ_1 (training, its scans are those of {known})" in said
+
+
+def test_scans_that_were_packed_anew_are_known_by_their_content(store, phantom_root, tmp_path):
+    import nibabel as nib
+
+    name = Store.open(store).cases[0]
+    source = next(phantom_root.rglob(name))
+    target = tmp_path / "again" / "HGG" / name
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        image = nib.load(path)
+        image.header["descrip"] = b"saved again"
+        nib.save(image, target / path.name)
+    out = tmp_path / "store"
+    assert not prepare(find_cases(tmp_path / "again", BRATS), out, BRATS, progress=False).failed
+    one, two = (set(scans_of(Store.open(s).read(name))) for s in (store, out))
+    assert one != two
+    assert one & two
+
+
+def test_force_goes_on_and_records_and_report_say_so(trained, score, tmp_path, capsys):
+    cases = cases_of(trained)
+    (tmp_path / "test.txt").write_text(f"{cases.train[0]}\n{cases.test[0]}\n")
+    split = ["--data.split=SplitFiles", f"--data.split.test={tmp_path}/test.txt"]
+    code, said = score("test", "--force", *split)
+    assert code == 0, said
+    assert json.loads((tmp_path / "r" / "records.json").read_text())["seen"] == [cases.train[0]]
+    assert main(["report", str(tmp_path / "r"), "-o", str(tmp_path / "page.html")]) == 0
+    assert main(["compare", "--a", str(tmp_path / "r"), "--b", str(tmp_path / "r")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "r: 1 of its test cases were used to train or select the model" in said
+    page = " ".join((tmp_path / "page.html").read_text().split())
+    assert "1 of its test cases were used to train" in page
+
+
+def test_what_weights_were_trained_with_before_is_not_forgotten(trained, store, tmp_path):
+    first = cases_of(trained)
+    flags = ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
+    flags += ["--model.backbone.width=2", "--model.backbone.levels=2", "--data.patch_size=16"]
+    flags += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", f"--init_from={trained}"]
+    (tmp_path / "train.txt").write_text(f"{first.test[0]}\n")
+    split = ["--data.split=SplitFiles", f"--data.split.train={tmp_path}/train.txt"]
+    run = tmp_path / "tuned"
+    assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *split, *QUIET]) == 0
+    second = cases_of(run / "checkpoints" / "last.ckpt")
+    assert second.train == (first.test[0],)
+    assert set(second.earlier) == {*first.train, *first.val}
+    seen = second.seen({first.train[0]: ()})
+    assert str(seen[0]) == f"{first.train[0]} (earlier training)"
+
+
+def test_a_checkpoint_without_lists_refuses_a_split_that_it_did_not_have(
+    trained, store, tmp_path, capsys
+):
+    checkpoint = read_checkpoint(trained)
+    checkpoint["pmixseg"]["cases"] = None
+    old = write_checkpoint(checkpoint, tmp_path / "old.ckpt")
+    flags = [f"--ckpt_path={old}", f"--data.store={store}", f"--run={tmp_path / 'r'}", *QUIET]
+    assert main(["test", *flags]) == 1
+    assert "holds no lists of its cases" in capsys.readouterr().err
+    split = ["--data.split=KFold", "--data.split.fold=1", "--data.split.folds=3"]
+    assert main(["test", *flags, *split, "--data.split.val_fraction=0.25"]) == 0
+
+
+def test_in_python_as_well(trained, store, tmp_path):
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    module = load(trained)
+    data = BraTSDataModule(store, split=WholeCohort("test"), patch_size=16)
+    with pytest.raises(InputError, match=r"module\.force = True"):
+        trainer.test(module, data)
+    net = MultiEncoderUNet(BRATS.modalities, 4, width=2, levels=2)
+    with pytest.raises(InputError, match=r"module\.force = True"):
+        trainer.test(StudentModule(backbone=net), data, ckpt_path=trained, weights_only=True)
+
+
+def test_lists_that_are_of_another_cohort(store):
+    cohort = [Store.open(store).read(name) for name in Store.open(store).cases]
+    with pytest.raises(
+        InputError, match=r"none of the 2 cases of the split in a\.ckpt; .*WholeCoh"
+    ):
+        SplitLists(["x"], test=["y"], source="a.ckpt").split(cohort)
+    with pytest.raises(InputError, match="names 1 cases that the cohort lacks: x"):
+        SplitLists(["x"], test=[cohort[0].case_id]).split(cohort)
