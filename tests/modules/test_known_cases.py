@@ -90,15 +90,21 @@ def test_validation_and_prediction_take_them_as_well(trained, score, tmp_path):
     assert written == set(cases_of(trained).test)
 
 
-@pytest.mark.parametrize(
-    "split", [["--data.split=KFold", "--data.split.folds=3"], ["--data.split=WholeCohort"]]
-)
-def test_a_case_that_was_trained_on_is_refused_by_name(score, split):
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_case_that_was_trained_on_is_refused_by_name(trained, score, tmp_path, part):
+    cases = cases_of(trained)
+    known = getattr(cases, part)[0]
+    (tmp_path / "test.txt").write_text(f"{known}\n{cases.test[0]}\n")
+    split = ["--data.split=SplitFiles", f"--data.split.test={tmp_path}/test.txt"]
     code, said = score("test", *split)
     assert code == 1
-    assert "known to this model from its training" in said
-    assert "(training)" in said or "(validation)" in said
+    word = {"train": "training", "val": "validation"}[part]
+    assert (
+        f"1 cases of the test part are known to this model from its training ({known} ({word})"
+        in said
+    )
     assert "--force" in said
+    assert score("test", "--data.split=WholeCohort")[0] == 1
 
 
 def test_validation_refuses_training_cases_and_takes_its_own(trained, score, tmp_path):
