@@ -18,6 +18,7 @@ from pmixseg.task import BRATS, Task, format_combination
 
 if TYPE_CHECKING:
     from pmixseg.data.scans.nifti import Source
+    from pmixseg.dicom import Recognised
     from pmixseg.evaluation.prediction.scans import SegmentSettings
     from pmixseg.inference.segment import CaseResult, Outputs
     from pmixseg.modules import SegmentationModule
@@ -107,6 +108,13 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
         "grid of the --reference scan, or else of T1ce, T1, T2 or FLAIR",
     )
     preprocess.add_flags(raw)
+    raw.add_argument(
+        "--series",
+        action="append",
+        default=[],
+        metavar="MODALITY=NUMBER",
+        help="of a folder of DICOM series: which series is which, where headers do not tell",
+    )
     what = parser.add_argument_group("what is written")
     what.add_argument("--probabilities", action="store_true", help="of every class, 4-D")
     what.add_argument("--entropy", action="store_true", help="voxel-wise uncertainty in nats")
@@ -136,6 +144,9 @@ def segmented(
             f"({', '.join(f'--{m} FILE' for m in module.task.modalities)})."
         )
     outputs = Outputs(given.out, given.probabilities, given.entropy, not given.no_gzip)
+    if source is not None and source.is_dir() and holds_dicom(source):
+        yield segmented_study(module, given, settings, outputs, progress)
+        return
     if given.raw:
         yield segmented_raw(module, given, scans, settings, outputs, progress)
         return
@@ -162,6 +173,78 @@ def segmented(
     yield segment_files(
         module, scans, outputs, settings, codes=codes, name=given.name, progress=progress
     )
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Return whether a folder holds DICOM files; False where they could not be read either way."""
+    try:
+        from pmixseg.dicom import is_dicom_folder
+    except InputError:  # the extra is not installed; the folder's layout is looked for
+        return False
+    return is_dicom_folder(folder)
+
+
+def segmented_study(
+    module: SegmentationModule,
+    given: argparse.Namespace,
+    settings: SegmentSettings,
+    outputs: Outputs,
+    progress: Callable[[int, int], None],
+) -> CaseResult:
+    """Segment a folder of DICOM series, and print what each series was taken for.
+
+    Raises:
+        InputError: flags that are not for DICOM, or a series that is not certain.
+    """
+    from pmixseg.inference.dicom import segment_study
+    from pmixseg.inference.raw import RawSettings
+
+    if given.channels or given.codes or given.layout:
+        raise InputError("--channels, --codes and --layout are not for DICOM; leave them out.")
+    raw = None
+    if given.raw:
+        raw = RawSettings(given.brain, given.atlas, onto=given.reference)
+        settings = replace(settings, reference=None)
+    study = segment_study(
+        module,
+        given.input,
+        outputs,
+        settings,
+        raw,
+        chosen=series_of(given.series),
+        name=given.name,
+        progress=progress,
+        tell=lambda recognised: console.print(series_table(recognised)),
+    )
+    return study.case
+
+
+def series_of(flags: Sequence[str]) -> dict[str, int]:
+    """Read ``--series t1ce=5 --series flair=3``.
+
+    Raises:
+        InputError: not of this form.
+
+    Example:
+        >>> series_of(["t1ce=5", "flair=3"])
+        {'t1ce': 5, 'flair': 3}
+    """
+    try:
+        return {m.strip(): int(n) for m, n in (flag.split("=") for flag in flags)}
+    except ValueError:
+        raise InputError(f"--series {' '.join(flags)} is not of the form t1ce=5.") from None
+
+
+def series_table(recognised: Sequence[Recognised]) -> Table:
+    """Return a table of series: what each was taken for, and why."""
+    table = Table(title="series", title_justify="left")
+    for column in ("number", "description", "slices", "taken for", "because"):
+        table.add_column(column)
+    for r in recognised:
+        verdict = "not certain" if r.doubtful else r.modality or "not used"
+        row = (str(r.series.number), r.series.description, str(r.series.slices), verdict, r.reason)
+        table.add_row(*row)
+    return table
 
 
 def segmented_raw(

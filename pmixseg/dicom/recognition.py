@@ -1,0 +1,167 @@
+"""Which series is which sequence, with the reason; what is not certain is told and not guessed.
+
+Three witnesses: the description, read as file names are; the echo, repetition and inversion time;
+whether the header names a contrast agent. Where they contradict each other nobody is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pmixseg.data.cohorts.sequences import read_name
+from pmixseg.dicom.series import Series, names_of
+from pmixseg.errors import InputError
+
+LONG_ECHO_MS = 60.0
+SHORT_ECHO_MS = 30.0
+FLUID_INVERSION_MS = 1500.0
+"""Above it an inversion pulse nulls cerebrospinal fluid (1.5 T and 3 T): FLAIR."""
+
+FEWEST_SLICES = 10
+"""A series with fewer is a localiser or a single image."""
+
+NO_SCANS = frozenset({"derived", "localizer", "mip", "mpr", "projection image", "adc", "secondary"})
+"""Values of ImageType of what was computed from other images."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a series was taken for.
+
+    Args:
+        series: which.
+        modality: sequence of the task; ``None``: it is not used.
+        reason: phrase that says why.
+        doubtful: it may be a sequence of the task, and cannot be told.
+    """
+
+    series: Series
+    modality: str | None
+    reason: str
+    doubtful: bool = False
+
+
+def recognise(
+    series: Sequence[Series],
+    modalities: Sequence[str],
+    chosen: Mapping[str, int] | None = None,
+) -> list[Recognised]:
+    """Tell which series is which sequence.
+
+    Args:
+        series: of one study.
+        modalities: of the task.
+        chosen: modality -> series number, said by the user; goes before everything else.
+
+    Raises:
+        InputError: ``chosen`` names no series or no modality of the task.
+    """
+    numbers = {s.number: s for s in series}
+    for modality, number in (chosen or {}).items():
+        if modality not in modalities or number not in numbers:
+            raise InputError(
+                f"--series {modality}={number}: the task has {', '.join(modalities)}, and the "
+                f"study the series {', '.join(map(str, sorted(numbers)))}."
+            )
+    by_user = {number: modality for modality, number in (chosen or {}).items()}
+    told = [_told(s, modalities, by_user.get(s.number)) for s in series]
+    # What the user chose takes the place of every other candidate.
+    return [
+        Recognised(r.series, None, f"another series was chosen as {r.modality}")
+        if r.modality in (chosen or {}) and r.series.number not in by_user
+        else r
+        for r in told
+    ]
+
+
+def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
+    """Return one series per sequence.
+
+    Raises:
+        InputError: none, two of one sequence, or a series that may be one and cannot be told.
+    """
+    doubtful = [r for r in recognised if r.doubtful]
+    if doubtful:
+        first = doubtful[0]
+        raise InputError(
+            f"{first.series.label} is not certain: {first.reason}; say what it is with "
+            f"--series MODALITY={first.series.number}, or which series to use instead of it."
+        )
+    chosen: dict[str, Series] = {}
+    for r in recognised:
+        if r.modality is None:
+            continue
+        if r.modality in chosen:
+            both = names_of((chosen[r.modality], r.series))
+            raise InputError(
+                f"two series are {r.modality} ({both}); choose one with "
+                f"--series {r.modality}={r.series.number}."
+            )
+        chosen[r.modality] = r.series
+    if not chosen:
+        raise InputError(
+            "no series is a sequence of the model; say which is what with --series MODALITY=NUMBER."
+        )
+    return chosen
+
+
+def _told(series: Series, modalities: Sequence[str], said: str | None) -> Recognised:
+    if said is not None:
+        return Recognised(series, said, "said by --series")
+    computed = sorted(NO_SCANS & set(series.kind))
+    if series.slices < FEWEST_SLICES:
+        return Recognised(series, None, f"only {series.slices} slices")
+    if computed:
+        return Recognised(series, None, f"image type {computed[0]}")
+    if series.diffusion:
+        return Recognised(series, None, "diffusion-weighted")
+    plain = {name: read_name(name, modalities).modality for name in ("t1", "t1ce", "t2", "flair")}
+    reading = read_name(series.description, modalities)
+    if reading.kind in ("foreign", "label"):
+        return Recognised(series, None, f"its description: {reading.doubt or 'no scan'}")
+    by_name = next((k for k, m in plain.items() if m and m == reading.modality), None)
+    by_times, times = weighting(series)
+    if by_name is None and by_times is None:
+        return Recognised(series, None, f"neither its description nor its times tell ({times})")
+    family = {"t1ce": "t1"}.get(by_name or "", by_name)
+    if by_name and by_times and family != by_times:
+        reason = f"its description says {by_name}, its times say {by_times} ({times})"
+        return Recognised(series, None, reason, doubtful=True)
+    kind = by_name or by_times or ""
+    witnesses = [w for w in ("description" if by_name else "", times if by_times else "") if w]
+    if kind == "t1" and series.agent:
+        kind, witnesses = "t1ce", [*witnesses, "a contrast agent in the header"]
+    elif kind == "t1" and by_name is None:
+        reason = f"T1-weighted ({times}), but nothing tells whether with contrast agent"
+        return Recognised(series, None, reason, doubtful=True)
+    modality = plain.get(kind)
+    if modality is None:
+        return Recognised(series, None, f"{kind}, which this task does not have")
+    return Recognised(series, modality, ", ".join(witnesses))
+
+
+def weighting(series: Series) -> tuple[str | None, str]:
+    """Tell ``t1``, ``t2`` or ``flair`` from the times of a series.
+
+    Returns:
+        The weighting, or ``None``; and the times in words.
+
+    Example:
+        >>> weighting(Series("1", 1, "", (), 30, echo=120, repetition=9000, inversion=2500))
+        ('flair', 'TE 120, TR 9000, TI 2500 ms')
+    """
+    named = (("TE", series.echo), ("TR", series.repetition), ("TI", series.inversion))
+    words = ", ".join(f"{name} {value:g}" for name, value in named if value is not None)
+    words = f"{words} ms" if words else "no times"
+    echo, inversion = series.echo, series.inversion
+    if echo is None:
+        return None, words
+    if inversion is not None and inversion > FLUID_INVERSION_MS and echo > LONG_ECHO_MS:
+        return "flair", words
+    if echo > LONG_ECHO_MS and (series.repetition or 0) > 2000 and not inversion:
+        return "t2", words
+    prepared = inversion is not None and 300 <= inversion <= FLUID_INVERSION_MS
+    if echo < SHORT_ECHO_MS and ((series.repetition or 1e9) < 1000 or prepared):
+        return "t1", words
+    return None, words

@@ -1,0 +1,110 @@
+"""A study in DICOM: series told apart, segmented, and written back as DICOM-SEG."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from pmixseg.dicom import Recognised, Series, read_folder, recognise, write_segmentation
+from pmixseg.dicom.recognition import choose
+from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.files import inside
+from pmixseg.inference.raw import RawSettings, segment_raw
+from pmixseg.inference.segment import CaseResult, Outputs, segment_files
+from pmixseg.modules import SegmentationModule
+
+Progress = Callable[[int, int], None]
+
+UNNAMED = "study"
+"""Name of a case without one: a patient's name or number never becomes a file name by itself."""
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What became of a study.
+
+    Args:
+        case: as for other scans; ``files["dicom"]`` is the DICOM-SEG.
+        recognised: what every series was taken for.
+    """
+
+    case: CaseResult
+    recognised: tuple[Recognised, ...]
+
+
+def segment_study(
+    module: SegmentationModule,
+    folder: Path,
+    outputs: Outputs,
+    settings: SegmentSettings | None = None,
+    raw: RawSettings | None = None,
+    *,
+    chosen: Mapping[str, int] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[Sequence[Recognised]], None] | None = None,
+) -> StudyResult:
+    """Segment one study of DICOM series.
+
+    Args:
+        module: a loaded model.
+        folder: of the study; series may be mixed in it.
+        outputs: where to; ``<name>_seg.dcm`` is written beside the NIfTI result.
+        settings: how to segment.
+        raw: how to preprocess; ``None`` for scans that are registered and skull-stripped.
+        chosen: modality -> series number, where headers do not tell.
+        name: of the case, in the names of the results.
+        progress: called with (windows done, windows in all).
+        tell: called with what every series was taken for, before anything is segmented.
+
+    Raises:
+        InputError: see :func:`~pmixseg.dicom.read_folder`, :func:`~pmixseg.dicom.recognise`,
+            and what is said of other scans.
+    """
+    called = name or UNNAMED
+    recognised = recognise(read_folder(folder), module.task.modalities, chosen)
+    if tell is not None:
+        tell(recognised)
+    series = {m: s for m, s in choose(recognised).items() if m in module.modalities}
+    if not series:
+        raise InputError(f"this model reads {', '.join(module.modalities)}; the study has none.")
+    with tempfile.TemporaryDirectory() as place:
+        images = {m: _as_nifti(s, Path(place) / f"{called}_{m}.nii.gz") for m, s in series.items()}
+        if raw is None:
+            case = segment_files(module, images, outputs, settings, name=called, progress=progress)
+        else:
+            case = segment_raw(
+                module, images, outputs, settings, raw, name=called, progress=progress
+            )
+        onto = _same_grid(case.files["seg"], images)
+        labels = np.asarray(nib.load(case.files["seg"]).dataobj)
+    # Without --codes, results hold class indices.
+    path = inside(outputs.folder, f"{called}_seg.dcm", "case")
+    if labels.any():
+        written = write_segmentation(path, labels, module.task, series[onto], called)
+        case = replace(case, files={**case.files, "dicom": written})
+    else:
+        note = f"case '{called}': nothing was segmented, so no DICOM-SEG was written."
+        case = replace(case, warnings=(*case.warnings, note))
+    return StudyResult(case, tuple(recognised))
+
+
+def _as_nifti(series: Series, path: Path) -> Path:
+    nib.save(series.volume().to_nibabel(), path)
+    return path
+
+
+def _same_grid(result: Path, images: Mapping[str, Path]) -> str:
+    """Return the modality on whose grid a result lies."""
+    made = nib.load(result)
+    for modality, path in images.items():
+        scan = nib.load(path)
+        if scan.shape == made.shape and np.allclose(scan.affine, made.affine, atol=1e-3):
+            return modality
+    raise InputError(f"{result} lies on the grid of no series; use --reference MODALITY.")

@@ -1,0 +1,209 @@
+"""A study in DICOM: recognised with reasons, read, segmented, written as DICOM-SEG."""
+
+import highdicom
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import generate_uid
+
+from pmixseg.cli import main
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.dicom import is_dicom_folder, read_folder, recognise, write_segmentation
+from pmixseg.dicom.recognition import choose, weighting
+from pmixseg.dicom.series import Series
+from pmixseg.errors import InputError
+from pmixseg.inference.dicom import segment_study
+from pmixseg.inference.segment import Outputs
+from pmixseg.task import BRATS
+from tests.dicom.studies import PATIENT, TIMES, write_enhanced, write_series
+from tests.inference.tiny_models import Glance, save, tiny_student
+
+NAMES = {"flair": "AX FLAIR FS", "t1ce": "T1 mprage", "t2": "t2_tse_tra", "t1": "T1w pre"}
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Modality -> NIfTI of a phantom brain of 4 mm."""
+    root = tmp_path_factory.mktemp("phantom")
+    write_cohort(root, 1, seed=4, settings=PhantomSettings(spacing=4.0))
+    return {m: next(root.rglob(f"*_{m}.nii.gz")) for m in BRATS.modalities}
+
+
+@pytest.fixture(scope="module")
+def study(scans, tmp_path_factory):
+    """All four sequences mixed in one folder, FLAIR enhanced; and a localiser."""
+    folder, uid = tmp_path_factory.mktemp("study"), generate_uid()
+    for number, (m, path) in enumerate(scans.items(), 2):
+        image = nib.load(path)
+        values = np.asarray(image.dataobj)
+        if m == "flair":
+            write_enhanced(folder / "f.dcm", values, image.affine, number, NAMES[m], uid, TIMES[m])
+        else:
+            agent = "Gadovist" if m == "t1ce" else ""
+            write_series(folder, values, image.affine, number, NAMES[m], uid, TIMES[m], agent)
+    image = nib.load(scans["t1"])
+    write_series(folder, np.asarray(image.dataobj)[:, :, :3], image.affine, 1, "localizer", uid)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_student(16, backbone=Glance())
+
+
+def series(number=1, description="", times=(None,) * 3, slices=30, **more):
+    echo, repetition, inversion = times
+    facts = {"echo": echo, "repetition": repetition, "inversion": inversion}
+    return Series(f"1.{number}", number, description, (), slices, **facts, **more)
+
+
+def test_every_series_is_told_with_its_reason(study):
+    told = {r.series.number: r for r in recognise(read_folder(study), BRATS.modalities)}
+    assert [told[n].modality for n in (1, 2, 3, 4, 5)] == [None, *BRATS.modalities]
+    assert told[1].reason == "only 3 slices"
+    assert "contrast agent" in told[3].reason
+    assert "TI 2500" in told[2].reason
+    assert is_dicom_folder(study)
+
+
+def same(made, scan):
+    """Whether two images have the same voxels at the same places, in whatever order of axes."""
+    first, second = (nib.as_closest_canonical(image) for image in (made, scan))
+    np.testing.assert_allclose(first.affine, second.affine, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(first.dataobj), np.asarray(second.dataobj))
+
+
+def test_volumes_are_the_scans(study, scans):
+    for m, s in choose(recognise(read_folder(study), BRATS.modalities)).items():
+        same(s.volume().to_nibabel(), nib.load(scans[m]))
+
+
+@pytest.mark.parametrize("write", [write_series, write_enhanced])
+def test_oblique_and_anisotropic_volumes(write, tmp_path):
+    values = np.random.default_rng(0).integers(0, 999, (12, 10, 11))
+    turn = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]])  # a 7-24-25 triangle
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([0.9, 0.8, 5.0])
+    affine[:3, 3] = 11.0, -20.0, 33.0
+    place = tmp_path / "one.dcm" if write is write_enhanced else tmp_path
+    write(place, values, affine, 4, "T2", generate_uid(), TIMES["t2"])
+    (one,) = read_folder(tmp_path)
+    same(one.volume().to_nibabel(), nib.Nifti1Image(values.astype(np.float32), affine))
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ((120, 9000, 2500), "flair"),
+        ((90, 4500, None), "t2"),
+        ((4, 600, None), "t1"),
+        ((3, 2300, 900), "t1"),  # MPRAGE
+        ((30, 50, None), None),  # susceptibility
+        ((60, 3000, None), None),  # between proton density and T2
+        ((None, 500, None), None),
+    ],
+)
+def test_weighting_by_hand(times, expected):
+    assert weighting(series(times=times))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "modality", "doubtful"),
+    [
+        (series(description="T2 FLAIR", times=TIMES["t1"]), None, True),
+        (series(description="ax", times=TIMES["t1"]), None, True),
+        (series(description="ax", times=TIMES["t1"], agent=True), "t1ce", False),
+        (series(description="ax", times=TIMES["flair"]), "flair", False),
+        (series(description="T1 post Gd", times=TIMES["t1"]), "t1ce", False),
+        (series(description="T1 MPRAGE", times=(3, 2300, 900)), "t1", False),
+        (series(description="ep2d_diff", diffusion=True), None, False),
+        (series(description="T1 sub", kind=("derived", "secondary")), None, False),
+        (series(description="swi"), None, False),
+        (series(description=""), None, False),
+    ],
+)
+def test_doubt_is_no_guess(one, modality, doubtful):
+    (told,) = recognise([one], BRATS.modalities)
+    assert (told.modality, told.doubtful) == (modality, doubtful)
+
+
+def test_two_of_a_kind_and_doubt_are_asked():
+    twice = [series(n, "FLAIR", TIMES["flair"]) for n in (3, 8)]
+    with pytest.raises(InputError, match="two series are flair"):
+        choose(recognise(twice, BRATS.modalities))
+    assert choose(recognise(twice, BRATS.modalities, {"flair": 8}))["flair"].number == 8
+    unsure = [series(3, "ax", TIMES["t1"])]
+    with pytest.raises(InputError, match="--series MODALITY=3"):
+        choose(recognise(unsure, BRATS.modalities))
+    assert list(choose(recognise(unsure, BRATS.modalities, {"t1": 3}))) == ["t1"]
+    with pytest.raises(InputError, match="--series t1=9"):
+        recognise(unsure, BRATS.modalities, {"t1": 9})
+
+
+def test_patients_and_studies_are_not_mixed(scans, tmp_path):
+    values = np.asarray(nib.load(scans["t1"]).dataobj)[:, :, :12]
+    for n in (1, 2):
+        write_series(tmp_path, values, np.eye(4), n, "T1w pre", generate_uid(), TIMES["t1"])
+    with pytest.raises(InputError, match="2 studies"):
+        read_folder(tmp_path)
+    with pytest.raises(InputError, match="no MR images"):
+        read_folder(tmp_path / "none")
+
+
+def test_a_missing_slice_is_told(study, tmp_path):
+    for path in study.glob("4_*.dcm"):
+        if not path.name.endswith("_010.dcm"):
+            (tmp_path / path.name).symlink_to(path)
+    (one,) = read_folder(tmp_path)
+    with pytest.raises(InputError, match="all of its slices"):
+        one.volume()
+
+
+def test_a_segmentation_lies_on_its_series(study, model, tmp_path):
+    result = segment_study(model, study, Outputs(tmp_path), name="x").case
+    labels = np.asarray(nib.load(result.files["seg"]).dataobj)
+    assert labels.any()
+    made = highdicom.seg.segread(result.files["dicom"])
+    (about,) = made.ReferencedSeriesSequence
+    referenced = {str(i.ReferencedSOPInstanceUID) for i in about.ReferencedInstanceSequence}
+    (source,) = [s for s in read_folder(study) if s.uid == about.SeriesInstanceUID]
+    assert referenced <= {str(d.SOPInstanceUID) for d in source.datasets()}
+    assert "Research use only" in made.ContentDescription
+    assert "Research use only" in made.SeriesDescription
+    assert str(made.PatientID) == PATIENT[1]
+    for number in made.segment_numbers:
+        about = made.get_segment_description(number)
+        assert about.segmented_property_type.scheme_designator in ("SCT", "NCIt")
+    seen = made.get_volume(combine_segments=True)
+    order = [
+        BRATS.labels.index(made.get_segment_description(n).segment_label) + 1
+        for n in made.segment_numbers
+    ]
+    volume = source.volume()
+    back = seen.match_geometry(volume).array
+    expected = np.zeros_like(labels)
+    for number, index in zip(made.segment_numbers, order, strict=True):
+        expected[back == number] = index
+    np.testing.assert_array_equal(expected, labels)
+
+
+def test_nothing_segmented_is_no_object(study, tmp_path):
+    one = read_folder(study)[1]
+    with pytest.raises(InputError, match="nothing was segmented"):
+        write_segmentation(tmp_path / "x.dcm", np.zeros(one.volume().shape, int), BRATS, one, "x")
+
+
+def test_the_command_tells_what_was_taken_for_what_and_no_patient(study, model, tmp_path, capsys):
+    checkpoint = save(tiny_student(16), tmp_path / "x.ckpt")
+    out = tmp_path / "out"
+    assert main(["segment", str(checkpoint), str(study), "-o", str(out)]) == 0
+    captured = capsys.readouterr()
+    for text in ("t1ce", "contrast agent", "not used"):
+        assert text in captured.out
+    kept = [p.read_bytes() for p in out.rglob("*") if p.suffix != ".dcm" and p.is_file()]
+    everything = [captured.out.encode(), captured.err.encode(), *kept]
+    for secret in PATIENT:
+        assert not any(secret.encode() in data for data in everything)
+    (seg,) = out.glob("*.dcm")
+    assert pydicom.dcmread(seg).PatientName == PATIENT[0]
