@@ -61,6 +61,12 @@ _HOMES = {
 }
 """Where each public name lives; a test keeps it equal to ``__all__`` and the typed imports."""
 
+ROOMS = (
+    *("backbones", "callbacks", "data", "evaluation", "inference", "losses", "modules"),
+    *("task", "testing"),
+)
+"""Packages that ``import pmixseg`` gives at their first use, without an import of their own."""
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name (PEP 562)."""
@@ -68,6 +74,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("pmixseg")
+    if name in ROOMS:
+        return importlib.import_module(f"pmixseg.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'pmixseg' has no attribute '{name}'")
     found = getattr(importlib.import_module(_HOMES[name]), name)
@@ -77,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Public names and submodules, for completion."""
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*globals(), *__all__, *ROOMS, "__version__"})

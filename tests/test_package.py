@@ -27,6 +27,16 @@ def test_names_for_type_checkers_are_the_same():
     assert sorted(homes) == sorted(pmixseg.__all__)
 
 
+@pytest.mark.parametrize(
+    "name", ["testing.check_backbone", "callbacks.PmixAlignment", "losses.DiceCE", "data.Fractions"]
+)
+def test_rooms_need_no_second_import(name):
+    code = (
+        f"import pmixseg; assert callable(pmixseg.{name}); assert {name[:4]!r} in str(dir(pmixseg))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'magic'"):
         _ = pmixseg.magic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -34,6 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
         2 if a flag is wrong.
     """
     given = list(sys.argv[1:] if args is None else args)
+    print_anything()
     try:
         given, modules = import_modules(given)
         if given and given[0] in TRAINING:
@@ -57,6 +59,13 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"pmixseg: {cause}", file=sys.stderr)  # noqa: T201  # the command line's own output
         return 2 if isinstance(cause, UsageError) else 1
+
+
+def print_anything() -> None:
+    """Let output that is not UTF-8 (a pipe of Windows, ``LC_ALL=C``) show ``?`` where it must."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def interrupted(error: BaseException | None) -> bool:

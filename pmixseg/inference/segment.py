@@ -21,6 +21,7 @@ from pmixseg.inference.folders import (
     strays_of,
 )
 from pmixseg.modules import SegmentationModule
+from pmixseg.task import Task
 
 Progress = Callable[[int, int], None]
 

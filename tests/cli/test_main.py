@@ -112,3 +112,12 @@ def test_differences_are_named_by_their_path():
     assert differences(stored, given) == [weights]
     named = ["test", "--model.init_args.c=2"]
     assert differences(stored, given, named) == [weights, "model.c is 2, the checkpoint had None"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_output_that_is_not_utf_8_loses_signs_and_nothing_else(phantom_root, encoding):
+    plain = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "pmixseg", "inspect", str(phantom_root)]
+    done = subprocess.run(command, env=plain, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Brats18_PHANTOM_000_1" in done.stdout.decode(encoding)
