@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLR
 
 from pmixseg.describe import Described, build, find_class, is_description
 from pmixseg.errors import InputError
-from pmixseg.evaluation.records.measures import DIRECTIONS
+from pmixseg.evaluation.records.measures import MEASURES, direction_of
 
 VALIDATION = "val/dice"
 """The metric that schedules and checkpoints follow where nothing else is said."""
@@ -210,9 +210,9 @@ def mode_of(metric: str) -> Literal["min", "max"] | None:
     if stage == "train" or metric == "loss":
         return "min"
     measure = rest.partition("/")[0]
-    if stage not in ("val", "test") or measure not in DIRECTIONS:
+    if stage not in ("val", "test") or measure not in MEASURES:
         return None
-    return "min" if DIRECTIONS[measure] == "lower" else "max"
+    return "min" if direction_of(measure) == "lower" else "max"
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

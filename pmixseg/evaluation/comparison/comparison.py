@@ -27,7 +27,7 @@ from pmixseg.evaluation.comparison.paired_tests import (
     two_way_bootstrap,
 )
 from pmixseg.evaluation.comparison.text import as_primitives, as_text
-from pmixseg.evaluation.records.measures import DIRECTIONS, direction_of
+from pmixseg.evaluation.records.measures import MEASURES, direction_of
 
 KEY = ["case", "combination", "region"]
 ENOUGH_PAIRS = 8
@@ -116,7 +116,7 @@ def compare(
     primary = paired_t(differences)
     per_case = differences.mean(axis=0)
     cells = dice if measure == "dice" else _aligned([*a, *b], measure, said)
-    if measure not in DIRECTIONS:
+    if measure not in MEASURES:
         said.append(f"'{measure}' is a column of your own: the higher number counts as a win.")
     if direction_of(measure) == "zero":
         cells = cells.abs()

@@ -12,8 +12,9 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 
+from pmixseg.evaluation.records.measures import DICE, Measure
 from pmixseg.evaluation.records.records import Records
-from pmixseg.evaluation.records.tables import DICE, Line, Measure, Tabulation, best_of, tabulate
+from pmixseg.evaluation.records.tables import Line, Tabulation, best_of, tabulate
 from pmixseg.task import Task
 
 MOST_COLUMNS = 15

@@ -13,46 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pmixseg.errors import InputError
-from pmixseg.evaluation.records.measures import direction_of
+from pmixseg.evaluation.records.measures import DICE, Measure
 from pmixseg.evaluation.records.records import Records
 from pmixseg.task import Combination, Task, format_combination
 
 SHOWN, HIDDEN = "●", "○"
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How a column of the records is printed.
-
-    Args:
-        column: name in the records.
-        title: name in tables.
-        unit: of what is printed.
-        scale: what is printed per unit of the column.
-        digits: after the decimal point.
-    """
-
-    column: str
-    title: str
-    unit: str
-    scale: float = 1.0
-    digits: int = 1
-
-    @property
-    def higher(self) -> bool:
-        """Whether more is better."""
-        return direction_of(self.column) == "higher"
-
-    def show(self, value: float, digits: int | None = None) -> str:
-        """A scaled value as text, a dash where there is none."""
-        missing = math.isnan(value)
-        return "–" if missing else f"{value:.{self.digits if digits is None else digits}f}"
-
-
-DICE = Measure("dice", "Dice", "%", scale=100, digits=2)
-HD95 = Measure("hd95", "HD95", "mm")
-ECE = Measure("ece", "ECE", "%", scale=100, digits=2)
-BRIER = Measure("brier", "Brier score", "× 100", scale=100, digits=2)
 
 
 @dataclass(frozen=True)
@@ -247,16 +212,16 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
     means: dict[tuple[str, str], pd.Series[float]] = {}
     cases: dict[tuple[str, str], list[frozenset[str]]] = {}
     for one in runs:
-        if measure.column not in one.table:
+        if measure.name not in one.table:
             raise InputError(
-                f"run '{run_name(one)}' has no column '{measure.column}'; test it again with that "
+                f"run '{run_name(one)}' has no column '{measure.name}'; test it again with that "
                 "measure."
             )
         for region in task.regions:
             part = one.table[one.table["region"] == region]
             by = part.groupby("combination")
             key = (region, run_name(one))
-            means[key] = by[measure.column].mean().reindex(names) * measure.scale
+            means[key] = by[measure.name].mean().reindex(names) * measure.scale
             ids = {str(name): frozenset(group["case"]) for name, group in by}
             cases[key] = [ids.get(n, frozenset()) for n in names]
     lines: list[Line] = []

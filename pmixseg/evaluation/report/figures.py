@@ -21,8 +21,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from pmixseg.evaluation.records.curves import Chart
+from pmixseg.evaluation.records.measures import DICE, Measure
 from pmixseg.evaluation.records.records import Records
-from pmixseg.evaluation.records.tables import DICE, Measure, Tabulation, check_together, run_name
+from pmixseg.evaluation.records.tables import Tabulation, check_together, run_name
 from pmixseg.task import Combination, Task, format_combination
 
 INK, MUTED, GRID, PAPER = "#1a1a1c", "#6b6b70", "#dcdce1", "#fdfdfe"
@@ -147,7 +148,7 @@ def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
             axes = figure.add_subplot(grid[i], sharex=axes)
             for k, one in enumerate(runs):
                 part = one.table[one.table["region"] == region]
-                by = {str(c): g[measure.column].dropna() for c, g in part.groupby("combination")}
+                by = {str(c): g[measure.name].dropna() for c, g in part.groupby("combination")}
                 data = [by.get(n, pd.Series(dtype=float)).to_numpy() * measure.scale for n in names]
                 at = np.arange(len(names)) + (k - (len(runs) - 1) / 2) * width
                 colour = COLOURS[k % len(COLOURS)]

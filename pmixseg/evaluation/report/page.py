@@ -19,18 +19,10 @@ from pmixseg.evaluation.gap.changes import GapChange, read_gap_changes
 from pmixseg.evaluation.records.curves import Chart, read_curves
 from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.grouped import MOST_COLUMNS, group_by_size
+from pmixseg.evaluation.records.measures import BRIER, DICE, ECE, HD95
 from pmixseg.evaluation.records.published import recognised_split, references
 from pmixseg.evaluation.records.records import Records
-from pmixseg.evaluation.records.tables import (
-    BRIER,
-    DICE,
-    ECE,
-    HD95,
-    Tabulation,
-    check_together,
-    run_name,
-    tabulate,
-)
+from pmixseg.evaluation.records.tables import Tabulation, check_together, run_name, tabulate
 from pmixseg.evaluation.report.figures import (
     COLOURS,
     as_svg,
@@ -355,9 +347,9 @@ def _write_figures(beside: Path, figures: dict[str, Figure]) -> dict[str, Markup
 def _write_tables(beside: Path, tables: list[Tabulation], records: list[Records]) -> None:
     rules = [f"{k}: {v}" for k, v in records[0].sidecar.conventions.items()]
     comment = "\n".join([f"cases: {records[0].table['case'].nunique()}", *rules])
-    others = [tabulate(records, m) for m in (ECE, BRIER) if _measured(records, m.column)]
+    others = [tabulate(records, m) for m in (ECE, BRIER) if _measured(records, m.name)]
     for table in (*tables, *others):
-        stem = f"table_{table.measure.column}"
+        stem = f"table_{table.measure.name}"
         table.frame().to_csv(beside / f"{stem}.csv", index=False)
         (beside / f"{stem}.tex").write_text(table.latex(comment), encoding="utf-8")
     summaries = [vars(s) for s in region_summaries(records)]

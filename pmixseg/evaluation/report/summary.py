@@ -11,8 +11,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pmixseg.evaluation.comparison.monotonicity import added_modalities
+from pmixseg.evaluation.records.measures import BRIER, ECE
 from pmixseg.evaluation.records.records import Records
-from pmixseg.evaluation.records.tables import BRIER, ECE, run_name, tabulate
+from pmixseg.evaluation.records.tables import run_name, tabulate
 from pmixseg.task import format_combination
 
 FEW_CASES = 10

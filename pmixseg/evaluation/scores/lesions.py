@@ -40,8 +40,6 @@ from pmixseg.evaluation.scores.surfaces import (
     voxel_surface,
 )
 
-LESION_MEASURES = ("lesion_dice", "lesion_hd95", "lesion_tp", "lesion_fp", "lesion_fn")
-
 DILATIONS = 3
 SMALLEST_MM3 = 50.0
 BRATS2023_PENALTY_MM = 374.0

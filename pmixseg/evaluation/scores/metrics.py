@@ -15,30 +15,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pmixseg.errors import InputError
+from pmixseg.evaluation.records.measures import names_of
 from pmixseg.evaluation.scores.conventions import Conventions
-from pmixseg.evaluation.scores.lesions import LESION_MEASURES, LesionMetrics, lesion_metrics
+from pmixseg.evaluation.scores.lesions import LesionMetrics, lesion_metrics
 from pmixseg.evaluation.scores.regions import LabelMap, RegionMasks
 from pmixseg.evaluation.scores.surfaces import Spacing
 from pmixseg.task import Task
 
-__all__ = ["MEASURES", "CaseMetrics", "Conventions", "region_dice"]
+__all__ = ["REGION_MEASURES", "CaseMetrics", "Conventions", "region_dice"]
 
-OVERLAP = (
-    "dice",
-    "sensitivity",
-    "specificity",
-    "precision",
-    "volume_ml",
-    "truth_volume_ml",
-    "volume_error_ml",
-    "empty",
-    "presence_fp",
-    "presence_fn",
-)
-DISTANCE = ("hd95", "asd")
-SURFACE_OVERLAP = ("nsd",)
-MEASURES = (*OVERLAP[:1], *DISTANCE, *SURFACE_OVERLAP, *OVERLAP[1:])
+REGION_MEASURES = names_of("overlap", "distance", "surface", "presence")
 """Every measure of a region, in the order of a record; lesion-wise ones follow if asked for."""
+LESION_MEASURES = names_of("lesion")
 
 
 class CaseMetrics:
@@ -81,7 +69,7 @@ class CaseMetrics:
     @property
     def measures(self) -> tuple[str, ...]:
         """Names that a scored row holds beside ``region``, in order."""
-        return MEASURES + (LESION_MEASURES if self.conventions.lesion != "none" else ())
+        return REGION_MEASURES + (LESION_MEASURES if self.conventions.lesion != "none" else ())
 
     def score(
         self, prediction: LabelMap, only: Collection[str] | None = None
@@ -118,9 +106,9 @@ class CaseMetrics:
         rows = []
         for r, region in enumerate(self.task.regions):
             row = self._overlap(predicted.sizes[r], self.truth.sizes[r], shared[r])
-            if wanted.intersection(DISTANCE):
+            if wanted.intersection(names_of("distance")):
                 row |= self._distance(predicted, r)
-            if wanted.intersection(SURFACE_OVERLAP):
+            if wanted.intersection(names_of("surface")):
                 row["nsd"] = self._surface_dice(predicted, r)
             if wanted.intersection(LESION_MEASURES):
                 row |= self._lesion_wise(predicted, r)

@@ -6,8 +6,10 @@ import pytest
 
 from pmixseg.errors import InputError
 from pmixseg.evaluation.comparison.comparison import compare
-from pmixseg.evaluation.records.measures import DIRECTIONS
-from pmixseg.evaluation.scores.metrics import LESION_MEASURES, MEASURES
+from pmixseg.evaluation.records.measures import MEASURES, direction_of
+from pmixseg.evaluation.scores.conventions import Conventions
+from pmixseg.evaluation.scores.metrics import CaseMetrics
+from pmixseg.task import BRATS
 
 
 def table(name, column, value):
@@ -36,9 +38,25 @@ def test_a_volume_is_no_contest(measure):
         compare(table("a", measure, 2.0), table("b", measure, 1.0), measure)
 
 
-def test_every_column_of_numbers_has_a_stated_direction():
-    columns = {*MEASURES, *LESION_MEASURES, "ece", "brier"} - {"empty"}
-    assert columns == set(DIRECTIONS)
+def test_the_table_is_what_is_scored_in_the_order_of_a_record():
+    truth = np.zeros((6, 6, 6), np.uint8)
+    truth[1:4, 1:4, 1:4] = 3
+    scorer = CaseMetrics(truth, BRATS, (1, 1, 1), Conventions(lesion="brats2023-gli"))
+    row = scorer.score(truth)[0]
+    assert [*row] == ["region", *(name for name in MEASURES if name not in ("ece", "brier"))]
+    for name, value in row.items():
+        if name != "region":
+            assert isinstance(value, str) != MEASURES[name].numeric, name
+
+
+def test_every_measure_says_how_it_is_printed_and_which_way_it_is_better():
+    undecided = {n for n, m in MEASURES.items() if m.direction is None}
+    assert undecided == {"volume_ml", "truth_volume_ml", "empty"}
+    assert all(m.title and m.name == n for n, m in MEASURES.items())
+    assert len({m.title for m in MEASURES.values()}) == len(MEASURES)
+    for measure in MEASURES.values():
+        assert (measure.scale == 100) == (measure.unit in ("%", "× 100"))
+    assert direction_of("hd95") == "lower" and direction_of("mine") == "higher"
 
 
 def test_a_column_of_ones_own_is_better_when_higher_and_it_is_said():

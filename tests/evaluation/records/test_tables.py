@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 
 from pmixseg.errors import InputError
+from pmixseg.evaluation.records.measures import DICE, HD95
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
-from pmixseg.evaluation.records.tables import DICE, HD95, dots, tabulate
+from pmixseg.evaluation.records.tables import dots, tabulate
 from pmixseg.task import BRATS, Task
 
 TWO = Task("two", ("a", "b"), ("x", "y"), {"R": ("x", "y"), "S": ("y",)}, {"a": "A_1"})

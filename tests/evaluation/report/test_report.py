@@ -12,9 +12,10 @@ from pmixseg.data.splits import PUBLISHED, hash_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records import published
 from pmixseg.evaluation.records.curves import Chart, read_curves
+from pmixseg.evaluation.records.measures import HD95
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
-from pmixseg.evaluation.records.tables import HD95, tabulate
+from pmixseg.evaluation.records.tables import tabulate
 from pmixseg.evaluation.report.figures import as_svg, by_count, courses, heat_map, themed
 from pmixseg.evaluation.report.page import html_table, write_report
 from pmixseg.evaluation.report.summary import additions, region_summaries, remarks, worst_cases

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmixseg.evaluation.scores.lesions import LESION_MEASURES
-from pmixseg.evaluation.scores.metrics import CaseMetrics, Conventions
+from pmixseg.evaluation.scores.metrics import LESION_MEASURES, CaseMetrics, Conventions
 from pmixseg.task import BRATS
 from tests.evaluation.scores.mask_pairs import lesion_pairs
 

@@ -19,7 +19,7 @@ from monai.metrics import (
 )
 
 from pmixseg.errors import InputError
-from pmixseg.evaluation.scores.metrics import MEASURES, CaseMetrics, Conventions, region_dice
+from pmixseg.evaluation.scores.metrics import REGION_MEASURES, CaseMetrics, Conventions, region_dice
 from pmixseg.task import BRATS, Task
 from tests.evaluation.scores.mask_pairs import SPACINGS, mask_pairs
 
@@ -240,7 +240,7 @@ def test_only_computes_what_is_asked():
     case = CaseMetrics(truth, BRATS, (1, 1, 1))
     full, few = case.score(truth), case.score(truth, only=("hd95", "dice"))
     assert [set(r) for r in few] == [{"region", "dice", "hd95"}] * 3
-    assert list(full[0]) == ["region", *MEASURES]
+    assert list(full[0]) == ["region", *REGION_MEASURES]
     with pytest.raises(InputError, match=r"'hd'.*unknown"):
         case.score(truth, only=("hd",))
 
@@ -263,7 +263,7 @@ def test_more_regions_than_bits_of_a_byte():
     prediction = np.where(rng.random(truth.shape) < 0.5, truth, 0).astype(np.uint8)
     for i, row in enumerate(CaseMetrics(truth, many, (1, 1, 1)).score(prediction)):
         alone = score(prediction == i + 1, truth == i + 1)
-        assert {k: row[k] for k in MEASURES} == {k: alone[k] for k in MEASURES}
+        assert {k: row[k] for k in REGION_MEASURES} == {k: alone[k] for k in REGION_MEASURES}
 
 
 @pytest.mark.parametrize(
