@@ -9,12 +9,13 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.layouts import find_cases, search
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.keys import make_key
 from pmixseg.data.masks import CaseMasks, Flags, MaskFile
 from pmixseg.data.patches import (
@@ -27,7 +28,7 @@ from pmixseg.data.patches import (
     collate_patches,
 )
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, FirstEpoch
-from pmixseg.data.splits import Fractions, Split, SplitPlan
+from pmixseg.data.splits import Fractions, Split, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase, prepare
 from pmixseg.describe import build
 from pmixseg.errors import InputError
@@ -246,6 +247,7 @@ class BraTSDataModule(LightningDataModule):
             f"Split: {known}{len(parts.train)} train, {len(parts.val)} val, "
             f"{len(parts.test)} test, hash {parts.hash}"
         )
+        self._remark(parts, cases)
         self._apply_masks(cases)
         if stage in ("fit", "validate"):
             used = (*(parts.train if stage == "fit" else ()), *self._validated())
@@ -344,6 +346,19 @@ class BraTSDataModule(LightningDataModule):
     def _overfits(self) -> bool:
         """Whether Lightning is told to train on the same few batches in every epoch."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
+
+    def _remark(self, parts: Split, cases: Mapping[str, StoredCase]) -> None:
+        if parts.lacking:
+            rank_zero_info(
+                f"{len(parts.lacking)} cases of the split are not in the store, and left out: "
+                f"{listed(parts.lacking)}"
+            )
+        if divided := divided_patients(parts, cases.values()):
+            rank_zero_warn(
+                f"{len(divided)} patients have cases in more than one part of the split "
+                f"({listed(divided)}): scores on patients that a training has seen are too good; "
+                "put all cases of a patient into one part."
+            )
 
     def _apply_masks(self, cases: Mapping[str, StoredCase]) -> None:
         if self.masks is not None:

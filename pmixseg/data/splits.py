@@ -13,10 +13,11 @@ import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.keys import make_key
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
@@ -27,6 +28,12 @@ PUBLISHED = {
     ("8e934ea4ced264fa", "14f05f1ab069f1f8", "43899d5b257b7603"): "BraTS 2018 split 3 (199/29/57)",
 }
 """Hashes (train, val, test) of the splits of U-HVED that RFNet, mmFormer, M3AE and others use."""
+
+
+PARTS = ("train", "val", "test")
+
+Missing = Literal["refuse", "skip"]
+"""What to do about cases that a split file names and the cohort lacks."""
 
 
 class SplittableCase(Protocol):
@@ -62,6 +69,13 @@ def hash_cases(cases: Iterable[str]) -> str:
 class Split:
     """Hold the case ids of the three parts of a cohort.
 
+    Args:
+        train: cases to train on.
+        val: cases to validate on.
+        test: cases to test on.
+        lacking: cases that a split file names and the cohort lacks, left out because the user
+            said so.
+
     Raises:
         InputError: a case is named twice, in one part or in two.
     """
@@ -69,17 +83,18 @@ class Split:
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}
-        for part in fields(self):
-            for case in getattr(self, part.name):
+        for part in PARTS:
+            for case in getattr(self, part):
                 if case in seen:
                     raise InputError(
-                        f"split: case '{case}' is in {seen[case]} and again in {part.name}; name "
-                        "it once."
+                        f"split: case '{case}' is in {seen[case]} and again in {part}; name it "
+                        "once."
                     )
-                seen[case] = part.name
+                seen[case] = part
 
     @property
     def hashes(self) -> tuple[str, str, str]:
@@ -98,8 +113,9 @@ class Split:
 
     @property
     def name(self) -> str:
-        """The published name, or the hash."""
-        return self.published or self.hash
+        """The published name, or the hash; and how many cases of it were left out."""
+        name = self.published or self.hash
+        return f"{name}, {len(self.lacking)} cases lacking" if self.lacking else name
 
 
 class SplitPlan(Described, ABC):
@@ -121,6 +137,7 @@ class SplitFiles(SplitPlan):
         train: file of the training cases; the other parts may be left out, too.
         val: file of the validation cases.
         test: file of the test cases.
+        missing: ``skip`` goes on with the cases that are there, and records how many are not.
     """
 
     def __init__(
@@ -128,8 +145,10 @@ class SplitFiles(SplitPlan):
         train: str | Path | None = None,
         val: str | Path | None = None,
         test: str | Path | None = None,
+        missing: Missing = "refuse",
     ) -> None:
         self.paths = {"train": train, "val": val, "test": test}
+        self.missing = missing
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:
         """Split the cases by the files of names.
@@ -140,7 +159,8 @@ class SplitFiles(SplitPlan):
         parts = {
             part: tuple(_lines(Path(path))) for part, path in self.paths.items() if path is not None
         }
-        return _known(Split(**parts), cases, ", ".join(str(p) for p in self.paths.values() if p))
+        where = ", ".join(str(p) for p in self.paths.values() if p)
+        return _known(Split(**parts), cases, where, self.missing)
 
 
 class SplitLists(SplitPlan):
@@ -187,10 +207,11 @@ class SplitJson(SplitPlan):
     Args:
         path: the file.
         fold: which entry, where the file holds a list.
+        missing: ``skip`` goes on with the cases that are there, and records how many are not.
     """
 
-    def __init__(self, path: str | Path, fold: int = 0) -> None:
-        self.path, self.fold = Path(path), fold
+    def __init__(self, path: str | Path, fold: int = 0, missing: Missing = "refuse") -> None:
+        self.path, self.fold, self.missing = Path(path), fold, missing
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:
         """Split the cases by the JSON file.
@@ -200,7 +221,7 @@ class SplitJson(SplitPlan):
         """
         try:
             raw = json.loads(_text(self.path))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"split file {self.path} is not JSON: {error}.") from error
         if isinstance(raw, list):
             if not 0 <= self.fold < len(raw):
@@ -209,10 +230,10 @@ class SplitJson(SplitPlan):
                     f"{self.fold} is not among them."
                 )
             raw = raw[self.fold]
-        return _known(Split(**self._parts(raw)), cases, str(self.path))
+        return _known(Split(**self._parts(raw)), cases, str(self.path), self.missing)
 
     def _parts(self, raw: Any) -> dict[str, tuple[str, ...]]:
-        names = [part.name for part in fields(Split)]
+        names = list(PARTS)
         if (
             not isinstance(raw, dict)
             or not set(raw) <= set(names)
@@ -313,6 +334,21 @@ class WholeCohort(SplitPlan):
         return Split(**{self.part: tuple(sorted(case.case_id for case in cases))})
 
 
+def divided_patients(split: Split, cases: Iterable[SplittableCase]) -> list[str]:
+    """Patients with cases in more than one part, as a split file may have them.
+
+    Args:
+        split: of the cohort.
+        cases: the cohort.
+    """
+    parts: dict[str, set[str]] = defaultdict(set)
+    part_of = {case: part for part in PARTS for case in getattr(split, part)}
+    for case in cases:
+        if case.case_id in part_of:
+            parts[case.patient].add(part_of[case.case_id])
+    return sorted(patient for patient, several in parts.items() if len(several) > 1)
+
+
 def deal(
     cases: Iterable[SplittableCase], shares: Sequence[float], seed: int
 ) -> list[list[SplittableCase]]:
@@ -367,15 +403,28 @@ def _filled(parts: dict[str, list[SplittableCase]], wanted: dict[str, bool], whe
     return Split(**{part: tuple(c.case_id for c in cases) for part, cases in parts.items()})
 
 
-def _known(split: Split, cases: Sequence[SplittableCase], where: str) -> Split:
+def _known(
+    split: Split, cases: Sequence[SplittableCase], where: str, missing: Missing = "refuse"
+) -> Split:
     cohort = {case.case_id for case in cases}
-    lacking = sorted(c for c in (*split.train, *split.val, *split.test) if c not in cohort)
-    if lacking:
+    named = [*split.train, *split.val, *split.test]
+    lacking = sorted(c for c in named if c not in cohort)
+    if not lacking:
+        return split
+    there = {part: tuple(c for c in getattr(split, part) if c in cohort) for part in PARTS}
+    emptied = [part for part in PARTS if getattr(split, part) and not there[part]]
+    if missing == "skip" and not emptied:
+        return Split(**there, lacking=tuple(lacking))
+    if missing == "skip":
         raise InputError(
-            f"the split in {where} names {len(lacking)} cases that the cohort lacks: "
-            f"{', '.join(lacking)}; add them or take them out of the split."
+            f"the split in {where}: the cohort has none of the cases of {' and '.join(emptied)}; "
+            "name the store of this split, or another split."
         )
-    return split
+    raise InputError(
+        f"the split in {where} names {len(lacking)} of {len(named)} cases that the cohort lacks: "
+        f"{listed(lacking)}; add them, take them out of the split, or go on without them "
+        "(--data.split.missing skip)."
+    )
 
 
 def _lines(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from pmixseg.data.splits import (
     SplitJson,
     WholeCohort,
     deal,
+    divided_patients,
     hash_cases,
 )
 from pmixseg.describe import build, describe
@@ -62,7 +63,10 @@ def test_files(tmp_path):
     (tmp_path / "test.txt").write_text("c\r\nd\r\n")
     plan = SplitFiles(tmp_path / "train.txt", test=tmp_path / "test.txt")
     assert plan.split([case(c) for c in "abcde"]) == Split(("b", "a"), (), ("c", "d"))
-    with pytest.raises(InputError, match=r"names 2 cases that the cohort lacks: a, d;"):
+    with pytest.raises(
+        InputError,
+        match=r"names 2 of 4 cases that the cohort lacks: a, d; .*--data.split.missing skip",
+    ):
         plan.split([case(c) for c in "bc"])
     (tmp_path / "test.txt").write_text("c\na\n")
     with pytest.raises(InputError, match="'a' is in train and again in test"):
@@ -160,3 +164,48 @@ def test_share_zero_gets_nothing():
 
 def test_whole_cohort():
     assert WholeCohort().split([case("b"), case("a")]) == Split(test=("a", "b"))
+
+
+def split_file(folder, **parts):
+    path = folder / "split.json"
+    path.write_text(json.dumps(parts))
+    return path
+
+
+def test_many_lacking_cases_are_a_count_and_the_first_five(tmp_path):
+    ids = [f"c{i:02}" for i in range(20)]
+    path = split_file(tmp_path, train=ids[:18], val=["v"], test=["t"])
+    with pytest.raises(InputError) as told:
+        SplitJson(path).split([case("c00"), case("v"), case("t")])
+    assert (
+        "names 17 of 20 cases that the cohort lacks: c01, c02, c03, c04, c05 and 12 more;"
+        in str(told.value)
+    )
+
+
+@pytest.mark.parametrize("kind", ["files", "json"])
+def test_lacking_cases_can_be_skipped_and_are_recorded(tmp_path, kind):
+    if kind == "json":
+        path = split_file(tmp_path, train=["a", "b"], val=["c"], test=["d", "e"])
+        plan, strict = SplitJson(path, missing="skip"), SplitJson(path)
+    else:
+        files = {}
+        for part, names in (("train", "a\nb"), ("val", "c"), ("test", "d\ne")):
+            files[part] = tmp_path / f"{part}.txt"
+            files[part].write_text(names)
+        plan, strict = SplitFiles(**files, missing="skip"), SplitFiles(**files)
+    assert build(describe(plan, "split")).split([case(c) for c in "abcde"]).lacking == ()
+    split = plan.split([case(c) for c in "acd"])
+    assert split == Split(("a",), ("c",), ("d",), lacking=("b", "e"))
+    assert split.name == f"{split.hash}, 2 cases lacking"
+    with pytest.raises(InputError, match="the cohort has none of the cases of val;"):
+        plan.split([case(c) for c in "ad"])
+    with pytest.raises(InputError, match="names 2 of 5"):
+        strict.split([case(c) for c in "acd"])
+
+
+def test_patients_in_two_parts_of_a_split_file_are_named():
+    cases = [case(f"p{p}-{v}", patient=f"p{p}") for p in range(3) for v in (1, 2)]
+    split = Split(("p0-1", "p0-2", "p1-1"), ("p1-2",), ("p2-1",))
+    assert divided_patients(split, cases) == ["p1"]
+    assert divided_patients(Fractions(0.5, 0.0, 0.5).split(cases), cases) == []

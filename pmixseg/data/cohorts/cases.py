@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmixseg.data.cohorts.patients import check_pattern, patient_of, remark_on_patients
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -187,11 +188,15 @@ class Tree:
         root: where it was looked.
         files: all files of :data:`ENDINGS`, sorted.
         unreadable: folder -> reason.
+        hidden: folders that hold such files and were passed over for their names.
+        misnamed: files whose names are no UTF-8.
     """
 
     root: Path
     files: list[Path]
     unreadable: Mapping[Path, str]
+    hidden: tuple[Path, ...] = ()
+    misnamed: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, root: Path | str) -> Tree:
@@ -210,17 +215,55 @@ class Tree:
             unreadable[Path(error.filename)] = error.strerror or str(error)
 
         files: list[Path] = []
+        hidden: list[Path] = []
         for folder, inner, names in os.walk(root, onerror=remember, followlinks=True):
             here = Path(folder)
             deep = len(here.relative_to(root).parts) >= _MAX_DEPTH
-            inner[:] = [] if deep else sorted(n for n in inner if not n.startswith("."))
+            dotted = [n for n in inner if _is_hidden(n)]
+            hidden += [here / n for n in dotted if _holds_scans(here / n)]
+            inner[:] = [] if deep else sorted(n for n in inner if n not in dotted)
             # Archives made on a Mac hold a hidden "._" twin of every file.
-            files += [here / n for n in names if n.lower().endswith(ENDINGS) and n[0] != "."]
+            files += [here / n for n in names if n.lower().endswith(ENDINGS) and not _is_hidden(n)]
         if root in unreadable:
             raise InputError(
                 f"{root} cannot be read ({unreadable[root]}); check the folder's permissions."
             )
-        return cls(root, sorted(files), unreadable)
+        good = [path for path in files if _is_text(path)]
+        odd = [path for path in files if not _is_text(path)]
+        return cls(root, sorted(good), unreadable, tuple(sorted(hidden)), tuple(sorted(odd)))
+
+    def remarks(self) -> Iterator[str]:
+        """Sentences about what was not looked into."""
+        if self.hidden:
+            yield (
+                f"{len(self.hidden)} folders with scans were passed over, for their names begin "
+                f"with '.': {listed([shown(p.relative_to(self.root)) for p in self.hidden])}."
+            )
+
+
+def shown(path: Path) -> str:
+    """A path as text that can be printed, also where its bytes are no UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _is_hidden(name: str) -> bool:
+    """By its first letter; a name of dots, or one behind dots, is somebody's case."""
+    return name.startswith(".") and not name.startswith("..")
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _holds_scans(folder: Path) -> bool:
+    try:
+        return any(n.lower().endswith(ENDINGS) for n in os.listdir(folder))  # noqa: PTH208  # fast
+    except OSError:
+        return False
 
 
 def match(tree: Tree, layout: Layout) -> Found:
@@ -274,7 +317,21 @@ def match(tree: Tree, layout: Layout) -> Found:
     for folder, reason in tree.unreadable.items():
         sentence = f"case '{folder.name}': {folder} cannot be read ({reason}); check permissions."
         cases.append(Case(folder.name, {}, None, layout.codes, problem=sentence))
-    return Found(cases, stray, remark_on_patients(cases, layout.tells_patients()))
+    for odd, names in _by_folder(tree.misnamed).items():
+        sentence = (
+            f"case '{odd}': {listed(names)} are no UTF-8 (bytes that are no letters stand as "
+            "\\x..), so they cannot be written down; rename them."
+        )
+        cases.append(Case(odd, {}, None, layout.codes, problem=sentence))
+    remarks = (*tree.remarks(), *remark_on_patients(cases, layout.tells_patients()))
+    return Found(cases, stray, remarks)
+
+
+def _by_folder(paths: Iterable[Path]) -> dict[str, list[str]]:
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folders.setdefault(shown(Path(path.parent.name)), []).append(shown(Path(path.name)))
+    return folders
 
 
 def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:

@@ -1,0 +1,215 @@
+"""A store proves what it reads, holds few files open, and leaves nothing running."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pmixseg.cli import main
+from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.store.store import Store, prepare
+from pmixseg.data.store.stored import MAX_MAPS, read_meta, seal, unseal
+from pmixseg.errors import InputError
+from pmixseg.task import BRATS
+
+
+@pytest.fixture
+def case(make_case):
+    return make_case()
+
+
+@pytest.fixture
+def store(case, tmp_path):
+    prepare([case], tmp_path / "store", BRATS, progress=False)
+    return tmp_path / "store"
+
+
+def flip(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy"])
+@pytest.mark.parametrize("at", [0, 7, 9, 20, 45, 60, 70])
+def test_a_flipped_bit_in_the_header_of_an_array_is_one_sentence(store, case, name, at):
+    flip(store / "cases" / case.case_id / name, at)
+    opened = Store.open(store)
+    try:
+        stored = opened.read(case.case_id)
+        stored.image, stored.label  # noqa: B018  # it may have hit what is not looked at
+    except InputError as error:
+        assert "run `pmixseg prepare` on its store again" in str(error)
+    report = prepare([case], store, BRATS, progress=False)
+    assert report.prepared == [case.case_id], "it is not up to date"
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy"])
+def test_a_flipped_bit_in_a_voxel_is_not_up_to_date(store, case, name):
+    flip(store / "cases" / case.case_id / name, -30)
+    assert prepare([case], store, BRATS, progress=False).prepared == [case.case_id]
+    assert prepare([case], store, BRATS, progress=False).kept == [case.case_id]
+
+
+def test_an_edited_meta_json_is_no_case(store, case):
+    path = store / "cases" / case.case_id / "meta.json"
+    text = path.read_text()
+    for old, new in (('"ED": 2', '"ED": 1'), ('"patient": "B', '"patient": "C'), ("240", "241")):
+        if old in text:
+            path.write_text(text.replace(old, new))
+            assert Store.open(store).cases == () and read_meta(path.parent) is None
+    path.write_text("[" * 100_000)
+    assert Store.open(store).cases == ()
+    assert prepare([case], store, BRATS, progress=False).prepared
+
+
+@pytest.mark.parametrize("text", ["{}", "[" * 100_000, "null", '{"format": []}', "\x00", "[1]"])
+def test_a_damaged_store_json_is_one_sentence(store, case, text):
+    (store / "store.json").write_text(text)
+    with pytest.raises(InputError, match=r"store.json is damaged or was edited"):
+        Store.open(store)
+    assert prepare([case], store, BRATS, progress=False).kept == [case.case_id]
+
+
+def test_a_sealed_file_says_what_was_written(tmp_path):
+    facts = {"b": [1, 2.5, None, "ü"], "a": {"x": True}}
+    (tmp_path / "f.json").write_text(seal(facts))
+    assert unseal(tmp_path / "f.json") == facts
+    other = json.loads((tmp_path / "f.json").read_text())
+    (tmp_path / "f.json").write_text(json.dumps({**other, "b": [1, 2, None, "ü"]}))
+    assert unseal(tmp_path / "f.json") is None
+
+
+# ------------------------------------------------------------------- open files
+
+
+def many_cases(store, case, count):
+    """Copies of one prepared case under other names."""
+    first = store / "cases" / case.case_id
+    meta = unseal(first / "meta.json")
+    for index in range(count):
+        folder = store / "cases" / f"copy_{index:04}"
+        folder.mkdir()
+        for name in ("image.npy", "label.npy"):
+            os.link(first / name, folder / name)
+        facts = {**meta, "case_id": folder.name, "patient": folder.name}
+        (folder / "meta.json").write_text(seal(facts))
+
+
+def test_a_cohort_of_2000_cases_is_read_with_few_open_files(store, case):
+    many_cases(store, case, 2000)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    try:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        data = BraTSDataModule(store=store, patch_size=8, batch_size=4, augmentation=False)
+        data.setup("fit")
+        batches = sum(len(batch["case_id"]) for batch in data.train_dataloader())
+        assert batches >= 1400 and len(data.cases) == 2001
+        assert len(list(Path("/proc/self/fd").iterdir())) - before <= MAX_MAPS + 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_an_array_outlives_its_place_among_the_open_maps(store, case):
+    many_cases(store, case, MAX_MAPS + 2)
+    opened = Store.open(store)
+    first = opened.read(case.case_id)
+    image, copy = first.image, np.array(first.image)
+    for name in opened.cases:
+        assert opened.read(name).image.shape == image.shape
+    np.testing.assert_array_equal(image, copy)
+    np.testing.assert_array_equal(opened.read(case.case_id).image, copy)
+
+
+# ------------------------------------------------------------------- processes
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_killed_prepare_leaves_no_worker(make_case, tmp_path):
+    case = make_case()
+    for index in range(30):
+        shutil.copytree(case.label.parent, tmp_path / "cohort" / f"x{index}")
+        for path in (tmp_path / "cohort" / f"x{index}").iterdir():
+            path.rename(path.with_name(path.name.replace(case.case_id, f"x{index}")))
+    mark = f"PMIXSEG_TEST_MARK={os.getpid()}-{time.time_ns()}"
+    name, _, value = mark.partition("=")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pmixseg", "prepare", "cohort", "store", "--workers", "2"],
+        cwd=tmp_path,
+        env={**os.environ, name: value, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    cases = tmp_path / "store" / "cases"
+    _until(lambda: cases.is_dir() and any(cases.iterdir()), 60)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert _until(lambda: not _processes_with(mark), 20), "workers are still there"
+
+
+def _until(condition, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _processes_with(mark):
+    alive = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
+                alive.append(int(folder.name))
+        except OSError:
+            continue
+    return alive
+
+
+# ------------------------------------------------------------------- names
+
+
+def test_names_as_long_as_names_can_be(make_case, tmp_path):
+    case, long = make_case(), "n" * 236
+    report = prepare([case, replace(case, case_id=long)], tmp_path / "store", BRATS, progress=False)
+    assert sorted(report.prepared) == sorted([case.case_id, long])
+
+
+def test_hidden_and_odd_folders_are_told(make_case, tmp_path, capsys):
+    case = make_case(name="x1")
+    for name in ("...", ".hidden"):
+        folder = case.label.parents[1] / name
+        shutil.copytree(case.label.parent, folder)
+        for path in folder.iterdir():
+            path.rename(path.with_name(path.name.replace(case.case_id, name)))
+    code = main(["inspect", str(tmp_path / "cohort")])
+    told = capsys.readouterr().out
+    assert ".hidden" in told and "..." in told and code == 1
+    assert main(["prepare", str(tmp_path / "cohort"), str(tmp_path / "s"), "--workers", "0"]) == 1
+    told = capsys.readouterr().out
+    assert "1 prepared" in told and "case '...'" in told and ".hidden" in told
+
+
+def test_names_that_are_no_utf_8_stop_no_other_case(make_case, tmp_path, capsys):
+    case = make_case()
+    name = os.fsdecode(b"f\xe4lle")
+    odd = tmp_path / "cohort" / name
+    odd.mkdir()
+    for role in ("t1", "t2"):
+        shutil.copy(case.images[role], odd / f"{name}_{role}.nii.gz")
+    assert main(["inspect", str(tmp_path / "cohort")]) == 1
+    told = capsys.readouterr().out
+    assert "no UTF-8" in told and "\\xe4" in told
+    assert main(["prepare", str(tmp_path / "cohort"), str(tmp_path / "s"), "--workers", "0"]) == 1
+    assert "1 prepared" in capsys.readouterr().out
