@@ -13,6 +13,7 @@ from pmixseg.data.cohorts.patients import check_pattern, patient_of, remark_on_p
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError
+from pmixseg.files import inside
 from pmixseg.task import Task
 
 ImageFile = Path | tuple[Path, int]
@@ -25,6 +26,9 @@ _ENDING = r"(?i:\.(?:nii(?:\.gz)?|mha|nrrd))"
 
 ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
 """Endings of the files that are scans or label maps."""
+
+_LONGEST = 255
+"""Bytes of the longest name that the usual file systems take."""
 
 _MAX_DEPTH = 8
 _GRADES = ("HGG", "LGG")
@@ -299,6 +303,10 @@ def match(tree: Tree, layout: Layout) -> Found:
             problems.setdefault(
                 case_id, f"case '{case_id}' has a label but no image; add an image or remove it."
             )
+        try:
+            check_name(case_id)
+        except InputError as error:
+            problems.setdefault(case_id, str(error))
         known = facts[case_id]
         cases.append(
             Case(
@@ -344,6 +352,20 @@ def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
     for path in tree.files:
         inside = path.relative_to(tree.root)
         yield path, (inside if layout.anchored else above / inside).as_posix()
+
+
+def check_name(case_id: str) -> None:
+    """Refuse a case whose name can name no folder of a store.
+
+    Raises:
+        InputError: it holds a separator, begins with '.', or is too long.
+    """
+    inside(Path(), case_id, "case")
+    if case_id.startswith(".") or len(os.fsencode(case_id)) > _LONGEST:
+        raise InputError(
+            f"case '{case_id}' cannot name a file or folder of a store; use a layout whose case "
+            f"names do not begin with '.' and have at most {_LONGEST} bytes, or rename it."
+        )
 
 
 def stem_of(path: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pmixseg.data.cohorts.cases import Case
+from pmixseg.data.cohorts.cases import Case, check_name
 from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
 from pmixseg.data.scans.nifti import ScanReader
 from pmixseg.data.scans.plausibility import Verdict, judge
@@ -21,11 +21,7 @@ from pmixseg.data.store.stored import (
     write_origin,
 )
 from pmixseg.errors import InputError
-from pmixseg.files import inside
 from pmixseg.task import Task
-
-_LONGEST = 255
-"""Bytes of the longest name that the usual file systems take."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ def prepare_case(recipe: Recipe, case: Case) -> Outcome | InputError:
     try:
         if case.problem is not None:
             raise InputError(case.problem)
-        _check_name(case.case_id)
+        check_name(case.case_id)
         meta = _asked(recipe, case)
         current = _current(own, case, meta, where)
         if current is not None:
@@ -105,15 +101,6 @@ def prepare_case(recipe: Recipe, case: Case) -> Outcome | InputError:
             raise
         return InputError(f"{where}: its name cannot name a folder ({error.strerror}); rename it.")
     return Outcome("prepared", tuple(verdict.notes(where)), dict(ready.ignored))
-
-
-def _check_name(name: str) -> None:
-    inside(Path(), name, "case")
-    if name.startswith(".") or len(name.encode(errors="surrogateescape")) > _LONGEST:
-        raise InputError(
-            f"case '{name}' cannot name a file or folder of a store; use a layout whose case names "
-            f"do not begin with '.' and have at most {_LONGEST} bytes."
-        )
 
 
 def _asked(recipe: Recipe, case: Case) -> dict[str, Any]:
