@@ -47,7 +47,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
     Raises:
         InputError: a file whose modality is not known or not certain, or two files of one modality.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     labels: list[str] = []
     odd: dict[str, str] = {}
     for path in Tree.of(folder).files:
@@ -59,15 +59,15 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
             odd[name] = "it lies in a folder of its own"
         elif reading.modality is None:
             odd[name] = reading.doubt
-        elif reading.modality in found:
+        elif reading.modality in files:
             raise InputError(
-                f"{folder}: {found[reading.modality].name} and {name} may both be its "
+                f"{folder}: {files[reading.modality].name} and {name} may both be its "
                 f"{reading.modality}; move one away, or give the scans one by one "
                 f"({_flags([reading.modality])})."
             )
         else:
-            found[reading.modality] = path
-    if not found:
+            files[reading.modality] = path
+    if not files:
         return FolderScans({})
     if odd and not force:
         reasons = _listed([f"{name} ({doubt})" for name, doubt in odd.items()])
@@ -82,18 +82,18 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
         notes.append(f"{_listed(labels)} taken for no scan, by name")
     if odd:
         notes.append(f"{_listed(list(odd))} left out because of force")
-    return FolderScans({m: found[m] for m in task.modalities if m in found}, tuple(notes))
+    return FolderScans({m: files[m] for m in task.modalities if m in files}, tuple(notes))
 
 
-def strays_of(found: Found) -> dict[str, list[Path]]:
+def strays_of(cohort: Found) -> dict[str, list[Path]]:
     """Case -> files that lie beside its scans, but that its layout has no name for."""
     owners: defaultdict[Path, set[str]] = defaultdict(set)
-    for case in found.cases:
+    for case in cohort.cases:
         for source in case.images.values():
             path = source[0] if isinstance(source, tuple) else source
             owners[path.parent].add(case.case_id)
     strays: defaultdict[str, list[Path]] = defaultdict(list)
-    for path in found.stray:
+    for path in cohort.stray:
         if len(owners[path.parent]) == 1:
             strays[next(iter(owners[path.parent]))].append(path)
     return dict(strays)
@@ -122,12 +122,12 @@ def notes_on_strays(
         if reading.kind in ("label", "foreign"):
             continue
         unread.append(path.name)
-        wanted = reading.modality
-        if wanted is not None and wanted not in case.images and not trusted:
+        modality = reading.modality
+        if modality is not None and modality not in case.images and not trusted:
             raise InputError(
-                f"case '{case.case_id}': {path} seems to be its {wanted}, but has another name "
+                f"case '{case.case_id}': {path} seems to be its {modality}, but has another name "
                 f"than in layout '{case.layout}'; rename it, give the scans one by one "
-                f"({_flags([wanted])}), or leave it out with force (--force)."
+                f"({_flags([modality])}), or leave it out with force (--force)."
             )
     if not unread:
         return ()

@@ -151,10 +151,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int | None]:
 
 def _ours(name: str, rules: Sequence[tuple[str, str]]) -> str:
     for old, new in rules:
-        found = re.match(old, name)
-        if found:
-            channel = ORDER.index(found[1]) if "<>" in new else 0
-            return new.replace("<>", str(channel)) + name[found.end() :]
+        match = re.match(old, name)
+        if match:
+            channel = ORDER.index(match[1]) if "<>" in new else 0
+            return new.replace("<>", str(channel)) + name[match.end() :]
     return name
 
 
@@ -195,12 +195,12 @@ def _network(
 
 
 def _check(backbone: Backbone, state: Mapping[str, Tensor], kind: str, path: Path) -> None:
-    wanted: dict[str, Any] = backbone.state_dict()
+    expected: dict[str, Any] = backbone.state_dict()
     problems = {
-        "are missing": [n for n in wanted if n not in state],
-        "are unknown": [n for n in state if n not in wanted],
+        "are missing": [n for n in expected if n not in state],
+        "are unknown": [n for n in state if n not in expected],
         "have other shapes": [
-            n for n in wanted if n in state and state[n].shape != wanted[n].shape
+            n for n in expected if n in state and state[n].shape != expected[n].shape
         ],
     }
     said = [

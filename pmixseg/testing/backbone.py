@@ -108,10 +108,10 @@ def _check_shapes(net: Backbone, out: SegOutput, image: Tensor, present: Tensor)
         maps = [feature] if latents.log_variance is None else [feature, latents.log_variance[level]]
         sides = [side // stride for side in size]
         wanted = [image.shape[0], len(net.slots), net.channels[level], *sides]
-        for found in maps:
+        for features in maps:
             expect(
-                list(found.shape) == wanted,
-                f"level {level} has the shape {list(found.shape)}; with channels "
+                list(features.shape) == wanted,
+                f"level {level} has the shape {list(features.shape)}; with channels "
                 f"{net.channels[level]} and stride {stride} it must be {wanted}",
             )
         flags = latents.usable[level]
@@ -160,11 +160,11 @@ def _decoder(probe: Probe) -> None:
     noisy = torch.where(probe.absent, NOISE * probe.draw(2), probe.image)
     with torch.no_grad():
         again = probe.eval()(noisy, probe.present).decoder
-    found = max(difference(a, b) for a, b in zip(maps, again, strict=True))
+    deviation = max(difference(a, b) for a, b in zip(maps, again, strict=True))
     expect(
-        found <= TOLERANCE,
-        f"noise in the voxels of absent modalities changes the decoder's maps by {found:.1e} of "
-        "their size; encode only what is present",
+        deviation <= TOLERANCE,
+        f"noise in the voxels of absent modalities changes the decoder's maps by {deviation:.1e} "
+        "of their size; encode only what is present",
     )
 
 
@@ -179,11 +179,11 @@ def _leak(probe: Probe) -> None:
     noisy = torch.where(probe.absent, NOISE * probe.draw(2), probe.image)
     for net, mode in ((probe.eval(), "eval"), (copy.deepcopy(probe.net).train(), "training")):
         clean = probe.logits(net, probe.image, probe.present)
-        found = difference(clean, probe.logits(net, noisy, probe.present))
+        deviation = difference(clean, probe.logits(net, noisy, probe.present))
         expect(
-            found <= TOLERANCE,
-            f"noise in the voxels of absent modalities changes the logits by {found:.1e} of their "
-            f"size in {mode} mode; encode only what is present",
+            deviation <= TOLERANCE,
+            f"noise in the voxels of absent modalities changes the logits by {deviation:.1e} of "
+            f"their size in {mode} mode; encode only what is present",
         )
 
 
@@ -194,11 +194,11 @@ def _masking(probe: Probe) -> None:
     with torch.no_grad():
         latents = net.encode(probe.image, probe.present)
         clean = net.decode(latents).logits
-        found = difference(clean, net.decode(_replace_absent(latents)).logits)
+        deviation = difference(clean, net.decode(_replace_absent(latents)).logits)
     expect(
-        found <= TOLERANCE,
+        deviation <= TOLERANCE,
         "what stands in the latents of absent slots changes the logits by "
-        f"{found:.1e} of their size; decode must read latents.masked(level)",
+        f"{deviation:.1e} of their size; decode must read latents.masked(level)",
     )
 
 
@@ -223,9 +223,9 @@ def _fill(probe: Probe) -> None:
         filled = replace(
             _replace_absent(latents), usable=[torch.ones_like(probe.present)] * len(latents)
         )
-        found = difference(empty, net.decode(filled).logits)
+        deviation = difference(empty, net.decode(filled).logits)
     expect(
-        found > TOLERANCE,
+        deviation > TOLERANCE,
         "a slot that was filled after encoding and marked present has no influence; decode must "
         "take presence from latents.usable, not from what encode was given",
     )
@@ -236,10 +236,10 @@ def _batch(probe: Probe) -> None:
     together = probe.logits(net, probe.image, probe.present)
     for b in range(2):
         alone = probe.logits(net, probe.image[b : b + 1], probe.present[b : b + 1])
-        found = difference(alone, together[b : b + 1])
+        deviation = difference(alone, together[b : b + 1])
         expect(
-            found <= TOLERANCE,
-            f"sample {b} of a batch differs by {found:.1e} from the same sample alone; every "
+            deviation <= TOLERANCE,
+            f"sample {b} of a batch differs by {deviation:.1e} from the same sample alone; every "
             "sample has its own row of present, and samples must not mix",
         )
     image = probe.image.clone().requires_grad_()
@@ -274,10 +274,10 @@ def _determinism(probe: Probe) -> None:
     net = probe.eval()
     with torch.no_grad():
         first, second = (net(probe.image, probe.present).logits for _ in range(2))
-    found = difference(first, second)
+    deviation = difference(first, second)
     expect(
-        found <= TOLERANCE / 100,
-        f"two calls in eval mode differ by {found:.1e}; no dropout and no sampling in eval",
+        deviation <= TOLERANCE / 100,
+        f"two calls in eval mode differ by {deviation:.1e}; no dropout and no sampling in eval",
     )
 
 
@@ -292,19 +292,19 @@ def _restrict(probe: Probe) -> None:
         few = net.encode(probe.image, probe.present)
         for level, (shared, own) in enumerate(zip(full.features, few.features, strict=True)):
             flags = few.flags(level)
-            found = difference(torch.where(flags, shared, 0.0), torch.where(flags, own, 0.0))
+            deviation = difference(torch.where(flags, shared, 0.0), torch.where(flags, own, 0.0))
             expect(
-                found <= TOLERANCE,
-                f"latents of level {level} differ by {found:.1e} when other modalities are "
+                deviation <= TOLERANCE,
+                f"latents of level {level} differ by {deviation:.1e} when other modalities are "
                 "encoded too; set shares_encoding = False",
             )
-        wanted = net.decode(few).logits
+        expected = net.decode(few).logits
         # Twice, since a cache may be spoilt by the first.
         for _ in range(2):
-            found = difference(net.decode(full.restrict(probe.present)).logits, wanted)
+            deviation = difference(net.decode(full.restrict(probe.present)).logits, expected)
             expect(
-                found <= TOLERANCE,
-                f"hiding slots by restrict gives other logits (by {found:.1e}) than encoding "
+                deviation <= TOLERANCE,
+                f"hiding slots by restrict gives other logits (by {deviation:.1e}) than encoding "
                 "fewer modalities; decode must mask by latents.usable, and latents.cache may "
                 "hold only what depends on features alone",
             )

@@ -24,7 +24,7 @@ class ConformanceError(AssertionError):
 
     def __init__(self, subject: str, broken: Mapping[str, str]) -> None:
         self.broken = dict(broken)
-        lines = "\n".join(f"  {rule}: {found}" for rule, found in broken.items())
+        lines = "\n".join(f"  {rule}: {fault}" for rule, fault in broken.items())
         super().__init__(f"{subject} breaks {len(broken)} rule(s):\n{lines}")
 
 
@@ -55,18 +55,18 @@ def run_rules(
             continue
         try:
             rule()
-        except Broken as found:
-            broken[name] = str(found)
+        except Broken as fault:
+            broken[name] = str(fault)
         except Exception as error:  # whatever foreign code raises is a finding
             broken[name] = f"raised {type(error).__name__}: {error}"
     if broken:
         raise ConformanceError(subject, broken)
 
 
-def expect(holds: bool, found: str) -> None:
+def expect(holds: bool, message: str) -> None:
     """Raise :class:`Broken` unless ``holds``."""
     if not holds:
-        raise Broken(found)
+        raise Broken(message)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

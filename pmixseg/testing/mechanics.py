@@ -40,11 +40,11 @@ def state_dict(probe: Probe) -> None:
     net = probe.eval()
     twin = _twin(net).to(probe.device).eval()
     twin.load_state_dict(_through_disk(net.state_dict()))  # type: ignore[arg-type]  # a dict went in
-    wanted = probe.logits(net, probe.image, probe.present)
-    found = difference(probe.logits(twin, probe.image, probe.present), wanted)
+    expected = probe.logits(net, probe.image, probe.present)
+    deviation = difference(probe.logits(twin, probe.image, probe.present), expected)
     expect(
-        found <= TOLERANCE,
-        f"a second network with the same state dict differs by {found:.1e}; a tensor is kept "
+        deviation <= TOLERANCE,
+        f"a second network with the same state dict differs by {deviation:.1e}; a tensor is kept "
         "outside parameters and buffers",
     )
 
@@ -64,13 +64,13 @@ def channels_last(probe: Probe) -> None:
     """The memory format changes nothing."""
     layout = torch.channels_last_3d
     net = probe.eval()
-    wanted = probe.logits(net, probe.image, probe.present)
+    expected = probe.logits(net, probe.image, probe.present)
     other = copy.deepcopy(net)
     nn.Module.to(other, memory_format=layout)  # type: ignore[call-overload]  # missing in torch's stub
-    found = difference(
-        probe.logits(other, probe.image.contiguous(memory_format=layout), probe.present), wanted
+    deviation = difference(
+        probe.logits(other, probe.image.contiguous(memory_format=layout), probe.present), expected
     )
-    expect(found <= TOLERANCE, f"in channels_last_3d the logits differ by {found:.1e}")
+    expect(deviation <= TOLERANCE, f"in channels_last_3d the logits differ by {deviation:.1e}")
 
 
 def bf16(probe: Probe) -> None:
@@ -94,11 +94,11 @@ def compiled(probe: Probe, backend: bool | str) -> None:
     if not backend:
         return
     net = probe.eval()
-    wanted = probe.logits(net, probe.image, probe.present)
+    expected = probe.logits(net, probe.image, probe.present)
     how = backend if isinstance(backend, str) else "inductor"
     torch.compiler.reset()
     encode, decode = torch.compile(net.encode, backend=how), torch.compile(net.decode, backend=how)
     with torch.no_grad():
         logits = decode(encode(probe.image, probe.present)).logits
-    found = difference(logits, wanted)
-    expect(found <= TOLERANCE, f"compiled, the logits differ by {found:.1e}")
+    deviation = difference(logits, expected)
+    expect(deviation <= TOLERANCE, f"compiled, the logits differ by {deviation:.1e}")

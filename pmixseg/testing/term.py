@@ -235,11 +235,11 @@ def _absent(stage: Stage) -> None:
         image, acquired = other.batch["image"], other.batch["acquired"]
         hidden = ~acquired[:, :, None, None, None]
         other.batch["image"] = image + hidden * NOISE * torch.randn_like(image)
-    found = difference(_value(stage, example), _value(stage, other))
+    deviation = difference(_value(stage, example), _value(stage, other))
     expect(
-        found <= TOLERANCE,
+        deviation <= TOLERANCE,
         f"noise in latents that are not present, and in images that were not acquired, changes the "
-        f"value by {found:.1e} of its size; read latents.masked(level) and count present slots",
+        f"value by {deviation:.1e} of its size; read latents.masked(level) and count present slots",
     )
 
 

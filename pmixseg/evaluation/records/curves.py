@@ -62,7 +62,7 @@ def read_curves(run: Path) -> list[Chart]:
     axis = next((name for name in ("epoch", "step") if name in table), None)
     if axis is None:
         return []
-    found: dict[str, dict[str, pd.Series[float]]] = {}
+    by_title: dict[str, dict[str, pd.Series[float]]] = {}
     for name in table.columns:
         parts = str(name).split("/")
         if parts[0] not in DRAWN or len(parts) < 2 or name.endswith("_step"):
@@ -75,9 +75,9 @@ def read_curves(run: Path) -> list[Chart]:
         if parts[0] == "gap" and (len(parts) > 3 or parts[-1] not in GAP_DRAWN):
             continue
         title, label = _place(parts)
-        found.setdefault(title, {})[label.removesuffix("_epoch")] = series
-    order = sorted(found, key=lambda title: (DRAWN.index(title.split("/")[0]), title))
-    return [Chart(title, found[title]) for title in order]
+        by_title.setdefault(title, {})[label.removesuffix("_epoch")] = series
+    order = sorted(by_title, key=lambda title: (DRAWN.index(title.split("/")[0]), title))
+    return [Chart(title, by_title[title]) for title in order]
 
 
 def _place(parts: list[str]) -> tuple[str, str]:

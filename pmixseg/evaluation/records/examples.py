@@ -146,26 +146,26 @@ class Example:
         """
         try:
             with np.load(path, allow_pickle=False) as raw:
-                found = {name: raw[name] for name in raw.files}
-            if int(found["format"]) != FORMAT:
+                arrays = {name: raw[name] for name in raw.files}
+            if int(arrays["format"]) != FORMAT:
                 raise InputError(
-                    f"{path}: format {found['format']} is not known to this version of pmixseg; "
+                    f"{path}: format {arrays['format']} is not known to this version of pmixseg; "
                     "upgrade it or test again."
                 )
-            spacing = found["spacing"].tolist()
-            plane = found["slice_spacing"].tolist()
+            spacing = arrays["spacing"].tolist()
+            plane = arrays["slice_spacing"].tolist()
             return cls(
                 case=path.stem,
-                modalities=tuple(found["modalities"].tolist()),
-                combinations=tuple(tuple(c.split("+")) for c in found["combinations"].tolist()),
+                modalities=tuple(arrays["modalities"].tolist()),
+                combinations=tuple(tuple(c.split("+")) for c in arrays["combinations"].tolist()),
                 spacing=(spacing[0], spacing[1], spacing[2]),
-                image=found["image"],
-                truth=found["truth"] if found["truth"].size else None,
-                predictions=found["predictions"],
+                image=arrays["image"],
+                truth=arrays["truth"] if arrays["truth"].size else None,
+                predictions=arrays["predictions"],
                 slice_spacing=(plane[0], plane[1]),
-                slice_image=found["slice_image"],
-                slice_truth=found["slice_truth"] if found["slice_truth"].size else None,
-                slice_predictions=found["slice_predictions"],
+                slice_image=arrays["slice_image"],
+                slice_truth=arrays["slice_truth"] if arrays["slice_truth"].size else None,
+                slice_predictions=arrays["slice_predictions"],
             )
         except InputError:
             raise

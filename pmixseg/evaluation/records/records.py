@@ -196,15 +196,15 @@ def read_comparable(paths: Iterable[Path | str]) -> list[Records]:
         InputError: see :meth:`Records.read`; or runs with another task, convention or
             post-processing.
     """
-    found = [(str(path), Records.read(path)) for path in paths]
-    for path, one in found[1:]:
-        differ = [d for d in one.sidecar.differences(found[0][1].sidecar) if d != "checkpoint"]
+    pairs = [(str(path), Records.read(path)) for path in paths]
+    for path, one in pairs[1:]:
+        differ = [d for d in one.sidecar.differences(pairs[0][1].sidecar) if d != "checkpoint"]
         if differ:
             raise InputError(
-                f"{path}: was scored with another {' and another '.join(differ)} than {found[0][0]}"
+                f"{path}: was scored with another {' and another '.join(differ)} than {pairs[0][0]}"
                 "; test the runs again in the same way, or compare others."
             )
-    return [one for _, one in found]
+    return [one for _, one in pairs]
 
 
 def find_records(path: Path) -> Path:

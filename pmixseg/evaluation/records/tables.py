@@ -84,11 +84,11 @@ class Tabulation:
             values = pd.DataFrame({line.run: line.values for line in lines})
             use = pd.Series(self.comparable[region]) & values.notna().all(axis=1)
             parts[region] = values[use].rank(axis=1, ascending=not self.measure.higher)
-        found = pd.DataFrame({region: part.mean() for region, part in parts.items()})
+        means = pd.DataFrame({region: part.mean() for region, part in parts.items()})
         everything = pd.concat(list(parts.values()))
-        found["all"] = everything.mean()
-        found["columns"] = len(everything)
-        return found.loc[self.runs]
+        means["all"] = everything.mean()
+        means["columns"] = len(everything)
+        return means.loc[self.runs]
 
     def frame(self) -> pd.DataFrame:
         """One row per region and run; a column per combination, ``mean``, ``cases`` (fewest)."""

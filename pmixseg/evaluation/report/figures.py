@@ -236,9 +236,9 @@ def courses(charts: Sequence[Chart]) -> Figure:
 
 def overlaid(histories: Mapping[str, Sequence[Chart]]) -> list[Chart]:
     """Training loss and validation Dice of several runs, a curve per run."""
-    wanted = (("train", "loss", "train/loss"), ("val/dice", "mean", "val/dice"))
+    panels = (("train", "loss", "train/loss"), ("val/dice", "mean", "val/dice"))
     found = []
-    for title, name, shown in wanted:
+    for title, name, shown in panels:
         curves = {
             run: chart.curves[name]
             for run, charts in histories.items()

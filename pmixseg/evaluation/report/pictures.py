@@ -198,9 +198,9 @@ def _backdrop(combination: Sequence[str], ground: Mapping[str, Plane]) -> Plane:
 
 def _tint(picture: Picture, kinds: Plane, colours: Sequence[str]) -> Picture:
     """Blend colour k over voxels of kind k."""
-    found = picture.astype(np.float32)
+    blended = picture.astype(np.float32)
     for kind, colour in enumerate(colours, start=1):
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], np.float32)
         inside = kinds == kind
-        found[inside] = (1 - OPACITY) * found[inside] + OPACITY * rgb
-    return found.round().astype(np.uint8)
+        blended[inside] = (1 - OPACITY) * blended[inside] + OPACITY * rgb
+    return blended.round().astype(np.uint8)

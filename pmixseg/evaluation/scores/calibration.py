@@ -117,7 +117,7 @@ class CaseCalibration:
         index, positives = self._choose(box)
         columns = index.to(probabilities.device)
         chosen = probabilities.flatten(1).index_select(1, columns).double().cpu()
-        found = {}
+        by_region = {}
         for region, members in positives.items():
             p = chosen[self._members(region)].sum(0).clamp_(0, 1).numpy()
             bin_of = np.minimum((p * self.bins).astype(np.int64), self.bins - 1)
@@ -130,8 +130,8 @@ class CaseCalibration:
             positive[0] += unreached
             # Σ(p - y)² = Σp² + Σ over positives of (1 - 2p)
             squared = float(p @ p) + float((1 - 2 * p[members]).sum()) + unreached
-            found[region] = Reliability(count, confidence, positive, squared)
-        return found
+            by_region[region] = Reliability(count, confidence, positive, squared)
+        return by_region
 
     def _members(self, region: str) -> Tensor:
         return torch.tensor(self.task.region_classes(region))

@@ -55,17 +55,17 @@ class CaseMeans(Metric):
         super().reset()
         self._start()
 
-    def update(self, found: Tensor, case_id: str) -> None:
+    def update(self, numbers: Tensor, case_id: str) -> None:
         """Take the numbers of one case.
 
         Args:
-            found: of ``shape``.
+            numbers: of ``shape``.
             case_id: cases with the same id count once.
         """
         digest = hashlib.blake2b(case_id.encode(), digest_size=8).digest()
         key = int.from_bytes(digest) >> 1
         self.keys.append(torch.tensor([key], device=self.device))
-        self.values.append(found.to(self.device, torch.float32)[None])
+        self.values.append(numbers.to(self.device, torch.float32)[None])
 
     def compute(self) -> Any:
         """Return the means over cases, of ``shape``; NaN without any case."""

@@ -173,14 +173,14 @@ class Brats2023Lesions:
         overlap = self._zones.shared(predicted, self._lesions.labels)
         sizes = predicted.sizes()
         large = self._sizes[1:] * math.prod(self._spacing) > SMALLEST_MM3
-        dice, hd95, found = [], [], 0
+        dice, hd95, hits = [], [], 0
         for lesion in np.flatnonzero(large) + 1:
             parts = np.flatnonzero(reached[lesion])
             if not len(parts):
                 dice.append(0.0)
                 hd95.append(BRATS2023_PENALTY_MM)
                 continue
-            found += 1
+            hits += 1
             total = self._sizes[lesion] + sizes[parts].sum()
             dice.append(float(2 * overlap[lesion, parts].sum() / total))
             surface = surfels(*predicted.select(parts), self._spacing)
@@ -190,7 +190,7 @@ class Brats2023Lesions:
         if not count:
             return LesionScore(1.0, 0.0, 0, 0, 0)
         distance = (sum(hd95) + invented * BRATS2023_PENALTY_MM) / count
-        return LesionScore(sum(dice) / count, distance, found, invented, len(dice) - found)
+        return LesionScore(sum(dice) / count, distance, hits, invented, len(dice) - hits)
 
     def _surface(self, lesion: int) -> Surfels:
         if lesion not in self._surfels:
@@ -222,10 +222,10 @@ class PanopticaLesions:
         if not matches:
             return LesionScore(0.0, PANOPTICA_PENALTY_MM, 0, predicted.count, truth.count)
         distances = [self._hd95(lesion, predicted, part) for lesion, part, _ in matches]
-        found = len(matches)
-        dice = sum(d for _, _, d in matches) / found
-        hd95 = sum(distances) / found
-        return LesionScore(dice, hd95, found, predicted.count - found, truth.count - found)
+        hits = len(matches)
+        dice = sum(d for _, _, d in matches) / hits
+        hd95 = sum(distances) / hits
+        return LesionScore(dice, hd95, hits, predicted.count - hits, truth.count - hits)
 
     def _hd95(self, lesion: int, predicted: Components, part: int) -> float:
         if lesion not in self._surfaces:

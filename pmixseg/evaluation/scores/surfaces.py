@@ -78,8 +78,8 @@ def extent_of(volume: NDArray[np.integer[Any]]) -> Extent:
         return Extent((0, 0, 0), (0, 0, 0))
     inner = view[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     slabs = np.flatnonzero(np.bitwise_or.reduce(inner, axis=(1, 2)))
-    found = dict(zip(order, (slabs, rows, columns), strict=True))
-    axes = [found[axis] for axis in range(3)]
+    sides = dict(zip(order, (slabs, rows, columns), strict=True))
+    axes = [sides[axis] for axis in range(3)]
     return Extent(tuple(int(a[0]) for a in axes), tuple(int(a[-1]) + 1 for a in axes))
 
 
@@ -125,16 +125,16 @@ class Points:
         """
         if not len(self):
             raise ValueError("no point to measure the distance to; treat empty masks beforehand.")
-        found = np.empty(len(others))
+        nearest = np.empty(len(others))
         unknown = np.arange(len(others))
         for distance, rows in self._near(others, np.inf):
-            found[rows] = distance
+            nearest[rows] = distance
             unknown[rows] = -1
         unknown = unknown[unknown >= 0]
         if len(unknown):
             where = others.coordinates[unknown] * np.asarray(self.spacing)
-            found[unknown] = self.tree.query(where)[0]
-        return found
+            nearest[unknown] = self.tree.query(where)[0]
+        return nearest
 
     def within(self, others: Points, tolerance: float) -> NDArray[np.bool_]:
         """Which of ``others`` are at most ``tolerance`` mm away from one of these points, ``[n]``.
@@ -146,8 +146,10 @@ class Points:
         tolerance += 1e-9
         if tolerance >= _complete(self.spacing):
             where = others.coordinates * np.asarray(self.spacing)
-            found = self.tree.query(where, distance_upper_bound=np.nextafter(tolerance, np.inf))[0]
-            return np.asarray(found <= tolerance)
+            nearest = self.tree.query(where, distance_upper_bound=np.nextafter(tolerance, np.inf))[
+                0
+            ]
+            return np.asarray(nearest <= tolerance)
         near = np.zeros(len(others), bool)
         for _, rows in self._near(others, tolerance):
             near[rows] = True
