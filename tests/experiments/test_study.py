@@ -22,6 +22,7 @@ from experiments.study.cohorts import Cases, StudyData
 from experiments.study.plan import read_plan
 from experiments.study.results import StudyResults
 from experiments.study.runner import Runner
+from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.task import BRATS
@@ -489,7 +490,7 @@ def test_an_endpoint_may_be_about_the_combinations_that_hold_one_sequence():
 
 
 @pytest.mark.parametrize("name", ["e1", "e2", "e3", "real"])
-def test_a_committed_plan_compares_arms_that_it_trains(name):
+def test_a_committed_plan_compares_arms_that_it_can_train(name, tmp_path):
     path = ROOT / "experiments" / "study" / "plans" / f"{name}.yaml"
     plan = read_plan(path)
     there = {(t.group, t.arm) for t in plan.trainings}
@@ -500,6 +501,11 @@ def test_a_committed_plan_compares_arms_that_it_trains(name):
         group = table["group"]
         assert {(group, arm) for arm in named} <= there, table["title"]
         assert group in {t.group for t in plan.trainings}
+    for one in {(t.group, t.arm): t for t in plan.trainings}.values():
+        build(one.settings["module"])
+        names = {type(c).__name__ for c in one_training.callbacks(one, tmp_path)}
+        kinds = {"align": "PmixAlignment", "distill": "Distillation", "gap": "GapMonitor"}
+        assert names == {kind for key, kind in kinds.items() if one.settings.get(key)}
     # Any beginning of the order has every arm of its seeds: a study cut short stays balanced.
     first = [t for t in plan.trainings if t.seed == plan.trainings[0].seed]
     group = first[0].group
