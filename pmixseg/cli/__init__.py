@@ -135,6 +135,17 @@ def import_modules(args: list[str]) -> tuple[list[str], list[str]]:
 
 def run_plain(args: Sequence[str], modules: Sequence[str] = ()) -> int:
     """Parse and run a command that is not Lightning's."""
+    chosen = parse_plain(args, modules)
+    code: int = chosen.run(chosen)
+    return code
+
+
+def parse_plain(args: Sequence[str], modules: Sequence[str] = ()) -> argparse.Namespace:
+    """Parse a command that is not Lightning's.
+
+    Raises:
+        UsageError: a flag or argument is wrong.
+    """
     parser = Parser(
         prog="pmixseg",
         description="Brain-tumour segmentation when MRI sequences are missing. Research use only.",
@@ -152,5 +163,4 @@ def run_plain(args: Sequence[str], modules: Sequence[str] = ()) -> int:
     chosen, unknown = parser.parse_known_args(args, argparse.Namespace(modules=modules))
     if unknown:  # told by the command's own parser, which knows what is near
         subparsers.choices[chosen.command].error(f"unrecognized arguments: {unknown[0]}")
-    code: int = chosen.run(chosen)
-    return code
+    return chosen

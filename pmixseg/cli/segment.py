@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pmixseg.cli import preprocess
 from pmixseg.cli.commands import bar, console
+from pmixseg.cli.mistakes import Parser
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task, format_combination
 
@@ -70,10 +71,9 @@ def run(args: Sequence[str], modules: Sequence[str] = ()) -> int:
 
 def parser_for(task: Task) -> argparse.ArgumentParser:
     """The command's flags for one task."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pmixseg segment",
         description=DESCRIPTION,
-        allow_abbrev=False,
         conflict_handler="resolve",  # a modality that is named like an option gets no flag
     )
     parser.add_argument("checkpoint", help="a .ckpt file")

@@ -45,13 +45,17 @@ def script(text: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a page's blocks in a folder that has the repository's ``experiments`` beside them."""
+def run(commands: str, folder: Path, fit: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a page's script in a folder that has the repository's ``experiments`` beside it.
+
+    ``fit`` are flags that every training gets besides those of the page, to make it small.
+    """
     (folder / "experiments").symlink_to(ROOT / "experiments")
     programs = folder / ".bin"
     programs.mkdir()
+    more = f'test "$1" != fit || set -- "$@" {fit}'
     for name, command in {
-        "pmixseg": f'exec "{sys.executable}" -m pmixseg "$@"',
+        "pmixseg": f'{more}\nexec "{sys.executable}" -m pmixseg "$@"',
         "python": f'exec "{sys.executable}" "$@"',
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{command}\n")
@@ -65,7 +69,7 @@ def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         "CUDA_VISIBLE_DEVICES": "",
     }
     return subprocess.run(
-        ["bash", "-c", script(page.read_text())],
+        ["bash", "-c", commands],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -27,5 +27,5 @@ def test_every_tutorial_is_run():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(DOCS)))
 def test_page(page, tmp_path):
-    done = run(page, tmp_path)
+    done = run(script(page.read_text()), tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
