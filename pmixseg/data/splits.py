@@ -164,7 +164,7 @@ class SplitFiles(SplitPlan):
 
 
 class SplitLists(SplitPlan):
-    """Lists of case ids, such as those that a checkpoint holds of its training.
+    """Split by lists of case ids, such as those that a checkpoint holds of its training.
 
     Args:
         train: ids of the training cases.
@@ -184,7 +184,7 @@ class SplitLists(SplitPlan):
         self.source = source
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:
-        """See :meth:`SplitPlan.split`.
+        """Split the cases by the lists of case ids.
 
         Raises:
             InputError: the lists name cases that the cohort lacks.
