@@ -2,6 +2,7 @@
 
 from pmixseg.backbones.april2025 import April2025Network
 from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.demoseg import DeMoSeg
 from pmixseg.backbones.mmformer import MMFormer
 from pmixseg.backbones.monai import EarlyFusion
 from pmixseg.backbones.rfnet import RFNet
@@ -13,6 +14,7 @@ __all__ = [
     "UHVED",
     "April2025Network",
     "Backbone",
+    "DeMoSeg",
     "EarlyFusion",
     "MMFormer",
     "MultiEncoderUNet",

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from pmixseg.backbones import UHVED, EarlyFusion, MMFormer, MultiEncoderUNet, RFNet, ShaSpec
+from pmixseg.backbones import (
+    UHVED,
+    DeMoSeg,
+    EarlyFusion,
+    MMFormer,
+    MultiEncoderUNet,
+    RFNet,
+    ShaSpec,
+)
 
 SEGRESNET = {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
 UNET = {"channels": [3, 4, 6], "strides": [1, 2], "num_res_units": 1}
@@ -29,6 +37,7 @@ BACKBONES = {
     "mmformer": (lambda: MMFormer(**SMALL), [(32, 8), (16, 4), (8, 2), (4, 1)]),
     "uhved": (lambda: UHVED(width=4), [(8, 4), (4, 2), (2, 1)]),
     "shaspec": (lambda: ShaSpec(width=4, levels=3), [(8, 2), (4, 1)]),
+    "demoseg": (lambda: DeMoSeg(width=4, levels=4), [(16, 4), (8, 2), (4, 1)]),
     "segresnet": (lambda: monai("SegResNet", SEGRESNET), [(16, 2), (8, 1)]),
     # The last block of MONAI's UNet makes the logits, so the finest map is the one before it.
     "monai unet": (lambda: monai("UNet", UNET), [(3, 1)]),

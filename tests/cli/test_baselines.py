@@ -40,11 +40,12 @@ FEW = {
     ],
     "m3ae": ["--model.backbone.width=4", "--model.backbone.levels=3"],
     "shaspec": ["--model.backbone.width=4", "--trainer.max_steps=2"],
+    "demoseg": ["--model.backbone.width=4", "--model.backbone.levels=3"],
     "dynunet": [f"--model.backbone.network={json.dumps(NETWORK)}"],
 }
 SLOTLESS = {"dynunet"}
 """Fused before encoding: no latents per sequence that could be aligned."""
-OWN_RULES = {"uhved", "shaspec"}
+OWN_RULES = {"uhved", "shaspec", "demoseg"}
 """For missing slots: their module has no anchor to lend, so the callback brings one."""
 RECIPES = sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "common")
 BACKBONES = sorted(p.stem for p in (FOLDER / "backbones").glob("*.yaml"))

@@ -6,7 +6,15 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from pmixseg.backbones import UHVED, EarlyFusion, MMFormer, MultiEncoderUNet, RFNet, ShaSpec
+from pmixseg.backbones import (
+    UHVED,
+    DeMoSeg,
+    EarlyFusion,
+    MMFormer,
+    MultiEncoderUNet,
+    RFNet,
+    ShaSpec,
+)
 from pmixseg.callbacks import Distillation, PmixAlignment, RunCheckpoint
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.errors import InputError
@@ -35,6 +43,7 @@ BACKBONES = {
     "mmformer": (lambda: MMFormer(**SMALL), RFNetCriterion, 32),
     "uhved": (lambda: UHVED(width=4), DiceCE, 16),
     "shaspec": (lambda: ShaSpec(width=4, levels=2), ShaSpecCriterion, 16),
+    "demoseg": (lambda: DeMoSeg(width=4, levels=3), DiceCE, 16),
     "dynunet": (lambda: EarlyFusion(DYNUNET), DiceCE, 16),
 }
 
@@ -59,7 +68,7 @@ def train(phantom_store):
             evaluation=EvaluationSettings(window=(48, 48, 32), overlap=0.0),
         )
         # They have a rule of their own for missing slots, so the module has no anchor to lend.
-        own = name in ("uhved", "shaspec")
+        own = name in ("uhved", "shaspec", "demoseg")
         anchor = MixtureAnchor(weights="uniform") if own else None
         terms = [PmixAlignment(weight=0.1, anchor=anchor)] if align else []
         if teacher is not None:

@@ -1,0 +1,200 @@
+"""DeMoSeg: each modality also stands for the others, and channels guide each other by their order.
+
+Decoupling Feature Representations of Ego and Other Modalities for Incomplete Multi-modal Brain
+Tumor Segmentation (kk42yy/DeMoSeg at 73cd4bb).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.layers.lean import LeanConv3d
+from pmixseg.backbones.layers.norm import NormAct, norm_act
+from pmixseg.backbones.slots import check_input, encode_slots, join_levels
+from pmixseg.backbones.unet import SLOPE, conv_block
+from pmixseg.errors import InputError
+from pmixseg.task import BRATS
+from pmixseg.types import Image, Latents, Presence, SegOutput
+
+PUBLISHED_ORDER = ("t1", "t1ce", "t2", "flair")
+"""Neighbours in pairs: T1 and T1ce stand for each other first, and T2 and FLAIR."""
+WIDEST = 320
+
+
+class ChannelOrder(nn.Module):
+    r"""Convolution, and channels added to each other in the order of their weights (CSSA).
+
+    .. math:: y = \mathrm{LReLU}(\mathrm{IN}(\mathrm{conv}(x))), \qquad
+              o = \operatorname{argsort} \sigma(W_2 \mathrm{LReLU}(W_1 \bar y)), \qquad
+              \mathrm{LReLU}(\mathrm{IN}(y + y_o))
+
+    A sorting passes no gradient on, so W₁ and W₂ stay what they are drawn as, as in the
+    published code.
+
+    Args:
+        width: channels.
+        descending: largest weight first.
+    """
+
+    def __init__(self, width: int, descending: bool = False) -> None:
+        super().__init__()
+        self.descending = descending
+        self.conv = LeanConv3d(width, width, 3, 1, "zeros", bias=False)
+        hidden = max(width // 4, 1)
+        self.weigh = nn.Sequential(
+            nn.Linear(width, hidden), nn.LeakyReLU(SLOPE), nn.Linear(hidden, width), nn.Sigmoid()
+        ).requires_grad_(False)
+        self.norm = NormAct(width, SLOPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, C, D, H, W]`` to the same shape."""
+        y = norm_act(self.conv(x), SLOPE)
+        with torch.no_grad():
+            weights = self.weigh(y.mean((2, 3, 4)).to(self.weigh[0].weight.dtype))
+            order = weights.argsort(1, descending=self.descending)
+        index = order[:, :, None, None, None].expand_as(y)
+        z: Tensor = self.norm(y + y.gather(1, index))
+        return z
+
+
+class Stem(nn.Sequential):
+    """First features of one modality, as a list of one level."""
+
+    def __init__(self, width: int, descending: bool) -> None:
+        super().__init__(conv_block(1, width, 1, 0.0), ChannelOrder(width, descending))
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]  # encoders give levels
+        """``[b, 1, D, H, W]`` to ``[b, C, D, H, W]``."""
+        return [super().forward(x)]
+
+
+class DeMoSeg(Backbone):
+    """DeMoSeg, for any modalities, classes and patches.
+
+    The C channels of a modality's first features are groups: group 0 for itself, group j for the
+    modality whose place differs from its own by j, bit by bit (``place ^ j``). The place of each
+    modality is filled by the first group whose modality is shown, beginning with its own: one map
+    of C/G channels per place, joined, goes through a U-Net. So a missing modality costs nothing and
+    needs no fill. In training ``extras`` hold ``ds1 …``, logits of coarser decoder levels, all but
+    the coarsest.
+
+    Args:
+        modalities: names of the input channels.
+        num_classes: softmax classes, background included.
+        width: channels of the finest level, a multiple of the number of groups G (the next power
+            of 2 from the number of modalities, 4 of BraTS); 32 in the published code.
+        levels: number of resolutions; 6 there. Patches are padded to multiples of 2^(levels-1).
+        order: places of the modalities; by default the published ones first, then any others.
+
+    Raises:
+        InputError: a width that the groups do not divide, or an order of other modalities.
+
+    As the published code: the stem, groups and their order of compensation, channel ordering,
+    widths (doubled up to 320), decoder, deep supervision. Different: any number of modalities;
+    convolutions before a norm have no bias, which the norm would remove; patches of any size.
+    """
+
+    fillable = False
+
+    def __init__(
+        self,
+        modalities: Sequence[str] = BRATS.modalities,
+        num_classes: int = BRATS.num_classes,
+        width: int = 32,
+        levels: int = 6,
+        order: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(modalities, num_classes, [width], [1])
+        known = [m for m in PUBLISHED_ORDER if m in self.modalities]
+        usual = [*known, *(m for m in self.modalities if m not in known)]
+        places = usual if order is None else list(order)
+        if sorted(places) != sorted(self.modalities):
+            raise InputError(
+                f"DeMoSeg: order is {places}; name each of {list(self.modalities)} once."
+            )
+        self.groups = 1 << (len(places) - 1).bit_length()
+        if width % self.groups:
+            raise InputError(
+                f"DeMoSeg: width is {width}; use a multiple of {self.groups}, the number of groups "
+                f"for {len(places)} modalities."
+            )
+        if levels < 2:
+            raise InputError(f"DeMoSeg: levels is {levels}; use 2 or more.")
+        self.places = [self.modalities.index(m) for m in places]
+        widths = [min(width * 2**k, WIDEST) for k in range(levels)]
+        # T1 sorts its channels upwards, the others downwards, as the published code does.
+        self.stems = nn.ModuleList(Stem(width, m != "t1") for m in self.modalities)
+        fused = len(places) * (width // self.groups)
+        self.join = nn.Identity() if fused == width else LeanConv3d(fused, width, 1)
+        self.downs = nn.ModuleList(
+            nn.Sequential(conv_block(inside, outside, 2, 0.0), ChannelOrder(outside))
+            for inside, outside in pairwise(widths)
+        )
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose3d(below, w, 2, 2, bias=False) for w, below in pairwise(widths)
+        )
+        self.decoders = nn.ModuleList(
+            nn.Sequential(conv_block(2 * w, w, 1, 0.0), ChannelOrder(w)) for w in widths[:-1]
+        )
+        self.heads = nn.ModuleList(
+            LeanConv3d(w, num_classes, 1, bias=False) for w in widths[: max(levels - 2, 1)]
+        )
+        for part in self.modules():
+            if isinstance(part, nn.Conv3d | nn.ConvTranspose3d):
+                nn.init.kaiming_normal_(part.weight, a=SLOPE)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+
+    def encode(self, image: Image, present: Presence) -> Latents:
+        """See :meth:`Backbone.encode`."""
+        check_input(image, present, self.modalities, self.strides)
+        pieces = encode_slots(self.stems, image, present)
+        return Latents(join_levels(pieces, present, 1), self.modalities, [present])
+
+    def compensated(self, latents: Latents) -> Tensor:
+        """Fill every place from the nearest modality that is shown, ``[B, P·C/G, D, H, W]``."""
+        features = latents.features[0]
+        samples, slots, width = features.shape[:3]
+        grouped = features.unflatten(2, (self.groups, width // self.groups))
+        usable = latents.usable[0]
+        none = usable.new_zeros(samples, self.groups - slots)
+        shown = torch.cat([usable[:, self.places], none], 1)  # by place, then places without one
+        steps = torch.arange(self.groups, device=shown.device)
+        others = torch.arange(slots, device=shown.device)[:, None] ^ steps  # [P, G]
+        first = shown[:, others].to(torch.uint8).argmax(2)  # [B, P], the nearest group shown
+        source = others.expand(samples, -1, -1).gather(2, first[:, :, None])[:, :, 0]
+        slot = torch.tensor(self.places, device=shown.device)[source.clamp_max(slots - 1)]
+        rows = torch.arange(samples, device=shown.device)[:, None]
+        return grouped[rows, slot, first].flatten(1, 2)
+
+    def decode(self, latents: Latents) -> SegOutput:
+        """See :meth:`Backbone.decode`."""
+        x = self.join(self.compensated(latents))
+        size = x.shape[2:]
+        unit = 2 ** len(self.downs)
+        padded = [max(-(-side // unit), 2) * unit for side in size]
+        x = F.pad(
+            x,
+            [n for side, to in zip(size[::-1], padded[::-1], strict=True) for n in (0, to - side)],
+        )
+        skips = [x]
+        for down in self.downs:
+            skips.append(down(skips[-1]))
+        x = skips.pop()
+        extras: dict[str, Tensor] = {}
+        maps: list[Tensor] = []
+        for level in reversed(range(len(self.downs))):
+            x = self.decoders[level](torch.cat([self.ups[level](x), skips[level]], 1))
+            whole = all(side % 2**level == 0 for side in size)
+            if whole:
+                kept = x[:, :, : size[0] >> level, : size[1] >> level, : size[2] >> level]
+                maps.append(kept)
+            if level and self.training and whole and level < len(self.heads):
+                extras[f"ds{level}"] = self.heads[level](kept)
+        return SegOutput(self.heads[0](maps[-1]), latents, extras, maps)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from pmixseg.backbones import DeMoSeg
+from pmixseg.errors import InputError
+from pmixseg.task import BRATS, all_combinations
+from pmixseg.testing import check_backbone
+from pmixseg.types import Latents
+
+# What the published code takes for the places of T1, T1ce, T2, FLAIR: modality and its own group.
+PUBLISHED = {
+    "t1": "t1 0, t1 1, t1 2, t1 3",
+    "t1ce": "t1ce 1, t1ce 0, t1ce 3, t1ce 2",
+    "t2": "t2 2, t2 3, t2 0, t2 1",
+    "flair": "flair 3, flair 2, flair 1, flair 0",
+    "t1 t1ce": "t1 0, t1ce 0, t1 2, t1ce 2",
+    "t1 t2": "t1 0, t1 1, t2 0, t2 1",
+    "t1 flair": "t1 0, t1 1, flair 1, flair 0",
+    "t1ce t2": "t1ce 1, t1ce 0, t2 0, t2 1",
+    "t1ce flair": "t1ce 1, t1ce 0, flair 1, flair 0",
+    "t2 flair": "t2 2, flair 2, t2 0, flair 0",
+    "t1 t1ce t2": "t1 0, t1ce 0, t2 0, t2 1",
+    "t1 t1ce flair": "t1 0, t1ce 0, flair 1, flair 0",
+    "t1 t2 flair": "t1 0, t1 1, t2 0, flair 0",
+    "t1ce t2 flair": "t1ce 1, t1ce 0, t2 0, flair 0",
+    "t1 t1ce t2 flair": "t1 0, t1ce 0, t2 0, flair 0",
+}
+
+
+def test_every_combination_is_compensated_as_published():
+    net = DeMoSeg(width=4, levels=2)
+    # Channel c of modality m holds 10 m + c, so that what was taken can be read off.
+    codes = 10.0 * torch.arange(4)[:, None] + torch.arange(4)
+    features = codes[None, :, :, None, None, None].expand(15, -1, -1, 2, 2, 2)
+    combinations = [c.split() for c in PUBLISHED]
+    assert len({frozenset(c) for c in combinations}) == 15 == len(all_combinations(net.modalities))
+    rows = [[m in c for m in BRATS.modalities] for c in combinations]
+    latents = Latents([features], BRATS.modalities, [torch.tensor(rows)])
+    taken = net.compensated(latents)[:, :, 0, 0, 0]
+    for row, text in zip(taken, PUBLISHED.values(), strict=True):
+        expected = []
+        for part in text.split(", "):
+            name, group = part.split()
+            expected.append(10.0 * BRATS.modalities.index(name) + int(group))
+        assert row.tolist() == expected
+
+
+def test_it_keeps_the_contract():
+    check_backbone(DeMoSeg(width=8, levels=3), compile="eager")
+
+
+@pytest.mark.parametrize("names", [("flair",), ("flair", "t2"), ("a", "b", "c"), tuple("abcde")])
+def test_other_modalities(names):
+    check_backbone(DeMoSeg(names, 2, width=8, levels=2), skip=["bf16", "sizes"])
+
+
+def test_the_published_network_has_its_widths_and_fixed_sorting():
+    net = DeMoSeg()
+    assert [d[0][0].out_channels for d in net.downs] == [64, 128, 256, 320, 320]
+    fixed = [n for n, p in net.named_parameters() if not p.requires_grad]
+    assert fixed and all(".weigh." in n for n in fixed)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(InputError, match="multiple of 4"):
+        DeMoSeg(width=6)
+    with pytest.raises(InputError, match="name each of"):
+        DeMoSeg(order=["t1", "t2"])
+    with pytest.raises(InputError, match="levels"):
+        DeMoSeg(levels=1)
