@@ -67,6 +67,9 @@ def _phantom(subparsers: Any) -> None:
     )
     parser.add_argument("--contrasts", type=Path, help="YAML file of contrasts for new sequences")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--dicom", type=Path, metavar="FOLDER", help="also write each case as a DICOM study there"
+    )
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
@@ -91,12 +94,24 @@ def _phantom(subparsers: Any) -> None:
                 args.out, args.cases, args.seed, settings, args.workers, progress=report
             )
         console.print(f"{len(made)} synthetic cases in {args.out}: no patient, research use only.")
+        if args.dicom is not None:
+            _write_studies(args.out, args.dicom, task)
         if args.task is not None:
             layout = write_layout(args.out, task, codes)
             console.print(f"prepare them with --task {args.task} --layout {layout}")
         return 0
 
     parser.set_defaults(run=run)
+
+
+def _write_studies(root: Path, folder: Path, task: Task) -> None:
+    from pmixseg.data.cohorts.layouts import find_cases
+    from pmixseg.dicom.example import write_study
+
+    cases = find_cases(root, task)
+    for case in cases:
+        write_study(folder / case.case_id, {m: Path(str(f)) for m, f in case.images.items()})
+    console.print(f"{len(cases)} DICOM studies in {folder}")
 
 
 def _inspect(subparsers: Any) -> None:

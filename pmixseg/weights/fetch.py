@@ -131,7 +131,7 @@ def _download(address: str, target: Path, expected: str | None) -> Path:
     """Fetch one file into the cache, unless it is there; go on where an earlier try stopped."""
     if target.is_file() and (expected is None or file_hash(target) == expected):
         return target
-    part = target.with_name(f"{target.name}.part")
+    part = target.with_name(f"{target.name}.download")
     with _saying_where(address, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _append_rest(address, part)

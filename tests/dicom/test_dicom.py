@@ -10,16 +10,17 @@ from pydicom.uid import generate_uid
 from pmixseg.cli import main
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.dicom import is_dicom_folder, read_folder, recognise, write_segmentation
+from pmixseg.dicom.example import PROTOCOLS, Protocol, write_series, write_study
 from pmixseg.dicom.recognition import choose, weighting
 from pmixseg.dicom.series import Series
 from pmixseg.errors import InputError
 from pmixseg.inference.dicom import segment_study
 from pmixseg.inference.segment import Outputs
 from pmixseg.task import BRATS
-from tests.dicom.studies import PATIENT, TIMES, write_enhanced, write_series
+from tests.dicom.studies import PATIENT, write_enhanced
 from tests.inference.tiny_models import Glance, save, tiny_student
 
-NAMES = {"flair": "AX FLAIR FS", "t1ce": "T1 mprage", "t2": "t2_tse_tra", "t1": "T1w pre"}
+TIMES = {m: (p.echo, p.repetition, p.inversion) for m, p in PROTOCOLS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +34,14 @@ def scans(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(scans, tmp_path_factory):
     """All four sequences mixed in one folder, FLAIR enhanced; and a localiser."""
-    folder, uid = tmp_path_factory.mktemp("study"), generate_uid()
-    for number, (m, path) in enumerate(scans.items(), 2):
-        image = nib.load(path)
-        values = np.asarray(image.dataobj)
-        if m == "flair":
-            write_enhanced(folder / "f.dcm", values, image.affine, number, NAMES[m], uid, TIMES[m])
-        else:
-            agent = "Gadovist" if m == "t1ce" else ""
-            write_series(folder, values, image.affine, number, NAMES[m], uid, TIMES[m], agent)
-    image = nib.load(scans["t1"])
-    write_series(folder, np.asarray(image.dataobj)[:, :, :3], image.affine, 1, "localizer", uid)
+    folder = tmp_path_factory.mktemp("study")
+    write_study(folder, {m: scans[m] for m in ("t1ce", "t1", "t2")}, PATIENT)
+    (uid,) = {pydicom.dcmread(p).StudyInstanceUID for p in folder.iterdir()}
+    image = nib.load(scans["flair"])
+    values, flair = np.asarray(image.dataobj), PROTOCOLS["flair"]
+    write_enhanced(folder / "f.dcm", values, image.affine, 5, flair, uid, PATIENT)
+    few = values[:, :, :3]
+    write_series(folder, few, image.affine, 1, Protocol("localizer"), uid, PATIENT)
     return folder
 
 
@@ -60,10 +58,10 @@ def series(number=1, description="", times=(None,) * 3, slices=30, **more):
 
 def test_every_series_is_told_with_its_reason(study):
     told = {r.series.number: r for r in recognise(read_folder(study), BRATS.modalities)}
-    assert [told[n].modality for n in (1, 2, 3, 4, 5)] == [None, *BRATS.modalities]
+    assert [told[n].modality for n in (1, 2, 3, 4, 5)] == [None, "t1ce", "t1", "t2", "flair"]
     assert told[1].reason == "only 3 slices"
-    assert "contrast agent" in told[3].reason
-    assert "TI 2500" in told[2].reason
+    assert "contrast agent" in told[2].reason
+    assert "TI 2500" in told[5].reason
     assert is_dicom_folder(study)
 
 
@@ -87,7 +85,7 @@ def test_oblique_and_anisotropic_volumes(write, tmp_path):
     affine[:3, :3] = turn @ np.diag([0.9, 0.8, 5.0])
     affine[:3, 3] = 11.0, -20.0, 33.0
     place = tmp_path / "one.dcm" if write is write_enhanced else tmp_path
-    write(place, values, affine, 4, "T2", generate_uid(), TIMES["t2"])
+    write(place, values, affine, 4, PROTOCOLS["t2"], generate_uid(), PATIENT)
     (one,) = read_folder(tmp_path)
     same(one.volume().to_nibabel(), nib.Nifti1Image(values.astype(np.float32), affine))
 
@@ -144,7 +142,7 @@ def test_two_of_a_kind_and_doubt_are_asked():
 def test_patients_and_studies_are_not_mixed(scans, tmp_path):
     values = np.asarray(nib.load(scans["t1"]).dataobj)[:, :, :12]
     for n in (1, 2):
-        write_series(tmp_path, values, np.eye(4), n, "T1w pre", generate_uid(), TIMES["t1"])
+        write_series(tmp_path, values, np.eye(4), n, PROTOCOLS["t1"], generate_uid(), PATIENT)
     with pytest.raises(InputError, match="2 studies"):
         read_folder(tmp_path)
     with pytest.raises(InputError, match="no MR images"):
@@ -171,7 +169,7 @@ def test_a_segmentation_lies_on_its_series(study, model, tmp_path):
     assert referenced <= {str(d.SOPInstanceUID) for d in source.datasets()}
     assert "Research use only" in made.ContentDescription
     assert "Research use only" in made.SeriesDescription
-    assert str(made.PatientID) == PATIENT[1]
+    assert str(made.PatientID) == PATIENT.number
     for number in made.segment_numbers:
         about = made.get_segment_description(number)
         assert about.segmented_property_type.scheme_designator in ("SCT", "NCIt")
@@ -203,7 +201,7 @@ def test_the_command_tells_what_was_taken_for_what_and_no_patient(study, model, 
         assert text in captured.out
     kept = [p.read_bytes() for p in out.rglob("*") if p.suffix != ".dcm" and p.is_file()]
     everything = [captured.out.encode(), captured.err.encode(), *kept]
-    for secret in PATIENT:
+    for secret in vars(PATIENT).values():
         assert not any(secret.encode() in data for data in everything)
     (seg,) = out.glob("*.dcm")
-    assert pydicom.dcmread(seg).PatientName == PATIENT[0]
+    assert pydicom.dcmread(seg).PatientName == PATIENT.name
