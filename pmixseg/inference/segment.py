@@ -9,7 +9,7 @@ from pathlib import Path
 from pmixseg.data.cohorts.cases import stem_of
 from pmixseg.data.cohorts.layouts import Case, Layout, search
 from pmixseg.data.cohorts.sequences import modality_of
-from pmixseg.data.scans.nifti import Source
+from pmixseg.data.scans.nifti import ScanReader, Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.evaluation.prediction.segmentation import Segmentation
@@ -252,7 +252,8 @@ def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str,
         module: its task knows the names.
 
     Raises:
-        InputError: a name twice, or none; unknown names are found when the scans are read.
+        InputError: a name twice, none, or not one for each channel; unknown names are found when
+            the scans are read.
     """
     listed = [n.strip() for n in names.split(",")]
     used = [n for n in listed if n != UNUSED_CHANNEL]
@@ -261,6 +262,12 @@ def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str,
             f"channels '{names}' must name different modalities of "
             f"{', '.join(module.task.modalities)}, separated by commas, '-' for a channel that is "
             "not read."
+        )
+    there = ScanReader(f"{path}").channels(path)
+    if there is not None and there != len(listed):
+        raise InputError(
+            f"{path} has {there} channels, but '{names}' names {len(listed)}; name all in their "
+            f"order, '{UNUSED_CHANNEL}' for a channel that is not read."
         )
     return {n: (path, index) for index, n in enumerate(listed) if n != UNUSED_CHANNEL}
 

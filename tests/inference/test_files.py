@@ -155,6 +155,14 @@ def test_a_student_of_one_scan_leaves_the_others_out(cases, small_root, tmp_path
     assert "has t1ce, t2, but this model reads t1" in results[1].problem
 
 
+def test_every_channel_of_a_4d_file_is_named(model, tmp_path):
+    path = tmp_path / "four.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4, 4), np.float32), np.eye(4)), path)
+    with pytest.raises(InputError, match=r"has 4 channels, but 'flair,t1' names 2; name all"):
+        channels_of(path, "flair,t1", model)
+    assert len(channels_of(path, "flair,t1,-,-", model)) == 2
+
+
 def test_channels_must_be_named(model, tmp_path):
     path = tmp_path / "x.nii.gz"
     assert channels_of(path, "t2, -,flair", model) == {"t2": (path, 0), "flair": (path, 2)}

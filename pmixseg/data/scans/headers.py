@@ -9,6 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 
 MAX_BYTES = 1 << 32
@@ -76,7 +77,8 @@ def read_header(raw: bytes) -> Header | None:
     kind = nib.Nifti1Header if version == 1 else nib.Nifti2Header
     try:
         # Not from a file object: that would read the extensions, too.
-        header = kind(raw[: kind.template_dtype.itemsize])
+        with LoggingOutputSuppressor():  # what is wrong is said once, in the sentence
+            header = kind(raw[: kind.template_dtype.itemsize])
         start = float(header["vox_offset"])
         slope, inter = header.get_slope_inter()
         made = Header(

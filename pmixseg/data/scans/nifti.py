@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -142,6 +143,19 @@ class ScanReader:
             return _frame(other.data.shape, other)
         except (InputError, *_UNREADABLE):
             return None  # who reads the voxels says so
+
+    def channels(self, path: Path) -> int | None:
+        """How many volumes a NIfTI file holds, from its header; ``None`` where that is not told.
+
+        Args:
+            path: the file.
+        """
+        try:
+            with path.open("rb") as file:
+                header = read_header(first_bytes(file.read(_HEAD_PACKED), HEAD))
+        except _UNREADABLE:
+            return None  # who reads the voxels says so
+        return None if header is None else math.prod(header.shape[3:])
 
     def _file(self, path: Path, role: str) -> Scan:
         if self._held is None or self._held[0] != path:
