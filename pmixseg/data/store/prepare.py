@@ -92,6 +92,12 @@ def prepare(
     except OSError as error:
         raise _cannot_write(out, error) from error
     except BrokenProcessPool as error:
+        if not (report.prepared or report.kept or report.failed):
+            raise InputError(
+                f"{out}: the worker processes ended before the first case: in a script, call this "
+                "under `if __name__ == '__main__':`, since every worker reads the script anew; "
+                "else there is too little memory, so prepare with fewer workers."
+            ) from error
         raise InputError(
             f"{out}: a worker process was killed, most likely for lack of memory; prepare again "
             "with fewer workers, what is done is kept."

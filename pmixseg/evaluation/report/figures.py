@@ -68,6 +68,9 @@ STYLE: Mapping[str, Any] = {
     "svg.hashsalt": "pmixseg",
 }
 
+MOST_POINTS = 200
+"""Cases drawn per box, at random where there are more: a page stays small for any cohort."""
+
 
 def settle(figure: Figure) -> Figure:
     """Lay the figure out once: it is drawn for two kinds of file, and layout is the slow part."""
@@ -128,7 +131,7 @@ def heat_map(table: Tabulation) -> Figure:
 
 
 def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
-    """Spread over cases: a box per combination and run, region by region, every case a point.
+    """Spread over cases: a box per combination and run, region by region, cases as points.
 
     Boxes span the quartiles, whiskers the points within 1.5 times that range.
     """
@@ -158,7 +161,9 @@ def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
                     medianprops={"color": colour, "lw": 1.6},
                     whiskerprops={"color": colour}, capprops={"visible": False},
                 )  # fmt: skip
-                for x, points in zip(at, data, strict=True):
+                for x, cases in zip(at, data, strict=True):
+                    many = len(cases) > MOST_POINTS
+                    points = shift.choice(cases, MOST_POINTS, replace=False) if many else cases
                     spread = shift.uniform(-0.22, 0.22, len(points)) * width
                     axes.plot(x + spread, points, ".", ms=3.2, mew=0, color=colour, alpha=0.75)
             axes.set_title(task.show(region))

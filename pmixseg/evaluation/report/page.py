@@ -350,7 +350,17 @@ def _write_tables(beside: Path, tables: list[Tabulation], records: list[Records]
     others = [tabulate(records, m) for m in (ECE, BRIER) if _measured(records, m.name)]
     for table in (*tables, *others):
         stem = f"table_{table.measure.name}"
-        table.frame().to_csv(beside / f"{stem}.csv", index=False)
+        inert(table.frame()).to_csv(beside / f"{stem}.csv", index=False)
         (beside / f"{stem}.tex").write_text(table.latex(comment), encoding="utf-8")
     summaries = [vars(s) for s in region_summaries(records)]
-    pd.DataFrame(summaries).to_csv(beside / "summary.csv", index=False)
+    inert(pd.DataFrame(summaries)).to_csv(beside / "summary.csv", index=False)
+
+
+def inert(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose text no spreadsheet takes for a formula: ``=x`` becomes ``'=x``.
+
+    Example:
+        >>> inert(pd.DataFrame({"run": ["=1+1", "a"], "dice": [-1.0, 2.0]})).values.tolist()
+        [["'=1+1", -1.0], ['a', 2.0]]
+    """
+    return table.map(lambda cell: f"'{cell}" if str(cell)[:1] in tuple("=+@") else cell)
