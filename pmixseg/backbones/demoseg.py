@@ -55,8 +55,10 @@ class ChannelOrder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[b, C, D, H, W]`` to the same shape."""
         y = norm_act(self.conv(x), SLOPE)
-        with torch.no_grad():
-            weights = self.weigh(y.mean((2, 3, 4)).to(self.weigh[0].weight.dtype))
+        # In bfloat16 many weights would be equal, and their order a matter of chance.
+        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+            dtype = next(self.weigh.parameters()).dtype
+            weights = self.weigh(y.to(dtype).mean((2, 3, 4)))
             order = weights.argsort(1, descending=self.descending)
         index = order[:, :, None, None, None].expand_as(y)
         z: Tensor = self.norm(y + y.gather(1, index))
@@ -69,9 +71,9 @@ class Stem(nn.Sequential):
     def __init__(self, width: int, descending: bool) -> None:
         super().__init__(conv_block(1, width, 1, 0.0), ChannelOrder(width, descending))
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]  # encoders give levels
+    def forward(self, x: Tensor) -> list[Tensor]:
         """``[b, 1, D, H, W]`` to ``[b, C, D, H, W]``."""
-        return [super().forward(x)]
+        return [self[1](self[0](x))]
 
 
 class DeMoSeg(Backbone):
@@ -161,7 +163,8 @@ class DeMoSeg(Backbone):
         """Fill every place from the nearest modality that is shown, ``[B, P·C/G, D, H, W]``."""
         features = latents.features[0]
         samples, slots, width = features.shape[:3]
-        grouped = features.unflatten(2, (self.groups, width // self.groups))
+        shape = (samples, slots, self.groups, width // self.groups, *features.shape[3:])
+        grouped = features.reshape(shape)
         usable = latents.usable[0]
         none = usable.new_zeros(samples, self.groups - slots)
         shown = torch.cat([usable[:, self.places], none], 1)  # by place, then places without one
@@ -171,7 +174,8 @@ class DeMoSeg(Backbone):
         source = others.expand(samples, -1, -1).gather(2, first[:, :, None])[:, :, 0]
         slot = torch.tensor(self.places, device=shown.device)[source.clamp_max(slots - 1)]
         rows = torch.arange(samples, device=shown.device)[:, None]
-        return grouped[rows, slot, first].flatten(1, 2)
+        taken: Tensor = grouped[rows, slot, first].flatten(1, 2)
+        return taken
 
     def decode(self, latents: Latents) -> SegOutput:
         """See :meth:`Backbone.decode`."""
