@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.callbacks.gradient_ratio import GradientRatio
+from pmixseg.callbacks.inert import inert_settings, unmoved_weights
 from pmixseg.callbacks.term import TermCallback
 from pmixseg.describe import build
 from pmixseg.errors import InputError
@@ -113,6 +115,8 @@ class PmixAlignment(TermCallback):
         module = cast(SegmentationModule, pl_module)
         term = cast(AlignmentTerm, module.terms[self.name])
         self._check_batch(trainer, term)
+        for sentence in term.inert(self.name, module):
+            rank_zero_warn(sentence)
         if self.ratio is not None:
             if not term.aligned_levels:
                 raise InputError(
@@ -160,6 +164,14 @@ class PmixAlignment(TermCallback):
         if self.ratio is not None:
             self._take_weight()
             pl_module.log(f"{self.name}/weight", self.schedule.weight, rank_zero_only=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that learned weights did not move."""
+        if not self.active or self.anchor is not None:
+            return
+        sentence = unmoved_weights(self.name, cast(SegmentationModule, pl_module))
+        if sentence is not None:
+            rank_zero_warn(sentence)
 
     def _take_weight(self) -> None:
         if self.ratio is not None and not self.ratio.measuring and not self.schedule.weight:
@@ -259,6 +271,14 @@ class AlignmentTerm(Term):
         self.sample = sample
         self.aligned_levels = alignment.levels
         self.measured: tuple[GradientRatio, SegmentationModule] | None = None
+
+    def inert(self, name: str, module: SegmentationModule) -> list[str]:
+        """Return a sentence for each setting that does nothing."""
+        anchor = self._borrowed[0]
+        if isinstance(self.alignment, OfficialAlignment) or anchor is None:
+            return []
+        distance = self.alignment.distance
+        return list(inert_settings(name, distance, anchor, module, sample=self.sample))
 
     def decoded(self, latents: Latents) -> Latents:
         """Samples of the aligned levels, where asked for."""

@@ -1,0 +1,70 @@
+"""Settings of an alignment that do nothing by construction: one sentence each, before or after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pmixseg.losses.anchors import Anchor, MixtureAnchor, NormalAnchor
+from pmixseg.losses.distances import KL, NMSE, VID, Distance
+from pmixseg.modules.base import SegmentationModule
+
+UNIFORM = 1e-3
+"""Weights of an anchor that differ from 1/M by less have not left uniform."""
+
+
+def inert_settings(
+    name: str,
+    distance: Distance,
+    anchor: Anchor,
+    module: SegmentationModule,
+    *,
+    sample: bool,
+) -> Iterator[str]:
+    """Say what will do nothing in a training that begins.
+
+    Args:
+        name: of the alignment, for messages.
+        distance: what it measures.
+        anchor: what it aligns to.
+        module: what is trained.
+        sample: whether the decoder reads samples of the distance's Gaussians.
+    """
+    if (
+        isinstance(distance, VID)
+        and distance.standardised
+        and not (module.draws and module.shows_subsets)
+    ):
+        yield (
+            f"{name}.distance vid gives the latents no gradient where everything acquired is "
+            f"shown, as in this {type(module).__name__}; use another distance."
+        )
+    if isinstance(distance, KL) and distance.with_heads and not sample:
+        yield (
+            f"{name}.distance kl trains heads that can meet the loss without the latents moving; "
+            f"use --{name}.sample true, or another distance."
+        )
+    if isinstance(distance, NMSE) and isinstance(anchor, NormalAnchor):
+        yield (
+            f"{name}.distance nmse to a NormalAnchor only pushes the mean of the latents to 0, "
+            "since it does not see their scale; use another anchor, or the distance mse."
+        )
+
+
+def unmoved_weights(name: str, module: SegmentationModule) -> str | None:
+    """Say that the learned weights of the model's anchor stayed uniform in a training."""
+    anchor = module.anchor
+    if not isinstance(anchor, MixtureAnchor) or not anchor.learned:
+        return None
+    count = len(module.backbone.slots)
+    everything = torch.ones(1, count, dtype=torch.bool, device=module.device)
+    filled = module.fill_levels
+    levels = range(len(module.backbone.channels)) if filled is None else filled
+    weights = torch.stack([anchor.weights(everything, level, detach=True)[0] for level in levels])
+    if count < 2 or float((weights - 1 / count).abs().max()) >= UNIFORM:
+        return None
+    return (
+        f"the learned weights of the anchor stayed uniform (within {UNIFORM:g}), so {name} was "
+        "that of weights: uniform; train longer, with a higher learning rate, or give uniform ones."
+    )
