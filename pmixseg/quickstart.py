@@ -7,9 +7,7 @@ unaligned teacher and the student it teaches. Every step is the library's public
 from __future__ import annotations
 
 import functools
-import logging
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from rich.console import Console
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, GapMonitor, PmixAlignment, RunCheckpoint, RunLogger
+from pmixseg.callbacks.calm import calm
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
@@ -222,12 +221,6 @@ def trainer(run: Path, **arguments: Any) -> Trainer:
         log_every_n_steps=1,
         **arguments,
     )
-
-
-def calm() -> None:
-    """Leave out what Lightning says about its accelerators and products at every fit."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
 
 
 @contextmanager

@@ -119,3 +119,10 @@ def test_the_readme_runs_as_it_stands(tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "out").is_dir()
+
+
+def test_the_laptop_configuration_is_taken():
+    files = [
+        f"--config={ROOT}/experiments/brats2018/{n}.yaml" for n in ("data", "laptop", "student")
+    ]
+    OnlyParsed(["fit", *files, "--data.store=store", "--data.split=Fractions"])
