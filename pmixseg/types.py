@@ -41,6 +41,11 @@ class Batch(TypedDict):
     """Hash of (seed, epoch, index); patch, augmentation and ``present`` follow from it alone."""
     present: NotRequired[Presence]
     """What the network is shown, within ``acquired``."""
+    filled: NotRequired[Presence]
+    """What a teacher's pass on filled slots is shown, within ``acquired``."""
+    drawn: NotRequired[Presence]
+    """A second draw of what the network is shown, in the order of the task, for losses that
+    compare two draws."""
     case: NotRequired[Keys]
     """A number per case, where a loss tells cases apart."""
     of_task: NotRequired[Batch]

@@ -101,7 +101,7 @@ def product_of_gaussians(latents: Latents, level: int) -> tuple[Tensor, Tensor]:
         level: which level.
 
     Returns:
-        Mean and log-variance, float32 ``[B, C, D, H, W]``. With no modality it is the prior.
+        Mean and log-variance, float32 or float64 ``[B, C, D, H, W]``. With no modality it is the prior.
 
     Raises:
         ValueError: the latents have no variances.
@@ -109,8 +109,9 @@ def product_of_gaussians(latents: Latents, level: int) -> tuple[Tensor, Tensor]:
     if latents.log_variance is None:
         raise ValueError("these latents have no log_variance; encode them with a UHVED.")
     flags = latents.flags(level)
-    precision = torch.where(flags, (-latents.log_variance[level].float()).exp(), 0.0)
-    means = torch.where(flags, latents.features[level].float(), 0.0)
+    exact = torch.promote_types(latents.features[level].dtype, torch.float32)
+    precision = torch.where(flags, (-latents.log_variance[level].to(exact)).exp(), 0.0)
+    means = torch.where(flags, latents.features[level].to(exact), 0.0)
     total = 1 + precision.sum(1)
     return (precision * means).sum(1) / total, -total.log()
 

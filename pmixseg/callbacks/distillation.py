@@ -204,6 +204,17 @@ class DistillationTerm(Term):
     def _losses(self) -> dict[str, DistillationLoss]:
         return {name: cast(DistillationLoss, loss) for name, loss in self.terms.items()}
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Move the teacher to the batch, and draw a second time where a loss compares draws."""
+        whole = batch.get("of_task", batch)
+        if self.teacher is not None and self.teacher.device != whole["image"].device:
+            self.teacher.to(whole["image"].device)
+        if not any(loss.lesson == "drawn" for loss in self._losses().values()):
+            return batch
+        key = whole["key"] ^ SECOND_DRAW
+        drawn = self._student.value.draw_present(cast(Batch, {**whole, "key": key}))
+        return cast(Batch, {**batch, "drawn": drawn})
+
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
         """Return the weighted sum of the losses between student and teacher."""
         lessons: dict[tuple[bool, str, bool], SegOutput] = {}
@@ -258,11 +269,9 @@ def _lesson(
     As at test: auxiliary decoders do not run, and nothing in it is random. With extras it is as in
     training, but for the auxiliary decoders of single modalities.
     """
-    batch = batch.get("of_task", batch)
-    seen = batch["acquired"]
-    if drawn:
-        seen = teacher.draw_present(cast(Batch, {**batch, "key": batch["key"] ^ SECOND_DRAW}))
-    image, seen = teacher.columns(batch["image"]), teacher.columns(seen)
+    whole = batch.get("of_task", batch)
+    image = teacher.columns(whole["image"])
+    seen = teacher.columns(batch["drawn"] if drawn else whole["acquired"])
     if with_extras:
         return teacher.decode(teacher.encode(image, seen).slots_only())
     with evaluating(teacher.backbone):

@@ -72,12 +72,16 @@ class RFNetCriterion(Criterion):
             )
         self.fusion_start_epoch = fusion_start_epoch
 
-    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+    def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
         """Sum over all outputs; of the fused one alone in eval mode, which has no others."""
         label = batch["label"]
         if not output.extras:
             return weighted_ce_dice(_probabilities(output.logits), label)
-        fused = float(epoch >= self.fusion_start_epoch)
+        fused = (
+            (epoch >= self.fusion_start_epoch).float()
+            if isinstance(epoch, Tensor)
+            else float(epoch >= self.fusion_start_epoch)
+        )
         single = [
             _enlarged(_probabilities(logits), label)
             for name, logits in output.extras.items()

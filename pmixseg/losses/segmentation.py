@@ -37,13 +37,14 @@ class Criterion(nn.Module, Described, ABC):
     couples_samples: bool = False
 
     @abstractmethod
-    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+    def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
         """Loss of one batch.
 
         Args:
             output: softmax logits ``[B, C, D, H, W]`` and auxiliary outputs.
             batch: ``label`` is ``[B, D, H, W]`` with class indices.
-            epoch: 0-based, for losses that change as training goes on.
+            epoch: 0-based, for losses that change as training goes on. A compiled step gives a
+                tensor: multiply by a comparison instead of branching on it.
         """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
@@ -155,7 +156,7 @@ class DiceCE(Criterion):
         self.hard = DiceCELoss(to_onehot_y=True, **options)
         self.soft = DiceCELoss(to_onehot_y=False, **options)
 
-    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+    def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
         """Weighted mean of the losses of ``logits`` and of every ``ds<k>``; see the class."""
         label = batch["label"]
         total = self._loss(output.logits, label)

@@ -40,7 +40,7 @@ class ShaSpecCriterion(Criterion):
         self.shared_weight, self.specific_weight = shared_weight, specific_weight
         self.segmentation = DiceCE()
 
-    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+    def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
         """Return the segmentation loss and ShaSpec's two auxiliary losses."""
         total = self.segmentation(output, batch, epoch)
         if "shared" not in output.extras:

@@ -45,6 +45,13 @@ class Term(nn.Module, ABC):
                 ``[B, M]`` in the order of the latents' slots; ``of_task`` has all modalities.
         """
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Add to a batch what must not be computed in a compiled step; the batch itself here.
+
+        Called before every training step: for random draws, and for what is read off names.
+        """
+        return batch
+
     def decoded(self, latents: Latents) -> Latents:
         """What the decoder reads instead of ``latents`` in a training step; they themselves here.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pmixseg.errors import InputError
 from pmixseg.losses.segmentation import Criterion, DiceCE, refuse_negative
@@ -40,12 +41,13 @@ class UHVEDCriterion(Criterion):
         self.kl_weight, self.reconstruction_weight = kl_weight, reconstruction_weight
         self.segmentation = DiceCE()
 
-    def forward(self, output: SegOutput, batch: Batch, epoch: int) -> Scalar:
+    def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
         """Return the segmentation loss, U-HVED's divergence and its reconstruction loss."""
         total = self.segmentation(output, batch, epoch)
         if "reconstruction" not in output.extras:
             return total
-        rebuilt, image = output.extras["reconstruction"].float(), batch["image"].float()
+        rebuilt, image = output.extras["reconstruction"], batch["image"].float()
+        rebuilt = rebuilt.to(torch.promote_types(rebuilt.dtype, torch.float32))
         if rebuilt.shape != image.shape:
             raise InputError(
                 f"UHVEDCriterion: the network rebuilds {rebuilt.shape[1]} of {image.shape[1]} "

@@ -24,7 +24,9 @@ from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
+from pmixseg.modules.compilation import Compile, CompiledStep, Losses, plan
 from pmixseg.modules.divergence import FiniteLoss
+from pmixseg.modules.loss_log import EpochMeans, LateValue
 from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.modules.optimization import (
     Schedule,
@@ -65,7 +67,11 @@ class SegmentationModule(SegmentationNetwork):
         scheduler: a :class:`~pmixseg.modules.optimization.Schedule` over all steps, or any
             PyTorch scheduler's constructor, stepped per epoch.
         evaluation: windows, conventions and post-processing of validation and test.
-        compile: compile ``encode`` and ``decode`` (separately: the module calls both directly).
+        compile: whether ``torch.compile`` makes one graph of the training step (encode, fill,
+            decode, criterion and terms), with CUDA graphs where that is possible, and of
+            ``encode`` and ``decode`` in evaluation. ``auto``: the step alone, on a GPU, in
+            trainings of a thousand steps or more. Where compiling fails, a warning says so and
+            nothing is compiled.
 
     Raises:
         InputError: an argument that no checkpoint can hold, or a backbone of another task.
@@ -83,7 +89,7 @@ class SegmentationModule(SegmentationNetwork):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | Schedule | None = None,
         evaluation: EvaluationSettings | None = None,
-        compile: bool = False,
+        compile: Compile = "auto",
     ) -> None:
         super().__init__(task, backbone, fill, anchor, fill_levels, sampler, evaluation, compile)
         self.criterion: Criterion = build(criterion) or DiceCE()
@@ -93,6 +99,8 @@ class SegmentationModule(SegmentationNetwork):
             self.remember(scheduler=self.make_scheduler)  # with the direction of its metric
         self.terms = nn.ModuleDict()
         self.term_weights: dict[str, TermWeight] = {}
+        self._step: CompiledStep | None = None
+        self._means, self._late_loss = EpochMeans(), LateValue()
         self._lent: dict[str, bool] = {}
         self._settings: TrainingSettings | None = None
         self._rate_changed = False
@@ -113,38 +121,70 @@ class SegmentationModule(SegmentationNetwork):
     def draw_present(self, batch: Batch) -> Presence:
         """What each training sample shows, ``[B, M]`` in task order, from its key alone."""
 
-    def segmentation_loss(self, output: SegOutput, batch: Batch) -> Scalar:
+    def segmentation_loss(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
         """Criterion in float32 on the main output."""
-        return self.criterion(output, batch, self.current_epoch)
+        return self.criterion(output, batch, epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Criterion + Σ weight · term; every term sees the latents before the fill."""
+        """Draw what the network is shown, then compute the loss."""
         batch = self.own_batch(cast(Batch, {**batch, "present": self.draw_present(batch)}))
-        present = batch["present"]
-        # What a term may look at and the network may not is encoded, but never decoded.
-        wanted = any(isinstance(t, Term) and t.needs_acquired for t in self.terms.values())
-        wanted = wanted or self.encodes_hidden or self.backbone.needs_acquired
-        look = wanted and self.shares_encoding
-        seen = batch["acquired"] if look else present
-        latents = self.encode(batch["image"], seen).with_brain(batch["of_task"]["image"])
-        read = latents
         for term in self.terms.values():
-            read = cast(Term, term).decoded(read)
-        decoded = self.decode_subset(read, present) if look else self.decode(read)
+            batch = cast(Term, term).prepare(batch)
+        weights = {name: w.at(self.current_epoch) for name, w in self.term_weights.items()}
+        losses = self.losses if self._step is None else self._step
+        total, values, names = losses(batch, self.current_epoch, weights)
+        self._watch(dict(zip(names[:-1], values[:-1].unbind(), strict=True)))  # not the sum
+        self._log_losses(total, values, names, len(batch["image"]))
+        return total
+
+    def losses(
+        self, batch: Batch, epoch: int | Tensor, weights: Mapping[str, float | Tensor]
+    ) -> Losses:
+        """Criterion + Σ weight · term; every term sees the latents before the fill.
+
+        Nothing here asks for a tensor's value, so that a compiler can make one graph of it.
+
+        Args:
+            batch: with ``present``; see :meth:`own_batch`.
+            epoch: 0-based; a tensor where the step is compiled.
+            weights: of the terms, in this epoch.
+        """
+        # What a term may look at and the network may not is encoded, but never decoded.
+        encode_all = self.needs_hidden and self.shares_encoding
+        encoded_mask = batch["acquired"] if encode_all else batch["present"]
+        latents = self.encode(batch["image"], encoded_mask)
+        if self.terms:
+            latents = latents.with_brain(batch["of_task"]["image"])
+        decoder_input = latents
+        for term in self.terms.values():
+            decoder_input = cast(Term, term).decoded(decoder_input)
+        if encode_all:
+            decoded = self.decode_subset(decoder_input, batch["present"])
+        else:
+            decoded = self.decode(decoder_input)
         output = replace(decoded, latents=latents)
 
-        parts: dict[str, Tensor] = {"seg": self.segmentation_loss(output, batch)}
-        total = parts["seg"] + self.extra_loss(latents, batch, parts)
+        parts: dict[str, Tensor] = {"seg": self.segmentation_loss(output, batch, epoch)}
+        total = parts["seg"] + self.extra_loss(latents, batch, epoch, parts)
         for name, term in self.terms.items():
             value = term(output, batch)
             parts[name] = value
             for part, number in cast(Term, term).parts.items():
                 parts[f"{name}/{part}"] = number
-            total = total + self.term_weights[name].at(self.current_epoch) * value
-        total = total + self._touch_every_parameter()
-        self._watch(parts)
-        self._log_losses(total, parts, len(batch["case_id"]))
-        return total
+            cast(Term, term).parts = {}  # nothing of a step outlives it
+            total = total + weights[name] * value
+        if self._several_processes():
+            total = total + self._touch_every_parameter()
+        parts["loss"] = total
+        values = torch.stack([part.detach().float() for part in parts.values()])
+        return total, values, tuple(parts)
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether training reads latents of what is acquired and not shown."""
+        if self.encodes_hidden or self.backbone.needs_acquired:
+            return True
+        return any(cast(Term, term).needs_acquired for term in self.terms.values())
 
     def _watch(self, parts: dict[str, Tensor]) -> None:
         """Notice a loss that is not finite; on a CPU at once, elsewhere without waiting for it."""
@@ -177,9 +217,14 @@ class SegmentationModule(SegmentationNetwork):
         """Segment from the slots ``shown`` of an encoding that may hold more (training only)."""
         return self.decode(latents.restrict(shown))
 
-    def extra_loss(self, latents: Latents, batch: Batch, parts: dict[str, Tensor]) -> Tensor:
+    def extra_loss(
+        self, latents: Latents, batch: Batch, epoch: int | Tensor, parts: dict[str, Tensor]
+    ) -> Tensor:
         """A further loss on the same encoding, already weighted; 0 by default."""
         return latents.features[0].new_zeros((), dtype=torch.float32)
+
+    def _several_processes(self) -> bool:
+        return self._trainer is not None and self.trainer.world_size > 1
 
     def _touch_every_parameter(self) -> Tensor:
         # DDP waits for the gradient of every parameter on every rank, and ranks skip different
@@ -187,11 +232,23 @@ class SegmentationModule(SegmentationNetwork):
         sums = [p.sum(dtype=torch.float32) for p in self.parameters() if p.requires_grad]
         return torch.stack(sums).sum() * 0.0
 
-    def _log_losses(self, total: Tensor, parts: dict[str, Tensor], size: int) -> None:
-        values = {f"train/{k}": v.detach() for k, v in parts.items()}
-        values["train/loss"] = total.detach()
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=size)
+    def on_after_backward(self) -> None:
+        """Give parameters that this step did not use a gradient of 0.
+
+        Optimizers pass over a parameter without one: its momentum and weight decay would wait for
+        the next step that uses it, and a training would depend on which encoders are skipped.
+        """
+        for parameter in self.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _log_losses(
+        self, total: Tensor, values: Tensor, names: tuple[str, ...], samples: int
+    ) -> None:
+        self._means.add(names, values, samples)
+        late = self._late_loss.put(total)
+        if late is not None and self._trainer is not None:
+            self.log("loss", late, prog_bar=True, logger=False, batch_size=samples)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from (seed, rank, epoch, step): a resumed run repeats the same randomness."""
@@ -205,12 +262,14 @@ class SegmentationModule(SegmentationNetwork):
         return int(getattr(data, "seed", 0) or 0)
 
     def on_train_epoch_end(self) -> None:
-        """Log the anchor's weights where it fills, to see them leave the uniform mixture.
+        """Log the mean losses, and the weights of an anchor that fills and learns.
 
         Raises:
             InputError: the loss was not finite; no checkpoint of this epoch is written.
         """
         self._finite.check(self.lr)
+        means = self._means.settle()
+        self.log_dict({f"train/{name}": mean for name, mean in means.items()}, sync_dist=True)
         if not isinstance(self.anchor, MixtureAnchor) or not self.anchor.learned:
             return
         everything = torch.ones(1, len(self.backbone.slots), dtype=torch.bool, device=self.device)
@@ -294,6 +353,9 @@ class SegmentationModule(SegmentationNetwork):
                 "create them in __init__ or a callback's setup, before configure_optimizers."
             )
         self.repairs = repair_gradients(self)
+        self._means, self._late_loss = EpochMeans(), LateValue()
+        how = plan(self.compile_setting, self.device, self.trainer)
+        self._step = None if how is None else CompiledStep(self.losses, how, self)
         if self._rate_changed:  # by LearningRateFinder, which does not know the schedule
             self.trainer.strategy.setup_optimizers(self.trainer)
         self._settings = TrainingSettings.of(self.trainer)
@@ -310,7 +372,8 @@ class SegmentationModule(SegmentationNetwork):
             self._settings.apply(self.trainer, self._pending)
 
     def on_fit_end(self) -> None:
-        """Leave torch's layers as they were found."""
+        """Leave torch's layers as they were found, and let go of compiled graphs."""
+        self._step = None
         for repair in self.repairs:
             repair.remove()
 

@@ -35,6 +35,7 @@ from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
+from pmixseg.modules.compilation import Compile
 from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.preparation import Preparation, seen_cases
 from pmixseg.modules.recording import Recording, warn_without_label
@@ -65,7 +66,7 @@ class SegmentationNetwork(LightningModule, Described):
         fill_levels: Sequence[int] | None,
         sampler: MissingnessSampler | None,
         evaluation: EvaluationSettings | None,
-        compile: bool,
+        compile: Compile,
     ) -> None:
         super().__init__()
         self.task = Task.from_dict(task) if isinstance(task, Mapping) else task
@@ -86,7 +87,8 @@ class SegmentationNetwork(LightningModule, Described):
         self.seen: list[SeenCase] = []
         self.validation_dice = CaseMeans([len(self.task.regions)])
         self._encode, self._decode = self.backbone.encode, self.backbone.decode
-        if compile:
+        self.compile_setting: Compile = compile
+        if compile is True:
             # A compiled backbone would be bypassed: encode and decode are called, not forward.
             # Patches and windows have one size each: symbolic ones only let inductor fail.
             self._encode = torch.compile(self.backbone.encode, dynamic=False)
@@ -188,7 +190,9 @@ class SegmentationNetwork(LightningModule, Described):
         """
         if self.modalities == self.task.modalities:
             return of_task
-        return of_task[:, [self.task.modalities.index(m) for m in self.modalities]]
+        # Not by a list of numbers: a GPU would wait for them.
+        own = [of_task[:, self.task.modalities.index(m)] for m in self.modalities]
+        return torch.stack(own, 1)
 
     # ---------------------------------------------------------------- validation, test, predict
 

@@ -35,6 +35,7 @@ class StudentModule(SegmentationModule):
     def __init__(self, combination: str | Sequence[str] | None = None, **kwargs: Any) -> None:
         self.combination = combination
         self.draws = combination is None or kwargs.get("sampler") is not None
+        self._seen: set[str] = set()
         super().__init__(**kwargs)
 
     def select_modalities(self) -> tuple[str, ...]:
@@ -54,17 +55,27 @@ class StudentModule(SegmentationModule):
         Raises:
             InputError: a training case has none of the student's modalities.
         """
-        allowed = torch.tensor(presence(self.modalities, self.task.modalities))
-        usable = batch["acquired"] & allowed.to(batch["acquired"].device)
-        if not bool(usable.any(dim=1).all()):
-            lost = [c for c, u in zip(batch["case_id"], usable.any(dim=1), strict=True) if not u]
+        usable = batch["acquired"]
+        if self.modalities != self.task.modalities:
+            flags = presence(self.modalities, self.task.modalities)
+            usable = torch.stack([u & f for u, f in zip(usable.unbind(1), flags, strict=True)], 1)
+        self._check_cases(batch["case_id"], usable)
+        if not self.draws:
+            return usable
+        return self.sampler.draw(batch["key"], usable, self.task.modalities)
+
+    def _check_cases(self, names: Sequence[str], usable: Presence) -> None:
+        # A case keeps what it has for a whole training: one look at each is enough, where looking
+        # means waiting for a GPU.
+        if usable.device.type == "cuda" and self._seen.issuperset(names):
+            return
+        lost = [name for name, some in zip(names, usable.any(1).tolist(), strict=False) if not some]
+        if lost:
             raise InputError(
                 f"case '{lost[0]}' has none of {list(self.modalities)}, which this student needs; "
                 "leave it out of the training split."
             )
-        if not self.draws:
-            return usable
-        return self.sampler.draw(batch["key"], usable, self.task.modalities)
+        self._seen.update(names)
 
     def validation_combinations(self, item: CaseItem) -> list[Combination]:
         """Return what ``evaluation.validation`` says, of what was acquired.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -39,15 +39,28 @@ class TeacherModule(SegmentationModule):
         """Everything acquired: what it is trained for."""
         return [self.acquired_names(item)]
 
-    def extra_loss(self, latents: Latents, batch: Batch, parts: dict[str, Tensor]) -> Tensor:
+    def own_batch(self, batch: Batch) -> Batch:
+        """See :class:`~pmixseg.modules.base.SegmentationModule`; ``filled`` is the subset A'."""
+        own = super().own_batch(batch)
+        if not self._learns_weights:
+            return own
+        filled = self.sampler.draw(own["key"], own["acquired"], self.modalities)
+        return cast(Batch, {**own, "filled": filled})
+
+    @property
+    def _learns_weights(self) -> bool:
+        return self.anchor is not None and self.anchor.learned and self.fill_weight > 0
+
+    def extra_loss(
+        self, latents: Latents, batch: Batch, epoch: int | Tensor, parts: dict[str, Tensor]
+    ) -> Tensor:
         """λ_w · L_seg of the same encoding, decoded from a drawn subset with filled slots."""
-        if self.anchor is None or not self.anchor.learned or not self.fill_weight:
-            return super().extra_loss(latents, batch, parts)
-        drawn = self.sampler.draw(batch["key"], batch["acquired"], self.modalities)
+        if "filled" not in batch:
+            return super().extra_loss(latents, batch, epoch, parts)
         # Auxiliary decoders of single modalities have seen these latents in the main pass.
-        hidden = latents.slots_only().restrict(drawn)
+        hidden = latents.slots_only().restrict(batch["filled"])
         output = self.decode(hidden)
-        parts["seg_filled"] = self.segmentation_loss(output, batch)
+        parts["seg_filled"] = self.segmentation_loss(output, batch, epoch)
         return self.fill_weight * parts["seg_filled"]
 
     def anchor_gets_gradient(self) -> bool:

@@ -38,6 +38,7 @@ def batch_of(label, present=None, case_id=None):
         "present": every if present is None else present,
         "acquired": every,
         "case_id": case_id or [f"case{i}" for i in range(label.shape[0])],
+        "case": torch.tensor([hash(c) for c in case_id or range(label.shape[0])]),
     }
 
 

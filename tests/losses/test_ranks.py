@@ -88,7 +88,7 @@ def make_batch():
         "acquired": torch.tensor(rows, dtype=torch.bool),
         "present": torch.tensor(shown, dtype=torch.bool),
         "label": torch.randint(0, 3, (4, 2, 2, 3), generator=generator),
-        "case_id": ["a", "b", "a", "c"],
+        "case": torch.tensor([1, 2, 1, 3]),
     }
 
 

@@ -28,12 +28,9 @@ PRESENT = torch.tensor([[True, False, True, True], [True, False, False, False]])
 )
 def test_static_and_lean_criteria_agree(make, criterion, epoch):
     torch.manual_seed(0)
-    net = make().train()
-    # A product of Gaussians is always float32.
-    dtype = torch.float32 if isinstance(net, UHVED) else torch.float64
-    net = net.to(dtype)
+    net = make().double().train()
     batch = {
-        "image": torch.randn(2, 4, 16, 16, 16, dtype=dtype),
+        "image": torch.randn(2, 4, 16, 16, 16, dtype=torch.float64),
         "label": torch.randint(0, 4, (2, 16, 16, 16)),
     }
     output = net(batch["image"], PRESENT)

@@ -47,6 +47,7 @@ def test_every_parameter_has_a_gradient_even_where_encoders_are_skipped(make, ba
     batch["acquired"][:, 1:] = False
     module = make(backbone=tiny())
     step(module, batch).backward()
+    module.on_after_backward()
     assert [n for n, p in module.named_parameters() if p.grad is None] == []
 
 

@@ -1,0 +1,164 @@
+"""The training step as one compiled graph: when it pays, how, and what happens if it fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from pmixseg.types import Batch
+
+Compile = bool | Literal["auto"]
+Losses = tuple[Tensor, Tensor, tuple[str, ...]]
+"""The loss of a step, its parts in one vector, and their names."""
+LossFunction = Callable[[Batch, int | Tensor, Mapping[str, float | Tensor]], Losses]
+
+FEWEST_STEPS = 1000
+"""Steps of a training below which compiling (a minute or more) would cost more than it saves."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a training step is compiled.
+
+    Args:
+        cuda_graphs: replay whole graphs, so that the host starts one operation instead of
+            thousands.
+        whole: refuse to break the graph; several processes must, to exchange sums.
+    """
+
+    cuda_graphs: bool
+    whole: bool
+
+    @property
+    def mode(self) -> str | None:
+        """The mode of ``torch.compile``."""
+        return "reduce-overhead" if self.cuda_graphs else None
+
+    def __str__(self) -> str:
+        return "CUDA graphs" if self.cuda_graphs else "without CUDA graphs"
+
+
+def plan(setting: Compile, device: torch.device, trainer: Trainer) -> Plan | None:
+    """Decide whether and how a training compiles its step.
+
+    Args:
+        setting: ``model.compile``.
+        device: where the training runs.
+        trainer: knows the number of steps and processes.
+
+    Returns:
+        ``None``: it does not.
+    """
+    if setting is False or (setting == "auto" and not _pays(device, trainer)):
+        return None
+    alone = trainer.world_size == 1
+    # Gradients that outlive a step would lie in memory that the next replay overwrites.
+    replays = device.type == "cuda" and alone and trainer.accumulate_grad_batches == 1
+    return Plan(cuda_graphs=replays, whole=alone)
+
+
+def _pays(device: torch.device, trainer: Trainer) -> bool:
+    if device.type != "cuda" or trainer.estimated_stepping_batches < FEWEST_STEPS:
+        return False
+    from torch.utils._triton import has_triton  # no public question; part of torch since 2.1
+
+    return bool(has_triton())
+
+
+class CompiledStep:
+    """Computes the losses of training steps, compiled if possible.
+
+    The first call also compiles the backward pass, on a trial whose effects on random state and
+    buffers are undone, so that a failure of the compiler shows before it can spoil a step.
+
+    Args:
+        losses: the function to compile; it asks for no tensor's value.
+        how: see :class:`Plan`.
+        module: owner of the parameters.
+    """
+
+    def __init__(self, losses: LossFunction, how: Plan, module: nn.Module) -> None:
+        self.plain, self.plan = losses, how
+        self.compiled: LossFunction | None = torch.compile(
+            losses, fullgraph=how.whole, dynamic=False, mode=how.mode
+        )
+        self._module = (module,)
+        self._tried = False
+        self._scalars: tuple[Any, int | Tensor, dict[str, float | Tensor]] | None = None
+        if not how.whole:
+            # DDP would cut the graph at its buckets; one graph per backward pass is faster here.
+            torch._dynamo.config.optimize_ddp = False
+
+    def __call__(self, batch: Batch, epoch: int, weights: Mapping[str, float]) -> Losses:
+        """Losses of one step."""
+        if self.compiled is None:
+            return self.plain(batch, epoch, weights)
+        device = batch["image"].device
+        tensors, (number, factors) = _tensors(batch), self._on(device, epoch, weights)
+        if not self._tried:
+            self._tried = True
+            self._try(tensors, number, factors)
+            return self(batch, epoch, weights)
+        if self.plan.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # untyped in torch
+        return self.compiled(tensors, number, factors)
+
+    def _on(
+        self, device: torch.device, epoch: int, weights: Mapping[str, float]
+    ) -> tuple[int | Tensor, dict[str, float | Tensor]]:
+        """Numbers as tensors: a graph would be compiled anew for each value of a number."""
+        key = (device, epoch, tuple(weights.items()))
+        if self._scalars is None or self._scalars[0] != key:
+            made: dict[str, float | Tensor] = {
+                name: torch.tensor(weight, device=device) for name, weight in weights.items()
+            }
+            self._scalars = (key, torch.tensor(epoch, device=device), made)
+        return self._scalars[1:]
+
+    def _try(self, batch: Batch, epoch: Any, weights: Mapping[str, Any]) -> None:
+        assert self.compiled is not None
+        module, device, start = self._module[0], batch["image"].device, time.perf_counter()
+        devices = [device] if device.type == "cuda" else []
+        kept = [buffer.clone() for buffer in module.buffers()]
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        try:
+            with torch.random.fork_rng(devices):
+                total = self.compiled(batch, epoch, weights)[0]
+                with torch.autocast(device.type, enabled=False):
+                    torch.autograd.grad(total, parameters, allow_unused=True)
+        except Exception as error:  # whatever a compiler, a C++ compiler or a driver raises
+            self.compiled = None
+            rank_zero_warn(
+                f"The training step could not be compiled ({_first_line(error)}), so it runs "
+                "uncompiled; model.compile: false spares the attempt."
+            )
+        else:
+            rank_zero_info(
+                f"Training step compiled in {time.perf_counter() - start:.0f} s ({self.plan}); "
+                "model.compile: false turns it off."
+            )
+        finally:
+            with torch.no_grad():
+                for buffer, before in zip(module.buffers(), kept, strict=True):
+                    buffer.copy_(before)
+
+
+def _tensors(batch: Mapping[str, Any]) -> Any:
+    """A batch without its names, which would be compiled into the graph."""
+    kept = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+    if "of_task" in batch:
+        kept["of_task"] = _tensors(batch["of_task"])
+    return kept
+
+
+def _first_line(error: Exception) -> str:
+    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    return f"{type(error).__name__}: {text[:160].rstrip('.')}"

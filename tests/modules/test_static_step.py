@@ -1,0 +1,194 @@
+"""The training step of a GPU, as far as a CPU can show it: static, whole, equal to the lean one."""
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from pmixseg.backbones import UHVED, EarlyFusion, MMFormer, MultiEncoderUNet, RFNet, ShaSpec
+from pmixseg.callbacks import Distillation, PmixAlignment
+from pmixseg.execution import as_on_gpu
+from pmixseg.losses import DiceCE, LogitKL, MixtureAnchor
+from pmixseg.losses.rfnet import RFNetCriterion
+from pmixseg.losses.shaspec import ShaSpecCriterion
+from pmixseg.losses.term import TermWeight
+from pmixseg.losses.uhved import UHVEDCriterion
+from pmixseg.modules import StudentModule, TeacherModule
+from pmixseg.modules.compilation import CompiledStep, Plan
+
+SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
+SMALL = {"width": 4, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
+BACKBONES = {
+    "unet": (lambda: MultiEncoderUNet(width=4, levels=2, deep_supervision=True), DiceCE, 16),
+    "rfnet": (lambda: RFNet(width=4), RFNetCriterion, 16),
+    "mmformer": (lambda: MMFormer(**SMALL), RFNetCriterion, 32),
+    "uhved": (lambda: UHVED(width=4), UHVEDCriterion, 16),
+    "shaspec": (lambda: ShaSpec(width=4, levels=2), ShaSpecCriterion, 16),
+    "early": (lambda: EarlyFusion(SEGRESNET), DiceCE, 32),
+}
+PATTERNS = ([[1, 1, 1, 1], [1, 0, 1, 1]], [[0, 1, 0, 0], [1, 0, 0, 1]], [[0, 0, 1, 0]] * 2)
+
+
+def module_of(name, kind, fill, aligned, taught):
+    """A module with its terms, as a training would have it."""
+    make, criterion, _ = BACKBONES[name]
+    torch.manual_seed(0)
+    backbone = make()
+    own = name in ("uhved", "shaspec", "early")
+    module = kind(backbone=backbone, criterion=criterion(), fill="zero" if own else fill)
+    if aligned and name != "early":
+        anchor = None if module.anchor is not None else MixtureAnchor(weights="uniform")
+        term = PmixAlignment(weight=0.1, anchor=anchor).build_term(module)
+        module.add_term("align", term, TermWeight(0.1))
+    if taught:
+        teacher = TeacherModule(backbone=make())
+        terms = {"logit": LogitKL()} if name == "early" else None
+        term = Distillation(teacher, weight=1.0, terms=terms).build_term(module)
+        module.add_term("distill", term, TermWeight(0.5, warmup_epochs=3))
+    return module.train()
+
+
+def batch_of(name, number, pattern=((1, 1, 1, 1), (1, 1, 1, 1))):
+    side, torch_generator = BACKBONES[name][2], torch.Generator().manual_seed(number)
+    acquired = torch.tensor(pattern, dtype=torch.bool)
+    image = torch.randn(2, 4, side, side, side, generator=torch_generator)
+    return {
+        "image": image * acquired[:, :, None, None, None],
+        "label": torch.randint(0, 4, (2, side, side, side), generator=torch_generator),
+        "case_id": [f"a{number}", f"b{number}"],
+        "acquired": acquired,
+        "key": torch.tensor([2 * number, 2 * number + 1]),
+    }
+
+
+@pytest.fixture(autouse=True)
+def same_noise(monkeypatch):
+    """Noise that does not depend on the order of a volume in memory."""
+    monkeypatch.setattr(
+        torch, "randn_like", lambda x: torch.linspace(-1, 1, x.numel()).view(x.shape)
+    )
+
+
+def three_steps(module, name):
+    module.log = lambda *args, **kwargs: None
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, eps=1e-3)
+    losses = []
+    for number, pattern in enumerate(PATTERNS):
+        optimizer.zero_grad()
+        batch = batch_of(name, number, pattern)
+        batch["image"] = batch["image"].to(next(module.parameters()).dtype)
+        loss = module.training_step(batch, number)
+        loss.backward()
+        module.on_after_backward()
+        if number == 0:
+            gradients = {n: p.grad.clone() for n, p in module.named_parameters()}
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), gradients, dict(module.named_parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("kind", [TeacherModule, StudentModule])
+def test_static_and_lean_steps_give_equal_losses_gradients_and_weights(name, kind):
+    near = {"rtol": 1e-6, "atol": 1e-8}
+    plan = (name, kind, "anchor", True, False)
+    losses, gradients, weights = three_steps(module_of(*plan).double(), name)
+    with as_on_gpu():
+        static = three_steps(module_of(*plan).double(), name)
+    torch.testing.assert_close(static[0], losses, **near)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(static[1][key], gradient, **near, msg=lambda m, k=key: k + m)
+    for key, weight in weights.items():
+        torch.testing.assert_close(static[2][key], weight, **near, msg=lambda m, k=key: k + m)
+
+
+ROWS = list(
+    itertools.product(
+        BACKBONES,
+        (TeacherModule, StudentModule),
+        ("anchor", "zero"),
+        (False, True),
+        (False, True),
+    )
+)
+
+
+def row_id(name, kind, fill, aligned, taught):
+    return "-".join([name, kind.__name__[:7], fill, "align" * aligned, "distill" * taught])
+
+
+def is_quick(name, kind, fill, aligned, taught):
+    """The fullest step of every backbone; the rest of the matrix is marked slow."""
+    return fill == "anchor" and aligned and taught == (kind is StudentModule)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, marks=() if is_quick(*r) else pytest.mark.slow, id=row_id(*r)) for r in ROWS],
+)
+def test_a_step_is_one_graph_compiled_once_for_every_pattern_and_epoch(row, monkeypatch):
+    name = row[0]
+    module = module_of(*row)
+    module.log = lambda *args, **kwargs: None
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode=None, **given: compiled(f, backend=counter, **given)
+    )
+    module._step = CompiledStep(module.losses, Plan(cuda_graphs=False, whole=True), module)
+    for epoch, pattern in enumerate(PATTERNS):
+        monkeypatch.setattr(type(module), "current_epoch", epoch, raising=False)
+        torch.manual_seed(1)
+        loss = module.training_step(batch_of(name, epoch, pattern), epoch)
+        assert module._step.compiled is not None, "the compiler failed"
+        with as_on_gpu():
+            plain = module.losses(
+                *compiled_arguments(module, batch_of(name, epoch, pattern), epoch)
+            )[0]
+        torch.testing.assert_close(loss, plain, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+def compiled_arguments(module, batch, epoch):
+    batch = module.own_batch({**batch, "present": module.draw_present(batch)})
+    for term in module.terms.values():
+        batch = term.prepare(batch)
+    return batch, epoch, {name: w.at(epoch) for name, w in module.term_weights.items()}
+
+
+def test_no_value_of_a_tensor_is_asked_for(monkeypatch):
+    module = module_of("rfnet", StudentModule, "anchor", True, True)
+    arguments = compiled_arguments(module, batch_of("rfnet", 0), 0)
+
+    def refused(*args):
+        raise AssertionError("a step asked for a tensor's value")
+
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, refused)
+    with as_on_gpu():
+        module.losses(*arguments)
+
+
+def test_a_failure_of_the_compiler_is_one_sentence_and_leaves_no_trace(monkeypatch):
+    module = module_of("unet", StudentModule, "anchor", False, False)
+    module.log = lambda *args, **kwargs: None
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here.\nMuch more.")
+
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode=None, **given: compiled(f, backend=broken, **given)
+    )
+    torch.compiler.reset()
+    batch = batch_of("unet", 0)
+    torch.manual_seed(3)
+    wanted = module.training_step(batch, 0), torch.rand(1)
+    module._step = CompiledStep(module.losses, Plan(cuda_graphs=False, whole=True), module)
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match=r"could not be compiled .*; model.compile: false spares"):
+        found = module.training_step(batch, 0), torch.rand(1)
+    torch.testing.assert_close(found, wanted)
+    assert module._step.compiled is None
