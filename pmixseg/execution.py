@@ -39,4 +39,6 @@ def runs_static(x: Tensor) -> bool:
     a graph for each pattern; both compute every slot and mask it. A CPU skips what is absent, and
     so does an export, which is of one combination.
     """
-    return not runs_lean(x) and not torch.compiler.is_exporting()
+    # Until torch 2.11 a compiler, too, is told that it is exporting.
+    exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return not runs_lean(x) and not exports

@@ -101,7 +101,8 @@ def product_of_gaussians(latents: Latents, level: int) -> tuple[Tensor, Tensor]:
         level: which level.
 
     Returns:
-        Mean and log-variance, float32 or float64 ``[B, C, D, H, W]``. With no modality it is the prior.
+        Mean and log-variance, float32 or float64 ``[B, C, D, H, W]``; with no modality the
+        prior's.
 
     Raises:
         ValueError: the latents have no variances.

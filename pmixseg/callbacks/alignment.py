@@ -297,5 +297,6 @@ class AlignmentTerm(Term):
         if self.eager and self.measured is not None and value.requires_grad:
             ratio, module = self.measured
             features = [latents.features[level] for level in self.aligned_levels]
-            ratio.measure(module.segmentation_loss(output, batch), value, features)
+            loss = module.segmentation_loss(output, batch, module.current_epoch)
+            ratio.measure(loss, value, features)
         return value

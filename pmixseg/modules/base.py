@@ -131,7 +131,8 @@ class SegmentationModule(SegmentationNetwork):
         for term in self.terms.values():
             batch = cast(Term, term).prepare(batch)
         weights = {name: w.at(self.current_epoch) for name, w in self.term_weights.items()}
-        losses = self.losses if self._step is None else self._step
+        eager = any(cast(Term, term).eager for term in self.terms.values())
+        losses = self.losses if self._step is None or eager else self._step
         total, values, names = losses(batch, self.current_epoch, weights)
         self._watch(dict(zip(names[:-1], values[:-1].unbind(), strict=True)))  # not the sum
         self._log_losses(total, values, names, len(batch["image"]))

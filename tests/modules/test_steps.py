@@ -103,6 +103,7 @@ def test_learned_anchor_gets_its_gradient_from_the_segmentation_loss(batch):
     silent = TeacherModule(backbone=tiny(), fill_weight=0.0)
     batch["acquired"][:] = True
     step(silent, batch).backward()
+    silent.on_after_backward()
     assert all(p.grad.abs().sum() == 0 for p in silent.anchor.parameters())
     assert not silent.anchor_gets_gradient()
     assert teacher.anchor_gets_gradient()
