@@ -53,7 +53,7 @@ class Watch(Callback):
             value = inner(term, output, batch)
             features = [output.latents.features[level] for level in term.aligned_levels]
             pair = []
-            for loss in (module.segmentation_loss(output, batch), value):
+            for loss in (module.segmentation_loss(output, batch, 0), value):
                 grads = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
                 pair.append(sum(float(g.square().sum()) for g in grads if g is not None) ** 0.5)
             self.norms.append(pair)

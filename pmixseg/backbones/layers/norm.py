@@ -133,12 +133,12 @@ class _PlainNormAct(torch.autograd.Function):
             EPSILON,
             needs,
         )
-        if len(x) > 1:
-            to_weight, to_bias = (
-                part if part is None else part.view(len(x), -1).sum(0)
-                for part in (to_weight, to_bias)
-            )
-        return to_x.view(x.shape), None, to_weight, to_bias
+        # Some kernels return gradients that nobody asked for.
+        affine = [
+            part.view(len(x), -1).sum(0) if need else None
+            for part, need in zip((to_weight, to_bias), needs[1:], strict=True)
+        ]
+        return to_x.view(x.shape), None, *affine
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
