@@ -55,9 +55,15 @@ def unpack(raw: bytes, enough: int) -> bytes:
     length = 0
     while length < enough and is_packed(raw):
         unpacking = isal_zlib.decompressobj(wbits=31)
-        # One byte more than there is: isal needs room to see the end.
-        parts.append(unpacking.decompress(raw, limit - length + 1))
+        # The last four bytes say how much there is, so that it is allocated once; a damaged file
+        # may say anything. One byte more: isal needs room to see the end.
+        promised = int.from_bytes(raw[-4:], "little")
+        parts.append(unpacking.decompress(raw, min(promised, limit - length) + 1))
         length += len(parts[-1])
+        if not unpacking.eof and unpacking.unconsumed_tail:
+            rest = unpacking.decompress(unpacking.unconsumed_tail, limit - length + 1)
+            parts.append(rest)
+            length += len(rest)
         if length > limit:
             raise TooLong(f"it unpacks to more than {limit} bytes, its header promises {enough}")
         if not unpacking.eof:
