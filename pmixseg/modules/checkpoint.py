@@ -117,8 +117,15 @@ def load(
     if not issubclass(cls, SegmentationModule):
         raise InputError(f"{path} holds a {cls.__name__}, which is no SegmentationModule.")
     # Classes that a person named may fetch what they are made of.
-    with nullcontext() if modules else offline(str(path)):
-        module: SegmentationModule = build(description, task=Task.from_dict(payload["task"]))
+    try:
+        with nullcontext() if modules else offline(str(path)):
+            module: SegmentationModule = build(description, task=Task.from_dict(payload["task"]))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as fault:
+        if modules or isinstance(fault, InputError):
+            raise
+        raise InputError(
+            f"{path} describes a model that cannot be made ({fault}); it is damaged."
+        ) from fault
     restore(module, checkpoint)
     module.loaded_from = str(path / WEIGHTS if path.is_dir() else path)
     return module.to(map_location).eval()

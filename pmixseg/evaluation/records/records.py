@@ -133,7 +133,7 @@ class Records:
         sidecar = Sidecar.from_dict(raw, str(beside))
         if "run" not in table:
             table["run"] = path.parent.name or path.stem
-        written = (raw.get("table") or {}).get("sha256")
+        written = _table_of(raw).get("sha256")
         altered = written is not None and written != file_hash(path)
         return cls(_tidy(table, sidecar.task, str(path)), sidecar, altered)
 
@@ -207,6 +207,12 @@ def read_comparable(paths: Iterable[Path | str]) -> list[Records]:
     return [one for _, one in pairs]
 
 
+def _table_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a sidecar says about its table; nothing where it is damaged."""
+    table = raw.get("table")
+    return table if isinstance(table, Mapping) else {}
+
+
 def find_records(path: Path) -> Path:
     """The table that ``path`` names: itself, or the one in that run folder.
 
@@ -218,7 +224,7 @@ def find_records(path: Path) -> Path:
     if path.is_file():
         return path
     if (path / "records.json").is_file():
-        named = read_sidecar(path / "records.json").get("table") or {}
+        named = _table_of(read_sidecar(path / "records.json"))
         if "file" in named and (path / Path(str(named["file"])).name).is_file():
             return path / Path(str(named["file"])).name
     for name in ("records.csv", "records.parquet"):

@@ -102,13 +102,36 @@ class Sidecar:
         given = dict(raw)
         for step in range(found, FORMAT):
             given = UPGRADES[step](given)
-        known = {name: given[name] for name in cls.__dataclass_fields__ if name in given}
+        known = {n: given[n] for n in cls.__dataclass_fields__ if given.get(n) is not None}
+        wrong = [name for name, kind in _KINDS.items() if not isinstance(known.get(name), kind)]
+        if wrong:
+            raise InputError(
+                f"{where}: {', '.join(wrong)} cannot be read; restore the file or test again."
+            )
         try:
             return cls(**{**known, "task": Task.from_dict(given["task"])})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
                 f"{where}: the task cannot be read ({error}); restore the file or test again."
             ) from error
+
+
+_KINDS: dict[str, Any] = {
+    "conventions": Mapping | None,
+    "postprocess": list | tuple | None,
+    "checkpoint": Mapping | None,
+    "split": str | None,
+    "part": str | None,
+    "phantom": bool | None,
+    "seen": list | None,
+    "config": Mapping | None,
+    "versions": Mapping | None,
+    "git": Mapping | None,
+    "created": str | None,
+}
+"""What each field may be in JSON; what is missing or null has its default."""
 
 
 def _no_sidecar(raw: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +150,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); test again.") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds no JSON object; test again.")

@@ -1,0 +1,203 @@
+"""A checkpoint that was damaged, or whose training diverged, is refused in one sentence."""
+
+import copy
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+import pmixseg
+from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.callbacks import Distillation
+from pmixseg.errors import InputError
+from pmixseg.modules import StudentModule, load
+from pmixseg.modules.checkpoint import read_checkpoint, restore, write_checkpoint
+from pmixseg.modules.divergence import FiniteLoss
+from pmixseg.modules.payload import Payload
+from pmixseg.modules.preparation import Preparation
+from pmixseg.task import BRATS
+from tests.callbacks.memory_data import MemoryData, quiet_trainer
+
+
+def student():
+    torch.manual_seed(0)
+    module = StudentModule(backbone=MultiEncoderUNet(BRATS.modalities, 4, width=2, levels=2))
+    module.preparation = Preparation(normalisation="zscore-own-mask", patch=(16, 16, 16))
+    return module
+
+
+def content():
+    module = student()
+    return {
+        "pytorch-lightning_version": "2.6.6",
+        "state_dict": module.state_dict(),
+        "pmixseg": module.payload().to_dict(),
+    }
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(content(), tmp_path / "a.ckpt")
+
+
+@pytest.fixture(params=["nan", "inf"])
+def diverged(request, tmp_path):
+    """A checkpoint with one weight that is not finite."""
+    state = content()
+    name = next(k for k in state["state_dict"] if k.endswith("weight"))
+    state["state_dict"][name] = state["state_dict"][name].clone()
+    state["state_dict"][name].view(-1)[0] = float(request.param)
+    return write_checkpoint(state, tmp_path / "diverged.ckpt")
+
+
+NOT_FINITE = r"1 weights of the checkpoint are not finite \(.*weight\): the training diverged"
+
+
+def test_weights_that_are_not_finite_are_refused_in_python(diverged):
+    with pytest.raises(InputError, match=NOT_FINITE):
+        load(diverged)
+    with pytest.raises(InputError, match=NOT_FINITE):
+        restore(student(), read_checkpoint(diverged))
+    with pytest.raises(InputError, match=NOT_FINITE):
+        Distillation(teacher=str(diverged), weight=1.0).load_teacher()
+
+
+def test_a_flipped_bit_of_a_weight_is_found(checkpoint, tmp_path):
+    """The archive holds checksums, and PyTorch does not compare them."""
+    raw = bytearray(checkpoint.read_bytes())
+    values = read_checkpoint(checkpoint)["state_dict"]
+    largest = max(values.values(), key=lambda v: v.numel())
+    at = bytes(raw).index(largest.contiguous().numpy().tobytes())
+    raw[at + 5] ^= 0x10
+    broken = tmp_path / "b.ckpt"
+    broken.write_bytes(raw)
+    torch.load(broken, weights_only=True)
+    with pytest.raises(InputError, match=r"b\.ckpt is damaged: the checksum of its part .*data/"):
+        load(broken)
+
+
+def test_a_file_that_is_cut_off_is_one_sentence(checkpoint, tmp_path):
+    raw = checkpoint.read_bytes()
+    for size in (0, 10, len(raw) // 2, len(raw) - 1):
+        (tmp_path / "cut.ckpt").write_bytes(raw[:size])
+        with pytest.raises(InputError, match=r"cut\.ckpt"):
+            load(tmp_path / "cut.ckpt")
+
+
+WRONG = (None, 7, -1.5, "x", [], [1, "x"], {}, {"class_path": 3}, True, float("nan"), [[]])
+
+
+def mutated(value, chance):
+    """A copy of nested primitives with one node replaced, removed or renamed."""
+    places = []
+
+    def walk(node):
+        if isinstance(node, dict):
+            places.extend((node, k) for k in node)
+            for inner in node.values():
+                walk(inner)
+        elif isinstance(node, list):
+            places.extend((node, i) for i in range(len(node)))
+            for inner in node:
+                walk(inner)
+
+    value = copy.deepcopy(value)
+    walk(value)
+    holder, key = chance.choice(places)
+    if chance.random() < 0.3:
+        del holder[key]
+    else:
+        holder[key] = copy.deepcopy(chance.choice(WRONG))
+    return value
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_damaged_description_loads_or_is_one_sentence(tmp_path, seed):
+    chance = random.Random(seed)
+    state = content()
+    state["pmixseg"]["cases"] = {
+        "store": "s",
+        "train": ["a"],
+        "val": [],
+        "test": ["b"],
+        "scans": {"a": ["0f"]},
+        "earlier": {},
+    }
+    state["pmixseg"] = mutated(state["pmixseg"], chance)
+    path = write_checkpoint(state, tmp_path / "m.ckpt")
+    try:
+        module = load(path)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(module, StudentModule)
+
+
+def test_a_payload_comes_back():
+    payload = student().payload()
+    again = Payload.from_dict(payload.to_dict())
+    assert again.to_dict() == payload.to_dict()
+    assert again.preparation == payload.preparation
+
+
+@pytest.mark.parametrize("state", [None, [], {"a": 1}, {1: torch.zeros(1)}])
+def test_a_checkpoint_without_weights_is_one_sentence(tmp_path, state):
+    path = write_checkpoint({**content(), "state_dict": state}, tmp_path / "w.ckpt")
+    with pytest.raises(InputError, match=r"w\.ckpt holds no weights"):
+        load(path)
+
+
+def test_a_training_that_diverges_says_at_which_step(tmp_path):
+    module = student()
+    seen = []
+
+    def spoilt(output, batch):
+        seen.append(1)
+        value = output.logits.float().mean()
+        return value * float("nan") if len(seen) == 2 else value
+
+    module.segmentation_loss = spoilt
+    trainer = quiet_trainer(tmp_path, max_epochs=3)
+    with pytest.raises(InputError, match=r"since step 1 \(seg\).*rate than 0\.001"):
+        trainer.fit(module, MemoryData())
+    assert len(seen) == 2
+
+
+def test_the_first_step_is_known_although_nobody_asked_before():
+    """As on a GPU, where a step asks for no value."""
+    loss = FiniteLoss()
+    for step, (seg, align) in enumerate([(1, 1), (1, np.nan), (np.inf, 1), (1, 1)]):
+        loss.see({"seg": torch.tensor(float(seg)), "align": torch.tensor(float(align))}, step)
+    with pytest.raises(InputError, match=r"since step 1 \(align\)"):
+        loss.check(0.1)
+    loss.check(0.1)
+    loss.see({"seg": torch.tensor(2.0)}, 5)
+    loss.check(0.1)
+
+
+def test_an_output_that_is_not_finite_is_one_sentence(phantom_root):
+    module = student().eval()
+    decode = module._decode
+
+    def spoilt(latents):
+        output = decode(latents)
+        return replace(output, logits=output.logits * float("nan"))
+
+    module._decode = spoilt
+    case = next(phantom_root.rglob("*_flair.nii.gz"))
+    with pytest.raises(InputError, match="answers with numbers that are not finite"):
+        module.segment({"flair": case})
+
+
+def test_lightnings_own_loading_names_ours(checkpoint):
+    with pytest.raises(InputError, match=r"use pmixseg\.load\('.*a\.ckpt'\)"):
+        pmixseg.StudentModule.load_from_checkpoint(checkpoint)
+
+
+def test_a_resumed_training_refuses_them(diverged, tmp_path):
+    trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    with pytest.raises(InputError, match="are not finite"):
+        trainer.fit(student(), MemoryData(), ckpt_path=diverged, weights_only=True)
