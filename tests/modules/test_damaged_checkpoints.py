@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 import pmixseg
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation
+from pmixseg.cli import main
 from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore, write_checkpoint
@@ -63,6 +64,28 @@ def test_weights_that_are_not_finite_are_refused_in_python(diverged):
         restore(student(), read_checkpoint(diverged))
     with pytest.raises(InputError, match=NOT_FINITE):
         Distillation(teacher=str(diverged), weight=1.0).load_teacher()
+
+
+@pytest.mark.parametrize("command", ["segment", "test", "predict", "validate", "export", "fit"])
+def test_no_command_uses_them(diverged, phantom_root, phantom_store, tmp_path, capsys, command):
+    case = next(phantom_root.rglob("*_flair.nii.gz"))
+    out = tmp_path / "out"
+    flags = [f"--ckpt_path={diverged}", f"--data.store={phantom_store}", f"--run={out}"]
+    flags += ["--data.split=WholeCohort", "--trainer.accelerator=cpu"]
+    model = ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
+    model += ["--model.backbone.width=2", "--model.backbone.levels=2"]
+    begin = [f"--init_from={diverged}", f"--data.store={phantom_store}", f"--run={out}", *model]
+    arguments = {
+        "segment": [str(diverged), "--flair", str(case), "-o", str(out), "--device=cpu"],
+        "export": [str(diverged), "-o", str(out / "a.pt2")],
+        "fit": begin,
+    }
+    if command == "validate":
+        flags.append("--data.split.part=val")
+    assert main([command, *arguments.get(command, flags)]) == 1
+    said = capsys.readouterr().err
+    assert "are not finite" in said
+    assert "Traceback" not in said
 
 
 def test_a_flipped_bit_of_a_weight_is_found(checkpoint, tmp_path):
