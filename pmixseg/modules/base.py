@@ -374,6 +374,8 @@ class SegmentationModule(SegmentationNetwork):
 
     def on_fit_end(self) -> None:
         """Leave torch's layers as they were found, and let go of compiled graphs."""
+        if self._step is not None:
+            self._step.release()
         self._step = None
         for repair in self.repairs:
             repair.remove()

@@ -193,3 +193,28 @@ def test_a_failure_of_the_compiler_is_one_sentence_and_leaves_no_trace(monkeypat
         found = module.training_step(batch, 0), torch.rand(1)
     torch.testing.assert_close(found, wanted)
     assert module._step.compiled is None
+
+
+def test_channels_last_is_another_order_of_the_same_numbers(monkeypatch):
+    module = module_of("unet", StudentModule, "anchor", True, False)
+    module.log = lambda *args, **kwargs: None
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode=None, **given: compiled(f, backend="eager", **given)
+    )
+    torch.compiler.reset()
+    batch = batch_of("unet", 0)
+    losses = []
+    for last in (False, True):
+        how = Plan(cuda_graphs=False, whole=True, channels_last=last)
+        module._step = CompiledStep(module.losses, how, module)
+        torch.manual_seed(1)
+        losses.append(module.training_step(batch, 0))
+    weight = next(p for p in module.parameters() if p.dim() == 5 and p.shape[1] > 1)
+    assert not weight.is_contiguous()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    module._step.release()
+    for name, parameter in module.named_parameters():
+        assert parameter.is_contiguous()
+        assert torch.equal(parameter, before[name])
