@@ -179,6 +179,7 @@ def rate_of(make_optimizer: Callable[..., Any]) -> float:
     """The learning rate that an optimizer's constructor is given, or takes by default.
 
     Example:
+        >>> import functools, torch
         >>> rate_of(functools.partial(torch.optim.SGD, lr=0.5)), rate_of(torch.optim.AdamW)
         (0.5, 0.001)
     """
