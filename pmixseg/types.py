@@ -6,7 +6,7 @@ Letters: b samples, m modalities, c channels or classes, d h w voxels, k combina
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import NotRequired, Self, TypedDict
 
 import torch
@@ -124,7 +124,10 @@ class Latents:
         """The same slots without what a backbone keeps beside them for auxiliary decoders."""
         if type(self) is Latents:
             return self
-        return Latents(**{f.name: getattr(self, f.name) for f in fields(Latents) if f.init})
+        # Named one by one: a compiler cannot trace dataclasses.fields.
+        return Latents(
+            self.features, self.modalities, self.usable, self.log_variance, self.brain, self.cache
+        )
 
     def masked(self, level: int) -> Tensor:
         """Features of one level with unusable slots exactly 0, ``[B, M, C, D, H, W]``."""

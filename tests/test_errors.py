@@ -37,7 +37,7 @@ def test_other_arguments_are_left_alone():
 
 
 def raising(error):
-    def run(args):
+    def run(*args):
         raise error
 
     return run
@@ -98,6 +98,6 @@ def test_other_errors_keep_their_traceback(monkeypatch, error):
 
 def test_the_command_line_prints_the_sentence_of_a_worker(monkeypatch, capsys):
     loader = DataLoader(Wrong(), num_workers=1)
-    monkeypatch.setattr("pmixseg.cli.run_plain", lambda args: len(list(loader)))
+    monkeypatch.setattr("pmixseg.cli.run_plain", lambda *args: len(list(loader)))
     assert main(["any", "command"]) == 1
     assert capsys.readouterr().err == f"pmixseg: {SENTENCE}\n"

@@ -77,7 +77,7 @@ class Stem(nn.Sequential):
 
 
 class DeMoSeg(Backbone):
-    """DeMoSeg, for any modalities, classes and patches.
+    """Segment with DeMoSeg, for any modalities, classes and patches.
 
     The C channels of a modality's first features are groups: group 0 for itself, group j for the
     modality whose place differs from its own by j, bit by bit (``place ^ j``). The place of each
@@ -154,7 +154,7 @@ class DeMoSeg(Backbone):
                     nn.init.zeros_(part.bias)
 
     def encode(self, image: Image, present: Presence) -> Latents:
-        """See :meth:`Backbone.encode`."""
+        """Encode every modality, each by itself."""
         check_input(image, present, self.modalities, self.strides)
         pieces = encode_slots(self.stems, image, present)
         return Latents(join_levels(pieces, present, 1), self.modalities, [present])
@@ -178,7 +178,7 @@ class DeMoSeg(Backbone):
         return taken
 
     def decode(self, latents: Latents) -> SegOutput:
-        """See :meth:`Backbone.decode`."""
+        """Segment from the usable slots."""
         x = self.join(self.compensated(latents))
         size = x.shape[2:]
         unit = 2 ** len(self.downs)

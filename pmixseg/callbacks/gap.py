@@ -58,8 +58,8 @@ class GapMonitor(Callback, Described):
         points: voxels per level.
         every: measure after every n-th validation.
         reference: run folder of the same network trained *without* alignment: collapse is a rank
-            within a modality under half, or a decodability under 0.8, of its last. By default of
-            this run's own last measurement before anything was aligned.
+            within a modality under half, or a decodability under 0.8 (with five cases or more), of
+            its last. By default of this run's own last measurement before anything was aligned.
         pictures: draw the latents.
 
     Raises:
@@ -187,7 +187,8 @@ class GapMonitor(Callback, Described):
         found = {}
         for level in samples:
             prefix = f"gap/level{level}/"
-            low = low_guards(_of_level(values, prefix), _of_level(self._guard, prefix))
+            now, before = _of_level(values, prefix), _of_level(self._guard, prefix)
+            low = low_guards(now, before, len(self._images))
             found[f"{prefix}collapsed"] = float(bool(low))
             for name in (prefix + what for what in low if prefix + what not in self._warned):
                 self._warned.add(name)

@@ -408,7 +408,7 @@ class SegmentationModule(SegmentationNetwork):
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
             }
-        scheduler, config = scheduler_from(self.make_scheduler, optimizer, self.trainer)
+        scheduler, config = scheduler_from(self.make_scheduler, optimizer, self._trainer)
         return cast(
             OptimizerLRScheduler,
             {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **config}},
@@ -440,6 +440,7 @@ class SegmentationModule(SegmentationNetwork):
             preparation=self.preparation,
             overlap=self.evaluation.overlap,
             terms=tuple(self.terms),
+            fill_levels=None if self.fill_levels is None else tuple(self.fill_levels),
         )
 
     def adopt(self, checkpoint: Mapping[str, Any], *, fitting: bool) -> dict[str, Tensor]:
@@ -461,6 +462,9 @@ class SegmentationModule(SegmentationNetwork):
         payload.refuse_other_task(self.task)
         if fitting:
             payload.refuse_other_terms(self.terms)
+        if not fitting:
+            # The default is what the weights were trained with, not what it is without their terms.
+            self.follow_levels(payload.fill_levels)
         trained = payload.preparation
         trained.refuse_other(self.preparation)
         saved = weights_of(checkpoint)

@@ -121,14 +121,14 @@ def directed(
 
 
 def scheduler_from(
-    make: Callable[..., Any], optimizer: Optimizer, trainer: Trainer
+    make: Callable[..., Any], optimizer: Optimizer, trainer: Trainer | None
 ) -> tuple[LRScheduler | ReduceLROnPlateau, dict[str, Any]]:
     """Build a scheduler of PyTorch, and say when Lightning is to step it.
 
     Args:
         make: called with the optimizer.
         optimizer: whose rate is scheduled.
-        trainer: says when validations come.
+        trainer: says when validations come; none where a module stands alone.
 
     Returns:
         The scheduler, and Lightning's settings for it: per epoch, or per validation for one that
@@ -149,6 +149,8 @@ def scheduler_from(
             f"{'lower' if mode == 'min' else 'higher'}; give it mode: {mode}."
         )
     if not monitor.startswith("val/"):
+        return scheduler, {"monitor": monitor, "strict": False}
+    if trainer is None:
         return scheduler, {"monitor": monitor, "strict": False}
     if not validates(trainer):
         raise InputError(

@@ -29,6 +29,7 @@ class Payload:
         preparation: of the training data.
         overlap: of inference windows.
         terms: names of the loss terms that the training had.
+        fill_levels: levels that are filled; ``None``: all.
     """
 
     class_path: str
@@ -37,6 +38,7 @@ class Payload:
     preparation: Preparation
     overlap: float
     terms: tuple[str, ...] = ()
+    fill_levels: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only."""
@@ -48,6 +50,7 @@ class Payload:
             **self.preparation.to_dict(),
             "overlap": self.overlap,
             "terms": sorted(self.terms),
+            "fill_levels": None if self.fill_levels is None else list(self.fill_levels),
         }
 
     @classmethod
@@ -75,7 +78,7 @@ class Payload:
                 "update pmixseg."
             )
         path, arguments, terms = raw.get("class_path"), raw.get("init_args"), raw.get("terms", [])
-        overlap = raw.get("overlap")
+        overlap, filled = raw.get("overlap"), raw.get("fill_levels")
         if not (
             isinstance(path, str)
             and isinstance(arguments, Mapping)
@@ -83,6 +86,7 @@ class Payload:
             and isinstance(terms, list)
             and all(isinstance(name, str) for name in terms)
             and isinstance(overlap, int | float)
+            and (filled is None or _are_levels(filled))
         ):
             raise InputError(f"{where} does not describe a model and its task; it is damaged.")
         try:
@@ -90,7 +94,8 @@ class Payload:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{where} has no task that can be read; it is damaged.") from error
         preparation = Preparation.from_dict(raw, where)
-        return cls(path, dict(arguments), task, preparation, float(overlap), tuple(terms))
+        levels = None if filled is None else tuple(filled)
+        return cls(path, dict(arguments), task, preparation, float(overlap), tuple(terms), levels)
 
     def refuse_other_task(self, task: Task) -> None:
         """Refuse a task that the model was not trained for.
@@ -116,6 +121,10 @@ class Payload:
                 f"the checkpoint was trained with the terms {sorted(self.terms)}, this training "
                 f"has {sorted(terms)}; resume with the same terms, or start anew with --init_from."
             )
+
+
+def _are_levels(value: Any) -> bool:
+    return isinstance(value, list) and all(type(level) is int and level >= 0 for level in value)
 
 
 def weights_of(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> Weights:

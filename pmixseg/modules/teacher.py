@@ -40,7 +40,7 @@ class TeacherModule(SegmentationModule):
         return [self.acquired_names(item)]
 
     def own_batch(self, batch: Batch) -> Batch:
-        """See :class:`~pmixseg.modules.base.SegmentationModule`; ``filled`` is the subset A'."""
+        """Make the step's batch; ``filled`` is the subset A' of the pass on filled slots."""
         own = super().own_batch(batch)
         if not self._learns_weights:
             return own

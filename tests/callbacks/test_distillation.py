@@ -92,7 +92,7 @@ def test_region_maps_of_an_rfnet_are_taught(tmp_path):
     fit(tmp_path, module, Distillation(weight=1.0, terms={"self": loss}))
     assert len(seen) == 2 * 4  # steps, single modalities
     assert seen[0] == ["ds1", "ds2", "ds3", "ds4"]
-    assert module.terms["distill"].parts["self"] > 0
+    assert module.trainer.callback_metrics["train/distill/self"] > 0
 
 
 def test_a_ramp_follows_the_epochs_and_is_in_no_checkpoint(tmp_path):
@@ -160,7 +160,8 @@ def test_a_lesson_leaves_every_part_in_its_mode(tmp_path):
     term = DistillationTerm(None, {"subsets": loss}, module)
     before = [part.training for part in module.modules()]
     batch = batch_of([[1, 1, 1, 1]])
-    term(module.decode(module.encode(batch["image"], batch["present"])), batch)
+    output = module.decode(module.encode(batch["image"], batch["present"]))
+    term(output, term.prepare(batch))
     assert [part.training for part in module.modules()] == before
 
 

@@ -62,7 +62,7 @@ def test_the_console_script_keeps_and_the_function_does_not(monkeypatch):
     from pmixseg import __main__, cli
 
     called = []
-    monkeypatch.setattr(__main__, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr("pmixseg.cli.allocator.keep_freed_memory", lambda: called.append("kept"))
     monkeypatch.setattr(cli, "main", lambda: called.append("run") or 0)
     assert __main__.main() == 0
     assert called == ["kept", "run"]

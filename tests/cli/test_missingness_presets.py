@@ -88,6 +88,7 @@ def test_masks_that_stay_with_a_case_in_training_and_at_test(
         f"--config={EXPERIMENTS / flags[0]}",
         f"--data.store={phantom_store}",
         "--data.split=pmixseg.data.splits.WholeCohort",
+        "--force",
         "--trainer.enable_progress_bar=false",
         "--trainer.limit_test_batches=3",
         *flags[1:],
@@ -125,7 +126,13 @@ def test_a_case_without_a_file_is_never_imputed(seen, phantom_root, tmp_path):
         assert acquired == [True, case != name, True, True]
         assert acquired[1] or not present[1]
     assert name in {case for case, _, _ in seen}
-    test = ["test", f"--ckpt_path={run}/checkpoints/last.ckpt", f"--data.store={store}", split]
+    test = [
+        "test",
+        f"--ckpt_path={run}/checkpoints/last.ckpt",
+        f"--data.store={store}",
+        split,
+        "--force",
+    ]
     assert main([*test, "--trainer.enable_progress_bar=false"]) == 0
     table = pd.read_csv(run / "records.csv").groupby("case")["combination"].unique()
     assert not [c for c in table[name] if "t1ce" in c.split("+")]
@@ -148,6 +155,7 @@ def test_protocols_beside_the_full_table_at_test(phantom_store, tmp_path):
         f"--ckpt_path={tmp_path}/checkpoints/last.ckpt",
         f"--data.store={phantom_store}",
         "--data.split=pmixseg.data.splits.WholeCohort",
+        "--force",
         "--trainer.limit_test_batches=2",
         "--trainer.enable_progress_bar=false",
     ]

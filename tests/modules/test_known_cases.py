@@ -216,5 +216,5 @@ def test_lists_that_are_of_another_cohort(store):
         InputError, match=r"none of the 2 cases of the split in a\.ckpt; .*WholeCoh"
     ):
         SplitLists(["x"], test=["y"], source="a.ckpt").split(cohort)
-    with pytest.raises(InputError, match="names 1 cases that the cohort lacks: x"):
+    with pytest.raises(InputError, match="names 1 of 2 cases that the cohort lacks: x"):
         SplitLists(["x"], test=[cohort[0].case_id]).split(cohort)

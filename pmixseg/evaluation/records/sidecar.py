@@ -108,6 +108,8 @@ class Sidecar:
             raise InputError(
                 f"{where}: {', '.join(wrong)} cannot be read; restore the file or test again."
             )
+        if known.get("seen") is not None:
+            known["seen"] = tuple(known["seen"])
         try:
             return cls(**{**known, "task": Task.from_dict(given["task"])})
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -114,6 +114,7 @@ def test_collapse_by_the_shares(values, reference, low):
     now, before = (dict(zip(names, v, strict=True)) for v in (values, reference))
     assert low_guards(now, before) == low
     assert low_guards({"rank_within": 1.0}, {}) == []
+    assert low_guards(now, before, cases=4) == [name for name in low if name != "decodability"]
 
 
 class Identity(torch.nn.Module):
