@@ -93,7 +93,9 @@ def publish(
         "pmixseg": version("pmixseg"),
         "results": [vars(result) for result in results],
     }
-    description = {**content["pmixseg"], "terms": []}  # the terms of its training are left out
+    # The terms of the training are left out, and what could name a patient or a folder: the lists
+    # of cases and the place of the store.
+    description = {**content["pmixseg"], "terms": [], "cases": None}
     card = _card(about, description, task, table)
     return write_published(Path(out), tensors, description, about, card)
 

@@ -48,6 +48,19 @@ def test_terms_of_the_training_stay_behind(tmp_path):
     assert pmixseg.load(folder).terms.keys() == set()
 
 
+def test_no_case_and_no_folder_is_published(tmp_path):
+    path = save(tiny_student(), tmp_path / "x.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["pmixseg"]["cases"] = {"store": "home/doe", "train": {"Doe_Jane": "0"}}
+    torch.save(content, path)
+    (tmp_path / "model").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pmixseg.inference.publish.read_checkpoint", lambda source: content)
+        folder = publish(path, tmp_path / "model")
+    text = "".join((folder / name).read_text() for name in (CARD, DESCRIPTION))
+    assert "doe" not in text.lower()
+
+
 def test_no_file_of_a_published_model_is_a_pickle(checkpoint, tmp_path):
     folder = publish(checkpoint, tmp_path / "model")
     assert sorted(p.name for p in folder.iterdir()) == sorted([CARD, DESCRIPTION, WEIGHTS])
