@@ -248,7 +248,7 @@ def test_ctrl_c_ends_a_training_with_130_and_one_line(phantom_store, tmp_path, a
         time.sleep(after)
     os.killpg(child.pid, signal.SIGINT)
     out, err = child.communicate(timeout=60)
-    if after != 0.3 or "pmixseg" in err:  # before that Python itself may still be starting
+    if after is None or "pmixseg: " in err:  # before that Python itself may still be starting
         # A process that the signal ends while it closes is 130 to a shell as well.
         assert child.returncode in (130, -signal.SIGINT), err
         assert err.splitlines()[-1] == "pmixseg: stopped."
