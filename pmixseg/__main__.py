@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sys
 
+from pmixseg.interrupt import STOPPED, exit_on_interrupt, say_stopped
+
 
 def main() -> int:
     """Run one command in a process that is the command's alone; see :func:`pmixseg.cli.main`."""
+    exit_on_interrupt()
     try:
-        # Imported here, so that Ctrl-C in the first second is one line as well.
-        from pmixseg import cli
+        from pmixseg import cli  # after the line above: this import takes a while
         from pmixseg.cli.allocator import keep_freed_memory
 
         keep_freed_memory()
-        return cli.main()
+        code = cli.main()
     except KeyboardInterrupt:
-        print("pmixseg: stopped.", file=sys.stderr)  # noqa: T201  # the command line's own output
-        return 130
+        code = say_stopped()
+    if code == STOPPED:
+        # Python ends by the signal itself if Ctrl-C once came in the midst of an exec() of text,
+        # as dataclasses use it; the next exec() takes that mark away.
+        exec("")
+    return code
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.cli.arguments import take_out
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
 from pmixseg.errors import InputError, disk_error
+from pmixseg.interrupt import raise_on_interrupt, say_stopped
 
 TRAINING = {
     "fit": "train a teacher or a student",
@@ -48,8 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return run_plain(given, modules)
     except BaseException as error:
         if interrupted(error):
-            print("pmixseg: stopped.", file=sys.stderr)  # noqa: T201  # the command line's own output
-            return 130
+            return say_stopped()
         cause = None if isinstance(error, SystemExit) else input_error(error) or disk_error(error)
         if cause is None and isinstance(error, UnicodeDecodeError):
             cause = no_text(given)
@@ -136,6 +136,7 @@ def import_modules(args: list[str]) -> tuple[list[str], list[str]]:
 def run_plain(args: Sequence[str], modules: Sequence[str] = ()) -> int:
     """Parse and run a command that is not Lightning's."""
     chosen = parse_plain(args, modules)
+    raise_on_interrupt()
     code: int = chosen.run(chosen)
     return code
 

@@ -15,6 +15,7 @@ from pmixseg.cli import preprocess
 from pmixseg.cli.commands import bar, console
 from pmixseg.cli.mistakes import Parser
 from pmixseg.errors import InputError
+from pmixseg.interrupt import raise_on_interrupt
 from pmixseg.task import BRATS, Task, format_combination
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def run(args: Sequence[str], modules: Sequence[str] = ()) -> int:
             f"knows {', '.join(f'--{m}' for m in task.modalities)}; see `pmixseg segment "
             "CHECKPOINT --help`."
         )
+    raise_on_interrupt()
     settings = settings_of(given)
     scans = {m: Path(v) for m in task.modalities if (v := getattr(given, f"scan_{m}", None))}
     module = load(given.checkpoint, modules=modules, map_location=device_of(given.device))

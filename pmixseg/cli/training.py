@@ -42,6 +42,7 @@ from pmixseg.data.training_cases import TrainingCases
 from pmixseg.describe import describe
 from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.interrupt import raise_on_interrupt
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
 from pmixseg.modules.optimization import schedule_from
@@ -218,6 +219,7 @@ class TrainingCLI(LightningCLI):
         That is the direction in which a schedule follows its metric, and the modules of
         ``--import``, whose classes a teacher may name too.
         """
+        raise_on_interrupt()
         config = self.config[self.subcommand]
         config.distill.modules = [*dict.fromkeys([*config.distill.modules, *self.modules])]
         settings = self._get(self.config, "model.init_args.scheduler")

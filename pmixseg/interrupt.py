@@ -1,0 +1,45 @@
+"""Ctrl-C of a command: one line and exit code 130, whatever a library makes of it.
+
+A ``KeyboardInterrupt`` in the midst of an import may be swallowed, or come out as another error,
+since the library is half loaded. So Ctrl-C ends the process at once while nothing is at stake, and
+raises from then on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+STOPPED = 130
+"""The exit code of a command that Ctrl-C has stopped."""
+
+
+def exit_on_interrupt() -> None:
+    """Let Ctrl-C end the process at once, while a command only imports and reads."""
+    signal.signal(signal.SIGINT, _exit)
+
+
+def raise_on_interrupt() -> None:
+    """Let Ctrl-C raise ``KeyboardInterrupt`` again: from here on something may have to be closed.
+
+    Changes nothing in a process that has handlers of its own.
+    """
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def say_stopped() -> int:
+    """Print the one line of a stopped command.
+
+    Returns:
+        The exit code.
+    """
+    print("pmixseg: stopped.", file=sys.stderr, flush=True)  # noqa: T201  # the command line's own output
+    return STOPPED
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    os.write(2, b"pmixseg: stopped.\n")  # print could be what the signal has interrupted
+    os._exit(STOPPED)
