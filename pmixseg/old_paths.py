@@ -34,7 +34,7 @@ MOVED = {
     "pmixseg.evaluation.calibration": "pmixseg.evaluation.scores.calibration",
     "pmixseg.evaluation.case_scores": "pmixseg.evaluation.scores.case_scores",
     "pmixseg.evaluation.cases": "pmixseg.evaluation.prediction.cases",
-    "pmixseg.evaluation.comparison_text": "pmixseg.evaluation.comparison.text",
+    "pmixseg.evaluation.comparison_text": "pmixseg.evaluation.comparison.comparison",
     "pmixseg.evaluation.conventions": "pmixseg.evaluation.scores.conventions",
     "pmixseg.evaluation.curves": "pmixseg.evaluation.records.curves",
     "pmixseg.evaluation.directions": "pmixseg.evaluation.records.measures",

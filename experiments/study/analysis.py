@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from experiments.study.results import StudyResults
 from pmixseg.errors import InputError
-from pmixseg.evaluation.comparison.comparison import compare
+from pmixseg.evaluation.comparison.compare import compare
 from pmixseg.evaluation.comparison.paired_tests import holm, paired_t, two_way_bootstrap
 from pmixseg.evaluation.gap.guards import low_guards
 

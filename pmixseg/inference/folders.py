@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmixseg.data.cohorts.cases import Case, Found, Tree, stem_of
+from pmixseg.data.cohorts.cases import Case, stem_of
+from pmixseg.data.cohorts.matching import Found, Tree
 from pmixseg.data.cohorts.sequences import read_name
 from pmixseg.errors import InputError
 from pmixseg.task import Task

@@ -1,16 +1,15 @@
-"""Cases, and the patterns that find them in a tree of files."""
+"""A patient's scan as it lies on disk, and the patterns by which a cohort names its files."""
 
 from __future__ import annotations
 
 import os
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmixseg.data.cohorts.patients import check_pattern, patient_of, remark_on_patients
-from pmixseg.data.cohorts.problems import listed
+from pmixseg.data.cohorts.patients import check_pattern
 from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError
 from pmixseg.files import inside
@@ -30,7 +29,6 @@ ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
 _LONGEST = 255
 """Bytes of the longest name that the usual file systems take."""
 
-_MAX_DEPTH = 8
 _GRADES = ("HGG", "LGG")
 
 
@@ -169,191 +167,6 @@ class Layout:
         return bool(self.patient) or any("patient" in _field_names(t) for t in texts)
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a layout makes of a tree.
-
-    Args:
-        cases: sorted by name.
-        stray: scan files that belong to none.
-        remarks: sentences about the cohort as a whole.
-    """
-
-    cases: list[Case]
-    stray: list[Path]
-    remarks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Tree:
-    """The NIfTI files under a root, and the folders that could not be read.
-
-    Args:
-        root: where it was looked.
-        files: all files of :data:`ENDINGS`, sorted.
-        unreadable: folder -> reason.
-        hidden: folders that hold such files and were passed over for their names.
-        misnamed: files whose names are no UTF-8.
-    """
-
-    root: Path
-    files: list[Path]
-    unreadable: Mapping[Path, str]
-    hidden: tuple[Path, ...] = ()
-    misnamed: tuple[Path, ...] = ()
-
-    @classmethod
-    def of(cls, root: Path | str) -> Tree:
-        """Walk a folder, through links, without hidden files.
-
-        Raises:
-            InputError: the root is missing, no folder, or unreadable.
-        """
-        root = Path(root)
-        if not root.is_dir():
-            what = "is not a folder" if root.exists() else "does not exist"
-            raise InputError(f"{root} {what}; name the folder that holds the cases.")
-        unreadable: dict[Path, str] = {}
-
-        def remember(error: OSError) -> None:
-            unreadable[Path(error.filename)] = error.strerror or str(error)
-
-        files: list[Path] = []
-        hidden: list[Path] = []
-        for folder, inner, names in os.walk(root, onerror=remember, followlinks=True):
-            here = Path(folder)
-            deep = len(here.relative_to(root).parts) >= _MAX_DEPTH
-            dotted = [n for n in inner if _is_hidden(n)]
-            hidden += [here / n for n in dotted if _holds_scans(here / n)]
-            inner[:] = [] if deep else sorted(n for n in inner if n not in dotted)
-            # Archives made on a Mac hold a hidden "._" twin of every file.
-            files += [here / n for n in names if n.lower().endswith(ENDINGS) and not _is_hidden(n)]
-        if root in unreadable:
-            raise InputError(
-                f"{root} cannot be read ({unreadable[root]}); check the folder's permissions."
-            )
-        good = [path for path in files if _is_text(path)]
-        odd = [path for path in files if not _is_text(path)]
-        return cls(root, sorted(good), unreadable, tuple(sorted(hidden)), tuple(sorted(odd)))
-
-    def remarks(self) -> Iterator[str]:
-        """Sentences about what was not looked into."""
-        if self.hidden:
-            yield (
-                f"{len(self.hidden)} folders with scans were passed over, for their names begin "
-                f"with '.': {listed([shown(p.relative_to(self.root)) for p in self.hidden])}."
-            )
-
-
-def shown(path: Path) -> str:
-    """A path as text that can be printed, also where its bytes are no UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _is_hidden(name: str) -> bool:
-    """By its first letter; a name of dots, or one behind dots, is somebody's case."""
-    return name.startswith(".") and not name.startswith("..")
-
-
-def _is_text(path: Path) -> bool:
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _holds_scans(folder: Path) -> bool:
-    try:
-        return any(n.lower().endswith(ENDINGS) for n in os.listdir(folder))  # noqa: PTH208  # fast
-    except OSError:
-        return False
-
-
-def match(tree: Tree, layout: Layout) -> Found:
-    """Sort the files of a tree into cases by a layout's patterns."""
-    expressions = layout.expressions()
-    slots: dict[str, dict[str, tuple[int, ImageFile]]] = {}
-    facts: dict[str, dict[str, str]] = {}
-    problems: dict[str, str] = {}
-    stray = []
-    for path, text in _texts(tree, layout):
-        hits = [(r, k, c, m) for r, k, c, e in expressions if (m := e.fullmatch(text))]
-        if not hits:
-            stray.append(path)
-        for role, rank, channel, hit in hits:
-            groups = {k: v for k, v in hit.groupdict().items() if v is not None}
-            case_id = layout.case.format(**groups)
-            chosen = slots.setdefault(case_id, {})
-            source: ImageFile = path if channel is None else (path, channel)
-            before = chosen.get(role)
-            if before is None or rank < before[0]:
-                chosen[role] = (rank, source)
-            elif before[0] == rank and before[1] != source:
-                problems[case_id] = (
-                    f"case '{case_id}': {_path_of(before[1])} and {path} are both its {role}; "
-                    "remove or rename one."
-                )
-            for name, value in groups.items():
-                facts.setdefault(case_id, {}).setdefault(name, value)
-    cases = []
-    for case_id, chosen in sorted(slots.items()):
-        images = {r: chosen[r][1] for r in layout.images if r in chosen}
-        if not images:
-            problems.setdefault(
-                case_id, f"case '{case_id}' has a label but no image; add an image or remove it."
-            )
-        try:
-            check_name(case_id)
-        except InputError as error:
-            problems.setdefault(case_id, str(error))
-        known = facts[case_id]
-        cases.append(
-            Case(
-                case_id=case_id,
-                images=images,
-                label=_path_of(chosen["label"][1]) if "label" in chosen else None,
-                codes=layout.codes,
-                grade=known.get("grade"),
-                patient=known.get("patient") or patient_of(case_id, layout.patient),
-                layout=layout.name,
-                ignored=layout.ignored,
-                also=layout.also,
-                problem=problems.get(case_id),
-            )
-        )
-    for folder, reason in tree.unreadable.items():
-        sentence = f"case '{folder.name}': {folder} cannot be read ({reason}); check permissions."
-        cases.append(Case(folder.name, {}, None, layout.codes, problem=sentence))
-    for odd, names in _by_folder(tree.misnamed).items():
-        sentence = (
-            f"case '{odd}': {listed(names)} are no UTF-8 (bytes that are no letters stand as "
-            "\\x..), so they cannot be written down; rename them."
-        )
-        cases.append(Case(odd, {}, None, layout.codes, problem=sentence))
-    remarks = (*tree.remarks(), *remark_on_patients(cases, layout.tells_patients()))
-    return Found(cases, stray, remarks)
-
-
-def _by_folder(paths: Iterable[Path]) -> dict[str, list[str]]:
-    folders: dict[str, list[str]] = {}
-    for path in paths:
-        folders.setdefault(shown(Path(path.parent.name)), []).append(shown(Path(path.name)))
-    return folders
-
-
-def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
-    """Files with the text that patterns are held against.
-
-    A floating pattern may reach above the root, so that the folder of one case, or of one grade,
-    can be a root as well.
-    """
-    above = tree.root.resolve()
-    for path in tree.files:
-        inside = path.relative_to(tree.root)
-        yield path, (inside if layout.anchored else above / inside).as_posix()
-
-
 def check_name(case_id: str) -> None:
     """Refuse a case whose name can name no folder of a store.
 
@@ -371,10 +184,6 @@ def check_name(case_id: str) -> None:
 def stem_of(path: Path) -> str:
     """Name of a scan file without its ending, whatever its case."""
     return re.sub(rf"{_ENDING}$", "", path.name)
-
-
-def _path_of(source: ImageFile) -> Path:
-    return source[0] if isinstance(source, tuple) else source
 
 
 def _field_names(text: str) -> list[str]:

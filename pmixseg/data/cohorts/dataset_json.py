@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pmixseg.data.cohorts.cases import Layout, Pattern, Tree
+from pmixseg.data.cohorts.cases import Layout, Pattern
 from pmixseg.data.cohorts.codings import Numbers, coding_by_names
+from pmixseg.data.cohorts.matching import Tree
 from pmixseg.data.cohorts.sequences import modality_of
 from pmixseg.errors import InputError
 from pmixseg.task import Task

@@ -1,23 +1,4 @@
-"""The layouts of public cohorts, and finding the cases of any cohort.
-
-==============  ====================================================================  ============
-layout          files                                                                 ET, others
-==============  ====================================================================  ============
-``brats2018``   ``HGG/Brats18_x_1/Brats18_x_1_flair.nii.gz``; also 2017               4
-``brats2019``   the same with ``BraTS19_``                                            4
-``brats2020``   ``BraTS20_Training_001/BraTS20_Training_001_flair.nii.gz``            4
-``brats2021``   ``BraTS2021_00000/BraTS2021_00000_flair.nii.gz``                      4
-``brats``       such names with any case name, with or without ``HGG``, ``LGG``       4
-``brats2024``   ``BraTS-GLI-00005-100/BraTS-GLI-00005-100-t2f.nii.gz``; also MET      3; 4 = cavity
-``brats2023``   the same before the cavity became a label; also MEN, SSA (Africa)     3
-``brats-ped``   the same of children, ``BraTS-PED-…``                                 1 (2, 3, 4)
-``brats-goat``  ``BraTS-GoAT-00000/BraTS-GoAT-00000-t2f.nii.gz``                      3
-``msd``         Medical Segmentation Decathlon, Task01: 4-D images, ``dataset.json``  from the file
-``nnunet``      nnU-Net raw: ``imagesTr/x_0000.nii.gz``, ``dataset.json``             from the file
-==============  ====================================================================  ============
-
-Every ending may also be ``.nii``, ``.mha`` or ``.nrrd``, in small or capital letters.
-"""
+"""Find the cases of any cohort: by a named layout, by a file of patterns, or by looking."""
 
 from __future__ import annotations
 
@@ -29,18 +10,11 @@ from typing import Any
 
 import yaml
 
-from pmixseg.data.cohorts.cases import (
-    ENDINGS,
-    Case,
-    Found,
-    ImageFile,
-    Layout,
-    Pattern,
-    Tree,
-    match,
-)
+from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, Pattern
 from pmixseg.data.cohorts.codings import coding_by_numbers
 from pmixseg.data.cohorts.dataset_json import described_layout
+from pmixseg.data.cohorts.matching import Found, Tree, match
+from pmixseg.data.cohorts.presets import LAYOUTS
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
@@ -54,13 +28,6 @@ __all__ = [
     "search",
 ]
 
-_OLD_SUFFIXES = {
-    "flair": ("flair",),
-    "t1ce": ("t1ce", "t1post", "t1gd", "t1c", "t1_ce", "t1_post", "t1_gd", "t1_c"),
-    "t1": ("t1",),
-    "t2": ("t2",),
-}
-_NEW_SUFFIXES = {"flair": ("t2f",), "t1ce": ("t1c",), "t1": ("t1n",), "t2": ("t2w",)}
 _NOT_READ = {
     ".dcm": "DICOM: convert series to NIfTI first, with dcm2niix for one",
     ".ima": "DICOM: convert series to NIfTI first, with dcm2niix for one",
@@ -72,136 +39,6 @@ _NOT_READ = {
     ".npy": "an array without geometry: use the original files",
 }
 _LOOKED_AT = 2000
-
-_OLD_CODES = {"NCR": 1, "ED": 2, "ET": 4}
-_NEW_CODES = {"NCR": 1, "ED": 2, "ET": 3}
-
-
-def _brats(
-    name: str,
-    stems: tuple[str, ...],
-    suffixes: Mapping[str, tuple[str, ...]],
-    codes: Mapping[str, int],
-    joint: str,
-    *,
-    case: str = "{case}",
-    patterns: Mapping[str, str] | None = None,
-    ignored: tuple[int, ...] = (),
-    also: Mapping[int, str] | None = None,
-    odd_labels: tuple[str, ...] = (),
-) -> Layout:
-    """A layout whose every file is ``stem + joint + suffix``.
-
-    Some programs unpack every file into a folder of its name, as ``x_flair.nii/0001.nii``.
-    """
-
-    def files(suffix: str) -> tuple[str, ...]:
-        names = [f"{stem}{joint}{suffix}.nii" for stem in stems]
-        return (*(f"{n}.gz" for n in names), *(f"{n}/*.nii.gz" for n in names))
-
-    return Layout(
-        name=name,
-        images={m: tuple(p for x in several for p in files(x)) for m, several in suffixes.items()},
-        label=(*files("seg"), *odd_labels),
-        codes=codes,
-        also=also or {},
-        ignored=ignored,
-        case=case,
-        fields=patterns or {},
-        anchored=False,
-    )
-
-
-_FLAT = "{case}/{case}"
-_VISITS = "{patient}_{visit}/{patient}_{visit}"
-_DASHED = "{patient}-{visit}/{patient}-{visit}"
-
-_PRESETS = (
-    _brats(
-        "brats2018",
-        (f"{{grade}}/{_VISITS}", _VISITS),
-        _OLD_SUFFIXES,
-        _OLD_CODES,
-        "_",
-        case="{patient}_{visit}",
-        patterns={"patient": r"Brats1[78]_[^/]+", "visit": r"\d+"},
-    ),
-    _brats(
-        "brats2019",
-        (f"{{grade}}/{_VISITS}", _VISITS),
-        _OLD_SUFFIXES,
-        _OLD_CODES,
-        "_",
-        case="{patient}_{visit}",
-        patterns={"patient": r"BraTS19_[^/]+", "visit": r"\d+"},
-    ),
-    _brats(
-        "brats2020",
-        (_FLAT,),
-        _OLD_SUFFIXES,
-        _OLD_CODES,
-        "_",
-        patterns={"case": r"BraTS20_[^/]+"},
-        # Case 355 was released with its label under the name it had at the hospital.
-        odd_labels=("{case}/W39_*_Segm.nii.gz",),
-    ),
-    _brats(
-        "brats2021", (_FLAT,), _OLD_SUFFIXES, _OLD_CODES, "_", patterns={"case": r"BraTS2021_[^/]+"}
-    ),
-    _brats("brats", (f"{{grade}}/{_FLAT}", _FLAT), _OLD_SUFFIXES, _OLD_CODES, "_"),
-    _brats(
-        "brats2024",
-        (_DASHED,),
-        _NEW_SUFFIXES,
-        _NEW_CODES,
-        "-",
-        case="{patient}-{visit}",
-        # Scans after treatment are numbered from 100; before it, from 000.
-        patterns={"patient": r"(?!BraTS-PED)[^/]+", "visit": r"\d{3}"},
-        ignored=(4,),
-    ),
-    _brats(
-        "brats2023",
-        (_DASHED,),
-        _NEW_SUFFIXES,
-        _NEW_CODES,
-        "-",
-        case="{patient}-{visit}",
-        patterns={"patient": r"(?!BraTS-PED)[^/]+", "visit": r"\d{3}"},
-    ),
-    _brats(
-        "brats-ped",
-        (_DASHED,),
-        _NEW_SUFFIXES,
-        {"NCR": 2, "ED": 4, "ET": 1},  # 2 non-enhancing tumour, 3 cystic component: core, not ET
-        "-",
-        case="{patient}-{visit}",
-        patterns={"patient": r"BraTS-PED-[^/]+", "visit": r"\d{3}"},
-        also={3: "NCR"},
-    ),
-    _brats(
-        "brats-goat",
-        (_FLAT,),
-        _NEW_SUFFIXES,
-        _NEW_CODES,
-        "-",
-        patterns={"case": r"BraTS-GoAT-\d+"},
-    ),
-    Layout(
-        "msd",
-        {},
-        ("labelsTr/{case}.nii.gz",),
-        {},
-        # Four digits at the end are a channel number of nnU-Net.
-        fields={"case": r"[^/]+(?<!_\d{4})"},
-        described=True,
-    ),
-    Layout("nnunet", {}, ("labelsTr/{case}.nii.gz",), {}, described=True),
-)
-
-LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _PRESETS}
-"""Presets by name."""
-
 
 LabelNames = Mapping[str, str | int | list[str | int]]
 """Label of a task -> its name or number(s) in a cohort."""
@@ -341,7 +178,7 @@ def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Found:
     best: Found | None = None
     reasons: list[str] = []
     most = 0
-    for preset in _PRESETS:
+    for preset in LAYOUTS.values():
         try:
             found = match(tree, _for_task(preset, tree, task, labels))
         except InputError as error:

@@ -17,7 +17,7 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
         b: runs of B; run i is matched with run i of A.
 
     Returns:
-        Sentences for :func:`pmixseg.evaluation.comparison.comparison.compare`. Seeds are compared
+        Sentences for :func:`pmixseg.evaluation.comparison.compare.compare`. Seeds are compared
         as far as the sidecars of both runs know them.
 
     Raises:

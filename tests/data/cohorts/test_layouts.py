@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pmixseg.data.cohorts.cases import Layout, Tree, match
+from pmixseg.data.cohorts.cases import Layout
 from pmixseg.data.cohorts.layouts import LAYOUTS, find_cases, search
+from pmixseg.data.cohorts.matching import Tree, match
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task
 from tests.data.cohorts.layout_scenes import NEW, NEW_CODES, OLD_CODES, brats_files, check

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from pmixseg.errors import InputError
-from pmixseg.evaluation.comparison.comparison import compare
+from pmixseg.evaluation.comparison.compare import compare
 from pmixseg.evaluation.comparison.paired_tests import (
     holm,
     paired_t,

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from pmixseg.errors import InputError
-from pmixseg.evaluation.comparison.comparison import compare
+from pmixseg.evaluation.comparison.compare import compare
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
 from pmixseg.evaluation.scores.conventions import Conventions
 from pmixseg.evaluation.scores.metrics import CaseMetrics

@@ -1,0 +1,241 @@
+"""Sort the scan files of a folder into cases, by the patterns of a layout."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, check_name
+from pmixseg.data.cohorts.patients import patient_of
+from pmixseg.data.cohorts.problems import listed
+from pmixseg.errors import InputError
+
+_MAX_DEPTH = 8
+
+_NUMBERED = re.compile(r"(.*\d.*?)[-_.](?:[A-Za-z]?\d{1,3})")
+"""A name with a number of its own before its last number, which may be that of a visit."""
+
+ONE_SCAN_EACH = frozenset({"brats2020", "brats2021", "brats-goat"})
+"""Layouts of cohorts that have one scan of a patient, or do not tell."""
+
+_NAMED_FREELY = "brats"
+"""The layout of names of one's own; a remark is made only if they look like visits."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a layout makes of a tree.
+
+    Args:
+        cases: sorted by name.
+        stray: scan files that belong to none.
+        remarks: sentences about the cohort as a whole.
+    """
+
+    cases: list[Case]
+    stray: list[Path]
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The NIfTI files under a root, and the folders that could not be read.
+
+    Args:
+        root: where it was looked.
+        files: all files of :data:`ENDINGS`, sorted.
+        unreadable: folder -> reason.
+        hidden: folders that hold such files and were passed over for their names.
+        misnamed: files whose names are no UTF-8.
+    """
+
+    root: Path
+    files: list[Path]
+    unreadable: Mapping[Path, str]
+    hidden: tuple[Path, ...] = ()
+    misnamed: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, root: Path | str) -> Tree:
+        """Walk a folder, through links, without hidden files.
+
+        Raises:
+            InputError: the root is missing, no folder, or unreadable.
+        """
+        root = Path(root)
+        if not root.is_dir():
+            what = "is not a folder" if root.exists() else "does not exist"
+            raise InputError(f"{root} {what}; name the folder that holds the cases.")
+        unreadable: dict[Path, str] = {}
+
+        def remember(error: OSError) -> None:
+            unreadable[Path(error.filename)] = error.strerror or str(error)
+
+        files: list[Path] = []
+        hidden: list[Path] = []
+        for folder, inner, names in os.walk(root, onerror=remember, followlinks=True):
+            here = Path(folder)
+            deep = len(here.relative_to(root).parts) >= _MAX_DEPTH
+            dotted = [n for n in inner if _is_hidden(n)]
+            hidden += [here / n for n in dotted if _holds_scans(here / n)]
+            inner[:] = [] if deep else sorted(n for n in inner if n not in dotted)
+            # Archives made on a Mac hold a hidden "._" twin of every file.
+            files += [here / n for n in names if n.lower().endswith(ENDINGS) and not _is_hidden(n)]
+        if root in unreadable:
+            raise InputError(
+                f"{root} cannot be read ({unreadable[root]}); check the folder's permissions."
+            )
+        good = [path for path in files if _is_text(path)]
+        odd = [path for path in files if not _is_text(path)]
+        return cls(root, sorted(good), unreadable, tuple(sorted(hidden)), tuple(sorted(odd)))
+
+    def remarks(self) -> Iterator[str]:
+        """Sentences about what was not looked into."""
+        if self.hidden:
+            yield (
+                f"{len(self.hidden)} folders with scans were passed over, for their names begin "
+                f"with '.': {listed([shown(p.relative_to(self.root)) for p in self.hidden])}."
+            )
+
+
+def shown(path: Path) -> str:
+    """A path as text that can be printed, also where its bytes are no UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _is_hidden(name: str) -> bool:
+    """By its first letter; a name of dots, or one behind dots, is somebody's case."""
+    return name.startswith(".") and not name.startswith("..")
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _holds_scans(folder: Path) -> bool:
+    try:
+        return any(n.lower().endswith(ENDINGS) for n in os.listdir(folder))  # noqa: PTH208  # fast
+    except OSError:
+        return False
+
+
+def match(tree: Tree, layout: Layout) -> Found:
+    """Sort the files of a tree into cases by a layout's patterns."""
+    expressions = layout.expressions()
+    slots: dict[str, dict[str, tuple[int, ImageFile]]] = {}
+    facts: dict[str, dict[str, str]] = {}
+    problems: dict[str, str] = {}
+    stray = []
+    for path, text in _texts(tree, layout):
+        hits = [(r, k, c, m) for r, k, c, e in expressions if (m := e.fullmatch(text))]
+        if not hits:
+            stray.append(path)
+        for role, rank, channel, hit in hits:
+            groups = {k: v for k, v in hit.groupdict().items() if v is not None}
+            case_id = layout.case.format(**groups)
+            chosen = slots.setdefault(case_id, {})
+            source: ImageFile = path if channel is None else (path, channel)
+            before = chosen.get(role)
+            if before is None or rank < before[0]:
+                chosen[role] = (rank, source)
+            elif before[0] == rank and before[1] != source:
+                problems[case_id] = (
+                    f"case '{case_id}': {_path_of(before[1])} and {path} are both its {role}; "
+                    "remove or rename one."
+                )
+            for name, value in groups.items():
+                facts.setdefault(case_id, {}).setdefault(name, value)
+    cases = []
+    for case_id, chosen in sorted(slots.items()):
+        images = {r: chosen[r][1] for r in layout.images if r in chosen}
+        if not images:
+            problems.setdefault(
+                case_id, f"case '{case_id}' has a label but no image; add an image or remove it."
+            )
+        try:
+            check_name(case_id)
+        except InputError as error:
+            problems.setdefault(case_id, str(error))
+        known = facts[case_id]
+        cases.append(
+            Case(
+                case_id=case_id,
+                images=images,
+                label=_path_of(chosen["label"][1]) if "label" in chosen else None,
+                codes=layout.codes,
+                grade=known.get("grade"),
+                patient=known.get("patient") or patient_of(case_id, layout.patient),
+                layout=layout.name,
+                ignored=layout.ignored,
+                also=layout.also,
+                problem=problems.get(case_id),
+            )
+        )
+    for folder, reason in tree.unreadable.items():
+        sentence = f"case '{folder.name}': {folder} cannot be read ({reason}); check permissions."
+        cases.append(Case(folder.name, {}, None, layout.codes, problem=sentence))
+    for odd, names in _by_folder(tree.misnamed).items():
+        sentence = (
+            f"case '{odd}': {listed(names)} are no UTF-8 (bytes that are no letters stand as "
+            "\\x..), so they cannot be written down; rename them."
+        )
+        cases.append(Case(odd, {}, None, layout.codes, problem=sentence))
+    remarks = (*tree.remarks(), *_remark_on_patients(cases, layout.tells_patients()))
+    return Found(cases, stray, remarks)
+
+
+def _by_folder(paths: Iterable[Path]) -> dict[str, list[str]]:
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folders.setdefault(shown(Path(path.parent.name)), []).append(shown(Path(path.name)))
+    return folders
+
+
+def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
+    """Files with the text that patterns are held against.
+
+    A floating pattern may reach above the root, so that the folder of one case, or of one grade,
+    can be a root as well.
+    """
+    above = tree.root.resolve()
+    for path in tree.files:
+        inside = path.relative_to(tree.root)
+        yield path, (inside if layout.anchored else above / inside).as_posix()
+
+
+def _path_of(source: ImageFile) -> Path:
+    return source[0] if isinstance(source, tuple) else source
+
+
+def _remark_on_patients(cases: Sequence[Case], told: bool) -> tuple[str, ...]:
+    """Say where visits of one patient may be taken for patients of their own.
+
+    Args:
+        cases: the cohort.
+        told: its layout says itself who the patient is.
+    """
+    own = [c for c in cases if c.patient in ("", c.case_id) and c.layout not in ONE_SCAN_EACH]
+    if told or not own:
+        return ()
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for case in own:
+        if hit := _NUMBERED.fullmatch(case.case_id):
+            alike[hit.group(1)].append(case.case_id)
+    visits = [names for names in alike.values() if len(names) > 1]
+    suspect = visits[0] if visits and len(alike) > 1 else []
+    if not suspect and all(c.layout == _NAMED_FREELY for c in own):
+        return ()
+    such = f" {listed(suspect)} may be visits of one." if suspect else ""
+    return (
+        f"patients are not recognised by the names of {len(own)} cases: each counts as a patient "
+        f"of its own, and visits of one patient may come into training and test.{such} If there "
+        r"are any, name the patient in a layout file (patient: '(.+)_\d+').",
+    )

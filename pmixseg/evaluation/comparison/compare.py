@@ -1,0 +1,219 @@
+"""Comparing two methods over seed-matched runs (docs/method/evidence.md).
+
+The primary endpoint is fixed: per case the mean Dice over all combinations and regions; the test
+is a paired t over the means of seed-matched runs. All else is exploratory and marked so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pmixseg.errors import InputError
+from pmixseg.evaluation.comparison.comparison import Comparison
+from pmixseg.evaluation.comparison.monotonicity import violations
+from pmixseg.evaluation.comparison.paired_tests import (
+    LEVEL,
+    PairedTest,
+    holm,
+    paired_t,
+    signed_rank,
+    smallest_signed_rank_p,
+    two_way_bootstrap,
+)
+from pmixseg.evaluation.records.measures import MEASURES, direction_of
+
+KEY = ["case", "combination", "region"]
+ENOUGH_PAIRS = 8
+ENOUGH_CASES = 20
+
+
+def compare(
+    a: Sequence[pd.DataFrame],
+    b: Sequence[pd.DataFrame],
+    measure: str = "dice",
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Compare two methods.
+
+    Args:
+        a: records of the runs of A, one table per run, with ``run``, ``case``, ``combination``,
+            ``n_present``, ``region``, ``dice`` and ``measure``.
+        b: of B; run i has the seed of run i of A.
+        measure: column of the exploratory table. The primary endpoint is Dice in any case.
+        notes: what is known of the runs besides and belongs beside the numbers, see
+            :func:`pmixseg.evaluation.comparison.matching.matching_notes`.
+
+    Raises:
+        InputError: no run, unequal numbers of runs, a column is missing or holds no numbers, rows
+            occur twice, or nothing is common to all runs.
+    """
+    _check(a, b, measure)
+    said = list(notes)
+    dice = _aligned([*a, *b], "dice", said)
+    by_case = dice.groupby(level="case", sort=False).mean().to_numpy().T
+    of_a, of_b = by_case[: len(a)], by_case[len(a) :]
+    differences = of_a - of_b
+    cases = tuple(dict.fromkeys(str(c) for c in dice.index.get_level_values("case")))
+    primary = paired_t(differences)
+    per_case = differences.mean(axis=0)
+    cells = dice if measure == "dice" else _aligned([*a, *b], measure, said)
+    if measure not in MEASURES:
+        said.append(f"'{measure}' is a column of your own: the higher number counts as a win.")
+    if direction_of(measure) == "zero":
+        cells = cells.abs()
+        said.append(f"'{measure}' has a sign: its distance from 0 is compared.")
+    exploratory = _exploratory(cells, len(a), measure)
+    said += _limits(primary, len(cases), exploratory)
+    return Comparison(
+        runs_a=tuple(_name(run, f"a{i}") for i, run in enumerate(a)),
+        runs_b=tuple(_name(run, f"b{i}") for i, run in enumerate(b)),
+        cases=cases,
+        mean_a=float(of_a.mean()),
+        mean_b=float(of_b.mean()),
+        by_pair=tuple(float(d) for d in differences.mean(axis=1)),
+        primary=primary,
+        bootstrap=two_way_bootstrap(differences),
+        wins=_wins(per_case),
+        measure=measure,
+        exploratory=exploratory,
+        violations_a=violations(a),
+        violations_b=violations(b),
+        notes=tuple(said),
+    )
+
+
+def _check(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], measure: str) -> None:
+    if not a or len(a) != len(b):
+        raise InputError(
+            f"A has {len(a)} runs and B {len(b)}; give at least one a side, as many on either, in "
+            "the order of their seeds."
+        )
+    for side, runs in (("A", a), ("B", b)):
+        for i, run in enumerate(runs):
+            where = f"run {_name(run, str(i))} of {side}"
+            lacking = [c for c in (*KEY, "n_present", "dice") if c not in run]
+            if lacking:
+                raise InputError(f"{where} lacks the columns {lacking}; test the run again.")
+            known = _measures(run)
+            for column in ("dice", measure):
+                if column not in known and len(run):
+                    raise InputError(
+                        f"{where}: '{column}' is no column of numbers that methods can be compared "
+                        f"by; choose one of {', '.join(known)}, or test the run again."
+                    )
+            if len(run) and direction_of(measure) is None:
+                raise InputError(
+                    f"{where}: '{measure}' has no better direction, so nobody can win by it; "
+                    f"choose one of {', '.join(c for c in known if direction_of(c))}."
+                )
+            if run.duplicated(KEY).any():
+                twice = run.loc[run.duplicated(KEY), KEY].iloc[0].tolist()
+                raise InputError(f"{where} has {twice} twice; give every run a table of its own.")
+
+
+def _measures(run: pd.DataFrame) -> list[str]:
+    """Columns that hold a number, or yes or no, about the prediction of a row."""
+    keys = ("run", *KEY, "n_present")
+    return [c for c in run if c not in keys and pd.api.types.is_numeric_dtype(run[c].dtype)]
+
+
+def _name(run: pd.DataFrame, otherwise: str) -> str:
+    return str(run["run"].iloc[0]) if "run" in run and len(run) else otherwise
+
+
+def _aligned(runs: Sequence[pd.DataFrame], column: str, notes: list[str]) -> pd.DataFrame:
+    """Values of every run, ``[rows, runs]``, for the rows that all have; what is left is noted."""
+    columns = [run.set_index(KEY)[column].rename(i) for i, run in enumerate(runs)]
+    everything = pd.concat(columns, axis=1)
+    common = everything.dropna()
+    if common.empty:
+        raise InputError(
+            f"no case, combination and region has '{column}' in every run; compare runs that were "
+            "tested on the same cases."
+        )
+    left = len(everything) - len(common)
+    if left:
+        lost = set(everything.index.get_level_values("case")) - set(
+            common.index.get_level_values("case")
+        )
+        notes.append(
+            f"{left} of {len(everything)} rows lack '{column}' in some run and were left out"
+            + (f", with them {len(lost)} whole cases." if lost else ".")
+        )
+    return common
+
+
+def _exploratory(cells: pd.DataFrame, pairs: int, measure: str) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for (region, combination), part in cells.groupby(level=["region", "combination"], sort=False):
+        values = part.to_numpy(dtype=np.float64).T
+        differences = values[:pairs] - values[pairs:]
+        low, high = two_way_bootstrap(differences, 2000)
+        per_case = differences.mean(axis=0)
+        better, worse, _ = _wins(per_case if direction_of(measure) == "higher" else -per_case)
+        rows.append(
+            {
+                "region": region,
+                "combination": combination,
+                "n_present": len(str(combination).split("+")),
+                "difference": float(differences.mean()),
+                "low": low,
+                "high": high,
+                "cases": differences.shape[1],
+                "wins": better,
+                "losses": worse,
+                "p": signed_rank(per_case),
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["p_holm"] = holm(table["p"].to_numpy(dtype=np.float64))
+    order = {region: i for i, region in enumerate(dict.fromkeys(table["region"]))}
+    place = table["region"].map(order)
+    return table.iloc[np.lexsort((np.arange(len(table)), table["n_present"], place))].reset_index(
+        drop=True
+    )
+
+
+def _wins(per_case: NDArray[np.float64]) -> tuple[int, int, int]:
+    equal = np.abs(per_case) < 1e-12
+    better, worse = (per_case > 0) & ~equal, (per_case < 0) & ~equal
+    return int(better.sum()), int(worse.sum()), int(equal.sum())
+
+
+def _limits(primary: PairedTest, cases: int, exploratory: pd.DataFrame) -> list[str]:
+    """What these numbers cannot tell."""
+    notes = []
+    if primary.pairs == 1:
+        notes.append(
+            "One run a side: this compares two checkpoints, not two methods. Another training of "
+            f"either may turn the result; give {ENOUGH_PAIRS} or more seed-matched runs a side."
+        )
+    elif np.isnan(primary.p):
+        notes.append(
+            "All pairs of runs differ by exactly the same amount, so they are not independent "
+            "trainings (the same run given twice?); there is no test."
+        )
+    elif primary.pairs < ENOUGH_PAIRS:
+        notes.append(
+            f"{primary.pairs} pairs of runs are few ({ENOUGH_PAIRS} are asked for): a true "
+            f"difference below {primary.detectable:.4f} would be missed more than once in five, "
+            "and bootstrap intervals are too narrow."
+        )
+    if cases < ENOUGH_CASES:
+        notes.append(
+            f"{cases} case{'s are' if cases > 1 else ' is'} too few to conclude anything about "
+            "patients: the intervals hold for cases like these at best."
+        )
+    tests, most = len(exploratory), int(exploratory["cases"].max())
+    least = smallest_signed_rank_p(most)
+    if least * tests > LEVEL:
+        notes.append(
+            f"With {most} cases no p of the exploratory table can pass: the smallest possible is "
+            f"{least:.2g}, times {tests} comparisons {min(1.0, least * tests):.2g}."
+        )
+    return notes
