@@ -39,6 +39,7 @@ from pmixseg.modules.compilation import Compile
 from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.preparation import Preparation, seen_cases
 from pmixseg.modules.recording import Recording, warn_without_label
+from pmixseg.modules.trainer_checks import check_machine
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -197,7 +198,12 @@ class SegmentationNetwork(LightningModule, Described):
     # ---------------------------------------------------------------- validation, test, predict
 
     def setup(self, stage: str) -> None:
-        """Take spacing, normalisation and patch from the data; compare them with a checkpoint's."""
+        """Take spacing, normalisation and patch from the data; compare them with a checkpoint's.
+
+        Raises:
+            InputError: a precision or strategy of the trainer that would change the model.
+        """
+        check_machine(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.preparation = self.preparation.merge(data, self.evaluation, fitting=stage == "fit")

@@ -1,4 +1,4 @@
-"""Callbacks of Lightning that would spoil a training without a word."""
+"""What Lightning's Trainer offers and these modules cannot use, said before anything runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,36 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from pmixseg.errors import InputError
 from pmixseg.modules.optimization import mode_of, validates
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+"""Those that keep weights, sums and scores in float32."""
+
+
+def check_machine(trainer: Trainer) -> None:
+    """Refuse precisions and strategies that would change what a model is.
+
+    Raises:
+        InputError: weights of another type than float32, or weights that are cut into parts.
+    """
+    precision = str(trainer.precision)
+    if precision not in PRECISIONS:
+        raise InputError(
+            f"--trainer.precision {precision} turns the weights themselves into another type, and "
+            "half precision loses the small changes of an optimizer's step; use bf16-mixed or "
+            "16-mixed, which compute in half precision and keep weights in float32, or 32-true."
+        )
+    strategy = trainer.strategy
+    whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    if not whole or isinstance(strategy, DeepSpeedStrategy):
+        raise InputError(
+            f"{type(strategy).__name__} cuts the weights into parts, which no checkpoint of "
+            "pmixseg could hold; these networks fit every card whole, so use --trainer.strategy "
+            "ddp."
+        )
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -1,0 +1,74 @@
+"""Precisions and strategies of the Trainer: they work, or one sentence refuses them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+
+from pmixseg.cli import main
+from pmixseg.errors import InputError
+from pmixseg.modules import StudentModule
+from pmixseg.modules.trainer_checks import check_machine
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+
+TRUE = ("bf16-true", "16-true", "64-true")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("machine")
+    trainer = quiet_trainer(folder, precision="bf16-mixed", max_steps=1)
+    trainer.fit(StudentModule(backbone=tiny()), MemoryData())
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("command", "precision"),
+    [*(("fit", p) for p in TRUE), *((c, TRUE[0]) for c in ("validate", "test", "predict"))],
+)
+def test_weights_of_another_type_are_refused_before_anything_runs(
+    phantom_store, checkpoint, tmp_path, capsys, monkeypatch, command, precision
+):
+    def ran(*arguments):
+        raise AssertionError("the network ran")
+
+    monkeypatch.setattr(StudentModule, "encode", ran)
+    given = [] if command == "fit" else [f"--ckpt_path={checkpoint}"]
+    flags = [f"--run={tmp_path}", f"--data.store={phantom_store}", "--data.patch_size=16"]
+    flags += ["--trainer.accelerator=cpu", f"--trainer.precision={precision}"]
+    assert main([command, *given, *flags]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"pmixseg: --trainer.precision {precision} turns the weights")
+    assert "use bf16-mixed or 16-mixed" in said
+
+
+@pytest.mark.parametrize("precision", TRUE)
+def test_a_model_in_python_is_refused_alike(tmp_path, precision):
+    trainer = quiet_trainer(tmp_path, precision=precision)
+    with pytest.raises(InputError, match=f"precision {precision} turns the weights"):
+        trainer.fit(StudentModule(backbone=tiny()), MemoryData())
+
+
+def test_mixed_precision_leaves_weights_in_float32(checkpoint):
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_strategies_that_cut_weights_are_refused(kind):
+    trainer = SimpleNamespace(precision="32-true", strategy=kind.__new__(kind))
+    with pytest.raises(InputError, match=f"{kind.__name__} cuts the weights .*strategy ddp"):
+        check_machine(trainer)
+
+
+@pytest.mark.parametrize("strategy", [DDPStrategy(), SingleDeviceStrategy("cpu")])
+def test_strategies_that_keep_weights_whole_are_taken(strategy):
+    check_machine(SimpleNamespace(precision="bf16-mixed", strategy=strategy))
