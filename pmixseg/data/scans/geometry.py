@@ -129,11 +129,6 @@ class Geometry:
         return np.array(self.source_affine, dtype=np.float64)
 
     @property
-    def file_affine(self) -> npt.NDArray[np.float64]:
-        """The affine in the reference file's own unit, as the file has it."""
-        return np.diag([1 / self.unit, 1 / self.unit, 1 / self.unit, 1.0]) @ self.affine
-
-    @property
     def canonical_affine(self) -> npt.NDArray[np.float64]:
         """Affine of the canonical volume, voxel index -> mm."""
         order = nib.io_orientation(self.affine)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -99,90 +98,9 @@ def jensen_shannon(
     return float(((own - mixed).mean(0) * w).sum())
 
 
-@dataclass(frozen=True)
-class ChainRule:
-    """Both sides of identity 1: ``joint == individual + total_correlation``."""
-
-    joint: float
-    individual: float
-    total_correlation: float
-
-
-def chain_rule(
-    mean: Mean, covariance: Covariance, modalities: int, mean_p: Mean, covariance_p: Covariance
-) -> ChainRule:
-    """Identity 1 for a Gaussian q over joined latents, each term in closed form on its own.
-
-    Args:
-        mean: of the joined latents of all modalities.
-        covariance: of the same.
-        modalities: number of blocks of equal size.
-        mean_p: of the anchor P that all modalities share.
-        covariance_p: of P.
-    """
-    sizes = [len(mean) // modalities] * modalities
-    joint_p = torch.kron(torch.eye(modalities, dtype=covariance_p.dtype), covariance_p)
-    individual = [
-        gaussian_divergence(mean[s], covariance[s, s], mean_p, covariance_p) for s in _slices(sizes)
-    ]
-    return ChainRule(
-        joint=gaussian_divergence(mean, covariance, mean_p.repeat(modalities), joint_p),
-        individual=sum(individual),
-        total_correlation=total_correlation(covariance, sizes),
-    )
-
-
-@dataclass(frozen=True)
-class Compensation:
-    """Both sides of identity 2: ``individual == mixture + jensen_shannon``."""
-
-    individual: float
-    mixture: float
-    jensen_shannon: float
-
-
-def compensation(
-    means: Float[Tensor, "m k"],
-    covariances: Float[Tensor, "m k k"],
-    mean_p: Mean,
-    covariance_p: Covariance,
-    weights: Sequence[float] | None = None,
-    samples: int = 65536,
-    seed: int = 0,
-) -> Compensation:
-    """Identity 2 for Gaussians q_m and P.
-
-    The individual divergences are in closed form; that of the mixture and the Jensen-Shannon
-    divergence are Monte Carlo estimates over different samples.
-
-    Args:
-        means: of q_1..q_M.
-        covariances: of q_1..q_M.
-        mean_p: of the anchor.
-        covariance_p: of the anchor.
-        weights: w, summing to 1; equal if not given.
-        samples: per Gaussian.
-        seed: of the samples.
-    """
-    w = _weights(weights, len(means))
-    individual = [
-        gaussian_divergence(mean, covariance, mean_p, covariance_p)
-        for mean, covariance in zip(means, covariances, strict=True)
-    ]
-    draws = _draw(means, covariances, samples, seed + 1)
-    mixed = (_log_densities(draws, means, covariances) + w.log()).logsumexp(2)
-    anchor = _log_densities(draws, mean_p[None], covariance_p[None])[..., 0]
-    mixture = ((mixed - anchor).mean(1) * w).sum()
-    return Compensation(
-        individual=float((torch.tensor(individual, dtype=w.dtype) * w).sum()),
-        mixture=float(mixture),
-        jensen_shannon=jensen_shannon(means, covariances, weights, samples, seed),
-    )
-
-
 def _weights(weights: Sequence[float] | None, count: int) -> Tensor:
-    given = [1 / count] * count if weights is None else list(weights)
-    return torch.tensor(given, dtype=torch.float64)
+    shares = [1 / count] * count if weights is None else list(weights)
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pmixseg.errors import InputError
-from pmixseg.losses.anchors import Anchor, NormalAnchor
+from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
+from pmixseg.losses.distances.moments import unit
 from pmixseg.losses.distances.points import brain_points, take
 from pmixseg.losses.ranks import gather_constants, world_size
 from pmixseg.types import Presence
@@ -58,6 +59,7 @@ class CaseNCE(Distance):
     """
 
     name = "case_nce"
+    compares_directions = True
     smallest_batch = 2
 
     def __init__(
@@ -74,19 +76,6 @@ class CaseNCE(Distance):
         self.temperature, self.leave_out = temperature, leave_out
         self.points, self.epsilon, self.seed = points, epsilon, seed
 
-    def check(self, anchor: Anchor) -> None:
-        """Refuse anchors without a direction.
-
-        Raises:
-            InputError: a normal anchor, or a product of Gaussians.
-        """
-        super().check(anchor)
-        if isinstance(anchor, NormalAnchor):
-            raise InputError(
-                "the distance 'case_nce' compares directions, and NormalAnchor has none; use "
-                "another distance or another anchor."
-            )
-
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
         """Return the distance per sample and modality, ``[B, M]``."""
         residuals, inside = self._residuals(latents)
@@ -95,7 +84,7 @@ class CaseNCE(Distance):
             target = target.detach()
         elif detach == "features":
             residuals = residuals.detach()
-        a, b = self._unit(residuals), self._unit(target)
+        a, b = unit(residuals, self.epsilon), unit(target, self.epsilon)
         own = (a * b).sum(2) / self.temperature  # [B, M, P]
         known = exists[:, :, None] & inside[:, None]
         others, candidate = b, known
@@ -154,6 +143,3 @@ class CaseNCE(Distance):
             targets.append(anchor(maps, subset, latents.level, detach_weights=True)[..., 0, 0])
             exists.append(subset.any(1))
         return torch.stack(targets, 1), torch.stack(exists, 1)
-
-    def _unit(self, vectors: Tensor) -> Tensor:
-        return vectors * (vectors.square().sum(2, keepdim=True) + self.epsilon).rsqrt()

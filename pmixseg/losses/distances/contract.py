@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
-from pmixseg.losses.anchors import Anchor, ProductAnchor
+from pmixseg.losses.anchors import Anchor, NormalAnchor, ProductAnchor
 from pmixseg.losses.ranks import SharedSums
 from pmixseg.types import Brain, Features, Presence, Scalar
 
@@ -73,11 +73,13 @@ class Distance(nn.Module, Described, ABC):
         couples_samples: a sample's value depends on the other samples of the batch in a way that
             is *not* summed over processes, so DDP differs from one process.
         smallest_batch: samples of all processes together below which it has no meaning.
+        compares_directions: an anchor must have one, which N(0, I) has not.
     """
 
     name: ClassVar[str] = ""
     couples_samples: bool = False
     smallest_batch: int = 1
+    compares_directions: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,12 +101,18 @@ class Distance(nn.Module, Described, ABC):
         """Refuse anchors that the distance has no meaning for.
 
         Raises:
-            InputError: a product of Gaussians without a distance between Gaussians.
+            InputError: a product of Gaussians without a distance between Gaussians, or a normal
+                anchor for a distance that compares directions.
         """
         if isinstance(anchor, ProductAnchor):
             raise InputError(
                 f"ProductAnchor weighs latents by their precision, which {type(self).__name__} "
                 "does not estimate; use --align.distance kl, or another anchor."
+            )
+        if self.compares_directions and isinstance(anchor, NormalAnchor):
+            raise InputError(
+                f"the distance '{self.name}' compares directions, and NormalAnchor has none; use "
+                "another distance or another anchor."
             )
 
     @abstractmethod

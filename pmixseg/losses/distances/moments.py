@@ -146,3 +146,8 @@ def pooled_covariance(
     # As above, the mean may be held still.
     apart = ((flat - centre[None, :, :, None]) * weight).transpose(0, 2).flatten(1)  # [C, M·B·V]
     return over_all(apart @ apart.mT) / together[:, 0].sum().clamp_min(1)
+
+
+def unit(vectors: Tensor, epsilon: float) -> Tensor:
+    """Vectors along dimension 2 divided by ``sqrt(|v|² + epsilon)``, their length but near 0."""
+    return vectors * (vectors.square().sum(2, keepdim=True) + epsilon).rsqrt()

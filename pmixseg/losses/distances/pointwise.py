@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
 from torch.nn import functional as F
 
-from pmixseg.errors import InputError
-from pmixseg.losses.anchors import Anchor, NormalAnchor
+from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances.contract import (
     Detach,
     Distance,
@@ -24,7 +22,7 @@ from pmixseg.losses.distances.contract import (
     PerSlot,
     point_and_target,
 )
-from pmixseg.losses.distances.moments import mean_over_brain, shared_moments, standardise
+from pmixseg.losses.distances.moments import mean_over_brain, shared_moments, standardise, unit
 
 
 class MSE(Distance):
@@ -124,29 +122,14 @@ class Cosine(Distance):
     """
 
     name = "cosine"
+    compares_directions = True
 
     def __init__(self, epsilon: float = 1e-5) -> None:
         super().__init__()
         self.epsilon = epsilon
 
-    def check(self, anchor: Anchor) -> None:
-        """Refuse anchors without a direction.
-
-        Raises:
-            InputError: a normal anchor, or a product of Gaussians.
-        """
-        super().check(anchor)
-        if isinstance(anchor, NormalAnchor):
-            raise InputError(
-                "the distance 'cosine' compares directions, and NormalAnchor has none; use "
-                "another distance or another anchor."
-            )
-
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
         """Return the distance per sample and modality, ``[B, M]``."""
         features, target = point_and_target(standardise(latents, self.epsilon), anchor, detach)
-        difference = self._unit(features) - self._unit(target)
+        difference = unit(features, self.epsilon) - unit(target, self.epsilon)
         return 0.5 * mean_over_brain(difference.square().sum(2), latents.brain)
-
-    def _unit(self, vectors: Tensor) -> Tensor:
-        return vectors * (vectors.square().sum(2, keepdim=True) + self.epsilon).rsqrt()
