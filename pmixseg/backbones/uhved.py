@@ -19,6 +19,7 @@ from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import norm_act
 from pmixseg.backbones.slots import EncodedLatents, check_input, encode_slots, join_levels
 from pmixseg.errors import InputError
+from pmixseg.gaussians import gaussian_kl
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -121,24 +122,14 @@ Gaussian = tuple[Tensor, Tensor]
 """Mean and log-variance."""
 
 
-def gaussian_kl(one: Gaussian, other: Gaussian) -> Tensor:
-    r"""KL(N(μ, σ²) ‖ N(ν, τ²)) of each sample, the mean over its elements, ``[B]``.
-
-    .. math:: \tfrac12 \left[\log\tau^2 - \log\sigma^2 + \frac{\sigma^2 + (\mu - \nu)^2}{\tau^2}
-              - 1\right]
-    """
-    (mean, log), (to_mean, to_log) = one, other
-    ratio = (log - to_log).exp() + (mean - to_mean).square() * (-to_log).exp()
-    return 0.5 * (to_log - log + ratio - 1).flatten(1).mean(1)
-
-
 def _divergence(latents: EncodedLatents, shown: Sequence[Gaussian]) -> Tensor:
     everything = replace(latents, usable=[latents.encoded] * len(latents))
     parts = []
     for level, posterior in enumerate(shown):
         prior = (torch.zeros_like(posterior[0]), torch.zeros_like(posterior[1]))
         full = product_of_gaussians(everything, level)
-        parts.append(gaussian_kl(full, posterior) + gaussian_kl(posterior, prior))
+        away = gaussian_kl(*full, *posterior) + gaussian_kl(*posterior, *prior)
+        parts.append(away.flatten(1).mean(1))
     return torch.stack(parts).sum(0)
 
 

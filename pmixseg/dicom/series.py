@@ -13,9 +13,6 @@ import numpy as np
 from pmixseg.dicom.packages import highdicom, pydicom
 from pmixseg.errors import InputError
 
-ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"
-"""SOP class of enhanced MR images: all slices of a series in one file."""
-
 HEADER = (
     "SOPClassUID",
     "Modality",

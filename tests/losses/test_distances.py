@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pmixseg.errors import InputError
+from pmixseg.gaussians import gaussian_kl
 from pmixseg.losses.alignment import Alignment
 from pmixseg.losses.anchors import (
     ModalityAnchor,
@@ -13,7 +14,7 @@ from pmixseg.losses.anchors import (
     ProductAnchor,
 )
 from pmixseg.losses.distances import NMSE, Cosine, SmoothL1
-from pmixseg.losses.distances.gaussian import KL, VID, gaussian_kl, raw_of_unit_variance
+from pmixseg.losses.distances.gaussian import KL, VID, raw_of_unit_variance
 from pmixseg.losses.distances.samples import MMD, SlicedWasserstein
 from tests.losses.alignment_scenes import NAMES, align, bound, flags, latents_of, values
 

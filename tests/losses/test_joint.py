@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.gap.information import gaussian_divergence
+from pmixseg.gaussians import gaussian_kl
 from pmixseg.losses.alignment import Alignment
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
-from pmixseg.losses.distances.gaussian import gaussian_kl
 from pmixseg.losses.distances.joint import (
     SMALLEST_VARIANCE,
     JointKL,

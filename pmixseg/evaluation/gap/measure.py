@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pmixseg.evaluation.gap.guards import rank_within, whitened_gap
 from pmixseg.evaluation.gap.information import jensen_shannon, total_correlation
-from pmixseg.losses.distances.gaussian import gaussian_kl
+from pmixseg.gaussians import gaussian_kl
 from pmixseg.types import Features
 
 Vectors = Float[Tensor, "n m c"]

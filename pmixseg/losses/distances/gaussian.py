@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.errors import InputError
+from pmixseg.gaussians import gaussian_kl
 from pmixseg.losses.anchors import Anchor, NormalAnchor
 from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
 from pmixseg.losses.distances.moments import mean_over_brain, standardise
@@ -19,19 +20,6 @@ LOG_VARIANCE_LIMIT = 6.0
 
 VARIANCE_FLOOR = 1e-2
 """Smallest learnable variance of variational information terms: without it they are unbounded."""
-
-
-def gaussian_kl(
-    mean: Tensor, log_variance: Tensor, mean_p: Tensor, log_variance_p: Tensor
-) -> Tensor:
-    r"""KL(N(μ, σ²) ‖ N(μ_P, σ_P²)) of every element.
-
-    .. math:: \tfrac12 \left( \log \frac{\sigma_P^2}{\sigma^2}
-              + \frac{\sigma^2 + (\mu - \mu_P)^2}{\sigma_P^2} - 1 \right)
-    """
-    ratio = log_variance - log_variance_p
-    # expm1(r) - r instead of exp(r) - 1 - r: exact where the Gaussians nearly agree.
-    return 0.5 * (torch.expm1(ratio) - ratio + (mean - mean_p).square() * (-log_variance_p).exp())
 
 
 def floored_variance(raw: Tensor) -> Tensor:
