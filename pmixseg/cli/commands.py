@@ -25,6 +25,8 @@ from pmixseg.task import BRATS, Task
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pmixseg.data.cohorts.shares import Share
+
 console = Console(highlight=False)
 
 
@@ -144,6 +146,7 @@ def _prepare(subparsers: Any) -> None:
     parser.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="resample to this")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--workers", type=int, default=2)
+    part_flag(parser)
     parser.add_argument(
         "--prune",
         action="store_true",
@@ -171,6 +174,7 @@ def _prepare(subparsers: Any) -> None:
             workers=args.workers,
             prune=args.prune,
             force=args.force,
+            share=share_of(args.part),
         )
         report.cohort = cohort.remarks
         # Whole lines: a name that is cut in two is no name.
@@ -236,6 +240,26 @@ def _cohort_flags(parser: argparse.ArgumentParser) -> None:
         metavar="LABEL=NAME",
         help="what a label is called in dataset.json, or its number: NCR=necrosis ED=2 ET=3,4",
     )
+
+
+def part_flag(parser: Any) -> None:
+    """Add ``--part``, which :func:`share_of` reads."""
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="do only the I-th of N parts of the cohort; jobs for all parts may run at once",
+    )
+
+
+def share_of(text: str | None) -> Share | None:
+    """Read the value of ``--part``.
+
+    Raises:
+        InputError: there is no such part.
+    """
+    from pmixseg.data.cohorts.shares import Share
+
+    return None if text is None else Share.parse(text)
 
 
 def label_names(pairs: list[str] | None) -> dict[str, str | int | list[str | int]] | None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pmixseg.cli.commands import bar, console, read_task
+from pmixseg.cli.commands import bar, console, part_flag, read_task, share_of
 
 
 def add_to(subparsers: Any) -> None:
@@ -20,12 +20,16 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
     add_flags(parser)
     parser.add_argument("--workers", type=int, default=1)
+    part_flag(parser)
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.data.cohorts.layouts import find_cases
         from pmixseg.preprocess.cohort import preprocess_cohort
 
+        share = share_of(args.part)
         cases = find_cases(args.root, read_task(args.task), layout=args.layout)
+        if share is not None:
+            cases = share.of(cases, lambda case: case.case_id)
         options = {"brain": args.brain, "atlas": args.atlas, "workers": args.workers}
         with bar("cases") as progress:
             done = list(preprocess_cohort(cases, args.out, **options, progress=progress))

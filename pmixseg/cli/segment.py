@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from pmixseg.cli import preprocess
-from pmixseg.cli.commands import bar, console
+from pmixseg.cli.commands import bar, console, part_flag, share_of
 from pmixseg.cli.mistakes import Parser
 from pmixseg.errors import InputError
 from pmixseg.interrupt import raise_on_interrupt
@@ -89,6 +89,7 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
     scans.add_argument("--channels", help="modalities of a 4-D INPUT in order, e.g. flair,t1,-,t2")
     scans.add_argument("--layout", help="name of a layout or YAML file with patterns, for folders")
     scans.add_argument("--name", help="of the case, in the names of the results")
+    part_flag(scans)
     how = parser.add_argument_group("how")
     how.add_argument("--tta", action="store_true", help="average over mirrorings; 8 times slower")
     how.add_argument("--overlap", type=float, help="share of a window that the next one covers")
@@ -146,6 +147,10 @@ def segmented(
             f"({', '.join(f'--{m} FILE' for m in module.task.modalities)})."
         )
     outputs = Outputs(given.out, given.probabilities, given.entropy, not given.no_gzip)
+    share = share_of(given.part)
+    cohort = source is not None and source.is_dir() and not given.raw and not holds_dicom(source)
+    if share is not None and not cohort:
+        raise InputError("--part divides a cohort of registered scans; leave it out for a patient.")
     if source is not None and source.is_dir() and holds_dicom(source):
         yield segmented_study(module, given, settings, outputs, progress)
         return
@@ -158,7 +163,13 @@ def segmented(
                 "--channels, --name and --codes are for single files; a folder's layout tells them."
             )
         yield from segment_folder(
-            module, source, outputs, settings, layout=given.layout, progress=progress
+            module,
+            source,
+            outputs,
+            settings,
+            layout=given.layout,
+            share=share,
+            progress=progress,
         )
         return
     if source is not None:
@@ -337,6 +348,9 @@ def device_of(name: str) -> str:
 
 def report(results: Sequence[CaseResult], task: Task) -> None:
     """Print volumes, files, warnings and problems."""
+    if not results:
+        console.print("this part of the cohort has no case")
+        return
     done = [r for r in results if r.problem is None]
     if done:
         table = Table(title="volumes in ml, research use only", title_justify="left")

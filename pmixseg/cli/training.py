@@ -37,6 +37,7 @@ from pmixseg.cli.arguments import (
     with_split_class,
 )
 from pmixseg.cli.mistakes import UsageError, training_sentence
+from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.training_cases import TrainingCases
 from pmixseg.describe import describe
@@ -153,6 +154,12 @@ class TrainingCLI(LightningCLI):
             action="store_true",
             help="With test and validate: score cases that the model was trained on, too.",
         )
+        parser.add_argument(
+            "--part",
+            type=str | None,
+            default=None,
+            help="With predict: do only the I-th of N parts of the cases, as in 2/8.",
+        )
         parser.link_arguments("data.task", "model.init_args.task")
 
     def _parse_ckpt_path(self) -> None:
@@ -242,6 +249,10 @@ class TrainingCLI(LightningCLI):
             lines += self.changed_data(trained, stored["evaluation"], now["evaluation"])
             for line in lines:
                 say(f"{line} (the flags win)")
+        if part := self._get(self.config, "part"):
+            if self.subcommand != "predict":
+                raise InputError(f"--part is for predict, not for {self.subcommand}; leave it out.")
+            self.datamodule.share = Share.parse(part)
         self.model.force = bool(self._get(self.config, "force"))
         if start := self._get(self.config, "init_from"):
             restore(self.model, read_checkpoint(start))

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.layouts import find_cases, search
 from pmixseg.data.cohorts.problems import listed
+from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.keys import make_key
 from pmixseg.data.masks import CaseMasks, Flags, MaskFile
 from pmixseg.data.patches import (
@@ -126,6 +127,7 @@ class BraTSDataModule(LightningDataModule):
         )
         self.masks: CaseMasks | None = MaskFile(mask_file) if mask_file else build(masks)
         self.seed, self.val_cases, self.predict_part = seed, val_cases, predict_part
+        self.share: Share | None = None
         self._store: Store | None = None
         self._cases: tuple[str, ...] | None = None
         self._parts: Split | None = None
@@ -304,14 +306,19 @@ class BraTSDataModule(LightningDataModule):
         """
         return self._whole(self.parts.test, "test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The cases of ``predict_part``.
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The cases of ``predict_part``; with :attr:`share` set, only that share of them.
 
         Raises:
             InputError: there are none.
         """
         part = self.predict_part
         cases = self.cases if part == "all" else getattr(self.parts, part)
+        if cases and self.share is not None:
+            cases = self.share.of(cases)
+            if not cases:
+                rank_zero_info(f"part {self.share} has no case")
+                return []
         return self._whole(cases, part)
 
     def items(self, part: Part) -> Iterator[CaseItem]:

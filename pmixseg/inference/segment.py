@@ -9,6 +9,7 @@ from pathlib import Path
 from pmixseg.data.cohorts.cases import stem_of
 from pmixseg.data.cohorts.layouts import Case, Layout, search
 from pmixseg.data.cohorts.sequences import modality_of
+from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.scans.nifti import ScanReader, Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
@@ -149,6 +150,7 @@ def segment_folder(
     settings: SegmentSettings | None = None,
     *,
     layout: str | Path | Layout | None = None,
+    share: Share | None = None,
     progress: Progress | None = None,
 ) -> Iterator[CaseResult]:
     """Segment every case under a folder, which may be that of one case.
@@ -165,6 +167,7 @@ def segment_folder(
         outputs: where to.
         settings: how.
         layout: see :func:`~pmixseg.data.cohorts.layouts.find_cases`.
+        share: segment only these cases.
         progress: called with (windows done, windows in all), over all cases as if they were of
             equal size.
 
@@ -183,13 +186,14 @@ def segment_folder(
             if layout is not None
             else scans_in(Path(root), module.task, force=force)
         )
-        if not scans.images:
+        if not scans.images or share is not None:
             raise
         yield _named_by_modality(module, scans, outputs, settings, progress)
         return
     strays = strays_of(found)
     trusted = force or layout is not None
-    for done, case in enumerate(found.cases):
+    cases = found.cases if share is None else share.of(found.cases, lambda case: case.case_id)
+    for done, case in enumerate(cases):
         try:
             beside = strays.get(case.case_id, [])
             yield segment_case(
@@ -198,7 +202,7 @@ def segment_folder(
                 outputs,
                 settings,
                 notes=notes_on_strays(case, beside, module.task, trusted=trusted),
-                progress=_share(progress, done, len(found.cases)),
+                progress=_slice(progress, done, len(cases)),
             )
         except InputError as error:
             yield CaseResult(case.case_id, problem=str(error))
@@ -370,7 +374,7 @@ def _of_no_use(module: SegmentationModule, name: str, modalities: Sequence[str])
     )
 
 
-def _share(progress: Progress | None, done: int, cases: int) -> Progress | None:
+def _slice(progress: Progress | None, done: int, cases: int) -> Progress | None:
     if progress is None:
         return None
     tell = progress

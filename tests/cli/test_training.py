@@ -141,6 +141,22 @@ def test_predict_writes_nifti_that_overlays_its_source(student_run, phantom_stor
         assert b"research use only" in labels.header["descrip"].item()
 
 
+def test_parts_of_predict_join_to_all_cases(student_run, phantom_store, tmp_path, capsys, caplog):
+    checkpoint = f"--ckpt_path={student_run}/checkpoints/last.ckpt"
+    rest = [f"--data.store={phantom_store}", "--trainer.enable_progress_bar=false"]
+    rest += [f"--run={tmp_path}", "--data.predict_part=train"]
+    counts = []
+    for part in ("1/2", "2/2", "9/9"):
+        assert main(["predict", checkpoint, *rest, f"--part={part}"]) == 0
+        counts.append(len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))))
+    trained = load(student_run / "checkpoints/last.ckpt").preparation.cases.train
+    written = {p.name.removesuffix("_seg.nii.gz") for p in (tmp_path / "predictions").iterdir()}
+    assert written == set(trained) and 0 < counts[0] < counts[1] == counts[2]
+    assert "part 9/9 has no case" in caplog.text
+    assert main(["test", checkpoint, *rest, "--part=1/2"]) == 1
+    assert "--part is for predict, not for test" in capsys.readouterr().err
+
+
 def test_flags_beat_the_checkpoint_and_the_difference_is_printed(
     student_run, phantom_store, tmp_path, capsys
 ):

@@ -13,7 +13,6 @@ from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.task import BRATS
 from tests.docs import pages
 from tests.docs.pages import DOCS, ROOT
-from tests.inference.tiny_models import save, tiny_student
 
 TEXTS = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("experiments/*/*.md"))]
 FENCE = re.compile(r"^ *```(?P<tag>[^\n]*)\n(?P<body>.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -59,11 +58,6 @@ class OnlyParsed(TrainingCLI):
 
     def _run_subcommand(self, subcommand):
         pass
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    return save(tiny_student(), tmp_path_factory.mktemp("docs") / "tiny.ckpt")
 
 
 def test_commands_are_found():

@@ -154,3 +154,22 @@ def test_a_flag_that_a_files_name_contradicts_is_told(patient, model, tmp_path):
     result = segment_files(model, images, Outputs(tmp_path), name="x7")
     (told,) = [w for w in result.warnings if "its name says" in w]
     assert told == "case 'x7': x7_T1_KM.nii.gz is given as t1, but its name says t1ce."
+
+
+def test_parts_of_a_cohort_join_to_the_whole(run, cropped_root, tmp_path):
+    whole = {p.name for p in cropped_root.glob("*/*") if p.is_dir()}
+    written = []
+    for part in ("1/3", "2/3", "3/3"):
+        code, said = run(cropped_root, f"--part={part}")
+        assert code == 0, said
+        now = {p.name.removesuffix("_seg.nii.gz") for p in (tmp_path / "out").glob("*_seg.nii.gz")}
+        written.append(now - set().union(*written))
+    assert set().union(*written) == whole and [len(w) for w in written] == [1, 1, 0]
+    assert "this part of the cohort has no case" in said
+
+
+def test_a_part_of_one_patient_is_refused(run, patient):
+    folder = patient(flair="x_FLAIR", t1="x_T1")
+    assert run(folder, "--part=1/2")[0] == 1
+    code, said = run(folder / "x_FLAIR.nii.gz", "--channels=flair", "--part=1/2")
+    assert code == 1 and "--part divides a cohort" in said

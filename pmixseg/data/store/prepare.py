@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pmixseg.data.cohorts.layouts import Case
 from pmixseg.data.cohorts.orientation import odd_ones_out
+from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.scans.canonical import BOX_MULTIPLE, NORMALISATION, STORE_DTYPE
 from pmixseg.data.scans.geometry import Spacing, check_spacing
 from pmixseg.data.store.one_case import Outcome, Recipe, prepare_case
@@ -51,6 +52,7 @@ def prepare(
     prune: bool = False,
     force: bool = False,
     progress: bool = True,
+    share: Share | None = None,
 ) -> PrepareReport:
     """Prepare cases into a store; keep what is there and up to date.
 
@@ -72,6 +74,9 @@ def prepare(
         prune: remove cases from the store that this call was not given and whose sources are gone;
             a cohort on a disk that is not mounted is gone, too.
         progress: show a progress bar with the time left.
+        share: prepare only these cases; give the whole cohort all the same, for a case is judged
+            beside the others. A store that all shares were prepared into is the same as one made
+            at once.
 
     Raises:
         InputError: the folder cannot be written or is not a store, the disk is full, a parameter
@@ -86,7 +91,8 @@ def prepare(
         _open_store(out, task, parameters)
         recipe = Recipe(out / CASES, task, parameters, force, odd_ones_out(cases))
         work = partial(prepare_case, recipe)
-        for case, outcome in _watched(_outcomes(cases, work, workers), len(cases), progress):
+        mine = cases if share is None else share.of(cases, lambda case: case.case_id)
+        for case, outcome in _watched(_outcomes(mine, work, workers), len(mine), progress):
             _enter(report, case, outcome)
         _reconcile(report, {c.case_id for c in cases}, parameters, prune)
     except OSError as error:
@@ -160,8 +166,9 @@ def _enter(report: PrepareReport, case: Case, outcome: Outcome | InputError) -> 
 
 def _open_store(out: Path, task: Task, parameters: dict[str, Any]) -> None:
     """Make the folder and its description, and clear what killed processes left behind."""
-    foreign = out.is_dir() and not (out / STORE_JSON).exists()
-    if foreign and any(not f.name.startswith(".") for f in out.iterdir()):
+    # In this order: another process may be making the store at this moment.
+    filled = out.is_dir() and any(not f.name.startswith(".") for f in out.iterdir())
+    if filled and not (out / STORE_JSON).exists():
         raise InputError(f"{out} holds files and is no store; name a new folder for the store.")
     out.mkdir(parents=True, exist_ok=True)
     text = seal({"format": FORMAT, "task": task.to_dict(), "parameters": parameters})
@@ -181,7 +188,8 @@ def _reconcile(
 ) -> None:
     """Find cases of the store that were not given, and remove those whose sources are gone."""
     for folder in sorted((report.store / CASES).iterdir()):
-        meta = None if folder.name in given else read_meta(folder)
+        # Hidden folders are cases that other processes are writing.
+        meta = None if folder.name in given or folder.name[0] == "." else read_meta(folder)
         if meta is None or meta["parameters"] != parameters:
             continue  # not listed by Store.open, so nobody trains on it
         origin = origin_of(folder)
