@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -46,16 +45,6 @@ def test_import_takes_no_heavy_library():
     code = "import sys, pmixseg; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_import_is_quick():
-    def seconds(code):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        return time.perf_counter() - began
-
-    taken = [seconds("import pmixseg") - seconds("pass") for _ in range(3)]
-    assert min(taken) < 0.3
 
 
 def test_the_package_says_that_it_is_typed():

@@ -12,6 +12,7 @@ from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.records.records import Records
 from pmixseg.modules import StudentModule, TeacherModule, load
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.ranks import spread
 
 pytestmark = pytest.mark.ddp
 
@@ -21,6 +22,7 @@ UNEQUAL = (
     (False, True, True, False),
     (False, False, False, True),
 )
+
 """Ranks get samples 0, 2 and 1, 3: each lacks encoders that the other needs."""
 
 
@@ -39,7 +41,6 @@ def train(folder, teacher, *, processes, acquired=UNEQUAL, make=StudentModule, *
     torch.manual_seed(0)
     module = make(backbone=tiny(deep_supervision=True), optimizer=torch.optim.SGD)
     data = MemoryData(acquired, batch_size=4 // processes)
-    spread = {"devices": 2, "strategy": "ddp_spawn"} if processes == 2 else {"devices": 1}
     trainer = quiet_trainer(
         folder,
         max_epochs=2,
@@ -48,7 +49,7 @@ def train(folder, teacher, *, processes, acquired=UNEQUAL, make=StudentModule, *
             Distillation(teacher, weight=1.0),
             RanksAgree(),
         ],
-        **spread,
+        **spread(processes),
         **arguments,
     )
     trainer.fit(module, data)
@@ -96,8 +97,9 @@ def test_records_of_two_processes_are_those_of_one(tmp_path, teacher, phantom_st
         folder = tmp_path / f"of{processes}"
         module = load(teacher)
         module.evaluation = EvaluationSettings(window=(48, 48, 32), examples=1)
-        spread = {"devices": 2, "strategy": "ddp_spawn"} if processes == 2 else {"devices": 1}
-        trainer = quiet_trainer(folder, limit_test_batches=2 if processes == 1 else 1, **spread)
+        trainer = quiet_trainer(
+            folder, limit_test_batches=2 if processes == 1 else 1, **spread(processes)
+        )
         trainer.test(module, BraTSDataModule(**data), verbose=False)
         tables.append(Records.read(folder).table)
     one, two = (t.drop(columns="run") for t in tables)

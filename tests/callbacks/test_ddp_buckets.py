@@ -1,15 +1,13 @@
 """Alignment beside DDP's own reductions, in a network large enough for several buckets."""
 
-import datetime
-
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.modules import StudentModule
 from tests.callbacks.memory_data import MemoryData, quiet_trainer
+from tests.ranks import spread
 
 ALL, LAST = (True, True, True, True), (False, False, False, True)
 
@@ -22,10 +20,9 @@ def test_ranks_that_skip_different_encoders_do_not_mix_their_messages(tmp_path, 
     module = StudentModule(backbone=MultiEncoderUNet(width=16, levels=4), optimizer=torch.optim.SGD)
     trainer = quiet_trainer(
         tmp_path,
-        devices=2,
         max_epochs=2,
-        strategy=DDPStrategy(start_method="spawn", timeout=datetime.timedelta(seconds=60)),
         callbacks=[PmixAlignment(weight=1.0, distance=distance)],
+        **spread(2),
     )
     trainer.fit(module, MemoryData((LAST, ALL) * 4, batch_size=1))
     assert trainer.state.finished

@@ -22,6 +22,7 @@ from pmixseg.evaluation.gap.changes import read_gap_changes
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules import StudentModule
 from pmixseg.task import BRATS
+from tests.ranks import spread
 
 MEASURES = 14  # ten of the gap, decodability of three regions and their mean
 COMBINATIONS = 10  # of two or three of four modalities
@@ -229,7 +230,6 @@ def test_two_processes_log_what_one_does(phantom_store, tmp_path):
         net = MultiEncoderUNet(BRATS.modalities, 4, width=4, levels=2)
         settings = EvaluationSettings(window=(24, 24, 16))
         module = StudentModule(backbone=net, evaluation=settings)
-        spread = {"devices": 2, "strategy": "ddp_spawn"} if processes == 2 else {"devices": 1}
         trainer = Trainer(
             max_epochs=1,
             accelerator="cpu",
@@ -241,7 +241,7 @@ def test_two_processes_log_what_one_does(phantom_store, tmp_path):
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=folder,
-            **spread,
+            **spread(processes),
         )
         data = BraTSDataModule(phantom_store, patch_size=16, batch_size=2 // processes, val_cases=2)
         trainer.fit(module, data)

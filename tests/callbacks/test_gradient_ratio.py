@@ -10,6 +10,7 @@ from pmixseg.errors import InputError
 from pmixseg.losses.anchors import NormalAnchor
 from pmixseg.modules import StudentModule, TeacherModule
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.ranks import spread
 
 
 def student(**arguments):
@@ -115,8 +116,7 @@ def ranks(folder, processes):
     module, align = student(), PmixAlignment(ratio=0.1, ratio_steps=1, distance="case_nce")
     rows = ((True,) * 4, (True, False, True, True), (False, True, True, False), (True,) * 4)
     data = MemoryData(rows, batch_size=4 // processes)
-    spread = {"devices": 2, "strategy": "ddp_spawn"} if processes == 2 else {"devices": 1}
-    fit(folder, module, align, Keep(), data=data, max_epochs=3, **spread)
+    fit(folder, module, align, Keep(), data=data, max_epochs=3, **spread(processes))
     return torch.load(folder / "kept.pt", weights_only=True)
 
 

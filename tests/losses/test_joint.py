@@ -20,6 +20,7 @@ from pmixseg.losses.distances.joint import (
     slot_moments,
 )
 from pmixseg.types import Latents
+from tests.ranks import run_two
 
 NAMES = ("flair", "t1ce", "t1", "t2", "pd", "adc")
 
@@ -218,7 +219,7 @@ def test_two_processes_equal_one(tmp_path):
     whole = z.clone().requires_grad_()
     loss = joint(whole, correlation="matched")
     loss.backward()
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path), z), nprocs=2)
+    run_two(_rank, 2, str(tmp_path), z)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert sum(v for v, _ in found).item() / 2 == pytest.approx(loss.item())
     for rank, (_, gradient) in enumerate(found):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +23,7 @@ from pmixseg.losses.distillation import (
 )
 from pmixseg.losses.ranks import SharedSums, gather_constants, sum_over_ranks
 from pmixseg.types import Latents, SegOutput
+from tests.ranks import run_two
 
 NAMES = ("flair", "t1ce", "t1", "t2")
 TERMS = (
@@ -125,7 +125,7 @@ def run(rank, folder):
 
 @pytest.mark.ddp
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(run, (str(tmp_path),), nprocs=2)
+    run_two(run, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for rank in ranks:
         assert rank["total"].tolist() == [3.0, 20.0]

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import CaseMetrics, Conventions
 from pmixseg.task import BRATS
+from tests.ranks import run_two
 
 RULES = Conventions(hd95="one", lesion="brats2023-gli")
 MEASURES = tuple(
@@ -81,7 +82,7 @@ def test_two_processes_equal_one():
         port = free.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (port, results), nprocs=2)
+        run_two(_rank, port, results)
         alone = filled(range(5)).compute().numpy().tobytes()
         assert dict(results) == {(rank, i): alone for rank in range(2) for i in range(len(SHARES))}
 
