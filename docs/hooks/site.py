@@ -2,7 +2,8 @@
 
 * Equations (``$…$``) become MathML, so that no page needs a script or a font from a network.
 * ``repo:path`` is a link to a file of the repository; the build fails where there is no such file.
-* ``{{ commands }}`` becomes the help of every command, printed by the program itself.
+* The pages of the reference are made: one per public package from its docstrings, and one with
+  the help of every command, printed by the program itself.
 * Fences such as ``bash run`` are executed by the tests; the site shows them as ``bash``.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 log = logging.getLogger("mkdocs.plugins.site")
@@ -28,6 +30,31 @@ _REPO = re.compile(r"\(repo:([^)#\s]*)(#[^)\s]*)?\)")
 _EQUATION = re.compile(
     r'<(span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</\1>', re.DOTALL
 )
+
+
+PACKAGES = (
+    "",
+    "backbones",
+    "callbacks",
+    "data",
+    "evaluation",
+    "losses",
+    "modules",
+    "testing",
+    "types",
+)
+"""Packages with public names; the first is pmixseg itself."""
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add a page of the reference for each package, and one for the commands."""
+    pages = {"commands": f"# Commands\n\n{commands()}\n"}
+    for package in PACKAGES:
+        name = f"pmixseg.{package}".rstrip(".")
+        pages[package or "pmixseg"] = f"# {name}\n\n::: {name}\n"
+    for page, content in pages.items():
+        files.append(File.generated(config, f"reference/{page}.md", content=content))
+    return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
@@ -42,10 +69,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         return f"({config.repo_url}/{kind}/main/{path}{anchor})"
 
-    markdown = _REPO.sub(repo, markdown)
-    if "{{ commands }}" in markdown:
-        markdown = markdown.replace("{{ commands }}", commands())
-    return markdown
+    return _REPO.sub(repo, markdown)
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
