@@ -41,7 +41,7 @@ MOVED = {
     "pmixseg.evaluation.examples": "pmixseg.evaluation.records.examples",
     "pmixseg.evaluation.figures": "pmixseg.evaluation.report.figures",
     "pmixseg.evaluation.gap_changes": "pmixseg.evaluation.gap.changes",
-    "pmixseg.evaluation.gap_figure": "pmixseg.evaluation.report.latents_figure",
+    "pmixseg.evaluation.gap_figure": "pmixseg.evaluation.report.figures",
     "pmixseg.evaluation.grouped": "pmixseg.evaluation.records.grouped",
     "pmixseg.evaluation.latents": "pmixseg.evaluation.gap.latents",
     "pmixseg.evaluation.lesions": "pmixseg.evaluation.scores.lesions",

@@ -23,8 +23,7 @@ from pmixseg.evaluation.gap.latents import (
     sample_latents,
 )
 from pmixseg.evaluation.gap.measure import Gap
-from pmixseg.evaluation.report.figures import save_png
-from pmixseg.evaluation.report.latents_figure import projection_figure
+from pmixseg.evaluation.report.figures import projection_figure, save_png
 from pmixseg.losses.alignment import resolve_levels
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule

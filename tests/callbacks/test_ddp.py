@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.splits import WholeCohort
@@ -106,3 +107,21 @@ def test_records_of_two_processes_are_those_of_one(tmp_path, teacher, phantom_st
     assert one["case"].nunique() == 2
     assert not two.duplicated(["case", "combination", "region"]).any()
     pd.testing.assert_frame_equal(one, two)
+
+
+ALL, LAST = (True, True, True, True), (False, False, False, True)
+
+
+@pytest.mark.parametrize("distance", ["nmse", "smooth_l1"])
+def test_ranks_that_skip_different_encoders_do_not_mix_their_messages(tmp_path, distance):
+    """Rank 0 has one sequence and rank 1 has all: their encoders' gradients come at other times."""
+    torch.manual_seed(0)
+    module = StudentModule(backbone=MultiEncoderUNet(width=16, levels=4), optimizer=torch.optim.SGD)
+    trainer = quiet_trainer(
+        tmp_path,
+        max_epochs=2,
+        callbacks=[PmixAlignment(weight=1.0, distance=distance)],
+        **spread(2),
+    )
+    trainer.fit(module, MemoryData((LAST, ALL) * 4, batch_size=1))
+    assert trainer.state.finished

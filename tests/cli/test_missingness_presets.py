@@ -15,6 +15,12 @@ from pmixseg.modules import StudentModule, load
 from pmixseg.task import BRATS
 from tests.cli.presets import EXPERIMENTS, SMALL_UNET, fit
 
+FLAGS = {
+    "uniform": "--model.sampler=UniformCombinations",
+    "uniform-sizes": "--model.sampler=UniformSizes",
+}
+"""Protocols without arguments need no file."""
+
 SAMPLERS = {
     "uniform": "UniformCombinations",
     "uniform-sizes": "UniformSizes",
@@ -46,7 +52,10 @@ def seen(monkeypatch):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_protocols_that_are_drawn_anew_in_every_step(name, seen, phantom_store, tmp_path):
     flags = ["--data.patches_per_case=4", "--trainer.limit_train_batches=8"]
-    assert fit(phantom_store, tmp_path, *STUDENT, f"missingness/{name}.yaml", *flags) == 0
+    assert (
+        fit(phantom_store, tmp_path, *STUDENT, FLAGS.get(name, f"missingness/{name}.yaml"), *flags)
+        == 0
+    )
     sampler = load(tmp_path / "checkpoints" / "last.ckpt").sampler
     assert type(sampler).__name__ == SAMPLERS[name]
     allowed = set(frequencies(sampler, BRATS.modalities, BRATS.modalities, 4096))
@@ -77,7 +86,8 @@ def masked(name, store, tmp_path):
 def test_masks_that_stay_with_a_case_in_training_and_at_test(
     name, seen, phantom_store, tmp_path, capsys
 ):
-    flags = [f"missingness/{name}.yaml", *masked(name, phantom_store, tmp_path)]
+    files = [] if name == "mask-file" else [f"missingness/{name}.yaml"]
+    flags = [*files, *masked(name, phantom_store, tmp_path)]
     assert fit(phantom_store, tmp_path / "run", *STUDENT, *flags) == 0
     assert any(not all(acquired) for _, acquired, _ in seen)
     for _, acquired, present in seen:
@@ -85,13 +95,13 @@ def test_masks_that_stay_with_a_case_in_training_and_at_test(
     test = [
         "test",
         f"--ckpt_path={tmp_path}/run/checkpoints/last.ckpt",
-        f"--config={EXPERIMENTS / flags[0]}",
+        *(f"--config={EXPERIMENTS / file}" for file in files),
         f"--data.store={phantom_store}",
         "--data.split=pmixseg.data.splits.WholeCohort",
         "--force",
         "--trainer.enable_progress_bar=false",
         "--trainer.limit_test_batches=3",
-        *flags[1:],
+        *flags[len(files) :],
     ]
     assert main(test) == 0
     records = pd.read_csv(tmp_path / "run" / "records.csv")
@@ -104,7 +114,7 @@ def test_masks_that_stay_with_a_case_in_training_and_at_test(
 def test_json_masks(seen, phantom_store, tmp_path):
     listed = {case: ["t1ce", "t1"] for case in Store.open(phantom_store).cases}
     (tmp_path / "m.json").write_text(json.dumps(listed))
-    flags = ["missingness/mask-file.yaml", f"--data.mask_file={tmp_path / 'm.json'}"]
+    flags = [f"--data.mask_file={tmp_path / 'm.json'}"]
     assert fit(phantom_store, tmp_path / "run", *STUDENT, *flags) == 0
     assert all(acquired == [False, True, True, False] for _, acquired, _ in seen)
 

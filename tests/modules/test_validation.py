@@ -11,7 +11,7 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.modules import StudentModule, TeacherModule
-from pmixseg.task import BRATS, balanced_combinations, format_combination
+from pmixseg.task import BRATS, Task, balanced_combinations, format_combination
 
 SEGRESNET = {
     "class_path": "monai.networks.nets.SegResNet",
@@ -109,3 +109,19 @@ def test_the_logged_dice_is_the_mean_over_combinations_then_over_cases(phantom_s
         means.append(sum(scores) / len(scores))
         assert len(scores) == 5
     assert found["val/dice/WT"] == pytest.approx(sum(means) / len(means), rel=1e-5)
+
+
+@pytest.mark.parametrize("regions", [["lesion"], ["lesion", "core"]])
+def test_every_region_has_a_mean(regions, monkeypatch):
+    task = Task("t", ("flair", "adc"), ("lesion", "core"), {r: (r,) for r in regions})
+    module = StudentModule(
+        task=task, backbone=MultiEncoderUNet(task.modalities, task.num_classes, width=2, levels=2)
+    )
+    logged = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    for case, dice in {"a": 0.5, "b": 0.7}.items():
+        module.validation_dice.update(torch.full([len(regions)], dice), case)
+    module.on_validation_epoch_end()
+    expected = {"val/dice": 0.6, **{f"val/dice/{region}": 0.6 for region in regions}}
+    assert {name: float(value) for name, value in logged.items()} == pytest.approx(expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pmixseg.data.cohorts.layouts import Case, LabelNames, Layout, search
-from pmixseg.data.cohorts.orientation import odd_ones_out
 from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
 from pmixseg.data.scans.canonical import STORE_DTYPE, join
 from pmixseg.data.scans.nifti import Scan, ScanReader
@@ -277,3 +276,27 @@ def _readable(
 def _voxels(labels: LabelMap, task: Task) -> dict[str, int]:
     counts = np.bincount(labels.classes.ravel(), minlength=task.num_classes)
     return {name: int(counts[i + 1]) for i, name in enumerate(task.labels)}
+
+
+def odd_ones_out(cases: Iterable[Case]) -> frozenset[str]:
+    """Find cases none of whose scans says how it lies, where other cases of the cohort do.
+
+    Some converters set ``qform_code`` and ``sform_code`` to 0. A reader then guesses, and beside
+    cases that need no guess such a case may be mirrored or turned. Headers alone are read.
+
+    Args:
+        cases: the cohort.
+
+    Returns:
+        Names of these cases; empty where all cases say it, or none does.
+    """
+    oriented = {case.case_id: _is_oriented(case) for case in cases if case.problem is None}
+    silent = frozenset(name for name, known in oriented.items() if known is False)
+    return silent if True in oriented.values() else frozenset()
+
+
+def _is_oriented(case: Case) -> bool | None:
+    """``None`` where no header can be read; who reads the voxels says so."""
+    reader = ScanReader(f"case '{case.case_id}'")
+    known = [frame.oriented for s in case.images.values() if (frame := reader.frame(s))]
+    return any(known) if known else None

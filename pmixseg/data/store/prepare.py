@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pmixseg.data.cohorts.inspection import odd_ones_out
 from pmixseg.data.cohorts.layouts import Case
-from pmixseg.data.cohorts.orientation import odd_ones_out
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.scans.canonical import BOX_MULTIPLE, NORMALISATION, STORE_DTYPE
 from pmixseg.data.scans.geometry import Spacing, check_spacing

@@ -10,7 +10,7 @@ from pmixseg.evaluation.gap.latents import (
     named_subsets,
     sample_latents,
 )
-from pmixseg.evaluation.report.latents_figure import projection_figure
+from pmixseg.evaluation.report.figures import projection_figure
 from pmixseg.losses.anchors import MixtureAnchor, ModalityAnchor, NormalAnchor
 from pmixseg.task import BRATS
 

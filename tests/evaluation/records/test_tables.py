@@ -1,18 +1,33 @@
+"""Tables of records: as in the papers, grouped by facts of the cases, beside published numbers."""
+
+import io
 import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
+from pmixseg.data.splits import PUBLISHED, hash_cases
 from pmixseg.errors import InputError
+from pmixseg.evaluation.records import published
+from pmixseg.evaluation.records.grouped import group_by_size, result_table
 from pmixseg.evaluation.records.measures import DICE, HD95
+from pmixseg.evaluation.records.published import (
+    SOURCES,
+    published_dice,
+    recognised_split,
+    references,
+)
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.evaluation.records.tables import dots, tabulate
+from pmixseg.evaluation.report.page import write_report
 from pmixseg.task import BRATS, Task
+from tests.evaluation.made_up import made_up_rows
 
 TWO = Task("two", ("a", "b"), ("x", "y"), {"R": ("x", "y"), "S": ("y",)}, {"a": "A_1"})
 
@@ -168,3 +183,107 @@ def test_numbers_as_printed():
     assert DICE.show(float("nan")) == "–"
     assert HD95.show(373.12866) == "373.1"
     assert dots(("t2",), BRATS) == ["○", "○", "○", "●"]
+
+
+FIVE = Task("five", ("a", "b", "c", "d", "e"), ("x",), {"lesion": ("x",)})
+
+
+def records_of(name, **options):
+    rows = made_up_rows(task=FIVE, **options)
+    return Records.from_rows(rows, name, Sidecar(FIVE, phantom=True))
+
+
+def printed(table):
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(table)
+    return stream.getvalue()
+
+
+def test_values_are_means_over_combinations_of_a_size():
+    table = tabulate([records_of("one")])
+    assert len(table.combinations) == 31
+    grouped = group_by_size(table)
+    assert grouped.sizes == (5, 10, 10, 5, 1)
+    (line,) = grouped.lines
+    values = table.lines[0].values
+    assert line.values[0] == pytest.approx(sum(values[:5]) / 5)
+    assert line.values[2] == pytest.approx(sum(values[15:25]) / 10)
+    assert line.values[4] == values[30]
+    assert line.mean == table.lines[0].mean
+    assert grouped.frame().columns.tolist() == ["region", "run", "1", "2", "3", "4", "5", "mean"]
+
+
+def test_the_best_run_is_marked_per_size():
+    grouped = group_by_size(tabulate([records_of("low"), records_of("high", gain=0.05)]))
+    low, high = grouped.lines
+    assert all(high.best) and not any(low.best)
+
+
+def test_terminal_and_report_group_from_31_on_and_not_before(tmp_path, records):
+    text = printed(result_table(records_of("one")))
+    assert "by number of sequences shown" in text
+    assert "●" not in text
+    assert "●" in printed(result_table(records, width=200))
+    assert BRATS.num_modalities == 4
+    run = tmp_path / "run"
+    records_of("run").write(run / "records.csv")
+    page = write_report([run], tmp_path / "out").read_text()
+    assert page.count('class="sizes"') >= 1
+    assert "<summary>All 31 combinations</summary>" in page
+    small = tmp_path / "small"
+    records.write(small / "records.csv")
+    assert 'class="sizes"' not in write_report([small], tmp_path / "out2").read_text()
+
+
+SPLIT = "BraTS 2018 split 1 (199/29/57)"
+
+
+@pytest.fixture
+def on_split(monkeypatch, rows):
+    """Records whose cases are taken for the published split's."""
+    cases = {row["case"] for row in rows}
+    hashes = ("train", "val", hash_cases(cases))
+    monkeypatch.setattr(published, "PUBLISHED", {**PUBLISHED, hashes: SPLIT})
+
+    def made(chosen=rows, task=BRATS, **about):
+        sidecar = replace(Sidecar(task, split=SPLIT, part="test", phantom=False), **about)
+        return Records.from_rows(chosen, "r", sidecar)
+
+    return made
+
+
+def test_every_row_has_a_source():
+    table = published_dice()
+    assert len(table) == 1488
+    assert {tuple(x) for x in table[["table_source", "dataset"]].drop_duplicates().values} == set(
+        SOURCES
+    )
+    named = {name for source in SOURCES.values() for name in source.splits}
+    assert named <= set(PUBLISHED.values())
+
+
+def test_rows_are_in_the_order_of_the_task(on_split):
+    found = references(on_split())
+    assert len(found) == 5 * 3
+    rfnet = next(r for r in found if (r.method, r.region) == ("RFNet", "WT"))
+    # FLAIR, T1ce, T1, T2, then pairs: as printed in the public table.
+    assert rfnet.values[:5] == (86.46, 74.93, 74.68, 84.30, 89.17)
+    assert rfnet.values[-1] == 90.26
+    assert rfnet.stated == 85.67
+    assert rfnet.mean == pytest.approx(85.67, abs=0.01)
+    assert {r.source for r in found} == {SOURCES["DeMoSeg", "BraTS2018"]}
+
+
+def test_stated_means_that_are_not_the_mean_of_their_row(on_split):
+    odd = {(r.method, r.region) for r in references(on_split()) if abs(r.stated - r.mean) > 0.05}
+    assert odd == {("MAVP", "TC")}  # docs/method/published.md: re-averages to 76.09
+
+
+def test_nothing_beside_anything_else(on_split, rows):
+    assert recognised_split(on_split()) == SPLIT
+    assert references(on_split(phantom=True)) == []
+    assert references(on_split(split=None)) == []
+    assert references(on_split(split="0123456789abcdef")) == []
+    assert references(on_split([r for r in rows if r["case"] != "case_000"])) == []
+    lesions = Task("lesions", BRATS.modalities, BRATS.labels, BRATS.regions)
+    assert references(on_split(task=lesions)) == []

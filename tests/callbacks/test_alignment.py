@@ -1,4 +1,6 @@
-"""``--align.ratio``: a weight that follows from gradients at the latents."""
+"""PmixAlignment in short trainings: a weight by ratio, drawn latents, settings that do nothing."""
+
+import warnings
 
 import pytest
 import torch
@@ -7,7 +9,8 @@ from lightning.pytorch import Callback
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.callbacks.gradient_ratio import GradientRatio
 from pmixseg.errors import InputError
-from pmixseg.losses.anchors import NormalAnchor
+from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
+from pmixseg.losses.term import TermWeight
 from pmixseg.modules import StudentModule, TeacherModule
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 from tests.ranks import spread
@@ -135,3 +138,99 @@ def test_two_processes_find_the_weight_of_one(tmp_path):
     assert one["weight"] > 0
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def build(sample, batch_of=2):
+    torch.manual_seed(0)
+    module = StudentModule(backbone=tiny())
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    callback = PmixAlignment(weight=1.0, distance="kl", sample=sample)
+    module.add_term("align", callback.build_term(module), TermWeight(0.0))
+    batch = next(iter(MemoryData().train_dataloader()))
+    return module, batch
+
+
+def loss(module, batch):
+    torch.manual_seed(7)
+    return module.training_step(batch, 0)
+
+
+def test_samples_change_what_is_decoded_and_repeat_with_the_seed():
+    plain, batch = build(False)
+    sampled, _ = build(True)
+    assert loss(sampled, batch) == loss(sampled, batch)
+    assert not torch.isclose(loss(sampled, batch), loss(plain, batch), rtol=1e-6)
+
+
+def test_the_segmentation_loss_reaches_the_variance_heads():
+    for sample in (False, True):
+        module, batch = build(sample)
+        loss(module, batch).backward()
+        heads = module.terms["align"].alignment.distance.log_variances.parameters()
+        moved = [p.grad.abs().sum().item() > 0 for p in heads]
+        assert any(moved) == sample
+
+
+def test_at_test_the_latents_themselves_are_read():
+    module, batch = build(True)
+    plain, _ = build(False)
+    with torch.no_grad():
+        found = [m.eval()(batch["image"], batch["acquired"]).logits for m in (module, plain)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_it_trains(tmp_path):
+    torch.manual_seed(0)
+    module = StudentModule(backbone=tiny())
+    align = PmixAlignment(weight=0.1, distance="kl", sample=True)
+    quiet_trainer(tmp_path, callbacks=[align]).fit(module, MemoryData())
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_only_kl_has_gaussians(tmp_path):
+    module = StudentModule(backbone=tiny())
+    with pytest.raises(InputError, match="'kl'"):
+        PmixAlignment(weight=0.1, sample=True).build_term(module)
+
+
+def sentences(folder, module, **arguments):
+    """Warnings of our own in a short training."""
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        trainer = quiet_trainer(folder, callbacks=[PmixAlignment(weight=0.1, **arguments)])
+        trainer.fit(module, MemoryData())
+    words = ("align", "anchor")
+    return [str(w.message) for w in raised if any(word in str(w.message) for word in words)]
+
+
+def fixed():
+    return MixtureAnchor("uniform")
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "match"),
+    [
+        (TeacherModule, {"distance": "vid", "anchor": NormalAnchor()}, "no gradient"),
+        (StudentModule, {"distance": "vid", "anchor": NormalAnchor()}, None),
+        (StudentModule, {"distance": "kl"}, "heads"),
+        (StudentModule, {"distance": "kl", "sample": True}, None),
+        (StudentModule, {"distance": "nmse", "anchor": NormalAnchor()}, "only pushes the mean"),
+        (StudentModule, {"distance": "mse", "anchor": NormalAnchor()}, None),
+        (StudentModule, {"distance": "case_nce"}, None),
+    ],
+)
+def test_inert_settings_are_one_sentence_at_the_start(tmp_path, make, arguments, match):
+    torch.manual_seed(0)
+    found = sentences(tmp_path, make(backbone=tiny(), anchor=fixed()), **arguments)
+    assert len(found) == (match is not None), found
+    assert match is None or match in found[0]
+
+
+def test_weights_that_stay_uniform_are_one_sentence_at_the_end(tmp_path):
+    torch.manual_seed(0)
+    slow = StudentModule(backbone=tiny(), optimizer=torch.optim.SGD)
+    (found,) = sentences(tmp_path, slow)
+    assert "stayed uniform" in found
+    moved = StudentModule(backbone=tiny())
+    torch.nn.init.normal_(moved.anchor.scores)
+    assert sentences(tmp_path, moved) == []

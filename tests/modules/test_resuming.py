@@ -1,10 +1,10 @@
-"""A resumed training has the learning rate, decay, momentum and schedule that it is given now."""
+"""A resumed training repeats the uninterrupted one, and applies the settings that it was told."""
 
 import functools
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -14,9 +14,62 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from pmixseg.callbacks import RunCheckpoint
+from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.callbacks import PmixAlignment, RunCheckpoint
+from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.modules import OneCycle, Polynomial, StudentModule
+from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+
+
+def train_store(store, folder, *, epochs, stop_after=None, resume=None, workers=0):
+    torch.manual_seed(5)
+    net = MultiEncoderUNet(BRATS.modalities, BRATS.num_classes, width=4, levels=2, dropout=0.3)
+    module = StudentModule(backbone=net, scheduler=Polynomial())
+    data = BraTSDataModule(
+        store, patch_size=16, batch_size=2, num_workers=workers, val_cases=1, seed=9
+    )
+
+    class Stop(RunCheckpoint):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            if stop_after is not None and trainer.current_epoch + 1 == stop_after:
+                trainer.should_stop = True
+
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[PmixAlignment(weight=0.5, warmup_epochs=2), Stop(folder)],
+        logger=False,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return module.state_dict()
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_resumed_training_ends_bit_identical(phantom_store, tmp_path, workers):
+    whole = train_store(phantom_store, tmp_path / "whole", epochs=3, workers=workers)
+    torch.rand(7)  # whatever happened in between
+    train_store(phantom_store, tmp_path / "part", epochs=3, stop_after=1, workers=workers)
+    last = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    resumed = train_store(phantom_store, tmp_path / "part", epochs=3, resume=last, workers=workers)
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_same_seed_same_result_and_training_changes_it(phantom_store, tmp_path):
+    one = train_store(phantom_store, tmp_path / "a", epochs=1)
+    two = train_store(phantom_store, tmp_path / "b", epochs=1)
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+    three = train_store(phantom_store, tmp_path / "c", epochs=2)
+    assert any(not torch.equal(v, three[k]) for k, v in one.items())
+
 
 KEYS = ("lr", "weight_decay", "momentum", "betas", "eps")
 
