@@ -23,7 +23,6 @@ UNEQUAL = (
     (False, True, True, False),
     (False, False, False, True),
 )
-
 """Ranks get samples 0, 2 and 1, 3: each lacks encoders that the other needs."""
 
 
