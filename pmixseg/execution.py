@@ -12,19 +12,28 @@ _as_on_gpu = False
 
 
 @contextlib.contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """Compute on a CPU as on a GPU, so that tests and counts see what runs there."""
+def as_on_gpu(on: bool = True) -> Iterator[None]:
+    """Compute on a CPU as on a GPU, so that tests and counts see what runs there.
+
+    Args:
+        on: ``False`` computes as on a CPU again, inside another such block.
+    """
     global _as_on_gpu
-    before, _as_on_gpu = _as_on_gpu, True
+    before, _as_on_gpu = _as_on_gpu, on
     try:
         yield
     finally:
         _as_on_gpu = before
 
 
+def static_on(device: torch.device) -> bool:
+    """Whether a device is a GPU, or a CPU that shall work as one."""
+    return device.type != "cpu" or _as_on_gpu
+
+
 def on_cpu(x: Tensor) -> bool:
     """Whether ``x`` lies on a CPU that shall work as one."""
-    return x.device.type == "cpu" and not _as_on_gpu
+    return not static_on(x.device)
 
 
 def runs_lean(x: Tensor) -> bool:

@@ -120,6 +120,22 @@ class Latents:
             )
         return replace(self, usable=[u & present.to(u.device) for u in self.usable])
 
+    def repeated(self, times: int) -> Latents:
+        """Return the same slots several times along the batch, one block for each combination.
+
+        Args:
+            times: number of blocks; one block is these latents themselves, with what is cached.
+        """
+        if times == 1:
+            return self
+        features, usable, variance = (
+            None if some is None else [t.repeat(times, *[1] * (t.dim() - 1)) for t in some]
+            for some in (self.features, self.usable, self.log_variance)
+        )
+        assert features is not None
+        assert usable is not None
+        return Latents(features, self.modalities, usable, variance)
+
     def slots_only(self) -> Latents:
         """The same slots without what a backbone keeps beside them for auxiliary decoders."""
         if type(self) is Latents:

@@ -22,6 +22,7 @@ from pmixseg.data.masks import CaseMasks, Flags, MaskFile
 from pmixseg.data.patches import (
     CaseDataset,
     CaseItem,
+    CaseLoader,
     PatchDataset,
     PatchTransform,
     Size,
@@ -64,7 +65,7 @@ class BraTSDataModule(LightningDataModule):
         patches_per_case: patches of each case per epoch.
         foreground: share of patches centred on the tumour.
         batch_size: patches per step and process.
-        num_workers: processes that read patches; evaluation reads in the main process.
+        num_workers: processes that read patches; evaluation reads one case ahead in a thread.
         augmentation: ``True`` for :class:`~pmixseg.data.augment.Augmentation` with its defaults,
             ``False`` or ``None`` for none, an object or its ``{class_path, init_args}``. A
             :class:`~pmixseg.data.patches.PatchTransform` runs in the workers, on the CPU.
@@ -375,7 +376,7 @@ class BraTSDataModule(LightningDataModule):
         if not cases:
             raise InputError(f"the split has no case in '{part}'; use another split or part.")
         dataset = CaseDataset(self.store, cases, self.seed, self._allowed)
-        return DataLoader(
+        return CaseLoader(
             dataset,
             sampler=SequentialSampler(dataset) if self._overfits else CaseSampler(len(cases)),
             collate_fn=collate_case,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pmixseg.data.keys import make_key, uniform
 from pmixseg.data.masks import Flags
@@ -188,6 +189,19 @@ class CaseDataset(Dataset[CaseItem]):
         if stored.label is not None:
             item["label"] = torch.from_numpy(stored.label.astype(np.int64))
         return item
+
+
+class CaseLoader(DataLoader[CaseItem]):
+    """Read the next case in a thread while one is worked on."""
+
+    def __iter__(self) -> Iterator[CaseItem]:  # type: ignore[override]  # torch names a private class
+        """Cases in the order of the sampler."""
+        cases: Iterator[CaseItem] = super().__iter__()
+        with ThreadPoolExecutor(1, thread_name_prefix="cases") as pool:
+            coming = pool.submit(next, cases, None)
+            while (case := coming.result()) is not None:
+                coming = pool.submit(next, cases, None)
+                yield case
 
 
 def collate_patches(samples: Sequence[Sample]) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +31,11 @@ from pmixseg.evaluation.prediction.cases import (
 )
 from pmixseg.evaluation.prediction.postprocess import check_steps
 from pmixseg.evaluation.prediction.scans import Recipe, SegmentSettings, segment_scans
+from pmixseg.evaluation.prediction.scoring import CaseRows
 from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import region_dice
+from pmixseg.execution import static_on
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.compilation import Compile
 from pmixseg.modules.fill import fill_with_anchor
@@ -83,17 +85,19 @@ class SegmentationNetwork(LightningModule, Described):
         check_steps(self.evaluation.postprocess, self.task)  # not after a training, in its test
         self.preparation = Preparation()
         self.loaded_from: str | None = None
-        self.records: list[dict[str, Any]] = []
+        self._scores = CaseRows()
         self.force = False
         self.seen: list[SeenCase] = []
         self.validation_dice = CaseMeans([len(self.task.regions)])
-        self._encode, self._decode = self.backbone.encode, self.backbone.decode
         self.compile_setting: Compile = compile
+        self._compiled: tuple[Callable[..., Latents], Callable[..., SegOutput]] | None = None
         if compile is True:
             # A compiled backbone would be bypassed: encode and decode are called, not forward.
             # Patches and windows have one size each: symbolic ones only let inductor fail.
-            self._encode = torch.compile(self.backbone.encode, dynamic=False)
-            self._decode = torch.compile(self.backbone.decode, dynamic=False)
+            self._compiled = (
+                torch.compile(self.backbone.encode, dynamic=False),
+                torch.compile(self.backbone.decode, dynamic=False),
+            )
 
     # ---------------------------------------------------------------- construction
 
@@ -171,6 +175,17 @@ class SegmentationNetwork(LightningModule, Described):
     def encode(self, image: Image, present: Presence) -> Latents:
         """Raw latents of the present modalities; columns are ``self.modalities``."""
         return self._encode(image, present)
+
+    # The plain functions where a compiler already traces what calls them.
+    def _encode(self, image: Image, present: Presence) -> Latents:
+        if self._compiled is None or torch.compiler.is_compiling():
+            return self.backbone.encode(image, present)
+        return self._compiled[0](image, present)
+
+    def _decode(self, latents: Latents) -> SegOutput:
+        if self._compiled is None or torch.compiler.is_compiling():
+            return self.backbone.decode(latents)
+        return self._compiled[1](latents)
 
     def decode(self, latents: Latents) -> SegOutput:
         """Fill absent slots as trained, decode; the output carries the latents before the fill."""
@@ -263,19 +278,29 @@ class SegmentationNetwork(LightningModule, Described):
 
     def on_test_epoch_start(self) -> None:
         """Start with no records and no pictures of an earlier test."""
-        self.records = []
+        self._scores = CaseRows()
         self.recording.check_place()
         self.recording.forget_examples()
 
     def test_step(self, item: CaseItem, batch_idx: int) -> None:
         """Score a case on every combination of what was acquired, in its native grid."""
-        predictions = self.predict_item(item, self.test_combinations(item))
-        if batch_idx < self.evaluation.examples:
-            predictions = self.recording.keep_example(predictions, item)
-        rows = score_case(predictions, item, self.evaluation)
-        if not rows:
+        if "label" not in item:
             warn_without_label(item)
-        self.records += rows
+            return
+        recording, settings = self.recording, self.evaluation
+
+        def score(predictions: Iterable[CasePrediction]) -> list[dict[str, Any]]:
+            if batch_idx < settings.examples:
+                predictions = recording.keep_example(predictions, item)
+            return score_case(predictions, item, settings)
+
+        predictions = self.predict_item(item, self.test_combinations(item))
+        self._scores.add(score, predictions, apart=static_on(item["image"].device))
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Rows of the cases that were tested; see :func:`score_case`."""
+        return self._scores.rows
 
     def on_test_epoch_end(self) -> None:
         """Write the records of all ranks and log ``test/dice`` and ``test/dice/<region>``."""

@@ -18,6 +18,7 @@ from pmixseg.data.scans.geometry import Geometry
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.postprocess import check_names, postprocess
 from pmixseg.evaluation.prediction.windows import (
+    BatchSize,
     Blend,
     Predictor,
     check_windows,
@@ -43,7 +44,8 @@ class EvaluationSettings:
         window: inference window in voxels; ``None``: the training patch.
         overlap: share of a window that its neighbour covers.
         blend: how overlapping windows are averaged.
-        batch_size: windows in one forward pass.
+        batch_size: windows in one forward pass; ``auto``: 1 on a CPU, on a GPU as many as fill it
+            and its memory holds.
         postprocess: names of post-processing steps, in order (none by default).
         conventions: empty-mask and percentile rules.
         examples: test cases per process of which a small copy is kept for pictures (under 1 MB
@@ -68,7 +70,7 @@ class EvaluationSettings:
     window: tuple[int, int, int] | None = None
     overlap: float = 0.5
     blend: Blend = "gaussian"
-    batch_size: int = 1
+    batch_size: BatchSize = "auto"
     postprocess: tuple[str, ...] = ()
     conventions: Conventions = field(default_factory=Conventions)
     examples: int = 64

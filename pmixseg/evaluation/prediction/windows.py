@@ -13,10 +13,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pmixseg.errors import InputError
+from pmixseg.execution import static_on
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
+BatchSize = int | Literal["auto"]
 Blend = Literal["gaussian", "uniform"]
 Window = tuple[slice, ...]
+
+FULL_CARD = 16
+"""Windows that a GPU is given at once where nothing else is said and its memory holds them."""
 
 GAUSSIAN_SIGMA = 0.125
 """Standard deviation of the blending weights, in patch lengths (MONAI's and nnU-Net's value)."""
@@ -55,7 +60,7 @@ def predict_combinations(
     *,
     patch: Sequence[int],
     overlap: float = 0.5,
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     blend: Blend = "gaussian",
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -77,7 +82,9 @@ def predict_combinations(
         present: one row of flags per combination; no row is empty.
         patch: window shape in voxels, divisible by the predictor's largest stride.
         overlap: share of a window that the next one covers, in [0, 1).
-        batch_size: windows in one forward pass.
+        batch_size: windows in one forward pass; fewer where the memory of a GPU does not hold
+            them. Where a volume has fewer windows, several combinations are decoded together.
+            ``auto``: 1 on a CPU, on a GPU as many as fill it.
         blend: weights ``w``: a Gaussian around the window's centre, or 1.
         device: where the network runs (default: the image's device). Sums stay on the image's.
         progress: called with (windows done, windows in all) after each forward pass.
@@ -88,7 +95,8 @@ def predict_combinations(
 
     Raises:
         InputError: the patch, the overlap or the blending is impossible, a combination is empty,
-            or the image has another number of channels than the predictor.
+            the image has another number of channels than the predictor, or the memory of a GPU
+            does not hold a single window.
         ValueError: the predictor is in training mode.
     """
     found = iterate_combinations(
@@ -108,7 +116,7 @@ def predict_combinations(
 def check_windows(
     window: Sequence[int] | None = None,
     overlap: float | None = None,
-    batch_size: int = 1,
+    batch_size: int | str = 1,
     blend: str = "gaussian",
 ) -> None:
     """Refuse windows that no network could work with; ``None`` is decided later.
@@ -121,8 +129,8 @@ def check_windows(
         raise InputError(f"window is {list(window)}; give three voxel counts of at least 1.")
     if overlap is not None and not 0 <= overlap < 1:
         raise InputError(f"overlap is {overlap}; give a share of at least 0 and below 1.")
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; give at least 1 window.")
+    if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
+        raise InputError(f"batch_size is {batch_size}; give at least 1 window, or auto.")
     if blend not in get_args(Blend):
         raise InputError(f"blend '{blend}' is unknown; use {' or '.join(get_args(Blend))}.")
 
@@ -134,7 +142,7 @@ def iterate_combinations(
     *,
     patch: Sequence[int],
     overlap: float = 0.5,
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     blend: Blend = "gaussian",
     chunk: int | None = None,
     device: torch.device | str | None = None,
@@ -175,21 +183,20 @@ def iterate_combinations(
 
     size = chunk or len(present)
     starts = range(0, len(present), size)
-    for done, first in enumerate(starts):
+    at_once = _at_once(batch_size, torch.device(device or image.device))
+    for number, first in enumerate(starts):
         rows = range(first, min(first + size, len(present)))
         flags = present[rows.start : rows.stop].to(device or image.device)
         sums = padded.new_zeros(
             (len(rows), predictor.num_classes, *padded.shape[1:]), dtype=torch.float32
         )
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size]
-            stack = torch.stack([padded[(slice(None), *w)] for w in batch])
-            for k, p in enumerate(_probabilities(predictor, stack.to(flags.device), flags)):
-                p = p.to(sums.device)
-                for window, one in zip(batch, p, strict=True):
-                    sums[k][(slice(None), *window)].addcmul_(one, weight)
+        done = 0
+        while done < len(windows):
+            batch = windows[done : done + at_once]
+            at_once = _add(predictor, padded, batch, flags, weight, sums, at_once)
+            done += len(batch)
             if progress is not None:
-                progress(done * len(windows) + start + len(batch), len(starts) * len(windows))
+                progress(number * len(windows) + done, len(starts) * len(windows))
         found = sums.div_(total)[visible]
         if not math.isfinite(float(found.sum())):
             raise InputError(
@@ -200,19 +207,76 @@ def iterate_combinations(
         yield rows, found
 
 
+def _at_once(batch_size: BatchSize, device: torch.device) -> int:
+    """Windows in one forward pass."""
+    if batch_size != "auto":
+        return batch_size
+    return FULL_CARD if static_on(device) else 1
+
+
+def _add(
+    predictor: Predictor,
+    padded: Tensor,
+    windows: Sequence[Window],
+    flags: Bool[Tensor, "k m"],
+    weight: Tensor,
+    sums: Float[Tensor, "k c d h w"],
+    at_once: int,
+) -> int:
+    """Add what the network answers in some windows; in halves where memory does not hold them.
+
+    The order of sums is the same in every case.
+
+    Returns:
+        How many windows memory held.
+
+    Raises:
+        InputError: memory does not hold one.
+    """
+    done = 0
+    stack = torch.stack([padded[(slice(None), *w)] for w in windows]).to(flags.device)
+    try:
+        for group in _probabilities(predictor, stack, flags, max(at_once // len(windows), 1)):
+            group = group.to(sums.device)
+            for into, probabilities in zip(sums[done : done + len(group)], group, strict=True):
+                for window, one in zip(windows, probabilities, strict=True):
+                    into[(slice(None), *window)].addcmul_(one, weight)
+            done += len(group)
+        return at_once
+    except torch.OutOfMemoryError as error:
+        if at_once == 1:
+            raise InputError(
+                f"the memory of {flags.device} does not hold one window of "
+                f"{list(weight.shape)} voxels; use a smaller evaluation.window, or a CPU."
+            ) from error
+    # Outside the except clause, which would hold on to the tensors of the failed attempt.
+    torch.cuda.empty_cache()
+    fewer, start = max(at_once // 2, 1), 0
+    while start < len(windows):
+        part = windows[start : start + fewer]
+        fewer = _add(predictor, padded, part, flags[done:], weight, sums[done:], fewer)
+        start += len(part)
+    return fewer
+
+
 @torch.no_grad()
 def _probabilities(
-    predictor: Predictor, stack: Image, flags: Bool[Tensor, "k m"]
-) -> Iterator[Float[Tensor, "b c d h w"]]:
-    """Softmax of one batch of windows, one combination after the other."""
+    predictor: Predictor, stack: Image, flags: Bool[Tensor, "k m"], together: int
+) -> Iterator[Float[Tensor, "k b c d h w"]]:
+    """Softmax of one batch of windows, a few combinations at a time."""
     size = len(stack)
     shared = None
     if predictor.shares_encoding:
         shared = predictor.encode(stack, flags.any(0).expand(size, -1))
-    for row in flags:
-        shown = row.expand(size, -1)
-        latents = predictor.encode(stack, shown) if shared is None else shared.restrict(shown)
-        yield predictor.decode(latents).logits.float().softmax(1)
+    for rows in torch.split(flags, together):
+        shown = rows.repeat_interleave(size, 0)
+        if shared is None:
+            image = stack if len(rows) == 1 else stack.repeat(len(rows), 1, 1, 1, 1)
+            latents = predictor.encode(image, shown)
+        else:
+            latents = shared.repeated(len(rows)).restrict(shown)
+        probabilities = predictor.decode(latents).logits.float().softmax(1)
+        yield probabilities.view(len(rows), size, *probabilities.shape[1:])
 
 
 def _pad_to(image: Tensor, patch: Sequence[int]) -> tuple[Tensor, Window]:

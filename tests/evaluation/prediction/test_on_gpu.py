@@ -1,0 +1,155 @@
+"""Testing as a GPU does it, forced on a CPU: windows and combinations in batches, scores apart."""
+
+import itertools
+
+import pytest
+import torch
+
+from pmixseg.backbones import EarlyFusion, MultiEncoderUNet, RFNet
+from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.scoring import CaseRows
+from pmixseg.evaluation.prediction.windows import FULL_CARD, predict_combinations
+from pmixseg.execution import as_on_gpu
+from pmixseg.types import Latents
+
+FLAGS = torch.tensor([row for row in itertools.product([False, True], repeat=4) if any(row)])
+SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
+NETWORKS = {
+    "unet": lambda: MultiEncoderUNet(width=4, levels=2),
+    "rfnet": lambda: RFNet(width=4),
+    "early": lambda: EarlyFusion(SEGRESNET),
+}
+
+
+def network(name):
+    """In float64: what is left is the order of sums, not the rounding of small norms."""
+    torch.manual_seed(0)
+    return NETWORKS[name]().eval().double()
+
+
+def volume(*shape):
+    return torch.randn(4, *shape, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("shape", [(16, 16, 16), (24, 16, 16)])  # 1 and 2 windows
+def test_batches_of_windows_and_combinations_equal_one_by_one(name, shape):
+    net, image = network(name), volume(*shape)
+    with as_on_gpu():
+        one, many = (
+            predict_combinations(net, image, FLAGS[::3], patch=(16,) * 3, batch_size=size)
+            for size in (1, "auto")
+        )
+    torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
+    assert torch.equal(many.argmax(1), one.argmax(1))
+    lean = predict_combinations(net, image, FLAGS[::3], patch=(16,) * 3, batch_size="auto")
+    torch.testing.assert_close(many, lean, rtol=0, atol=1e-6)
+
+
+class Counted:
+    """A network that counts its passes, with memory for some windows at once."""
+
+    def __init__(self, net, memory):
+        self.net, self.memory, self.decoded = net, memory, []
+        self.modalities, self.num_classes = net.modalities, net.num_classes
+        self.strides, self.shares_encoding = net.strides, net.shares_encoding
+
+    def encode(self, image, present):
+        return self.net.encode(image, present)
+
+    def decode(self, latents):
+        self.decoded.append(len(latents.features[0]))
+        if self.decoded[-1] > self.memory:
+            raise torch.OutOfMemoryError("no memory")
+        return self.net.decode(latents)
+
+
+def test_a_card_gets_windows_and_combinations_together():
+    net = Counted(network("unet"), FULL_CARD)
+    with as_on_gpu():
+        predict_combinations(net, volume(16, 16, 16), FLAGS, patch=(16,) * 3, batch_size="auto")
+        assert net.decoded == [15]
+        net.decoded = []
+        predict_combinations(net, volume(24, 16, 16), FLAGS, patch=(16,) * 3, batch_size="auto")
+        assert net.decoded == [16, 14]  # 2 windows, 8 combinations at once
+    net.decoded = []
+    predict_combinations(net, volume(16, 16, 16), FLAGS, patch=(16,) * 3, batch_size="auto")
+    assert net.decoded == [1] * 15
+
+
+@pytest.mark.parametrize("memory", [1, 3, 8])
+def test_where_memory_ends_windows_are_halved_and_sums_stay_exact(memory):
+    net, image = network("unet"), volume(24, 24, 16)
+    small = Counted(net, memory)
+    with as_on_gpu():
+        expected = predict_combinations(net, image, FLAGS[::2], patch=(16,) * 3, batch_size=1)
+        halved = predict_combinations(small, image, FLAGS[::2], patch=(16,) * 3, batch_size="auto")
+    torch.testing.assert_close(halved, expected, rtol=0, atol=1e-6)
+    failed = [n for n in small.decoded if n > memory]
+    assert failed == [n for n in (16, 8, 4, 2) if n > memory]  # each size is tried once
+
+
+def test_memory_that_ends_between_two_combinations_adds_nothing_twice():
+    net, image = network("unet"), volume(24, 16, 16)
+
+    class Leaking(Counted):
+        def decode(self, latents):
+            self.memory = 1 if len(self.decoded) >= 3 else 16
+            return super().decode(latents)
+
+    small = Leaking(net, 16)
+    with as_on_gpu():
+        expected = predict_combinations(net, image, FLAGS, patch=(16,) * 3, batch_size=2)
+        halved = predict_combinations(small, image, FLAGS, patch=(16,) * 3, batch_size=2)
+    torch.testing.assert_close(halved, expected, rtol=0, atol=1e-6)
+    assert small.decoded[:4] == [2] * 4 and set(small.decoded[4:]) == {1}
+
+
+def test_a_window_that_memory_does_not_hold_is_one_sentence():
+    with pytest.raises(InputError, match=r"does not hold one window of \[16, 16, 16\] voxels"):
+        predict_combinations(
+            Counted(network("unet"), 0), volume(16, 16, 16), FLAGS, patch=(16,) * 3, batch_size=2
+        )
+
+
+def test_repeated_latents_are_blocks_and_one_block_is_itself():
+    features = [torch.arange(2.0).view(2, 1, 1, 1, 1, 1)]
+    latents = Latents(features, ("a",), [torch.tensor([[True], [False]])], cache={"x": features[0]})
+    assert latents.repeated(1) is latents
+    twice = latents.repeated(2)
+    assert twice.features[0].flatten().tolist() == [0, 1, 0, 1]
+    assert twice.usable[0].flatten().tolist() == [True, False, True, False]
+    assert twice.cache == {}
+
+
+def counted(predictions):
+    return [{"row": p} for p in predictions]
+
+
+def test_rows_come_in_order_from_here_and_from_a_thread():
+    for apart in (False, True):
+        rows = CaseRows()
+        for case in range(4):
+            rows.add(counted, (10 * case + k for k in range(30)), apart=apart)
+        assert [r["row"] for r in rows.rows] == [10 * c + k for c in range(4) for k in range(30)]
+        assert [r["row"] for r in rows.rows][-1] == 59  # asked again
+
+
+def test_an_error_of_a_score_is_raised_and_stops_the_case():
+    def fails(predictions):
+        next(iter(predictions))
+        raise InputError("a damaged label")
+
+    rows = CaseRows()
+    with pytest.raises(InputError, match="a damaged label"):
+        rows.add(fails, iter(range(1000)), apart=True)
+        rows.rows  # noqa: B018  # waits
+
+    def breaks():
+        yield 1
+        raise InputError("a damaged scan")
+
+    rows = CaseRows()
+    with pytest.raises(InputError, match="a damaged scan"):
+        rows.add(counted, breaks(), apart=True)
+    assert rows.rows == [{"row": 1}]
