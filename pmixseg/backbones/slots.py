@@ -7,6 +7,7 @@ On a CPU an encoder sees only the samples that have its modality. Where a step m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pmixseg.backbones.layers.grouped import Groupable, encode_together
 from pmixseg.backbones.layers.lean import fast_layout, is_channels_last, mix_channels
 from pmixseg.errors import InputError
-from pmixseg.execution import runs_static
+from pmixseg.execution import runs_static, static_on
 from pmixseg.types import Image, Latents, Presence
 
 Pieces = list[list[Tensor] | None]
@@ -87,6 +89,10 @@ def encode_slots(
         if all(encoder is first for encoder in encoders):
             joined = _run(first, torch.cat(channels), again)
             return _apart(joined, len(channels))
+        if static_on(image.device) and all(isinstance(e, Groupable) for e in encoders):
+            # Not under the compiler of a CPU, whose grouped convolutions are slow.
+            together = functools.partial(encode_together, list(encoders))
+            return _apart(_run(together, shown, again), len(channels), 1)
         return [
             _run(encoder, channel, again)
             for encoder, channel in zip(encoders, channels, strict=True)
@@ -104,15 +110,17 @@ def encode_slots(
     return pieces
 
 
-def _run(encoder: nn.Module, channel: Tensor, again: bool) -> list[Tensor]:
+def _run(
+    encoder: Callable[[Tensor], Sequence[Tensor]], channel: Tensor, again: bool
+) -> list[Tensor]:
     if again:
         return list(checkpoint(encoder, channel, use_reentrant=False))
     return list(encoder(channel))
 
 
-def _apart(joined: Sequence[Tensor], slots: int) -> Pieces:
-    """Levels ``[M·B, ...]`` as M lists of levels."""
-    levels = [level.chunk(slots) for level in joined]
+def _apart(joined: Sequence[Tensor], slots: int, axis: int = 0) -> Pieces:
+    """Levels ``[M·B, ...]``, or ``[B, M·C, ...]``, as M lists of levels."""
+    levels = [level.chunk(slots, axis) for level in joined]
     return [list(maps) for maps in zip(*levels, strict=True)]
 
 

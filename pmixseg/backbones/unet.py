@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.layers.grouped import Groupable
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import NormAct
 from pmixseg.backbones.slots import SlotConv, check_input, encode_slots, join_levels
@@ -29,7 +30,7 @@ def conv_block(inside: int, outside: int, stride: int, dropout: float) -> nn.Seq
     )
 
 
-class Encoder(nn.Module):
+class Encoder(Groupable):
     """Encoder of one modality: two convolutions per level, stride 2 between levels.
 
     Args:
@@ -49,7 +50,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of ``[b, 1, D, H, W]``, finest first."""
+        """Feature maps of ``[b, 1, D, H, W]``, finest first; see :class:`Groupable`."""
         features = []
         for level in self.levels:
             x = level(x)

@@ -142,9 +142,9 @@ def test_a_step_is_one_graph_compiled_once_for_every_pattern_and_epoch(row, monk
     for epoch, pattern in enumerate(PATTERNS):
         monkeypatch.setattr(type(module), "current_epoch", epoch, raising=False)
         torch.manual_seed(1)
-        loss = module.training_step(batch_of(name, epoch, pattern), epoch)
-        assert module._step.compiled is not None, "the compiler failed"
         with as_on_gpu():
+            loss = module.training_step(batch_of(name, epoch, pattern), epoch)
+            assert module._step.compiled is not None, "the compiler failed"
             plain = module.losses(
                 *compiled_arguments(module, batch_of(name, epoch, pattern), epoch)
             )[0]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from pmixseg.backbones.layers.grouped import Groupable
 from pmixseg.backbones.layers.lean import (
     AS_IT_IS,
     CONCATENATED,
@@ -65,7 +66,7 @@ Block = Callable[..., nn.Module]
 """Makes a :class:`PostNorm` or a :class:`PreNorm`."""
 
 
-class Encoder(nn.ModuleDict):
+class Encoder(nn.ModuleDict, Groupable):
     """Encoder of one modality: per level ``x = c1(x); x = x + c3(c2(x))``, c1 with stride 2.
 
     Args:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.layers.bf16_gradients import convolve_wholly, misses_kernel
+from pmixseg.backbones.layers.grouped import convolve_groups
 from pmixseg.execution import on_cpu, runs_lean
 
 ONEDNN_TYPES = (torch.float32, torch.bfloat16)
@@ -259,6 +260,8 @@ class LeanConv3d(nn.Conv3d):
 
     def forward(self, *inputs: Tensor, prepare: Prepare = AS_IT_IS) -> Tensor:
         """Convolve ``prepare(*inputs)``, ``[B, C, D, H, W]``."""
+        if len(self.weight) > self.out_channels:  # of several encoders
+            return convolve_groups(self, prepare.plain(*inputs))
         if self.kernel_size[0] == 1:
             return self._mix(prepare, inputs)
         if not runs_lean(inputs[0]):

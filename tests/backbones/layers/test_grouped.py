@@ -1,0 +1,96 @@
+"""Encoders of all modalities as one, where a GPU would run them so."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pmixseg.backbones import MMFormer, MultiEncoderUNet, RFNet
+from pmixseg.backbones.layers.grouped import encode_together
+from pmixseg.backbones.layers.lean import LeanConv3d
+from pmixseg.execution import as_on_gpu
+
+NETWORKS = {
+    "unet": lambda: MultiEncoderUNet(width=4, levels=3),
+    "stem": lambda: MultiEncoderUNet(width=4, levels=3, stem=2, modalities=("a", "b")),
+    "rfnet": lambda: RFNet(width=4),
+    "recompute": lambda: MultiEncoderUNet(width=4, levels=3, recompute=True),
+}
+
+
+def encoders_of(name):
+    torch.manual_seed(0)
+    net = NETWORKS[name]().double()
+    for part in net.modules():
+        for own in part.parameters(recurse=False):
+            torch.nn.init.normal_(own)  # norms too, else all of them would be alike
+    return net
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_pass_gives_what_a_loop_gives(name):
+    net = encoders_of(name)
+    image = torch.randn(2, len(net.modalities), 16, 16, 16, dtype=torch.float64)
+    with as_on_gpu():
+        together = encode_together(list(net.encoders), image)
+        loop = [e(image[:, m : m + 1]) for m, e in enumerate(net.encoders)]
+    for level, maps in enumerate(together):
+        expected = torch.cat([levels[level] for levels in loop], 1)
+        torch.testing.assert_close(maps, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_and_latents_are_those_of_a_cpu(name):
+    net = encoders_of(name)
+    image = torch.randn(2, len(net.modalities), 16, 16, 16, dtype=torch.float64)
+    present = torch.ones(2, len(net.modalities), dtype=torch.bool)
+
+    def step():
+        net.zero_grad()
+        latents = net.encode(image, present)
+        sum(f.square().mean() for f in latents.features).backward()
+        return latents.features, [p.grad for p in net.encoders.parameters()]
+
+    lean, keys = step(), list(net.state_dict())
+    with as_on_gpu():
+        static = step()
+    for ours, theirs in zip(static, lean, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+    assert list(net.state_dict()) == keys
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions, and their groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ == "convolution":
+            self.groups.append(args[8])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpu_starts_one_convolution_for_all_encoders_and_a_cpu_skips_absent_ones():
+    net = MultiEncoderUNet(width=4, levels=3)
+    image, present = torch.randn(1, 4, 16, 16, 16), torch.tensor([[True, False, False, True]])
+    with as_on_gpu(), Convolutions() as counted:
+        net.encode(image, present)
+    assert counted.groups == [4] * 6
+    runs = []
+    for m, encoder in enumerate(net.encoders):
+        encoder.register_forward_hook(lambda *given, m=m: runs.append(m))
+    net.encode(image, present)
+    assert runs == [0, 3]
+
+
+def test_encoders_that_mix_channels_stay_a_loop():
+    net = MMFormer(width=4, patch_size=32, embedding=8, heads=2, hidden=8)
+    with as_on_gpu(), torch.no_grad(), Convolutions() as counted:
+        net.encode(torch.randn(1, 4, 32, 32, 32), torch.ones(1, 4, dtype=torch.bool))
+    assert 4 not in counted.groups
+
+
+def test_a_volume_of_other_channels_is_still_refused():
+    with pytest.raises(RuntimeError, match="channels"), as_on_gpu():
+        LeanConv3d(2, 4)(torch.randn(1, 4, 8, 8, 8))
