@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pmixseg.data.augment_batch import change_batch, turn_batch
 from pmixseg.data.keys import generator, uniform
 from pmixseg.data.resample import Turn, turn_patch
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
+from pmixseg.execution import on_cpu
 from pmixseg.types import Batch, Keys
 
 
@@ -78,7 +80,7 @@ class Augmentation(Described):
         keys: Keys | None = None,
         spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ) -> Batch:
-        """Augment every sample of a batch, in place.
+        """Augment every sample of a batch, whose tensors may be overwritten.
 
         Args:
             batch: of any device.
@@ -88,7 +90,14 @@ class Augmentation(Described):
         """
         keys = (batch["key"] if keys is None else keys).cpu()
         turns = self.turns(keys)
-        changes = self._intensities(keys, batch["image"].shape[1])
+        table = self._intensities(keys, batch["image"].shape[1])
+        image, label = batch["image"], batch["label"]
+        if not on_cpu(image) and min(label.shape[1:]) > 1:
+            with torch.no_grad():
+                image, label = turn_batch(image, label, turns, spacing)
+                batch["image"], batch["label"] = change_batch(image, table, keys), label
+            return batch
+        changes: list[list[tuple[float, float, float, float]]] = table.tolist()
         with torch.no_grad():
             for b, turn in enumerate(turns):
                 turn_patch(batch["image"][b], batch["label"][b], turn, spacing)
@@ -109,8 +118,8 @@ class Augmentation(Described):
             made.append(Turn(int(3 * axis), degrees, factor, (flip[0], flip[1], flip[2])))
         return made
 
-    def _intensities(self, keys: Keys, n: int) -> list[list[tuple[float, float, float, float]]]:
-        """(scale, shift, γ, noise SD) per sample and modality."""
+    def _intensities(self, keys: Keys, n: int) -> Float[Tensor, "b m 4"]:
+        """Scale, shift, γ and noise's standard deviation per sample and modality."""
         signed = 2 * uniform(keys, "intensity", 2 * n) - 1
         chance, amount = uniform(keys, "gamma", 2 * n).chunk(2, 1)
         gamma = torch.exp(self.gamma * (2 * amount - 1))
@@ -118,10 +127,7 @@ class Augmentation(Described):
         chance, amount = uniform(keys, "noise", 2 * n).chunk(2, 1)
         noise = torch.where(chance < self.noise_probability, amount * self.noise, 0.0)
         scale, shift = 1 + self.scale * signed[:, :n], self.shift * signed[:, n:]
-        table: list[list[tuple[float, float, float, float]]] = torch.stack(
-            [scale, shift, gamma, noise], -1
-        ).tolist()
-        return table
+        return torch.stack([scale, shift, gamma, noise], -1)
 
 
 def _change(

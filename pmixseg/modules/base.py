@@ -21,6 +21,7 @@ from pmixseg.data.missing import MissingnessSampler
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.execution import static_on
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
@@ -31,6 +32,7 @@ from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.modules.optimization import (
     Schedule,
     callable_from,
+    fuse,
     parameter_groups,
     rate_of,
     schedule_from,
@@ -400,6 +402,8 @@ class SegmentationModule(SegmentationNetwork):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer over two parameter groups, and the schedule."""
         optimizer = self.make_optimizer(parameter_groups(self))
+        if static_on(self.device):
+            fuse(optimizer)
         if self.make_scheduler is None:
             return cast(OptimizerLRScheduler, optimizer)
         if isinstance(self.make_scheduler, Schedule):

@@ -218,6 +218,20 @@ def mode_of(metric: str) -> Literal["min", "max"] | None:
     return "min" if direction_of(measure) == "lower" else "max"
 
 
+def fuse(optimizer: Optimizer) -> None:
+    """Let an optimizer take its step in one operation per group, where torch has one for it.
+
+    Numbers are the same up to rounding. What a user has chosen stays (``foreach``, ``fused``).
+
+    Args:
+        optimizer: before its first step.
+    """
+    for group in optimizer.param_groups:
+        chosen = group.get("foreach") is not None or group.get("differentiable")
+        if "fused" in group and group["fused"] is None and not chosen:
+            group["fused"] = True
+
+
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: weights with decay, vectors and scalars without.
 

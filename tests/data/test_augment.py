@@ -1,11 +1,13 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.keys import make_key
 from pmixseg.data.resample import Turn
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
+from pmixseg.execution import as_on_gpu
 
 OFF = {
     "flip": 0.0,
@@ -16,6 +18,13 @@ OFF = {
     "noise_probability": 0.0,
 }
 STILL = {"flip": 0.0, "resample": 0.0}
+
+
+@pytest.fixture(params=[False, True], ids=["cpu", "as_on_gpu"], autouse=True)
+def machine(request):
+    """Both ways to augment."""
+    with as_on_gpu(request.param):
+        yield
 
 
 def keys(n, epoch=0):
@@ -162,6 +171,45 @@ def test_flip_only_changes_nothing_but_order():
 def test_impossible_settings(wrong):
     with pytest.raises(InputError):
         Augmentation(**wrong)
+
+
+def test_both_ways_are_one_function():
+    """Without noise, whose generators differ."""
+    augment = Augmentation(
+        resample=0.5, rotation=30.0, zoom=0.3, gamma_probability=0.5, noise_probability=0.0
+    )
+    made, spacing = batch(8, 13), (1.0, 2.0, 1.5)
+    with as_on_gpu():
+        together = augment(batch(8, 13), None, spacing)
+    with as_on_gpu(False):
+        there = augment(made, None, spacing)
+    assert 0 < sum(turn.resamples for turn in augment.turns(made["key"])) < 8
+    torch.testing.assert_close(together["image"], there["image"], rtol=0, atol=2e-5)
+    assert torch.equal(together["label"], there["label"])
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations on volumes."""
+
+    def __init__(self):
+        super().__init__()
+        self.volumes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        large = isinstance(made, torch.Tensor) and made.numel() >= 12**3
+        self.volumes += large and not function.is_view
+        return made
+
+
+def test_a_gpu_augments_a_batch_of_any_size_in_a_handful_of_operations():
+    augment = Augmentation(resample=1.0, gamma_probability=1.0, noise_probability=0.0)
+    counts = []
+    for samples in (2, 8):
+        with as_on_gpu(), Kernels() as counter:
+            augment(batch(samples))
+        counts.append(counter.volumes)
+    assert counts[0] == counts[1] <= 25
 
 
 @pytest.mark.gpu
