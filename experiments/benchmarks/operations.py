@@ -28,11 +28,16 @@ from pmixseg.backbones import (
     RFNet,
     ShaSpec,
 )
+from pmixseg.callbacks import PmixAlignment
+from pmixseg.data.augment import Augmentation
+from pmixseg.evaluation.prediction.windows import predict_combinations
 from pmixseg.execution import as_on_gpu
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.shaspec import ShaSpecCriterion
+from pmixseg.losses.term import TermWeight
 from pmixseg.losses.uhved import UHVEDCriterion
+from pmixseg.modules import StudentModule
 
 SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 16}}
 STEPS: dict[str, tuple[Callable[[], Backbone], Callable[[], Criterion]]] = {
@@ -58,18 +63,25 @@ VIEWS += (
 
 
 class Counter(TorchDispatchMode):
-    """Counts operations by name."""
+    """Counts operations by name.
 
-    def __init__(self) -> None:
+    Args:
+        least: values that a result must have to be counted.
+    """
+
+    def __init__(self, least: int = 0) -> None:
         super().__init__()
+        self.least = least
         self.calls: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Count, and compute."""
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if not self.least or (isinstance(made, Tensor) and made.numel() >= self.least):
+            self.calls[func.overloadpacket.__name__] += 1
+        return made
 
     @property
     def kernels(self) -> int:
@@ -100,13 +112,69 @@ def count_step(name: str, side: int = 32, samples: int = 1) -> Counter:
     return counter
 
 
-def main() -> int:
+def aligned_module() -> StudentModule:
+    """What ``pmixseg fit`` trains by default, with alignment."""
+    torch.manual_seed(0)
+    module = StudentModule()
+    term = PmixAlignment(weight=0.1).build_term(module)
+    module.add_term("align", term, TermWeight(0.1))
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # no trainer listens
+    return module.train()
+
+
+def count_fit(side: int = 32) -> dict[str, int]:
+    """Operations of the parts of a step of ``pmixseg fit`` with fill and alignment, no views."""
+    module, batch = aligned_module(), one_batch(side, 2)
+    batch |= {"key": torch.tensor([1, 2]), "case_id": ["a", "b"]}  # type: ignore[dict-item]  # names are no tensors
+    counts = {}
+    with as_on_gpu():
+        optimizer = module.configure_optimizers()
+        with Counter() as counter:
+            loss = module.training_step(batch, 0)
+        counts["training_step"] = counter.kernels
+        with Counter() as counter:
+            loss.backward()
+        counts["backward"] = counter.kernels
+        with Counter() as counter:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0, foreach=True)
+        counts["clipping"] = counter.kernels
+        optimizer.step()  # the first one makes its state
+        with Counter() as counter:
+            optimizer.step()
+        counts["optimizer"] = counter.kernels
+    return counts
+
+
+def count_augmentation(side: int = 32, samples: int = 2) -> int:
+    """Operations on volumes of augmenting a batch in which everything is drawn."""
+    batch = one_batch(side, samples)
+    batch["key"] = torch.arange(samples)
+    augment = Augmentation(resample=1.0, gamma_probability=1.0, noise_probability=1.0)
+    with as_on_gpu(), Counter(least=side**3) as counter:
+        augment(batch)
+    return counter.kernels
+
+
+def count_passes(windows: int) -> int:
+    """Passes of the decoder for 15 combinations of a case with so many windows."""
+    network = MultiEncoderUNet(width=4, levels=2).eval()
+    passes = []
+    decode = network.decode
+    network.decode = lambda latents: (passes.append(1), decode(latents))[1]  # type: ignore[method-assign]  # counted
+    flags = torch.tensor([[bool(k >> m & 1) for m in range(4)] for k in range(1, 16)])
+    image = torch.randn(4, 8, 8, 4 * (windows + 1))
+    with as_on_gpu():
+        predict_combinations(network, image, flags, patch=(8, 8, 8), batch_size="auto")
+    return len(passes)
+
+
+def main(args: list[str] | None = None) -> int:
     """Print the counts as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--side", type=int, default=32)
     parser.add_argument("--top", type=int, default=0, help="names of the commonest operations")
-    given = parser.parse_args()
+    given = parser.parse_args(args)
     print("| training step, batch 1 | operations | without views |")
     print("|---|---|---|")
     for name in given.only:
@@ -114,6 +182,15 @@ def main() -> int:
         print(f"| `{name}` | {counter.calls.total()} | {counter.kernels} |", flush=True)
         for operation, number in counter.calls.most_common(given.top):
             print(f"|   {operation} | {number} | |")
+    print("\n| a step of `fit`, batch 2, filled and aligned | without views |\n|---|---|")
+    for part, number in count_fit(given.side).items():
+        print(f"| {part} | {number} |", flush=True)
+    for samples in (2, 8):
+        number = count_augmentation(given.side, samples)
+        print(f"| augmentation of {samples} patches, everything drawn | {number} |")
+    print("\n| 15 combinations of a case | passes of the decoder |\n|---|---|")
+    for windows in (1, 8, 36):
+        print(f"| {windows} windows | {count_passes(windows)} |", flush=True)
     return 0
 
 

@@ -1,0 +1,495 @@
+"""Every figure of a GPU in one run; without one, the number of operations that a GPU would start.
+
+    python experiments/benchmarks/gpu.py [--official PATH] [--rows ceilings steps fit test …]
+    python experiments/benchmarks/gpu.py --rehearse
+
+PATH is a checkout of github.com/dyh127/RFNet. Seconds are medians between CUDA events, memory is
+torch's peak. Ratios hold within a run; the first line names the card. ``--rehearse`` runs every row
+once on tiny volumes, on whatever device there is: it shows that they run, and its times mean
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import operations
+import torch
+from backbones import COMBINATIONS, official_loop, published
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from pmixseg import BraTSDataModule, PmixAlignment, StudentModule
+from pmixseg.backbones import Backbone, MultiEncoderUNet, RFNet
+from pmixseg.data.augment import Augmentation
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.data.splits import Fractions, WholeCohort
+from pmixseg.data.store.prepare import prepare
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.windows import predict_combinations
+from pmixseg.losses.rfnet import RFNetCriterion
+from pmixseg.losses.segmentation import DiceCE
+from pmixseg.modules.compilation import arrange
+from pmixseg.task import BRATS
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NETWORKS = {"RFNet": RFNet, "MultiEncoderUNet": MultiEncoderUNet}
+CRITERIA = {"RFNet": RFNetCriterion, "MultiEncoderUNet": DiceCE}
+PARTS = {
+    "training_step": "Strategy].*training_step",
+    "backward": "Strategy].*backward",
+    "clipping": "LightningModule].*configure_gradient_clipping",
+    "optimizer": "LightningModule].*optimizer_step",
+    "augmentation": "LightningDataModule].*on_after_batch_transfer",
+    "transfer": "Strategy].*batch_to_device",
+    "loader": "train_dataloader_next",
+}
+"""Where the time of a step goes -> name in Lightning's profiler; the optimizer's holds the rest."""
+
+
+@dataclass
+class Bench:
+    """Device, sizes and what was measured so far.
+
+    Args:
+        device: where everything runs.
+        official: checkout of the published RFNet, if it is to be compared.
+        rehearse: tiny volumes, one round.
+    """
+
+    device: torch.device
+    official: str | None = None
+    rehearse: bool = False
+    ceiling: float = 0.0
+    rows: list[tuple[str, dict[str, float]]] = field(default_factory=list)
+
+    @property
+    def cuda(self) -> bool:
+        """Whether there is a card."""
+        return self.device.type == "cuda"
+
+    @property
+    def side(self) -> int:
+        """Voxels of a patch along an axis."""
+        return 16 if self.rehearse else 80
+
+    def row(self, name: str, **values: float) -> None:
+        """Print one row."""
+        self.rows.append((name, values))
+        print(f"| {name} | {', '.join(f'{k} {v:.4g}' for k, v in values.items())} |", flush=True)
+
+    def seconds(self, call: Callable[[], object], rounds: int = 7, warm: int = 3) -> float:
+        """Median time of a call."""
+        if self.rehearse:
+            rounds, warm = 1, 0
+        for _ in range(warm):
+            call()
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            if not self.cuda:
+                call()
+                times.append(time.perf_counter() - start)
+                continue
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    def memory(self, call: Callable[[], object]) -> float:
+        """Peak GiB of a call, weights included."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
+
+    def work(self, call: Callable[[], object]) -> float:
+        """Floating-point operations of a call, 2 per multiply-add."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return float(counter.get_total_flops())
+
+    def random(self, *shape: int) -> Tensor:
+        """Normal numbers on the device."""
+        return torch.randn(*shape, device=self.device)
+
+    def network(self, name: str) -> Backbone:
+        """One of :data:`NETWORKS` with random weights."""
+        made = NETWORKS[name](width=4) if self.rehearse else NETWORKS[name]()
+        return made.to(self.device)
+
+    def autocast(self, precision: str) -> torch.autocast:
+        """Automatic bf16, or nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    @contextmanager
+    def busy(self) -> Iterator[dict[str, float]]:
+        """Share of the wall time in which the card works; filled when the block ends."""
+        share: dict[str, float] = {}
+        if not self.cuda:
+            yield share
+            return
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            start = time.perf_counter()
+            yield share
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - start
+        kernels = sum(event.self_device_time_total for event in profile.key_averages())
+        share["busy"] = kernels / 1e6 / wall
+
+
+def ceilings(bench: Bench) -> None:
+    """What the card can do: a matrix product, a convolution in both layouts."""
+    n = 256 if bench.rehearse else 8192
+    for precision, dtype in TYPES.items():
+        a, b = (bench.random(n, n).to(dtype) for _ in range(2))
+        seconds = bench.seconds(lambda a=a, b=b: a @ b)
+        bench.row(f"matrix product {n}, {precision}", tflops=2 * n**3 / seconds / 1e12)
+    for precision, dtype in TYPES.items():
+        for layout in (torch.contiguous_format, torch.channels_last_3d):
+            conv = nn.Conv3d(64, 64, 3, padding=1).to(bench.device, dtype).to(memory_format=layout)
+            x = bench.random(2, 64, *[bench.side] * 3).to(dtype).contiguous(memory_format=layout)
+            with torch.no_grad():
+                seconds = bench.seconds(lambda conv=conv, x=x: conv(x))
+            rate = 2 * 2 * 64 * 64 * 27 * bench.side**3 / seconds / 1e12
+            last = "channels last" if layout is torch.channels_last_3d else "contiguous"
+            bench.row(f"convolution 64-64, {precision}, {last}", s=seconds, tflops=rate)
+            bench.ceiling = max(bench.ceiling, rate)
+
+
+def _published_loss(parts: Any, truth: Tensor) -> Tensor:
+    """The published recipe's weighted cross-entropy and Dice on every output."""
+
+    def one(output: Tensor) -> Tensor:
+        weight = 1 - truth.sum((0, 2, 3, 4)) / truth.sum()
+        log = output.clamp(0.005, 1).log()
+        entropy = -(weight[:, None, None, None] * truth * log).sum(1).mean()
+        shared = 2 * (output * truth).sum((0, 2, 3, 4))
+        both = output.sum((0, 2, 3, 4)) + truth.sum((0, 2, 3, 4)) + 1e-7
+        return entropy + 1 - (shared / both).mean()
+
+    total: Tensor = sum(one(part.float()) for part in parts)
+    return total
+
+
+def _labelled(bench: Bench, samples: int) -> dict[str, Tensor]:
+    """A random batch, all modalities shown."""
+    shape = [bench.side] * 3
+    shown = torch.ones(samples, 4, dtype=torch.bool, device=bench.device)
+    label = torch.randint(0, 4, (samples, *shape), device=bench.device)
+    image = bench.random(samples, 4, *shape)
+    return {"image": image, "label": label, "present": shown, "acquired": shown}
+
+
+def _published_step(bench: Bench, batch: dict[str, Tensor], precision: str) -> float:
+    """Seconds of a step of the published RFNet."""
+    network: Any = published(str(bench.official)).to(bench.device).train()
+    network.is_training = True
+    truth = nn.functional.one_hot(batch["label"], 4).permute(0, 4, 1, 2, 3).float()
+
+    def step() -> None:
+        network.zero_grad(set_to_none=True)
+        with bench.autocast(precision):
+            fused, separate, regions = network(batch["image"], batch["present"])
+        _published_loss((fused, *separate, *regions), truth).backward()
+
+    seconds = bench.seconds(step)
+    name = f"step of the published RFNet, {precision}, batch {len(truth)}"
+    bench.row(name, s=seconds, gib=bench.memory(step))
+    return seconds
+
+
+def _own_step(
+    bench: Bench, name: str, batch: dict[str, Tensor], precision: str, work: float | None
+) -> tuple[float, float]:
+    """Measure a step of a network of ours, compiled where its work is known already.
+
+    Returns:
+        Its floating-point operations, and its seconds.
+    """
+    network, criterion, image = bench.network(name).train(), CRITERIA[name](), batch["image"]
+
+    def losses() -> Tensor:
+        return criterion(network.decode(network.encode(image, batch["present"])), batch, 30)  # type: ignore[arg-type]  # what criteria read
+
+    run: Callable[[], Tensor] = losses
+    if work is not None:
+        arrange(network, torch.channels_last_3d)
+        image = image.contiguous(memory_format=torch.channels_last_3d)
+        how: Any = {"backend": "eager"} if bench.rehearse else {"mode": "reduce-overhead"}
+        run = torch.compile(losses, fullgraph=True, dynamic=False, **how)
+
+    def step() -> None:
+        network.zero_grad(set_to_none=True)
+        if bench.cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        with bench.autocast(precision):
+            loss = run()
+        loss.backward()
+
+    compiled = work is not None
+    flops = bench.work(step) if work is None else work
+    start = time.perf_counter()
+    step()
+    values = {"first_s": time.perf_counter() - start} if compiled else {}
+    seconds = bench.seconds(step)
+    values |= {"s": seconds, "gib": bench.memory(step), "tflops": flops / seconds / 1e12}
+    if bench.ceiling:
+        values["of_ceiling"] = values["tflops"] / bench.ceiling
+    title = f"step of {name}, {precision}, batch {len(image)}"
+    bench.row(f"{title}, {'compiled, channels last' if compiled else 'uncompiled'}", **values)
+    return flops, seconds
+
+
+def steps(bench: Bench) -> None:
+    """Forward, loss, backward: the published RFNet, and ours uncompiled and compiled."""
+    for samples in (1,) if bench.rehearse else (1, 2):
+        batch, reference = _labelled(bench, samples), 0.0
+        if bench.official:
+            reference, _ = [_published_step(bench, batch, precision) for precision in TYPES]
+        for name in NETWORKS:
+            _own_step(bench, name, batch, "fp32", None)
+            work, uncompiled = _own_step(bench, name, batch, "bf16", None)
+            compiled = _own_step(bench, name, batch, "bf16", work)[1]
+            if reference and name == "RFNet":
+                ratios = {"uncompiled": reference / uncompiled, "compiled": reference / compiled}
+                bench.row(
+                    f"the published fp32 step against ours in bf16, batch {samples}", **ratios
+                )
+
+
+@contextmanager
+def phantom_store(bench: Bench) -> Iterator[Path]:
+    """A prepared phantom cohort: at 1.5 mm some 90 x 120 x 100 voxels a case."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, store = Path(folder) / "cohort", Path(folder) / "store"
+        spacing = 5.0 if bench.rehearse else 1.5
+        write_cohort(root, 4, seed=1, settings=PhantomSettings(spacing=spacing))
+        prepare(find_cases(root, BRATS), store, BRATS, progress=False)
+        yield store
+
+
+def trainer_of(bench: Bench, folder: Path, **settings: Any) -> Trainer:
+    """A quiet trainer on the device."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(
+        accelerator="gpu" if bench.cuda else "cpu",
+        devices=1,
+        precision="bf16-mixed",
+        default_root_dir=folder,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **quiet,
+        **settings,
+    )
+
+
+def fit(bench: Bench) -> None:
+    """``pmixseg fit`` with fill, alignment and augmentation, and where the time of a step goes."""
+    number = 2 if bench.rehearse else 60
+    with phantom_store(bench) as store:
+        for compiled in (False, True):
+            if compiled and bench.rehearse:
+                continue  # a minute of the compiler
+            data = BraTSDataModule(
+                store,
+                patch_size=bench.side,
+                batch_size=2,
+                num_workers=0 if bench.rehearse else 8,
+                patches_per_case=number,
+                split=Fractions(1.0, 0.0, 0.0),
+            )
+            module = StudentModule(
+                backbone=MultiEncoderUNet(width=4, levels=2) if bench.rehearse else None,
+                compile=compiled,
+            )
+            trainer = trainer_of(
+                bench,
+                store.parent,
+                max_steps=number,
+                limit_val_batches=0,
+                gradient_clip_val=1.0,
+                profiler="simple",
+                callbacks=[PmixAlignment(weight=0.1)],
+            )
+            trainer.fit(module, data)
+            times = trainer.profiler.recorded_durations
+            kept = number // 3  # the rest is warming up and compiling
+            whole = statistics.median(times["run_training_batch"][-kept:])
+            parts = {}
+            for part, pattern in PARTS.items():
+                names = [name for name in times if re.search(pattern, name)]
+                parts[part] = sum(statistics.median(times[name][-kept:]) for name in names)
+            loading = parts["loader"] + parts["augmentation"] + parts["transfer"]
+            bench.row(f"fit, compile: {str(compiled).lower()}", s=whole + loading, **parts)
+
+
+def _published_loop(bench: Bench, image: Tensor, flags: Tensor) -> float:
+    """Seconds of the published test for 15 masks, scaled up from two."""
+    network: Any = published(str(bench.official)).to(bench.device).eval()
+    network.is_training = False
+    two = flags[[14, 4]]
+    return bench.seconds(lambda: official_loop(network, image, two), 3, 1) * 15 / 2
+
+
+@torch.no_grad()
+def test(bench: Bench) -> None:
+    """15 combinations of one case, and how much of a test's time the card works."""
+    size = (24, 16, 16) if bench.rehearse else (144, 176, 152)
+    image, flags = bench.random(4, *size), torch.tensor(COMBINATIONS, device=bench.device)
+    side, sizes = (bench.side,) * 3, (1, "auto")
+    for precision in TYPES:
+        with bench.autocast(precision):
+            reference = 0.0
+            if bench.official and not bench.rehearse:
+                reference = _published_loop(bench, image, flags)
+                bench.row(f"15 combinations, published loop, {precision}, scaled", s=reference)
+            for name in NETWORKS:
+                network = bench.network(name).eval()
+                for batch_size in sizes:
+                    predict: Callable[[], Tensor] = functools.partial(
+                        predict_combinations,
+                        network,
+                        image,
+                        flags,
+                        patch=side,
+                        batch_size=batch_size,
+                    )
+                    seconds = bench.seconds(predict, 3, 1)
+                    values = {"s": seconds, "gib": bench.memory(predict)}
+                    if reference and name == "RFNet":
+                        values["x_published"] = reference / seconds
+                    title = f"15 combinations, {name}, {precision}, batch_size {batch_size}"
+                    bench.row(title, **values)
+    _cohort(bench)
+
+
+def _cohort(bench: Bench) -> None:
+    """``pmixseg test`` of a few phantoms: seconds, and the share in which the card works."""
+    with phantom_store(bench) as store:
+        settings = EvaluationSettings(window=None, examples=0)
+        small = MultiEncoderUNet(width=4, levels=2) if bench.rehearse else None
+        module = StudentModule(backbone=small, evaluation=settings)
+        patch = (48, 48, 32) if bench.rehearse else bench.side
+        data = BraTSDataModule(store, patch_size=patch, split=WholeCohort())
+        trainer = trainer_of(bench, store.parent, limit_test_batches=1 if bench.rehearse else 4)
+        start = time.perf_counter()
+        with bench.busy() as share:
+            trainer.test(module, data, verbose=False)
+        bench.row("test of a cohort, bf16", s=time.perf_counter() - start, **share)
+
+
+def loader(bench: Bench) -> None:
+    """Reading and augmenting a batch of two patches."""
+    with phantom_store(bench) as store:
+        for workers in (0,) if bench.rehearse else (0, 8):
+            data = BraTSDataModule(
+                store,
+                patch_size=bench.side,
+                num_workers=workers,
+                patches_per_case=8 if bench.rehearse else 60,
+                split=Fractions(1.0, 0.0, 0.0),
+            )
+            data.setup("fit")
+            batches = iter(data.train_dataloader())
+            batch, start = next(batches), time.perf_counter()
+            read = sum(1 for _ in batches)
+            seconds = (time.perf_counter() - start) / read
+            bench.row(f"reading a batch, {workers} workers", s=seconds)
+    keys = batch["key"]
+    there = {k: v.to(bench.device) for k, v in batch.items() if isinstance(v, Tensor)}
+    augment = Augmentation()
+    bench.row("augmenting a batch", s=bench.seconds(lambda: augment(dict(there), keys)))
+
+
+def _train_small(given: tuple[str, int]) -> float:
+    """Steps per second of one small training, in a process of its own."""
+    device, number = given
+    torch.set_num_threads(1)
+    net = MultiEncoderUNet(width=8).to(device).train()
+    optimizer = torch.optim.AdamW(net.parameters())
+    side = 64 if number > 2 else 16
+    image = torch.randn(4, 4, side, side, side, device=device)
+    label = torch.randint(0, 4, (4, side, side, side), device=device)
+    shown = torch.ones(4, 4, dtype=torch.bool, device=device)
+    criterion, start = DiceCE(), time.perf_counter()
+    for step in range(number):
+        if step == number // 4:
+            start = time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            output = net(image, shown)
+        criterion(output, {"label": label}, 0).backward()
+        optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (number - number // 4) / (time.perf_counter() - start)
+
+
+def several(bench: Bench) -> None:
+    """Small trainings in processes of their own, all at once."""
+    for trainings in (1,) if bench.rehearse else (1, 2, 6):
+        jobs = [(bench.device.type, 2 if bench.rehearse else 400)] * trainings
+        if trainings == 1:
+            rates = [_train_small(jobs[0])]
+        else:
+            with torch.multiprocessing.get_context("spawn").Pool(trainings) as pool:
+                rates = pool.map(_train_small, jobs)
+        bench.row(f"{trainings} small trainings at once", steps_per_s=sum(rates))
+
+
+ROWS = {
+    "ceilings": ceilings,
+    "steps": steps,
+    "fit": fit,
+    "test": test,
+    "loader": loader,
+    "several": several,
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Measure on a card, or count on a CPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--official", help="checkout of github.com/dyh127/RFNet")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rehearse", action="store_true")
+    given = parser.parse_args(args)
+    cuda = torch.cuda.is_available()
+    if not cuda and not given.rehearse:
+        print("No card here: operations that one would start.\n")
+        return operations.main([])
+    torch.backends.cudnn.benchmark = True
+    bench = Bench(torch.device("cuda" if cuda else "cpu"), given.official, given.rehearse)
+    card = torch.cuda.get_device_name() if cuda else "no card"
+    print(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}\n\n| work | |\n|---|---|")
+    failed = 0
+    for name in given.rows:
+        try:
+            ROWS[name](bench)
+        except Exception as error:  # the other rows are worth their time all the same
+            failed += 1
+            print(f"| {name} failed | {type(error).__name__}: {error} |", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
