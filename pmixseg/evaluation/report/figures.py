@@ -77,13 +77,6 @@ MOST_POINTS = 200
 """Cases drawn per box, at random where there are more: a page stays small for any cohort."""
 
 
-def settle(figure: Figure) -> Figure:
-    """Lay the figure out once: it is drawn for two kinds of file, and layout is the slow part."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure
-
-
 @contextmanager
 def drawing() -> Iterator[None]:
     """The journal style, for figures made inside; fonts that are absent are passed over."""
@@ -132,7 +125,7 @@ def heat_map(table: Tabulation) -> Figure:
             for i in range(len(table.runs), rows, len(table.runs)):
                 axes.axhline(i, color=PAPER, lw=4)
         _dot_matrix(figure.add_subplot(grid[1]), table.combinations, table.task, 0.5)
-        return settle(figure)
+        return figure
 
 
 def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
@@ -181,7 +174,7 @@ def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
         if len(runs) > 1:
             _legend(figure, [run_name(one) for one in runs])
         _dot_matrix(figure.add_subplot(grid[count], sharex=axes), combinations, task, 0.0)
-        return settle(figure)
+        return figure
 
 
 def by_count(tables: Tabulation) -> Figure:
@@ -207,7 +200,7 @@ def by_count(tables: Tabulation) -> Figure:
         all_axes[count // 2].set_xlabel("sequences shown")
         if len(tables.runs) > 1:
             _legend(figure, tables.runs)
-        return settle(figure)
+        return figure
 
 
 def courses(charts: Sequence[Chart]) -> Figure:
@@ -241,7 +234,7 @@ def courses(charts: Sequence[Chart]) -> Figure:
                 axes.legend(ncols=1 + (len(chart.curves) > 5), handlelength=1.2)
         for axes in plots[len(charts) :]:
             axes.set_visible(False)
-        return settle(figure)
+        return figure
 
 
 def overlaid(histories: Mapping[str, Sequence[Chart]]) -> list[Chart]:
@@ -261,10 +254,14 @@ def overlaid(histories: Mapping[str, Sequence[Chart]]) -> list[Chart]:
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as an SVG document on a transparent ground."""
+    """The figure as an SVG document on a transparent ground.
+
+    What is drawn from it later keeps its layout, which is the slow part.
+    """
     buffer = io.StringIO()
     with drawing():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
