@@ -37,7 +37,9 @@ class PmixAlignment(TermCallback):
         ratio_steps: see ``ratio``.
         anchor: an anchor of the callback's own; by default the model's, borrowed: it stays a part
             of the model.
-        distance: D, by name or as an object with arguments.
+        distance: D, by name or as an object with arguments; by default ``case_nce``, which closes
+            the gap and keeps the features, while ``nmse`` collapses them
+            (docs/results/studies.md, E1).
         levels: levels that are aligned, 0 the finest; by default the bottleneck and its neighbour.
         projection: ``linear``: a 1x1x1 map per modality before the distance; none by default.
         detach: what is held still: the ``anchor``, ``none``, or the ``features``.
@@ -59,7 +61,7 @@ class PmixAlignment(TermCallback):
         self,
         weight: float = 0.0,
         anchor: Anchor | None = None,
-        distance: str | Distance = "nmse",
+        distance: str | Distance = "case_nce",
         levels: Sequence[int] | None = None,
         projection: Literal["linear"] | None = None,
         detach: Literal["anchor", "none", "features"] = "anchor",
@@ -79,7 +81,7 @@ class PmixAlignment(TermCallback):
             )
         self.ratio = None if ratio is None else GradientRatio(ratio, ratio_steps, name)
         given = (distance, levels, projection, detach, anchor, sample)
-        if official is not None and given != ("nmse", None, None, "anchor", None, False):
+        if official is not None and given != ("case_nce", None, None, "anchor", None, False):
             raise InputError(
                 f"{name}.official is a whole loss, and would ignore the distance, levels, "
                 "projection, detach, anchor or sample that is given as well; leave it out."

@@ -225,7 +225,7 @@ def test_alignment_borrows_the_anchor_without_registering_it_twice(tmp_path):
 
 def test_alignment_with_its_own_anchor(tmp_path):
     module = student(fill="zero")
-    fit(tmp_path, module, PmixAlignment(weight=0.1, anchor=NormalAnchor()))
+    fit(tmp_path, module, PmixAlignment(weight=0.1, anchor=NormalAnchor(), distance="mse"))
     assert isinstance(module.terms["align"].anchor, NormalAnchor)
 
 

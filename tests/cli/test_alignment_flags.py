@@ -33,7 +33,7 @@ def test_every_distance_by_name(name, phantom_store, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        [NORMAL],
+        [NORMAL, "--align.distance=mse"],
         [PRODUCT, "--align.distance=kl"],
         ["--align.anchor=pmixseg.losses.ModalityAnchor", "--align.anchor.modality=t1ce"],
         ["--model.anchor=pmixseg.losses.MixtureAnchor", "--model.anchor.weights=[4,3,2,1]"],

@@ -82,7 +82,7 @@ def test_a_training_is_resumed(old):
     teacher = ["--distill.weight=1", "--distill.teacher=runs/teacher/checkpoints/last.ckpt"]
     flags = ["--run=runs/student", "--ckpt_path=runs/student/checkpoints/last.ckpt"]
     flags += ["--trainer.max_epochs=2", "--align.weight=0.1", "--data.store=store"]
-    flags += ["--data.patch_size=8", "--data.batch_size=1"]
+    flags += ["--data.patch_size=8", "--data.batch_size=1", "--align.distance=nmse"]
     assert main(["fit", "-c", str(HERE / "settings.yaml"), *flags, *teacher, *SPLIT, *QUIET]) == 0
     checkpoint = read_checkpoint("runs/student/checkpoints/last.ckpt")
     assert checkpoint["epoch"] == 1

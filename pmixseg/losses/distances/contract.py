@@ -112,7 +112,7 @@ class Distance(nn.Module, Described, ABC):
         if self.compares_directions and isinstance(anchor, NormalAnchor):
             raise InputError(
                 f"the distance '{self.name}' compares directions, and NormalAnchor has none; use "
-                "another distance or another anchor."
+                "another distance (mse) or another anchor."
             )
 
     @abstractmethod
