@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pmixseg.backbones import Backbone, MMFormer, RFNet
-from pmixseg.data.scans.canonical import NORMALISATION
+from pmixseg.data.scans.normalisation import JOINT_MASK
 from pmixseg.errors import InputError
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.modules import SegmentationModule, StudentModule
@@ -25,11 +25,11 @@ ORDER = ("flair", "t1ce", "t1", "t2")
 """Modalities of both codes, in the order of their channels."""
 
 DIFFERENCE = (
-    "the published code normalises over the brain of all four scans and leaves a negative "
-    "background; this package normalises each scan by itself, with background 0. Scores can differ "
-    "from the published ones: test, or train on, before relying on them."
+    f"scans are prepared for this model as in the published code (normalisation '{JOINT_MASK}'). "
+    "The published code takes the mask of the brain from all four scans; of a patient who has "
+    "fewer, it comes from these, which the model has not seen in training."
 )
-"""What an imported model has not seen in training."""
+"""What remains between an imported model and the published pipeline."""
 
 _LAYER = (
     (r"cross_attention_list\.0\.fn\.norm\.", "norm_attention."),
@@ -122,7 +122,7 @@ def import_official(kind: str, path: str | Path, task: Task = BRATS) -> Imported
     module = StudentModule(task=task, backbone=backbone, fill="zero", criterion=RFNetCriterion())
     module.backbone.load_state_dict(renamed)
     module.preparation = Preparation(
-        spacing=(1.0, 1.0, 1.0), normalisation=NORMALISATION, patch=(patch,) * 3
+        spacing=(1.0, 1.0, 1.0), normalisation=JOINT_MASK, dtype="float32", patch=(patch,) * 3
     )
     return Imported(module.eval(), len(renamed), dropped, epoch)
 

@@ -17,7 +17,7 @@ from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.unet import MultiEncoderUNet
 from pmixseg.data.missing import MissingnessSampler, UniformCombinations
 from pmixseg.data.patches import CaseItem
-from pmixseg.data.scans.canonical import STORE_DTYPE
+from pmixseg.data.scans.canonical import NORMALISATION, STORE_DTYPE
 from pmixseg.data.scans.nifti import Source
 from pmixseg.data.training_cases import SeenCase, say_seen
 from pmixseg.describe import Described, build, describe
@@ -376,6 +376,7 @@ class SegmentationNetwork(LightningModule, Described):
             evaluation,
             self.preparation.target_spacing(),
             self.preparation.dtype or STORE_DTYPE,
+            self.preparation.normalisation or NORMALISATION,
             self.device,
             self.loaded_from,
         )

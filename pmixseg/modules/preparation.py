@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pmixseg.data.scans.canonical import NORMALISATION
+from pmixseg.data.scans.normalisation import NORMALISATIONS
 from pmixseg.data.training_cases import (
     SeenCase,
     TrainingCases,
@@ -155,10 +155,11 @@ class Preparation:
             InputError: the model was trained on intensities normalised in another way than scans
                 are now.
         """
-        if self.normalisation not in (None, NORMALISATION):
+        if self.normalisation not in (None, *NORMALISATIONS):
             raise InputError(
                 f"the model was trained with normalisation '{self.normalisation}', but this "
-                f"version of pmixseg makes '{NORMALISATION}'; use the version it was trained with."
+                f"version of pmixseg makes {' and '.join(NORMALISATIONS)}; use the version it was "
+                "trained with."
             )
         if self.spacing is None:
             return None

@@ -90,12 +90,13 @@ def test_command_writes_a_checkpoint_that_load_and_lightning_read(tmp_path, caps
     said = " ".join(capsys.readouterr().out.split())
     assert "trained for 299 epochs" in said
     assert "8 tensors left out" in said
-    assert "normalises each scan by itself" in said
+    assert "as in the published code (normalisation 'zscore-joint-mask')" in said
 
     module = pmixseg.load(path)
     direct = import_official("mmformer", official).module
     assert module.fill == "zero"
     assert module.preparation == direct.preparation
+    assert module.preparation.normalisation == "zscore-joint-mask"
     for name, tensor in direct.state_dict().items():
         assert torch.equal(module.state_dict()[name], tensor)
     box = Box((0, 0, 0), (32, 32, 32))

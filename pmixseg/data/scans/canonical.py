@@ -66,6 +66,8 @@ class CanonicalCase:
         ignored: number in the label file -> voxels of it that became background.
         oriented: whether any of the scans says how it lies; otherwise the case was taken as LAS.
         doubts: phrases of :func:`~pmixseg.data.scans.brains.not_a_brain` on single scans.
+        statistics: modality -> mean and deviation of its non-zero voxels, which lead from z-scores
+            back to intensities.
     """
 
     image: npt.NDArray[Any]
@@ -78,6 +80,7 @@ class CanonicalCase:
     ignored: Mapping[int, int] = field(default_factory=dict)
     oriented: bool = True
     doubts: tuple[str, ...] = ()
+    statistics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def canonicalise(
@@ -134,7 +137,10 @@ def canonicalise(
         scan = reader.read(label, "label")
         place = place_of(scan, None, where)
         seen = label_map(scan, same_grid(reference, place, where), numbers, where)
-        _add_label(case, seen)
+        if set(seen.ignored).intersection(numbers.unannotated):
+            case.ignored = seen.ignored  # to train on, or be scored by, half a label is wrong
+        else:
+            _add_label(case, seen)
     return case
 
 
@@ -163,6 +169,7 @@ def join(
         geometry=geometry,
         digests={},
         doubts=tuple(s.doubt for s in signals.values() if s.doubt),
+        statistics={name: (s.mean, s.deviation) for name, s in signals.items()},
     )
 
 

@@ -18,6 +18,7 @@ from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
 from pmixseg.data.scans.geometry import Geometry, Spacing
 from pmixseg.data.scans.grids import CommonGrid, on_one_grid
 from pmixseg.data.scans.nifti import Source
+from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.outputs import code_table
 from pmixseg.data.scans.plausibility import judge
 from pmixseg.errors import InputError
@@ -99,6 +100,7 @@ class Recipe:
         evaluation: overlap, blending, post-processing.
         spacing: voxel size in mm to bring scans to; ``None`` keeps theirs.
         dtype: rounding of normalised intensities in training.
+        normalisation: name of the one that the model was trained on.
         device: where the network is.
         checkpoint: file that the weights came from.
     """
@@ -108,6 +110,7 @@ class Recipe:
     evaluation: EvaluationSettings
     spacing: Spacing | None
     dtype: str
+    normalisation: str
     device: torch.device
     checkpoint: str | None = None
 
@@ -150,24 +153,26 @@ def segment_scans(
         strict=settings.strict,
         where=where,
     )
+    dtype = settings.dtype or recipe.dtype
     case = canonicalise(
         grid.images,
         None,
         task,
         spacing=recipe.spacing,
-        dtype=settings.dtype or recipe.dtype,
+        dtype=computed_dtype(recipe.normalisation, dtype),
         where=where,
     )
     notes = [f"{where}: {note}." for note in grid.notes] + _doubts(case, task, settings, where)
     for note in notes:
         warnings.warn(note, stacklevel=3)
+    voxel = math.prod(case.geometry.grid_spacing) / 1000
+    brain = float((case.image != 0).any(0).sum()) * voxel
+    case = normalised(case, recipe.normalisation, dtype)
     columns = [task.modalities.index(m) for m in predictor.modalities]
     image = torch.from_numpy(case.image[columns]).to(recipe.device, torch.float32)
     geometry = _in_reference(case.geometry, grid, recipe.spacing)
     facts = _facts(recipe, settings, len(chosen))
     inputs = _inputs(images, chosen, {**grid.digests, **case.digests})
-    voxel = math.prod(case.geometry.grid_spacing) / 1000
-    brain = float((case.image != 0).any(0).sum()) * voxel
     del case  # its arrays are as large as all windows' sums
     prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
     identity = None if recipe.checkpoint is None else checkpoint_identity(Path(recipe.checkpoint))
@@ -311,6 +316,7 @@ def _facts(recipe: Recipe, settings: SegmentSettings, n_present: int) -> dict[st
         "blend": used.blend,
         "postprocess": list(used.postprocess),
         "temperature": used.temperature(n_present),
+        "normalisation": recipe.normalisation,
         "spacing": None if recipe.spacing is None else list(recipe.spacing),
         "device": recipe.device.type,
     }
