@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmixseg.dicom.packages import highdicom, pydicom
-from pmixseg.dicom.series import Series
+from pmixseg.dicom.series import Series, discreet
 from pmixseg.errors import InputError
 from pmixseg.files import whole
 from pmixseg.task import Task
@@ -74,25 +74,35 @@ def write_segmentation(
         )
         for number, index in enumerate(present, 1)
     ]
-    made = highdicom.seg.Segmentation(
-        source_images=sources,
-        pixel_array=volume.with_array(numbered),
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=segments,
-        series_instance_uid=highdicom.UID(),
-        series_number=series.number + 1000,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
-        manufacturer="pmixseg",
-        manufacturer_model_name="pmixseg",
-        software_versions=version("pmixseg"),
-        device_serial_number="none",
-        content_description=NOTICE,
-        content_label=_content_label(name),
-        series_description=f"pmixseg. {NOTICE}"[:64],
-    )
-    with whole(path) as part:
-        pydicom.dcmwrite(part, made, enforce_file_format=True)
+    try:
+        with discreet():
+            made = highdicom.seg.Segmentation(
+                source_images=sources,
+                pixel_array=volume.with_array(numbered),
+                segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+                segment_descriptions=segments,
+                series_instance_uid=highdicom.UID(),
+                series_number=series.number + 1000,
+                sop_instance_uid=highdicom.UID(),
+                instance_number=1,
+                manufacturer="pmixseg",
+                manufacturer_model_name="pmixseg",
+                software_versions=version("pmixseg"),
+                device_serial_number="none",
+                content_description=NOTICE,
+                content_label=_content_label(name),
+                series_description=f"pmixseg. {NOTICE}"[:64],
+            )
+            with whole(path) as part:
+                pydicom.dcmwrite(part, made, enforce_file_format=True)
+    except InputError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        # The library quotes the header, which is the patient's.
+        raise InputError(
+            f"{series.label} has a header that DICOM does not allow, so no DICOM-SEG can refer to "
+            f"it ({type(error).__name__}); repair the header, for one with dcmodify of DCMTK."
+        ) from None
     return path
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ HEADER = (
     "SOPClassUID",
     "Modality",
     "PatientID",
+    "PatientName",
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "SeriesNumber",
@@ -32,6 +36,9 @@ HEADER = (
 )
 """What is read of every file before it is known which files are needed."""
 
+_UID = re.compile(r"\d+(\.\d+){4,}")
+_SHORTEST_NAME = 2
+
 
 @dataclass(frozen=True)
 class Series:
@@ -40,7 +47,7 @@ class Series:
     Args:
         uid: of the series.
         number: of the series within its study; 0 if the header has none.
-        description: of the series, as the scanner wrote it.
+        description: of the series, as the scanner wrote it; may name the patient.
         files: of its slices, or its one multi-frame file.
         slices: how many.
         echo: echo time in ms; ``None`` where the header has none, as for all times.
@@ -49,6 +56,8 @@ class Series:
         agent: whether the header names a contrast agent.
         kind: values of ImageType, lower case.
         diffusion: whether it has a b-value above 0.
+        shown: the description without the patient's name and number, for people and logs; by
+            default the description.
     """
 
     uid: str
@@ -62,15 +71,22 @@ class Series:
     agent: bool = False
     kind: tuple[str, ...] = ()
     diffusion: bool = False
+    shown: str | None = None
 
     @property
     def label(self) -> str:
         """How sentences name it: its number and description."""
-        return f"series {self.number} '{self.description}'"
+        return f"series {self.number} '{self.told}'"
+
+    @property
+    def told(self) -> str:
+        """The description as it may be printed."""
+        return self.description if self.shown is None else self.shown
 
     def datasets(self) -> list[Any]:
         """Read the files whole."""
-        return [pydicom.dcmread(path) for path in self.files]
+        with discreet():
+            return [pydicom.dcmread(path) for path in self.files]
 
     def volume(self) -> Any:
         """Return the voxels and their place as a ``highdicom.Volume`` (LPS, mm).
@@ -80,15 +96,25 @@ class Series:
         """
         try:
             datasets = self.datasets()
-            if len(datasets) == 1 and "NumberOfFrames" in datasets[0]:
-                return highdicom.Image.from_dataset(datasets[0]).get_volume(dtype=np.float32)
-            return highdicom.get_volume_from_series(datasets, dtype=np.float32)
+            with discreet():
+                if len(datasets) == 1 and "NumberOfFrames" in datasets[0]:
+                    return highdicom.Image.from_dataset(datasets[0]).get_volume(dtype=np.float32)
+                return highdicom.get_volume_from_series(datasets, dtype=np.float32)
         except (RuntimeError, ValueError, AttributeError, KeyError, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = _UID.sub("…", reason)
             raise InputError(
                 f"{self.label} cannot be put together as a volume ({reason}); check that all of "
                 "its slices are there."
             ) from error
+
+
+@contextmanager
+def discreet() -> Iterator[None]:
+    """Let pydicom and highdicom warn of nothing: they quote values of a patient's header."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)(\..*)?")
+        yield
 
 
 def is_dicom_folder(folder: Path) -> bool:
@@ -141,7 +167,8 @@ def _dicom_files(folder: Path) -> Iterator[Path]:
 def _header(path: Path) -> Any:
     try:
         tags = [*HEADER, "SharedFunctionalGroupsSequence", "AcquisitionContrast"]
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+        with discreet():
+            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
     except (pydicom.errors.InvalidDicomError, OSError, ValueError, AttributeError, KeyError):
         return None  # damaged: its series then lacks a slice, which its volume tells
 
@@ -150,10 +177,11 @@ def _series(uid: str, group: Sequence[tuple[Path, Any]]) -> Series:
     first = group[0][1]
     frames = first.get("NumberOfFrames")
     agent = str(_value(first, "ContrastBolusAgent") or "").strip().lower()
+    description = str(first.get("SeriesDescription") or first.get("ProtocolName") or "")
     return Series(
         uid=uid,
         number=int(first.get("SeriesNumber") or 0),
-        description=str(first.get("SeriesDescription") or first.get("ProtocolName") or ""),
+        description=description,
         files=tuple(path for path, _ in group),
         slices=int(frames) if frames else len(group),
         echo=_number(first, "EchoTime", "EffectiveEchoTime"),
@@ -162,7 +190,17 @@ def _series(uid: str, group: Sequence[tuple[Path, Any]]) -> Series:
         agent=agent not in ("", "no", "none", "n"),
         kind=tuple(str(part).lower() for part in first.get("ImageType") or ()),
         diffusion=(_number(first, "DiffusionBValue") or 0) > 0,
+        shown=_without_patient(description, first),
     )
+
+
+def _without_patient(text: str, header: Any) -> str:
+    """Hide the parts of a patient's name, and the number, in a text that a person typed."""
+    names = re.split(r"[\s^=,;]+", str(header.get("PatientName") or ""))
+    for part in (*names, str(header.get("PatientID") or "")):
+        if len(part) >= _SHORTEST_NAME:
+            text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "…", text, flags=re.IGNORECASE)
+    return text
 
 
 def _number(header: Any, *names: str) -> float | None:

@@ -1,5 +1,9 @@
 """A study in DICOM: recognised with reasons, read, segmented, written as DICOM-SEG."""
 
+import gzip
+import warnings
+from contextlib import contextmanager
+
 import highdicom
 import nibabel as nib
 import numpy as np
@@ -199,9 +203,75 @@ def test_the_command_tells_what_was_taken_for_what_and_no_patient(study, model, 
     captured = capsys.readouterr()
     for text in ("t1ce", "contrast agent", "not used"):
         assert text in captured.out
-    kept = [p.read_bytes() for p in out.rglob("*") if p.suffix != ".dcm" and p.is_file()]
-    everything = [captured.out.encode(), captured.err.encode(), *kept]
-    for secret in vars(PATIENT).values():
-        assert not any(secret.encode() in data for data in everything)
+    no_secret_in(out, captured, secrets_of(study))
     (seg,) = out.glob("*.dcm")
     assert pydicom.dcmread(seg).PatientName == PATIENT.name
+
+
+def secrets_of(study):
+    """Whatever of the headers tells the patient or the study: names, numbers, dates, UIDs."""
+    secrets = set(vars(PATIENT).values())
+    for path in study.rglob("*.dcm"):
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        values = (e.value for e in header.iterall() if e.VR in ("UI", "DA", "PN", "DT"))
+        secrets |= {str(v) for v in values if v and not str(v).startswith("1.2.840.10008")}
+        secrets |= {f"{header.PatientID}", *f"{header.PatientName}".split("^")}
+    return {secret for secret in secrets if len(secret) > 2}
+
+
+def no_secret_in(out, captured, secrets):
+    """Neither in what was printed, nor in names of files, nor in files that are no DICOM."""
+    said = [captured.out.encode(), captured.err.encode()]
+    for path in out.rglob("*"):
+        said.append(path.relative_to(out).as_posix().encode())
+        if path.is_file() and path.suffix != ".dcm":
+            raw = path.read_bytes()
+            said.append(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+    assert len(said) > 6
+    for secret in secrets:
+        assert not any(secret.lower().encode() in text.lower() for text in said), secret
+
+
+def test_headers_that_break_the_rules_or_name_the_patient(scans, tmp_path, capsys):
+    """Libraries quote what they complain of; people type names into descriptions."""
+    study, out = tmp_path / "study", tmp_path / "out"
+    write_study(study, {m: scans[m] for m in ("t1", "t2")}, PATIENT)
+    with pydicom_lets_pass():
+        for path in study.rglob("*.dcm"):
+            header = pydicom.dcmread(path)
+            header.PatientBirthDate = "born 01/01/1970"
+            header.PatientName = "Quixote^Jane"
+            header.SeriesDescription = f"{header.SeriesDescription} JANE quixote"
+            header.save_as(path)
+    checkpoint = save(tiny_student(16), tmp_path / "x.ckpt")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        code = main(["segment", str(checkpoint), str(study), "-o", str(out), "--png"])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    if code:
+        assert "has a header that DICOM does not allow" in captured.err
+    secrets = {"quixote", "jane", "born 01", "01/01", PATIENT.number}
+    assert not any(s in str(w.message).lower() for s in secrets for w in told)
+    no_secret_in(out, captured, secrets)
+
+
+@contextmanager
+def pydicom_lets_pass():
+    settings = pydicom.config.settings
+    before = settings.writing_validation_mode
+    settings.writing_validation_mode = pydicom.config.IGNORE
+    yield
+    settings.writing_validation_mode = before
+
+
+def test_a_broken_volume_names_no_study(scans, tmp_path):
+    study = tmp_path / "study"
+    write_study(study, {"t1": scans["t1"]}, PATIENT)
+    next(study.rglob("*.dcm")).unlink()
+    paths = sorted(study.rglob("*.dcm"))
+    paths[len(paths) // 2].unlink()
+    (one,) = read_folder(study)
+    with pytest.raises(InputError) as told:
+        one.volume()
+    assert not any(secret in str(told.value) for secret in secrets_of(study))
