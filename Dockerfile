@@ -19,7 +19,7 @@ RUN pip install --no-cache-dir uv==0.13.9
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY pmixseg ./pmixseg
-RUN uv pip install --torch-backend "$TORCH_BACKEND" -c constraints.txt '.[parquet,export]' \
+RUN uv pip install --torch-backend "$TORCH_BACKEND" -c constraints.txt '.[parquet,export,dicom,preprocess,hub]' \
     && pmixseg --version
 
 # Not root, and any --user may write where its folder is mounted.
