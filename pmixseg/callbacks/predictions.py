@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from pmixseg.data.scans.outputs import write_labels, write_volume
+from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction
 from pmixseg.files import inside
 
@@ -22,6 +23,11 @@ class PredictionWriter(BasePredictionWriter):
         folder: where to; by default ``predictions`` in the run folder.
         probabilities: also ``<case>_probabilities.nii.gz``, ``[x, y, z, C]``, background first.
         entropy: also ``<case>_entropy.nii.gz``, the voxel-wise uncertainty in nats.
+        plain: write ``<case>.nii.gz`` instead of ``<case>_seg.nii.gz``, as nnU-Net does.
+
+    Raises:
+        InputError: probabilities or entropy beside plain names, which nnU-Net's tools would take
+            for label maps.
     """
 
     def __init__(
@@ -29,8 +35,15 @@ class PredictionWriter(BasePredictionWriter):
         folder: str | Path | None = None,
         probabilities: bool = False,
         entropy: bool = False,
+        plain: bool = False,
     ) -> None:
         super().__init__(write_interval="batch")
+        if plain and (probabilities or entropy):
+            raise InputError(
+                "PredictionWriter: nnU-Net takes every volume of a folder for a label map; leave "
+                "out probabilities and entropy, or write them into another folder."
+            )
+        self.ending = ".nii.gz" if plain else "_seg.nii.gz"
         self.folder = folder
         self.probabilities = probabilities
         self.entropy = entropy
@@ -45,12 +58,12 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """``<case>_seg.nii.gz``, and what else was asked for."""
+        """Write ``<case>_seg.nii.gz``, and what else was asked for."""
         assert isinstance(prediction, CasePrediction)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions")
         stored = batch["stored"]
         write_labels(
-            inside(folder, f"{stored.case_id}_seg.nii.gz", "case"),
+            inside(folder, f"{stored.case_id}{self.ending}", "case"),
             prediction.labels(),
             stored.geometry.source_affine,
             stored.codes,

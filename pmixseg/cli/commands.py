@@ -145,6 +145,11 @@ def _prepare(subparsers: Any) -> None:
     _cohort_flags(parser)
     parser.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="resample to this")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    parser.add_argument(
+        "--normalisation",
+        default="zscore-own-mask",
+        help="of intensities; zscore-joint-mask is that of imported RFNet and mmFormer",
+    )
     parser.add_argument("--workers", type=int, default=2)
     part_flag(parser)
     parser.add_argument(
@@ -175,6 +180,7 @@ def _prepare(subparsers: Any) -> None:
             prune=args.prune,
             force=args.force,
             share=share_of(args.part),
+            normalisation=args.normalisation,
         )
         report.cohort = cohort.remarks
         # Whole lines: a name that is cut in two is no name.

@@ -121,6 +121,12 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is written")
     what.add_argument("--probabilities", action="store_true", help="of every class, 4-D")
     what.add_argument("--entropy", action="store_true", help="voxel-wise uncertainty in nats")
+    what.add_argument("--png", action="store_true", help="overview: planes, contours, volumes")
+    what.add_argument(
+        "--nnunet",
+        action="store_true",
+        help="name results CASE.nii.gz, so that nnUNetv2_evaluate_folder takes the folder",
+    )
     what.add_argument("--codes", metavar="NAME=CODE,...", help="numbers of the labels in results")
     what.add_argument("--no-gzip", action="store_true", help="write .nii instead of .nii.gz")
     return parser
@@ -146,7 +152,14 @@ def segmented(
             "give either a folder or 4-D file, or scans by modality "
             f"({', '.join(f'--{m} FILE' for m in module.task.modalities)})."
         )
-    outputs = Outputs(given.out, given.probabilities, given.entropy, not given.no_gzip)
+    outputs = Outputs(
+        given.out,
+        given.probabilities,
+        given.entropy,
+        compress=not given.no_gzip,
+        png=given.png,
+        plain=given.nnunet,
+    )
     share = share_of(given.part)
     cohort = source is not None and source.is_dir() and not given.raw and not holds_dicom(source)
     if share is not None and not cohort:
@@ -255,7 +268,7 @@ def series_table(recognised: Sequence[Recognised]) -> Table:
         table.add_column(column)
     for r in recognised:
         verdict = "not certain" if r.doubtful else r.modality or "not used"
-        row = (str(r.series.number), r.series.description, str(r.series.slices), verdict, r.reason)
+        row = (str(r.series.number), r.series.told, str(r.series.slices), verdict, r.reason)
         table.add_row(*row)
     return table
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from pmixseg.data.scans.colours import write_tables
 from pmixseg.data.scans.outputs import write_labels
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
@@ -86,23 +87,29 @@ def segment_raw(
         probabilities=outputs.probabilities,
         entropy=outputs.entropy,
         compress=outputs.compress,
+        plain=outputs.plain,
     )
     target = onto or ready.centre
     back = ready.back(result.classes, target)
     classes = np.asarray(_array(back), np.uint8)
     affine = nib.load(images[target]).affine.tolist()
     ending = ".nii.gz" if outputs.compress else ".nii"
-    path = inside(outputs.folder, f"{called}_seg{ending}", "case")
-    written = write_labels(path, classes, affine, result.codes, module.task)
+    path = inside(outputs.folder, f"{called}{'' if outputs.plain else '_seg'}{ending}", "case")
+    written = {
+        "seg": write_labels(path, classes, affine, result.codes, module.task),
+        **write_tables(inside(outputs.folder, f"{called}_seg", "case"), result.codes, module.task),
+        "json": there["json"],
+    }
+    if outputs.png:
+        facts = (called, module.task, result.volumes)
+        written["png"] = outputs.draw(images, classes, np.asarray(affine), *facts)
     notes = (
         f"case '{called}': the scans were registered to {ready.centre} and to atlas space; the "
         f"segmentation lies on the grid of {target}, volumes are those in atlas space.",
         *(f"case '{called}': {note}" for note in ready.notes),
         *result.warnings,
     )
-    return CaseResult(
-        called, result.combination, result.volumes, {"seg": written, "json": there["json"]}, notes
-    )
+    return CaseResult(called, result.combination, result.volumes, written, notes)
 
 
 def _array(image: object) -> np.ndarray:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pmixseg.data.cohorts.cases import stem_of
 from pmixseg.data.cohorts.layouts import Case, Layout, search
 from pmixseg.data.cohorts.sequences import modality_of
@@ -21,6 +24,7 @@ from pmixseg.inference.folders import (
     scans_in,
     strays_of,
 )
+from pmixseg.inference.overview import overview, scans_on_grid, write_overview
 from pmixseg.modules import SegmentationModule
 from pmixseg.task import Task
 
@@ -42,21 +46,60 @@ class Outputs:
         probabilities: also write class probabilities.
         entropy: also write the voxel-wise entropy.
         compress: ``.nii.gz``, or ``.nii``.
+        png: also draw ``<name>_seg.png``, an overview.
+        plain: name label maps ``<name>.nii.gz``, as nnU-Net does, whose tools take every such file
+            of a folder for one.
+
+    Raises:
+        InputError: probabilities or entropy beside plain names.
     """
 
     folder: Path
     probabilities: bool = False
     entropy: bool = False
     compress: bool = True
+    png: bool = False
+    plain: bool = False
 
-    def write(self, result: Segmentation) -> dict[str, Path]:
-        """Write one result; see :meth:`pmixseg.Segmentation.save`."""
-        return result.save(
+    def __post_init__(self) -> None:
+        if self.plain and (self.probabilities or self.entropy):
+            raise InputError(
+                "nnU-Net takes every volume of a folder for a label map; leave out probabilities "
+                "and entropy, or write them by another call into another folder."
+            )
+
+    def write(self, result: Segmentation, images: Mapping[str, Source]) -> dict[str, Path]:
+        """Write one result; see :meth:`pmixseg.Segmentation.save`.
+
+        Args:
+            result: what the model made.
+            images: the scans, for the overview.
+        """
+        files = result.save(
             self.folder,
             probabilities=self.probabilities,
             entropy=self.entropy,
             compress=self.compress,
+            plain=self.plain,
         )
+        if self.png:
+            facts = (result.name, result.task, result.volumes)
+            files["png"] = self.draw(images, result.classes, result.affine, *facts)
+        return files
+
+    def draw(
+        self,
+        images: Mapping[str, Source],
+        classes: NDArray[np.uint8],
+        affine: NDArray[np.float64],
+        name: str,
+        task: Task,
+        volumes: Mapping[str, float],
+    ) -> Path:
+        """Write ``<name>_seg.png``; see :func:`~pmixseg.inference.overview.overview`."""
+        scans = scans_on_grid(images, classes.shape, affine, f"case '{name}'")
+        figure = overview(scans, classes, affine, task, name=name, volumes=volumes)
+        return write_overview(inside(self.folder, f"{name}_seg.png", "case"), figure)
 
     def check(self, name: str, files: Sequence[Path]) -> None:
         """Refuse a folder where a result would take the place of a file of the case.
@@ -68,8 +111,8 @@ class Outputs:
         inside(self.folder, name, "case")
         ending = ".nii.gz" if self.compress else ".nii"
         taken = {f.resolve() for f in files}
-        for what in ("seg", "probabilities", "entropy"):
-            path = self.folder / f"{name}_{what}{ending}"
+        for what in ("" if self.plain else "_seg", "_probabilities", "_entropy"):
+            path = self.folder / f"{name}{what}{ending}"
             if path.resolve() in taken:
                 raise InputError(
                     f"case '{name}': the result would replace {path}; choose another output folder."
@@ -140,7 +183,7 @@ def segment_files(
             "make sure that they are of one patient."
         )
     found = replace(found, warnings=(*said, *found.warnings))
-    return _result(found, outputs.write(found))
+    return _result(found, outputs.write(found, images))
 
 
 def segment_folder(
@@ -241,7 +284,7 @@ def segment_case(
         images, settings, codes=case.codes or None, name=case.case_id, progress=progress
     )
     found = replace(found, warnings=(*notes, *found.warnings))
-    return _result(found, outputs.write(found))
+    return _result(found, outputs.write(found, images))
 
 
 def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str, Source]:

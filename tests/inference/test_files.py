@@ -112,6 +112,8 @@ def test_everything_that_can_be_written(model, cases, tmp_path, checkpoint):
     result = segment_files(model, images, outputs, SegmentSettings(overlap=0.25), name="me")
     assert {k: p.name for k, p in result.files.items()} == {
         "seg": "me_seg.nii",
+        "slicer": "me_seg.ctbl",
+        "itksnap": "me_seg_itksnap.txt",
         "probabilities": "me_probabilities.nii",
         "entropy": "me_entropy.nii",
         "json": "me_seg.json",
@@ -213,7 +215,7 @@ def test_command_on_a_cohort_goes_on_after_a_bad_case(checkpoint, small_root, tm
     assert main(arguments) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "problem: case 'Brats18_PHANTOM_002_1'" in said
-    assert "4 files in" in said
+    assert "8 files in" in said
 
 
 def test_command_on_a_four_dimensional_file(checkpoint, model, cases, tmp_path, capsys):

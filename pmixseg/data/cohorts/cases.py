@@ -49,6 +49,8 @@ class Case:
         doubtful: those of them that other cohorts give to ``witness``; see
             :class:`~pmixseg.data.scans.volumes.Coding`.
         witness: label that shows by its own number which coding a file has.
+        unannotated: those ignored numbers that mark voxels which nobody annotated; a label map that
+            holds one is not used.
         problem: a sentence if the case cannot be used as it lies there.
     """
 
@@ -63,6 +65,7 @@ class Case:
     doubtful: tuple[int, ...] = ()
     witness: str = ""
     also: Mapping[int, str] = field(default_factory=dict)
+    unannotated: tuple[int, ...] = ()
     problem: str | None = None
 
     def coding(self, task: Task) -> Coding:
@@ -72,7 +75,13 @@ class Case:
             InputError: the codes do not fit the task's labels.
         """
         return Coding.of(
-            task, self.codes, self.ignored, self.doubtful, self.witness, also=self.also
+            task,
+            self.codes,
+            self.ignored,
+            self.doubtful,
+            self.witness,
+            also=self.also,
+            unannotated=self.unannotated,
         )
 
 
@@ -94,6 +103,7 @@ class Layout:
         codes: label name -> number in the label map.
         also: further number in the label map -> label name.
         ignored: numbers in the label map that are no label of the task and become background.
+        unannotated: those of them that mark voxels which nobody annotated.
         case: how the case's name is made of fields.
         patient: where no field tells the patient: a regular expression whose first group in the
             case's name does. By default, names of visits as people write them are known.
@@ -113,6 +123,7 @@ class Layout:
     case: str = "{case}"
     patient: str = ""
     also: Mapping[int, str] = field(default_factory=dict)
+    unannotated: tuple[int, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     anchored: bool = True
     described: bool = False

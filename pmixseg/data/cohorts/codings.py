@@ -50,11 +50,13 @@ class NamedCoding:
         codes: label -> its number, which results have, too.
         also: further number -> label.
         ignored: numbers that become background.
+        unannotated: those of them that mark voxels which nobody annotated.
     """
 
     codes: Mapping[str, int]
     also: Mapping[int, str]
     ignored: Numbers
+    unannotated: Numbers = ()
 
 
 def coding_by_names(
@@ -70,7 +72,7 @@ def coding_by_names(
         task: whose labels or regions are looked for, by the usual spellings.
         where: how messages name the file.
         labels: the task's label -> name or number(s); where given, spellings are not used, and
-            what it does not name is ignored.
+            what it does not name is ignored. Voxels that nobody annotated then become background.
 
     Raises:
         InputError: they cannot be matched.
@@ -80,23 +82,19 @@ def coding_by_names(
         used = {n for several in chosen.values() for n in several}
         rest = {n for several in numbers.values() for n in several} - used - {0}
         return _coding(chosen, tuple(sorted(rest)))
-    if any(_plain(name) == _NOT_ANNOTATED for name in numbers):
-        raise InputError(
-            f"{where}: its label 'ignore' marks voxels that nobody annotated, which cannot be left "
-            "out of training here; say which labels to read (--labels, data.labels), then these "
-            "voxels become background, or leave such cases out."
-        )
-    outside = {name for name in numbers if _plain(name) in _OUTSIDE}
+    open_ = [name for name in numbers if _plain(name) == _NOT_ANNOTATED]
+    unannotated = tuple(n for name in open_ for n in numbers[name])
+    outside = {name for name in numbers if _plain(name) in _OUTSIDE}.union(open_)
     ignored = tuple(n for name in numbers if name in outside for n in numbers[name])
     inside = {name: several for name, several in numbers.items() if name not in outside}
     single = {_matching(name, task.labels): several for name, several in inside.items()}
     if set(single) == set(task.labels) and len(single) == len(inside):
-        return _coding({label: single[label] for label in task.labels}, ignored)
+        return _coding({label: single[label] for label in task.labels}, ignored, unannotated)
     regions = {_matching(name, task.regions): set(n) for name, n in inside.items()}
     if set(regions) == set(task.regions) and len(regions) == len(inside):
         parts = {label: _part(label, regions, task) for label in task.labels}
         if all(parts.values()):
-            return _coding(parts, ignored)
+            return _coding(parts, ignored, unannotated)
     raise InputError(
         f"{where}: its labels {list(numbers)} cannot be matched to the labels {list(task.labels)} "
         f"or regions {list(task.regions)} of task '{task.name}'; say which is which, such as "
@@ -139,9 +137,12 @@ def _chosen(
     return tuple(dict.fromkeys(found))
 
 
-def _coding(numbers: Mapping[str, Numbers], ignored: Numbers) -> NamedCoding:
+def _coding(
+    numbers: Mapping[str, Numbers], ignored: Numbers, unannotated: Numbers = ()
+) -> NamedCoding:
     also = {n: label for label, several in numbers.items() for n in several[1:]}
-    return NamedCoding({label: several[0] for label, several in numbers.items()}, also, ignored)
+    codes = {label: several[0] for label, several in numbers.items()}
+    return NamedCoding(codes, also, ignored, unannotated)
 
 
 def _part(label: str, regions: Mapping[str | None, set[int]], task: Task) -> Numbers:

@@ -39,7 +39,12 @@ def described_layout(
         return replace(layout, images=images)
     coding = coding_by_names(_numbers(path, raw), task, str(path), labels)
     return replace(
-        layout, images=images, codes=coding.codes, also=coding.also, ignored=coding.ignored
+        layout,
+        images=images,
+        codes=coding.codes,
+        also=coding.also,
+        ignored=coding.ignored,
+        unannotated=coding.unannotated,
     )
 
 

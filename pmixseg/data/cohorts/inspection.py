@@ -239,7 +239,7 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
     return CaseFacts(
         case_id=case.case_id,
         modalities=modalities,
-        labelled=case.label is not None,
+        labelled=case.label is not None and not _partly_annotated(labels, case),
         shape=reference.geometry.source_shape if reference else None,
         spacing=reference.geometry.source_zooms if reference else None,
         orientation="".join(nib.aff2axcodes(reference.geometry.affine)) if reference else "",
@@ -248,6 +248,11 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
         problems=tuple(problems),
         notes=tuple(notes),
     )
+
+
+def _partly_annotated(labels: LabelMap | None, case: Case) -> bool:
+    """Whether a label map holds voxels that nobody annotated; `prepare` keeps none like that."""
+    return labels is not None and bool(set(labels.ignored).intersection(case.unannotated))
 
 
 @contextmanager

@@ -146,7 +146,8 @@ def _from_yaml(path: Path, raw: Any) -> Layout:
         given["codes"] = {str(k): int(v) for k, v in given["codes"].items()}
     if "also" in given:
         given["also"] = {int(k): str(v) for k, v in given["also"].items()}
-    given["ignored"] = tuple(int(v) for v in given.get("ignored", ()))
+    for numbers in ("ignored", "unannotated"):
+        given[numbers] = tuple(int(v) for v in given.get(numbers, ()))
     if base is None:
         return Layout(**{"label": (), "codes": {}, **given})
     if base not in LAYOUTS:

@@ -176,6 +176,7 @@ def match(tree: Tree, layout: Layout) -> Found:
                 layout=layout.name,
                 ignored=layout.ignored,
                 also=layout.also,
+                unannotated=layout.unannotated,
                 problem=problems.get(case_id),
             )
         )

@@ -250,6 +250,7 @@ class Coding:
         doubtful: those of them that other cohorts give to :attr:`witness`; they are ignored only
             where the file shows its coding by also holding the witness's own number.
         witness: name of a label.
+        unannotated: those ignored numbers that mark voxels which nobody annotated.
     """
 
     table: npt.NDArray[np.uint8]
@@ -257,6 +258,7 @@ class Coding:
     ignored: tuple[int, ...]
     doubtful: tuple[int, ...] = ()
     witness: str = ""
+    unannotated: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -267,6 +269,7 @@ class Coding:
         doubtful: Sequence[int] = (),
         witness: str = "",
         also: Mapping[int, str] | None = None,
+        unannotated: Sequence[int] = (),
     ) -> Coding:
         """The coding of one layout.
 
@@ -277,6 +280,7 @@ class Coding:
             doubtful: see the class.
             witness: see the class.
             also: further number -> label name.
+            unannotated: see the class.
 
         Raises:
             InputError: a label without a number of its own from 1 to 255, or a name too many.
@@ -296,9 +300,8 @@ class Coding:
         table[[0, *ignored]] = 0
         for index, name in enumerate(task.labels):
             table[[used[name], *(n for n, label in further.items() if label == name)]] = index + 1
-        if witness not in used:
-            return cls(table, used, tuple(ignored))
-        return cls(table, used, tuple(ignored), tuple(doubtful), witness)
+        known_as = (tuple(doubtful), witness) if witness in used else ((), "")
+        return cls(table, used, tuple(ignored), *known_as, tuple(unannotated))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pmixseg.data.cohorts.cases import Case, check_name
 from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
 from pmixseg.data.scans.nifti import ScanReader
+from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.plausibility import Verdict, judge
 from pmixseg.data.store.stored import (
     is_whole,
@@ -51,11 +52,13 @@ class Outcome:
         state: whether it was written now, or was up to date.
         notes: sentences about it.
         ignored: number in the label file that became background -> voxels of it.
+        labelled: its label is in the store.
     """
 
     state: Literal["prepared", "kept"]
     notes: tuple[str, ...] = ()
     ignored: dict[int, int] = field(default_factory=dict)
+    labelled: bool = True
 
 
 def prepare_case(recipe: Recipe, case: Case) -> Outcome | InputError:
@@ -88,6 +91,7 @@ def prepare_case(recipe: Recipe, case: Case) -> Outcome | InputError:
         # A copy of what the sources were before they broke must not stay in use.
         shutil.rmtree(own, ignore_errors=True)
         return error
+    ready = normalised(ready, recipe.parameters["normalisation"], recipe.parameters["dtype"])
     made = {
         "findings": list(verdict.findings),
         "oriented": verdict.oriented,
@@ -100,7 +104,20 @@ def prepare_case(recipe: Recipe, case: Case) -> Outcome | InputError:
         if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
             raise
         return InputError(f"{where}: its name cannot name a folder ({error.strerror}); rename it.")
-    return Outcome("prepared", tuple(verdict.notes(where)), dict(ready.ignored))
+    return _outcome("prepared", case, verdict.notes(where), dict(ready.ignored))
+
+
+def _outcome(
+    state: Literal["prepared", "kept"], case: Case, notes: list[str], ignored: dict[int, int]
+) -> Outcome:
+    """Say what became of a case, and whether its label could be used."""
+    voxels = sum(ignored.get(number, 0) for number in case.unannotated)
+    if voxels:
+        notes.append(
+            f"case '{case.case_id}': nobody annotated {voxels} voxels of its label map (label "
+            "'ignore'), so it is kept without a label"
+        )
+    return Outcome(state, tuple(notes), ignored, case.label is not None and not voxels)
 
 
 def _asked(recipe: Recipe, case: Case) -> dict[str, Any]:
@@ -118,6 +135,8 @@ def _asked(recipe: Recipe, case: Case) -> dict[str, Any]:
         "also": {str(number): label for number, label in case.also.items()},
         "odd_one_out": case.case_id in recipe.odd,
         "parameters": dict(recipe.parameters),
+        # Only where there are some: stores that know no such key stay up to date.
+        **({"unannotated": list(case.unannotated)} if case.unannotated else {}),
     }
 
 
@@ -135,7 +154,7 @@ def _current(own: Path, case: Case, meta: Mapping[str, Any], where: str) -> Outc
         write_origin(own, _origin(case))
     verdict = Verdict(tuple(stored["findings"]), stored["oriented"])
     ignored = {int(number): n for number, n in stored["ignored_voxels"].items()}
-    return Outcome("kept", tuple(verdict.notes(where)), ignored)
+    return _outcome("kept", case, verdict.notes(where), ignored)
 
 
 def _canonical(recipe: Recipe, case: Case, where: str) -> CanonicalCase:
@@ -147,7 +166,7 @@ def _canonical(recipe: Recipe, case: Case, where: str) -> CanonicalCase:
             recipe.task,
             case.coding(recipe.task),
             None if spacing is None else tuple(spacing),
-            dtype=recipe.parameters["dtype"],
+            dtype=computed_dtype(recipe.parameters["normalisation"], recipe.parameters["dtype"]),
             where=where,
         )
     except MemoryError as error:

@@ -21,6 +21,7 @@ from pmixseg.data.cohorts.layouts import Case
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.scans.canonical import BOX_MULTIPLE, NORMALISATION, STORE_DTYPE
 from pmixseg.data.scans.geometry import Spacing, check_spacing
+from pmixseg.data.scans.normalisation import check_normalisation
 from pmixseg.data.store.one_case import Outcome, Recipe, prepare_case
 from pmixseg.data.store.report import PrepareReport
 from pmixseg.data.store.stored import (
@@ -53,6 +54,7 @@ def prepare(
     force: bool = False,
     progress: bool = True,
     share: Share | None = None,
+    normalisation: str = NORMALISATION,
 ) -> PrepareReport:
     """Prepare cases into a store; keep what is there and up to date.
 
@@ -77,6 +79,7 @@ def prepare(
         share: prepare only these cases; give the whole cohort all the same, for a case is judged
             beside the others. A store that all shares were prepared into is the same as one made
             at once.
+        normalisation: of intensities; see :mod:`pmixseg.data.scans.normalisation`.
 
     Raises:
         InputError: the folder cannot be written or is not a store, the disk is full, a parameter
@@ -84,7 +87,7 @@ def prepare(
     """
     start = time.monotonic()
     out = Path(out)
-    parameters = _parameters(task, spacing, dtype)
+    parameters = _parameters(task, spacing, dtype, normalisation)
     _check_names(cases)
     report = PrepareReport(out)
     try:
@@ -118,10 +121,13 @@ def prepare(
     return report
 
 
-def _parameters(task: Task, spacing: Spacing | None, dtype: str) -> dict[str, Any]:
+def _parameters(
+    task: Task, spacing: Spacing | None, dtype: str, normalisation: str
+) -> dict[str, Any]:
     """What every case of the store depends on beside its sources."""
     if dtype not in ("float16", "float32"):
         raise InputError(f"dtype '{dtype}' is not stored; use float16 or float32.")
+    check_normalisation(normalisation)
     if spacing is not None and (
         len(spacing) != 3 or not all(0 < s < float("inf") for s in spacing)
     ):
@@ -135,7 +141,7 @@ def _parameters(task: Task, spacing: Spacing | None, dtype: str) -> dict[str, An
         "labels": list(task.labels),
         "spacing": [float(s) for s in spacing] if spacing is not None else None,
         "dtype": dtype,
-        "normalisation": NORMALISATION,
+        "normalisation": normalisation,
         "box_multiple": BOX_MULTIPLE,
     }
 
@@ -160,7 +166,7 @@ def _enter(report: PrepareReport, case: Case, outcome: Outcome | InputError) -> 
         report.notes[name] = outcome.notes
     if outcome.ignored:
         report.ignored[name] = outcome.ignored
-    if case.label is None:
+    if not outcome.labelled:
         report.unlabelled.append(name)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
+from pmixseg.data.scans.colours import write_tables
 from pmixseg.data.scans.outputs import (
     code_table,
     nifti_image,
@@ -110,8 +111,12 @@ class Segmentation:
         probabilities: bool = False,
         entropy: bool = False,
         compress: bool = True,
+        plain: bool = False,
     ) -> dict[str, Path]:
         """Write ``<name>_seg.nii.gz``, what else is asked for, and ``<name>_seg.json``.
+
+        The labels' names and colours lie beside them: ``<name>_seg.ctbl`` for 3D Slicer, and
+        ``<name>_seg_itksnap.txt`` for ITK-SNAP.
 
         Args:
             folder: where to; made if it is not there.
@@ -119,6 +124,7 @@ class Segmentation:
             probabilities: also ``<name>_probabilities.nii.gz``, ``[x, y, z, C]`` float32.
             entropy: also ``<name>_entropy.nii.gz``, float32, in nats.
             compress: ``.nii.gz``, or ``.nii``.
+            plain: name the label map ``<name>.nii.gz``, as nnU-Net does.
 
         Returns:
             What it is -> where it is.
@@ -133,7 +139,9 @@ class Segmentation:
             return inside(Path(folder), f"{name or self.name}_{what}{end}", "case")
 
         affine, unit = self.prediction.geometry.source_affine, self.prediction.geometry.unit
-        made = {"seg": write_labels(path("seg"), self.classes, affine, self.codes, self.task, unit)}
+        seg = inside(Path(folder), f"{name or self.name}{ending}", "case") if plain else path("seg")
+        made = {"seg": write_labels(seg, self.classes, affine, self.codes, self.task, unit)}
+        made |= write_tables(path("seg", ""), self.codes, self.task)
         if probabilities:
             last = np.moveaxis(self.probabilities, 0, -1)
             made["probabilities"] = write_volume(path("probabilities"), last, affine, unit)

@@ -14,15 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
+from pmixseg.data.scans.colours import class_colours
 from pmixseg.evaluation.records.examples import Example
 from pmixseg.evaluation.report.figures import drawing
 from pmixseg.task import Combination, Task, format_combination
 
 Plane = UInt8[np.ndarray, "d h"]
 Picture = UInt8[np.ndarray, "rows columns 3"]
-
-CLASS_COLOURS = ("#e0563b", "#38a880", "#f4cf4a", "#6f8fe8", "#c77bd0", "#8fd0e8")
-"""Of the label classes in task order (BraTS: NCR, ED, ET); repeated if there are more."""
 
 MISSED, INVENTED, CONFUSED = "#4aa3ff", "#ff5470", "#c58bff"
 """Truth without prediction; prediction without truth; both, of different classes."""
@@ -74,11 +72,6 @@ def disagreement(grey: Plane, truth: Plane, prediction: Plane) -> Picture:
     kind[(truth == 0) & (prediction > 0)] = 2
     kind[(truth > 0) & (prediction > 0) & (truth != prediction)] = 3
     return _tint(plain(grey), upright(kind), [MISSED, INVENTED, CONFUSED])
-
-
-def class_colours(count: int) -> list[str]:
-    """Colours of classes 1 to ``count``."""
-    return [CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(count)]
 
 
 def shown_combinations(available: Sequence[Combination], task: Task) -> list[Combination]:

@@ -173,14 +173,15 @@ def test_damaged_descriptions_are_told_once(touch, content):
     assert str(told.value).count("dataset.json") == 1
 
 
-def test_the_ignore_label_of_nnunet_is_named_as_the_cause(touch):
+def test_the_ignore_label_of_nnunet_is_read_or_made_background(touch):
     labels = {"background": 0, "edema": 1, "necrosis": 2, "enhancing tumor": 3, "ignore": 4}
     root = describe(touch(*FILES), channel_names=CHANNELS, labels=labels)
-    with pytest.raises(InputError, match=r"label 'ignore' marks voxels .*--labels"):
-        find_cases(root, BRATS)
+    (case,) = find_cases(root, BRATS)
+    assert case.ignored == case.unannotated == (4,)
     names = {"NCR": "necrosis", "ED": "edema", "ET": "enhancing tumor"}
     (case,) = find_cases(root, BRATS, labels=names)
     assert case.codes == {"NCR": 2, "ED": 1, "ET": 3} and case.ignored == (4,)
+    assert not case.unannotated
 
 
 def test_labels_can_be_named_by_hand(make_case, touch, tmp_path, capsys):

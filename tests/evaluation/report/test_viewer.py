@@ -10,8 +10,8 @@ import tempfile
 import numpy as np
 import pytest
 
+from pmixseg.data.scans.colours import class_colours
 from pmixseg.evaluation.report.page import write_report
-from pmixseg.evaluation.report.pictures import class_colours
 from tests.evaluation.made_up import example_label, made_up_rows, make_run
 
 CLASSES = [colour.lower() for colour in class_colours(3)]

@@ -1,0 +1,101 @@
+"""Colours and names of labels, for pages and for the viewers that open results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pmixseg.files import whole
+from pmixseg.task import Task
+
+CLASS_COLOURS = ("#e0563b", "#38a880", "#f4cf4a", "#6f8fe8", "#c77bd0", "#8fd0e8")
+"""Of the label classes in task order (BraTS: NCR, ED, ET); repeated if there are more."""
+
+_SNAP_HEAD = """\
+################################################
+# ITK-SnAP Label Description File
+# File format:
+# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL
+# IDX: the number in the image; R, G, B: colour, 0 to 255; A: opacity, 0 to 1;
+# VIS: label is visible; MSH: its surface is visible; LABEL: its name
+################################################
+"""
+
+
+def class_colours(count: int) -> list[str]:
+    """Colours of classes 1 to ``count``, as ``#rrggbb``."""
+    return [CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(count)]
+
+
+def slicer_table(codes: Mapping[str, int], task: Task) -> str:
+    """Return a colour table of 3D Slicer (``.ctbl``): number, name, red, green, blue, opacity.
+
+    Args:
+        codes: label name -> number in the file.
+        task: order of the labels.
+
+    Example:
+        >>> from pmixseg.task import BRATS
+        >>> print(slicer_table({"NCR": 1, "ED": 2, "ET": 4}, BRATS))
+        # Color table of pmixseg, 4 values
+        0 Background 0 0 0 0
+        1 NCR 224 86 59 255
+        2 ED 56 168 128 255
+        4 ET 244 207 74 255
+        <BLANKLINE>
+    """
+    rows = _rows(codes, task)
+    lines = [f"# Color table of pmixseg, {len(rows) + 1} values", "0 Background 0 0 0 0"]
+    # A name ends at the first blank.
+    lines += [f"{n} {'_'.join(name.split())} {r} {g} {b} 255" for n, name, (r, g, b) in rows]
+    return "\n".join(lines) + "\n"
+
+
+def snap_table(codes: Mapping[str, int], task: Task) -> str:
+    """Return a label description of ITK-SNAP.
+
+    Args:
+        codes: label name -> number in the file.
+        task: order of the labels.
+    """
+    lines = ['    0     0    0    0        0  0  0    "Clear Label"']
+    for number, name, (red, green, blue) in _rows(codes, task):
+        quoted = name.replace('"', "'")
+        lines.append(f'{number:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{quoted}"')
+    return _SNAP_HEAD + "\n".join(lines) + "\n"
+
+
+def write_tables(stem: Path, codes: Mapping[str, int], task: Task) -> dict[str, Path]:
+    """Write ``<stem>.ctbl`` for 3D Slicer and ``<stem>_itksnap.txt`` for ITK-SNAP.
+
+    Args:
+        stem: path of the label map, without its ending.
+        codes: label name -> number in the file.
+        task: order of the labels.
+
+    Returns:
+        What it is -> where it is.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    texts = {
+        "slicer": (f"{stem.name}.ctbl", slicer_table(codes, task)),
+        "itksnap": (f"{stem.name}_itksnap.txt", snap_table(codes, task)),
+    }
+    made = {}
+    for what, (name, text) in texts.items():
+        made[what] = stem.with_name(name)
+        with whole(made[what]) as part:
+            part.write_text(text, encoding="utf-8")
+    return made
+
+
+def _rows(codes: Mapping[str, int], task: Task) -> list[tuple[int, str, tuple[int, int, int]]]:
+    """Number, name and colour of every label, by number."""
+    colours = zip(task.labels, class_colours(len(task.labels)), strict=True)
+    rows = [
+        (codes[label], task.show(label), (int(c[1:3], 16), int(c[3:5], 16), int(c[5:7], 16)))
+        for label, c in colours
+    ]
+    return sorted(rows)
