@@ -97,8 +97,8 @@ def overview(
                 axes = figure.add_subplot(grid[row, column])
                 axes.set_axis_off()
                 plane, drawn = (_upright(np.take(v, cuts[axis], axis)) for v in (scan, labels))
-                across, up = (a for a in range(3) if a != axis)
-                aspect = geometry.source_spacing[up] / geometry.source_spacing[across]
+                across, along = (a for a in range(3) if a != axis)
+                aspect = geometry.source_spacing[along] / geometry.source_spacing[across]
                 axes.imshow(plane, cmap="gray", vmin=0, vmax=white, aspect=aspect)
                 # Neighbours share contours: the first label, as a rule the core, lies on top.
                 for number, colour in reversed([*enumerate(colours, 1)]):
