@@ -27,7 +27,8 @@ from typing import Any
 import operations
 import torch
 from backbones import COMBINATIONS, official_loop, published
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor, nn
 
 from pmixseg import BraTSDataModule, PmixAlignment, StudentModule
@@ -56,7 +57,41 @@ PARTS = {
     "transfer": "Strategy].*batch_to_device",
     "loader": "train_dataloader_next",
 }
-"""Where the time of a step goes -> name in Lightning's profiler; the optimizer's holds the rest."""
+"""Where the host's time of a step goes -> name in Lightning's profiler."""
+
+
+class Durations(SimpleProfiler):
+    """Lightning's profiler without its table."""
+
+    def summary(self) -> str:
+        """Nothing; durations are read."""
+        return ""
+
+
+class Clock(Callback):
+    """Seconds of a step, when the card has done its work.
+
+    Args:
+        first: step at which the clock starts.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.first, self.steps, self.start, self.seconds = first, 0, 0.0, 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Start the clock, or count a step."""
+        if trainer.global_step == self.first:
+            self.start = self._now()
+        self.steps += trainer.global_step > self.first
+
+    def on_train_end(self, *args: Any) -> None:
+        """Stop the clock."""
+        self.seconds = (self._now() - self.start) / self.steps
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 @dataclass
@@ -305,6 +340,7 @@ def trainer_of(bench: Bench, folder: Path, **settings: Any) -> Trainer:
 def fit(bench: Bench) -> None:
     """``pmixseg fit`` with fill, alignment and augmentation, and where the time of a step goes."""
     number = 2 if bench.rehearse else 60
+    kept = number // 2  # the rest is warming up and compiling
     with phantom_store(bench) as store:
         for compiled in (False, True):
             if compiled and bench.rehearse:
@@ -327,19 +363,17 @@ def fit(bench: Bench) -> None:
                 max_steps=number,
                 limit_val_batches=0,
                 gradient_clip_val=1.0,
-                profiler="simple",
-                callbacks=[PmixAlignment(weight=0.1)],
+                profiler=(profiler := Durations()),
+                callbacks=[PmixAlignment(weight=0.1), clock := Clock(number - kept)],
             )
             trainer.fit(module, data)
-            times = trainer.profiler.recorded_durations
-            kept = number // 3  # the rest is warming up and compiling
-            whole = statistics.median(times["run_training_batch"][-kept:])
-            parts = {}
+            times, parts = profiler.recorded_durations, {}
             for part, pattern in PARTS.items():
                 names = [name for name in times if re.search(pattern, name)]
                 parts[part] = sum(statistics.median(times[name][-kept:]) for name in names)
-            loading = parts["loader"] + parts["augmentation"] + parts["transfer"]
-            bench.row(f"fit, compile: {str(compiled).lower()}", s=whole + loading, **parts)
+            parts["optimizer"] -= sum(parts[k] for k in ("training_step", "backward", "clipping"))
+            parts["transfer"] -= parts["augmentation"]
+            bench.row(f"fit, compile: {str(compiled).lower()}", s=clock.seconds, **parts)
 
 
 def _published_loop(bench: Bench, image: Tensor, flags: Tensor) -> float:

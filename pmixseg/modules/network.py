@@ -341,8 +341,15 @@ class SegmentationNetwork(LightningModule, Described):
         """Iterate over one prediction per combination."""
         image = self.columns(item["image"].unsqueeze(0))[0]
         geometry = item["stored"].geometry
-        window = self.preparation.window(self.evaluation, self.strides)
-        return predict_case(self, image, geometry, self.task, combinations, window, self.evaluation)
+        settings = self._of_one_shape(self.evaluation)
+        window = self.preparation.window(settings, self.strides)
+        return predict_case(self, image, geometry, self.task, combinations, window, settings)
+
+    def _of_one_shape(self, settings: EvaluationSettings) -> EvaluationSettings:
+        """Windows one by one where each other number of them would be compiled anew."""
+        if self._compiled is None or settings.batch_size != "auto":
+            return settings
+        return replace(settings, batch_size=1)
 
     def segment(
         self,
@@ -369,7 +376,7 @@ class SegmentationNetwork(LightningModule, Described):
             InputError: see :func:`pmixseg.evaluation.prediction.scans.segment_scans`.
         """
         settings = settings or SegmentSettings()
-        evaluation = settings.over(self.evaluation)
+        evaluation = self._of_one_shape(settings.over(self.evaluation))
         recipe = Recipe(
             self.task,
             self.preparation.window(evaluation, self.strides),

@@ -232,6 +232,21 @@ def fuse(optimizer: Optimizer) -> None:
             group["fused"] = True
 
 
+def place_steps(optimizer: Optimizer) -> None:
+    """Bring the counts of steps to where a fused optimizer reads them: beside the parameters.
+
+    One that is not fused counts on the CPU, and so does the checkpoint of its training.
+
+    Args:
+        optimizer: with a state that was restored.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device)
+
+
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: weights with decay, vectors and scalars without.
 

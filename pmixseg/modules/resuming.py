@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pmixseg.errors import InputError
+from pmixseg.modules.optimization import place_steps
 
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 """What a plateau schedule counts; everything else in its state is a setting."""
@@ -72,6 +73,7 @@ class TrainingSettings:
         for optimizer, groups in zip(trainer.optimizers, self.groups, strict=True):
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update(copy.deepcopy(settings))
+            place_steps(optimizer)
         for config, state in zip(trainer.lr_scheduler_configs, self.schedules, strict=True):
             scheduler = config.scheduler
             if isinstance(scheduler, ReduceLROnPlateau):

@@ -12,7 +12,7 @@ from pmixseg.execution import as_on_gpu
 from pmixseg.losses import DiceCE
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.modules import StudentModule
-from pmixseg.modules.optimization import fuse
+from pmixseg.modules.optimization import fuse, place_steps
 
 
 class Kernels(TorchDispatchMode):
@@ -71,6 +71,16 @@ def test_what_a_user_chose_stays():
         assert not optimizer.param_groups[0]["fused"]
     fuse(without := torch.optim.Adadelta(weights))
     assert "fused" not in without.param_groups[0]
+
+
+def test_steps_of_a_restored_optimizer_lie_where_a_fused_one_reads_them():
+    for fused, expected in ((True, "meta"), (None, "cpu")):
+        weight = torch.nn.Parameter(torch.zeros(2, device="meta"))
+        optimizer = torch.optim.AdamW([weight])
+        optimizer.param_groups[0]["fused"] = fused
+        optimizer.state[weight] = {"step": torch.tensor(3.0)}
+        place_steps(optimizer)
+        assert optimizer.state[weight]["step"].device.type == expected
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,29 @@ def test_records_and_examples_are_equal(student, tmp_path, phantom_store, monkey
     copy.deepcopy(student)  # no thread is left that could not be copied
 
 
+def test_compiled_networks_get_windows_of_one_shape(tmp_path, phantom_store, monkeypatch):
+    shapes = set()
+
+    def compiled(function, **how):
+        def spy(*given):
+            shapes.add(tuple(given[0].shape if len(given) == 2 else given[0].features[0].shape))
+            return function(*given)
+
+        return spy
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    module = StudentModule(
+        backbone=tiny(), evaluation=EvaluationSettings(window=(48, 48, 32)), compile=True
+    )
+    data = BraTSDataModule(phantom_store, patch_size=16, split=WholeCohort())
+    data.setup("test")
+    with as_on_gpu(), torch.no_grad():
+        item = next(iter(data.test_dataloader()))
+        some = [("flair",), ("flair", "t1"), ("t2",)]
+        assert len(list(module.eval().predict_item(item, some))) == 3
+    assert shapes == {(1, 4, 48, 48, 32), (1, 4, 4, 48, 48, 32)}
+
+
 def test_an_error_in_the_thread_ends_the_test(student, tmp_path, phantom_store, monkeypatch):
     def damaged(*given):
         raise InputError("case 'x' is damaged.")

@@ -1,0 +1,53 @@
+"""The benchmark of a card runs on a CPU: it counts, and rehearses its rows."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu
+
+    yield gpu
+    for name in ("gpu", "operations", "backbones", "measuring"):
+        sys.modules.pop(name, None)  # names that another script may have
+
+
+def test_without_a_card_it_counts_operations(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu.operations, "STEPS", {})
+    sides = []
+    monkeypatch.setattr(gpu.operations, "count_fit", lambda side: sides.append(side) or {"all": 7})
+    assert gpu.main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("No card here: operations that one would start.")
+    assert sides == [32]
+    assert "| all | 7 |" in printed
+    assert "| 36 windows | 34 |" in printed
+
+
+def test_rows_are_rehearsed_and_one_that_fails_is_said(gpu, monkeypatch, capsys):
+    def broken(bench):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setitem(gpu.ROWS, "several", broken)
+    assert gpu.main(["--rehearse", "--rows", "ceilings", "loader", "several"]) == 1
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert sum("convolution 64-64" in row for row in rows) == 4
+    assert any(row.startswith("| augmenting a batch | s ") for row in rows)
+    assert rows[-1] == "| several failed | RuntimeError: no such thing |"
+
+
+def test_a_step_of_fit_stays_below_its_bound(gpu):
+    counts = gpu.operations.count_fit(side=16)
+    assert counts["optimizer"] <= 8
+    assert counts["clipping"] <= 12
+    assert sum(counts.values()) <= 950
+    few, many = (gpu.operations.count_augmentation(16, samples) for samples in (2, 8))
+    assert many - few == 6  # one field of noise for each sample
