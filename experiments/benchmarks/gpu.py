@@ -322,13 +322,13 @@ def phantom_store(bench: Bench) -> Iterator[Path]:
         yield store
 
 
-def trainer_of(bench: Bench, folder: Path, **settings: Any) -> Trainer:
+def trainer_of(bench: Bench, folder: Path, precision: str, **settings: Any) -> Trainer:
     """A quiet trainer on the device."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return Trainer(
         accelerator="gpu" if bench.cuda else "cpu",
         devices=1,
-        precision="bf16-mixed",
+        precision=precision,
         default_root_dir=folder,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -339,41 +339,49 @@ def trainer_of(bench: Bench, folder: Path, **settings: Any) -> Trainer:
 
 def fit(bench: Bench) -> None:
     """``pmixseg fit`` with fill, alignment and augmentation, and where the time of a step goes."""
+    rows = [("MultiEncoderUNet", "bf16-mixed", False), ("RFNet", "16-mixed", False)]
+    if not bench.rehearse:  # a minute of the compiler each
+        rows += [("MultiEncoderUNet", "bf16-mixed", True), ("MultiEncoderUNet", "16-mixed", True)]
+    with phantom_store(bench) as store:
+        for name, precision, compiled in rows:
+            _fit(bench, store, name, precision, compiled)
+
+
+def _fit(bench: Bench, store: Path, name: str, precision: str, compiled: bool) -> None:
+    """One row of :func:`fit`."""
     number = 2 if bench.rehearse else 60
     kept = number // 2  # the rest is warming up and compiling
-    with phantom_store(bench) as store:
-        for compiled in (False, True):
-            if compiled and bench.rehearse:
-                continue  # a minute of the compiler
-            data = BraTSDataModule(
-                store,
-                patch_size=bench.side,
-                batch_size=2,
-                num_workers=0 if bench.rehearse else 8,
-                patches_per_case=number,
-                split=Fractions(1.0, 0.0, 0.0),
-            )
-            module = StudentModule(
-                backbone=MultiEncoderUNet(width=4, levels=2) if bench.rehearse else None,
-                compile=compiled,
-            )
-            trainer = trainer_of(
-                bench,
-                store.parent,
-                max_steps=number,
-                limit_val_batches=0,
-                gradient_clip_val=1.0,
-                profiler=(profiler := Durations()),
-                callbacks=[PmixAlignment(weight=0.1), clock := Clock(number - kept)],
-            )
-            trainer.fit(module, data)
-            times, parts = profiler.recorded_durations, {}
-            for part, pattern in PARTS.items():
-                names = [name for name in times if re.search(pattern, name)]
-                parts[part] = sum(statistics.median(times[name][-kept:]) for name in names)
-            parts["optimizer"] -= sum(parts[k] for k in ("training_step", "backward", "clipping"))
-            parts["transfer"] -= parts["augmentation"]
-            bench.row(f"fit, compile: {str(compiled).lower()}", s=clock.seconds, **parts)
+    data = BraTSDataModule(
+        store,
+        patch_size=bench.side,
+        batch_size=2,
+        num_workers=0 if bench.rehearse else 8,
+        patches_per_case=number,
+        split=Fractions(1.0, 0.0, 0.0),
+    )
+    module = StudentModule(
+        backbone=bench.network(name), criterion=CRITERIA[name](), compile=compiled
+    )
+    profiler, clock = Durations(), Clock(number - kept)
+    trainer = trainer_of(
+        bench,
+        store.parent,
+        precision,
+        max_steps=number,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+        profiler=profiler,
+        callbacks=[PmixAlignment(weight=0.1), clock],
+    )
+    trainer.fit(module, data)
+    times, parts = profiler.recorded_durations, {}
+    for part, pattern in PARTS.items():
+        names = [name for name in times if re.search(pattern, name)]
+        parts[part] = sum(statistics.median(times[name][-kept:]) for name in names)
+    parts["optimizer"] -= sum(parts[k] for k in ("training_step", "backward", "clipping"))
+    parts["transfer"] -= parts["augmentation"]
+    title = f"fit of {name}, {precision}, compile: {str(compiled).lower()}"
+    bench.row(title, s=clock.seconds, **parts)
 
 
 def _published_loop(bench: Bench, image: Tensor, flags: Tensor) -> float:
@@ -424,7 +432,8 @@ def _cohort(bench: Bench) -> None:
         module = StudentModule(backbone=small, evaluation=settings)
         patch = (48, 48, 32) if bench.rehearse else bench.side
         data = BraTSDataModule(store, patch_size=patch, split=WholeCohort())
-        trainer = trainer_of(bench, store.parent, limit_test_batches=1 if bench.rehearse else 4)
+        limit = 1 if bench.rehearse else 4
+        trainer = trainer_of(bench, store.parent, "bf16-mixed", limit_test_batches=limit)
         start = time.perf_counter()
         with bench.busy() as share:
             trainer.test(module, data, verbose=False)
@@ -480,7 +489,7 @@ def _train_small(given: tuple[str, int]) -> float:
 
 def several(bench: Bench) -> None:
     """Small trainings in processes of their own, all at once."""
-    for trainings in (1,) if bench.rehearse else (1, 2, 6):
+    for trainings in (1,) if bench.rehearse else (1, 3, 9):
         jobs = [(bench.device.type, 2 if bench.rehearse else 400)] * trainings
         if trainings == 1:
             rates = [_train_small(jobs[0])]
