@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pmixseg.data.scans.normalisation import JOINT_MASK
 from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.segmentation import NOTICE
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
@@ -71,14 +72,21 @@ def export(
         combination: modalities that will be given, in task order; by default all of the model's.
 
     Raises:
-        InputError: an unknown format or combination, a package that is not installed, or a file
-            that cannot be written.
+        InputError: an unknown format or combination, a package that is not installed, a file that
+            cannot be written, or a bundle of a model whose normalisation MONAI cannot express.
         RuntimeError: the exported model answers otherwise than the model.
     """
     if kind not in WRITERS:
         raise InputError(f"format '{kind}' is unknown; use one of {', '.join(WRITERS)}.")
+    ready = module.preparation
+    if kind == "bundle" and ready.normalisation == JOINT_MASK:
+        raise InputError(
+            f"MONAI has no transform for the normalisation '{JOINT_MASK}' of this model, so a "
+            "bundle would prepare scans wrongly; export it as torch or onnx, and prepare scans "
+            "as the published code does."
+        )
     shown = parse_combination(combination or module.modalities, module.modalities)
-    window = module.preparation.window(module.evaluation, module.strides)
+    window = ready.window(module.evaluation, module.strides)
     path = Path(path)
     if module.loaded_from is not None:
         not_among(path, [Path(module.loaded_from)])

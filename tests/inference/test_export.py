@@ -236,6 +236,14 @@ def test_wrong_requests_are_refused_in_words(module, tmp_path, monkeypatch):
         export(module, tmp_path / "m.onnx", "onnx")
 
 
+def test_a_bundle_cannot_prepare_scans_for_an_imported_model(tmp_path):
+    model = tiny_student()
+    model.preparation = replace(model.preparation, normalisation="zscore-joint-mask")
+    with pytest.raises(InputError, match="bundle would prepare scans wrongly; export it as torch"):
+        export(model, tmp_path / "bundle", "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_command(module, tmp_path, capsys):
     path = save(pocket(), tmp_path / "a.ckpt")
     out = tmp_path / "a.pt2"
