@@ -78,9 +78,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"pmixseg.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'pmixseg' has no attribute '{name}'")
-    found = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = found  # the next access does not come here
-    return found
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
 
 
 def __dir__() -> list[str]:

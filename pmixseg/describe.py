@@ -71,14 +71,14 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
         if "_init_args" not in self.__dict__:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            given: dict[str, Any] = {}
+            arguments: dict[str, Any] = {}
             for name, value in list(bound.arguments.items())[1:]:
                 if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                    given.update(value)
+                    arguments.update(value)
                 else:
-                    given[name] = value
+                    arguments[name] = value
             # nn.Module.__setattr__ is not ready before super().__init__().
-            object.__setattr__(self, "_init_args", given)
+            object.__setattr__(self, "_init_args", arguments)
         init(self, *args, **kwargs)
 
     return remember

@@ -38,11 +38,11 @@ class InputError(ValueError):
     """
 
     def __init__(self, *args: object) -> None:
-        told = str(args[0]) if args else ""
-        _, marker, sentence = told.rpartition(f"\n{__name__}.{type(self).__name__}: ")
-        if marker and "\nOriginal Traceback (most recent call last):\n" in told:
+        message = str(args[0]) if args else ""
+        _, marker, sentence = message.rpartition(f"\n{__name__}.{type(self).__name__}: ")
+        if marker and "\nOriginal Traceback (most recent call last):\n" in message:
             super().__init__(sentence.strip(), *args[1:])
-            self.add_note(told)
+            self.add_note(message)
         else:
             super().__init__(*args)
 

@@ -41,10 +41,10 @@ class Task:
 
     def __post_init__(self) -> None:
         for what in ("regions", "display"):
-            given = getattr(self, what)
-            if not isinstance(given, Mapping) or not all(isinstance(k, str) for k in given):
+            value = getattr(self, what)
+            if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
                 raise InputError(
-                    f"task '{self.name}': {what} is {given!r}, not a mapping from names; correct "
+                    f"task '{self.name}': {what} is {value!r}, not a mapping from names; correct "
                     "the task."
                 )
         # YAML and checkpoints give lists where the fields are tuples.
@@ -71,13 +71,13 @@ class Task:
                     f"union of {list(self.labels)}; correct the region."
                 )
 
-    def _names(self, what: str, given: object) -> tuple[str, ...]:
+    def _names(self, what: str, value: object) -> tuple[str, ...]:
         """A list of names; one name would be taken apart into its letters."""
-        names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else None
+        names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
         if names is None or not all(isinstance(n, str) for n in names):
             # YAML reads "no", "on" and "1" as other things than names.
             raise InputError(
-                f"task '{self.name}': {what} is {given!r}, not a list of names; write "
+                f"task '{self.name}': {what} is {value!r}, not a list of names; write "
                 "[name, name], in quotes where YAML reads something else."
             )
         return names

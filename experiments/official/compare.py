@@ -26,7 +26,7 @@ from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.data.store.prepare import prepare
 from pmixseg.evaluation.gap.latents import sample_latents
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
-from pmixseg.losses import Alignment, July2025Alignment, July2025Anchor, MixtureAnchor
+from pmixseg.losses import AlignmentLoss, July2025Alignment, July2025Anchor, MixtureAnchor
 from pmixseg.losses.official import INITIAL_DEVIATION, fill_july_2025
 from pmixseg.modules import July2025Student
 from pmixseg.types import Latents
@@ -115,7 +115,7 @@ def drift() -> tuple[float, float]:
     features = torch.randn(2, 4, 8, 4, 4, 4)
     every = torch.ones(2, 4, dtype=torch.bool)
     found = []
-    losses = (July2025Alignment(), Alignment("nmse", [8], BRATS.modalities, [0]))
+    losses = (July2025Alignment(), AlignmentLoss("nmse", [8], BRATS.modalities, [0]))
     for loss in losses:
         anchor = July2025Anchor()
         anchor.bind(BRATS.modalities, 1)

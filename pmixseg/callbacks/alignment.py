@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from pmixseg.borrowed import Borrowed
 from pmixseg.callbacks.gradient_ratio import GradientRatio
 from pmixseg.callbacks.inert import inert_settings, unmoved_weights
 from pmixseg.callbacks.term import TermCallback
 from pmixseg.describe import build
 from pmixseg.errors import InputError
-from pmixseg.losses.alignment import Alignment
+from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances import DISTANCES, KL, Distance
 from pmixseg.losses.official import OfficialAlignment
@@ -80,11 +82,20 @@ class PmixAlignment(TermCallback):
                 "becomes a weight, so give one of them."
             )
         self.ratio = None if ratio is None else GradientRatio(ratio, ratio_steps, name)
-        given = (distance, levels, projection, detach, anchor, sample)
-        if official is not None and given != ("case_nce", None, None, "anchor", None, False):
+        settings = {
+            "distance": distance,
+            "levels": levels,
+            "projection": projection,
+            "detach": detach,
+            "anchor": anchor,
+            "sample": sample,
+        }
+        defaults = signature(PmixAlignment).parameters
+        ignored = [key for key, value in settings.items() if value != defaults[key].default]
+        if official is not None and ignored:
             raise InputError(
-                f"{name}.official is a whole loss, and would ignore the distance, levels, "
-                "projection, detach, anchor or sample that is given as well; leave it out."
+                f"{name}.official is a whole loss, and would ignore the {' and '.join(ignored)} "
+                "that is given as well; leave it out."
             )
         self.official: OfficialAlignment | None = build(official)
         self.anchor: Anchor | None = build(anchor)
@@ -126,8 +137,7 @@ class PmixAlignment(TermCallback):
                     f"{type(term.alignment).__name__} has none of; give {self.name}.weight."
                 )
             self.ratio.start()
-            # A tuple hides the module from nn.Module: the term is a part of it.
-            term.measured = (self.ratio, module)
+            term.measured = (self.ratio, Borrowed(module))
 
     def _check_batch(self, trainer: Trainer, term: AlignmentTerm) -> None:
         least = getattr(getattr(term.alignment, "distance", None), "smallest_batch", 1)
@@ -210,7 +220,7 @@ class PmixAlignment(TermCallback):
         count = len(backbone.channels)
         levels = range(max(count - 2, 0), count) if self.levels is None else self.levels
         anchor = self._anchor_for(module)
-        alignment = Alignment(
+        alignment = AlignmentLoss(
             self.distance,
             channels=backbone.channels,
             modalities=backbone.slots,
@@ -259,7 +269,7 @@ class AlignmentTerm(Term):
 
     def __init__(
         self,
-        alignment: Alignment | OfficialAlignment,
+        alignment: AlignmentLoss | OfficialAlignment,
         anchor: Anchor | None,
         *,
         owned: bool,
@@ -268,15 +278,14 @@ class AlignmentTerm(Term):
         super().__init__()
         self.alignment = alignment
         self.anchor = anchor if owned else None
-        # A tuple hides the borrowed module from nn.Module, so that it is registered once only.
-        self._borrowed = (anchor,)
+        self._anchor = Borrowed(anchor)
         self.sample = sample
         self.aligned_levels = alignment.levels
-        self.measured: tuple[GradientRatio, SegmentationModule] | None = None
+        self.measured: tuple[GradientRatio, Borrowed[SegmentationModule]] | None = None
 
     def inert(self, name: str, module: SegmentationModule) -> list[str]:
         """Return a sentence for each setting that does nothing."""
-        anchor = self._borrowed[0]
+        anchor = self._anchor.value
         if isinstance(self.alignment, OfficialAlignment) or anchor is None:
             return []
         distance = self.alignment.distance
@@ -286,19 +295,19 @@ class AlignmentTerm(Term):
         """Samples of the aligned levels, where asked for."""
         if not self.sample:
             return latents
-        assert isinstance(self.alignment, Alignment)  # an official loss has no Gaussians
+        assert isinstance(self.alignment, AlignmentLoss)  # an official loss has no Gaussians
         return self.alignment.sample(latents)
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
         """Return the alignment loss of one batch."""
         latents = output.latents
-        if self._borrowed[0] is None:
+        if self._anchor.value is None:
             shown = latents.usable[0]
             return self.alignment(latents, None, shown, shown)
-        value = self.alignment(latents, self._borrowed[0], batch["present"], batch["acquired"])
+        value = self.alignment(latents, self._anchor.value, batch["present"], batch["acquired"])
         if self.eager and self.measured is not None and value.requires_grad:
             ratio, module = self.measured
             features = [latents.features[level] for level in self.aligned_levels]
-            loss = module.segmentation_loss(output, batch, module.current_epoch)
+            loss = module.value.segmentation_loss(output, batch, module.value.current_epoch)
             ratio.measure(loss, value, features)
         return value

@@ -56,10 +56,10 @@ class Distillation(TermCallback):
     ) -> None:
         super().__init__(name, weight, start_epoch, warmup_epochs)
         self.teacher, self.modules = teacher, list(modules)
-        given: Mapping[str, Any] = (
+        chosen: Mapping[str, Any] = (
             terms if terms is not None else {"logit": LogitKL(), "latent": LatentMatch()}
         )
-        self.terms: dict[str, DistillationLoss] = {k: build(v) for k, v in given.items()}
+        self.terms: dict[str, DistillationLoss] = {k: build(v) for k, v in chosen.items()}
 
     def build_term(self, module: SegmentationModule) -> Term:
         """Build the distillation term for a module and its teacher."""
@@ -127,11 +127,11 @@ class Distillation(TermCallback):
         if teacher is None:
             return
         trained = teacher.preparation.spacing
-        given = None if data.spacing is None else tuple(float(s) for s in data.spacing)
-        if trained != given:
+        spacing = None if data.spacing is None else tuple(float(s) for s in data.spacing)
+        if trained != spacing:
             raise InputError(
                 f"the teacher {self.teacher} was trained at the spacing {trained} mm, the data are "
-                f"at {given} mm; prepare a store at the teacher's spacing."
+                f"at {spacing} mm; prepare a store at the teacher's spacing."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

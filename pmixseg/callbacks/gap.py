@@ -161,8 +161,8 @@ class GapMonitor(Callback, Described):
             values |= self._collapses(values, samples)
             if picture and self.pictures:
                 self._draw(trainer, module, samples, picture)
-        found: dict[str, float] = trainer.strategy.broadcast(values)
-        return found
+        shared: dict[str, float] = trainer.strategy.broadcast(values)
+        return shared
 
     def _sample(self, module: SegmentationModule) -> dict[int, LatentSample]:
         devices = [module.device] if module.device.type == "cuda" else []
@@ -183,12 +183,12 @@ class GapMonitor(Callback, Described):
     def _collapses(
         self, values: dict[str, float], samples: dict[int, LatentSample]
     ) -> dict[str, float]:
-        found = {}
+        collapsed = {}
         for level in samples:
             prefix = f"gap/level{level}/"
             now, before = _of_level(values, prefix), _of_level(self._guard, prefix)
             low = low_guards(now, before, len(self._images))
-            found[f"{prefix}collapsed"] = float(bool(low))
+            collapsed[f"{prefix}collapsed"] = float(bool(low))
             for name in (prefix + what for what in low if prefix + what not in self._warned):
                 self._warned.add(name)
                 than = "the reference run" if self.reference else "this one before alignment"
@@ -197,7 +197,7 @@ class GapMonitor(Callback, Described):
                     "collapse, so a small gap means nothing; lower the alignment's weight, or use "
                     "another distance."
                 )
-        return found
+        return collapsed
 
     def _draw(
         self,
@@ -273,23 +273,23 @@ def complete_cases(
     data = getattr(trainer, "datamodule", None)
     items = data.items("val") if data is not None and hasattr(data, "items") else ()
     window = module.preparation.window(module.evaluation, module.strides)
-    found: list[torch.Tensor] = []
+    cuts: list[torch.Tensor] = []
     regions: list[torch.Tensor] = []
     for item in items:
         if bool(module.columns(item["acquired"][None]).all()):
             whole = module.columns(item["image"][None])[0]
-            found.append(centre_window(whole, window).clone())  # not a view: the case is let go
+            cuts.append(centre_window(whole, window).clone())  # not a view: the case is let go
             if item.get("label") is not None:
                 marked = region_maps(item["label"], module.task)
                 regions.append(centre_window(marked, window, around=whole).clone())
-        if len(found) == count:
+        if len(cuts) == count:
             break
-    if not found:
+    if not cuts:
         raise InputError(
             "GapMonitor compares the modalities of one case, but no validation case has all of "
             f"{list(module.modalities)}; give the split validation cases, or leave it out."
         )
-    return found, regions if len(regions) == len(found) else None
+    return cuts, regions if len(regions) == len(cuts) else None
 
 
 def region_maps(label: torch.Tensor, task: Task) -> torch.Tensor:

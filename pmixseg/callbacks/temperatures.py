@@ -79,12 +79,12 @@ class TemperatureFitting(Callback):
         Raises:
             InputError: no validation case, or the file cannot be written.
         """
-        found = self.fit.temperatures()
-        write_temperatures(self._source(trainer, pl_module), found, self.out)
+        temperatures = self.fit.temperatures()
+        write_temperatures(self._source(trainer, pl_module), temperatures, self.out)
         task = cast(SegmentationModule, pl_module).task
         console = Console(highlight=False)
-        console.print(self._table(found, task))
-        if warning := self.caution(found, task):
+        console.print(self._table(temperatures, task))
+        if warning := self.caution(temperatures, task):
             console.print(f"warning: {warning}", markup=False)
         console.print(f"wrote {self.out}")
 
@@ -94,11 +94,11 @@ class TemperatureFitting(Callback):
             raise InputError("temperatures belong to a checkpoint; name it with --ckpt_path.")
         return source
 
-    def caution(self, found: Temperatures, task: Task) -> str | None:
+    def caution(self, temperatures: Temperatures, task: Task) -> str | None:
         """A sentence where temperatures mend cross-entropy and spoil the calibration error."""
         worse = [
             str(n)
-            for n, t in found.by_size.items()
+            for n, t in temperatures.by_size.items()
             if self.fit.ece(n, t, task) > self.fit.ece(n, 1.0, task)
         ]
         if not worse:
@@ -109,12 +109,12 @@ class TemperatureFitting(Callback):
             "Compare the records of both checkpoints before using this one."
         )
 
-    def _table(self, found: Temperatures, task: Task) -> Table:
+    def _table(self, temperatures: Temperatures, task: Task) -> Table:
         table = Table(title="temperatures, fitted on validation cases", title_justify="left")
         names = ("shown", "temperature", "cross-entropy before", "after", "ECE % before", "after")
         for name in names:
             table.add_column(name, justify="right")
-        for size, temperature in found.by_size.items():
+        for size, temperature in temperatures.by_size.items():
             both = (1.0, temperature)
             losses = (f"{self.fit.cross_entropy(size, t):.4f}" for t in both)
             errors = (f"{100 * self.fit.ece(size, t, task):.2f}" for t in both)

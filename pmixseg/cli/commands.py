@@ -226,11 +226,11 @@ def _compare(subparsers: Any) -> None:
         runs = read_comparable([*args.a, *args.b])
         a, b = runs[: len(args.a)], runs[len(args.a) :]
         notes = matching_notes(a, b)
-        found = compare([r.table for r in a], [r.table for r in b], args.measure, notes)
+        comparison = compare([r.table for r in a], [r.table for r in b], args.measure, notes)
         # Whole lines: a log or a narrow window may not fold the table.
-        console.print(found.to_text(max(80, console.width)), markup=False, soft_wrap=True)
+        console.print(comparison.to_text(max(80, console.width)), markup=False, soft_wrap=True)
         if args.out is not None:
-            write_json(args.out, found.to_dict())
+            write_json(args.out, comparison.to_dict())
             console.print(f"wrote {args.out}")
         return 0
 

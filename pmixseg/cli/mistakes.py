@@ -155,11 +155,11 @@ def words(kind: str) -> str:
 def arguments_of(class_path: str) -> list[str]:
     """Names of what a constructor takes, those that it hands on included."""
     try:
-        found: Any = find_class(class_path)
+        cls: Any = find_class(class_path)
     except InputError:
         return []
     names: dict[str, None] = {}
-    bases: tuple[Any, ...] = getattr(found, "__mro__", (found,))
+    bases: tuple[Any, ...] = getattr(cls, "__mro__", (cls,))
     for base in bases:
         if "__init__" not in vars(base):
             continue

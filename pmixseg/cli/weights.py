@@ -86,12 +86,14 @@ def _import(subparsers: Any) -> None:
             return 0
         file = Path(args.file)
         not_among(args.out, [file])
-        found = import_official(args.kind, file, read_task(args.task))
-        path = found.save(args.out)
-        trained = "" if found.epoch is None else f", trained for {found.epoch} epochs"
-        console.print(f"{found.tensors} tensors of {args.kind}{trained}, now in {path}")
-        if found.dropped:
-            console.print(f"{len(found.dropped)} tensors left out, which the network never uses.")
+        imported = import_official(args.kind, file, read_task(args.task))
+        path = imported.save(args.out)
+        trained = "" if imported.epoch is None else f", trained for {imported.epoch} epochs"
+        console.print(f"{imported.tensors} tensors of {args.kind}{trained}, now in {path}")
+        if imported.dropped:
+            console.print(
+                f"{len(imported.dropped)} tensors left out, which the network never uses."
+            )
         console.print(f"warning: {DIFFERENCE}", markup=False)
         return 0
 

@@ -176,8 +176,8 @@ class BraTSDataModule(LightningDataModule):
         if self._cases is None:
             self._cases = self.store.cases
             if self.root is not None:
-                found = find_cases(self.root, self.task, self.layout, self.labels)
-                there = {c.case_id for c in found}
+                cohort = find_cases(self.root, self.task, self.layout, self.labels)
+                there = {c.case_id for c in cohort}
                 self._cases = tuple(name for name in self.store.cases if name in there)
         return self._cases
 

@@ -214,8 +214,8 @@ class Dependent(MissingnessSampler):
         for name, others in self.given_missing.items():
             child = _position(name, modalities, where)
             parents = torch.tensor([_position(o, modalities, where) for o in others], device=device)
-            given = torch.tensor(list(others.values()), dtype=rates.dtype, device=device)
-            rate = (~flags[:, parents] * given).amax(1)
+            weights = torch.tensor(list(others.values()), dtype=rates.dtype, device=device)
+            rate = (~flags[:, parents] * weights).amax(1)
             rates[:, child] = torch.where(flags[:, parents].all(1), rates[:, child], rate)
         # Modalities that were never acquired have no say: their factor is 1.
         odds = torch.where(flags, 1 - rates, rates)

@@ -15,9 +15,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pmixseg.data.cohorts.problems import listed
+from pmixseg.data.dealing import SplittableCase, deal
 from pmixseg.data.keys import make_key
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
@@ -34,25 +35,6 @@ PARTS = ("train", "val", "test")
 
 Missing = Literal["refuse", "skip"]
 """What to do about cases that a split file names and the cohort lacks."""
-
-
-class SplittableCase(Protocol):
-    """What a plan may look at; a case of a layout and a stored case both have it."""
-
-    @property
-    def case_id(self) -> str:
-        """Name of the case."""
-        ...
-
-    @property
-    def grade(self) -> str | None:
-        """HGG or LGG, where known."""
-        ...
-
-    @property
-    def patient(self) -> str:
-        """Whose scan it is."""
-        ...
 
 
 def hash_cases(cases: Iterable[str]) -> str:
@@ -280,9 +262,9 @@ class KFold(SplitPlan):
         rest = [c for k, part in enumerate(dealt) if k != self.fold for c in part]
         share = [1 - self.val_fraction, self.val_fraction]
         train, val = deal(rest, share, make_key(self.seed, None, self.fold))
-        wanted = {"train": True, "val": self.val_fraction > 0, "test": True}
+        needed = {"train": True, "val": self.val_fraction > 0, "test": True}
         parts = {"train": train, "val": val, "test": dealt[self.fold]}
-        return _filled(parts, wanted, f"KFold with {self.folds} folds")
+        return _filled(parts, needed, f"KFold with {self.folds} folds")
 
 
 class Fractions(SplitPlan):
@@ -315,8 +297,8 @@ class Fractions(SplitPlan):
             InputError: a part with a share above 0 gets no case.
         """
         dealt = deal(cases, list(self.shares.values()), self.seed)
-        wanted = {part: share > 0 for part, share in self.shares.items()}
-        return _filled(dict(zip(self.shares, dealt, strict=True)), wanted, "Fractions")
+        needed = {part: share > 0 for part, share in self.shares.items()}
+        return _filled(dict(zip(self.shares, dealt, strict=True)), needed, "Fractions")
 
 
 class WholeCohort(SplitPlan):
@@ -349,51 +331,8 @@ def divided_patients(split: Split, cases: Iterable[SplittableCase]) -> list[str]
     return sorted(patient for patient, several in parts.items() if len(several) > 1)
 
 
-def deal(
-    cases: Iterable[SplittableCase], shares: Sequence[float], seed: int
-) -> list[list[SplittableCase]]:
-    """Deal patients to parts, grade by grade, in an order that the seed shuffles.
-
-    Each patient goes to the part that is furthest behind its share, in the grade and in all.
-
-    Args:
-        cases: the cohort; all cases of a patient go together, under the patient's first grade.
-        shares: share of each part, summing to 1.
-        seed: which order.
-
-    Returns:
-        The cases of each part, sorted by id.
-    """
-    patients: dict[str, list[SplittableCase]] = defaultdict(list)
-    for case in sorted(cases, key=lambda c: c.case_id):
-        patients[case.patient].append(case)
-    grades: dict[str, list[str]] = defaultdict(list)
-    for patient, scans in patients.items():
-        grades[next((s.grade for s in scans if s.grade), "")].append(patient)
-
-    parts: list[list[SplittableCase]] = [[] for _ in shares]
-    everyone = 0
-    for grade in sorted(grades):
-        of_grade = [0] * len(shares)
-        order = sorted(
-            grades[grade], key=lambda p: (make_key(seed, None, int.from_bytes(p.encode())), p)
-        )
-        for patient in order:
-            scans = patients[patient]
-            graded = sum(of_grade) + len(scans)
-            everyone += len(scans)
-            behind = [
-                share * (graded + everyone) - count - len(part) if share > 0 else float("-inf")
-                for share, count, part in zip(shares, of_grade, parts, strict=True)
-            ]
-            chosen = behind.index(max(behind))
-            parts[chosen].extend(scans)
-            of_grade[chosen] += len(scans)
-    return [sorted(part, key=lambda c: c.case_id) for part in parts]
-
-
-def _filled(parts: dict[str, list[SplittableCase]], wanted: dict[str, bool], where: str) -> Split:
-    empty = [part for part, cases in parts.items() if wanted[part] and not cases]
+def _filled(parts: dict[str, list[SplittableCase]], needed: dict[str, bool], where: str) -> Split:
+    empty = [part for part, cases in parts.items() if needed[part] and not cases]
     if empty:
         total = sum(len(cases) for cases in parts.values())
         raise InputError(

@@ -79,12 +79,12 @@ class TrainingCases:
         counted = {k: p for k, p in where.items() if p == "earlier training" or p in set(parts)}
         hashes = {**self.earlier, **self.scans}
         owner = {scan: name for name in counted for scan in hashes.get(name, ())}
-        found = []
+        seen = []
         for name, scans in cases.items():
             known = name if name in counted else next((owner[s] for s in scans if s in owner), None)
             if known is not None:
-                found.append(SeenCase(name, counted[known], known))
-        return found
+                seen.append(SeenCase(name, counted[known], known))
+        return seen
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives, for a checkpoint."""

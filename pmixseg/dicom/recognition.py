@@ -65,13 +65,13 @@ def recognise(
                 f"study the series {', '.join(map(str, sorted(numbers)))}."
             )
     by_user = {number: modality for modality, number in (chosen or {}).items()}
-    told = [_told(s, modalities, by_user.get(s.number)) for s in series]
+    recognised = [_told(s, modalities, by_user.get(s.number)) for s in series]
     # What the user chose takes the place of every other candidate.
     return [
         Recognised(r.series, None, f"another series was chosen as {r.modality}")
         if r.modality in (chosen or {}) and r.series.number not in by_user
         else r
-        for r in told
+        for r in recognised
     ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pmixseg.data.cohorts.cases import Case, stem_of
-from pmixseg.data.cohorts.matching import Found, Tree
+from pmixseg.data.cohorts.matching import Cohort, Tree
 from pmixseg.data.cohorts.sequences import read_name
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -86,7 +86,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
     return FolderScans({m: files[m] for m in task.modalities if m in files}, tuple(notes))
 
 
-def strays_of(cohort: Found) -> dict[str, list[Path]]:
+def strays_of(cohort: Cohort) -> dict[str, list[Path]]:
     """Case -> files that lie beside its scans, but that its layout has no name for."""
     owners: defaultdict[Path, set[str]] = defaultdict(set)
     for case in cohort.cases:

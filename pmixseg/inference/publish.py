@@ -142,8 +142,8 @@ def results_of(records: Records, task: Task) -> list[Result]:
 def _records_of(place: Path, checkpoint: Path) -> Records:
     records = Records.read(find_records(place))
     tested = records.sidecar.checkpoint
-    told = tested.get("sha256") if tested else None
-    if checkpoint.is_file() and told not in (None, file_hash(checkpoint)):
+    digest = tested.get("sha256") if tested else None
+    if checkpoint.is_file() and digest not in (None, file_hash(checkpoint)):
         raise InputError(
             f"{place} holds results of another checkpoint than {checkpoint}; test this one first."
         )

@@ -114,9 +114,9 @@ def import_official(kind: str, path: str | Path, task: Task = BRATS) -> Imported
         raise InputError(f"'{kind}' is not known; import one of {', '.join(RULES)}.")
     path = Path(path)
     state, epoch = _read(path)
-    given = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    dropped = tuple(n for n in given if kind in UNUSED and re.match(UNUSED[kind], n))
-    renamed = {_ours(n, RULES[kind]): t for n, t in given.items() if n not in dropped}
+    tensors = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    dropped = tuple(n for n in tensors if kind in UNUSED and re.match(UNUSED[kind], n))
+    renamed = {_ours(n, RULES[kind]): t for n, t in tensors.items() if n not in dropped}
     backbone, patch = _network(kind, renamed, path, task)
     _check(backbone, renamed, kind, path)
     module = StudentModule(task=task, backbone=backbone, fill="zero", criterion=RFNetCriterion())

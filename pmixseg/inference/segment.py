@@ -173,7 +173,7 @@ def segment_files(
     files = [p for s in images.values() if (p := _path_of(s)) is not None]
     outputs.check(called, files)
     codes = codes or _codes_beside(module.task, files)
-    found = module.segment(images, settings, codes=codes, name=called, progress=progress)
+    segmentation = module.segment(images, settings, codes=codes, name=called, progress=progress)
     said = [*notes, *_contradicted(module, images, called)]
     if called == UNNAMED and len(files) > 1:
         # Scans of two patients in one atlas space often pass every test of their voxels.
@@ -182,8 +182,8 @@ def segment_files(
             f"case '{called}': neither the names nor the folders of its files agree ({listed}); "
             "make sure that they are of one patient."
         )
-    found = replace(found, warnings=(*said, *found.warnings))
-    return _result(found, outputs.write(found, images))
+    segmentation = replace(segmentation, warnings=(*said, *segmentation.warnings))
+    return _result(segmentation, outputs.write(segmentation, images))
 
 
 def segment_folder(
@@ -222,7 +222,7 @@ def segment_folder(
     """
     force = settings is not None and settings.force
     try:
-        found = search(root, module.task, layout)
+        cohort = search(root, module.task, layout)
     except InputError:
         scans = (
             FolderScans({})
@@ -233,9 +233,9 @@ def segment_folder(
             raise
         yield _named_by_modality(module, scans, outputs, settings, progress)
         return
-    strays = strays_of(found)
+    strays = strays_of(cohort)
     trusted = force or layout is not None
-    cases = found.cases if share is None else share.of(found.cases, lambda case: case.case_id)
+    cases = cohort.cases if share is None else share.of(cohort.cases, lambda case: case.case_id)
     for done, case in enumerate(cases):
         try:
             beside = strays.get(case.case_id, [])
@@ -280,11 +280,11 @@ def segment_case(
         raise InputError(_of_no_use(module, case.case_id, list(case.images)))
     files = [p for s in case.images.values() if (p := _path_of(s)) is not None]
     outputs.check(case.case_id, files if case.label is None else [*files, case.label])
-    found = module.segment(
+    segmentation = module.segment(
         images, settings, codes=case.codes or None, name=case.case_id, progress=progress
     )
-    found = replace(found, warnings=(*notes, *found.warnings))
-    return _result(found, outputs.write(found, images))
+    segmentation = replace(segmentation, warnings=(*notes, *segmentation.warnings))
+    return _result(segmentation, outputs.write(segmentation, images))
 
 
 def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str, Source]:
@@ -359,9 +359,14 @@ def _contradicted(
             yield f"case '{name}': {path.name} is given as {modality}, but its name says {says}."
 
 
-def _result(found: Segmentation, files: Mapping[str, Path]) -> CaseResult:
+def _result(segmentation: Segmentation, files: Mapping[str, Path]) -> CaseResult:
     return CaseResult(
-        found.name, found.combination, found.volumes, files, found.warnings, codes=found.codes
+        segmentation.name,
+        segmentation.combination,
+        segmentation.volumes,
+        files,
+        segmentation.warnings,
+        codes=segmentation.codes,
     )
 
 
@@ -373,10 +378,10 @@ def _codes_beside(task: Task, files: Sequence[Path]) -> Mapping[str, int] | None
         cases = search(files[0].parent, task).cases
     except (InputError, OSError):
         return None
-    wanted = {path.resolve() for path in files}
+    sources = {path.resolve() for path in files}
     for case in cases:
         own = {p.resolve() for s in case.images.values() if (p := _path_of(s)) is not None}
-        if wanted <= own:
+        if sources <= own:
             return case.codes or None
     return None
 
@@ -393,10 +398,10 @@ def _named_by_modality(
     if not images:
         return CaseResult(name, problem=_of_no_use(module, name, list(scans.images)))
     numbers = ", ".join(f"{label} {i + 1}" for i, label in enumerate(module.task.labels))
-    told = ", ".join(f"{m} {path.name}" for m, path in images.items())
+    scans_named = ", ".join(f"{m} {path.name}" for m, path in images.items())
     notes = [
         f"case '{name}': no layout fits this folder, so its scans were told by their names "
-        f"({told}) and the labels are numbered {numbers}.",
+        f"({scans_named}) and the labels are numbered {numbers}.",
         *(f"case '{name}': {note}." for note in scans.notes),
     ]
     useless = [path.name for m, path in scans.images.items() if m not in images]

@@ -34,9 +34,9 @@ class FixedCombination(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Class probabilities ``[1, C, D, H, W]`` of scans ``[1, len(combination), D, H, W]``."""
         module: SegmentationModule = self.__dict__["_module"]
-        given = iter(image.unbind(1))
+        scans = iter(image.unbind(1))
         zero = torch.zeros_like(image[:, 0])
-        channels = torch.stack([next(given) if flag else zero for flag in self.flags], 1)
+        channels = torch.stack([next(scans) if flag else zero for flag in self.flags], 1)
         with KnownFlags() as known:
             latents = module.encode(channels, known.flags(self.flags, image.device))
             return module.decode(latents).logits.float().softmax(1)
@@ -73,17 +73,17 @@ class KnownFlags(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Compute what depends on flags alone twice."""
-        given = (args, kwargs or {})
-        tensors = [a for a in tree_flatten(given)[0] if isinstance(a, Tensor)]
+        call = (args, kwargs or {})
+        tensors = [a for a in tree_flatten(call)[0] if isinstance(a, Tensor)]
         if not tensors or any(id(t) not in self._known for t in tensors):
-            return func(*given[0], **given[1])
-        real_args, real_kwargs = tree_map(self._real, given)
+            return func(*call[0], **call[1])
+        real_args, real_kwargs = tree_map(self._real, call)
         with _disable_current_modes():
             real = func(*real_args, **real_kwargs)
         values = tree_flatten(real)[0]
         if not any(isinstance(v, Tensor) for v in values):
             return real
-        traced = func(*given[0], **given[1])
+        traced = func(*call[0], **call[1])
         for one, value in zip(tree_flatten(traced)[0], values, strict=True):
             if isinstance(value, Tensor):
                 self._remember(one, value)

@@ -11,7 +11,7 @@ Losses that couple the samples of a batch sum or gather over processes (``ranks`
 equals one process; only ``DiceCE(batch_dice=True)`` is exempt.
 """
 
-from pmixseg.losses.alignment import Alignment, resolve_levels
+from pmixseg.losses.alignment import AlignmentLoss, resolve_levels
 from pmixseg.losses.anchors import (
     Anchor,
     MixtureAnchor,
@@ -66,7 +66,7 @@ __all__ = [
     "NMSE",
     "VIC",
     "VID",
-    "Alignment",
+    "AlignmentLoss",
     "Anchor",
     "April2025Alignment",
     "CaseNCE",

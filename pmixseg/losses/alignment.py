@@ -35,7 +35,7 @@ from pmixseg.losses.ranks import SharedSums
 from pmixseg.types import Latents, Presence, Scalar
 
 
-class Alignment(nn.Module):
+class AlignmentLoss(nn.Module):
     """Sum the distances between each modality's latents and the anchor over some levels.
 
     Args:
@@ -53,7 +53,7 @@ class Alignment(nn.Module):
 
     Example:
         >>> from pmixseg.losses.anchors import MixtureAnchor
-        >>> alignment = Alignment("mse", channels=[1], modalities=("flair", "t1"), levels=[0])
+        >>> alignment = AlignmentLoss("mse", channels=[1], modalities=("flair", "t1"), levels=[0])
         >>> anchor = MixtureAnchor("uniform")
         >>> anchor.bind(("flair", "t1"), levels=1)
         >>> both = torch.tensor([[True, True]])
@@ -150,9 +150,11 @@ class Alignment(nn.Module):
             raise InputError("only the distance 'kl' estimates variances to sample from; use it.")
         features = list(latents.features)
         for level in self.levels:
-            given = latents.usable[level]
+            usable = latents.usable[level]
             with torch.autocast(features[level].device.type, enabled=False):
-                mean, log_variance = self.distance.moments(self._view(latents, level, given, given))
+                mean, log_variance = self.distance.moments(
+                    self._view(latents, level, usable, usable)
+                )
                 noise = torch.empty_like(mean).normal_(generator=generator)
                 features[level] = (mean + noise * (0.5 * log_variance).exp()).to(
                     latents.features[level].dtype

@@ -66,7 +66,7 @@ class OfficialAlignment(nn.Module, Described, ABC):
     def forward(
         self, latents: Latents, anchor: Anchor | None, present: Presence, acquired: Presence
     ) -> Scalar:
-        """Loss; arguments as of :meth:`pmixseg.losses.alignment.Alignment.forward`."""
+        """Loss; arguments as of :meth:`pmixseg.losses.alignment.AlignmentLoss.forward`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
         """Typed call of :meth:`forward`."""

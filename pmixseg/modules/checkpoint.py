@@ -136,12 +136,12 @@ def describing(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {key: payload.get(key) for key in ("class_path", "init_args")}
 
 
-def write_temperatures(source: str | Path, found: Temperatures, out: str | Path) -> Path:
+def write_temperatures(source: str | Path, temperatures: Temperatures, out: str | Path) -> Path:
     """Write a checkpoint that equals another but for the temperatures of its probabilities.
 
     Args:
         source: the checkpoint that the temperatures were fitted for.
-        found: one temperature per number of shown modalities.
+        temperatures: one temperature per number of shown modalities.
         out: where to; may be ``source``. Complete or not at all.
 
     Raises:
@@ -150,7 +150,7 @@ def write_temperatures(source: str | Path, found: Temperatures, out: str | Path)
     checkpoint = read_checkpoint(source)
     arguments = checkpoint["pmixseg"]["init_args"]
     evaluation = EvaluationSettings.of(arguments.get("evaluation"))
-    arguments["evaluation"] = describe(replace(evaluation, temperatures=found.by_size))
+    arguments["evaluation"] = describe(replace(evaluation, temperatures=temperatures.by_size))
     return write_checkpoint(checkpoint, out)
 
 

@@ -179,9 +179,9 @@ def _are(value: Any, kinds: type[int] | tuple[type[int], type[float]]) -> bool:
 
 def _seeds(data: Any) -> dict[str, int]:
     """The seeds of a training that starts now."""
-    given = os.environ.get("PL_GLOBAL_SEED", "")  # where seed_everything leaves it
-    found = {"everything": int(given)} if given.isdigit() else {}
-    return {**found, "data": int(getattr(data, "seed", 0) or 0)}
+    seed = os.environ.get("PL_GLOBAL_SEED", "")  # where seed_everything leaves it
+    seeds = {"everything": int(seed)} if seed.isdigit() else {}
+    return {**seeds, "data": int(getattr(data, "seed", 0) or 0)}
 
 
 def seen_cases(

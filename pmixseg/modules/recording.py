@@ -132,8 +132,8 @@ class Recording:
         records = Records.from_rows(every, self.folder.resolve().name, sidecar)
         self._publish(records)
         means = records.table.groupby("region", sort=False)["dice"].mean()
-        found = {f"test/dice/{region}": float(value) for region, value in means.items()}
-        return {"test/dice": float(means.mean()), **found}
+        by_region = {f"test/dice/{region}": float(value) for region, value in means.items()}
+        return {"test/dice": float(means.mean()), **by_region}
 
     @rank_zero_only
     def _publish(self, records: Records) -> None:

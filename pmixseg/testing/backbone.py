@@ -88,10 +88,10 @@ def _attributes(probe: Probe) -> None:
 
 def _check_shapes(net: Backbone, out: SegOutput, image: Tensor, present: Tensor) -> None:
     size = image.shape[2:]
-    wanted = [image.shape[0], net.num_classes, *size]
+    shape = [image.shape[0], net.num_classes, *size]
     expect(
-        list(out.logits.shape) == wanted,
-        f"logits have the shape {list(out.logits.shape)}; it must be {wanted}",
+        list(out.logits.shape) == shape,
+        f"logits have the shape {list(out.logits.shape)}; it must be {shape}",
     )
     expect(bool(out.logits.isfinite().all()), "logits are not finite")
     latents = out.latents
@@ -107,12 +107,12 @@ def _check_shapes(net: Backbone, out: SegOutput, image: Tensor, present: Tensor)
     for level, (feature, stride) in enumerate(zip(latents.features, net.strides, strict=True)):
         maps = [feature] if latents.log_variance is None else [feature, latents.log_variance[level]]
         sides = [side // stride for side in size]
-        wanted = [image.shape[0], len(net.slots), net.channels[level], *sides]
+        shape = [image.shape[0], len(net.slots), net.channels[level], *sides]
         for features in maps:
             expect(
-                list(features.shape) == wanted,
+                list(features.shape) == shape,
                 f"level {level} has the shape {list(features.shape)}; with channels "
-                f"{net.channels[level]} and stride {stride} it must be {wanted}",
+                f"{net.channels[level]} and stride {stride} it must be {shape}",
             )
         flags = latents.usable[level]
         expected = present if len(net.slots) == present.shape[1] else present.any(1, keepdim=True)

@@ -137,8 +137,8 @@ def check_term(
         >>> check_term(Confidence())
     """
     if isinstance(term, nn.Module):
-        given = term
-        name, factory = type(term).__name__, lambda: copy.deepcopy(given)
+        original = term
+        name, factory = type(term).__name__, lambda: copy.deepcopy(original)
     else:
         name, factory = type(term()).__name__, term
     with torch.random.fork_rng(devices=[]):

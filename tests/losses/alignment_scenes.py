@@ -2,7 +2,7 @@
 
 import torch
 
-from pmixseg.losses.alignment import Alignment
+from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import (
     MixtureAnchor,
     NormalAnchor,
@@ -34,7 +34,7 @@ def align(
     """Loss of one level with everything acquired, shown and encoded unless told otherwise."""
     b, m, c = features.shape[:3]
     every = torch.ones(b, m, dtype=torch.bool)
-    alignment = Alignment(distance, [c], NAMES[:m], [0], **kwargs).to(features.dtype)
+    alignment = AlignmentLoss(distance, [c], NAMES[:m], [0], **kwargs).to(features.dtype)
     anchor = bound(anchor or MixtureAnchor("uniform"), NAMES[:m]).to(features.dtype)
     latents = latents_of(features, every if encoded is None else encoded)
     return alignment(

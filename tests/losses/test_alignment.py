@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
-from pmixseg.losses.alignment import DISTANCES, Alignment, resolve_levels
+from pmixseg.losses.alignment import DISTANCES, AlignmentLoss, resolve_levels
 from pmixseg.losses.anchors import (
     MixtureAnchor,
     ModalityAnchor,
@@ -34,7 +34,7 @@ def test_alignment_equals_a_loop(m, b, seed):
     torch.nn.init.normal_(anchor.scores)
     dirty = [torch.where(encoded[:, :, None, None, None, None], f, torch.nan) for f in fs]
     latents = latents_of(dirty, encoded)
-    got = Alignment("nmse", [2, 3], NAMES[:m], [0, 1])(latents, anchor, present, acquired)
+    got = AlignmentLoss("nmse", [2, 3], NAMES[:m], [0, 1])(latents, anchor, present, acquired)
     want = torch.zeros(())
     for level, f in enumerate(fs):
         cells = [f[i, j].flatten(1) for i in range(b) for j in range(m) if encoded[i, j]]
@@ -55,14 +55,14 @@ def test_levels_are_summed_and_can_be_negative():
     fs = [torch.randn(1, 4, c, 1, 1, 2) for c in (1, 2, 3)]
     anchor = bound(MixtureAnchor("uniform"), NAMES, 3)
     every = flags([1, 1, 1, 1])
-    alignment = Alignment("mse", [1, 2, 3], NAMES, [-1, -3])
+    alignment = AlignmentLoss("mse", [1, 2, 3], NAMES, [-1, -3])
     parts = alignment.per_level(latents_of(fs), anchor, every, every)
     assert list(parts) == [0, 2]
     assert alignment(latents_of(fs), anchor, every, every) == sum(parts.values())
     assert resolve_levels((2, 0), 3) == (0, 2)
     for levels in ([], [3], [-4], [0, -3]):
         with pytest.raises(InputError, match="levels"):
-            Alignment("mse", [1, 2, 3], NAMES, levels)
+            AlignmentLoss("mse", [1, 2, 3], NAMES, levels)
 
 
 # Invariances ----------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_gradients_are_right(name):
     f = torch.randn(2, 3, 2, 1, 2, 3, dtype=torch.float64, requires_grad=True)
     # Statistics give hidden latents no gradient (see below), which finite differences would see.
     subset = shown = flags([1, 1, 0], [1, 1, 1])
-    alignment = Alignment(name, [2], NAMES[:3], [0], "linear", detach="none").double()
+    alignment = AlignmentLoss(name, [2], NAMES[:3], [0], "linear", detach="none").double()
     for p in alignment.parameters():
         torch.nn.init.normal_(p, 0.3, 0.3)
     anchor = anchor_for(name, 3).double()
@@ -201,7 +201,7 @@ def test_hidden_slots_may_hold_anything(name):
     )
     present = flags([1, 1, 0, 1], [0, 1, 1, 1], [0, 0, 1, 0])
     f = torch.randn(3, 4, 3, 2, 2, 2)
-    alignment = Alignment(name, [3], NAMES, [0], "linear", "none")
+    alignment = AlignmentLoss(name, [3], NAMES, [0], "linear", "none")
     anchor = anchor_for(name)
     results = []
     for rubbish in (0.0, math.nan, math.inf):
@@ -219,7 +219,7 @@ def test_hidden_slots_may_hold_anything(name):
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_every_parameter_is_in_the_graph_even_if_nothing_is_shown(name):
-    alignment = Alignment(name, [3, 3], NAMES, [0, 1], "linear")
+    alignment = AlignmentLoss(name, [3, 3], NAMES, [0, 1], "linear")
     f = [torch.randn(2, 4, 3, 2, 2, 2, requires_grad=True) for _ in range(2)]
     nothing = torch.zeros(2, 4, dtype=torch.bool)
     anchor = bound(
@@ -235,7 +235,7 @@ def test_float32_inside_autocast(name):
     f = torch.randn(2, 4, 3, 2, 2, 2)
     anchor = anchor_for(name)
     every = torch.ones(2, 4, dtype=torch.bool)
-    alignment = Alignment(name, [3], NAMES, [0], "linear")
+    alignment = AlignmentLoss(name, [3], NAMES, [0], "linear")
     want = alignment(latents_of(f.bfloat16().float()), anchor, every, every)
     with torch.autocast("cpu", torch.bfloat16):
         got = alignment(latents_of(f.bfloat16()), anchor, every, every)
@@ -249,7 +249,7 @@ def test_projections_start_as_the_identity_and_belong_to_a_modality():
     torch.manual_seed(0)
     f = torch.randn(2, 4, 3, 2, 2, 2)
     assert align(f, "nmse", projection="linear").item() == pytest.approx(align(f, "nmse").item())
-    alignment = Alignment("mse", [3], NAMES, [0], "linear")
+    alignment = AlignmentLoss("mse", [3], NAMES, [0], "linear")
     weight = torch.nn.init.normal_(alignment.projections["0"].weight.data)
     got = alignment(latents_of(f), anchor_for("mse"), *[torch.ones(2, 4, dtype=torch.bool)] * 2)
     convolved = [
@@ -260,7 +260,7 @@ def test_projections_start_as_the_identity_and_belong_to_a_modality():
 
 def test_sampling_reparametrises_the_aligned_levels():
     fs = [torch.zeros(2, 4, 3, 8, 8, 8), torch.zeros(2, 4, 3, 8, 8, 8)]
-    alignment = Alignment("kl", [3, 3], NAMES, [1])
+    alignment = AlignmentLoss("kl", [3, 3], NAMES, [1])
     latents = latents_of(fs)
     drawn = alignment.sample(latents, torch.Generator().manual_seed(0))
     assert drawn.features[0] is fs[0]
@@ -271,7 +271,7 @@ def test_sampling_reparametrises_the_aligned_levels():
     drawn.features[1].sum().backward()
     assert alignment.distance.log_variances["1"].bias.grad.abs().max() > 0
     with pytest.raises(InputError, match="kl"):
-        Alignment("mse", [3], NAMES, [0]).sample(latents)
+        AlignmentLoss("mse", [3], NAMES, [0]).sample(latents)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_meaningless_pairs_are_refused(distance, anchor, match):
 )
 def test_wrong_options_are_refused(arguments, match):
     with pytest.raises(InputError, match=match):
-        Alignment(
+        AlignmentLoss(
             **({"distance": "mse", "channels": [1], "modalities": NAMES, "levels": [0]} | arguments)
         )
 

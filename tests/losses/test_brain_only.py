@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pmixseg.losses.alignment import DISTANCES, Alignment
+from pmixseg.losses.alignment import DISTANCES, AlignmentLoss
 from pmixseg.types import Latents
 from tests.losses.alignment_scenes import NAMES, anchor_for, flags
 
@@ -16,7 +16,7 @@ def loss_of(name, features, brain, present=None, acquired=None, **kwargs):
     every = torch.ones(b, m, dtype=torch.bool)
     acquired = every if acquired is None else acquired
     latents = Latents([features], NAMES[:m], [acquired], brain=[brain])
-    alignment = Alignment(name, [c], NAMES[:m], [0], **kwargs).to(features.dtype)
+    alignment = AlignmentLoss(name, [c], NAMES[:m], [0], **kwargs).to(features.dtype)
     shown = acquired if present is None else present
     return alignment(latents, anchor_for(name, m).to(features.dtype), shown, acquired)
 

@@ -7,7 +7,7 @@ import torch
 
 from pmixseg.errors import InputError
 from pmixseg.gaussians import gaussian_kl
-from pmixseg.losses.alignment import Alignment
+from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import (
     ModalityAnchor,
     NormalAnchor,
@@ -90,7 +90,7 @@ def test_kl_starts_as_unit_gaussians():
 @pytest.mark.parametrize("raw", [-1e4, 1e4])
 def test_kl_heads_keep_the_log_variance_within_six(raw):
     distance = KL()
-    alignment = Alignment(distance, [1], NAMES[:1], [0])
+    alignment = AlignmentLoss(distance, [1], NAMES[:1], [0])
     distance.log_variances["0"].bias.data.fill_(raw)
     every = flags([1])
     got = alignment(latents_of(values([2.0])), bound(NormalAnchor(), NAMES[:1]), every, every)
@@ -102,7 +102,7 @@ def test_kl_reads_variational_encoders():
     f, lv = values([1.0], [3.0]), values([math.log(2.0)], [40.0])
     latents = latents_of(f, log_variance=[lv])
     every = flags([1, 1])
-    alignment = Alignment(KL(heads=False), [1], NAMES[:2], [0])
+    alignment = AlignmentLoss(KL(heads=False), [1], NAMES[:2], [0])
     got = alignment(latents, bound(NormalAnchor(), NAMES[:2]), every, every)
     # log σ² = 40 is clamped to 6.
     want = (0.5 * (-math.log(2) + 2 + 1 - 1) + 0.5 * (-6 + math.exp(6) + 9 - 1)) / 2
@@ -117,7 +117,7 @@ def test_vid_by_hand():
     # σ² = 1, μ = 0: ½ mean f² = ½·50/4.
     assert align(f, raw, NormalAnchor()).item() == pytest.approx(6.25)
     # σ² = softplus(0) + 0.01, μ = 2.
-    alignment = Alignment(raw, [1], NAMES[:2], [0])
+    alignment = AlignmentLoss(raw, [1], NAMES[:2], [0])
     raw.means["0"].data.fill_(2.0), raw.raw_variances["0"].data.fill_(0.0)
     variance = math.log(2) + 0.01
     want = 0.5 * ((1 + 0 + 1 + 16) / 4 / variance + math.log(variance))

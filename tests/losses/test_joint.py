@@ -11,7 +11,7 @@ from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.gap.information import gaussian_divergence
 from pmixseg.gaussians import gaussian_kl
-from pmixseg.losses.alignment import Alignment
+from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.distances.joint import (
     SMALLEST_VARIANCE,
@@ -41,7 +41,7 @@ def joint(features, anchor=None, present=None, acquired=None, **options):
     anchor.bind(NAMES[:m], 1)
     present = every(b, m) if present is None else present
     acquired = every(b, m) if acquired is None else acquired
-    alignment = Alignment(JointKL(**options), [c], NAMES[:m], [0], detach="none")
+    alignment = AlignmentLoss(JointKL(**options), [c], NAMES[:m], [0], detach="none")
     return alignment(Latents([features], NAMES[:m], [acquired]), anchor, present, acquired)
 
 

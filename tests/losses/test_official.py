@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pmixseg.errors import InputError
-from pmixseg.losses.alignment import Alignment
+from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import MixtureAnchor
 from pmixseg.losses.official import (
     April2025Alignment,
@@ -55,14 +55,14 @@ def test_july_counts_hidden_modalities_and_the_default_does_not():
     anchor, _, latents = july()
     shown = torch.tensor([[True, False, False, True]])
     assert July2025Alignment()(latents, anchor, shown, EVERY).item() == pytest.approx(2.07)
-    default = Alignment("mse", [1, 1], NAMES, [0])
+    default = AlignmentLoss("mse", [1, 1], NAMES, [0])
     # ½ · (7.84 + 4.84)/2 over the two that are shown.
     assert default(latents, anchor, shown, EVERY).item() == pytest.approx(3.17)
 
 
 def test_july_equals_the_default_mse_on_complete_samples_but_for_the_gradients():
     anchor, _, latents = july()
-    default = Alignment("mse", [1, 1], NAMES, [0])
+    default = AlignmentLoss("mse", [1, 1], NAMES, [0])
     assert default(latents, anchor, EVERY, EVERY).item() == pytest.approx(2.07)
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pmixseg.losses.alignment import DISTANCES, Alignment
+from pmixseg.losses.alignment import DISTANCES, AlignmentLoss
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.distillation import (
     ContrastiveMatch,
@@ -47,7 +47,7 @@ class AllLosses(nn.Module):
         self.encoders = nn.Parameter(torch.randn(4, 3, 3))
         self.head = nn.Parameter(torch.randn(3, 3))
         self.alignments = nn.ModuleDict(
-            {name: Alignment(name, [3], NAMES, [0], "linear") for name in DISTANCES}
+            {name: AlignmentLoss(name, [3], NAMES, [0], "linear") for name in DISTANCES}
         )
         self.terms = nn.ModuleList([make() for make in TERMS])
         network = SimpleNamespace(

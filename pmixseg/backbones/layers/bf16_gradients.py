@@ -60,10 +60,10 @@ def repair_gradients(network: nn.Module) -> list[RemovableHandle]:
     ]
 
 
-def _repaired(conv: nn.Module, inputs: tuple[Tensor, ...], found: Tensor) -> Tensor | None:
+def _repaired(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     conv = cast(nn.Conv3d, conv)
     depth, kernel = inputs[0].shape[2], conv.kernel_size[0]
-    if found.requires_grad and misses_kernel(found.dtype, depth, kernel, zeros_around(conv)):
+    if output.requires_grad and misses_kernel(output.dtype, depth, kernel, zeros_around(conv)):
         return convolve_wholly(conv, inputs[0])
     return None
 

@@ -337,7 +337,7 @@ def _convolution_backward(
     if misses_kernel(x.dtype, x.shape[2], weight.shape[2], padding):
         wide = _convolution_backward(g.float(), x.float(), weight.float(), stride, padding, needs)
         return [None if part is None else part.to(x.dtype) for part in wide]
-    found: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(
+    gradients: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(
         g,
         x,
         weight,
@@ -350,4 +350,4 @@ def _convolution_backward(
         1,
         needs,
     )
-    return list(found)
+    return list(gradients)

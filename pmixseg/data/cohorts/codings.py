@@ -123,18 +123,18 @@ def _chosen(
     known = ", ".join(f"{name} ({', '.join(map(str, n))})" for name, n in numbers.items())
     value = labels.get(label)
     several = value if isinstance(value, list | tuple) else [value]
-    found: list[int] = []
+    codes: list[int] = []
     for one in several:
         if isinstance(one, str) and one in numbers:
-            found += numbers[one]
+            codes += numbers[one]
         elif isinstance(one, int | str) and re.fullmatch(r"\d+", str(one)):
-            found.append(int(one))
+            codes.append(int(one))
         else:
             raise InputError(
                 f"{where}: {one!r} is given for {label}; give a number"
                 + (f", or one of {known}." if known else ".")
             )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(codes))
 
 
 def _coding(

@@ -196,14 +196,14 @@ def inspect_cohort(
     Raises:
         InputError: the folder is missing or unreadable, or no layout fits.
     """
-    found = search(root, task, layout, labels)
+    cohort = search(root, task, layout, labels)
     console = Console(stderr=True)
-    cases = track(found.cases, "inspecting", console=console, disable=not progress)
-    odd = odd_ones_out(found.cases)
+    cases = track(cohort.cases, "inspecting", console=console, disable=not progress)
+    odd = odd_ones_out(cohort.cases)
     facts = [_facts(case, task, odd) for case in cases]
-    names = dict.fromkeys(case.layout for case in found.cases if case.layout)
+    names = dict.fromkeys(case.layout for case in cohort.cases if case.layout)
     layouts = " and ".join(names)
-    return Inspection(Path(root), layouts, task, facts, found.stray, found.remarks)
+    return Inspection(Path(root), layouts, task, facts, cohort.stray, cohort.remarks)
 
 
 def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:

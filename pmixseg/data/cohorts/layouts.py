@@ -13,7 +13,7 @@ import yaml
 from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, Pattern
 from pmixseg.data.cohorts.codings import coding_by_numbers
 from pmixseg.data.cohorts.dataset_json import described_layout
-from pmixseg.data.cohorts.matching import Found, Tree, match
+from pmixseg.data.cohorts.matching import Cohort, Tree, match
 from pmixseg.data.cohorts.presets import LAYOUTS
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -72,19 +72,19 @@ def search(
     task: Task,
     layout: str | Path | Layout | None = None,
     labels: LabelNames | None = None,
-) -> Found:
+) -> Cohort:
     """:func:`find_cases`, together with the files that belong to no case, and remarks."""
     tree = Tree.of(root)
     if layout is None:
         return _recognise(tree, task, labels)
     chosen = layout if isinstance(layout, Layout) else load_layout(layout)
-    found = match(tree, _for_task(chosen, tree, task, labels))
-    if not any(case.images for case in found.cases):
+    cohort = match(tree, _for_task(chosen, tree, task, labels))
+    if not any(case.images for case in cohort.cases):
         raise InputError(
             f"{tree.root}: layout '{chosen.name}' finds no case among {_examples(tree)}; name "
             f"another layout ({', '.join(LAYOUTS)}, or a YAML file), or none to have it recognised."
         )
-    return found
+    return cohort
 
 
 def load_layout(source: str | Path) -> Layout:
@@ -135,24 +135,24 @@ def _from_yaml(path: Path, raw: Any) -> Layout:
     if not isinstance(raw, dict) or set(raw) - known - {"base"}:
         odd = sorted(set(raw) - known) if isinstance(raw, dict) else type(raw).__name__
         raise InputError(f"layout file {path}: {odd} is not among {sorted(known)}; correct it.")
-    given: dict[str, Any] = {"name": path.stem, **raw}
-    base = given.pop("base", None)
-    if "images" in given:
-        given["images"] = {m: _patterns(p) for m, p in given["images"].items()}
-    if "label" in given:
-        label = given["label"]
-        given["label"] = (label,) if isinstance(label, str) else tuple(label or ())
-    if "codes" in given:
-        given["codes"] = {str(k): int(v) for k, v in given["codes"].items()}
-    if "also" in given:
-        given["also"] = {int(k): str(v) for k, v in given["also"].items()}
+    arguments: dict[str, Any] = {"name": path.stem, **raw}
+    base = arguments.pop("base", None)
+    if "images" in arguments:
+        arguments["images"] = {m: _patterns(p) for m, p in arguments["images"].items()}
+    if "label" in arguments:
+        label = arguments["label"]
+        arguments["label"] = (label,) if isinstance(label, str) else tuple(label or ())
+    if "codes" in arguments:
+        arguments["codes"] = {str(k): int(v) for k, v in arguments["codes"].items()}
+    if "also" in arguments:
+        arguments["also"] = {int(k): str(v) for k, v in arguments["also"].items()}
     for numbers in ("ignored", "unannotated"):
-        given[numbers] = tuple(int(v) for v in given.get(numbers, ()))
+        arguments[numbers] = tuple(int(v) for v in arguments.get(numbers, ()))
     if base is None:
-        return Layout(**{"label": (), "codes": {}, **given})
+        return Layout(**{"label": (), "codes": {}, **arguments})
     if base not in LAYOUTS:
         raise InputError(f"layout file {path}: base '{base}' is not among {list(LAYOUTS)}.")
-    return replace(LAYOUTS[base], **given)
+    return replace(LAYOUTS[base], **arguments)
 
 
 def _patterns(raw: Any) -> tuple[Pattern, ...]:
@@ -175,21 +175,21 @@ def _for_task(layout: Layout, tree: Tree, task: Task, labels: LabelNames | None)
     return replace(full, images={m: full.images[m] for m in task.modalities})
 
 
-def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Found:
-    best: Found | None = None
+def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Cohort:
+    best: Cohort | None = None
     reasons: list[str] = []
     most = 0
     for preset in LAYOUTS.values():
         try:
-            found = match(tree, _for_task(preset, tree, task, labels))
+            cohort = match(tree, _for_task(preset, tree, task, labels))
         except InputError as error:
             described = (tree.root / "dataset.json").exists()
-            told = preset.described if described else labels is not None
-            reasons += [str(error)] if told else []
+            relevant = preset.described if described else labels is not None
+            reasons += [str(error)] if relevant else []
             continue
-        count = sum(len(case.images) for case in found.cases)
+        count = sum(len(case.images) for case in cohort.cases)
         if count > most:
-            best, most = found, count
+            best, most = cohort, count
     if best is None:
         raise InputError(
             f"{tree.root}: no known layout fits {_examples(tree)}; name one of "

@@ -27,7 +27,7 @@ _NAMED_FREELY = "brats"
 
 
 @dataclass(frozen=True)
-class Found:
+class Cohort:
     """What a layout makes of a tree.
 
     Args:
@@ -127,7 +127,7 @@ def _holds_scans(folder: Path) -> bool:
         return False
 
 
-def match(tree: Tree, layout: Layout) -> Found:
+def match(tree: Tree, layout: Layout) -> Cohort:
     """Sort the files of a tree into cases by a layout's patterns."""
     expressions = layout.expressions()
     slots: dict[str, dict[str, tuple[int, ImageFile]]] = {}
@@ -190,7 +190,7 @@ def match(tree: Tree, layout: Layout) -> Found:
         )
         cases.append(Case(odd, {}, None, layout.codes, problem=sentence))
     remarks = (*tree.remarks(), *_remark_on_patients(cases, layout.tells_patients()))
-    return Found(cases, stray, remarks)
+    return Cohort(cases, stray, remarks)
 
 
 def _by_folder(paths: Iterable[Path]) -> dict[str, list[str]]:
@@ -216,15 +216,15 @@ def _path_of(source: ImageFile) -> Path:
     return source[0] if isinstance(source, tuple) else source
 
 
-def _remark_on_patients(cases: Sequence[Case], told: bool) -> tuple[str, ...]:
+def _remark_on_patients(cases: Sequence[Case], named: bool) -> tuple[str, ...]:
     """Say where visits of one patient may be taken for patients of their own.
 
     Args:
         cases: the cohort.
-        told: its layout says itself who the patient is.
+        named: its layout says itself who the patient is.
     """
     own = [c for c in cases if c.patient in ("", c.case_id) and c.layout not in ONE_SCAN_EACH]
-    if told or not own:
+    if named or not own:
         return ()
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for case in own:

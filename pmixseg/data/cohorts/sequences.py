@@ -160,15 +160,15 @@ def _named_outright(
     meanings = [_meaning(m) for m in modalities]
     own = [m for m, k in zip(modalities, meanings, strict=True) if not k or meanings.count(k) > 1]
     left = list(words)
-    found = []
+    named = []
     for modality in sorted(own, key=len, reverse=True):
         plain = "".join(_words(modality))
         for start in range(len(left)):
             for stop in range(start + 1, len(left) + 1):
                 if plain and "".join(left[start:stop]) == plain:
                     left[start:stop] = [""] * (stop - start)
-                    found.append((modality, start))
-    return found, left
+                    named.append((modality, start))
+    return named, left
 
 
 @cache
@@ -179,13 +179,13 @@ def _meaning(modality: str) -> str | None:
 
 def _pieces(words: Sequence[str]) -> list[_Piece]:
     """Words taken apart; what says nothing about a sequence is of kind ``""``."""
-    found: list[_Piece] = []
+    pieces: list[_Piece] = []
     for index, word in enumerate(words):
-        before = found[-1] if found else None
+        before = pieces[-1] if pieces else None
         if word in _OPERATED and before is not None and before.text in ("pre", "post"):
-            found[-1] = _Piece(before.text, "", before.word)
-        found += [_Piece(text, kind, index) for text, kind in _parts(word)]
-    return _joined(found)
+            pieces[-1] = _Piece(before.text, "", before.word)
+        pieces += [_Piece(text, kind, index) for text, kind in _parts(word)]
+    return _joined(pieces)
 
 
 @cache
@@ -220,9 +220,9 @@ def _split(word: str, kinds: Mapping[str, str]) -> list[tuple[str, str]] | None:
 
 def _joined(pieces: list[_Piece]) -> list[_Piece]:
     """Pairs of words that mean one thing: ``dark fluid``, ``without contrast``, ``ce-none``."""
-    found: list[_Piece] = []
+    joined: list[_Piece] = []
     for piece in pieces:
-        before = found[-1] if found else _Piece("", "", -1)
+        before = joined[-1] if joined else _Piece("", "", -1)
         kind = None
         if (before.text, piece.text) in (("dark", "fluid"), ("da", "fl")):
             kind = "flair"
@@ -231,14 +231,14 @@ def _joined(pieces: list[_Piece]) -> list[_Piece]:
             and piece.kind in ("contrast", "after")
             and piece.text != "post"
             # "pre ce t1" may be a T1 with contrast agent before an operation.
-            and (before.text != "pre" or piece.text == "contrast" or _base(found))
+            and (before.text != "pre" or piece.text == "contrast" or _base(joined))
         ):
             kind = "without"
         if kind is None:
-            found.append(piece)
+            joined.append(piece)
         else:
-            found[-1] = _Piece(f"{before.text} {piece.text}", kind, before.word)
-    return found
+            joined[-1] = _Piece(f"{before.text} {piece.text}", kind, before.word)
+    return joined
 
 
 def _base(pieces: Sequence[_Piece]) -> list[int]:

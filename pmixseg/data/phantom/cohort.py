@@ -296,14 +296,14 @@ def write_cohort(
 
 def _claim(out: Path, seed: int, settings: PhantomSettings) -> None:
     """Write ``phantom.json``, or see that the one that is there agrees."""
-    wanted = {"about": _ABOUT, "version": _VERSION, "seed": seed, **settings.to_dict()}
+    described = {"about": _ABOUT, "version": _VERSION, "seed": seed, **settings.to_dict()}
     marker = out / _SETTINGS_FILE
     if marker.exists():
         try:
-            found = json.loads(marker.read_text(encoding="utf-8"))
+            written = json.loads(marker.read_text(encoding="utf-8"))
         except ValueError:
-            found = None
-        if found != wanted:
+            written = None
+        if written != described:
             raise InputError(
                 f"phantom: {out} holds a cohort made with another seed or other settings "
                 f"(see {marker.name}); choose another folder or delete it."
@@ -315,7 +315,7 @@ def _claim(out: Path, seed: int, settings: PhantomSettings) -> None:
             f"phantom: {out} is not empty and holds no {marker.name}; choose an empty folder."
         )
     with whole(marker) as part:
-        part.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_case(out: Path, seed: int, settings: PhantomSettings, index: int) -> None:

@@ -34,20 +34,20 @@ def read_contrasts(path: Path | None) -> dict[str, Contrast]:
         ) from error
 
 
-def label_codes(task: Task, given: Mapping[str, str]) -> dict[str, int]:
+def label_codes(task: Task, labels: Mapping[str, str]) -> dict[str, int]:
     """The number in the phantom's label files of each label of a task.
 
     Args:
         task: the task.
-        given: label of the task -> tissue of the phantom (NCR, ED or ET); a label that bears a
+        labels: label of the task -> tissue of the phantom (NCR, ED or ET); a label that bears a
             tissue's name needs no entry.
 
     Raises:
         InputError: a label without a tissue, an unknown label or tissue, or a tissue twice.
     """
-    tissue = {label: given.get(label, label) for label in task.labels}
+    tissue = {label: labels.get(label, label) for label in task.labels}
     wrong = [label for label, name in tissue.items() if name not in LABEL_CODES]
-    wrong += [label for label in given if label not in task.labels]
+    wrong += [label for label in labels if label not in task.labels]
     if wrong or len(set(tissue.values())) < len(tissue):
         raise InputError(
             f"phantom: the labels {list(task.labels)} of task '{task.name}' must each be one of "

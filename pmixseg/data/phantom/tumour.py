@@ -210,8 +210,8 @@ def _oedema(rng: np.random.Generator, core: Field, tissues: Tissues, ratio: floa
     for amplitude, wavelength in ((2.5, 30.0), (1.5, 12.0)):
         level += amplitude * smooth_noise(rng, GROWTH_GRID, wavelength)[box]
     around = level[candidate & ~source & (u > 1e-5)]
-    wanted = min(int(ratio * source.sum()), int(0.9 * len(around)))
-    border = np.partition(around, len(around) - wanted)[len(around) - wanted] if wanted else 0.0
+    count = min(int(ratio * source.sum()), int(0.9 * len(around)))
+    border = np.partition(around, len(around) - count)[len(around) - count] if count else 0.0
     depth = np.full(core.shape, -10.0, dtype=np.float32)
     depth[box] = np.where(candidate, np.clip(level - border, -10, 20), -3.0)
     return np.maximum(depth, core)

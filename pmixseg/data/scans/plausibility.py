@@ -84,8 +84,8 @@ class Verdict:
             where: how messages name the case.
         """
         silent = f"{where}: {SILENT}, so it was taken as LAS, the standard's rule of old; which "
-        told = [] if self.oriented else [f"{silent}side is left holds only if that is so."]
-        return [*told, *(f"{where}: {text}; went on because of force." for text in self.findings)]
+        notes = [] if self.oriented else [f"{silent}side is left holds only if that is so."]
+        return [*notes, *(f"{where}: {text}; went on because of force." for text in self.findings)]
 
 
 SILENT = "its scans do not say how they lie (qform_code and sform_code are 0)"

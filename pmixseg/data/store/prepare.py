@@ -190,12 +190,12 @@ def _open_store(out: Path, task: Task, parameters: dict[str, Any]) -> None:
 
 
 def _reconcile(
-    report: PrepareReport, given: set[str], parameters: dict[str, Any], prune: bool
+    report: PrepareReport, names: set[str], parameters: dict[str, Any], prune: bool
 ) -> None:
     """Find cases of the store that were not given, and remove those whose sources are gone."""
     for folder in sorted((report.store / CASES).iterdir()):
         # Hidden folders are cases that other processes are writing.
-        meta = None if folder.name in given or folder.name[0] == "." else read_meta(folder)
+        meta = None if folder.name in names or folder.name[0] == "." else read_meta(folder)
         if meta is None or meta["parameters"] != parameters:
             continue  # not listed by Store.open, so nobody trains on it
         origin = origin_of(folder)

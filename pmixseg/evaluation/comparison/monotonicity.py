@@ -67,8 +67,8 @@ def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
                 count = changes.shape[1]
                 row = (region, before, added, float(changes.mean()), low, high, count, hurt)
                 rows.append((*row, bool(high < 0 and count >= FEWEST_CLEAR)))
-    found = pd.DataFrame(rows, columns=COLUMNS)
-    return found.sort_values("change", kind="stable").reset_index(drop=True)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.sort_values("change", kind="stable").reset_index(drop=True)
 
 
 def _by_case(run: pd.DataFrame, names: Mapping[frozenset[str], str]) -> pd.DataFrame:

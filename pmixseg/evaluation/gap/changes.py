@@ -51,10 +51,10 @@ def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
     """
     table = read_log(run)
     names = [str(c) for c in table.columns]
-    found = {m.groups() for n in names if (m := _COLUMN.fullmatch(n))}
+    logged = {m.groups() for n in names if (m := _COLUMN.fullmatch(n))}
     changes = []
-    for level in sorted({int(level) for level, _ in found}):
-        here = {what: f"gap/level{level}/{what}" for number, what in found if int(number) == level}
+    for level in sorted({int(level) for level, _ in logged}):
+        here = {what: f"gap/level{level}/{what}" for number, what in logged if int(number) == level}
         rows = table.dropna(subset=list(here.values()), how="all")
         shown = [m for m in MEASURES if m in here]
         kept = _of_best(table, rows) if best else rows.iloc[-1]

@@ -87,7 +87,7 @@ def sample_latents(
     names = tuple(predictor.modalities)
     images = list(images)
     cuts = [centre_window(image, window) for image in images]
-    found: dict[int, list[LatentSample]] = {level: [] for level in levels}
+    samples: dict[int, list[LatentSample]] = {level: [] for level in levels}
     share = -(-points // max(len(cuts), 1))
     for number, cut in enumerate(cuts):
         everything = torch.ones(1, len(names), dtype=torch.bool, device=cut.device)
@@ -107,8 +107,8 @@ def sample_latents(
                 pooled = F.adaptive_avg_pool3d(marked, (d, h, w))[None]
                 _, shares = voxel_vectors(features, pooled, brain, share, seed=number)
             cases = torch.full((len(vectors),), number)
-            found[level].append(LatentSample(vectors, targets, weights, cases, shares))
-    return {level: _joined(samples) for level, samples in found.items() if samples}
+            samples[level].append(LatentSample(vectors, targets, weights, cases, shares))
+    return {level: _joined(several) for level, several in samples.items() if several}
 
 
 def _joined(samples: Sequence[LatentSample]) -> LatentSample:
@@ -151,11 +151,11 @@ def centre_window(
     shape = torch.tensor(image.shape[1:], dtype=torch.double)
     middle = places.mean(0).cpu() if len(places) else shape / 2
     slices = []
-    for centre, extent, wanted in zip(middle.tolist(), image.shape[1:], size, strict=True):
-        start = min(max(round(centre + 0.5 - wanted / 2), 0), max(extent - wanted, 0))
-        slices.append(slice(start, start + wanted))
+    for centre, extent, length in zip(middle.tolist(), image.shape[1:], size, strict=True):
+        start = min(max(round(centre + 0.5 - length / 2), 0), max(extent - length, 0))
+        slices.append(slice(start, start + length))
     cut = image[(slice(None), *slices)]
-    short = [wanted - has for wanted, has in zip(size, cut.shape[1:], strict=True)]
+    short = [length - has for length, has in zip(size, cut.shape[1:], strict=True)]
     return F.pad(cut, [0, short[2], 0, short[1], 0, short[0]])
 
 

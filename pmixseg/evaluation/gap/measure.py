@@ -157,8 +157,8 @@ def corrected_total_correlation(vectors: Vectors, seed: int = 0, shuffles: int =
     count, modalities, channels = vectors.shape
     generator = torch.Generator().manual_seed(seed)
 
-    def plain(given: Tensor) -> float:
-        covariance = _covariance(given.flatten(1))
+    def plain(vectors: Tensor) -> float:
+        covariance = _covariance(vectors.flatten(1))
         return total_correlation(covariance, [channels] * modalities)
 
     baseline = 0.0

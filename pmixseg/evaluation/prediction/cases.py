@@ -108,13 +108,13 @@ class EvaluationSettings:
         return 1.0 if self.temperatures is None else self.temperatures.get(n_present, 1.0)
 
     @classmethod
-    def of(cls, given: EvaluationSettings | Mapping[str, Any] | None) -> EvaluationSettings:
+    def of(cls, settings: EvaluationSettings | Mapping[str, Any] | None) -> EvaluationSettings:
         """Settings from themselves, from :meth:`to_dict`, or the defaults."""
-        if given is None:
+        if settings is None:
             return cls()
-        if isinstance(given, EvaluationSettings):
-            return given
-        values = dict(given)
+        if isinstance(settings, EvaluationSettings):
+            return settings
+        values = dict(settings)
         if isinstance(values.get("conventions"), Mapping):
             values["conventions"] = Conventions.from_dict(values["conventions"])
         values["postprocess"] = values.get("postprocess") or ()
@@ -180,9 +180,9 @@ class CasePrediction:
 
     def source_probabilities(self) -> Float[np.ndarray, "c x y z"]:
         """Calibrated probabilities in the source grid; background 1 outside ``box``."""
-        found = self.geometry.to_source(self.calibrated.cpu().numpy(), self.box, order=1)
-        found[0] += 1 - found.sum(0)
-        return found
+        probabilities = self.geometry.to_source(self.calibrated.cpu().numpy(), self.box, order=1)
+        probabilities[0] += 1 - probabilities.sum(0)
+        return probabilities
 
     def source_entropy(self) -> Float[np.ndarray, "x y z"]:
         r"""Voxel-wise uncertainty :math:`-\sum_c p_c \ln p_c` in nats, 0 to ln C."""
@@ -195,8 +195,10 @@ class CasePrediction:
         labels would have the coarse grid's steps.
         """
         if self.geometry.resampled:
-            found = self.geometry.to_source(self.probabilities.cpu().numpy(), self.box, order=1)
-            labels = found.argmax(0).astype(np.uint8)
+            probabilities = self.geometry.to_source(
+                self.probabilities.cpu().numpy(), self.box, order=1
+            )
+            labels = probabilities.argmax(0).astype(np.uint8)
         else:
             classes = self.classes.to(torch.uint8).cpu().numpy()
             labels = self.geometry.to_source(classes, self.box, order=0)
@@ -241,7 +243,7 @@ def predict_case(
         crop = image[(slice(None), *box.relative_to(whole).slices)]
         shown = torch.tensor([presence(c, predictor.modalities) for c in members])
         size = 4 * predictor.num_classes * int(np.prod(box.shape))
-        found = iterate_combinations(
+        predictions = iterate_combinations(
             predictor,
             crop,
             shown,
@@ -252,7 +254,7 @@ def predict_case(
             chunk=max(1, ACCUMULATOR_BYTES // size),
             progress=progress,
         )
-        for rows, probabilities in found:
+        for rows, probabilities in predictions:
             for row, one in zip(rows, probabilities, strict=True):
                 yield CasePrediction(
                     members[row],

@@ -83,10 +83,10 @@ def et_below_500(labels: Labels, task: Task, spacing: Spacing) -> Labels:
     Source: the rule of RFNet's and nnU-Net's BraTS evaluation.
     """
     enhancing, core = _enhancing(task)
-    found = labels == enhancing
-    if np.count_nonzero(found) * math.prod(spacing) >= ET_MINIMUM_MM3:
+    voxels = labels == enhancing
+    if np.count_nonzero(voxels) * math.prod(spacing) >= ET_MINIMUM_MM3:
         return labels
-    return np.where(found, np.uint8(core), labels)
+    return np.where(voxels, np.uint8(core), labels)
 
 
 def largest_component(labels: Labels, task: Task, spacing: Spacing) -> Labels:

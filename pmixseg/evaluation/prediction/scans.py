@@ -225,8 +225,8 @@ def _choose(
     return tuple(m for m in task.modalities if m in images)
 
 
-def _codes(given: Mapping[str, int] | None, task: Task, where: str) -> dict[str, int]:
-    used = dict(given or {label: index + 1 for index, label in enumerate(task.labels)})
+def _codes(codes: Mapping[str, int] | None, task: Task, where: str) -> dict[str, int]:
+    used = dict(codes or {label: index + 1 for index, label in enumerate(task.labels)})
     if set(used) != set(task.labels) or len({0, *used.values()}) != len(used) + 1:
         raise InputError(
             f"{where}: the codes {used} must give each of {list(task.labels)} a number of its own "
@@ -245,13 +245,15 @@ def _doubts(case: CanonicalCase, task: Task, settings: SegmentSettings, where: s
 
 def _in_reference(geometry: Geometry, grid: CommonGrid, spacing: Spacing | None) -> Geometry:
     """The way back to the axes of the reference scan, which may differ from the first scan's."""
-    wanted = grid.reference
-    if wanted is None or (wanted.source_affine, wanted.unit) == (
+    reference = grid.reference
+    if reference is None or (reference.source_affine, reference.unit) == (
         geometry.source_affine,
         geometry.unit,
     ):
         return geometry
-    other = Geometry.of(wanted.source_shape, wanted.affine, spacing, geometry.boxes, wanted.unit)
+    other = Geometry.of(
+        reference.source_shape, reference.affine, spacing, geometry.boxes, reference.unit
+    )
     return other if other.grid_shape == geometry.grid_shape else geometry
 
 
@@ -265,11 +267,11 @@ def _predict(
     progress: Progress | None,
 ) -> CasePrediction:
     mirrorings = list(_mirrorings(settings.tta))
-    found: CasePrediction | None = None
+    prediction: CasePrediction | None = None
     total: Tensor | None = None
     for done, axes in enumerate(mirrorings):
         with _autocast(settings, recipe.device):
-            found = next(
+            prediction = next(
                 predict_case(
                     predictor,
                     image.flip(axes) if axes else image,
@@ -281,12 +283,12 @@ def _predict(
                     progress=_part(progress, done, len(mirrorings)),
                 )
             )
-        back = found.probabilities.flip(axes) if axes else found.probabilities
+        back = prediction.probabilities.flip(axes) if axes else prediction.probabilities
         total = back if total is None else total.add_(back)
-    assert found is not None  # there is always the volume as it is
+    assert prediction is not None  # there is always the volume as it is
     assert total is not None
-    found.probabilities = total.div_(len(mirrorings))
-    return found
+    prediction.probabilities = total.div_(len(mirrorings))
+    return prediction
 
 
 def _mirrorings(tta: bool) -> Iterator[tuple[int, ...]]:
@@ -325,7 +327,7 @@ def _facts(recipe: Recipe, settings: SegmentSettings, n_present: int) -> dict[st
 def _inputs(
     images: Mapping[str, Source], chosen: Combination, digests: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
-    found = {}
+    sources = {}
     for modality in chosen:
         source = images[modality]
         path = source[0] if isinstance(source, tuple) else source
@@ -335,5 +337,5 @@ def _inputs(
             facts["channel"] = str(source[1])
         if modality in digests:
             facts["sha256"] = digests[modality]
-        found[modality] = facts
-    return found
+        sources[modality] = facts
+    return sources

@@ -76,8 +76,8 @@ class Segmentation:
     def labels(self) -> NDArray[np.integer[Any]]:
         """:attr:`classes` as label codes."""
         table = code_table(self.codes, self.task, f"case '{self.name}'")
-        found: NDArray[np.integer[Any]] = table[self.classes]
-        return found
+        coded: NDArray[np.integer[Any]] = table[self.classes]
+        return coded
 
     @cached_property
     def probabilities(self) -> Float[np.ndarray, "c x y z"]:

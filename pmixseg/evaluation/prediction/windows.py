@@ -99,7 +99,7 @@ def predict_combinations(
             does not hold a single window.
         ValueError: the predictor is in training mode.
     """
-    found = iterate_combinations(
+    predictions = iterate_combinations(
         predictor,
         image,
         present,
@@ -110,7 +110,7 @@ def predict_combinations(
         device=device,
         progress=progress,
     )
-    return next(found)[1]
+    return next(predictions)[1]
 
 
 def check_windows(
@@ -197,14 +197,14 @@ def iterate_combinations(
             done += len(batch)
             if progress is not None:
                 progress(number * len(windows) + done, len(starts) * len(windows))
-        found = sums.div_(total)[visible]
-        if not math.isfinite(float(found.sum())):
+        means = sums.div_(total)[visible]
+        if not math.isfinite(float(means.sum())):
             raise InputError(
                 "the network answers with numbers that are not finite: its weights or the scans "
                 "hold extreme values, or half precision is too coarse for it; use another "
                 "checkpoint, or compute in fp32."
             )
-        yield rows, found
+        yield rows, means
 
 
 def _at_once(batch_size: BatchSize, device: torch.device) -> int:

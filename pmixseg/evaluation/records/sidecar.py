@@ -93,16 +93,16 @@ class Sidecar:
         Raises:
             InputError: a newer format, or fields that are missing.
         """
-        found = raw.get("format")
-        if not isinstance(found, int) or not 0 <= found <= FORMAT:
+        number = raw.get("format")
+        if not isinstance(number, int) or not 0 <= number <= FORMAT:
             raise InputError(
-                f"{where}: format {found!r} is not known to this version of pmixseg, which reads 0 "
+                f"{where}: format {number!r} is unknown to this version of pmixseg, which reads 0 "
                 f"to {FORMAT}; upgrade pmixseg."
             )
-        given = dict(raw)
-        for step in range(found, FORMAT):
-            given = UPGRADES[step](given)
-        known = {n: given[n] for n in cls.__dataclass_fields__ if given.get(n) is not None}
+        content = dict(raw)
+        for step in range(number, FORMAT):
+            content = UPGRADES[step](content)
+        known = {n: content[n] for n in cls.__dataclass_fields__ if content.get(n) is not None}
         wrong = [name for name, kind in _KINDS.items() if not isinstance(known.get(name), kind)]
         if wrong:
             raise InputError(
@@ -111,7 +111,7 @@ class Sidecar:
         if known.get("seen") is not None:
             known["seen"] = tuple(known["seen"])
         try:
-            return cls(**{**known, "task": Task.from_dict(given["task"])})
+            return cls(**{**known, "task": Task.from_dict(content["task"])})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -185,10 +185,10 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # run from a source tree that was never installed
             continue
-    return found
+    return versions

@@ -240,17 +240,17 @@ def courses(charts: Sequence[Chart]) -> Figure:
 def overlaid(histories: Mapping[str, Sequence[Chart]]) -> list[Chart]:
     """Training loss and validation Dice of several runs, a curve per run."""
     panels = (("train", "loss", "train/loss"), ("val/dice", "mean", "val/dice"))
-    found = []
+    charts = []
     for title, name, shown in panels:
         curves = {
             run: chart.curves[name]
-            for run, charts in histories.items()
-            for chart in charts
+            for run, own in histories.items()
+            for chart in own
             if chart.title == title and name in chart.curves
         }
         if curves:
-            found.append(Chart(shown, curves))
-    return found
+            charts.append(Chart(shown, curves))
+    return charts
 
 
 def as_svg(figure: Figure) -> str:

@@ -117,12 +117,12 @@ def write_report(runs: Sequence[Path], out: Path, images: bool = True) -> Path:
         InputError: a run without records, runs of different tasks, or nowhere to write.
     """
     out = out if out.suffix in (".html", ".htm") else out / "report.html"
-    found = [Run.read(Path(folder)) for folder in runs]
-    check_together([run.records for run in found])
+    read_runs = [Run.read(Path(folder)) for folder in runs]
+    check_together([run.records for run in read_runs])
     beside = out.with_name(f"{out.stem}_files")
     with writing(beside):
         beside.mkdir(parents=True, exist_ok=True)
-        page = _page(found, beside, images)
+        page = _page(read_runs, beside, images)
     with whole(out) as part:
         part.write_text(page, encoding="utf-8")
     return out
@@ -131,8 +131,8 @@ def write_report(runs: Sequence[Path], out: Path, images: bool = True) -> Path:
 def html_table(table: Tabulation) -> str:
     """The combination table as an HTML ``<table>``, in the markup of the report."""
     macro = _environment().get_template("tables.html.j2").module
-    found: str = macro.combinations(table)  # type: ignore[attr-defined]  # a Jinja macro
-    return str(found)
+    markup: str = macro.combinations(table)  # type: ignore[attr-defined]  # a Jinja macro
+    return str(markup)
 
 
 def _page(runs: list[Run], beside: Path, images: bool) -> str:
@@ -261,18 +261,18 @@ def _same_references(records: Sequence[Records]) -> bool:
 
 def _figures(runs: list[Run], dice: Tabulation, hd95: Tabulation | None) -> dict[str, Figure]:
     records = [run.records for run in runs]
-    found = {"heat_dice": heat_map(dice), "cases_dice": box_plots(records)}
+    figures = {"heat_dice": heat_map(dice), "cases_dice": box_plots(records)}
     if dice.task.num_modalities > 1:
-        found["sequences_dice"] = by_count(dice)
+        figures["sequences_dice"] = by_count(dice)
     if hd95 is not None:
-        found["heat_hd95"] = heat_map(hd95)
+        figures["heat_hd95"] = heat_map(hd95)
     together = overlaid({run.name: run.charts for run in runs})
     if len(runs) > 1 and together:
-        found["training"] = courses(together)
+        figures["training"] = courses(together)
     for k, run in enumerate(runs):
         if run.charts:
-            found[f"training_{k + 1}"] = courses(run.charts)
-    return found
+            figures[f"training_{k + 1}"] = courses(run.charts)
+    return figures
 
 
 @dataclass(frozen=True)
@@ -305,13 +305,13 @@ def _pictures(runs: list[Run]) -> list[PicturedCase]:
     places = {k: f"{_ordinal(k)} lowest" if k else "lowest" for k in range(min(WORST, count))}
     if count > WORST:
         places = {**places, count // 2: "middle", count - 1: "highest"}
-    found = []
+    pictured = []
     for k, place in sorted(places.items()):
         name = str(dice.index[k])
         note = f"mean Dice {100 * dice.iloc[k]:.1f}, the {place} of {count} cases with pictures"
         examples = {run.name: Example.load(run.examples[name]) for run in holders}
-        found.append(PicturedCase(examples, note))
-    return found
+        pictured.append(PicturedCase(examples, note))
+    return pictured
 
 
 def _ordinal(index: int) -> str:

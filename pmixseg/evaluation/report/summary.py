@@ -127,13 +127,13 @@ class WorstCase:
 def worst_cases(records: Records, count: int = 5) -> list[WorstCase]:
     """Cases with the lowest mean Dice, the worst first."""
     table = records.table
-    found = []
+    worst = []
     for case, mean in table.groupby("case")["dice"].mean().nsmallest(count).items():
         rows = table[table["case"] == case]
         regions = rows.groupby("region")["dice"].mean()
         region = str(regions.idxmin())
         low = rows[rows["region"] == region].set_index("combination")["dice"]
-        found.append(
+        worst.append(
             WorstCase(
                 run_name(records),
                 str(case),
@@ -144,7 +144,7 @@ def worst_cases(records: Records, count: int = 5) -> list[WorstCase]:
                 100 * float(low.min()),
             )
         )
-    return found
+    return worst
 
 
 @dataclass(frozen=True)
@@ -170,17 +170,17 @@ def calibration_summaries(runs: Sequence[Records]) -> list[CalibrationSummary]:
     if not all({"ece", "brier"} <= set(one.table) for one in runs):
         return []
     ece, brier = tabulate(runs, ECE), tabulate(runs, BRIER)
-    found = []
+    lines = []
     for a, b in zip(ece.lines, brier.lines, strict=True):
         sizes = np.array([len(c) for c in ece.combinations])
         by_size = [
             tuple(_mean_of(np.array(line.values)[sizes == n]) for n in sorted(set(sizes)))
             for line in (a, b)
         ]
-        found.append(
+        lines.append(
             CalibrationSummary(a.run, a.region, (*by_size[0], a.mean), (*by_size[1], b.mean))
         )
-    return found
+    return lines
 
 
 def _mean_of(values: NDArray[np.float64]) -> float:
@@ -226,50 +226,52 @@ def additions(records: Records, count: int = 6) -> Additions:
 def remarks(runs: Sequence[Records]) -> list[str]:
     """What a reader must know before comparing anything on the page, one sentence each."""
     task = runs[0].task
-    found: list[str] = []
+    cautions: list[str] = []
     sets = [frozenset(one.table["case"]) for one in runs]
     count = min(len(s) for s in sets)
     if count < FEW_CASES:
-        found.append(
+        cautions.append(
             f"{count} case{'s' if count > 1 else ''}: too few to conclude anything about patients."
         )
     if len(set(sets)) > 1:
-        found.append(
+        cautions.append(
             "The runs were scored on different cases. Best values are marked, and ranks given, "
             "only for combinations in which all runs share the same cases."
         )
     if len(runs) > 1:
-        found.append(
+        cautions.append(
             "Differences between single trainings mix the method with the luck of its seed: for a "
             "statement about methods use several seeds per arm and `pmixseg compare`."
         )
     for name in ("conventions", "postprocess"):
         values = [one.sidecar.to_dict()[name] for one in runs]
         if any(value != values[0] for value in values):
-            found.append(f"The runs differ in their {_spell(name, values)}: do not compare them.")
+            cautions.append(
+                f"The runs differ in their {_spell(name, values)}: do not compare them."
+            )
     for region in task.regions:
-        found += _about_region(runs[0], region)
+        cautions += _about_region(runs[0], region)
     lacking = [run_name(one) for one in runs if _has_gaps(one)]
     if lacking:
-        found.append(
+        cautions.append(
             f"Not every case has every sequence ({', '.join(lacking)}): combinations with a "
             "missing sequence are averaged over fewer cases."
         )
     for one in runs:
         if one.altered:
-            found.append(f"The table of {run_name(one)} was changed after it was written.")
+            cautions.append(f"The table of {run_name(one)} was changed after it was written.")
         if "source" in one.sidecar.conventions:
-            found.append(f"{run_name(one)} does not state its conventions.")
+            cautions.append(f"{run_name(one)} does not state its conventions.")
     heated = [_temperatures(one) for one in runs]
     if any(t != heated[0] for t in heated):
-        found.append(
+        cautions.append(
             "The runs differ in the temperatures of their probabilities, which ECE and Brier score "
             "depend on and nothing else does."
         )
     dirty = [run_name(r) for r in runs if r.sidecar.git and r.sidecar.git.get("dirty")]
     if dirty:
-        found.append(f"Made from a checkout with uncommitted changes: {', '.join(dirty)}.")
-    return found
+        cautions.append(f"Made from a checkout with uncommitted changes: {', '.join(dirty)}.")
+    return cautions
 
 
 def _temperatures(records: Records) -> object:

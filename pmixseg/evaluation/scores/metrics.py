@@ -92,8 +92,8 @@ class CaseMetrics:
             InputError: the prediction has another shape, or values outside the task, or ``only``
                 names an unknown measure.
         """
-        wanted = set(self.measures if only is None else only)
-        unknown = sorted(wanted.difference(self.measures))
+        names = set(self.measures if only is None else only)
+        unknown = sorted(names.difference(self.measures))
         if unknown:
             raise InputError(f"measures {unknown} are unknown; use names of {list(self.measures)}.")
         predicted = RegionMasks(prediction, self.task, self.spacing, "prediction")
@@ -106,13 +106,13 @@ class CaseMetrics:
         rows = []
         for r, region in enumerate(self.task.regions):
             row = self._overlap(predicted.sizes[r], self.truth.sizes[r], shared[r])
-            if wanted.intersection(names_of("distance")):
+            if names.intersection(names_of("distance")):
                 row |= self._distance(predicted, r)
-            if wanted.intersection(names_of("surface")):
+            if names.intersection(names_of("surface")):
                 row["nsd"] = self._surface_dice(predicted, r)
-            if wanted.intersection(LESION_MEASURES):
+            if names.intersection(LESION_MEASURES):
                 row |= self._lesion_wise(predicted, r)
-            rows.append({"region": region} | {k: row[k] for k in self.measures if k in wanted})
+            rows.append({"region": region} | {k: row[k] for k in self.measures if k in names})
         return rows
 
     def _overlap(self, predicted: int, true: int, shared: int) -> dict[str, Any]:

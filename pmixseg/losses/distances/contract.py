@@ -1,7 +1,7 @@
 r"""What a distance is given, and what it returns.
 
 Every distance returns one number per sample and modality; the mean over a sample's modalities and
-over samples is taken by :class:`~pmixseg.losses.alignment.Alignment`. All compute in float32 or
+over samples is taken by :class:`~pmixseg.losses.alignment.AlignmentLoss`. All compute in float32 or
 float64, whichever the features have, have finite gradients where latents coincide, are constant,
 or have one voxel, and look at brain voxels alone. None asks for a tensor's value, and all have the
 same shapes in every step, so that a training step compiles as one graph.

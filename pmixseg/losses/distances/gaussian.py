@@ -42,7 +42,7 @@ class KL(Distance):
 
     The heads start as μ = f, σ² = 1. They are trained by this loss, which a constant μ or a large
     σ would satisfy without the latents moving; sampling the decoded latents
-    (:meth:`~pmixseg.losses.alignment.Alignment.sample`) is what makes σ cost something.
+    (:meth:`~pmixseg.losses.alignment.AlignmentLoss.sample`) is what makes σ cost something.
 
     Args:
         heads: build heads. If not, the encoder itself must be variational: μ is its latent and

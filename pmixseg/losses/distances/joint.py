@@ -118,9 +118,9 @@ class JointKL(Distance):
         unit = torch.eye(slots, dtype=covariance.dtype, device=covariance.device)
         if not isinstance(self.correlation, str):
             return unit + self.correlation * (1 - unit)
-        given = covariance.detach()
-        scale = given.diagonal(dim1=-2, dim2=-1).rsqrt()
-        each = (given * scale[..., None] * scale[..., None, :]).mean(1)
+        fixed = covariance.detach()
+        scale = fixed.diagonal(dim1=-2, dim2=-1).rsqrt()
+        each = (fixed * scale[..., None] * scale[..., None, :]).mean(1)
         both = (subset[:, :, None] & subset[:, None, :]).to(each)
         totals = sum_over_ranks(torch.stack([(each * both).sum(0), both.sum(0)]))
         matched = totals[0] / totals[1].clamp_min(1)

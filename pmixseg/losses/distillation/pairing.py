@@ -36,14 +36,14 @@ class Pair(NamedTuple):
 
 
 def shared_strides(
-    student: Network, teacher: Network, wanted: Sequence[int] | None, coarsest: int
+    student: Network, teacher: Network, strides: Sequence[int] | None, coarsest: int
 ) -> list[Pair]:
     """Pair the levels of two networks that have the same stride, finest first.
 
     Args:
         student: the student's backbone.
         teacher: the teacher's.
-        wanted: these strides, or
+        strides: these strides, or
         coarsest: as many of the coarsest that both have.
 
     Raises:
@@ -56,10 +56,10 @@ def shared_strides(
         [Pair(stride=4, student=2, teacher=1)]
     """
     both = sorted(set(student.strides) & set(teacher.strides))
-    chosen = both[-coarsest:] if wanted is None else sorted(set(wanted))
+    chosen = both[-coarsest:] if strides is None else sorted(set(strides))
     if not chosen or not set(chosen) <= set(both):
         raise InputError(
-            f"latents at the strides {list(wanted or [])} cannot be compared: the student has "
+            f"latents at the strides {list(strides or [])} cannot be compared: the student has "
             f"{list(student.strides)}, the teacher {list(teacher.strides)}; choose strides that "
             "both have."
         )
