@@ -1,4 +1,4 @@
-"""A module that is used here and belongs to somebody else."""
+"""Hold a module without making it a part of the holder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules that are in eval mode for a while."""
+"""Put modules into eval mode for a while."""
 
 from __future__ import annotations
 

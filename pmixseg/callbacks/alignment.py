@@ -1,4 +1,4 @@
-"""Pmix alignment as a callback."""
+"""Alignment as a callback: pull every sequence's latents towards the anchor P_mix in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quiet where Lightning speaks of its products, and of what this package has arranged."""
+"""Silence messages of Lightning that tell a user of this package nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of an alignment that do nothing by construction: one sentence each, before or after."""
+"""Find settings of an alignment that have no effect, and say so in one sentence each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions as files."""
+"""Write what ``predict`` predicts as files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Temperatures fitted on validation cases, written into a checkpoint."""
+"""Fit temperatures of probabilities on validation cases, and write them into a checkpoint."""
 
 from __future__ import annotations
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from pmixseg.data.augment import Augmentation
-from pmixseg.data.cohorts.layouts import find_cases, search
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.cohorts.shares import Share
-from pmixseg.data.keys import make_key
+from pmixseg.data.keys import make_key, number_of
 from pmixseg.data.masks import CaseMasks, Flags, MaskFile
 from pmixseg.data.patches import (
     CaseDataset,
@@ -30,8 +29,9 @@ from pmixseg.data.patches import (
     collate_patches,
 )
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, FirstEpoch
+from pmixseg.data.source import CohortSource, spacing_of
 from pmixseg.data.splits import Fractions, Split, SplitPlan, divided_patients
-from pmixseg.data.store.store import Store, StoredCase, prepare
+from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task
@@ -103,8 +103,6 @@ class BraTSDataModule(LightningDataModule):
         predict_part: Literal["train", "val", "test", "all"] = "test",
     ) -> None:
         super().__init__()
-        if store is None and root is None:
-            raise InputError("no data: name a prepared store (data.store) or a cohort (data.root).")
         if mask_file is not None and masks is not None:
             raise InputError("both mask_file and masks are given; name one of them.")
         if min(patches_per_case, batch_size) < 1 or num_workers < 0 or not 0 <= foreground <= 1:
@@ -113,11 +111,8 @@ class BraTSDataModule(LightningDataModule):
                 f"more, num_workers {num_workers} 0 or more, foreground {foreground} within "
                 "[0, 1]; correct them."
             )
-        self.root = None if root is None else Path(root)
-        self.task, self.layout, self.labels = task, layout, labels
-        self.prepare_workers = prepare_workers
-        self._wanted_spacing = None if spacing is None else _spacing(spacing)
-        self.store_path = self._beside_root() if store is None else Path(store)
+        self.task = task
+        self.source = CohortSource(store, root, task, spacing, layout, labels, prepare_workers)
         self.split_plan: SplitPlan = build(split) or Fractions()
         self.split_is_chosen = split is not None
         self.patch_size = _size(patch_size)
@@ -129,8 +124,6 @@ class BraTSDataModule(LightningDataModule):
         self.masks: CaseMasks | None = MaskFile(mask_file) if mask_file else build(masks)
         self.seed, self.val_cases, self.predict_part = seed, val_cases, predict_part
         self.share: Share | None = None
-        self._store: Store | None = None
-        self._cases: tuple[str, ...] | None = None
         self._parts: Split | None = None
         self._allowed: dict[str, Flags] = {}
         self._voxel = (1.0, 1.0, 1.0)
@@ -139,17 +132,18 @@ class BraTSDataModule(LightningDataModule):
     # ---------------------------------------------------------------- what others ask
 
     @property
+    def store_path(self) -> Path:
+        """Where the store lies."""
+        return self.source.path
+
+    @property
     def store(self) -> Store:
         """The opened store.
 
         Raises:
             InputError: it is missing, or was made for another task or spacing.
         """
-        if self._store is None:
-            opened = Store.open(self.store_path)
-            self._check(opened)
-            self._store = opened
-        return self._store
+        return self.source.store
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
@@ -173,13 +167,7 @@ class BraTSDataModule(LightningDataModule):
         Raises:
             InputError: there is no store, or no case under ``root``.
         """
-        if self._cases is None:
-            self._cases = self.store.cases
-            if self.root is not None:
-                cohort = find_cases(self.root, self.task, self.layout, self.labels)
-                there = {c.case_id for c in cohort}
-                self._cases = tuple(name for name in self.store.cases if name in there)
-        return self._cases
+        return self.source.cases
 
     @property
     def parts(self) -> Split:
@@ -210,28 +198,8 @@ class BraTSDataModule(LightningDataModule):
         Raises:
             InputError: no case is found, or some cannot be prepared.
         """
-        if self.root is None:
-            return
-        cohort = search(self.root, self.task, self.layout, self.labels)
-        report = prepare(
-            cohort.cases,
-            self.store_path,
-            self.task,
-            spacing=self._wanted_spacing,
-            workers=self.prepare_workers,
-        )
-        # What was opened before may have changed.
-        self._store, self._cases, self._parts = None, None, None
-        report.cohort = cohort.remarks
-        rank_zero_info(report.summary())
-        if left := (*report.gone, *report.elsewhere):
-            rank_zero_info(f"{len(left)} cases of the store are left out: not under {self.root}")
-        if report.failed:
-            raise InputError(
-                f"{len(report.failed)} cases of {self.root} cannot be used: "
-                f"{' '.join(report.failed.values())} To go on without them, name the store "
-                f"{self.store_path} and no root."
-            )
+        self.source.prepare()
+        self._parts = None  # the cohort may have changed
 
     def setup(self, stage: str) -> None:
         """Open the store, split it, apply the masks.
@@ -262,7 +230,7 @@ class BraTSDataModule(LightningDataModule):
                 )
         if stage == "fit" and parts.train:
             voxels = [cases[name].geometry.grid_spacing for name in parts.train]
-            self._voxel = _spacing(np.median(voxels, axis=0).tolist())
+            self._voxel = spacing_of(np.median(voxels, axis=0).tolist())
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of patches, in an order that (seed, epoch) fix.
@@ -387,41 +355,13 @@ class BraTSDataModule(LightningDataModule):
         if self.val_cases is None or self.val_cases >= len(cases):
             return cases
         # Chosen by name, so that the choice does not favour whoever comes first in the list.
-        order = sorted(cases, key=lambda name: make_key(0, None, int.from_bytes(name.encode())))
+        order = sorted(cases, key=lambda name: make_key(0, None, number_of(name)))
         chosen = set(order[: self.val_cases])
         return tuple(name for name in cases if name in chosen)
-
-    def _check(self, store: Store) -> None:
-        theirs, ours = store.task, self.task
-        if (theirs.modalities, theirs.labels) != (ours.modalities, ours.labels):
-            raise InputError(
-                f"store {self.store_path} holds {list(theirs.modalities)} with the labels "
-                f"{list(theirs.labels)}, but the task '{ours.name}' has {list(ours.modalities)} "
-                f"with {list(ours.labels)}; prepare it for this task or set data.task."
-            )
-        if self._wanted_spacing is not None and store.spacing != self._wanted_spacing:
-            raise InputError(
-                f"store {self.store_path} was prepared at spacing {store.spacing} mm, not "
-                f"{self._wanted_spacing}; prepare it again or correct data.spacing."
-            )
-
-    def _beside_root(self) -> Path:
-        assert self.root is not None
-        grid = (
-            ""
-            if self._wanted_spacing is None
-            else "-" + "x".join(f"{s:g}" for s in self._wanted_spacing)
-        )
-        return self.root.resolve().parent / f"{self.root.resolve().name}-store{grid}"
 
 
 def _size(size: int | Sequence[int]) -> Size:
     d, h, w = (size,) * 3 if isinstance(size, int) else size
     if min(d, h, w) < 1:
         raise InputError(f"patch_size {size} must be one or three numbers of voxels above 0.")
-    return d, h, w
-
-
-def _spacing(values: Sequence[float]) -> tuple[float, float, float]:
-    d, h, w = (float(v) for v in values)
     return d, h, w

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from pmixseg.data.keys import make_key
+from pmixseg.data.keys import make_key, number_of
 
 
 class SplittableCase(Protocol):
@@ -54,9 +54,7 @@ def deal(
     everyone = 0
     for grade in sorted(grades):
         of_grade = [0] * len(shares)
-        order = sorted(
-            grades[grade], key=lambda p: (make_key(seed, None, int.from_bytes(p.encode())), p)
-        )
+        order = sorted(grades[grade], key=lambda p: (make_key(seed, None, number_of(p)), p))
         for patient in order:
             scans = patients[patient]
             graded = sum(of_grade) + len(scans)

@@ -58,6 +58,19 @@ def uniform(keys: Keys, stream: str, n: int) -> Float[Tensor, "b n"]:
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
 
 
+def number_of(name: str) -> int:
+    """Return the number that stands for a case's or a patient's name in :func:`make_key`.
+
+    Args:
+        name: of the case or patient.
+
+    Example:
+        >>> number_of("a"), number_of("ab")
+        (97, 24930)
+    """
+    return int.from_bytes(name.encode())
+
+
 def generator(key: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator for noise fields, seeded from (key, stream).
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmixseg.data.keys import make_key, uniform
+from pmixseg.data.keys import make_key, number_of, uniform
 from pmixseg.data.missing import bernoulli_not_empty, check_rates, rate_row
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
@@ -309,8 +309,8 @@ def _draw(
     cases: Sequence[MaskableCase], rates: Float[Tensor, "n m"], seed: int
 ) -> dict[str, Flags]:
     """Draw by case id, so that adding a case changes no other's mask."""
-    ids = [int.from_bytes(case.case_id.encode()) for case in cases]
-    keys = torch.tensor([make_key(seed, None, number) for number in ids], dtype=torch.int64)
+    numbers = [number_of(case.case_id) for case in cases]
+    keys = torch.tensor([make_key(seed, None, n) for n in numbers], dtype=torch.int64)
     acquired = torch.tensor([case.acquired for case in cases], dtype=torch.bool)
     shown = bernoulli_not_empty(uniform(keys, "mask", rates.shape[1]), rates, acquired)
     return {case.case_id: tuple(row) for case, row in zip(cases, shown.tolist(), strict=True)}

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pmixseg.data.keys import make_key, uniform
+from pmixseg.data.keys import make_key, number_of, uniform
 from pmixseg.data.masks import Flags
 from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.data.store.stored import copy_box
@@ -178,7 +178,7 @@ class CaseDataset(Dataset[CaseItem]):
         image = torch.zeros(stored.image.shape)
         for m in np.flatnonzero(acquired):
             _read(stored.image[m], [0, 0, 0], image[m])
-        number = int.from_bytes(stored.case_id.encode())
+        number = number_of(stored.case_id)
         item: CaseItem = {
             "image": image,
             "case_id": stored.case_id,

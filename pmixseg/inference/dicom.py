@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +13,11 @@ import numpy as np
 from pmixseg.dicom import Recognised, Series, read_folder, recognise, write_segmentation
 from pmixseg.dicom.recognition import choose
 from pmixseg.errors import InputError
-from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
 from pmixseg.files import inside
 from pmixseg.inference.raw import RawSettings, segment_raw
 from pmixseg.inference.segment import CaseResult, Outputs, segment_files
 from pmixseg.modules import SegmentationModule
-
-Progress = Callable[[int, int], None]
 
 UNNAMED = "study"
 """Name of a case without one: a patient's name or number never becomes a file name by itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +12,12 @@ import numpy as np
 from pmixseg.data.scans.colours import write_tables
 from pmixseg.data.scans.outputs import write_labels
 from pmixseg.errors import InputError
-from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
 from pmixseg.files import inside
 from pmixseg.inference.segment import CaseResult, Outputs, common_name
 from pmixseg.modules import SegmentationModule
 from pmixseg.preprocess import preprocess_scans
 from pmixseg.preprocess.itk import sitk
-
-Progress = Callable[[int, int], None]
 
 ATLAS_FOLDER = "atlas"
 """Folder, beside the result, of everything in atlas space."""

@@ -1,4 +1,4 @@
-r"""The authors' public snippets to the letter, for comparison with the repaired default.
+r"""The losses of the authors' public snippets, unchanged, for comparison with the default.
 
 The repository of the papers holds no complete training code, but two snippets. What they compute
 is reproduced here from their description in formulas (docs/method/snippets.md), faults included;

@@ -1,4 +1,4 @@
-"""What Lightning's Trainer offers and these modules cannot use, said before anything runs."""
+"""Refuse options of Lightning's Trainer that these modules cannot use, before anything runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backbone is tried with."""
+"""Inputs that the checks of a backbone use."""
 
 from __future__ import annotations
 

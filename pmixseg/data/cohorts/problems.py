@@ -1,4 +1,4 @@
-"""Many sentences about many cases, as few lines as say the same."""
+"""Join sentences about many cases into few lines."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from pmixseg.evaluation.comparison.paired_tests import (
     two_way_bootstrap,
 )
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
+from pmixseg.evaluation.records.records import KEY
 
-KEY = ["case", "combination", "region"]
 ENOUGH_PAIRS = 8
 ENOUGH_CASES = 20
 
@@ -111,8 +111,8 @@ def _check(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], measure: str) -
                     f"{where}: '{measure}' has no better direction, so nobody can win by it; "
                     f"choose one of {', '.join(c for c in known if direction_of(c))}."
                 )
-            if run.duplicated(KEY).any():
-                twice = run.loc[run.duplicated(KEY), KEY].iloc[0].tolist()
+            if run.duplicated(list(KEY)).any():
+                twice = run.loc[run.duplicated(list(KEY)), KEY].iloc[0].tolist()
                 raise InputError(f"{where} has {twice} twice; give every run a table of its own.")
 
 
@@ -128,7 +128,7 @@ def _name(run: pd.DataFrame, otherwise: str) -> str:
 
 def _aligned(runs: Sequence[pd.DataFrame], column: str, notes: list[str]) -> pd.DataFrame:
     """Values of every run, ``[rows, runs]``, for the rows that all have; what is left is noted."""
-    columns = [run.set_index(KEY)[column].rename(i) for i, run in enumerate(runs)]
+    columns = [run.set_index(list(KEY))[column].rename(i) for i, run in enumerate(runs)]
     everything = pd.concat(columns, axis=1)
     common = everything.dropna()
     if common.empty:

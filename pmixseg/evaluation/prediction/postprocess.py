@@ -11,11 +11,11 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
+from pmixseg.data.scans.geometry import Spacing
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
 Labels = UInt8[np.ndarray, "x y z"]
-Spacing = tuple[float, float, float]
 
 ET_MINIMUM_MM3 = 500.0
 """Smallest credible enhancing tumour; 500 voxels of the 1 mm BraTS grid."""

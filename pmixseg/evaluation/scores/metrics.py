@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from pmixseg.data.scans.geometry import Spacing
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import names_of
 from pmixseg.evaluation.scores.conventions import Conventions
 from pmixseg.evaluation.scores.lesions import LesionMetrics, lesion_metrics
 from pmixseg.evaluation.scores.regions import LabelMap, RegionMasks
-from pmixseg.evaluation.scores.surfaces import Spacing
 from pmixseg.task import Task
 
 __all__ = ["REGION_MEASURES", "CaseMetrics", "Conventions", "region_dice"]

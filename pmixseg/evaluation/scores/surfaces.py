@@ -18,7 +18,8 @@ from monai.metrics.utils import get_code_to_measure_table
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-Spacing = tuple[float, float, float]
+from pmixseg.data.scans.geometry import Spacing
+
 Coordinates = NDArray[np.int64]
 Distances = NDArray[np.float64]
 Word = TypeVar("Word", bound=np.unsignedinteger[Any])

@@ -1,4 +1,4 @@
-r"""What distillation losses over latents share.
+r"""Pair latents of a student with those of its teacher: equal strides, and which slots match.
 
 Student and teacher levels are paired by stride; a learnable 1x1x1 map h takes the student's
 channels to the teacher's. The teacher's side is, by default, its anchor

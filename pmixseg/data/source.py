@@ -1,0 +1,121 @@
+"""Where the cases of a training lie: a prepared store, and the cohort that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from pmixseg.data.cohorts.layouts import LabelNames, find_cases, search
+from pmixseg.data.store.store import Store, prepare
+from pmixseg.errors import InputError
+from pmixseg.task import Task
+
+
+class CohortSource:
+    """Open a prepared store, made from a cohort first where one is named.
+
+    Args:
+        store: the prepared cohort; by default beside ``root``.
+        root: the cohort as it lies. Cases of the store that are not under it are left out.
+        task: the store must have been made for it.
+        spacing: voxel size in mm to prepare at; ``None`` keeps each case's own.
+        layout: preset or YAML file if the layout of ``root`` is not to be recognised.
+        labels: the task's label -> its number(s) in the label files of ``root``.
+        workers: processes that prepare.
+
+    Raises:
+        InputError: neither a store nor a cohort is named.
+    """
+
+    def __init__(
+        self,
+        store: str | Path | None,
+        root: str | Path | None,
+        task: Task,
+        spacing: Sequence[float] | None = None,
+        layout: str | Path | None = None,
+        labels: LabelNames | None = None,
+        workers: int = 0,
+    ) -> None:
+        if store is None and root is None:
+            raise InputError("no data: name a prepared store (data.store) or a cohort (data.root).")
+        self.root = None if root is None else Path(root)
+        self.task, self.layout, self.labels, self.workers = task, layout, labels, workers
+        self.spacing = None if spacing is None else spacing_of(spacing)
+        self.path = _beside(Path(str(root)), self.spacing) if store is None else Path(store)
+
+    @cached_property
+    def store(self) -> Store:
+        """The opened store.
+
+        Raises:
+            InputError: it is missing, or was made for another task or spacing.
+        """
+        store = Store.open(self.path)
+        theirs, ours = store.task, self.task
+        if (theirs.modalities, theirs.labels) != (ours.modalities, ours.labels):
+            raise InputError(
+                f"store {self.path} holds {list(theirs.modalities)} with the labels "
+                f"{list(theirs.labels)}, but the task '{ours.name}' has {list(ours.modalities)} "
+                f"with {list(ours.labels)}; prepare it for this task or set data.task."
+            )
+        if self.spacing is not None and store.spacing != self.spacing:
+            raise InputError(
+                f"store {self.path} was prepared at spacing {store.spacing} mm, not "
+                f"{self.spacing}; prepare it again or correct data.spacing."
+            )
+        return store
+
+    @cached_property
+    def cases(self) -> tuple[str, ...]:
+        """The cases of the store, of which a file lies under ``root``.
+
+        Raises:
+            InputError: there is no store, or no case under ``root``.
+        """
+        if self.root is None:
+            return self.store.cases
+        cohort = find_cases(self.root, self.task, self.layout, self.labels)
+        there = {case.case_id for case in cohort}
+        return tuple(name for name in self.store.cases if name in there)
+
+    def prepare(self) -> None:
+        """Bring the store up to date with ``root``, where there is one.
+
+        Raises:
+            InputError: no case is found, or some cannot be prepared.
+        """
+        if self.root is None:
+            return
+        cohort = search(self.root, self.task, self.layout, self.labels)
+        report = prepare(
+            cohort.cases, self.path, self.task, spacing=self.spacing, workers=self.workers
+        )
+        # What was opened before may have changed.
+        self.__dict__.pop("store", None)
+        self.__dict__.pop("cases", None)
+        report.cohort = cohort.remarks
+        rank_zero_info(report.summary())
+        if left := (*report.gone, *report.elsewhere):
+            rank_zero_info(f"{len(left)} cases of the store are left out: not under {self.root}")
+        if report.failed:
+            raise InputError(
+                f"{len(report.failed)} cases of {self.root} cannot be used: "
+                f"{' '.join(report.failed.values())} To go on without them, name the store "
+                f"{self.path} and no root."
+            )
+
+
+def _beside(root: Path, spacing: Sequence[float] | None) -> Path:
+    """The store that belongs to a cohort where none is named."""
+    grid = "" if spacing is None else "-" + "x".join(f"{s:g}" for s in spacing)
+    return root.resolve().parent / f"{root.resolve().name}-store{grid}"
+
+
+def spacing_of(values: Sequence[float]) -> tuple[float, float, float]:
+    """Three voxel sizes in mm."""
+    d, h, w = (float(v) for v in values)
+    return d, h, w

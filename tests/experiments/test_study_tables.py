@@ -1,0 +1,122 @@
+"""Tables of a study, from made results: contrasts by hand, verdicts, collapses."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from experiments.study.analysis import analyse
+from experiments.study.results import StudyResults
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records.sidecar import Sidecar
+from pmixseg.task import BRATS
+
+
+def made_results(dice):
+    """Results with the given Dice, ``{arm: [seeds][cases]}``, the same for two combinations."""
+    rows, trainings = [], []
+    for arm, by_seed in dice.items():
+        for seed, by_case in enumerate(by_seed):
+            run = f"{arm}_s{seed}"
+            trainings.append({"run": run, "group": "g", "arm": arm, "block": str(seed)})
+            rows += [
+                {"run": run, "case": f"c{i}", "combination": c, "region": "WT", "dice": d}
+                for i, d in enumerate(by_case)
+                for c in ("flair", "flair+t1ce")
+            ]
+    table = pd.DataFrame(rows)
+    table["n_present"] = table["combination"].str.count(r"\+") + 1
+    return StudyResults(table, pd.DataFrame(trainings), Sidecar(BRATS))
+
+
+def test_a_contrast_of_four_arms_is_the_interaction_by_hand():
+    rng = np.random.default_rng(0)
+    dice = {arm: rng.uniform(0.3, 0.9, (5, 3)).tolist() for arm in "abcd"}
+    weights = {"a": 1, "b": -1, "c": -1, "d": 1}
+    entry = {
+        "title": "t",
+        "kind": "tests",
+        "group": "g",
+        "contrasts": [{"name": "interaction", "weights": weights}, ["a", "b"]],
+    }
+    text = analyse(made_results(dice), [entry])
+    mean = {arm: np.mean(values, axis=1) for arm, values in dice.items()}
+    by_seed = mean["a"] - mean["b"] - mean["c"] + mean["d"]
+    p = stats.ttest_1samp(by_seed, 0).pvalue
+    low, high = stats.t.interval(0.95, 4, by_seed.mean(), stats.sem(by_seed))
+    assert f"| interaction | {100 * by_seed.mean():+.2f} |" in text
+    assert f"{100 * low:+.2f} to {100 * high:+.2f}" in text
+    other = stats.ttest_rel(mean["a"], mean["b"]).pvalue
+    assert f"| {p:.3g} | {min(1, max(2 * min(p, other), p)):.3g} |" in text
+
+
+def test_only_blocks_that_are_whole_are_compared_and_missing_ones_are_said():
+    results = made_results({"a": [[0.5], [0.6], [0.9]], "b": [[0.4], [0.4]]})
+    entry = {"title": "t", "kind": "tests", "group": "g", "planned": 3, "contrasts": [["a", "b"]]}
+    text = analyse(results, [entry])
+    assert "+15.00" in text  # (0.1 + 0.2) / 2
+    assert "Fewer than the 3 seeds planned. Seeds 0, 1; 1 cases." in text
+
+
+def test_results_that_came_at_different_times_stand_in_the_order_of_the_plan():
+    first, second = made_results({"b": [[0.5]]}), made_results({"a": [[0.4]], "b": [[0.9]]})
+    both = first.joined(second, ["a_s0", "b_s0"])
+    assert both.trainings["run"].tolist() == ["a_s0", "b_s0"]
+    assert both.records["run"].tolist() == ["a_s0"] * 2 + ["b_s0"] * 2
+    assert both.records["dice"].tolist() == [0.4, 0.4, 0.5, 0.5]  # what was there stays
+
+
+def test_one_seed_has_a_difference_and_no_interval():
+    entry = {"title": "t", "kind": "tests", "group": "g", "contrasts": [["a", "b"]]}
+    text = analyse(made_results({"a": [[0.5, 0.6]], "b": [[0.4, 0.4]]}), [entry])
+    assert "| a − b | +15.00 | – | " in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ([0.02, 0.03, 0.04], "helps.** +3.00 points"),
+        ([-0.02, -0.03, -0.04], "harms.** -3.00 points"),
+        ([-0.001, 0.0, 0.001], "refuted.** +0.00 points"),
+        ([-0.05, 0.0, 0.05], "not decided.** +0.00 points"),
+        ([0.03], "not decided.** +3.00 points (–; one seed). Without an interval"),
+    ],
+)
+def test_a_verdict_follows_from_the_interval_and_what_would_be_worth_having(gains, said):
+    dice = {"a": [[0.5 + gain] for gain in gains], "b": [[0.5] for _ in gains]}
+    entry = {"title": "t", "kind": "verdict", "group": "g", "worth": 0.5, "contrasts": [["a", "b"]]}
+    assert f"- **a − b: {said}" in analyse(made_results(dice), [entry])
+
+
+def test_a_group_that_has_not_begun_and_an_arm_that_is_half_done_are_no_result():
+    results = made_results({"a": [[0.5]], "b": [[0.4]]})
+    entry = {"title": "t", "kind": "tests", "group": "g", "contrasts": [["a", "b"]]}
+    later = {**entry, "group": "h"}
+    assert analyse(results, [later], {"g", "h"}) == "### t\n\nNo seed has ended."
+    with pytest.raises(InputError, match="no group 'h'"):
+        analyse(results, [later])
+    assert "+10.00" in analyse(results, [entry], {"g"})
+    results.trainings["parts"] = [1.0, 2.0]  # b is to be two trainings
+    assert analyse(results, [entry], {"g"}) == "### t\n\nNo seed has ended."
+
+
+def test_a_collapse_is_counted_against_the_arm_without_alignment_of_the_same_seed():
+    results = made_results({"a": [[0.5]] * 3, "b": [[0.5]] * 3})
+    results.trainings["gap/level1/rank_within"] = [4.0, 4.0, 4.0, 10.0, 7.0, 4.0]
+    results.trainings["gap/level1/decodability"] = [0.5, 0.5, 0.3, 0.5, 0.5, 0.5]
+    entry = {"title": "t", "kind": "gap", "group": "g", "measures": ["rank_within"]}
+    # Against b: rank 4 of 10 and decodability 0.3 of 0.5 are too low, rank 4 of 7 is not.
+    text = analyse(results, [{**entry, "references": {"a": "b"}}])
+    assert "| a | 1 | 4.0 | 2 of 3 |" in text
+    assert "| b | 1 | 7.0 | – |" in text
+
+
+def test_an_endpoint_may_be_about_the_combinations_that_hold_one_sequence():
+    results = made_results({"a": [[0.5], [0.7]], "b": [[0.4], [0.5]]})
+    with_contrast = results.records["combination"] == "flair+t1ce"
+    results.records.loc[with_contrast & (results.records["run"] == "a_s0"), "dice"] = 0.9
+    results = StudyResults(results.records, results.trainings, results.sidecar)
+    entry = {"title": "t", "kind": "tests", "group": "g", "contrasts": [["a", "b"]]}
+    assert "| a − b | +25.00 |" in analyse(results, [entry])  # ((0.7 - 0.4) + 0.2) / 2
+    assert "| a − b | +35.00 |" in analyse(results, [{**entry, "shown": "t1ce"}])
