@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pmixseg.backbones import (
     UHVED,
     Backbone,
+    DeMoSeg,
     EarlyFusion,
     MMFormer,
     MultiEncoderUNet,
@@ -54,6 +55,7 @@ MODELS: dict[str, Callable[[], Backbone]] = {
     "MMFormer": partial(MMFormer, patch_size=SIDE),
     "UHVED": UHVED,
     "ShaSpec": ShaSpec,
+    "DeMoSeg": DeMoSeg,
     "EarlyFusion(DynUNet)": partial(EarlyFusion, DYNUNET),
     "EarlyFusion(SegResNet)": partial(EarlyFusion, SEGRESNET),
 }
@@ -78,6 +80,11 @@ SOURCES = {
         "Wang et al., CVPR 2023",
         "two encoders, mean of shared features for the missing, both auxiliary tasks",
         "blocks, widths and decoder of `MultiEncoderUNet`",
+    ),
+    "DeMoSeg": (
+        "kk42yy/DeMoSeg 73cd4bb",
+        "groups and their order, channel ordering, widths, decoder, deep supervision",
+        "any number of modalities; no bias before a norm; patches of any size",
     ),
     "EarlyFusion(DynUNet)": ("MONAI; nnU-Net", "MONAI's network, unchanged", "–"),
     "EarlyFusion(SegResNet)": ("MONAI; Myronenko 2018", "MONAI's network, unchanged", "–"),
