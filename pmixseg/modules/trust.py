@@ -112,16 +112,16 @@ def resolve(value: Any, modules: Sequence[str] = (), where: str = "checkpoint") 
     return {**inside, "class_path": path, **({"init_args": arguments} if arguments else {})}
 
 
-def _class_of(named: str, modules: Sequence[str]) -> type:
+def _class_of(written: str, modules: Sequence[str]) -> type:
     """A class that a checkpoint may name."""
-    path = current_path(named)
+    path = current_path(written)
     if path.startswith("__main__."):
         path = _of_a_script(path, modules)
     named = (*PACKAGES, *modules, "__main__")
     if not any(path.startswith(f"{name}.") for name in named):
         module = path.rpartition(".")[0] or path
         raise InputError(
-            f"the checkpoint names {named}, which is not among the networks, criteria, anchors, "
+            f"the checkpoint names {written}, which is not among the networks, criteria, anchors, "
             "samplers, optimizers and schedules that any checkpoint may use; if you trust it, "
             f"load with --import {module} (in Python: modules=['{module}'])."
         )
@@ -141,7 +141,7 @@ def _class_of(named: str, modules: Sequence[str]) -> type:
     else:
         advice = "it was damaged or made to do harm, so do not use it"
     raise InputError(
-        f"the checkpoint names {named}, which is no network, criterion, anchor, sampler, optimizer "
+        f"the checkpoint names {written}, which is no network, criterion, anchor, sampler, optimizer "
         f"or schedule that it may use; {advice}."
     )
 

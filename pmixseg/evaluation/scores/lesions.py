@@ -29,11 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, optimize
 
+from pmixseg.data.scans.geometry import Spacing
 from pmixseg.evaluation.scores.conventions import LesionRule
 from pmixseg.evaluation.scores.surfaces import (
     Extent,
     Points,
-    Spacing,
     Surfels,
     robust_hausdorff,
     surfels,

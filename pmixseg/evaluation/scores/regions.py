@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pmixseg.data.scans.geometry import Spacing
 from pmixseg.errors import InputError
 from pmixseg.evaluation.scores.surfaces import (
     Points,
-    Spacing,
     Surfels,
     extent_of,
     surface_bits,
