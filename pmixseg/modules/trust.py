@@ -141,8 +141,8 @@ def _class_of(written: str, modules: Sequence[str]) -> type:
     else:
         advice = "it was damaged or made to do harm, so do not use it"
     raise InputError(
-        f"the checkpoint names {written}, which is no network, criterion, anchor, sampler, optimizer "
-        f"or schedule that it may use; {advice}."
+        f"the checkpoint names {written}, which is no network, criterion, anchor, sampler, "
+        f"optimizer or schedule that it may use; {advice}."
     )
 
 

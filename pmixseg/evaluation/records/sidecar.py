@@ -96,8 +96,8 @@ class Sidecar:
         number = raw.get("format")
         if not isinstance(number, int) or not 0 <= number <= FORMAT:
             raise InputError(
-                f"{where}: format {number!r} is unknown to this version of pmixseg, which reads 0 "
-                f"to {FORMAT}; upgrade pmixseg."
+                f"{where}: format {number!r} is not known to this version of pmixseg, which reads "
+                f"0 to {FORMAT}; upgrade pmixseg."
             )
         content = dict(raw)
         for step in range(number, FORMAT):
