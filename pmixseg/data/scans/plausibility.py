@@ -8,7 +8,7 @@ copies of them. They find gross mistakes and prove nothing: what passes may stil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,13 @@ COARSE_MM = 4.0
 SHIFTS_MM = (-16.0, -8.0, 8.0, 16.0)
 TURNS_DEGREES = (-20.0, -10.0, 10.0, 20.0)
 BINS = 16
+
+PROMISING = 0.8
+"""Ratio on every second voxel per axis above which a move is tried on all voxels.
+
+Where all voxels give more than :data:`MAX_GAIN`, the eighth of them gives at least 1.04 on 57 real
+cases and 171 copies with a scan out of place. The cases as they are give at most 0.76."""
+
 DIRECTIONS = ("left-right", "back-front", "down-up")
 
 
@@ -146,6 +153,10 @@ def misplaced(scans: Mapping[str, npt.NDArray[np.generic]], zooms: tuple[float, 
 
     .. math:: g_m = \max_T \frac{\sum_{j \ne m} I(x_j, T x_m)}{\sum_{j \ne m} I(x_j, x_m)}
 
+    Of 57 further real cases (BraTS 2018 to 2021 at 2 mm) one is suspected, with 1.24:
+    Brats18_CBICA_AQQ_1, whose T2 is turned by 12 degrees indeed. Registered to T1, it shares 0.26 nats
+    with it instead of 0.08. The others have at most 0.76.
+
     The seven real cases have max g between 0.33 and 0.89 with all four scans, also where one covers
     half of the brain, and at most 1.02 with two. With one of four shifted by 10 mm it is at least
     1.9, turned by 15 degrees 1.28, mirrored left-right 1.67; by 6 mm, 1.09. A scan of another
@@ -170,7 +181,8 @@ def misplaced(scans: Mapping[str, npt.NDArray[np.generic]], zooms: tuple[float, 
     worst, words = MAX_GAIN, ""
     for name in names:
         others = [codes[n] for n in names if n != name]
-        for gain, move in _gains(codes[name], others, np.asarray(size)):
+        tried = [m for g, m in _gains(codes[name], others, size, moves(), 2) if g > PROMISING]
+        for gain, move in _gains(codes[name], others, size, tried):
             if gain > worst:
                 worst = gain
                 rest = " and ".join(n for n in names if n != name)
@@ -179,16 +191,15 @@ def misplaced(scans: Mapping[str, npt.NDArray[np.generic]], zooms: tuple[float, 
 
 
 def _gains(
-    scan: Codes, others: list[Codes], size: npt.NDArray[np.float64]
+    scan: Codes, others: Sequence[Codes], size: Sequence[float], tried: Iterable[Move], every: int = 1
 ) -> Iterator[tuple[float, Move]]:
-    """The ratio of :func:`misplaced` for every move of one scan, on its own voxels."""
-    where = np.nonzero(scan)
-    here = scan[where]
-    partners = [other[where] for other in others]
-    points = np.stack(where, axis=1)
+    """The ratio of :func:`misplaced` for moves of one scan, on each ``every``-th of its voxels."""
+    points = np.argwhere(scan[::every, ::every, ::every]) * every
     centre = points.mean(axis=0)
-    enough = MIN_SHARED_ML * 1000 / float(np.prod(size))
-    for move in moves():
+    here = scan[tuple(points.T)]
+    partners = [other[tuple(points.T)] for other in others]
+    enough = MIN_SHARED_ML * 1000 / float(np.prod(size)) / every**3
+    for move in tried:
         # Nearest neighbours: interpolation would smooth, and smooth scans share more.
         source = ((points - centre) * size) @ move.matrix.T + move.shift
         index = np.rint(source / size + centre).astype(np.intp)
@@ -207,19 +218,31 @@ def _gains(
 def _coarse(
     scans: Mapping[str, npt.NDArray[np.generic]], zooms: tuple[float, ...]
 ) -> tuple[dict[str, Volume], list[float]]:
-    """Means over the non-zero voxels of blocks of about :data:`COARSE_MM`, and their size."""
+    """Means over the non-zero voxels of blocks of about :data:`COARSE_MM`, and their size.
+
+    Of small voxels every second per axis is read, which is 8 of 64 in a block at 1 mm.
+    """
+    every = [2 if z <= COARSE_MM / 4 else 1 for z in zooms]
+    zooms = tuple(z * e for z, e in zip(zooms, every, strict=True))
+    scans = {name: scan[tuple(slice(None, None, e) for e in every)] for name, scan in scans.items()}
     steps = [max(1, round(COARSE_MM / z)) for z in zooms]
     made = {}
     for name, scan in scans.items():
         shape = [n // s for n, s in zip(scan.shape, steps, strict=True)]
-        whole = scan[tuple(slice(0, n * s) for n, s in zip(shape, steps, strict=True))]
-        blocks = whole.astype(np.float32).reshape(
-            [k for p in zip(shape, steps, strict=True) for k in p]
-        )
-        share = (blocks != 0).mean(axis=(1, 3, 5), dtype=np.float32)
-        mean = blocks.mean(axis=(1, 3, 5))
+        part = tuple(slice(0, n * s) for n, s in zip(shape, steps, strict=True))
+        whole = scan[part].astype(np.float32)
+        share, mean = (_block_means(v, steps) for v in ((whole != 0).view(np.uint8), whole))
         made[name] = np.where(share > 0.5, mean / np.maximum(share, 1e-6), 0).astype(np.float32)
     return made, [z * s for z, s in zip(zooms, steps, strict=True)]
+
+
+def _block_means(volume: npt.NDArray[np.generic], steps: Sequence[int]) -> Volume:
+    """Means of blocks, one axis after the other: numpy is slow over several at once."""
+    for axis, step in enumerate(steps):
+        before, after = volume.shape[:axis], volume.shape[axis + 1 :]
+        parts = volume.reshape(*before, volume.shape[axis] // step, step, *after)
+        volume = parts.mean(axis=axis + 1, dtype=np.float32)
+    return volume.astype(np.float32, copy=False)
 
 
 def _quantised(scan: Volume) -> Codes:
