@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -23,6 +22,7 @@ from pmixseg.evaluation.gap.latents import (
     sample_latents,
 )
 from pmixseg.evaluation.gap.measure import Gap
+from pmixseg.evaluation.records.curves import read_log
 from pmixseg.evaluation.report.figures import projection_figure, save_png
 from pmixseg.losses.alignment import resolve_levels
 from pmixseg.losses.term import Term
@@ -304,15 +304,14 @@ def read_reference(run: Path) -> dict[str, float]:
     Raises:
         InputError: no such file, or no gap in it.
     """
-    path = run / "metrics.csv"
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"GapMonitor.reference: {path} cannot be read ({error}).") from error
+    if not (run / "metrics.csv").is_file():
+        raise InputError(f"GapMonitor.reference: {run / 'metrics.csv'} cannot be read; correct it.")
+    table = read_log(run).dropna(axis="columns", how="all")
     names = [n for n in table.columns if n.startswith("gap/") and n.rsplit("/", 1)[-1] in GUARDED]
     if not names:
         raise InputError(
-            f"GapMonitor.reference: {path} holds no gap; train that run with GapMonitor as well."
+            f"GapMonitor.reference: {run / 'metrics.csv'} holds no gap; train that run with "
+            "GapMonitor as well."
         )
     return {name: float(table[name].dropna().iloc[-1]) for name in names}
 

@@ -154,8 +154,8 @@ def misplaced(scans: Mapping[str, npt.NDArray[np.generic]], zooms: tuple[float, 
     .. math:: g_m = \max_T \frac{\sum_{j \ne m} I(x_j, T x_m)}{\sum_{j \ne m} I(x_j, x_m)}
 
     Of 57 further real cases (BraTS 2018 to 2021 at 2 mm) one is suspected, with 1.24:
-    Brats18_CBICA_AQQ_1, whose T2 is turned by 12 degrees indeed. Registered to T1, it shares 0.26 nats
-    with it instead of 0.08. The others have at most 0.76.
+    Brats18_CBICA_AQQ_1, whose T2 is turned by 12 degrees indeed. Registered to T1, it shares 0.26
+    nats with it instead of 0.08. The others have at most 0.76.
 
     The seven real cases have max g between 0.33 and 0.89 with all four scans, also where one covers
     half of the brain, and at most 1.02 with two. With one of four shifted by 10 mm it is at least
@@ -191,7 +191,11 @@ def misplaced(scans: Mapping[str, npt.NDArray[np.generic]], zooms: tuple[float, 
 
 
 def _gains(
-    scan: Codes, others: Sequence[Codes], size: Sequence[float], tried: Iterable[Move], every: int = 1
+    scan: Codes,
+    others: Sequence[Codes],
+    size: Sequence[float],
+    tried: Iterable[Move],
+    every: int = 1,
 ) -> Iterator[tuple[float, Move]]:
     """The ratio of :func:`misplaced` for moves of one scan, on each ``every``-th of its voxels."""
     points = np.argwhere(scan[::every, ::every, ::every]) * every

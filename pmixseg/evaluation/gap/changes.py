@@ -56,6 +56,8 @@ def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
     for level in sorted({int(level) for level, _ in logged}):
         here = {what: f"gap/level{level}/{what}" for number, what in logged if int(number) == level}
         rows = table.dropna(subset=list(here.values()), how="all")
+        if rows.empty:
+            continue
         shown = [m for m in MEASURES if m in here]
         kept = _of_best(table, rows) if best else rows.iloc[-1]
         changes.append(

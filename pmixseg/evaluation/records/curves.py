@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from pmixseg.errors import InputError
 
@@ -34,15 +35,20 @@ def read_log(run: Path) -> pd.DataFrame:
     """``metrics.csv`` of a run; a table without columns where nothing was logged.
 
     Raises:
-        InputError: the file is not a table.
+        InputError: the file is not a table, or holds words where numbers belong.
     """
     path = run / "metrics.csv"
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame()
     try:
-        return pd.read_csv(path)
+        table = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a table ({error}); remove it.") from error
+    drawn = ("epoch", "step", *(f"{name}/" for name in DRAWN))
+    words = [c for c in table if str(c).startswith(drawn) and not is_numeric_dtype(table[c])]
+    if words:
+        raise InputError(f"{path}: {words} hold other things than numbers; remove the file.")
+    return table
 
 
 def read_curves(run: Path) -> list[Chart]:
@@ -67,7 +73,7 @@ def read_curves(run: Path) -> list[Chart]:
         parts = str(name).split("/")
         if parts[0] not in DRAWN or len(parts) < 2 or name.endswith("_step"):
             continue
-        curve = table[[axis, name]].apply(pd.to_numeric, errors="coerce").dropna()
+        curve = table[[axis, name]].dropna()
         if curve.empty:
             continue
         # One point an epoch: of values logged within it, the mean.

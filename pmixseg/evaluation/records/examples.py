@@ -22,6 +22,7 @@ Axes run right, anterior, superior (RAS). The plane is the one with most labelle
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,12 @@ from pmixseg.task import Combination, format_combination
 FORMAT = 1
 FOLDER = "slices"
 """Where a run keeps its examples."""
+
+_DAMAGE = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, EOFError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, SyntaxError),
+)
+"""What numpy and zipfile raise on damaged files."""
 
 MAX_SIDE = 96
 """Longest side of the small volumes, in voxels."""
@@ -137,6 +144,22 @@ class Example:
             )
         return path
 
+    def _check_shapes(self) -> None:
+        """Raise ``ValueError`` where arrays do not belong together."""
+        counts = len(self.modalities), len(self.combinations)
+        for truth, *stacks in (
+            (self.truth, self.image, self.predictions),
+            (self.slice_truth, self.slice_image, self.slice_predictions),
+        ):
+            grid = stacks[0].shape[1:]
+            arrays = [*stacks, *([] if truth is None else [truth])]
+            shapes = [(n, *grid) for n in counts] + [grid]
+            if (
+                any(a.dtype != np.uint8 for a in arrays)
+                or [a.shape for a in arrays] != shapes[: len(arrays)]
+            ):
+                raise ValueError("its arrays do not belong together")
+
     @classmethod
     def load(cls, path: Path) -> Example:
         """Read one file.
@@ -154,7 +177,7 @@ class Example:
                 )
             spacing = arrays["spacing"].tolist()
             plane = arrays["slice_spacing"].tolist()
-            return cls(
+            read = cls(
                 case=path.stem,
                 modalities=tuple(arrays["modalities"].tolist()),
                 combinations=tuple(tuple(c.split("+")) for c in arrays["combinations"].tolist()),
@@ -167,9 +190,11 @@ class Example:
                 slice_truth=arrays["slice_truth"] if arrays["slice_truth"].size else None,
                 slice_predictions=arrays["slice_predictions"],
             )
+            read._check_shapes()
+            return read
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise InputError(
                 f"{path}: is not an example of a run ({error}); test again."
             ) from error

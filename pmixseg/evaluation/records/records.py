@@ -45,6 +45,7 @@ from pandas.api.types import is_numeric_dtype
 
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
+from pmixseg.evaluation.records.spreadsheets import inert, original
 from pmixseg.files import file_hash, whole
 from pmixseg.task import BRATS, Task, format_combination, parse_combination
 
@@ -159,7 +160,7 @@ class Records:
             if suffix == ".parquet":
                 _parquet(lambda: self.table.to_parquet(to, index=False))
             else:
-                self.table.to_csv(to, index=False)
+                inert(self.table).to_csv(to, index=False)
 
         digest = _replace(path, save)
         content = self.sidecar.to_dict()
@@ -249,13 +250,14 @@ def _read_table(path: Path) -> pd.DataFrame:
             return parquet
         # Case ids such as 00014 or NA stay the text they are.
         columns = pd.read_csv(path, nrows=0).columns
-        return pd.read_csv(
+        table = pd.read_csv(
             path,
             dtype=dict.fromkeys(TEXT_COLUMNS, str),
             keep_default_na=False,
             na_values={c: ["", "nan", "NaN"] for c in columns if c not in TEXT_COLUMNS},
             float_precision="round_trip",
         )
+        return original(table)
     except InputError:
         raise
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ from pmixseg.evaluation.records.grouped import MOST_COLUMNS, group_by_size
 from pmixseg.evaluation.records.measures import BRIER, DICE, ECE, HD95
 from pmixseg.evaluation.records.published import recognised_split, references
 from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.spreadsheets import inert
 from pmixseg.evaluation.records.tables import Tabulation, check_together, run_name, tabulate
 from pmixseg.evaluation.report.figures import (
     COLOURS,
@@ -354,13 +355,3 @@ def _write_tables(beside: Path, tables: list[Tabulation], records: list[Records]
         (beside / f"{stem}.tex").write_text(table.latex(comment), encoding="utf-8")
     summaries = [vars(s) for s in region_summaries(records)]
     inert(pd.DataFrame(summaries)).to_csv(beside / "summary.csv", index=False)
-
-
-def inert(table: pd.DataFrame) -> pd.DataFrame:
-    """A table whose text no spreadsheet takes for a formula: ``=x`` becomes ``'=x``.
-
-    Example:
-        >>> inert(pd.DataFrame({"run": ["=1+1", "a"], "dice": [-1.0, 2.0]})).values.tolist()
-        [["'=1+1", -1.0], ['a', 2.0]]
-    """
-    return table.map(lambda cell: f"'{cell}" if str(cell)[:1] in tuple("=+@") else cell)

@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 import os
@@ -346,3 +347,19 @@ def test_two_processes_may_write_at_once(tmp_path):
     assert len(records.table) == 1
     assert not records.altered
     assert sorted(p.name for p in tmp_path.iterdir()) == ["records.csv", "records.json"]
+
+
+ODD_NAMES = ["=HYPERLINK(1)", "+x", "-x", "@x", "'=x", "'x", "-7", "a,b", 'a"b', "a\nb", "ü", "NA"]
+
+
+def test_odd_names_come_back_and_no_spreadsheet_runs_them(tmp_path):
+    row = {"combination": "t1", "region": "WT", "dice": 0.5, "hd95": 9.0}
+    rows = [{"case": name, **row} for name in ODD_NAMES]
+    path = Records.from_rows(rows, "=run()", ABOUT).write(tmp_path / "records.csv")
+    with path.open(newline="") as stream:
+        cells = [cell for line in csv.reader(stream) for cell in line]
+    acting = [c for c in cells if c[:1] in tuple("=+-@") and c != "-7"]
+    assert len(cells) > len(ODD_NAMES) and not acting
+    back = Records.read(path).table
+    assert sorted(back["case"]) == sorted(ODD_NAMES)
+    assert set(back["run"]) == {"=run()"}
