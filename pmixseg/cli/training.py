@@ -237,10 +237,20 @@ class TrainingCLI(LightningCLI):
             settings.init_args.mode = made.keywords.get("mode", settings.init_args.mode)
 
     def after_instantiate_classes(self) -> None:
-        """Start from given weights; say where flags differ from the checkpoint."""
+        """Start from given weights; say where flags differ from the checkpoint.
+
+        Raises:
+            InputError: a checkpoint without what Lightning writes beside weights.
+        """
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint:
-            raw = read_checkpoint(checkpoint)["pmixseg"]
+            content = read_checkpoint(checkpoint)
+            if "pytorch-lightning_version" not in content:
+                raise InputError(
+                    f"{checkpoint} holds weights without what Lightning writes beside them; save "
+                    "them with Trainer.save_checkpoint, or start a training with --init_from."
+                )
+            raw = content["pmixseg"]
             description, trained = describing(raw), Payload.from_dict(raw).preparation
             with suppress(InputError):  # what a resumed training has been given, it need not name
                 description = resolve(description, self.modules, checkpoint)

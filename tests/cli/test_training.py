@@ -14,6 +14,7 @@ from pmixseg.cli import main
 from pmixseg.evaluation.records.records import Records
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint
+from tests.inference.tiny_models import save, tiny_student
 
 TINY = [
     "--model.backbone=MultiEncoderUNet",
@@ -281,3 +282,11 @@ def test_experiment_files_compose(files, phantom_store, teacher_run, tmp_path):
     extra = ["--trainer.limit_train_batches=1", "--data.num_workers=0"]
     split = ["--data.split=pmixseg.data.splits.Fractions"]
     assert main(["fit", *whole, *extra, *split, "--trainer.limit_val_batches=0"]) == 0
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_weights_without_what_lightning_adds_are_refused(phantom_store, tmp_path, capsys, command):
+    path = save(tiny_student(), tmp_path / "bare.ckpt")
+    words = [command, f"--ckpt_path={path}", f"--data.store={phantom_store}"]
+    assert main([*words, "--data.split=WholeCohort"]) == 1
+    assert "holds weights without what Lightning writes beside them" in capsys.readouterr().err

@@ -45,17 +45,13 @@ def script(text: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def run(commands: str, folder: Path, fit: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a page's script in a folder that has the repository's ``experiments`` beside it.
-
-    ``fit`` are flags that every training gets besides those of the page, to make it small.
-    """
+def run(commands: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a page's script in a folder that has the repository's ``experiments`` beside it."""
     (folder / "experiments").symlink_to(ROOT / "experiments")
     programs = folder / ".bin"
     programs.mkdir()
-    more = f'test "$1" != fit || set -- "$@" {fit}'
     for name, command in {
-        "pmixseg": f'{more}\nexec "{sys.executable}" -m pmixseg "$@"',
+        "pmixseg": f'exec "{sys.executable}" -m pmixseg "$@"',
         "python": f'exec "{sys.executable}" "$@"',
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{command}\n")

@@ -9,9 +9,7 @@ import pytest
 
 from pmixseg.cli import TRAINING, import_modules, parse_plain, segment
 from pmixseg.cli.training import TrainingCLI
-from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.task import BRATS
-from tests.docs import pages
 from tests.docs.pages import DOCS, ROOT
 
 TEXTS = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("experiments/*/*.md"))]
@@ -88,31 +86,6 @@ def test_a_command_is_taken(words, checkpoint, monkeypatch):
         assert not rest
     elif words[-1] not in ("--help", "--version"):
         parse_plain(words)
-
-
-SMALL = [
-    *("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.precision=32-true"),
-    *("--trainer.check_val_every_n_epoch=1", "--data.patch_size=32", "--data.num_workers=0"),
-    *("--model.backbone=MultiEncoderUNet", "--model.backbone.width=4", "--model.backbone.levels=3"),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_shell_blocks_of_the_readme_run_as_they_stand(tmp_path):
-    """On a phantom laid out as the text says; trainings are made small behind its back."""
-    text = (ROOT / "README.md").read_text()
-    blocks = [f for f in FENCE.finditer(text) if f["tag"] == "bash"]
-    script = pages.script("\n".join(f"```{f['tag']} run\n{f['body']}```\n" for f in blocks))
-    root = tmp_path / "BraTS2018" / "MICCAI_BraTS_2018_Data_Training"
-    write_cohort(root, 10, 1, PhantomSettings(spacing=5.0))
-    case = sorted(p.parent for p in root.rglob("*_flair.nii.gz"))[0]
-    for name, modality in {"f": "flair", "c": "t1ce"}.items():
-        (tmp_path / f"{name}.nii.gz").symlink_to(next(case.glob(f"*_{modality}.nii.gz")))
-    done = pages.run(script, tmp_path, fit=" ".join(SMALL))
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert (tmp_path / "report.html").is_file()
-    assert (tmp_path / "out").is_dir()
 
 
 def test_the_laptop_configuration_is_taken():

@@ -1,0 +1,85 @@
+"""Files that are not what their name or size says, and cohorts whose labels have own names."""
+
+import gzip
+import io
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pmixseg.data.cohorts.inspection import inspect_cohort
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.store.store import Store, prepare
+from pmixseg.errors import InputError
+from pmixseg.task import BRATS
+from tests.inference.tiny_models import Glance, tiny_student
+
+
+def test_a_file_that_unpacks_to_far_more_than_it_promises_stops_one_case_only(make_case, tmp_path):
+    bomb, good = make_case(), make_case("BraTS2021_00002")
+    raw = gzip.decompress(bomb.images["t1"].read_bytes())
+    bomb.images["t1"].write_bytes(gzip.compress(raw + bytes(20_000_000), 1))
+    root = tmp_path / "cohort"
+    (problem,) = inspect_cohort(root, BRATS).problems
+    assert "it unpacks to more than" in problem and "\n" not in problem
+    report = prepare(find_cases(root, BRATS), tmp_path / "store", BRATS, progress=False)
+    assert list(report.failed.values()) == [problem]
+    assert Store.open(tmp_path / "store").cases == (good.case_id,)
+    with pytest.raises(InputError, match="it unpacks to more than"):
+        tiny_student().segment(bomb.images)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_misnamed_file_is_read_like_one_that_is_named_right(phantom_root, tmp_path, packed):
+    """On a grid of its own, so that it is resampled."""
+    images = dict(find_cases(phantom_root, BRATS)[0].images)
+    other = nib.load(images["t1"])
+    affine = other.affine.copy()
+    affine[:3, 3] += 2.0
+    nib.save(nib.Nifti1Image(np.asarray(other.dataobj), affine), tmp_path / "right.nii.gz")
+    raw = (tmp_path / "right.nii.gz").read_bytes()
+    wrong = tmp_path / ("wrong.nii" if packed else "wrong.nii.gz")
+    wrong.write_bytes(raw if packed else gzip.decompress(raw))
+    model = tiny_student(backbone=Glance())
+    scans = {"flair": images["flair"], "t1": tmp_path / "right.nii.gz"}
+    result = model.segment(scans)
+    assert np.array_equal(model.segment({**scans, "t1": wrong}).label, result.label)
+    assert np.unique(result.label).size > 1
+
+
+@pytest.mark.parametrize("width", [20, 60])
+def test_ids_are_never_cut_or_folded(make_case, tmp_path, width):
+    name = "BraTS2021_00001_" + "long_" * 12
+    case = make_case(name)
+    case.images["t1"].write_bytes(b"")
+    written = io.StringIO()
+    Console(width=width, file=written).print(inspect_cohort(tmp_path / "cohort", BRATS))
+    lines = written.getvalue().splitlines()
+    assert sum(name in line for line in lines) >= 3  # table, what is left out, the problem
+    report = prepare(find_cases(tmp_path / "cohort", BRATS), tmp_path / "s", BRATS, progress=False)
+    assert name in report.summary()
+
+
+def test_the_data_module_takes_names_of_labels(make_case, tmp_path):
+    case = make_case()
+    root = tmp_path / "nnunet"
+    for index, path in enumerate(case.images.values()):
+        target = root / "imagesTr" / f"a_{index:04d}.nii.gz"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (root / "labelsTr").mkdir()
+    (root / "labelsTr" / "a.nii.gz").write_bytes(case.label.read_bytes())
+    names = {"background": 0, "rubbish": 1, "water": 2, "bright": 4}
+    channels = {"0": "FLAIR", "1": "T1ce", "2": "T1", "3": "T2"}
+    content = {"channel_names": channels, "labels": names, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="labels"):
+        BraTSDataModule(root=root, store=tmp_path / "s", split="WholeCohort").prepare_data()
+    mapping = {"NCR": "rubbish", "ED": 2, "ET": ["bright"]}
+    data = BraTSDataModule(root=root, store=tmp_path / "s", labels=mapping, split="WholeCohort")
+    data.prepare_data()
+    expected = np.searchsorted([0, 1, 2, 4], nib.load(case.label).get_fdata())
+    assert np.array_equal(Store.open(tmp_path / "s").read("a").native_label(), expected)
