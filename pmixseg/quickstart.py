@@ -89,7 +89,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
     Raises:
         InputError: an unusable cohort.
     """
-    say, began = Console(highlight=False), time.monotonic()
+    say, began = Console(highlight=False, markup=False, soft_wrap=True), time.monotonic()
     calm()
     out.mkdir(parents=True, exist_ok=True)
     root = data or out / "cohort"
@@ -231,7 +231,7 @@ def trainer(run: Path, **arguments: Any) -> Trainer:
 @contextmanager
 def stage(say: Console, what: str) -> Iterator[None]:
     """Name a stage and how long it took."""
-    say.print(f"[bold]{what}[/bold]")
+    say.print(what, style="bold")
     began = time.monotonic()
     yield
     say.print(f"  {time.monotonic() - began:.0f} s")

@@ -82,10 +82,10 @@ class TemperatureFitting(Callback):
         temperatures = self.fit.temperatures()
         write_temperatures(self._source(trainer, pl_module), temperatures, self.out)
         task = cast(SegmentationModule, pl_module).task
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
         console.print(self._table(temperatures, task))
         if warning := self.caution(temperatures, task):
-            console.print(f"warning: {warning}", markup=False)
+            console.print(f"warning: {warning}")
         console.print(f"wrote {self.out}")
 
     def _source(self, trainer: Trainer, pl_module: LightningModule) -> str | Path:

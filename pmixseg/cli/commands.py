@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from pmixseg.data.cohorts.shares import Share
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, soft_wrap=True)
+"""Names are printed as they are: no part of one is taken for a style, and none is cut in two."""
 
 
 def add_to(subparsers: Any) -> None:
@@ -132,7 +133,7 @@ def _inspect(subparsers: Any) -> None:
             labels=label_names(args.labels),
             progress=console.is_terminal,
         )
-        console.print(inspection, soft_wrap=True)
+        console.print(inspection)
         return 1 if inspection.problems else 0
 
     parser.set_defaults(run=run)
@@ -183,8 +184,7 @@ def _prepare(subparsers: Any) -> None:
             normalisation=args.normalisation,
         )
         report.cohort = cohort.remarks
-        # Whole lines: a name that is cut in two is no name.
-        console.print(report.summary(), markup=False, soft_wrap=True)
+        console.print(report.summary())
         return 1 if report.failed else 0
 
     parser.set_defaults(run=run)
@@ -227,8 +227,7 @@ def _compare(subparsers: Any) -> None:
         a, b = runs[: len(args.a)], runs[len(args.a) :]
         notes = matching_notes(a, b)
         comparison = compare([r.table for r in a], [r.table for r in b], args.measure, notes)
-        # Whole lines: a log or a narrow window may not fold the table.
-        console.print(comparison.to_text(max(80, console.width)), markup=False, soft_wrap=True)
+        console.print(comparison.to_text(max(80, console.width)))
         if args.out is not None:
             write_json(args.out, comparison.to_dict())
             console.print(f"wrote {args.out}")

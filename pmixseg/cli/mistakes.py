@@ -115,20 +115,23 @@ def _value_sentence(message: str, args: Sequence[str]) -> str:
         hint = nearest(name, arguments_of(cls)) or f"it takes {', '.join(arguments_of(cls))}."
         return f"{where(keys, args)}: {cls.rpartition('.')[2]} takes no '{name}'; {hint}"
     names = re.findall(r"dot import path string: (\S+)", message)
-    if names:
+    number = r"^( *)- Expected a <class '(?:int|float|bool)'>\n\1- Expected a dot import path"
+    if names and not re.search(number, message, re.MULTILINE):
         hint = nearest(names[0], classes_for(message))
         hint = hint or "name a class by its path, package.Class, and --import its module if need be"
         return f"{where(keys, args)}: no class '{names[0]}' is known; {hint.rstrip('.')}"
     expected = [
         (len(space), words(kind))
         for space, kind in re.findall(
-            r"^( *)(?:- )?Expected an? (?!path but)(.+?)(?:\. Got value: .*)?$",
+            r"^( *)(?:- )?Expected an? (?!path but|dot import)(.+?)(?:\. Got value: .*)?$",
             message,
             re.MULTILINE,
         )
     ]
     wanted = [kind for depth, kind in expected if depth == max(expected)[0]]  # of the value itself
-    value = re.search(r"(?:Got|Given) value: (?!NestedArg)(.*)", message)
+    value = re.search(
+        r"(?:Got|Given) value: (?!NestedArg)(.*?)(?:\. Got value: .*)?$", message, re.M
+    )
     if wanted and value:
         several = sorted(set(wanted), key=lambda word: (word == "null", wanted.index(word)))
         return f"{where(keys, args)} is {value[1]}, but must be {' or '.join(several)}."

@@ -35,9 +35,9 @@ def add_to(subparsers: Any) -> None:
             done = list(preprocess_cohort(cases, args.out, **options, progress=progress))
         for case in sorted(done, key=lambda c: c.name):
             for note in case.notes:
-                console.print(f"warning: case '{case.name}': {note}", markup=False)
+                console.print(f"warning: case '{case.name}': {note}")
             if case.problem:
-                console.print(f"problem: {case.problem}", markup=False)
+                console.print(f"problem: {case.problem}")
         failed = sum(case.problem is not None for case in done)
         console.print(f"{len(done) - failed} cases in {args.out}, {failed} left out")
         return 1 if failed else 0

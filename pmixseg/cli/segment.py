@@ -367,7 +367,7 @@ def report(results: Sequence[CaseResult], task: Task) -> None:
     done = [r for r in results if r.problem is None]
     if done:
         table = Table(title="volumes in ml, research use only", title_justify="left")
-        table.add_column("case")
+        table.add_column("case", no_wrap=True)
         table.add_column("scans")
         for region in task.regions:
             table.add_column(task.show(region), justify="right")
@@ -379,12 +379,12 @@ def report(results: Sequence[CaseResult], task: Task) -> None:
     for codes, name in kinds.items():
         numbers = ", ".join(f"{number} {label}" for label, number in codes)
         whose = "" if len(kinds) == 1 else f" in case {name} and others like it"
-        console.print(f"numbers in the files{whose}: 0 background, {numbers}", markup=False)
+        console.print(f"numbers in the files{whose}: 0 background, {numbers}")
     for result in results:
         for sentence in result.warnings:
-            console.print(f"warning: {sentence}", markup=False)
+            console.print(f"warning: {sentence}")
         if result.problem:
-            console.print(f"problem: {result.problem}", markup=False)
+            console.print(f"problem: {result.problem}")
     folders: dict[Any, int] = {}
     for result in done:
         folder = next(iter(result.files.values())).parent

@@ -228,6 +228,11 @@ class TrainingCLI(LightningCLI):
         """
         raise_on_interrupt()
         config = self.config[self.subcommand]
+        if self.subcommand != "fit" and not self._get(self.config, "ckpt_path"):
+            raise UsageError(
+                f"pmixseg {self.subcommand} needs --ckpt_path, the checkpoint of a training; give "
+                "its path, or `best` together with --run."
+            )
         config.distill.modules = [*dict.fromkeys([*config.distill.modules, *self.modules])]
         settings = self._get(self.config, "model.init_args.scheduler")
         if not isinstance(settings, Namespace) or "mode" not in settings.get("init_args", {}):

@@ -94,7 +94,7 @@ def _import(subparsers: Any) -> None:
             console.print(
                 f"{len(imported.dropped)} tensors left out, which the network never uses."
             )
-        console.print(f"warning: {DIFFERENCE}", markup=False)
+        console.print(f"warning: {DIFFERENCE}")
         return 0
 
     parser.set_defaults(run=run)

@@ -139,7 +139,7 @@ class Recording:
     def _publish(self, records: Records) -> None:
         cases = records.table["case"].nunique()
         records.write(self.path)
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
         console.print(result_table(records, width=console.width))
         beside = self.path.with_suffix(".json").name
         console.print(f"{cases} cases; {self.path}, conventions in {beside}")

@@ -108,12 +108,13 @@ def score(out, **given):
 def test_a_command_that_is_killed(command, cohort, checkpoint, phantom_store, tmp_path):
     places = {"cohort": cohort, "checkpoint": checkpoint, "phantom_store": phantom_store}
     words = lambda out: [str(w) for w in command(out, **places)]  # noqa: E731
-    assert main(words(tmp_path / "whole")) == 0
-    expected = files(tmp_path / "whole")
+    whole = tmp_path / "whole" / "out"  # the name of a run stands in its records
+    assert main(words(whole)) == 0
+    expected = files(whole)
     deaths = 0
     for at in (1, 2, 4):
         for after in (False, True):
-            out = tmp_path / f"{at}-{after}"
+            out = tmp_path / f"{at}-{after}" / "out"
             deaths += killed(words(out), at, after)
             left = files(out)
             assert left.items() <= expected.items(), f"half-written at {at}"

@@ -21,7 +21,7 @@ from tests.campaign.test_data_inputs import SEEDS, check
 from tests.evaluation.made_up import made_up_rows, make_run
 from tests.inference.tiny_models import Glance, save, tiny_student
 
-FEW = 40
+FEW = 10
 """Seeds in the default suite."""
 
 

@@ -121,3 +121,16 @@ def test_output_that_is_not_utf_8_loses_signs_and_nothing_else(phantom_root, enc
     done = subprocess.run(command, env=plain, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Brats18_PHANTOM_000_1" in done.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_a_checkpoint_is_needed(command, phantom_store, capsys):
+    """Without one, weights drawn at random were scored."""
+    assert main([command, f"--data.store={phantom_store}"]) == 2
+    assert f"{command} needs --ckpt_path" in capsys.readouterr().err
+
+
+def test_a_word_for_a_number_is_no_class(phantom_store, capsys):
+    words = ["fit", f"--data.store={phantom_store}", "--model.optimizer.lr=fast"]
+    assert main(words) == 2
+    assert "--model.optimizer.lr is fast, but must be float." in capsys.readouterr().err

@@ -26,7 +26,8 @@ SMALL = [
 ]
 
 OURS = re.compile(
-    r"(INFO: )?Split: |scored \d+ cases|.*records\.csv|conventions in|[┏┡└┃│]|\s*$|pmixseg: "
+    r"(INFO: )?Split: |\s*(Dice|FLAIR|[─●○]|mean )|\d+ cases; .*records\.csv, conventions in|"
+    r"[┏┡└┃│]|\s*$"
 )
 
 

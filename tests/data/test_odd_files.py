@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pmixseg.cli import main
 from pmixseg.data.cohorts.inspection import inspect_cohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
@@ -46,13 +47,13 @@ def test_a_misnamed_file_is_read_like_one_that_is_named_right(phantom_root, tmp_
     model = tiny_student(backbone=Glance())
     scans = {"flair": images["flair"], "t1": tmp_path / "right.nii.gz"}
     result = model.segment(scans)
-    assert np.array_equal(model.segment({**scans, "t1": wrong}).label, result.label)
-    assert np.unique(result.label).size > 1
+    assert np.array_equal(model.segment({**scans, "t1": wrong}).labels, result.labels)
+    assert np.unique(result.labels).size > 1
 
 
 @pytest.mark.parametrize("width", [20, 60])
 def test_ids_are_never_cut_or_folded(make_case, tmp_path, width):
-    name = "BraTS2021_00001_" + "long_" * 12
+    name = "BraTS2021_00001" + "_long" * 12
     case = make_case(name)
     case.images["t1"].write_bytes(b"")
     written = io.StringIO()
@@ -83,3 +84,30 @@ def test_the_data_module_takes_names_of_labels(make_case, tmp_path):
     data.prepare_data()
     expected = np.searchsorted([0, 1, 2, 4], nib.load(case.label).get_fdata())
     assert np.array_equal(Store.open(tmp_path / "s").read("a").native_label(), expected)
+
+
+@pytest.mark.parametrize("name", ["a[bold]b", "[/x]", "long " * 30])
+def test_names_are_printed_as_they_are(make_case, tmp_path, capsys, name):
+    make_case()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    root = (tmp_path / "cohort").rename(tmp_path / name)
+    assert main(["prepare", str(root), str(tmp_path / f"{name}s"), "--workers=0"]) == 0
+    assert f"{tmp_path / name}s: 1 prepared" in capsys.readouterr().out
+    assert main(["inspect", str(root)]) == 0
+    assert f"{root} · layout" in capsys.readouterr().out
+    assert main(["compare", "--a", str(root), "--b", "x"]) == 1
+    assert str(root) in capsys.readouterr().err
+    assert (
+        main(["phantom", str(tmp_path / "p" / name), "--cases=1", "--spacing=6", "--workers=0"])
+        == 0
+    )
+    assert f"1 synthetic cases in {tmp_path / 'p' / name}: no patient" in capsys.readouterr().out
+
+
+def test_a_link_to_a_folder_around_it_is_not_followed(make_case, tmp_path):
+    case = make_case()
+    root = tmp_path / "cohort"
+    (root / "self").symlink_to(root)
+    (case.label.parent / "up").symlink_to(tmp_path)
+    (found,) = find_cases(root, BRATS)
+    assert found.case_id == case.case_id and found.problem is None

@@ -119,7 +119,7 @@ def test_the_python_block_of_the_readme(folder, checkpoint, monkeypatch, capsys)
     made: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), made)
     assert made["teacher"].trainer.global_step == 1
-    assert made["result"].label.shape == (40, 40, 26)
+    assert made["result"].labels.shape == (40, 40, 26)
 
 
 EXPERIMENTS = {

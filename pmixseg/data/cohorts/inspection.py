@@ -12,7 +12,6 @@ import nibabel as nib
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import track
 from rich.table import Table
@@ -106,7 +105,7 @@ class Inspection:
         for name in ("shape", "mm", "axes"):
             table.add_column(name, no_wrap=True)
         for name in self.task.labels:
-            table.add_column(escape(name), justify="right", no_wrap=True)
+            table.add_column(Text(name), justify="right", no_wrap=True)
         table.add_column("!", justify="right")
         for case in self.cases:
             lacking = [self.task.show(m) for m in self.task.modalities if m not in case.modalities]
@@ -122,7 +121,7 @@ class Inspection:
                 *(f"{case.voxels[n]:,}" if case.voxels else unknown for n in self.task.labels),
                 str(len(case.problems) or ""),
             ]
-            table.add_row(*map(escape, row), style="red" if case.problems else None)
+            table.add_row(*map(Text, row), style="red" if case.problems else None)
         return table
 
     def summary(self) -> str:

@@ -82,7 +82,8 @@ class Tree:
             deep = len(here.relative_to(root).parts) >= _MAX_DEPTH
             dotted = [n for n in inner if _is_hidden(n)]
             hidden += [here / n for n in dotted if _holds_scans(here / n)]
-            inner[:] = [] if deep else sorted(n for n in inner if n not in dotted)
+            further = (n for n in inner if n not in dotted and not _leads_back(here / n))
+            inner[:] = [] if deep else sorted(further)
             # Archives made on a Mac hold a hidden "._" twin of every file.
             files += [here / n for n in names if n.lower().endswith(ENDINGS) and not _is_hidden(n)]
         if root in unreadable:
@@ -105,6 +106,11 @@ class Tree:
 def shown(path: Path) -> str:
     """A path as text that can be printed, also where its bytes are no UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that holds it, in which every case would stand again."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _is_hidden(name: str) -> bool:

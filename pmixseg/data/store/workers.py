@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing import current_process, get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
 from threading import Thread
 
@@ -20,6 +20,10 @@ def worker_pool(workers: int, preload: Sequence[str]) -> ProcessPoolExecutor:
         workers: how many processes.
         preload: modules that are imported once, not once a worker, where the system allows it.
     """
+    # A worker of a script without a main guard reads the script anew, and comes here again. Python
+    # would print a traceback per worker; the first process says in a sentence what is wrong.
+    if getattr(current_process(), "_inheriting", False):
+        os._exit(1)
     return ProcessPoolExecutor(workers, _context(preload), initializer=start_worker)
 
 

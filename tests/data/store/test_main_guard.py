@@ -20,3 +20,4 @@ def test_a_script_without_a_main_guard(phantom_root, tmp_path):
     command = [sys.executable, str(tmp_path / "script.py"), str(phantom_root), str(tmp_path / "s")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "under `if __name__ == '__main__':`" in done.stdout.split("SAID")[-1], done.stderr
+    assert "Traceback" not in done.stderr
