@@ -9,7 +9,8 @@ import sys
 from pmixseg.cli import main
 store, run, *small = sys.argv[1:]
 made = main(["fit", f"--run={run}", f"--data.store={store}", *small])
-sys.exit(made or main(["test", f"--ckpt_path={run}/checkpoints/last.ckpt"]))
+path = f"--ckpt_path={run}/checkpoints/last.ckpt"
+sys.exit(made or main(["test", path, "--trainer.enable_progress_bar=false"]))
 """
 
 SMALL = [

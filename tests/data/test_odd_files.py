@@ -1,15 +1,14 @@
 """Files that are not what their name or size says, and cohorts whose labels have own names."""
 
 import gzip
-import io
 import json
 
 import nibabel as nib
 import numpy as np
 import pytest
-from rich.console import Console
 
 from pmixseg.cli import main
+from pmixseg.cli.commands import console
 from pmixseg.data.cohorts.inspection import inspect_cohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
@@ -52,16 +51,16 @@ def test_a_misnamed_file_is_read_like_one_that_is_named_right(phantom_root, tmp_
 
 
 @pytest.mark.parametrize("width", [20, 60])
-def test_ids_are_never_cut_or_folded(make_case, tmp_path, width):
+def test_ids_are_never_cut_or_folded(make_case, tmp_path, capsys, monkeypatch, width):
     name = "BraTS2021_00001" + "_long" * 12
     case = make_case(name)
     case.images["t1"].write_bytes(b"")
-    written = io.StringIO()
-    Console(width=width, file=written).print(inspect_cohort(tmp_path / "cohort", BRATS))
-    lines = written.getvalue().splitlines()
+    monkeypatch.setattr(console, "_width", width)
+    assert main(["inspect", str(tmp_path / "cohort")]) == 1
+    lines = capsys.readouterr().out.splitlines()
     assert sum(name in line for line in lines) >= 3  # table, what is left out, the problem
-    report = prepare(find_cases(tmp_path / "cohort", BRATS), tmp_path / "s", BRATS, progress=False)
-    assert name in report.summary()
+    assert main(["prepare", str(tmp_path / "cohort"), str(tmp_path / "s"), "--workers=0"]) == 1
+    assert name in capsys.readouterr().out
 
 
 def test_the_data_module_takes_names_of_labels(make_case, tmp_path):
