@@ -371,7 +371,8 @@ def _fit(bench: Bench, store: Path, name: str, precision: str, compiled: bool) -
         limit_val_batches=0,
         gradient_clip_val=1.0,
         profiler=profiler,
-        callbacks=[PmixAlignment(weight=0.1), clock],
+        # nmse, as all fits of the tables: the default, case_nce, starts 212 operations more.
+        callbacks=[PmixAlignment(weight=0.1, distance="nmse"), clock],
     )
     trainer.fit(module, data)
     times, parts = profiler.recorded_durations, {}

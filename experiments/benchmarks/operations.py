@@ -116,7 +116,7 @@ def aligned_module() -> StudentModule:
     """What ``pmixseg fit`` trains by default, with alignment."""
     torch.manual_seed(0)
     module = StudentModule()
-    term = PmixAlignment(weight=0.1).build_term(module)
+    term = PmixAlignment(weight=0.1, distance="nmse").build_term(module)
     module.add_term("align", term, TermWeight(0.1))
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # no trainer listens
     return module.train()

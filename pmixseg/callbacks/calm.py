@@ -24,7 +24,7 @@ ARRANGED = (
     r"You defined a `validation_step` but have no `val_dataloader`",
     r"ReduceLROnPlateau conditioned on metric .* not available",
     r"You're resuming from a checkpoint that ended before the epoch ended",
-    r"Total length of `DataLoader` across ranks is zero",
+    r"Total length of `.*` across ranks is zero",
     r"Trainer already configured with model summary callbacks",
     r".*args parameter is intended",
 )

@@ -99,7 +99,12 @@ def predict(out, phantom_store, checkpoint, **_):
             "--data.num_workers=0", "--trainer.accelerator=cpu"]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", [phantom, prepare, segment, predict])
+def score(out, **given):
+    words = predict(out, **given)
+    return ["test", *words[1:-3], "--trainer.limit_test_batches=1", *words[-2:]]
+
+
+@pytest.mark.parametrize("command", [phantom, prepare, segment, predict, score])
 def test_a_command_that_is_killed(command, cohort, checkpoint, phantom_store, tmp_path):
     places = {"cohort": cohort, "checkpoint": checkpoint, "phantom_store": phantom_store}
     words = lambda out: [str(w) for w in command(out, **places)]  # noqa: E731

@@ -8,7 +8,7 @@ import torch
 
 import pmixseg
 from pmixseg.errors import InputError
-from pmixseg.evaluation.comparison.comparison import compare
+from pmixseg.evaluation.comparison.compare import compare
 from pmixseg.evaluation.gap.changes import read_gap_changes
 from pmixseg.evaluation.records.curves import read_curves
 from pmixseg.evaluation.records.examples import Example, examples_of

@@ -152,7 +152,7 @@ def test_a_case_without_a_file_is_never_imputed(seen, phantom_root, tmp_path):
 
 def test_every_preset_of_the_folder_is_tested():
     files = {path.stem for path in (EXPERIMENTS / "missingness").glob("*.yaml")}
-    assert files == {*SAMPLERS, *MASKS, "test-protocols"}
+    assert files == {*SAMPLERS, *MASKS, "test-protocols"} - {*FLAGS, "mask-file"}
 
 
 def test_protocols_beside_the_full_table_at_test(phantom_store, tmp_path):

@@ -158,6 +158,19 @@ def test_parts_of_predict_join_to_all_cases(student_run, phantom_store, tmp_path
     assert "--part is for predict, not for test" in capsys.readouterr().err
 
 
+def test_predictions_with_the_names_of_nnunet(student_run, phantom_store, tmp_path, capsys):
+    command = ["predict", f"--ckpt_path={student_run}/checkpoints/last.ckpt", f"--run={tmp_path}"]
+    command += [f"--data.store={phantom_store}", "--trainer.enable_progress_bar=false"]
+    command += ["--part=1/2", "--trainer.callbacks+=PredictionWriter"]
+    assert main([*command, "--trainer.callbacks.plain=true"]) == 0
+    names = [p.name for p in (tmp_path / "predictions").iterdir()]
+    cases = {path.name for path in (phantom_store / "cases").iterdir()}
+    assert names and {name.removesuffix(".nii.gz") for name in names} <= cases
+    entropy = ["--trainer.callbacks.plain=true", "--trainer.callbacks.entropy=true"]
+    assert main([*command, *entropy]) == 1
+    assert "every volume of a folder for a label map" in capsys.readouterr().err
+
+
 def test_flags_beat_the_checkpoint_and_the_difference_is_printed(
     student_run, phantom_store, tmp_path, capsys
 ):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pmixseg.cli import main
+from pmixseg.cli.commands import console
 from pmixseg.data.cohorts.inspection import inspect_cohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
@@ -47,6 +48,19 @@ def test_a_misnamed_file_is_read_like_one_that_is_named_right(phantom_root, tmp_
     result = model.segment(scans)
     assert np.array_equal(model.segment({**scans, "t1": wrong}).labels, result.labels)
     assert np.unique(result.labels).size > 1
+
+
+@pytest.mark.parametrize("width", [20, 60])
+def test_ids_are_never_cut_or_folded(make_case, tmp_path, capsys, monkeypatch, width):
+    name = "BraTS2021_00001" + "_long" * 12
+    case = make_case(name)
+    case.images["t1"].write_bytes(b"")
+    monkeypatch.setattr(console, "_width", width)
+    assert main(["inspect", str(tmp_path / "cohort")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(name in line for line in lines) >= 3  # table, what is left out, the problem
+    assert main(["prepare", str(tmp_path / "cohort"), str(tmp_path / "s"), "--workers=0"]) == 1
+    assert name in capsys.readouterr().out
 
 
 def test_the_data_module_takes_names_of_labels(make_case, tmp_path):

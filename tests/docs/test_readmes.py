@@ -4,14 +4,18 @@ A real shell reads the blocks, so variables, loops and line ends are its own; th
 called in this process, one after the other. Only trainings and phantoms are made small.
 """
 
+import functools
 import re
 import subprocess
 
+import lightning.pytorch as lightning
 import pytest
 
+from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.cli import main
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from tests.docs.pages import ROOT
+from tests.inference.tiny_models import save, tiny_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -59,6 +63,11 @@ def cohort(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(tiny_student(), tmp_path_factory.mktemp("weights") / "tiny.ckpt")
+
+
 @pytest.fixture
 def folder(cohort, tmp_path, monkeypatch):
     """A folder beside which everything lies where the pages say."""
@@ -70,11 +79,6 @@ def folder(cohort, tmp_path, monkeypatch):
     cases = sorted(p.parent for p in cohort.rglob("*_flair.nii.gz"))
     for name, modality in {"f": "flair", "c": "t1ce"}.items():
         (work / f"{name}.nii.gz").symlink_to(next(cases[0].glob(f"*_{modality}.nii.gz")))
-    for case, number in zip(cases, ("00", "02", "06", "14", "19", "24", "31"), strict=False):
-        made = tmp_path / "shared" / "data" / "brats2021" / f"BraTS2021_000{number}"
-        made.mkdir(parents=True)
-        for path in case.iterdir():
-            (made / f"{made.name}{path.name.removeprefix(case.name)}").symlink_to(path)
     monkeypatch.chdir(work)
     for variable in ("PMIXSEG_RUN", "PMIXSEG_STORE"):
         monkeypatch.delenv(variable, raising=False)
@@ -93,3 +97,54 @@ def test_the_readme(folder, capsys, monkeypatch):
         done(words, capsys)
     assert (folder / "report.html").is_file()
     assert (folder / "out" / "Brats18_PHANTOM_000_1_seg.nii.gz").is_file()
+
+
+def test_the_python_block_of_the_readme(folder, checkpoint, monkeypatch, capsys):
+    """Networks, patches and training are made small by the defaults that the block leaves alone."""
+    for run in ("teacher", "student"):
+        path = folder / "runs" / run / "checkpoints" / "best.ckpt"
+        path.parent.mkdir(parents=True)
+        path.symlink_to(checkpoint)
+    assert main(["prepare", "BraTS2018/MICCAI_BraTS_2018_Data_Training", "store"]) == 0
+    short = functools.partialmethod(lightning.Trainer.__init__, max_steps=1, limit_val_batches=1)
+    monkeypatch.setattr(lightning.Trainer, "__init__", short)
+    narrow = functools.partialmethod(MultiEncoderUNet.__init__, width=2, levels=2)
+    monkeypatch.setattr(MultiEncoderUNet, "__init__", narrow)
+    (block,) = blocks("README.md", "python")
+    made: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), made)
+    assert made["teacher"].trainer.global_step == 1
+    assert made["result"].labels.shape == (40, 40, 26)
+
+
+EXPERIMENTS = {
+    "distillation": 3,
+    "missingness": 2,
+    "official": 3,
+    "other_tasks": 5,
+    "sweeps": 15,
+}
+
+
+def test_every_readme_with_commands_is_run():
+    pages = ROOT.glob("experiments/*/README.md")
+    shown = {page.parent.name for page in pages if "pmixseg " in "".join(blocks(page, "bash"))}
+    assert shown == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_readme_of_an_experiment(name, folder, capsys):
+    shown = commands(f"experiments/{name}/README.md", folder)
+    assert len(shown) == EXPERIMENTS[name]
+    if not any("prepare" in words for words in shown):
+        assert main(["prepare", "BraTS2018/MICCAI_BraTS_2018_Data_Training", "store"]) == 0
+    weights = set()
+    for words in shown:
+        if words[0] != "pmixseg":  # tests/experiments has the programs; wandb has its own
+            continue
+        if "--align.weight=" in (text := " ".join(words)):  # a loop: one turn of each file
+            if words[3] in weights:
+                continue
+            weights.add(words[3])
+        done(words, capsys)
+    assert "fit" in text

@@ -202,10 +202,13 @@ def test_the_command_writes_a_cohort_and_tells_what_failed(patient, tmp_path, ca
     bad = nib.Nifti1Image(np.ones((9, 9, 9), np.float32), np.eye(4))
     nib.save(bad, root / "BraTS2021_00002" / "BraTS2021_00002_t1.nii.gz")
     flags = ["--brain", str(patient["mask"])]
-    assert main(["preprocess", str(root), str(tmp_path / "out"), *flags]) == 1
+    command = ["preprocess", str(root), str(tmp_path / "out"), *flags]
+    assert main([*command, "--part=1/2"]) == 0
     said = capsys.readouterr().out
-    assert "1 cases in" in said
-    assert "BraTS2021_00002" in said
+    assert "1 cases in" in said and "BraTS2021_00002" not in said
+    assert main([*command, "--part=2/2"]) == 1
+    said = capsys.readouterr().out
+    assert "0 cases in" in said and "BraTS2021_00002" in said
     label = nib.load(tmp_path / "out/BraTS2021_00001/BraTS2021_00001_seg.nii.gz")
     brain = nib.load(tmp_path / "out/BraTS2021_00001/BraTS2021_00001_brain.nii.gz")
     np.testing.assert_array_equal(np.asarray(label.dataobj), np.asarray(brain.dataobj))

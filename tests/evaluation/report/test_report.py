@@ -17,7 +17,9 @@ from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.evaluation.records.tables import tabulate
 from pmixseg.evaluation.report.figures import (
+    MOST_POINTS,
     as_svg,
+    box_plots,
     by_count,
     courses,
     heat_map,
@@ -390,3 +392,15 @@ def test_html_table_stands_alone(records):
     page = html_table(tabulate([records]))
     assert page.count("<td") == 15 * 4 + 16 * 3
     assert page.count("●") == 32
+
+
+def test_a_box_plot_stays_small_for_any_cohort():
+    rows = [
+        {"case": f"c{i}", "combination": "flair", "region": "WT", "dice": i / 400, "hd95": 1.0}
+        for i in range(400)
+    ]
+    records = Records.from_rows(rows, "r", ABOUT)
+    drawn = [len(line.get_ydata()) for line in box_plots([records]).axes[0].lines]
+    assert max(drawn) == MOST_POINTS == 200
+    small = Records.from_rows(rows[:5], "r", ABOUT)
+    assert max(len(line.get_ydata()) for line in box_plots([small]).axes[0].lines) == 5
