@@ -28,7 +28,7 @@ TRAINING = (
     *("--data.patch_size=16", "--data.batch_size=2"),
 )
 NETWORK = ("--model.backbone.width=2",)
-PHANTOM = ("--cases=6", "--spacing=6")
+PHANTOM = ("--cases=10", "--spacing=6")
 
 RECORDER = """
 set -euo pipefail
@@ -122,7 +122,7 @@ EXPERIMENTS = {
     "missingness": 2,
     "official": 3,
     "other_tasks": 5,
-    "sweeps": 15,
+    "sweeps": 16,
 }
 
 
@@ -142,9 +142,9 @@ def test_the_readme_of_an_experiment(name, folder, capsys):
     for words in shown:
         if words[0] != "pmixseg":  # tests/experiments has the programs; wandb has its own
             continue
-        if "--align.weight=" in (text := " ".join(words)):  # a loop: one turn of each file
+        if "--align.weight=" in " ".join(words):  # a loop: one turn of each file
             if words[3] in weights:
                 continue
             weights.add(words[3])
         done(words, capsys)
-    assert "fit" in text
+    assert any("fit" in words for words in shown)
