@@ -27,6 +27,10 @@ QUIET = [
 ]
 
 
+LARGE_WINDOW = ["--model.evaluation.window=[24,24,24]", "--trainer.num_sanity_val_steps=0"]
+"""Validation in windows of a patch of 8 voxels would be most of a test's time."""
+
+
 @pytest.fixture
 def old(tmp_path, monkeypatch):
     """A folder with the old run and store, as relative paths of its config say."""
@@ -83,7 +87,21 @@ def test_a_training_is_resumed(old):
     flags = ["--run=runs/student", "--ckpt_path=runs/student/checkpoints/last.ckpt"]
     flags += ["--trainer.max_epochs=2", "--align.weight=0.1", "--data.store=store"]
     flags += ["--data.patch_size=8", "--data.batch_size=1", "--align.distance=nmse"]
-    assert main(["fit", "-c", str(HERE / "settings.yaml"), *flags, *teacher, *SPLIT, *QUIET]) == 0
+    assert (
+        main(
+            [
+                "fit",
+                "-c",
+                str(HERE / "settings.yaml"),
+                *flags,
+                *teacher,
+                *SPLIT,
+                *LARGE_WINDOW,
+                *QUIET,
+            ]
+        )
+        == 0
+    )
     checkpoint = read_checkpoint("runs/student/checkpoints/last.ckpt")
     assert checkpoint["epoch"] == 1
     assert checkpoint["pmixseg"]["class_path"] == "pmixseg.StudentModule"
@@ -101,7 +119,7 @@ def test_scans_are_segmented(old):
 def test_the_run_is_trained_anew_from_its_configuration(old):
     config = "runs/student/config.yaml"
     flags = ["--run=anew", "--trainer.limit_train_batches=1", *SPLIT]
-    assert main(["fit", "-c", config, *flags, *QUIET]) == 0
+    assert main(["fit", "-c", config, *flags, *LARGE_WINDOW, *QUIET]) == 0
     written = yaml.safe_load(Path("anew/config.yaml").read_text())
     assert written["model"]["init_args"]["evaluation"]["conventions"]["hd95"] == "nan"
 
@@ -112,7 +130,7 @@ def test_a_file_with_old_class_paths_is_accepted(old):
     assert path.rpartition(".")[0] in MOVED
     flags = ["-c", str(HERE / "settings.yaml"), "--data.store=store", "--run=anew"]
     flags += ["--data.patch_size=8", "--data.batch_size=1", "--trainer.max_epochs=1", *SPLIT]
-    assert main(["fit", *flags, *QUIET]) == 0
+    assert main(["fit", *flags, *LARGE_WINDOW, *QUIET]) == 0
     module = load("anew/checkpoints/last.ckpt")
     assert module.evaluation.overlap == 0.25
 
