@@ -107,7 +107,9 @@ def segment_raw(
         *(f"case '{called}': {note}" for note in ready.notes),
         *result.warnings,
     )
-    return CaseResult(called, result.combination, result.volumes, written, notes)
+    return CaseResult(
+        called, result.combination, result.volumes, written, notes, codes=result.codes
+    )
 
 
 def _array(image: object) -> np.ndarray:

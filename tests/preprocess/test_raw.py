@@ -125,6 +125,7 @@ def test_a_result_comes_back_where_the_tumour_is(patient, module, tmp_path):
     segmented = nib.load(result.files["seg"])
     source = nib.load(patient["files"]["t1ce"])
     assert segmented.shape == source.shape
+    assert result.codes == {"NCR": 1, "ED": 2, "ET": 3}
     np.testing.assert_allclose(segmented.affine, source.affine, atol=1e-4)
 
     direct = module.segment(patient["brains"])  # without the detour, then moved as the head was
