@@ -12,6 +12,7 @@ import yaml
 import pmixseg.modules
 from pmixseg.cli import main
 from pmixseg.evaluation.records.records import Records
+from pmixseg.inference.publish import publish
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint
 from tests.inference.tiny_models import save, tiny_student
@@ -156,6 +157,16 @@ def test_parts_of_predict_join_to_all_cases(student_run, phantom_store, tmp_path
     assert "part 9/9 has no case" in caplog.text
     assert main(["test", checkpoint, *rest, "--part=1/2"]) == 1
     assert "--part is for predict, not for test" in capsys.readouterr().err
+
+
+def test_a_published_model_to_start_from_and_to_learn_from(student_run, phantom_store, tmp_path):
+    model = publish(student_run / "checkpoints/last.ckpt", tmp_path / "model")
+    flags = [f"--init_from={model}", f"--distill.teacher={model}", "--distill.weight=1"]
+    flags += ["--model.optimizer=SGD", "--model.optimizer.lr=1e-30", "--trainer.max_steps=1"]
+    fit(phantom_store, tmp_path / "run", *flags, "--trainer.limit_val_batches=0")
+    began, trained = (load(p) for p in (model, tmp_path / "run" / "checkpoints" / "last.ckpt"))
+    for name, value in began.backbone.state_dict().items():
+        torch.testing.assert_close(trained.backbone.state_dict()[name], value, msg=name)
 
 
 def test_predictions_with_the_names_of_nnunet(student_run, phantom_store, tmp_path, capsys):
