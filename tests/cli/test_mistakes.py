@@ -257,26 +257,24 @@ def test_ctrl_c_ends_a_training_with_130_and_one_line(phantom_store, tmp_path, a
         os.killpg(child.pid, 0)  # nobody of its group is left
 
 
-def test_ctrl_c_in_an_import_that_swallows_it_ends_the_command(tmp_path):
-    (tmp_path / "eager.py").write_text(
-        "import os, signal\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
-        "except BaseException:\n    pass\n"
-    )
-    command = [sys.executable, "-m", "pmixseg", "phantom", "here", "--import=eager"]
+def phantom_with(module, folder):
+    """The command in a process of its own, which imports a module of this text."""
+    (folder / "mine.py").write_text(module)
+    command = [sys.executable, "-m", "pmixseg", "phantom", "here", "--import=mine"]
     environment = {**os.environ, "PYTHONPATH": str(Path(pmixseg.__file__).parents[1])}
-    child = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "import os, signal\n"  # swallowed by a library
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n",
+        "import signal\nfrom pmixseg.interrupt import raise_on_interrupt\n"  # Python's own mark
+        "raise_on_interrupt()\nexec('signal.raise_signal(signal.SIGINT)')\n",
+    ],
+)
+def test_ctrl_c_in_an_import_is_130_and_no_signal(tmp_path, module):
+    child = phantom_with(module, tmp_path)
     assert (child.returncode, child.stderr) == (130, "pmixseg: stopped.\n")
     assert not (tmp_path / "here").exists()
-
-
-def test_ctrl_c_in_the_midst_of_an_exec_is_130_and_no_signal(tmp_path):
-    (tmp_path / "text.py").write_text(
-        "import signal\nfrom pmixseg.interrupt import raise_on_interrupt\n"
-        "raise_on_interrupt()\n"
-        "exec('signal.raise_signal(signal.SIGINT)')\n"
-    )
-    command = [sys.executable, "-m", "pmixseg", "phantom", "here", "--import=text"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(pmixseg.__file__).parents[1])}
-    child = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (child.returncode, child.stderr) == (130, "pmixseg: stopped.\n")
