@@ -69,6 +69,7 @@ MOVED = {
     "pmixseg.losses.gaussian": "pmixseg.losses.distances.gaussian",
     "pmixseg.losses.joint": "pmixseg.losses.distances.joint",
     "pmixseg.losses.samples": "pmixseg.losses.distances.samples",
+    "pmixseg.modules.optimization": "pmixseg.modules.training.optimization",
     "pmixseg.modules.results": "pmixseg.modules.recording",
 }
 """Module of version 2ddf8fe -> module of today. Nothing new belongs here: checkpoints written since

@@ -42,7 +42,7 @@ from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.prediction.windows import predict_combinations
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.segmentation import DiceCE
-from pmixseg.modules.compilation import arrange
+from pmixseg.modules.training.compilation import arrange
 from pmixseg.task import BRATS
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -46,9 +46,9 @@ from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.interrupt import raise_on_interrupt
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
-from pmixseg.modules.optimization import schedule_from
 from pmixseg.modules.payload import Payload
 from pmixseg.modules.preparation import Preparation
+from pmixseg.modules.training.optimization import schedule_from
 from pmixseg.modules.trust import offline, resolve
 from pmixseg.old_paths import current_yaml
 

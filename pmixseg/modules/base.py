@@ -25,11 +25,12 @@ from pmixseg.execution import static_on
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
-from pmixseg.modules.compilation import Compile, CompiledStep, Losses, plan
-from pmixseg.modules.divergence import FiniteLoss
-from pmixseg.modules.loss_log import EpochMeans, LateValue
 from pmixseg.modules.network import SegmentationNetwork
-from pmixseg.modules.optimization import (
+from pmixseg.modules.payload import Payload, weights_for, weights_of
+from pmixseg.modules.training.compilation import Compile, CompiledStep, Losses, plan
+from pmixseg.modules.training.divergence import FiniteLoss
+from pmixseg.modules.training.loss_log import EpochMeans, LateValue
+from pmixseg.modules.training.optimization import (
     Schedule,
     callable_from,
     fuse,
@@ -39,9 +40,13 @@ from pmixseg.modules.optimization import (
     scheduler_from,
     total_steps,
 )
-from pmixseg.modules.payload import Payload, weights_for, weights_of
-from pmixseg.modules.resuming import PENDING, TrainingSettings, patience_of, pending_metrics
-from pmixseg.modules.trainer_checks import check_trainer
+from pmixseg.modules.training.resuming import (
+    PENDING,
+    TrainingSettings,
+    patience_of,
+    pending_metrics,
+)
+from pmixseg.modules.training.trainer_checks import check_trainer
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch, Latents, Presence, Scalar, SegOutput
 
@@ -66,8 +71,8 @@ class SegmentationModule(SegmentationNetwork):
             it aligns none. Checkpoints name what it came to.
         sampler: draws which of the acquired modalities a sample shows.
         optimizer: called with parameter groups.
-        scheduler: a :class:`~pmixseg.modules.optimization.Schedule` over all steps, or any
-            PyTorch scheduler's constructor, stepped per epoch.
+        scheduler: a :class:`~pmixseg.modules.Schedule` over all steps, or any PyTorch scheduler's
+            constructor, stepped per epoch.
         evaluation: windows, conventions and post-processing of validation and test.
         compile: whether ``torch.compile`` makes one graph of the training step (encode, fill,
             decode, criterion and terms), with CUDA graphs where that is possible, and of

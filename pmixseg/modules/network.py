@@ -37,11 +37,11 @@ from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.execution import static_on
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
-from pmixseg.modules.compilation import Compile
 from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.preparation import Preparation, seen_cases
 from pmixseg.modules.recording import Recording, warn_without_label
-from pmixseg.modules.trainer_checks import check_machine
+from pmixseg.modules.training.compilation import Compile
+from pmixseg.modules.training.trainer_checks import check_machine
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 

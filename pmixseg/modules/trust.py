@@ -32,7 +32,7 @@ from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.segmentation import Criterion
 from pmixseg.modules.base import SegmentationModule
-from pmixseg.modules.optimization import Schedule
+from pmixseg.modules.training.optimization import Schedule
 from pmixseg.old_paths import current_path
 
 CONTRACTS = (

@@ -16,9 +16,9 @@ from pmixseg.cli import main
 from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore, write_checkpoint
-from pmixseg.modules.divergence import FiniteLoss
 from pmixseg.modules.payload import Payload
 from pmixseg.modules.preparation import Preparation
+from pmixseg.modules.training.divergence import FiniteLoss
 from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer
 

@@ -12,7 +12,7 @@ from pmixseg.execution import as_on_gpu
 from pmixseg.losses import DiceCE
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.modules import StudentModule
-from pmixseg.modules.optimization import fuse, place_steps
+from pmixseg.modules.training.optimization import fuse, place_steps
 
 
 class Kernels(TorchDispatchMode):

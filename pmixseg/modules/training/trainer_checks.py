@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Stochast
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from pmixseg.errors import InputError
-from pmixseg.modules.optimization import mode_of, validates
+from pmixseg.modules.training.optimization import mode_of, validates
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 """Those that keep weights, sums and scores in float32."""

@@ -202,7 +202,7 @@ def plateau(**arguments):
 
 def test_a_plateau_goes_on_where_it_was_with_the_settings_given_now(tmp_path, monkeypatch):
     # Nothing is validated here; the score comes from a callback.
-    monkeypatch.setattr("pmixseg.modules.optimization.validates", lambda trainer: True)
+    monkeypatch.setattr("pmixseg.modules.training.optimization.validates", lambda trainer: True)
     values = [0.3, 0.2, 0.1, 0.4, 0.2, 0.1]
 
     def lrs(folder, optimizer, scheduler, epochs, resume=None):

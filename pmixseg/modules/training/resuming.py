@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pmixseg.errors import InputError
-from pmixseg.modules.optimization import place_steps
+from pmixseg.modules.training.optimization import place_steps
 
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 """What a plateau schedule counts; everything else in its state is a setting."""

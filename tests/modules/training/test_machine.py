@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import (
 from pmixseg.cli import main
 from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule
-from pmixseg.modules.trainer_checks import check_machine
+from pmixseg.modules.training.trainer_checks import check_machine
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 TRUE = ("bf16-true", "16-true", "64-true")

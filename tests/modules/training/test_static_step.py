@@ -15,7 +15,7 @@ from pmixseg.losses.shaspec import ShaSpecCriterion
 from pmixseg.losses.term import TermWeight
 from pmixseg.losses.uhved import UHVEDCriterion
 from pmixseg.modules import StudentModule, TeacherModule
-from pmixseg.modules.compilation import CompiledStep, Plan
+from pmixseg.modules.training.compilation import CompiledStep, Plan
 
 SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
 SMALL = {"width": 4, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
