@@ -20,6 +20,7 @@ from pmixseg.backbones.layers.blocks import (
     SeparateDecoder,
     initialise,
 )
+from pmixseg.backbones.layers.grouped import Groupable
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import norm_act
 from pmixseg.backbones.slots import (
@@ -37,6 +38,20 @@ from pmixseg.types import Image, Latents, Presence, SegOutput
 LEVELS = 5
 BEFORE_TRANSFORMER = (0, 1, 2, 3, 5)
 """Which outputs of :class:`ModalityEncoder` are purely convolutional."""
+
+
+class Convolutions(Groupable):
+    """Convolutional part of a modality's encoder: levels 1 to 5, and tokens as a volume."""
+
+    def __init__(self, encoder: nn.Module, embed: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.embed = embed
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of ``[b, 1, D, H, W]``, finest first; last the tokens."""
+        features: list[Tensor] = self.encoder(x)
+        return [*features, self.embed(features[-1])]
 
 
 class ModalityEncoder(nn.Module):
@@ -66,6 +81,13 @@ class ModalityEncoder(nn.Module):
         self.pos = nn.Parameter(torch.zeros(1, grid[0] * grid[1] * grid[2], embedding))
         self.transformer = TransformerLayer(embedding, heads, hidden, dropout)
         self.grid = grid
+        # In a tuple, so that its weights keep their names in checkpoints.
+        self._convolutions = (Convolutions(self.encoder, self.encode_conv),)
+
+    @property
+    def convolutions(self) -> Convolutions:
+        """What comes before the transformer."""
+        return self._convolutions[0]
 
     def position(self, grid: Sequence[int]) -> Tensor:
         """Positions ``[1, N, C]`` of the N tokens of a grid."""
@@ -76,13 +98,16 @@ class ModalityEncoder(nn.Module):
         resized = F.interpolate(volume, list(grid), mode="trilinear", align_corners=True)
         return rearrange(resized, "1 c d h w -> 1 (d h w) c")
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Levels 1 to 4, the transformed tokens as a volume, level 5 before the transformer."""
-        *features, lowest = self.encoder(x)
-        embedded = self.encode_conv(lowest)
-        grid = embedded.shape[2:]
-        tokens = self.transformer(embedded.flatten(2).transpose(1, 2), self.position(grid))
-        return [*features, tokens.transpose(1, 2).reshape(embedded.shape), lowest]
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Transform the tokens, the last of what :attr:`convolutions` returns.
+
+        Returns:
+            Levels 1 to 4, the transformed tokens as a volume, level 5 before the transformer.
+        """
+        *finer, lowest, embedded = features
+        position = self.position(embedded.shape[2:])
+        tokens = self.transformer(embedded.flatten(2).transpose(1, 2), position)
+        return [*finer, tokens.transpose(1, 2).reshape(embedded.shape), lowest]
 
 
 def _norm_act(x: Tensor) -> Tensor:
@@ -242,7 +267,12 @@ class MMFormer(Backbone):
     def encode(self, image: Image, present: Presence) -> Latents:
         """Return the latents of the shown modalities, one per modality and level."""
         check_input(image, present, self.modalities, self.strides, least=2)
-        pieces = encode_slots(self.encoders, image, present, self.recompute)
+        encoders = self._encoders()
+        convolved = encode_slots([e.convolutions for e in encoders], image, present, self.recompute)
+        pieces = [
+            None if maps is None else encoder(maps)
+            for encoder, maps in zip(encoders, convolved, strict=True)
+        ]
         features = join_levels(pieces, present, LEVELS)
         flags = [present] * LEVELS
         return EncodedLatents(features, self.modalities, flags, encoded=present, pieces=pieces)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.layers.grouped import Groupable
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import norm_act
 from pmixseg.backbones.slots import EncodedLatents, check_input, encode_slots, join_levels
@@ -46,7 +47,7 @@ class Block(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class Encoder(Groupable):
     """Encoder of one modality; half of a level's channels are means, half log-variances."""
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -56,7 +57,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(i, w, w) for i, w in zip(insides, widths, strict=True))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Per level ``[b, C, D, H, W]``, finest first; levels are max-pooled in between."""
+        """Feature maps of ``[b, 1, D, H, W]``, finest first; levels are max-pooled in between."""
         x = F.leaky_relu(self.first(x), SLOPE)
         features = []
         for level, block in enumerate(self.blocks):

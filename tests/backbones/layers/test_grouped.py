@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pmixseg.backbones import MMFormer, MultiEncoderUNet, RFNet
+from pmixseg.backbones import UHVED, DeMoSeg, MMFormer, MultiEncoderUNet, RFNet, ShaSpec
 from pmixseg.backbones.layers.grouped import encode_together
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.execution import as_on_gpu
@@ -14,7 +14,11 @@ NETWORKS = {
     "stem": lambda: MultiEncoderUNet(width=4, levels=3, stem=2, modalities=("a", "b")),
     "rfnet": lambda: RFNet(width=4),
     "recompute": lambda: MultiEncoderUNet(width=4, levels=3, recompute=True),
+    "mmformer": lambda: MMFormer(width=4, patch_size=32, embedding=8, heads=2, hidden=8, dropout=0),
+    "uhved": lambda: UHVED(width=4),
+    "shaspec": lambda: ShaSpec(width=4, levels=2),
 }
+SIDES = {"mmformer": 32}
 
 
 def encoders_of(name):
@@ -26,13 +30,24 @@ def encoders_of(name):
     return net
 
 
+def image_for(name, net):
+    sides = [SIDES.get(name, 16)] * 3
+    return torch.randn(2, len(net.modalities), *sides, dtype=torch.float64)
+
+
+def convolutions_of(net):
+    encoders = net.specific if isinstance(net, ShaSpec) else net.encoders
+    return [getattr(encoder, "convolutions", encoder) for encoder in encoders]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_pass_gives_what_a_loop_gives(name):
     net = encoders_of(name)
-    image = torch.randn(2, len(net.modalities), 16, 16, 16, dtype=torch.float64)
+    image = image_for(name, net)
+    encoders = convolutions_of(net)
     with as_on_gpu():
-        together = encode_together(list(net.encoders), image)
-        loop = [e(image[:, m : m + 1]) for m, e in enumerate(net.encoders)]
+        together = encode_together(encoders, image)
+        loop = [e(image[:, m : m + 1]) for m, e in enumerate(encoders)]
     for level, maps in enumerate(together):
         expected = torch.cat([levels[level] for levels in loop], 1)
         torch.testing.assert_close(maps, expected, rtol=1e-10, atol=1e-10)
@@ -41,14 +56,14 @@ def test_one_pass_gives_what_a_loop_gives(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_and_latents_are_those_of_a_cpu(name):
     net = encoders_of(name)
-    image = torch.randn(2, len(net.modalities), 16, 16, 16, dtype=torch.float64)
+    image = image_for(name, net)
     present = torch.ones(2, len(net.modalities), dtype=torch.bool)
 
     def step():
         net.zero_grad()
         latents = net.encode(image, present)
         sum(f.square().mean() for f in latents.features).backward()
-        return latents.features, [p.grad for p in net.encoders.parameters()]
+        return latents.features, [p.grad for p in net.parameters()]
 
     lean, keys = step(), list(net.state_dict())
     with as_on_gpu():
@@ -84,10 +99,24 @@ def test_a_gpu_starts_one_convolution_for_all_encoders_and_a_cpu_skips_absent_on
     assert runs == [0, 3]
 
 
-def test_encoders_that_mix_channels_stay_a_loop():
-    net = MMFormer(width=4, patch_size=32, embedding=8, heads=2, hidden=8)
+@pytest.mark.parametrize("name", ["rfnet", "mmformer", "uhved", "shaspec"])
+def test_encoders_of_published_networks_are_one_on_a_gpu(name):
+    net = NETWORKS[name]()
+    image, present = image_for(name, net).float(), torch.ones(2, 4, dtype=torch.bool)
     with as_on_gpu(), torch.no_grad(), Convolutions() as counted:
-        net.encode(torch.randn(1, 4, 32, 32, 32), torch.ones(1, 4, dtype=torch.bool))
+        net.encode(image, present)
+    encoder = convolutions_of(net)[0]
+    layers = sum(isinstance(part, torch.nn.Conv3d) for part in encoder.modules())
+    assert counted.groups.count(4) == layers
+    # ShaSpec's shared encoder and its residual layers see all modalities as samples.
+    shared = layers + len(net.residual) if name == "shaspec" else 0
+    assert counted.groups.count(1) == shared
+
+
+def test_encoders_that_mix_channels_stay_a_loop():
+    net = DeMoSeg(width=4, levels=2)
+    with as_on_gpu(), torch.no_grad(), Convolutions() as counted:
+        net.encode(torch.randn(1, 4, 16, 16, 16), torch.ones(1, 4, dtype=torch.bool))
     assert 4 not in counted.groups
 
 
