@@ -17,6 +17,16 @@ _PLACE = {
 }
 """What is wrong with a path; without a file name it is about something else."""
 
+_SHARED = re.compile(
+    r"DataLoader worker .*(killed by signal|exited unexpectedly)|shared memory|file </torch_|"
+    r"received \d+ items of ancdata",
+    re.DOTALL,
+)
+"""What PyTorch says where the system ended a process that reads data, or refused it a buffer."""
+
+_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory|start new thread")
+"""What PyTorch and Python say where memory or processes are used up."""
+
 _TORCH = re.compile(r"PytorchStreamWriter|inline_container\S* \. unexpected pos|iostream error")
 """What PyTorch says where it could not write all of a file."""
 
@@ -90,4 +100,35 @@ def disk_error(error: BaseException) -> InputError | None:
         )
     if error.errno in _FULL:
         return InputError(f"the disk refused a file ({error.strerror}); free space on it.")
+    return None
+
+
+def memory_error(error: BaseException) -> InputError | None:
+    """Lack of memory, shared memory or open files as a sentence; ``None`` for any other error.
+
+    Example:
+        >>> print(memory_error(MemoryError("Unable to allocate 9 GiB")))
+        there is too little memory (Unable to allocate 9 GiB); use smaller batches, patches or windows, fewer workers, or a larger voxel spacing.
+        >>> memory_error(RuntimeError("a programming error")) is None
+        True
+    """  # noqa: E501  # the sentence is what is shown
+    reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.EMFILE, errno.ENFILE):
+        return InputError(
+            f"too many files are open at once ({reason}); allow more (ulimit -n), or use fewer "
+            "workers."
+        )
+    if isinstance(error, RuntimeError) and _SHARED.search(str(error)):
+        return InputError(
+            f"a process that reads data was ended or refused memory by the system ({reason}); use "
+            "fewer workers (--data.num_workers 0 needs no shared memory), smaller batches, or a "
+            "larger /dev/shm."
+        )
+    known = isinstance(error, MemoryError) or code == errno.ENOMEM
+    if known or (isinstance(error, RuntimeError) and _MEMORY.search(str(error))):
+        return InputError(
+            f"there is too little memory ({reason or 'Python could not get any'}); use smaller "
+            "batches, patches or windows, fewer workers, or a larger voxel spacing."
+        )
     return None

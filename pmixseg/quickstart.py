@@ -38,6 +38,7 @@ from pmixseg.modules import (
     load,
 )
 from pmixseg.modules.checkpoint import read_checkpoint, restore
+from pmixseg.plurals import count_of
 from pmixseg.task import BRATS
 
 CASES = 28
@@ -143,8 +144,9 @@ def prepare_cohort(root: Path, store: Path) -> None:
     if report.failed:
         raise InputError(" ".join(report.failed.values()))
     if report.elsewhere:
+        others = count_of(len(report.elsewhere), "case that is", "cases that are")
         raise InputError(
-            f"{store} holds {len(report.elsewhere)} cases that are not under {root}, such as "
+            f"{store} holds {others} not under {root}, such as "
             f"'{report.elsewhere[0]}'; delete it or choose another folder with --out."
         )
 

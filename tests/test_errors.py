@@ -1,10 +1,12 @@
 """The sentence that a person reads stays one sentence, wherever it was raised."""
 
+import errno
+
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from pmixseg.cli import main
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, memory_error
 
 SENTENCE = "case 'a7': the label holds value 7; map it in the layout's codes."
 
@@ -101,3 +103,27 @@ def test_the_command_line_prints_the_sentence_of_a_worker(monkeypatch, capsys):
     monkeypatch.setattr("pmixseg.cli.run_plain", lambda *args: len(list(loader)))
     assert main(["any", "command"]) == 1
     assert capsys.readouterr().err == f"pmixseg: {SENTENCE}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (MemoryError(), "smaller batches"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "smaller batches"),
+        (RuntimeError("can't start new thread"), "fewer workers"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "smaller"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "num_workers 0"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "num_workers 0"),
+        (RuntimeError("unable to write to file </torch_7_1>: No space left"), "/dev/shm"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It"), "/dev/shm"),
+        (OSError(errno.EMFILE, "Too many open files", "a.npy"), "ulimit -n"),
+    ],
+)
+def test_lack_of_memory_is_a_sentence(error, advice):
+    sentence = str(memory_error(error))
+    assert advice in sentence and "\n" not in sentence and "()" not in sentence
+
+
+def test_other_errors_are_none_of_memory():
+    assert memory_error(RuntimeError("sizes do not match")) is None
+    assert memory_error(OSError(errno.ENOENT, "No such file or directory", "x")) is None

@@ -13,7 +13,7 @@ from pathlib import Path
 from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.cli.arguments import take_out
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
-from pmixseg.errors import InputError, disk_error
+from pmixseg.errors import InputError, disk_error, memory_error
 from pmixseg.interrupt import raise_on_interrupt, say_stopped
 
 TRAINING = {
@@ -50,7 +50,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if interrupted(error):
             return say_stopped()
-        cause = None if isinstance(error, SystemExit) else input_error(error) or disk_error(error)
+        cause = None
+        if not isinstance(error, SystemExit):
+            cause = input_error(error) or memory_error(error) or disk_error(error)
         if cause is None and isinstance(error, UnicodeDecodeError):
             cause = no_text(given)
         if cause is None and isinstance(error, Exception):

@@ -20,6 +20,7 @@ from rich.progress import (
 
 from pmixseg.errors import InputError
 from pmixseg.files import not_among
+from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def _phantom(subparsers: Any) -> None:
             made = write_cohort(
                 args.out, args.cases, args.seed, settings, args.workers, progress=report
             )
-        console.print(f"{len(made)} synthetic cases in {args.out}: no patient, research use only.")
+        cases = count_of(len(made), "synthetic case")
+        console.print(f"{cases} in {args.out}: no patient, research use only.")
         if args.dicom is not None:
             _write_studies(args.out, args.dicom, task)
         if args.task is not None:
@@ -114,7 +116,7 @@ def _write_studies(root: Path, folder: Path, task: Task) -> None:
     cases = find_cases(root, task)
     for case in cases:
         write_study(folder / case.case_id, {m: Path(str(f)) for m, f in case.images.items()})
-    console.print(f"{len(cases)} DICOM studies in {folder}")
+    console.print(f"{count_of(len(cases), 'DICOM study', 'DICOM studies')} in {folder}")
 
 
 def _inspect(subparsers: Any) -> None:

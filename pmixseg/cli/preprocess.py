@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pmixseg.cli.commands import bar, console, part_flag, read_task, share_of
+from pmixseg.plurals import count_of
 
 
 def add_to(subparsers: Any) -> None:
@@ -39,7 +40,7 @@ def add_to(subparsers: Any) -> None:
             if case.problem:
                 console.print(f"problem: {case.problem}")
         failed = sum(case.problem is not None for case in done)
-        console.print(f"{len(done) - failed} cases in {args.out}, {failed} left out")
+        console.print(f"{count_of(len(done) - failed, 'case')} in {args.out}, {failed} left out")
         return 1 if failed else 0
 
     parser.set_defaults(run=run)

@@ -16,6 +16,7 @@ from pmixseg.cli.commands import bar, console, part_flag, share_of
 from pmixseg.cli.mistakes import Parser
 from pmixseg.errors import InputError
 from pmixseg.interrupt import raise_on_interrupt
+from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task, format_combination
 
 if TYPE_CHECKING:
@@ -390,4 +391,4 @@ def report(results: Sequence[CaseResult], task: Task) -> None:
         folder = next(iter(result.files.values())).parent
         folders[folder] = folders.get(folder, 0) + len(result.files)
     for folder, count in folders.items():
-        console.print(f"{count} files in {folder}")
+        console.print(f"{count_of(count, 'file')} in {folder}")

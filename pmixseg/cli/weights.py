@@ -9,6 +9,7 @@ from typing import Any
 
 from pmixseg.cli.commands import console, read_task
 from pmixseg.files import not_among
+from pmixseg.plurals import count_of
 
 
 def add_to(subparsers: Any) -> None:
@@ -88,7 +89,9 @@ def _import(subparsers: Any) -> None:
         not_among(args.out, [file])
         imported = import_official(args.kind, file, read_task(args.task))
         path = imported.save(args.out)
-        trained = "" if imported.epoch is None else f", trained for {imported.epoch} epochs"
+        trained = (
+            "" if imported.epoch is None else f", trained for {count_of(imported.epoch, 'epoch')}"
+        )
         console.print(f"{imported.tensors} tensors of {args.kind}{trained}, now in {path}")
         if imported.dropped:
             console.print(

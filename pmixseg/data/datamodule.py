@@ -34,6 +34,7 @@ from pmixseg.data.splits import Fractions, Split, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.describe import build
 from pmixseg.errors import InputError
+from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch
 
@@ -224,8 +225,9 @@ class BraTSDataModule(LightningDataModule):
             used = (*(parts.train if stage == "fit" else ()), *self._validated())
             unlabelled = sorted(name for name in used if not cases[name].labelled)
             if unlabelled:
+                has = count_of(len(unlabelled), "case has", "cases have")
                 raise InputError(
-                    f"{len(unlabelled)} cases to train or validate on have no label: "
+                    f"{has} no label to train or validate on: "
                     f"{', '.join(unlabelled)}; take them out of the split or give them one."
                 )
         if stage == "fit" and parts.train:
@@ -326,14 +328,15 @@ class BraTSDataModule(LightningDataModule):
     def _remark(self, parts: Split, cases: Mapping[str, StoredCase]) -> None:
         if parts.lacking:
             rank_zero_info(
-                f"{len(parts.lacking)} cases of the split are not in the store, and left out: "
+                f"left out of the split, not in the store: {count_of(len(parts.lacking), 'case')}, "
                 f"{listed(parts.lacking)}"
             )
         if divided := divided_patients(parts, cases.values()):
+            has = count_of(len(divided), "patient has", "patients have")
             rank_zero_warn(
-                f"{len(divided)} patients have cases in more than one part of the split "
-                f"({listed(divided)}): scores on patients that a training has seen are too good; "
-                "put all cases of a patient into one part."
+                f"{has} cases in more than one part of the split ({listed(divided)}): scores on "
+                "patients that a training has seen are too good; put all cases of a patient "
+                "into one part."
             )
 
     def _apply_masks(self, cases: Mapping[str, StoredCase]) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from pmixseg.data.cohorts.layouts import LabelNames, find_cases, search
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
+from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 
@@ -100,10 +101,11 @@ class CohortSource:
         report.cohort = cohort.remarks
         rank_zero_info(report.summary())
         if left := (*report.gone, *report.elsewhere):
-            rank_zero_info(f"{len(left)} cases of the store are left out: not under {self.root}")
+            others = count_of(len(left), "case")
+            rank_zero_info(f"left out, {others} of the store not under {self.root}")
         if report.failed:
             raise InputError(
-                f"{len(report.failed)} cases of {self.root} cannot be used: "
+                f"{count_of(len(report.failed), 'case')} of {self.root} cannot be used: "
                 f"{' '.join(report.failed.values())} To go on without them, name the store "
                 f"{self.path} and no root."
             )

@@ -22,6 +22,7 @@ from pmixseg.data.dealing import SplittableCase, deal
 from pmixseg.data.keys import make_key
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
+from pmixseg.plurals import count_of
 
 PUBLISHED = {
     ("d7026e1360bb60bb", "994e6cb358f1b6d1", "c1f15e644e377caf"): "BraTS 2018 split 1 (199/29/57)",
@@ -97,7 +98,7 @@ class Split:
     def name(self) -> str:
         """The published name, or the hash; and how many cases of it were left out."""
         name = self.published or self.hash
-        return f"{name}, {len(self.lacking)} cases lacking" if self.lacking else name
+        return f"{name}, {count_of(len(self.lacking), 'case')} lacking" if self.lacking else name
 
 
 class SplitPlan(Described, ABC):
@@ -175,8 +176,9 @@ class SplitLists(SplitPlan):
         every = {*self.lists.train, *self.lists.val, *self.lists.test}
         if not every & cohort:
             raise InputError(
-                f"the cohort has none of the {len(every)} cases of the split in {self.source}; "
-                "for a cohort that no training has seen use --data.split=WholeCohort."
+                f"the cohort has none of the {count_of(len(every), 'case')} of the split in "
+                f"{self.source}; for a cohort that no training has seen use "
+                "--data.split=WholeCohort."
             )
         return _known(self.lists, cases, self.source)
 
@@ -336,8 +338,8 @@ def _filled(parts: dict[str, list[SplittableCase]], needed: dict[str, bool], whe
     if empty:
         total = sum(len(cases) for cases in parts.values())
         raise InputError(
-            f"{where}: the cohort's {total} cases leave {' and '.join(empty)} without any; use "
-            "other shares or more cases."
+            f"{where}: {count_of(total, 'case leaves', 'cases leave')} {' and '.join(empty)} "
+            "without any; use other shares or more cases."
         )
     return Split(**{part: tuple(c.case_id for c in cases) for part, cases in parts.items()})
 
@@ -360,9 +362,9 @@ def _known(
             "name the store of this split, or another split."
         )
     raise InputError(
-        f"the split in {where} names {len(lacking)} of {len(named)} cases that the cohort lacks: "
-        f"{listed(lacking)}; add them, take them out of the split, or go on without them "
-        "(--data.split.missing skip)."
+        f"the split in {where} names {len(lacking)} of {count_of(len(named), 'case')} that the "
+        f"cohort lacks: {listed(lacking)}; add them, take them out of the split, or go on without "
+        "them (--data.split.missing skip)."
     )
 
 

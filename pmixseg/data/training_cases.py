@@ -8,6 +8,7 @@ from typing import Any
 
 from pmixseg.data.store.store import StoredCase
 from pmixseg.errors import InputError
+from pmixseg.plurals import count_of
 
 Scans = tuple[str, ...]
 """Hashes of the scans of one case, sorted."""
@@ -160,8 +161,9 @@ def say_seen(seen: Sequence[SeenCase], part: str) -> str:
         part: of the split that was to be scored.
     """
     more = ", …" if len(seen) > 5 else ""
+    cases = count_of(len(seen), f"case of the {part} part is", f"cases of the {part} part are")
     return (
-        f"{len(seen)} cases of the {part} part are known to this model from its training "
+        f"{cases} known to this model from its training "
         f"({', '.join(str(case) for case in seen[:5])}{more}): their scores would be too good; "
         "score others (a command without a split takes the checkpoint's own), or go on with "
         "--force (in Python: module.force = True)."

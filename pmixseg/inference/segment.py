@@ -26,6 +26,7 @@ from pmixseg.inference.folders import (
 )
 from pmixseg.inference.overview import overview, scans_on_grid, write_overview
 from pmixseg.modules import SegmentationModule
+from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 Progress = Callable[[int, int], None]
@@ -313,8 +314,8 @@ def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str,
     there = ScanReader(f"{path}").channels(path)
     if there is not None and there != len(listed):
         raise InputError(
-            f"{path} has {there} channels, but '{names}' names {len(listed)}; name all in their "
-            f"order, '{UNUSED_CHANNEL}' for a channel that is not read."
+            f"{path} has {count_of(there, 'channel')}, but '{names}' names {len(listed)}; name all "
+            f"in their order, '{UNUSED_CHANNEL}' for a channel that is not read."
         )
     return {n: (path, index) for index, n in enumerate(listed) if n != UNUSED_CHANNEL}
 

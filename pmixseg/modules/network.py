@@ -42,6 +42,7 @@ from pmixseg.modules.preparation import Preparation, seen_cases
 from pmixseg.modules.recording import Recording, warn_without_label
 from pmixseg.modules.training.compilation import Compile
 from pmixseg.modules.training.trainer_checks import check_machine
+from pmixseg.plurals import count_of
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -272,7 +273,8 @@ class SegmentationNetwork(LightningModule, Described):
         self.seen = seen_cases(data, part, self.preparation, counted)
         if self.seen and self.force:
             names = ", ".join(str(case) for case in self.seen[:5])
-            rank_zero_warn(f"{len(self.seen)} cases are scored that the model knows: {names}.")
+            scored = count_of(len(self.seen), "case is", "cases are")
+            rank_zero_warn(f"{scored} scored that the model knows: {names}.")
         elif self.seen:
             raise InputError(say_seen(self.seen, part))
 

@@ -21,6 +21,7 @@ from pmixseg.evaluation.records.grouped import result_table
 from pmixseg.evaluation.records.records import Records, gather_rows
 from pmixseg.evaluation.records.sidecar import Sidecar, checkpoint_identity
 from pmixseg.modules.preparation import Preparation
+from pmixseg.plurals import count_of
 from pmixseg.task import Combination, Task
 
 
@@ -142,7 +143,7 @@ class Recording:
         console = Console(highlight=False, markup=False, soft_wrap=True)
         console.print(result_table(records, width=console.width))
         beside = self.path.with_suffix(".json").name
-        console.print(f"{cases} cases; {self.path}, conventions in {beside}")
+        console.print(f"{count_of(cases, 'case')}; {self.path}, conventions in {beside}")
 
 
 def warn_without_label(item: CaseItem) -> None:

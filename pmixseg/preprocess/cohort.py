@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from pmixseg.preprocess.atlas import read_volume
 from pmixseg.preprocess.itk import sitk
 from pmixseg.preprocess.pipeline import Preprocessed, preprocess_scans, write_image
 from pmixseg.preprocess.registration import resampled
+from pmixseg.workers import results
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,21 @@ def preprocess_cohort(
         out: a folder per case is written here, in the layout of BraTS 2021.
         brain: see :func:`~pmixseg.preprocess.preprocess_scans`.
         atlas: see there.
-        workers: processes.
+        workers: processes beside this one; 0 does the work here.
         progress: called with (cases done, cases in all).
 
     Yields:
         A result per case, as each is done.
+
+    Raises:
+        InputError: a worker was killed, most likely for lack of memory.
     """
     one = partial(preprocess_case, out=out, brain=brain, atlas=atlas)
-    with ProcessPoolExecutor(workers) as pool:
-        for count, future in enumerate(as_completed([pool.submit(one, c) for c in cases]), 1):
-            yield future.result()
-            if progress is not None:
-                progress(count, len(cases))
+    outcomes = results(one, cases, workers, where=out, preload=[__name__])
+    for count, (_, done) in enumerate(outcomes, 1):
+        yield done
+        if progress is not None:
+            progress(count, len(cases))
 
 
 def preprocess_case(case: Case, out: Path, brain: str, atlas: Path | None) -> Done:

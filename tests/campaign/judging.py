@@ -7,6 +7,7 @@ A generator of further inputs (checkpoints, flags, the environment) is one class
 
 import contextlib
 import io
+import re
 import shutil
 import traceback
 from abc import ABC, abstractmethod
@@ -124,6 +125,9 @@ def flip_bits(raw: bytes, random: np.random.Generator, limit: int | None = None)
 def damage_text(text: str, random: np.random.Generator) -> bytes:
     """Cut, double, swap or replace a piece of a text, or flip bits of it."""
     a, b = sorted(random.integers(0, len(text) + 1, 2).tolist())
+    lines = text.splitlines(keepends=True) or [""]
+    at = int(random.integers(len(lines)))
+    number = re.compile(r"\d+(\.\d+)?")
     odd = ("", "null", "-1", "1e999", "NaN", '"', "{", "[", "\0", "ü", "true", "[[]]", "*a", "!!x")
     changes = [
         lambda: (text[:a] + text[b:]).encode(),
@@ -133,5 +137,18 @@ def damage_text(text: str, random: np.random.Generator) -> bytes:
         lambda: flip_bits(text.encode(), random),
         lambda: text.encode("utf-16"),
         lambda: b"\xef\xbb\xbf" + text.encode(),
+        # What people and spreadsheets do to a file by hand:
+        lambda: "".join([*lines[: at + 1], *lines[at:]]).encode(),
+        lambda: "".join([*lines[:at], *lines[at + 1 :]]).encode(),
+        lambda: "".join([*lines[:at], " " + lines[at], *lines[at + 1 :]]).encode(),
+        lambda: "".join([*lines[:at], "\t" + lines[at].lstrip(), *lines[at + 1 :]]).encode(),
+        lambda: text.replace("\n", "\r\n").encode(),
+        lambda: text.replace(",", ";").encode(),
+        lambda: number.sub(lambda m: m[0].replace(".", ","), text).encode(),
+        lambda: number.sub(lambda m: f'"{m[0]}"', text, count=a % 9 + 1).encode(),
+        lambda: (text + "\n\n  \n").encode(),
+        lambda: text.upper().encode(),
+        lambda: text.replace('"', "\u201d").replace("'", "\u2019").encode(),
+        lambda: text.encode("cp1252", "replace"),
     ]
     return changes[int(random.integers(len(changes)))]()

@@ -133,7 +133,9 @@ class Environment(Given):
     names = ("HOME", "TMPDIR", "COLUMNS", "LINES", "TERM", "LC_ALL", "LANG", "PYTHONIOENCODING",
              "PMIXSEG_RUN", "OMP_NUM_THREADS", "WANDB_MODE", "MPLCONFIGDIR", "XDG_CACHE_HOME",
              "MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "TORCH_HOME", "WORLD_SIZE", "RANK", "TZ",
-             "CUDA_VISIBLE_DEVICES", "NO_COLOR", "FORCE_COLOR", "PYTHONUTF8")  # fmt: skip
+             "CUDA_VISIBLE_DEVICES", "NO_COLOR", "FORCE_COLOR", "PYTHONUTF8", "PYTHONWARNINGS",
+             "PMIXSEG_STORE", "WANDB_RUN_ID", "LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "TMP",
+             "MALLOC_TRIM_THRESHOLD_", "MKL_NUM_THREADS", "LD_PRELOAD")  # fmt: skip
 
     def damage(self, folder, random):
         chosen = [self.names[int(i)] for i in random.integers(0, len(self.names), 3)]
@@ -144,10 +146,21 @@ class Environment(Given):
 
     def use(self, folder):
         made = dict(w.split("=", 1) for w in (folder / "words").read_text().split("\0"))
-        words = [sys.executable, "-m", "pmixseg", "inspect", str(self.store)]
+        number = sum(map(ord, folder.name))  # one of a few commands, always the same for a seed
+        fit = ["fit", f"--data.store={self.store}", "--run=run", *SMALL]
+        segment = ["segment", str(self.checkpoint), "nowhere", "-o", "out"]
+        command = [["inspect", str(self.store)], segment, ["report", "nowhere"], fit][number % 4]
+        words = [sys.executable, "-m", "pmixseg", *command]
 
         def ask():
-            done = subprocess.run(words, env=os.environ | made, capture_output=True, check=False)
+            done = subprocess.run(
+                words,
+                env=os.environ | made,
+                cwd=folder,
+                capture_output=True,
+                check=False,
+                timeout=250,
+            )
             said = (done.stdout + done.stderr).decode(errors="replace")
             print(said)  # noqa: T201  # the answer
             return done.returncode

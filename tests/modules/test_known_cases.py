@@ -100,7 +100,7 @@ def test_a_case_that_was_trained_on_is_refused_by_name(trained, score, tmp_path,
     assert code == 1
     word = {"train": "training", "val": "validation"}[part]
     assert (
-        f"1 cases of the test part are known to this model from its training ({known} ({word})"
+        f"1 case of the test part is known to this model from its training ({known} ({word})"
         in said
     )
     assert "--force" in said
@@ -115,8 +115,7 @@ def test_validation_refuses_training_cases_and_takes_its_own(trained, score, tmp
     )
     assert code == 1
     assert (
-        f"1 cases of the val part are known to this model from its training ({cases.train[0]}"
-        in said
+        f"1 case of the val part is known to this model from its training ({cases.train[0]}" in said
     )
 
 

@@ -206,7 +206,7 @@ def test_the_command_writes_a_cohort_and_tells_what_failed(patient, tmp_path, ca
     command = ["preprocess", str(root), str(tmp_path / "out"), *flags]
     assert main([*command, "--part=1/2"]) == 0
     said = capsys.readouterr().out
-    assert "1 cases in" in said and "BraTS2021_00002" not in said
+    assert "1 case in" in said and "BraTS2021_00002" not in said
     assert main([*command, "--part=2/2"]) == 1
     said = capsys.readouterr().out
     assert "0 cases in" in said and "BraTS2021_00002" in said

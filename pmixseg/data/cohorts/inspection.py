@@ -32,6 +32,7 @@ from pmixseg.data.scans.volumes import (
     signal_of,
 )
 from pmixseg.errors import InputError
+from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 _ENDLESS = 10_000
@@ -95,7 +96,7 @@ class Inspection:
     def table(self) -> Table:
         """One row per case: lacking modalities, voxels per label, number of problems."""
         table = Table(
-            title=f"{self.root} · layout {self.layout} · {len(self.cases)} cases",
+            title=f"{self.root} · layout {self.layout} · {count_of(len(self.cases), 'case')}",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             pad_edge=False,
@@ -129,7 +130,7 @@ class Inspection:
         have = Counter(m for case in self.cases for m in case.modalities)
         counts = ", ".join(f"{self.task.show(m)} {have[m]}" for m in self.task.modalities)
         labelled = sum(case.labelled for case in self.cases)
-        lines = [f"{len(self.cases)} cases: {counts}; with a label {labelled}."]
+        lines = [f"{count_of(len(self.cases), 'case')}: {counts}; with a label {labelled}."]
         shapes = Counter((c.shape, c.spacing, c.orientation) for c in self.cases if c.shape)
         if len(shapes) > 1:
             lines.append(f"{len(shapes)} different shapes, spacings or orientations.")
@@ -140,7 +141,8 @@ class Inspection:
         lines += self.cohort
         lines += self._use()
         lines += grouped((c.case_id, note) for c in self.cases for note in c.notes)
-        lines.append(f"{len(self.problems)} problems." if self.problems else "No problems.")
+        problems = count_of(len(self.problems), "problem") if self.problems else "No problems"
+        lines.append(f"{problems}.")
         return "\n".join(
             [*lines, *grouped((c.case_id, text) for c in self.cases for text in c.problems)]
         )
@@ -150,22 +152,16 @@ class Inspection:
         good = [c for c in self.cases if not c.problems]
         bad = [c.case_id for c in self.cases if c.problems]
         if bad:
-            yield (
-                f"{len(bad)} cases have problems, prepare leaves them out and no training sees "
-                f"them: {listed(bad)}."
-            )
+            cases = count_of(len(bad), "case has", "cases have")
+            yield f"{cases} problems, so prepare leaves out and no training sees {listed(bad)}."
         without = [c.case_id for c in good if not c.labelled]
         if without:
-            yield (
-                f"{len(without)} cases have no label, so they can be segmented, but not trained "
-                f"on or scored: {listed(without)}."
-            )
+            cases = count_of(len(without), "case has", "cases have")
+            yield f"{cases} no label, to segment but not to train on or score: {listed(without)}."
         lacking = [c.case_id for c in good if len(c.modalities) < self.task.num_modalities]
         if lacking:
-            yield (
-                f"{len(lacking)} cases lack sequences and are used with those that they have: "
-                f"{listed(lacking)}."
-            )
+            cases = count_of(len(lacking), "case lacks", "cases lack")
+            yield f"{cases} sequences, used with the others: {listed(lacking)}."
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # As wide as it needs to be: a name that is cut or folded is no name.

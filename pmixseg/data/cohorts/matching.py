@@ -13,6 +13,7 @@ from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, check_n
 from pmixseg.data.cohorts.patients import patient_of
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.errors import InputError
+from pmixseg.plurals import count_of
 
 _MAX_DEPTH = 8
 
@@ -97,9 +98,10 @@ class Tree:
     def remarks(self) -> Iterator[str]:
         """Sentences about what was not looked into."""
         if self.hidden:
+            folders = count_of(len(self.hidden), "folder")
             yield (
-                f"{len(self.hidden)} folders with scans were passed over, for their names begin "
-                f"with '.': {listed([shown(p.relative_to(self.root)) for p in self.hidden])}."
+                f"{folders} of scans passed over, with names that begin with '.': "
+                f"{listed([shown(p.relative_to(self.root)) for p in self.hidden])}."
             )
 
 
@@ -242,7 +244,8 @@ def _remark_on_patients(cases: Sequence[Case], named: bool) -> tuple[str, ...]:
         return ()
     such = f" {listed(suspect)} may be visits of one." if suspect else ""
     return (
-        f"patients are not recognised by the names of {len(own)} cases: each counts as a patient "
-        f"of its own, and visits of one patient may come into training and test.{such} If there "
+        f"patients are not recognised by the names of {count_of(len(own), 'case')}: each counts as "
+        "a patient of its own, and visits of one patient may come into training and test."
+        f"{such} If there "
         r"are any, name the patient in a layout file (patient: '(.+)_\d+').",
     )

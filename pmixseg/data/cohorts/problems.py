@@ -6,6 +6,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from pmixseg.plurals import count_of
+
 FEW = 5
 """So many names stand in a line; the rest is counted."""
 
@@ -67,8 +69,8 @@ def ignored_lines(ignored: Mapping[str, Mapping[int, int]]) -> list[str]:
             voxels[number] += count
             cases.setdefault(number, []).append(case)
     return [
-        f"label value {number} is ignored, it becomes background: {count:,} voxels in "
-        f"{len(cases[number])} cases ({listed(cases[number])})"
+        f"label value {number} is ignored, it becomes background: {count_of(count, 'voxel')} in "
+        f"{count_of(len(cases[number]), 'case')} ({listed(cases[number])})"
         for number, count in sorted(voxels.items())
     ]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from pmixseg.data.phantom.tumour import GROWTH_GRID, displacement, grow
 from pmixseg.errors import InputError
 from pmixseg.files import beside, whole
 from pmixseg.task import BRATS
+from pmixseg.workers import results
 
 LABEL_CODES = {"NCR": 1, "ED": 2, "ET": 4}
 """Codes of the label files, as in BraTS 2018."""
@@ -261,8 +261,8 @@ def write_cohort(
         Identifiers of the cases, in order.
 
     Raises:
-        InputError: ``cases`` below 1, ``out`` holds another phantom or anything else, or the disk
-            does not take the files.
+        InputError: ``cases`` below 1, ``out`` holds another phantom or anything else, the disk
+            does not take the files, or a worker was killed.
     """
     settings, out = settings or PhantomSettings(), Path(out)
     if cases < 1:
@@ -270,22 +270,10 @@ def write_cohort(
     make = partial(_write_case, out, seed, settings)
     try:
         _claim(out, seed, settings)
-        if workers <= 0:
-            for index in range(cases):
-                make(index)
-                if progress:
-                    progress(index + 1, cases)
-        else:
-            with ProcessPoolExecutor(workers) as pool:
-                waiting = [pool.submit(make, index) for index in range(cases)]
-                try:
-                    for done, future in enumerate(as_completed(waiting), start=1):
-                        future.result()
-                        if progress:
-                            progress(done, cases)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+        made = results(make, range(cases), workers, where=f"phantom: {out}", preload=[__name__])
+        for done, _ in enumerate(made, start=1):
+            if progress:
+                progress(done, cases)
     except OSError as error:
         raise InputError(
             f"phantom: {out} cannot be written ({error.strerror or error}); "

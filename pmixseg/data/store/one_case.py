@@ -22,6 +22,7 @@ from pmixseg.data.store.stored import (
     write_origin,
 )
 from pmixseg.errors import InputError
+from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 
@@ -114,8 +115,8 @@ def _outcome(
     voxels = sum(ignored.get(number, 0) for number in case.unannotated)
     if voxels:
         notes.append(
-            f"case '{case.case_id}': nobody annotated {voxels} voxels of its label map (label "
-            "'ignore'), so it is kept without a label"
+            f"case '{case.case_id}': nobody annotated {count_of(voxels, 'voxel')} of its label map "
+            "(label 'ignore'), so it is kept without a label"
         )
     return Outcome(state, tuple(notes), ignored, case.label is not None and not voxels)
 

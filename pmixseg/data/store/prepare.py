@@ -6,9 +6,7 @@ import errno
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,10 @@ from pmixseg.data.store.stored import (
     remove_case,
     seal,
 )
-from pmixseg.data.store.workers import worker_pool
 from pmixseg.errors import InputError
 from pmixseg.files import whole
 from pmixseg.task import Task
+from pmixseg.workers import results
 
 _STALE_SECONDS = 3600
 """A temporary folder untouched for this long belongs to a process that was killed."""
@@ -83,7 +81,7 @@ def prepare(
 
     Raises:
         InputError: the folder cannot be written or is not a store, the disk is full, a parameter
-            is out of range, or two cases share a name.
+            is out of range, two cases share a name, or a worker was killed.
     """
     start = time.monotonic()
     out = Path(out)
@@ -95,22 +93,12 @@ def prepare(
         recipe = Recipe(out / CASES, task, parameters, force, odd_ones_out(cases))
         work = partial(prepare_case, recipe)
         mine = cases if share is None else share.of(cases, lambda case: case.case_id)
-        for case, outcome in _watched(_outcomes(mine, work, workers), len(mine), progress):
+        outcomes = results(work, mine, workers, where=out, preload=[prepare_case.__module__])
+        for case, outcome in _watched(outcomes, len(mine), progress):
             _enter(report, case, outcome)
         _reconcile(report, {c.case_id for c in cases}, parameters, prune)
     except OSError as error:
         raise _cannot_write(out, error) from error
-    except BrokenProcessPool as error:
-        if not (report.prepared or report.kept or report.failed):
-            raise InputError(
-                f"{out}: the worker processes ended before the first case: in a script, call this "
-                "under `if __name__ == '__main__':`, since every worker reads the script anew; "
-                "else there is too little memory, so prepare with fewer workers."
-            ) from error
-        raise InputError(
-            f"{out}: a worker process was killed, most likely for lack of memory; prepare again "
-            "with fewer workers, what is done is kept."
-        ) from error
     for names in (report.prepared, report.kept, report.unlabelled):
         names.sort()
     for facts in (report.failed, report.notes, report.ignored):
@@ -206,25 +194,6 @@ def _reconcile(
             report.pruned.append(folder.name)
         else:
             report.gone.append(folder.name)
-
-
-def _outcomes(
-    cases: Sequence[Case], work: Callable[[Case], Outcome | InputError], workers: int
-) -> Iterator[tuple[Case, Outcome | InputError]]:
-    if workers <= 0:
-        for case in cases:
-            yield case, work(case)
-        return
-    pool = worker_pool(workers, [prepare_case.__module__])
-    try:
-        futures: dict[Future[Outcome | InputError], Case] = {
-            pool.submit(work, case): case for case in cases
-        }
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        # After an interrupt the cases in hand are finished, a second or so each, and no more begun.
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _watched(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
+from pmixseg.plurals import count_of
 
 
 @dataclass
@@ -69,8 +70,7 @@ class PrepareReport:
         lines += [f"left out: {line}" for line in grouped(self.failed.items())]
         if self.failed:
             usable = len(self.prepared) + len(self.kept)
-            lines.append(
-                f"exit code 1: {len(self.failed)} cases are not in the store; "
-                + (f"the {usable} others are, and can be trained on" if usable else "no other is")
-            )
+            failed = count_of(len(self.failed), "case is", "cases are")
+            others = count_of(usable, "other can", "others can") if usable else "no other can"
+            lines.append(f"exit code 1: {failed} not in the store; {others} be trained on")
         return "\n".join(lines)

@@ -19,6 +19,7 @@ from pmixseg.data.store.stored import (
     unseal,
 )
 from pmixseg.errors import InputError
+from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 __all__ = ["PrepareReport", "Store", "StoredCase", "prepare"]
@@ -90,8 +91,8 @@ class Store:
         if case_id not in self._opened:
             if case_id not in self.cases:
                 raise InputError(
-                    f"store {self.root} has no case '{case_id}'; it has {len(self.cases)} cases, "
-                    "see `pmixseg inspect`, or prepare the case."
+                    f"store {self.root} has no case '{case_id}' among its "
+                    f"{count_of(len(self.cases), 'case')}; see `pmixseg inspect`, or prepare it."
                 )
             self._opened[case_id] = StoredCase.open(self.root / CASES / case_id, self._maps)
         return self._opened[case_id]

@@ -27,6 +27,7 @@ from pmixseg.evaluation.comparison.paired_tests import (
 )
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
 from pmixseg.evaluation.records.records import KEY
+from pmixseg.plurals import count_of
 
 ENOUGH_PAIRS = 8
 ENOUGH_CASES = 20
@@ -90,8 +91,8 @@ def compare(
 def _check(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], measure: str) -> None:
     if not a or len(a) != len(b):
         raise InputError(
-            f"A has {len(a)} runs and B {len(b)}; give at least one a side, as many on either, in "
-            "the order of their seeds."
+            f"A has {count_of(len(a), 'run')} and B {len(b)}; give at least one a side, as many on "
+            "either, in the order of their seeds."
         )
     for side, runs in (("A", a), ("B", b)):
         for i, run in enumerate(runs):
@@ -143,7 +144,7 @@ def _aligned(runs: Sequence[pd.DataFrame], column: str, notes: list[str]) -> pd.
         )
         notes.append(
             f"{left} of {len(everything)} rows lack '{column}' in some run and were left out"
-            + (f", with them {len(lost)} whole cases." if lost else ".")
+            + (f", with them {count_of(len(lost), 'whole case')}." if lost else ".")
         )
     return common
 
@@ -213,7 +214,7 @@ def _limits(primary: PairedTest, cases: int, exploratory: pd.DataFrame) -> list[
     least = smallest_signed_rank_p(most)
     if least * tests > LEVEL:
         notes.append(
-            f"With {most} cases no p of the exploratory table can pass: the smallest possible is "
-            f"{least:.2g}, times {tests} comparisons {min(1.0, least * tests):.2g}."
+            f"With {count_of(most, 'case')} no p of the exploratory table can pass: the smallest "
+            f"possible is {least:.2g}, times {tests} comparisons {min(1.0, least * tests):.2g}."
         )
     return notes

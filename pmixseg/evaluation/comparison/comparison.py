@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pmixseg.evaluation.comparison.paired_tests import LEVEL, Interval, PairedTest
+from pmixseg.plurals import count_of
 
 SHOWN_VIOLATIONS = 10
 
@@ -83,7 +84,7 @@ def _as_text(comparison: Comparison, width: int) -> str:
     drawn = "runs and cases" if comparison.of_methods else "cases"
     console.print(f"  bootstrap over {drawn}: {_range(comparison.bootstrap)}")
     better, worse, equal = comparison.wins
-    console.print(f"  A better in {better} cases, B in {worse}, equal in {equal}\n")
+    console.print(f"  A better in {count_of(better, 'case')}, B in {worse}, equal in {equal}\n")
     for note in comparison.notes:
         console.print(f"! {note}")
     console.print(_exploratory(comparison))
@@ -148,7 +149,7 @@ def _violations(name: str, table: pd.DataFrame) -> str:
         clear = "" if row.clear else ", may be chance"
         lines.append(
             f"  {row.region}: {row.combination} + {row.added}: {row.change:+.4f} "
-            f"({_range((row.low, row.high))}; {row.hurt} of {row.cases} cases{clear})"
+            f"({_range((row.low, row.high))}; {row.hurt} of {count_of(row.cases, 'case')}{clear})"
         )
     if len(table) > SHOWN_VIOLATIONS:
         lines.append(f"  and {len(table) - SHOWN_VIOLATIONS} smaller ones")

@@ -14,6 +14,7 @@ from pmixseg.evaluation.comparison.monotonicity import added_modalities
 from pmixseg.evaluation.records.measures import BRIER, ECE
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.tables import run_name, tabulate
+from pmixseg.plurals import count_of
 from pmixseg.task import format_combination
 
 FEW_CASES = 10
@@ -230,9 +231,7 @@ def remarks(runs: Sequence[Records]) -> list[str]:
     sets = [frozenset(one.table["case"]) for one in runs]
     count = min(len(s) for s in sets)
     if count < FEW_CASES:
-        cautions.append(
-            f"{count} case{'s' if count > 1 else ''}: too few to conclude anything about patients."
-        )
+        cautions.append(f"{count_of(count, 'case')}: too few to conclude anything about patients.")
     if len(set(sets)) > 1:
         cautions.append(
             "The runs were scored on different cases. Best values are marked, and ranks given, "
@@ -292,7 +291,8 @@ def _about_region(records: Records, region: str) -> list[str]:
         return []
     shown = records.task.show(region)
     return [
-        f"{shown} is absent from the truth of {summary.absent} of {summary.cases} cases: there its "
+        f"{shown} is absent from the truth of {summary.absent} of "
+        f"{count_of(summary.cases, 'case')}: there its "
         "Dice is 1 if nothing is predicted and 0 otherwise, and its HD95 a convention."
     ]
 

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pmixseg.errors import InputError
 from pmixseg.modules.training.optimization import place_steps
+from pmixseg.plurals import count_of
 
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 """What a plateau schedule counts; everything else in its state is a setting."""
@@ -125,9 +126,9 @@ def _replay(scheduler: LRScheduler, steps: int) -> None:
                 scheduler.step()
             except ValueError as error:
                 raise InputError(
-                    f"the checkpoint has made {steps} steps, but the learning-rate schedule of "
-                    f"this training ends at step {step}; give more --trainer.max_epochs or "
-                    "--trainer.max_steps, or start anew with --init_from."
+                    f"the checkpoint has made {count_of(steps, 'step')}, but the learning-rate "
+                    f"schedule of this training ends at step {step}; give more "
+                    "--trainer.max_epochs or --trainer.max_steps, or start anew with --init_from."
                 ) from error
 
 

@@ -1,0 +1,141 @@
+"""Processes that work for this one, and end with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import (
+    active_children,
+    current_process,
+    get_all_start_methods,
+    get_context,
+    parent_process,
+)
+from multiprocessing.context import BaseContext
+from threading import Thread
+from types import FrameType
+from typing import TypeVar
+
+from pmixseg.errors import InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def results(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    *,
+    where: object,
+    preload: Sequence[str] = (),
+) -> Iterator[tuple[Item, Result]]:
+    """Do a piece of work for each item, and yield each item with its result as it is done.
+
+    Where this process stops before the end, by Ctrl-C or an error, the workers are interrupted: a
+    piece of work in hand clears up, and no other is begun. Workers leave Ctrl-C to this process,
+    use one core, and die when it dies.
+
+    Args:
+        work: a function of a module, or a ``partial`` of one; other processes import it.
+        items: what it is called with.
+        workers: processes beside this one; 0 or less does the work here.
+        where: how the message about a worker that was killed begins.
+        preload: modules that are imported once, not once a worker, where the system allows it.
+
+    Raises:
+        InputError: a worker was killed, most likely for lack of memory.
+    """
+    if workers <= 0:
+        yield from ((item, work(item)) for item in items)
+        return
+    # A worker of a script without a main guard reads the script anew, and comes here again. Python
+    # would print a traceback per worker; the first process says in a sentence what is wrong.
+    if getattr(current_process(), "_inheriting", False):
+        os._exit(1)
+    others, done = {child.pid for child in active_children()}, 0
+    pool = ProcessPoolExecutor(workers, _context(preload), initializer=start_worker)
+    try:
+        futures = {pool.submit(partial(_piece, work), item): item for item in items}
+        for future in as_completed(futures):
+            result = future.result()
+            done += 1
+            yield futures[future], result
+    except BrokenProcessPool as error:
+        raise InputError(f"{where}: {_why_killed(done)}") from error
+    except BaseException:
+        for child in active_children():
+            if child.pid is not None and child.pid not in others:
+                os.kill(child.pid, signal.SIGINT)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _why_killed(done: int) -> str:
+    if not done:
+        return (
+            "the worker processes ended before the first case: in a script, call this under "
+            "`if __name__ == '__main__':`, since every worker reads the script anew; else there is "
+            "too little memory, so use fewer workers."
+        )
+    return (
+        "a worker process was killed, most likely for lack of memory; start again with fewer "
+        "workers; what is done is kept."
+    )
+
+
+class _Interruption:
+    """Whether a worker is at work, and whether it shall stop."""
+
+    at_work = False
+    told = False
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    first, _Interruption.told = not _Interruption.told, True
+    if _Interruption.at_work and first:  # clearing up is not interrupted once more
+        raise KeyboardInterrupt
+
+
+def _piece(work: Callable[[Item], Result], item: Item) -> Result:
+    _Interruption.at_work = True
+    try:
+        if _Interruption.told:
+            raise KeyboardInterrupt
+        return work(item)
+    finally:
+        _Interruption.at_work = False
+
+
+def start_worker() -> None:
+    """What a worker does first."""
+    signal.signal(signal.SIGINT, _interrupt)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, however that came about.
+
+    A killed parent closes no pool, and its workers would wait for work for ever.
+    """
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _context(preload: Sequence[str]) -> BaseContext:
+    """Not a plain fork: this process may hold threads (torch, the progress bar) that it breaks."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, *preload])
+    return context

@@ -1,0 +1,59 @@
+"""Workers end with this process, and one that is killed is told in a sentence."""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import pmixseg
+from pmixseg.errors import InputError
+from pmixseg.workers import results
+
+
+def square(folder, number):
+    """The square; 0 takes until it is interrupted, and a negative number kills the process."""
+    if number < 0:
+        os._exit(9)
+    begun = folder / f"begun-{number}"
+    begun.touch()
+    try:
+        if number == 0:
+            time.sleep(250)
+    finally:
+        begun.rename(folder / f"cleared-{number}")
+    return number**2
+
+
+@pytest.mark.parametrize("workers", [-1, 0, 2])
+def test_results_do_not_depend_on_who_works(tmp_path, workers):
+    done = dict(results(partial(square, tmp_path), [1, 2, 3], workers, where="s"))
+    assert done == {1: 1, 2: 4, 3: 9}
+
+
+def test_workers_of_a_call_that_is_left_clear_up_and_begin_nothing(tmp_path):
+    made = results(partial(square, tmp_path), [0, 1, 2, 0, 3, 4], 2, where="s")
+    first, _ = next(made)
+    assert first in (1, 2)
+    while len(list(tmp_path.glob("*-0"))) < 1:
+        time.sleep(0.01)
+    made.close()  # as an error or Ctrl-C in its caller does
+    assert not list(tmp_path.glob("begun-*"))
+    assert not (tmp_path / "cleared-4").exists()
+
+
+@pytest.mark.parametrize(("items", "told"), [([-1], "before the first case"), ([5, 6, -1], None)])
+def test_a_killed_worker_is_told(tmp_path, items, told):
+    with pytest.raises(InputError, match=r"^here: .*fewer workers") as error:
+        list(results(partial(square, tmp_path), items, 1, where="here"))
+    assert (told or "a worker process was killed") in str(error.value)
+
+
+def test_nobody_makes_processes_of_another_kind():
+    users = [
+        path.name
+        for path in Path(pmixseg.__file__).parent.rglob("*.py")
+        if "ProcessPoolExecutor" in path.read_text(encoding="utf-8")
+    ]
+    assert users == ["workers.py"]
