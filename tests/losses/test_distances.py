@@ -9,6 +9,7 @@ from pmixseg.errors import InputError
 from pmixseg.gaussians import gaussian_kl
 from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import (
+    MixtureAnchor,
     ModalityAnchor,
     NormalAnchor,
     ProductAnchor,
@@ -96,6 +97,26 @@ def test_kl_heads_keep_the_log_variance_within_six(raw):
     got = alignment(latents_of(values([2.0])), bound(NormalAnchor(), NAMES[:1]), every, every)
     log_variance = math.copysign(6, raw)
     assert got.item() == pytest.approx(0.5 * (math.exp(log_variance) + 4 - 1 - log_variance))
+
+
+@pytest.mark.parametrize("anchor", [MixtureAnchor(weights="uniform"), NormalAnchor()])
+def test_kl_heads_alone_meet_the_loss_where_no_sample_is_decoded(anchor):
+    """What ``inert_settings`` warns of: the latents stay where they are, and the loss is gone."""
+    torch.manual_seed(0)
+    frozen = torch.randn(2, 2, 3, 4, 4, 4) + torch.tensor([0.0, 4.0])[:, None, None, None, None]
+    distance, every = KL(), flags([1, 1], [1, 1])
+    alignment = AlignmentLoss(distance, [3], NAMES[:2], [0])
+    to = bound(anchor, NAMES[:2])
+    optimizer = torch.optim.Adam(alignment.parameters(), lr=0.05)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = alignment(latents_of(frozen), to, every, every)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.5
+    assert losses[-1] < 0.02 * losses[0]
 
 
 def test_kl_reads_variational_encoders():
