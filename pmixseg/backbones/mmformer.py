@@ -31,6 +31,7 @@ from pmixseg.backbones.slots import (
     encode_slots,
     join_levels,
 )
+from pmixseg.borrowed import Borrowed
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -81,13 +82,8 @@ class ModalityEncoder(nn.Module):
         self.pos = nn.Parameter(torch.zeros(1, grid[0] * grid[1] * grid[2], embedding))
         self.transformer = TransformerLayer(embedding, heads, hidden, dropout)
         self.grid = grid
-        # In a tuple, so that its weights keep their names in checkpoints.
-        self._convolutions = (Convolutions(self.encoder, self.encode_conv),)
-
-    @property
-    def convolutions(self) -> Convolutions:
-        """What comes before the transformer."""
-        return self._convolutions[0]
+        # Borrowed, so that weights keep their names in checkpoints.
+        self.convolutions = Borrowed(Convolutions(self.encoder, self.encode_conv))
 
     def position(self, grid: Sequence[int]) -> Tensor:
         """Positions ``[1, N, C]`` of the N tokens of a grid."""
@@ -99,7 +95,7 @@ class ModalityEncoder(nn.Module):
         return rearrange(resized, "1 c d h w -> 1 (d h w) c")
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Transform the tokens, the last of what :attr:`convolutions` returns.
+        """Transform the tokens, the last of what :class:`Convolutions` returns.
 
         Returns:
             Levels 1 to 4, the transformed tokens as a volume, level 5 before the transformer.
@@ -268,7 +264,8 @@ class MMFormer(Backbone):
         """Return the latents of the shown modalities, one per modality and level."""
         check_input(image, present, self.modalities, self.strides, least=2)
         encoders = self._encoders()
-        convolved = encode_slots([e.convolutions for e in encoders], image, present, self.recompute)
+        convolutions = [encoder.convolutions.value for encoder in encoders]
+        convolved = encode_slots(convolutions, image, present, self.recompute)
         pieces = [
             None if maps is None else encoder(maps)
             for encoder, maps in zip(encoders, convolved, strict=True)

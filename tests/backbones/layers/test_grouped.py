@@ -37,7 +37,8 @@ def image_for(name, net):
 
 def convolutions_of(net):
     encoders = net.specific if isinstance(net, ShaSpec) else net.encoders
-    return [getattr(encoder, "convolutions", encoder) for encoder in encoders]
+    mmformer = isinstance(net, MMFormer)
+    return [encoder.convolutions.value if mmformer else encoder for encoder in encoders]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
