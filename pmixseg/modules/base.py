@@ -6,10 +6,9 @@ import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -25,8 +24,7 @@ from pmixseg.execution import static_on
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
-from pmixseg.modules.network import SegmentationNetwork
-from pmixseg.modules.payload import Payload, weights_for, weights_of
+from pmixseg.modules.scoring import ScoredNetwork
 from pmixseg.modules.training.compilation import Compile, CompiledStep, Losses, plan
 from pmixseg.modules.training.divergence import FiniteLoss
 from pmixseg.modules.training.loss_log import EpochMeans, LateValue
@@ -37,21 +35,15 @@ from pmixseg.modules.training.optimization import (
     parameter_groups,
     rate_of,
     schedule_from,
-    scheduler_from,
-    total_steps,
+    scheduled,
 )
-from pmixseg.modules.training.resuming import (
-    PENDING,
-    TrainingSettings,
-    patience_of,
-    pending_metrics,
-)
-from pmixseg.modules.training.trainer_checks import check_trainer
+from pmixseg.modules.training.resuming import PENDING, Resuming, pending_metrics
+from pmixseg.modules.training.trainer_checks import check_parameters, check_trainer
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch, Latents, Presence, Scalar, SegOutput
 
 
-class SegmentationModule(SegmentationNetwork):
+class SegmentationModule(ScoredNetwork):
     """Train and test a backbone with its fill, criterion and terms: the base of all modules.
 
     Subclass :class:`~pmixseg.TeacherModule` or :class:`~pmixseg.StudentModule` and override
@@ -109,10 +101,8 @@ class SegmentationModule(SegmentationNetwork):
         self._step: CompiledStep | None = None
         self._means, self._late_loss = EpochMeans(), LateValue()
         self._lent: dict[str, bool] = {}
-        self._settings: TrainingSettings | None = None
+        self._resuming = Resuming()
         self._rate_changed = False
-        self._patience: list[tuple[EarlyStopping, int]] = []
-        self._pending: dict[str, float] | None = None
         self._finite = FiniteLoss()
         self.save_hyperparameters(describe(self.init_args))
 
@@ -207,7 +197,7 @@ class SegmentationModule(SegmentationNetwork):
         """Validate no training that has diverged.
 
         Raises:
-            InputError: its loss is not finite; or see :class:`SegmentationNetwork`.
+            InputError: its loss is not finite; or see :class:`ScoredNetwork`.
         """
         super().on_validation_start()
         if self.trainer.state.fn == "fit":
@@ -321,6 +311,8 @@ class SegmentationModule(SegmentationNetwork):
         terms = (cast(Term, term) for term in self.terms.values())
         return sorted({level for term in terms for level in term.aligned_levels}) or None
 
+    # ---------------------------------------------------------------- set-up and checks
+
     def setup(self, stage: str) -> None:
         """Prepare for a training or an evaluation.
 
@@ -333,13 +325,10 @@ class SegmentationModule(SegmentationNetwork):
             self._finite = FiniteLoss()
             self.follow_levels(self.aligned_levels())
             check_trainer(self.trainer)
-            self._pending, self._settings, self._rate_changed = None, None, False
-            self._patience = patience_of(self.trainer.callbacks)  # type: ignore[attr-defined]  # set in Trainer.__init__
-
-    # ---------------------------------------------------------------- set-up and checks
+            self._resuming, self._rate_changed = Resuming(self.trainer), False
 
     def on_fit_start(self) -> None:
-        """Refuse trainings that would silently not train something.
+        """Make the training's step, unless something would silently not be trained.
 
         Raises:
             InputError: a trainable parameter that no optimizer has, or learned anchor weights
@@ -351,24 +340,14 @@ class SegmentationModule(SegmentationNetwork):
                 f"this {type(self).__name__} (fill: {self.fill}), so they would stay uniform; use "
                 "fill: anchor with missing modalities, or an anchor with weights: uniform."
             )
-        owned = {
-            id(p) for opt in self.trainer.optimizers for g in opt.param_groups for p in g["params"]
-        }
-        lost = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in owned]
-        if lost:
-            raise InputError(
-                f"{len(lost)} trainable parameters are in no optimizer ({', '.join(lost[:3])}, …); "
-                "create them in __init__ or a callback's setup, before configure_optimizers."
-            )
+        check_parameters(self, self.trainer)
         self.repairs = repair_gradients(self)
         self._means, self._late_loss = EpochMeans(), LateValue()
         how = plan(self.compile_setting, self.device, self.trainer)
         self._step = None if how is None else CompiledStep(self.losses, how, self)
         if self._rate_changed:  # by LearningRateFinder, which does not know the schedule
             self.trainer.strategy.setup_optimizers(self.trainer)
-        self._settings = TrainingSettings.of(self.trainer)
-        for callback, patience in self._patience:
-            callback.patience = patience
+        self._resuming.begin(self.trainer)
 
     def on_train_start(self) -> None:
         """Give a resumed training the settings that it was told.
@@ -376,8 +355,7 @@ class SegmentationModule(SegmentationNetwork):
         Raises:
             InputError: its learning-rate schedule ends before the step that was reached.
         """
-        if self._settings is not None and self._pending is not None:
-            self._settings.apply(self.trainer, self._pending)
+        self._resuming.apply(self.trainer)
 
     def on_fit_end(self) -> None:
         """Leave torch's layers as they were found, and let go of compiled graphs."""
@@ -409,91 +387,15 @@ class SegmentationModule(SegmentationNetwork):
         optimizer = self.make_optimizer(parameter_groups(self))
         if static_on(self.device):
             fuse(optimizer)
-        if self.make_scheduler is None:
-            return cast(OptimizerLRScheduler, optimizer)
-        if isinstance(self.make_scheduler, Schedule):
-            scheduler = self.make_scheduler(optimizer, total_steps(self.trainer))
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-            }
-        scheduler, config = scheduler_from(self.make_scheduler, optimizer, self._trainer)
-        return cast(
-            OptimizerLRScheduler,
-            {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **config}},
-        )
+        return scheduled(optimizer, self.make_scheduler, self._trainer)
 
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write what :func:`pmixseg.load` needs, primitives only."""
-        checkpoint["pmixseg"] = self.payload().to_dict()
-        # Said once: a second description could come to say something else.
-        own = checkpoint.get("hyper_parameters", {})
-        if set(own) <= set(self.init_args):
-            checkpoint.pop("hyper_parameters", None)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
+        """Write what :func:`pmixseg.load` needs, and what a resumed training does."""
+        super().on_save_checkpoint(checkpoint)
+        if self.is_fitting:
             checkpoint[PENDING] = pending_metrics(self.trainer)
-
-    def payload(self) -> Payload:
-        """Say what a checkpoint must say about this module.
-
-        Raises:
-            InputError: an argument that cannot be written.
-        """
-        description = describe(self, type(self).__name__)
-        description["init_args"].pop("task", None)
-        return Payload(
-            **description,
-            task=self.task,
-            preparation=self.preparation,
-            overlap=self.evaluation.overlap,
-            terms=tuple(self.terms),
-            fill_levels=None if self.fill_levels is None else tuple(self.fill_levels),
-        )
-
-    def adopt(self, checkpoint: Mapping[str, Any], *, fitting: bool) -> dict[str, Tensor]:
-        """Take over the preparation of a checkpoint, and return its weights for this module.
-
-        Resuming needs exactly the same terms. Anything else (test, predict, plain loading) needs
-        none.
-
-        Args:
-            checkpoint: what its file holds; it is not changed.
-            fitting: whether a training is resumed.
-
-        Raises:
-            InputError: the file is not ours, or damaged; it is of another task or network, or its
-                data had another spacing or normalisation; its weights are not finite; or a
-                training is resumed with other terms.
-        """
-        payload = Payload.from_dict(checkpoint.get("pmixseg"))
-        payload.refuse_other_task(self.task)
-        if fitting:
-            payload.refuse_other_terms(self.terms)
-        if not fitting:
-            # The default is what the weights were trained with, not what it is without their terms.
-            self.follow_levels(payload.fill_levels)
-        trained = payload.preparation
-        trained.refuse_other(self.preparation)
-        saved = weights_of(checkpoint)
-        own, name = self.state_dict(), type(self).__name__
-        state = weights_for(own, saved, self.terms, name, fitting=fitting)
-        data = self.preparation
-        self.preparation = data.after(trained) if fitting else trained.on(data)
-        return state
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Refuse what would lose a part of the model.
-
-        Raises:
-            InputError: always; use :func:`pmixseg.load`.
-        """
-        raise InputError(
-            "Lightning's load_from_checkpoint would lose the backbone, temperatures, window and "
-            f"post-processing of this model; use pmixseg.load({str(checkpoint_path)!r})."
-        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume with the same terms; test, validate and predict without any.
@@ -501,7 +403,6 @@ class SegmentationModule(SegmentationNetwork):
         Raises:
             InputError: see :meth:`adopt`.
         """
-        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
-        checkpoint["state_dict"] = self.adopt(checkpoint, fitting=fitting)
-        if fitting:
-            self._pending = dict(checkpoint.get(PENDING, {}))
+        super().on_load_checkpoint(checkpoint)
+        if self.is_fitting:
+            self._resuming.pending = dict(checkpoint.get(PENDING, {}))

@@ -1,17 +1,14 @@
-"""A backbone with its fill policy: predicts any combination, validates, tests."""
+"""A backbone with its fill policy: what a checkpoint holds, and what predicts from it."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.unet import MultiEncoderUNet
@@ -19,7 +16,6 @@ from pmixseg.data.missing import MissingnessSampler, UniformCombinations
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.scans.canonical import NORMALISATION, STORE_DTYPE
 from pmixseg.data.scans.nifti import Source
-from pmixseg.data.training_cases import SeenCase, say_seen
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
 from pmixseg.eval_mode import evaluating
@@ -27,28 +23,26 @@ from pmixseg.evaluation.prediction.cases import (
     CasePrediction,
     EvaluationSettings,
     predict_case,
-    score_case,
 )
 from pmixseg.evaluation.prediction.postprocess import check_steps
 from pmixseg.evaluation.prediction.scans import Recipe, SegmentSettings, segment_scans
-from pmixseg.evaluation.prediction.scoring import CaseRows
 from pmixseg.evaluation.prediction.segmentation import Segmentation
-from pmixseg.evaluation.scores.case_scores import CaseMeans
-from pmixseg.evaluation.scores.metrics import region_dice
-from pmixseg.execution import static_on
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.fill import fill_with_anchor
-from pmixseg.modules.preparation import Preparation, seen_cases
-from pmixseg.modules.recording import Recording, warn_without_label
+from pmixseg.modules.payload import Payload, weights_for, weights_of
+from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.compilation import Compile
 from pmixseg.modules.training.trainer_checks import check_machine
-from pmixseg.plurals import count_of
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
 
 class SegmentationNetwork(LightningModule, Described):
-    """Everything of a module but its training.
+    """Predict every combination of modalities, and say in a checkpoint how it was made.
+
+    What :func:`pmixseg.load` needs; scores are added by
+    :class:`~pmixseg.modules.scoring.ScoredNetwork`, training by
+    :class:`~pmixseg.modules.base.SegmentationModule`.
 
     Args:
         task: see :class:`~pmixseg.modules.base.SegmentationModule`, as for all arguments.
@@ -60,6 +54,9 @@ class SegmentationNetwork(LightningModule, Described):
         evaluation: see there.
         compile: see there.
     """
+
+    terms: nn.ModuleDict
+    """Terms of the training's loss, by name: a checkpoint names them."""
 
     def __init__(
         self,
@@ -86,10 +83,6 @@ class SegmentationNetwork(LightningModule, Described):
         check_steps(self.evaluation.postprocess, self.task)  # not after a training, in its test
         self.preparation = Preparation()
         self.loaded_from: str | None = None
-        self._scores = CaseRows()
-        self.force = False
-        self.seen: list[SeenCase] = []
-        self.validation_dice = CaseMeans([len(self.task.regions)])
         self.compile_setting: Compile = compile
         self._compiled: tuple[Callable[..., Latents], Callable[..., SegOutput]] | None = None
         if compile is True:
@@ -110,19 +103,19 @@ class SegmentationNetwork(LightningModule, Described):
         """The network; override to plug in one of your own."""
         return MultiEncoderUNet(modalities=self.modalities, num_classes=self.task.num_classes)
 
-    def _fit_backbone(self, given: Backbone | None) -> Backbone:
-        wanted = {"modalities": list(self.modalities), "num_classes": self.task.num_classes}
-        net = self.build_backbone() if given is None else given
+    def _fit_backbone(self, backbone: Backbone | None) -> Backbone:
+        needs = {"modalities": list(self.modalities), "num_classes": self.task.num_classes}
+        net = self.build_backbone() if backbone is None else backbone
         if (net.modalities, net.num_classes) == (self.modalities, self.task.num_classes):
             return net
-        if given is None:
+        if backbone is None:
             raise InputError(
                 f"{type(self).__name__}.build_backbone made a network for {list(net.modalities)} "
-                f"and {net.num_classes} classes, but the task needs {wanted}; use self.modalities "
+                f"and {net.num_classes} classes, but the task needs {needs}; use self.modalities "
                 "and self.task.num_classes there."
             )
-        description = describe(given, "backbone")
-        description["init_args"].update(wanted)
+        description = describe(backbone, "backbone")
+        description["init_args"].update(needs)
         fitted: Backbone = build(description)
         return fitted
 
@@ -130,10 +123,10 @@ class SegmentationNetwork(LightningModule, Described):
         several = len(self.backbone.slots) > 1 and self.shows_subsets
         return "anchor" if several and self.backbone.fillable else "zero"
 
-    def _make_anchor(self, given: Anchor | None) -> Anchor | None:
-        if given is None and self.fill == "zero":
+    def _make_anchor(self, anchor: Anchor | None) -> Anchor | None:
+        if anchor is None and self.fill == "zero":
             return None
-        anchor = given if given is not None else MixtureAnchor()
+        anchor = MixtureAnchor() if anchor is None else anchor
         if self.fill == "anchor" and not anchor.can_fill:
             raise InputError(
                 f"{type(anchor).__name__} has no features to fill a slot with; use fill: zero or "
@@ -211,7 +204,7 @@ class SegmentationNetwork(LightningModule, Described):
         own = [of_task[:, self.task.modalities.index(m)] for m in self.modalities]
         return torch.stack(own, 1)
 
-    # ---------------------------------------------------------------- validation, test, predict
+    # ---------------------------------------------------------------- prediction
 
     def setup(self, stage: str) -> None:
         """Take spacing, normalisation and patch from the data; compare them with a checkpoint's.
@@ -223,100 +216,6 @@ class SegmentationNetwork(LightningModule, Described):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.preparation = self.preparation.merge(data, self.evaluation, fitting=stage == "fit")
-
-    @abstractmethod
-    def validation_combinations(self, item: CaseItem) -> list[Combination]:
-        """Return the combinations that a validation case is scored on, the same in every epoch."""
-
-    def validation_step(self, item: CaseItem, batch_idx: int) -> None:
-        """Score a whole case: Dice per region, the mean over several combinations."""
-        scores = []
-        for prediction in self.predict_item(item, self.validation_combinations(item)):
-            classes = prediction.on_grid()
-            dice = region_dice(classes, item["label"].to(classes.device), self.task)
-            scores.append([dice[region] for region in self.task.regions])
-        self.validation_dice.update(torch.tensor(scores).mean(0), item["case_id"])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/dice`` and ``val/dice/<region>``, averaged over cases of all ranks."""
-        # torchmetrics hands the mean of one region back as a tensor without a dimension.
-        means = self.validation_dice.compute().reshape(-1)
-        self.validation_dice.reset()
-        named = zip(self.task.regions, means, strict=True)
-        self.log_dict({f"val/dice/{region}": dice for region, dice in named})
-        self.log("val/dice", means.mean(), prog_bar=True)
-
-    @property
-    def recording(self) -> Recording:
-        """What a test leaves in the trainer's folder."""
-        return Recording(Path(self.trainer.default_root_dir), self.task, self.evaluation)
-
-    def on_validation_start(self) -> None:
-        """Refuse to validate on cases that the model was trained on.
-
-        Raises:
-            InputError: there are such cases, and :attr:`force` is not set.
-        """
-        if self.trainer.state.fn == "validate":
-            self._refuse_seen("val", ("training",))
-
-    def on_test_start(self) -> None:
-        """Refuse to test on cases that the model was trained or selected with.
-
-        Raises:
-            InputError: there are such cases, and :attr:`force` is not set.
-        """
-        self._refuse_seen("test", ("training", "validation"))
-
-    def _refuse_seen(self, part: Literal["val", "test"], counted: tuple[str, ...]) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        self.seen = seen_cases(data, part, self.preparation, counted)
-        if self.seen and self.force:
-            names = ", ".join(str(case) for case in self.seen[:5])
-            scored = count_of(len(self.seen), "case is", "cases are")
-            rank_zero_warn(f"{scored} scored that the model knows: {names}.")
-        elif self.seen:
-            raise InputError(say_seen(self.seen, part))
-
-    def on_test_epoch_start(self) -> None:
-        """Start with no records and no pictures of an earlier test."""
-        self._scores = CaseRows()
-        self.recording.check_place()
-        self.recording.forget_examples()
-
-    def test_step(self, item: CaseItem, batch_idx: int) -> None:
-        """Score a case on every combination of what was acquired, in its native grid."""
-        if "label" not in item:
-            warn_without_label(item)
-            return
-        recording, settings = self.recording, self.evaluation
-
-        def score(predictions: Iterable[CasePrediction]) -> list[dict[str, Any]]:
-            if batch_idx < settings.examples:
-                predictions = recording.keep_example(predictions, item)
-            return score_case(predictions, item, settings)
-
-        predictions = self.predict_item(item, self.test_combinations(item))
-        self._scores.add(score, predictions, apart=static_on(item["image"].device))
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """Rows of the cases that were tested; see :func:`score_case`."""
-        return self._scores.rows
-
-    def on_test_epoch_end(self) -> None:
-        """Write the records of all ranks and log ``test/dice`` and ``test/dice/<region>``."""
-        source = self.trainer.ckpt_path or self.loaded_from
-        split = getattr(getattr(self.trainer, "datamodule", None), "split_name", None)
-        scores = self.recording.write(
-            self.records, source, split, self.preparation, [case.name for case in self.seen]
-        )
-        self.log_dict(scores)
-
-    def test_combinations(self, item: CaseItem) -> list[Combination]:
-        """Every non-empty subset of the module's modalities that the case has."""
-        acquired = self.acquired_names(item)
-        return [c for c in self.task.combinations() if set(c) <= set(acquired)]
 
     def acquired_names(self, item: CaseItem) -> Combination:
         """What the case has of the module's modalities.
@@ -393,3 +292,86 @@ class SegmentationNetwork(LightningModule, Described):
             return segment_scans(
                 self, recipe, images, settings, codes=codes, name=name, progress=progress
             )
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write what :func:`pmixseg.load` needs, primitives only."""
+        checkpoint["pmixseg"] = self.payload().to_dict()
+        # Said once: a second description could come to say something else.
+        own = checkpoint.get("hyper_parameters", {})
+        if set(own) <= set(self.init_args):
+            checkpoint.pop("hyper_parameters", None)
+
+    def payload(self) -> Payload:
+        """Say what a checkpoint must say about this module.
+
+        Raises:
+            InputError: an argument that cannot be written.
+        """
+        description = describe(self, type(self).__name__)
+        description["init_args"].pop("task", None)
+        return Payload(
+            **description,
+            task=self.task,
+            preparation=self.preparation,
+            overlap=self.evaluation.overlap,
+            terms=tuple(self.terms),
+            fill_levels=None if self.fill_levels is None else tuple(self.fill_levels),
+        )
+
+    def adopt(self, checkpoint: Mapping[str, Any], *, fitting: bool) -> dict[str, Tensor]:
+        """Take over the preparation of a checkpoint, and return its weights for this module.
+
+        Resuming needs exactly the same terms. Anything else (test, predict, plain loading) needs
+        none.
+
+        Args:
+            checkpoint: what its file holds; it is not changed.
+            fitting: whether a training is resumed.
+
+        Raises:
+            InputError: the file is not ours, or damaged; it is of another task or network, or its
+                data had another spacing or normalisation; its weights are not finite; or a
+                training is resumed with other terms.
+        """
+        payload = Payload.from_dict(checkpoint.get("pmixseg"))
+        payload.refuse_other_task(self.task)
+        if fitting:
+            payload.refuse_other_terms(self.terms)
+        if not fitting:
+            # The default is what the weights were trained with, not what it is without their terms.
+            self.follow_levels(payload.fill_levels)
+        trained = payload.preparation
+        trained.refuse_other(self.preparation)
+        saved = weights_of(checkpoint)
+        own, name = self.state_dict(), type(self).__name__
+        state = weights_for(own, saved, self.terms, name, fitting=fitting)
+        data = self.preparation
+        self.preparation = data.after(trained) if fitting else trained.on(data)
+        return state
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Refuse what would lose a part of the model.
+
+        Raises:
+            InputError: always; use :func:`pmixseg.load`.
+        """
+        raise InputError(
+            "Lightning's load_from_checkpoint would lose the backbone, temperatures, window and "
+            f"post-processing of this model; use pmixseg.load({str(checkpoint_path)!r})."
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume with the same terms; test, validate and predict without any.
+
+        Raises:
+            InputError: see :meth:`adopt`.
+        """
+        checkpoint["state_dict"] = self.adopt(checkpoint, fitting=self.is_fitting)
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether a trainer trains this module."""
+        return self._trainer is not None and self.trainer.state.fn == "fit"

@@ -162,6 +162,30 @@ def scheduler_from(
     return scheduler, {"monitor": monitor, "strict": False, "frequency": every}
 
 
+def scheduled(
+    optimizer: Optimizer, make: Schedule | Callable[..., Any] | None, trainer: Trainer | None
+) -> Any:
+    """Return an optimizer with its schedule, as ``configure_optimizers`` must.
+
+    Args:
+        optimizer: of the training.
+        make: a :class:`Schedule`, stepped after every step of the optimizer; or what makes a
+            scheduler of PyTorch, see :func:`scheduler_from`.
+        trainer: of the training.
+
+    Raises:
+        InputError: see :func:`total_steps` and :func:`scheduler_from`.
+    """
+    if make is None:
+        return optimizer
+    if isinstance(make, Schedule):
+        assert trainer is not None
+        scheduler, config = make(optimizer, total_steps(trainer)), {"interval": "step"}
+    else:
+        scheduler, config = scheduler_from(make, optimizer, trainer)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **config}}
+
+
 def total_steps(trainer: Trainer) -> int:
     """Optimizer steps of a training, which a schedule has to know.
 

@@ -144,6 +144,35 @@ def pending_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(values[name]) for name in watched if name in values}
 
 
-def patience_of(callbacks: list[Callback]) -> list[tuple[EarlyStopping, int]]:
-    """The patience that each callback was given; a checkpoint restores its own over it."""
-    return [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
+class Resuming:
+    """Give a resumed training the settings that it was told, in place of the checkpoint's.
+
+    A checkpoint is restored between :meth:`begin` and :meth:`apply`.
+
+    Args:
+        trainer: of the training; ``None`` where there is none yet.
+    """
+
+    pending: Mapping[str, float] | None = None
+    """See :data:`PENDING`; set where a checkpoint is restored."""
+
+    def __init__(self, trainer: Trainer | None = None) -> None:
+        # A checkpoint restores the patience of these callbacks before the training begins.
+        callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+        self._patience = [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
+        self._settings: TrainingSettings | None = None
+
+    def begin(self, trainer: Trainer) -> None:
+        """Read what optimizers and schedules were told."""
+        self._settings = TrainingSettings.of(trainer)
+        for callback, patience in self._patience:
+            callback.patience = patience
+
+    def apply(self, trainer: Trainer) -> None:
+        """Tell it to the restored optimizers and schedules again.
+
+        Raises:
+            InputError: the learning-rate schedule ends before the step that was reached.
+        """
+        if self._settings is not None and self.pending is not None:
+            self._settings.apply(trainer, self.pending)

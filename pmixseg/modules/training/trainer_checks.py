@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import nn
 
 from pmixseg.errors import InputError
 from pmixseg.modules.training.optimization import mode_of, validates
@@ -62,6 +63,21 @@ def check_trainer(trainer: Trainer) -> None:
                 f"{type(callback).__name__} watches {callback.monitor} with mode {callback.mode}, "
                 f"but it is better {'lower' if mode == 'min' else 'higher'}; give it mode: {mode}."
             )
+
+
+def check_parameters(module: nn.Module, trainer: Trainer) -> None:
+    """Refuse trainable parameters that no optimizer has.
+
+    Raises:
+        InputError: there are some.
+    """
+    owned = {id(p) for opt in trainer.optimizers for g in opt.param_groups for p in g["params"]}
+    lost = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in owned]
+    if lost:
+        raise InputError(
+            f"{len(lost)} trainable parameters are in no optimizer ({', '.join(lost[:3])}, …); "
+            "create them in __init__ or a callback's setup, before configure_optimizers."
+        )
 
 
 def _check_name(who: str, metric: str, trainer: Trainer) -> None:

@@ -1,0 +1,137 @@
+"""A network that is scored on whole cases: validation and test."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from pmixseg.data.patches import CaseItem
+from pmixseg.data.training_cases import SeenCase, say_seen
+from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.cases import CasePrediction, score_case
+from pmixseg.evaluation.prediction.scoring import CaseRows
+from pmixseg.evaluation.scores.case_scores import CaseMeans
+from pmixseg.evaluation.scores.metrics import region_dice
+from pmixseg.execution import static_on
+from pmixseg.modules.network import SegmentationNetwork
+from pmixseg.modules.preparation import seen_cases
+from pmixseg.modules.recording import Recording, warn_without_label
+from pmixseg.plurals import count_of
+from pmixseg.task import Combination
+
+
+class ScoredNetwork(SegmentationNetwork):
+    """Validate and test a network on whole cases, but never on cases that it was trained with.
+
+    Args:
+        args: see :class:`~pmixseg.modules.network.SegmentationNetwork`.
+        kwargs: see there.
+    """
+
+    force: bool = False
+    """Whether cases that the model knows are scored all the same."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scores = CaseRows()
+        self.seen: list[SeenCase] = []
+        self.validation_dice = CaseMeans([len(self.task.regions)])
+
+    @abstractmethod
+    def validation_combinations(self, item: CaseItem) -> list[Combination]:
+        """Return the combinations that a validation case is scored on, the same in every epoch."""
+
+    def validation_step(self, item: CaseItem, batch_idx: int) -> None:
+        """Score a whole case: Dice per region, the mean over several combinations."""
+        scores = []
+        for prediction in self.predict_item(item, self.validation_combinations(item)):
+            classes = prediction.on_grid()
+            dice = region_dice(classes, item["label"].to(classes.device), self.task)
+            scores.append([dice[region] for region in self.task.regions])
+        self.validation_dice.update(torch.tensor(scores).mean(0), item["case_id"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/dice`` and ``val/dice/<region>``, averaged over cases of all ranks."""
+        # torchmetrics hands the mean of one region back as a tensor without a dimension.
+        means = self.validation_dice.compute().reshape(-1)
+        self.validation_dice.reset()
+        named = zip(self.task.regions, means, strict=True)
+        self.log_dict({f"val/dice/{region}": dice for region, dice in named})
+        self.log("val/dice", means.mean(), prog_bar=True)
+
+    @property
+    def recording(self) -> Recording:
+        """What a test leaves in the trainer's folder."""
+        return Recording(Path(self.trainer.default_root_dir), self.task, self.evaluation)
+
+    def on_validation_start(self) -> None:
+        """Refuse to validate on cases that the model was trained on.
+
+        Raises:
+            InputError: there are such cases, and :attr:`force` is not set.
+        """
+        if self.trainer.state.fn == "validate":
+            self._refuse_seen("val", ("training",))
+
+    def on_test_start(self) -> None:
+        """Refuse to test on cases that the model was trained or selected with.
+
+        Raises:
+            InputError: there are such cases, and :attr:`force` is not set.
+        """
+        self._refuse_seen("test", ("training", "validation"))
+
+    def _refuse_seen(self, part: Literal["val", "test"], counted: tuple[str, ...]) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        self.seen = seen_cases(data, part, self.preparation, counted)
+        if self.seen and self.force:
+            names = ", ".join(str(case) for case in self.seen[:5])
+            scored = count_of(len(self.seen), "case is", "cases are")
+            rank_zero_warn(f"{scored} scored that the model knows: {names}.")
+        elif self.seen:
+            raise InputError(say_seen(self.seen, part))
+
+    def on_test_epoch_start(self) -> None:
+        """Start with no records and no pictures of an earlier test."""
+        self._scores = CaseRows()
+        self.recording.check_place()
+        self.recording.forget_examples()
+
+    def test_step(self, item: CaseItem, batch_idx: int) -> None:
+        """Score a case on every combination of what was acquired, in its native grid."""
+        if "label" not in item:
+            warn_without_label(item)
+            return
+        recording, settings = self.recording, self.evaluation
+
+        def score(predictions: Iterable[CasePrediction]) -> list[dict[str, Any]]:
+            if batch_idx < settings.examples:
+                predictions = recording.keep_example(predictions, item)
+            return score_case(predictions, item, settings)
+
+        predictions = self.predict_item(item, self.test_combinations(item))
+        self._scores.add(score, predictions, apart=static_on(item["image"].device))
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Rows of the cases that were tested; see :func:`score_case`."""
+        return self._scores.rows
+
+    def on_test_epoch_end(self) -> None:
+        """Write the records of all ranks and log ``test/dice`` and ``test/dice/<region>``."""
+        source = self.trainer.ckpt_path or self.loaded_from
+        split = getattr(getattr(self.trainer, "datamodule", None), "split_name", None)
+        scores = self.recording.write(
+            self.records, source, split, self.preparation, [case.name for case in self.seen]
+        )
+        self.log_dict(scores)
+
+    def test_combinations(self, item: CaseItem) -> list[Combination]:
+        """Every non-empty subset of the module's modalities that the case has."""
+        acquired = self.acquired_names(item)
+        return [c for c in self.task.combinations() if set(c) <= set(acquired)]
