@@ -42,6 +42,12 @@ class Box:
             triple(map(max, zip(self.hi, other.hi, strict=True))),
         )
 
+    def intersection(self, other: Box) -> Box | None:
+        """The box that both share; ``None`` where they share no voxel."""
+        lo = triple(map(max, zip(self.lo, other.lo, strict=True)))
+        hi = triple(map(min, zip(self.hi, other.hi, strict=True)))
+        return Box(lo, hi) if all(a < b for a, b in zip(lo, hi, strict=True)) else None
+
     def contains(self, other: Box) -> bool:
         """Whether no voxel of ``other`` lies outside."""
         return self.union(other) == self
@@ -52,6 +58,10 @@ class Box:
             triple(a - b for a, b in zip(self.lo, outer.lo, strict=True)),
             triple(a - b for a, b in zip(self.hi, outer.lo, strict=True)),
         )
+
+    def widened(self, margin: int) -> Box:
+        """The box with a margin on every side, also where that leaves the array."""
+        return Box(triple(a - margin for a in self.lo), triple(b + margin for b in self.hi))
 
     def grow(self, multiple: int, shape: Triple) -> Box:
         """Move every face outwards to a multiple of ``multiple``, at most to ``shape``."""

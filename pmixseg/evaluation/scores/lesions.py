@@ -29,10 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, optimize
 
+from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.geometry import Spacing
 from pmixseg.evaluation.scores.conventions import LesionRule
 from pmixseg.evaluation.scores.surfaces import (
-    Extent,
     Points,
     Surfels,
     robust_hausdorff,
@@ -82,21 +82,21 @@ class Components:
     """The connected components of a mask.
 
     Args:
-        labels: 0 or the number of the component, inside ``extent``.
-        extent: where ``labels`` lies in the volume.
+        labels: 0 or the number of the component, inside ``box``.
+        box: where ``labels`` lies in the volume.
         count: number of components.
     """
 
     labels: Labels
-    extent: Extent
+    box: Box
     count: int
 
     @classmethod
-    def of(cls, mask: Mask, extent: Extent) -> Components:
+    def of(cls, mask: Mask, box: Box) -> Components:
         """26-connected components of a mask."""
         labels = np.empty(mask.shape, np.int32)
         count = ndimage.label(mask, _FULL, output=labels)
-        return cls(labels, extent, int(count))
+        return cls(labels, box, int(count))
 
     def sizes(self) -> NDArray[np.int64]:
         """Voxels per component; entry 0 is meaningless, ``[count + 1]``."""
@@ -111,7 +111,7 @@ class Components:
         chosen = np.zeros(self.count + 1, bool)
         chosen[numbers] = True
         crop = self.labels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
-        return chosen[crop], [a + o for a, o in zip(low, self.extent.low, strict=True)]
+        return chosen[crop], [a + o for a, o in zip(low, self.box.lo, strict=True)]
 
     def shared(self, other: Components, own: Labels | None = None) -> NDArray[np.int64]:
         """Voxels that component i here and j there have in common, ``[count + 1, count + 1]``.
@@ -120,13 +120,12 @@ class Components:
             other: components of another mask of the same volume.
             own: counted instead of ``labels``; the same shape and numbers.
         """
-        common = self.extent.intersection(other.extent)
+        common = self.box.intersection(other.box)
         if common is None:
             return np.zeros((self.count + 1, other.count + 1), np.int64)
-        mine = (self.labels if own is None else own)[common.within(self.extent)]
-        pairs = (
-            mine.astype(np.int64) * (other.count + 1) + other.labels[common.within(other.extent)]
-        )
+        mine = (self.labels if own is None else own)[common.relative_to(self.box).slices]
+        theirs = other.labels[common.relative_to(other.box).slices]
+        pairs = mine.astype(np.int64) * (other.count + 1) + theirs
         table = np.bincount(pairs.ravel(), minlength=(self.count + 1) * (other.count + 1))
         return table.reshape(self.count + 1, other.count + 1)
 
@@ -134,12 +133,12 @@ class Components:
 class LesionMetrics(Protocol):
     """Scores predictions against the lesions of one truth."""
 
-    def score(self, prediction: Mask, extent: Extent) -> LesionScore:
+    def score(self, prediction: Mask, box: Box) -> LesionScore:
         """Score one prediction.
 
         Args:
-            prediction: the region inside ``extent``.
-            extent: where it lies in the volume.
+            prediction: the region inside ``box``.
+            box: where it lies in the volume.
         """
         ...
 
@@ -148,26 +147,26 @@ class Brats2023Lesions:
     """Lesions of one truth under ``brats2023-gli``.
 
     Args:
-        truth: the region inside ``extent``.
-        extent: where it lies in the volume.
+        truth: the region inside ``box``.
+        box: where it lies in the volume.
         spacing: mm along each axis.
     """
 
-    def __init__(self, truth: Mask, extent: Extent, spacing: Spacing) -> None:
+    def __init__(self, truth: Mask, box: Box, spacing: Spacing) -> None:
         self._spacing = spacing
         self._surfels: dict[int, Surfels] = {}
         # Dilations that meet beyond the volume's border also meet inside it, so it may be crossed.
-        around = extent.grown(DILATIONS)
+        around = box.widened(DILATIONS)
         wide = np.zeros(around.shape, bool)
-        wide[extent.within(around)] = truth
+        wide[box.relative_to(around).slices] = truth
         zones = Components.of(ndimage.binary_dilation(wide, _DILATION, DILATIONS), around)
         lesions = np.where(wide, zones.labels, 0)
         self._zones, self._lesions = zones, Components(lesions, around, zones.count)
         self._sizes = self._lesions.sizes()
 
-    def score(self, prediction: Mask, extent: Extent) -> LesionScore:
+    def score(self, prediction: Mask, box: Box) -> LesionScore:
         """Score one prediction; arguments as in :class:`LesionMetrics`."""
-        predicted = Components.of(prediction, extent)
+        predicted = Components.of(prediction, box)
         reached = self._zones.shared(predicted) > 0
         reached[:, 0] = False
         overlap = self._zones.shared(predicted, self._lesions.labels)
@@ -203,19 +202,19 @@ class PanopticaLesions:
     """Lesions of one truth under ``panoptica-0.0.10``.
 
     Args:
-        truth: the region inside ``extent``.
-        extent: where it lies in the volume.
+        truth: the region inside ``box``.
+        box: where it lies in the volume.
         spacing: mm along each axis.
     """
 
-    def __init__(self, truth: Mask, extent: Extent, spacing: Spacing) -> None:
+    def __init__(self, truth: Mask, box: Box, spacing: Spacing) -> None:
         self._spacing = spacing
-        self._truth = Components.of(truth, extent)
+        self._truth = Components.of(truth, box)
         self._surfaces: dict[int, Points] = {}
 
-    def score(self, prediction: Mask, extent: Extent) -> LesionScore:
+    def score(self, prediction: Mask, box: Box) -> LesionScore:
         """Score one prediction; arguments as in :class:`LesionMetrics`."""
-        truth, predicted = self._truth, Components.of(prediction, extent)
+        truth, predicted = self._truth, Components.of(prediction, box)
         if not truth.count and not predicted.count:
             return LesionScore(math.nan, math.nan, 0, 0, 0)
         matches = _best_matches(truth, predicted)
@@ -253,19 +252,19 @@ def _best_matches(truth: Components, predicted: Components) -> list[tuple[int, i
 def lesion_metrics(
     rule: LesionRule,
     truth: Mask,
-    extent: Extent,
+    box: Box,
     spacing: Spacing,
 ) -> LesionMetrics | None:
     """The lesions of one truth region under a named convention, or None for ``none``.
 
     Args:
         rule: name of the convention.
-        truth: the region inside ``extent``.
-        extent: where it lies in the volume.
+        truth: the region inside ``box``.
+        box: where it lies in the volume.
         spacing: mm along each axis.
     """
     if rule == "brats2023-gli":
-        return Brats2023Lesions(truth, extent, spacing)
+        return Brats2023Lesions(truth, box, spacing)
     if rule == "panoptica-0.0.10":
-        return PanopticaLesions(truth, extent, spacing)
+        return PanopticaLesions(truth, box, spacing)
     return None

@@ -162,11 +162,11 @@ class CaseMetrics:
             self._lesions[r] = lesion_metrics(
                 self.conventions.lesion,
                 self.truth.mask(r),
-                self.truth.extent,
+                self.truth.box,
                 self.spacing,
             )
         lesions = self._lesions[r]
-        return lesions.score(predicted.mask(r), predicted.extent).row() if lesions else {}
+        return lesions.score(predicted.mask(r), predicted.box).row() if lesions else {}
 
 
 def _ratio(part: int, whole: int, empty: float = math.nan) -> float:

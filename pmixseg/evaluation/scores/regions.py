@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pmixseg.data.scans.boxes import Box, bounds
 from pmixseg.data.scans.geometry import Spacing
 from pmixseg.errors import InputError
 from pmixseg.evaluation.scores.surfaces import (
     Points,
     Surfels,
-    extent_of,
     surface_bits,
     surfels,
 )
@@ -38,14 +38,14 @@ class RegionMasks:
     def __init__(self, label: LabelMap, task: Task, spacing: Spacing, where: str) -> None:
         label = _checked(label, task, where)
         self.shape, self.spacing = label.shape, spacing
-        self.extent = extent_of(label)
+        self.box = bounds(label) or Box.whole((0, 0, 0))
         self._points: dict[int, Points] = {}
         self._surfels: dict[int, Surfels] = {}
-        self.bits = region_words(task)[np.ascontiguousarray(label[self.extent.slices])]
+        self.bits = region_words(task)[np.ascontiguousarray(label[self.box.slices])]
         self.sizes = [int(np.count_nonzero(self.mask(r))) for r in range(len(task.regions))]
 
     def mask(self, region: int) -> NDArray[np.bool_]:
-        """One region inside ``extent``."""
+        """One region inside ``box``."""
         inside: NDArray[np.bool_] = (self.bits & self.bits.dtype.type(1 << region)) != 0
         return inside
 
@@ -59,21 +59,22 @@ class RegionMasks:
             bit = self._borders.dtype.type(1 << region)
             flat = np.flatnonzero(self._borders & bit)
             inner = np.stack(np.unravel_index(flat, self._borders.shape), -1)
-            self._points[region] = Points(inner + np.asarray(self.extent.low), self.spacing)
+            self._points[region] = Points(inner + np.asarray(self.box.lo), self.spacing)
         return self._points[region]
 
     def surfels(self, region: int) -> Surfels:
         """Surface elements of a region."""
         if region not in self._surfels:
-            self._surfels[region] = surfels(self.mask(region), self.extent.low, self.spacing)
+            self._surfels[region] = surfels(self.mask(region), self.box.lo, self.spacing)
         return self._surfels[region]
 
     def shared(self, other: RegionMasks) -> list[int]:
         """Voxels that both maps have in each region."""
-        common = self.extent.intersection(other.extent)
+        common = self.box.intersection(other.box)
         if common is None:
             return [0] * len(self.sizes)
-        both = self.bits[common.within(self.extent)] & other.bits[common.within(other.extent)]
+        mine = self.bits[common.relative_to(self.box).slices]
+        both = mine & other.bits[common.relative_to(other.box).slices]
         words = [both.dtype.type(1 << r) for r in range(len(self.sizes))]
         return [int(np.count_nonzero(both & word)) for word in words]
 

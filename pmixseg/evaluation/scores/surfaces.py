@@ -7,7 +7,6 @@ looking at neighbours in order of distance, the others by a k-d tree; both are e
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -26,62 +25,6 @@ Word = TypeVar("Word", bound=np.unsignedinteger[Any])
 
 REACH = 2
 """Neighbours up to this many voxels away are tried before the k-d tree is asked."""
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A half-open box of voxels: ``low`` inside, ``high`` outside."""
-
-    low: tuple[int, ...]
-    high: tuple[int, ...]
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        """The box as an index of the whole volume."""
-        return tuple(slice(a, b) for a, b in zip(self.low, self.high, strict=True))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Voxels along each axis."""
-        return tuple(b - a for a, b in zip(self.low, self.high, strict=True))
-
-    def intersection(self, other: Extent) -> Extent | None:
-        """The box that both share, or None."""
-        low = tuple(max(a, b) for a, b in zip(self.low, other.low, strict=True))
-        high = tuple(min(a, b) for a, b in zip(self.high, other.high, strict=True))
-        return Extent(low, high) if all(map(operator.lt, low, high)) else None
-
-    def grown(self, margin: int) -> Extent:
-        """The box with a margin on every side, also where that leaves the volume."""
-        low = tuple(a - margin for a in self.low)
-        return Extent(low, tuple(b + margin for b in self.high))
-
-    def within(self, outer: Extent) -> tuple[slice, ...]:
-        """The box as an index of an array that covers ``outer``."""
-        return tuple(
-            slice(a - o, b - o) for a, b, o in zip(self.low, self.high, outer.low, strict=True)
-        )
-
-
-def extent_of(volume: NDArray[np.integer[Any]]) -> Extent:
-    """The smallest box that holds every non-zero voxel; without any, a box of no size.
-
-    Args:
-        volume: integers, ``[d, h, w]``.
-    """
-    # Whatever the order in memory (NIfTI arrays are Fortran-ordered), the slowest axis goes first:
-    # then bitwise-or runs at memory speed. The first projection already narrows two axes.
-    order = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
-    view = volume.transpose(order)
-    plane = np.bitwise_or.reduce(view, axis=0) != 0
-    rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
-    if not rows.size:
-        return Extent((0, 0, 0), (0, 0, 0))
-    inner = view[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    slabs = np.flatnonzero(np.bitwise_or.reduce(inner, axis=(1, 2)))
-    sides = dict(zip(order, (slabs, rows, columns), strict=True))
-    axes = [sides[axis] for axis in range(3)]
-    return Extent(tuple(int(a[0]) for a in axes), tuple(int(a[-1]) + 1 for a in axes))
 
 
 class Points:
