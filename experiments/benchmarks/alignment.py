@@ -52,7 +52,7 @@ def make(arm: str, size: int, batch: int) -> Callable[[], None]:
         callback = PmixAlignment(weight=0.1, distance=rest[-1])
         module.add_term("align", callback.build_term(module), TermWeight(0.1))
     if "complete" in rest:
-        module.draw_present = lambda given: given["acquired"]  # type: ignore[method-assign]  # see ARMS
+        module.draw_present = lambda step: step["acquired"]  # type: ignore[method-assign]  # see ARMS
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(1)
     data: Any = {

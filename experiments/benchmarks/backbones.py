@@ -110,14 +110,14 @@ def _later_decode(net: Any, latents: Latents) -> float:
 
 
 @torch.no_grad()
-def test(given: argparse.Namespace) -> None:
+def test(args: argparse.Namespace) -> None:
     """Time both loops over the same crop, and compare what they predict."""
-    image = read_case(given.case, given.crop)
+    image = read_case(args.case, args.crop)
     flags = torch.tensor(COMBINATIONS)
-    theirs = published(given.official).eval()
+    theirs = published(args.official).eval()
     ours = imported(theirs).eval()
 
-    cpu = given.threads == 1  # on one thread, waiting for other jobs need not count
+    cpu = args.threads == 1  # on one thread, waiting for other jobs need not count
 
     def predict(precision: str) -> tuple[float, Tensor]:
         with autocast(precision):
@@ -141,37 +141,37 @@ def test(given: argparse.Namespace) -> None:
         windows *= len([*range(0, side - SIDE, SIDE // 2), side - SIDE])
     sides = "x".join(map(str, image.shape[1:]))
     clock = "CPU" if cpu else "wall"
-    print(f"{sides} voxels, {windows} windows x 15, {given.threads} threads, {clock} seconds")
+    print(f"{sides} voxels, {windows} windows x 15, {args.threads} threads, {clock} seconds")
     yard = {
         p: matmul_gflops(d, cpu) for p, d in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     print(f"matrix product: {yard['fp32']:.0f} GFLOP/s fp32, {yard['bf16']:.0f} bf16", flush=True)
 
-    some = flags[torch.linspace(0, 14, given.combinations).long()]
+    some = flags[torch.linspace(0, 14, args.combinations).long()]
 
     def official(allocator: str) -> tuple[float, Tensor]:
         """Seconds for 15 combinations, by those that were run, and their probabilities."""
-        with autocast(given.theirs):
+        with autocast(args.theirs):
             seconds, probabilities = timed(lambda: official_loop(theirs, image, some), cpu)
-        seconds *= 15 / given.combinations
+        seconds *= 15 / args.combinations
         rate = windows * work["official"] / seconds
         print(
-            f"official {given.theirs}, {allocator}: {seconds:.1f} s, {rate:.0f} GFLOP/s", flush=True
+            f"official {args.theirs}, {allocator}: {seconds:.1f} s, {rate:.0f} GFLOP/s", flush=True
         )
         return seconds, probabilities
 
-    plain, wanted = official("malloc as it comes")
+    plain, theirs_p = official("malloc as it comes")
     kept = keep_freed_memory()  # as every command of this package does
     also = official("freed memory kept")[0] if kept else plain
     for precision in ("fp32", "bf16"):
         seconds, every = predict(precision)
-        ours_p = every[torch.linspace(0, 14, given.combinations).long()]
-        equal = (ours_p.argmax(1) == wanted.argmax(1)).float().mean()
+        ours_p = every[torch.linspace(0, 14, args.combinations).long()]
+        equal = (ours_p.argmax(1) == theirs_p.argmax(1)).float().mean()
         print(
             f"pmixseg {precision}: {seconds:.1f} s, {plain / seconds:.2f} x, with the same malloc "
             f"{also / seconds:.2f} x, {windows * work['pmixseg'] / seconds:.0f} GFLOP/s; "
             f"{100 * equal:.4f} % equal voxels, "
-            f"largest difference {(ours_p - wanted).abs().max():.1e}",
+            f"largest difference {(ours_p - theirs_p).abs().max():.1e}",
             flush=True,
         )
 
@@ -179,15 +179,15 @@ def test(given: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- training
 
 
-def training_step(given: argparse.Namespace) -> Callable[[], None]:
+def training_step(args: argparse.Namespace) -> Callable[[], None]:
     """Forward, loss and backward of one random patch; everything acquired, everything shown."""
     torch.manual_seed(0)
-    side = given.side
+    side = args.side
     image = torch.randn(1, 4, side, side, side)
     label = torch.randint(0, 4, (1, side, side, side))
     shown = torch.ones(1, 4, dtype=torch.bool)
-    if given.network == "official":
-        network = published(given.official)
+    if args.network == "official":
+        network = published(args.official)
         network.is_training = True  # type: ignore[assignment]  # a plain attribute there
         from utils import criterions  # type: ignore[import-not-found]  # the checkout's
 
@@ -195,7 +195,7 @@ def training_step(given: argparse.Namespace) -> Callable[[], None]:
 
         def step() -> None:
             network.zero_grad()
-            with autocast(given.precision):
+            with autocast(args.precision):
                 fused, separate, maps = network(image, shown)
             parts = [p.float() for p in (fused, *separate, *maps)]
             loss = sum(
@@ -207,54 +207,54 @@ def training_step(given: argparse.Namespace) -> Callable[[], None]:
 
         return step
 
-    net, image = own_network(given)
-    criterion = RFNetCriterion() if given.network == "rfnet" else DiceCE()
+    net, image = own_network(args)
+    criterion = RFNetCriterion() if args.network == "rfnet" else DiceCE()
 
     def own_step() -> None:
         net.zero_grad()
-        with autocast(given.precision):
+        with autocast(args.precision):
             output = net.decode(net.encode(image, shown))
         criterion(output, {"label": label}, 0).backward()
 
     return own_step
 
 
-def own_network(given: argparse.Namespace) -> tuple[Any, Tensor]:
+def own_network(args: argparse.Namespace) -> tuple[Any, Tensor]:
     """This package's network in training mode, and a random patch in its layout."""
     torch.manual_seed(0)
-    image = torch.randn(1, 4, *(given.side,) * 3)
-    make = RFNet if given.network == "rfnet" else MultiEncoderUNet
-    net: Any = make(recompute=bool(given.recompute)).train()
-    if given.layers == "compiled":
+    image = torch.randn(1, 4, *(args.side,) * 3)
+    make = RFNet if args.network == "rfnet" else MultiEncoderUNet
+    net: Any = make(recompute=bool(args.recompute)).train()
+    if args.layers == "compiled":
         net.encode = torch.compile(net.encode, dynamic=False)
         net.decode = torch.compile(net.decode, dynamic=False)
-    if given.layers == "channels_last":
+    if args.layers == "channels_last":
         net = net.to(memory_format=torch.channels_last_3d)
         image = image.contiguous(memory_format=torch.channels_last_3d)
     return net, image
 
 
-def child(given: argparse.Namespace) -> None:
+def child(args: argparse.Namespace) -> None:
     """Measure in this process, which nothing else has grown."""
-    if given.keep:
+    if args.keep:
         keep_freed_memory()
-    with torch_layers() if given.layers in TORCH_KINDS else contextlib.nullcontext():
-        step = training_step(given)
+    with torch_layers() if args.layers in TORCH_KINDS else contextlib.nullcontext():
+        step = training_step(args)
         first, _ = timed(step)
         cpu = time.process_time()
-        walls = [timed(step)[0] for _ in range(given.repeats)]
-        cpu = (time.process_time() - cpu) / given.repeats
+        walls = [timed(step)[0] for _ in range(args.repeats)]
+        cpu = (time.process_time() - cpu) / args.repeats
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"first_s": first, "wall_s": min(walls), "cpu_s": cpu, "peak_gib": peak}))
 
 
-def measure(given: argparse.Namespace, **chosen: Any) -> dict[str, float]:
+def measure(args: argparse.Namespace, **chosen: Any) -> dict[str, float]:
     """One row: a process of its own."""
     options = {
-        "--official": given.official,
-        "--threads": given.threads,
-        "--repeats": given.repeats,
-        "--side": given.side,
+        "--official": args.official,
+        "--threads": args.threads,
+        "--repeats": args.repeats,
+        "--side": args.side,
         **{f"--{name}": value for name, value in chosen.items()},
     }
     flags = [str(word) for pair in options.items() for word in pair if pair[1] is not None]
@@ -270,12 +270,12 @@ def measure(given: argparse.Namespace, **chosen: Any) -> dict[str, float]:
     return row
 
 
-def train(given: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> None:
     """One step of each, in turn, each in a process of its own."""
     for precision in ("fp32", "bf16"):
-        ours = measure(given, network="rfnet", precision=precision, keep=1)
-        theirs = measure(given, network="official", precision=precision)
-        same = measure(given, network="official", precision=precision, keep=1)
+        ours = measure(args, network="rfnet", precision=precision, keep=1)
+        theirs = measure(args, network="official", precision=precision)
+        same = measure(args, network="official", precision=precision, keep=1)
         print(
             f"{precision}: {theirs['cpu_s'] / ours['cpu_s']:.2f} x in CPU time, "
             f"{same['cpu_s'] / ours['cpu_s']:.2f} x with the same malloc; peak memory "
@@ -286,15 +286,15 @@ def train(given: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- options
 
 
-def options(given: argparse.Namespace) -> None:
+def options(args: argparse.Namespace) -> None:
     """Every option alone, for one network, in both precisions."""
     for precision in ("fp32", "bf16"):
         for layers in KINDS:
-            measure(given, network=given.network, precision=precision, layers=layers)
-        measure(given, network=given.network, precision=precision, recompute=1)
+            measure(args, network=args.network, precision=precision, layers=layers)
+        measure(args, network=args.network, precision=precision, recompute=1)
 
 
-def layers(given: argparse.Namespace) -> None:
+def layers(args: argparse.Namespace) -> None:
     """Every kind of layers in turn in one process: a training step, testing 15 combinations.
 
     Processor seconds; the ratio is the median over rounds against the lean layers of that round.
@@ -304,34 +304,34 @@ def layers(given: argparse.Namespace) -> None:
 
     inductor.compile_threads = 1  # a pool of processes would be neither waited for nor counted
     inductor.force_disable_caches = True
-    kinds = ["lean", *given.kinds]
-    for precision, part in product(given.precisions, (training_step, testing)):
+    kinds = ["lean", *args.kinds]
+    for precision, part in product(args.precisions, (training_step, testing)):
         torch.compiler.reset()
         calls, first = {}, {}
         for kind in kinds:
-            chosen = {**vars(given), "precision": precision, "layers": kind}
+            chosen = {**vars(args), "precision": precision, "layers": kind}
             calls[kind] = part(argparse.Namespace(**chosen))
             first[kind] = round_of(calls, kind)
-        rounds = [{k: round_of(calls, k) for k in kinds} for _ in range(given.repeats)]
+        rounds = [{k: round_of(calls, k) for k in kinds} for _ in range(args.repeats)]
         for kind in kinds:
-            ratio = statistics.median(found[kind] / found["lean"] for found in rounds)
-            cpu = statistics.median(found[kind] for found in rounds)
+            ratio = statistics.median(seconds[kind] / seconds["lean"] for seconds in rounds)
+            cpu = statistics.median(seconds[kind] for seconds in rounds)
             print(
-                f"{given.network} {part.__name__} {precision} {kind}: {cpu:.2f} CPU s, "
+                f"{args.network} {part.__name__} {precision} {kind}: {cpu:.2f} CPU s, "
                 f"{ratio:.2f} of lean; first call {first[kind]:.1f} CPU s",
                 flush=True,
             )
 
 
-def testing(given: argparse.Namespace) -> Callable[[], None]:
+def testing(args: argparse.Namespace) -> Callable[[], None]:
     """Every combination of one random window."""
-    net, image = own_network(given)
+    net, image = own_network(args)
     net.eval()
-    flags, patch = torch.tensor(COMBINATIONS), (given.side,) * 3
+    flags, patch = torch.tensor(COMBINATIONS), (args.side,) * 3
 
     @torch.no_grad()
     def every_combination() -> None:
-        with autocast(given.precision):
+        with autocast(args.precision):
             predict_combinations(net, image[0], flags, patch=patch, overlap=0.0)
 
     return every_combination
@@ -371,9 +371,9 @@ def main() -> int:
     )
     parser.add_argument("--recompute", type=int, default=0)
     parser.add_argument("--keep", type=int, default=0, help="freed memory, as the commands do")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    PARTS[given.part](given)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    PARTS[args.part](args)
     return 0
 
 

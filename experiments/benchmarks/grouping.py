@@ -20,8 +20,8 @@ def main() -> int:
     """The 3x3x3 convolutions of four encoders one by one, or as one grouped convolution."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for width, side in ((16, 80), (32, 40), (64, 20), (128, 10)):
             x = lean.fast_layout(torch.randn(1, 4 * width, side, side, side, dtype=dtype))
@@ -36,7 +36,7 @@ def main() -> int:
             def grouped(x: Tensor = x, weight: Tensor = weight) -> None:
                 torch.mkldnn_convolution(x, weight, None, [1] * 3, [1] * 3, [1] * 3, 4)
 
-            cpu = given.threads == 1
+            cpu = args.threads == 1
             best = [min(timed(c, cpu)[0] for _ in range(5)) * 1e3 for c in (separate, grouped)]
             print(
                 f"{precision} 4 x {width} channels at {side}^3: {best[0]:.1f} ms one by one, "

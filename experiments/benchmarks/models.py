@@ -128,16 +128,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--child", choices=MODELS)
-    given = parser.parse_args()
-    if given.child:
-        print(json.dumps(measure(given.child)))
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(args.child)))
         return 0
     print(
         f"| backbone | parameters, M | GFLOP at {SIDE}³ | training step: memory, GiB | CPU s | "
         "15 combinations of one window, CPU s | shares encoding | source | faithful | differs |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for name in given.only:
+    for name in args.only:
         done = subprocess.run(
             [sys.executable, __file__, "--child", name],
             stdout=subprocess.PIPE,

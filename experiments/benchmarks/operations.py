@@ -168,25 +168,25 @@ def count_passes(windows: int) -> int:
     return len(passes)
 
 
-def main(args: list[str] | None = None) -> int:
+def main(words: list[str] | None = None) -> int:
     """Print the counts as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--side", type=int, default=32)
     parser.add_argument("--top", type=int, default=0, help="names of the commonest operations")
-    given = parser.parse_args(args)
+    args = parser.parse_args(words)
     print("| training step, batch 1 | operations | without views |")
     print("|---|---|---|")
-    for name in given.only:
-        counter = count_step(name, given.side)
+    for name in args.only:
+        counter = count_step(name, args.side)
         print(f"| `{name}` | {counter.calls.total()} | {counter.kernels} |", flush=True)
-        for operation, number in counter.calls.most_common(given.top):
+        for operation, number in counter.calls.most_common(args.top):
             print(f"|   {operation} | {number} | |")
     print("\n| a step of `fit`, batch 2, filled and aligned | without views |\n|---|---|")
-    for part, number in count_fit(given.side).items():
+    for part, number in count_fit(args.side).items():
         print(f"| {part} | {number} |", flush=True)
     for samples in (2, 8):
-        number = count_augmentation(given.side, samples)
+        number = count_augmentation(args.side, samples)
         print(f"| augmentation of {samples} patches, everything drawn | {number} |")
     print("\n| 15 combinations of a case | passes of the decoder |\n|---|---|")
     for windows in (1, 8, 36):

@@ -36,24 +36,25 @@ def write_case(folder: Path, whole: bool) -> None:
         nib.save(nib.Nifti1Image(data, np.eye(4)), folder / f"case_{modality}.nii")
 
 
-def segment(folder: Path, given: argparse.Namespace) -> dict[str, float]:
+def segment(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Segment the case in this process, and say what it took."""
     import torch
 
     from pmixseg.evaluation.prediction.scans import SegmentSettings
-    from pmixseg.inference.segment import Outputs, segment_files
+    from pmixseg.inference.outputs import Outputs
+    from pmixseg.inference.segment import segment_files
     from pmixseg.modules import StudentModule
     from pmixseg.modules.preparation import Preparation
     from pmixseg.task import BRATS
 
     torch.set_num_threads(1)
     module = StudentModule().eval()
-    module.preparation = Preparation(patch=(given.window,) * 3)
+    module.preparation = Preparation(patch=(args.window,) * 3)
     settings = SegmentSettings(
-        tta=given.tta, overlap=given.overlap, precision=given.precision, force=True
+        tta=args.tta, overlap=args.overlap, precision=args.precision, force=True
     )
     images = {m: folder / f"case_{m}.nii" for m in BRATS.modalities}
-    outputs = Outputs(folder, given.probabilities, given.probabilities)
+    outputs = Outputs(folder, args.probabilities, args.probabilities)
     imported, wall, cpu = peak_gib(), time.perf_counter(), time.process_time()
     segment_files(module, images, outputs, settings)
     return {
@@ -79,17 +80,17 @@ def main() -> int:
     parser.add_argument("--tta", action="store_true")
     parser.add_argument("--probabilities", action="store_true", help="write them, and the entropy")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        print(json.dumps(segment(given.child, given)))
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(segment(args.child, args)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        write_case(Path(folder), given.whole)
+        write_case(Path(folder), args.whole)
         child = [sys.executable, *sys.argv, "--child", folder]
         done = subprocess.run(child, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(" ".join(f"{name} {value:.2f}" for name, value in found.items()))
-    return 0 if found["peak_gib"] < LIMIT_GIB else 1
+    figures = json.loads(done.stdout.splitlines()[-1])
+    print(" ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    return 0 if figures["peak_gib"] < LIMIT_GIB else 1
 
 
 if __name__ == "__main__":

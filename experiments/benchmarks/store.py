@@ -100,13 +100,13 @@ def timed(
 
 
 def medians(title: str, clocks: Clocks) -> dict[str, tuple[float, float]]:
-    found = {
+    middles = {
         name: (statistics.median(w for w, _ in runs), statistics.median(c for _, c in runs))
         for name, runs in clocks.items()
     }
-    for name, (wall, cpu) in found.items():
+    for name, (wall, cpu) in middles.items():
         print(f"{title}: {name} {1e3 * wall:.1f} ms wall, {1e3 * cpu:.1f} ms CPU")
-    return found
+    return middles
 
 
 def show_ratio(what: str, a: tuple[float, float], b: tuple[float, float]) -> None:
@@ -130,9 +130,11 @@ def preparing(cases: list[Case], folder: Path, repeats: int) -> None:
             difference = np.abs(np.load(out / "image.npy") - stored.image.astype(np.float32)).max()
             assert difference < 0.01 and (np.load(out / "label.npy") == stored.label).all()
             shutil.rmtree(out)
-    found = medians("per case", clocks)
-    show_ratio("prepare / floor (at most 3)", found["prepare"], found["floor"])
-    show_ratio("nibabel + numpy / prepare (at least 2)", found["nibabel + numpy"], found["prepare"])
+    middles = medians("per case", clocks)
+    show_ratio("prepare / floor (at most 3)", middles["prepare"], middles["floor"])
+    show_ratio(
+        "nibabel + numpy / prepare (at least 2)", middles["nibabel + numpy"], middles["prepare"]
+    )
 
 
 def reading(stored: StoredCase, repeats: int) -> None:
@@ -147,8 +149,8 @@ def reading(stored: StoredCase, repeats: int) -> None:
     for _ in range(repeats):
         clocks["patch"].append(timed(read_patch))
         clocks["whole array"].append(timed(np.load, stored.folder / "image.npy"))
-    found = medians(f"read from {stored.image.shape} {stored.image.dtype}", clocks)
-    show_ratio("patch / whole array (at most 0.25)", found["patch"], found["whole array"])
+    middles = medians(f"read from {stored.image.shape} {stored.image.dtype}", clocks)
+    show_ratio("patch / whole array (at most 0.25)", middles["patch"], middles["whole array"])
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def mechanics() -> None:
 
 def leak(image: Tensor) -> tuple[float, float]:
     """Largest change of training logits when a hidden sequence is replaced by noise."""
-    found = []
+    changes = []
     every = torch.ones(2, 4, dtype=torch.bool)
     present = torch.tensor([[True, False, True, True]] * 2)
     other = image.clone()
@@ -105,8 +105,8 @@ def leak(image: Tensor) -> tuple[float, float]:
                 module.decode_subset(module.encode(x, every), present).logits
                 for x in (image, other)
             ]
-        found.append(((logits[0] - logits[1]).abs().max() / logits[0].std()).item())
-    return found[0], found[1]
+        changes.append(((logits[0] - logits[1]).abs().max() / logits[0].std()).item())
+    return changes[0], changes[1]
 
 
 def drift() -> tuple[float, float]:
@@ -114,7 +114,7 @@ def drift() -> tuple[float, float]:
     torch.manual_seed(0)
     features = torch.randn(2, 4, 8, 4, 4, 4)
     every = torch.ones(2, 4, dtype=torch.bool)
-    found = []
+    shares = []
     losses = (July2025Alignment(), AlignmentLoss("nmse", [8], BRATS.modalities, [0]))
     for loss in losses:
         anchor = July2025Anchor()
@@ -127,8 +127,8 @@ def drift() -> tuple[float, float]:
             if value.requires_grad:
                 value.backward()
                 optimizer.step()
-        found.append(anchor.scores.softmax(0)[0].item())
-    return found[0], found[1]
+        shares.append(anchor.scores.softmax(0)[0].item())
+    return shares[0], shares[1]
 
 
 # ------------------------------------------------------------------ with training
@@ -195,8 +195,8 @@ def quiet(folder: Path, steps: int, *callbacks: PmixAlignment) -> Trainer:
 def test(folder: Path, module: SegmentationModule, data: BraTSDataModule) -> float:
     """Mean whole-tumour Dice over test cases and combinations, in percent."""
     with contextlib.redirect_stdout(io.StringIO()):  # the table of all combinations
-        (found,) = quiet(folder, 0).test(module, data, verbose=False)
-    return 100 * found["test/dice/WT"]
+        (scores,) = quiet(folder, 0).test(module, data, verbose=False)
+    return 100 * scores["test/dice/WT"]
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ class BlockUNet(nn.Module):
 
 def load(seed: int, indices: range, settings: PhantomSettings) -> list[tuple[Tensor, Tensor]]:
     """Cases z-scored inside the brain and cropped to a box that holds it, sides divisible by 8."""
-    found = []
+    cases = []
     for index in indices:
         case = make_case(seed, index, settings)
         image = np.stack([case.images[m] for m in BRATS.modalities]).astype(np.float32)
@@ -76,13 +76,13 @@ def load(seed: int, indices: range, settings: PhantomSettings) -> list[tuple[Ten
             where = np.flatnonzero((image != 0).any(axis=other))
             box.append(slice(where[0], where[-1] + 1))
         pad = [(0, max(-(s.stop - s.start) % 8, PATCH - (s.stop - s.start))) for s in box]
-        found.append(
+        cases.append(
             (
                 torch.from_numpy(np.pad(image[:, *box], [(0, 0), *pad])),
                 torch.from_numpy(np.pad(case.label[*box], pad).astype(np.int64)),
             )
         )
-    return found
+    return cases
 
 
 def train(cases: list[tuple[Tensor, Tensor]], steps: int, seed: int) -> BlockUNet:
@@ -138,10 +138,10 @@ def evaluate(net: BlockUNet, cases: list[tuple[Tensor, Tensor]]) -> NDArray[np.f
         for shown in _flags().split(5):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 predicted += net(image * shown).argmax(1)
-        for k, found in enumerate(predicted):
+        for k, segmented in enumerate(predicted):
             for r, region in enumerate(REGIONS):
                 classes = torch.tensor(BRATS.region_classes(region))
-                a, b = torch.isin(found, classes), torch.isin(label, classes)
+                a, b = torch.isin(segmented, classes), torch.isin(label, classes)
                 size = int(a.sum() + b.sum())
                 dice[i, k, r] = 2 * int((a & b).sum()) / size if size else 1.0
     return dice
@@ -185,8 +185,8 @@ def judge(dice: NDArray[np.float64]) -> dict[str, Any]:
     return {
         "dice_percent": table,
         "criteria": {
-            name: {"value": value, "met": bool(met), "wanted": wanted}
-            for name, (value, met, wanted) in criteria.items()
+            name: {"value": value, "met": bool(met), "bound": bound}
+            for name, (value, met, bound) in criteria.items()
         },
     }
 
@@ -217,13 +217,13 @@ def main() -> int:
         cells = "".join(f"{ours[r]:8.1f}{theirs[r, c]:8.1f}" for r in REGIONS)
         print(f"{format_combination(c):<20}{cells}")
     print()
-    for name, found in result["criteria"].items():
-        verdict = "met" if found["met"] else "NOT MET"
-        print(f"{name:<40}{found['value']:8.3f}   wanted {found['wanted']:<9} {verdict}")
+    for name, criterion in result["criteria"].items():
+        verdict = "met" if criterion["met"] else "NOT MET"
+        print(f"{name:<40}{criterion['value']:8.3f}   must be {criterion['bound']:<9} {verdict}")
     if args.out:
         arguments = {k: v for k, v in vars(args).items() if k != "out"}
         args.out.write_text(json.dumps({"arguments": arguments, **result}, indent=1) + "\n")
-    return 0 if all(found["met"] for found in result["criteria"].values()) else 1
+    return 0 if all(criterion["met"] for criterion in result["criteria"].values()) else 1
 
 
 if __name__ == "__main__":

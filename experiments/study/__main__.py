@@ -157,8 +157,8 @@ def fitted(plan: Plan, seeds: int, runner: Runner, kept: Path, folder: Path) -> 
             for t in plan.trainings[: runner.jobs]
         ]
         speed = runner.speed(trials)
-        wanted = list(dict.fromkeys(t.seed for t in plan.trainings))[:seeds]
-        waves = -(-sum(t.seed in wanted for t in plan.trainings) // runner.jobs)
+        first = list(dict.fromkeys(t.seed for t in plan.trainings))[:seeds]
+        waves = -(-sum(t.seed in first for t in plan.trainings) // runner.jobs)
         left = (runner.until - time.monotonic()) * SHARE / waves - OVERHEAD
         steps = most if left == float("inf") else min(most, int(speed * left) // 20 * 20)
         _say(f"{speed:.2f} steps/s in each of {len(trials)} at once: {steps} steps of {most}")

@@ -70,11 +70,11 @@ class Cohort:
         else:
             root = Path(self.root)
             split = json.loads(Path(self.split or root / SPLIT).read_text(encoding="utf-8"))
-            wanted = {"train": self.train, "val": self.val, "test": self.test}
-            short = [p for p, n in wanted.items() if len(split[p]) < n]
+            counts = {"train": self.train, "val": self.val, "test": self.test}
+            short = [p for p, n in counts.items() if len(split[p]) < n]
             if short:
                 raise InputError(f"{root}: the split has too few cases in {short}; ask for fewer.")
-            parts = [split[part][:count] for part, count in wanted.items()]
+            parts = [split[part][:count] for part, count in counts.items()]
         used = {str(name) for part in parts for name in part}
         grid = None if self.spacing is None else (self.spacing,) * 3
         cases = [case for case in find_cases(root, BRATS) if case.case_id in used]

@@ -152,11 +152,11 @@ class StudyResults:
             InputError: there is no such group or arm.
         """
         rows = self.group(group)
-        found = rows[rows["arm"] == arm]
-        if found.empty:
+        of_arm = rows[rows["arm"] == arm]
+        if of_arm.empty:
             known = ", ".join(map(str, rows["arm"].unique()))
             raise InputError(f"group '{group}' has no arm '{arm}'; it has {known}.")
-        return found
+        return of_arm
 
     def whole_blocks(self, group: str, arms: list[str] | None = None) -> list[str]:
         """Blocks in which every one of the arms has ended, in the order of their appearance.
@@ -166,7 +166,7 @@ class StudyResults:
             arms: default: all of the group.
         """
         rows = self.group(group)
-        wanted = set(rows["arm"] if arms is None else arms)
+        names = set(rows["arm"] if arms is None else arms)
         # An arm of several trainings, such as a student for each sequence, counts when all ended.
         parts = rows["parts"].fillna(1) if "parts" in rows else pd.Series(1, rows.index)
         counts = rows.assign(parts=parts).groupby(["block", "arm"], sort=False)["parts"]
@@ -174,9 +174,7 @@ class StudyResults:
         there: dict[str, set[str]] = {}
         for block, arm in ended[ended].index:
             there.setdefault(str(block), set()).add(arm)
-        return [
-            block for block in dict.fromkeys(rows["block"]) if wanted <= there.get(block, set())
-        ]
+        return [block for block in dict.fromkeys(rows["block"]) if names <= there.get(block, set())]
 
     def tables(self, group: str, arm: str, blocks: list[str]) -> list[pd.DataFrame]:
         """Records of an arm, a table per block, in the order of the blocks."""

@@ -145,10 +145,10 @@ def callbacks(training: Training, work: Path) -> list[Callback]:
     if settings.get("align"):
         made.append(PmixAlignment(**settings["align"]))
     if settings.get("distill"):
-        given = dict(settings["distill"])
+        arguments = dict(settings["distill"])
         if training.needs is not None:
-            given["teacher"] = str(checkpoint_of(work, training.needs))
-        made.append(Distillation(**given))
+            arguments["teacher"] = str(checkpoint_of(work, training.needs))
+        made.append(Distillation(**arguments))
     if settings.get("gap"):
         made.append(GapMonitor(pictures=False, **settings["gap"]))
     return made

@@ -286,18 +286,18 @@ class EarlyFusion(Backbone):
         modalities: Sequence[str] = BRATS.modalities,
         num_classes: int = BRATS.num_classes,
     ) -> None:
-        said: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         if isinstance(network, nn.Module):
             made = network
         else:
             made = _build_network(network, len(modalities), num_classes)
-            said = network.get("init_args") or {}
-        for name, wanted in (("in_channels", len(modalities)), ("out_channels", num_classes)):
-            has = said.get(name, getattr(made, name, wanted))
-            if has != wanted:
+            arguments = network.get("init_args") or {}
+        for name, channels in (("in_channels", len(modalities)), ("out_channels", num_classes)):
+            has = arguments.get(name, getattr(made, name, channels))
+            if has != channels:
                 raise InputError(
                     f"EarlyFusion: {type(made).__name__} has {name} {has}, but the task needs "
-                    f"{wanted}; correct it or leave it out."
+                    f"{channels}; correct it or leave it out."
                 )
         halves = cut(made, len(modalities))
         super().__init__(modalities, num_classes, halves.channels, halves.strides)

@@ -104,8 +104,8 @@ class _PlainNormAct(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(1, -1, *x.shape[2:])
         scale, shift = (
-            given if given is None or len(x) == 1 else given.repeat(len(x))
-            for given in (weight, bias)
+            parameter if parameter is None or len(x) == 1 else parameter.repeat(len(x))
+            for parameter in (weight, bias)
         )
         normed, mean, rstd = torch.ops.aten.native_batch_norm(
             rows, scale, shift, None, None, True, 0.0, EPSILON
@@ -185,11 +185,11 @@ class _NormAct(torch.autograd.Function):
         g = fast_layout(gradients[0])
         x, mean, weight = rest or (y, None, None)
 
-        def inner_and_hat(b: int, dy: Tensor, out: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        def inner_and_hat(b: int, dy: Tensor, out: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
             inner = torch.ops.aten.leaky_relu_backward(dy, out, ctx.slope, True)
             if mean is None:
-                return inner, F.leaky_relu(given, 1 / ctx.slope)
-            return inner, _affine(given, rstd[b], -mean[b] * rstd[b])
+                return inner, F.leaky_relu(kept, 1 / ctx.slope)
+            return inner, _affine(kept, rstd[b], -mean[b] * rstd[b])
 
         sums = torch.zeros(2, *rstd.shape, dtype=rstd.dtype)
         for b, slab in slabs(g, y, x):
@@ -200,8 +200,8 @@ class _NormAct(torch.autograd.Function):
         # scale · (g - mean(g) - x̂ mean(g x̂))
         shift, slant = -scale * sums / y[0, 0].numel()
         to_x = torch.empty_like(y)
-        for b, (dy, out, given, into) in slabs(g, y, x, to_x):
-            inner, hat = inner_and_hat(b, dy, out, given)
+        for b, (dy, out, kept, into) in slabs(g, y, x, to_x):
+            inner, hat = inner_and_hat(b, dy, out, kept)
             straight = _affine(inner, scale[b], shift[b])
             torch.add(straight, _affine(hat, slant[b], torch.zeros_like(slant[b])), out=into)
         if weight is None:

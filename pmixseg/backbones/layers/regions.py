@@ -41,8 +41,8 @@ def mix_regions(
     """
     regions = regions.detach()
     if runs_lean(x):
-        given = as_autocast(x, mixing, regions, weight, bias)
-        y: Tensor = _MixRegions.apply(*given)  # type: ignore[no-untyped-call]  # untyped in torch
+        tensors = as_autocast(x, mixing, regions, weight, bias)
+        y: Tensor = _MixRegions.apply(*tensors)  # type: ignore[no-untyped-call]  # untyped in torch
         return y
     mixed = mix_channels(x, mixing)
     inside = mixed.view(*regions.shape[:2], -1, *regions.shape[2:]) * regions[:, :, None]
