@@ -48,6 +48,23 @@ def test_import_takes_no_heavy_library():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_command_line_answers_at_once():
+    """Help, version and a mistyped word need none of the libraries that take seconds to import."""
+    code = """
+import sys
+from contextlib import suppress
+
+from pmixseg.cli import main
+
+for words in (["--help"], ["--version"], ["fi"], ["prepare", "a", "b", "--spcing=1"], ["segment"]):
+    with suppress(SystemExit):
+        main(words)
+print([m for m in ("torch", "numpy", "lightning") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_the_package_says_that_it_is_typed():
     assert (Path(pmixseg.__file__).parent / "py.typed").exists()
 

@@ -16,37 +16,28 @@ import functools
 import re
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import operations
 import torch
 from backbones import COMBINATIONS, official_loop, published
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.profilers import SimpleProfiler
+from card import NETWORKS, Bench, Clock, Durations, phantom_store, trainer_of
 from torch import Tensor, nn
 
 from pmixseg import BraTSDataModule, PmixAlignment, StudentModule
-from pmixseg.backbones import Backbone, MultiEncoderUNet, RFNet
+from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.data.augment import Augmentation
-from pmixseg.data.cohorts.layouts import find_cases
-from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.data.splits import Fractions, WholeCohort
-from pmixseg.data.store.prepare import prepare
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.prediction.windows import predict_combinations
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.segmentation import DiceCE
 from pmixseg.modules.training.compilation import arrange
-from pmixseg.task import BRATS
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NETWORKS = {"RFNet": RFNet, "MultiEncoderUNet": MultiEncoderUNet}
 CRITERIA = {"RFNet": RFNetCriterion, "MultiEncoderUNet": DiceCE}
 PARTS = {
     "training_step": "Strategy].*training_step",
@@ -58,137 +49,6 @@ PARTS = {
     "loader": "train_dataloader_next",
 }
 """Where the host's time of a step goes -> name in Lightning's profiler."""
-
-
-class Durations(SimpleProfiler):
-    """Lightning's profiler without its table."""
-
-    def summary(self) -> str:
-        """Nothing; durations are read."""
-        return ""
-
-
-class Clock(Callback):
-    """Seconds of a step, when the card has done its work.
-
-    Args:
-        first: step at which the clock starts.
-    """
-
-    def __init__(self, first: int) -> None:
-        self.first, self.steps, self.start, self.seconds = first, 0, 0.0, 0.0
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Start the clock, or count a step."""
-        if trainer.global_step == self.first:
-            self.start = self._now()
-        self.steps += trainer.global_step > self.first
-
-    def on_train_end(self, *args: Any) -> None:
-        """Stop the clock."""
-        self.seconds = (self._now() - self.start) / self.steps
-
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-@dataclass
-class Bench:
-    """Device, sizes and what was measured so far.
-
-    Args:
-        device: where everything runs.
-        official: checkout of the published RFNet, if it is to be compared.
-        rehearse: tiny volumes, one round.
-    """
-
-    device: torch.device
-    official: str | None = None
-    rehearse: bool = False
-    ceiling: float = 0.0
-    rows: list[tuple[str, dict[str, float]]] = field(default_factory=list)
-
-    @property
-    def cuda(self) -> bool:
-        """Whether there is a card."""
-        return self.device.type == "cuda"
-
-    @property
-    def side(self) -> int:
-        """Voxels of a patch along an axis."""
-        return 16 if self.rehearse else 80
-
-    def row(self, name: str, **values: float) -> None:
-        """Print one row."""
-        self.rows.append((name, values))
-        print(f"| {name} | {', '.join(f'{k} {v:.4g}' for k, v in values.items())} |", flush=True)
-
-    def seconds(self, call: Callable[[], object], rounds: int = 7, warm: int = 3) -> float:
-        """Median time of a call."""
-        if self.rehearse:
-            rounds, warm = 1, 0
-        for _ in range(warm):
-            call()
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            if not self.cuda:
-                call()
-                times.append(time.perf_counter() - start)
-                continue
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        return statistics.median(times)
-
-    def memory(self, call: Callable[[], object]) -> float:
-        """Peak GiB of a call, weights included."""
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
-
-    def work(self, call: Callable[[], object]) -> float:
-        """Floating-point operations of a call, 2 per multiply-add."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with FlopCounterMode(display=False) as counter:
-            call()
-        return float(counter.get_total_flops())
-
-    def random(self, *shape: int) -> Tensor:
-        """Normal numbers on the device."""
-        return torch.randn(*shape, device=self.device)
-
-    def network(self, name: str) -> Backbone:
-        """One of :data:`NETWORKS` with random weights."""
-        made = NETWORKS[name](width=4) if self.rehearse else NETWORKS[name]()
-        return made.to(self.device)
-
-    def autocast(self, precision: str) -> torch.autocast:
-        """Automatic bf16, or nothing."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    @contextmanager
-    def busy(self) -> Iterator[dict[str, float]]:
-        """Share of the wall time in which the card works; filled when the block ends."""
-        share: dict[str, float] = {}
-        if not self.cuda:
-            yield share
-            return
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            start = time.perf_counter()
-            yield share
-            torch.cuda.synchronize()
-            wall = time.perf_counter() - start
-        kernels = sum(event.self_device_time_total for event in profile.key_averages())
-        share["busy"] = kernels / 1e6 / wall
 
 
 def ceilings(bench: Bench) -> None:
@@ -309,32 +169,6 @@ def steps(bench: Bench) -> None:
                 bench.row(
                     f"the published fp32 step against ours in bf16, batch {samples}", **ratios
                 )
-
-
-@contextmanager
-def phantom_store(bench: Bench) -> Iterator[Path]:
-    """A prepared phantom cohort: at 1.5 mm some 90 x 120 x 100 voxels a case."""
-    with tempfile.TemporaryDirectory() as folder:
-        root, store = Path(folder) / "cohort", Path(folder) / "store"
-        spacing = 5.0 if bench.rehearse else 1.5
-        write_cohort(root, 4, seed=1, settings=PhantomSettings(spacing=spacing))
-        prepare(find_cases(root, BRATS), store, BRATS, progress=False)
-        yield store
-
-
-def trainer_of(bench: Bench, folder: Path, precision: str, **settings: Any) -> Trainer:
-    """A quiet trainer on the device."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return Trainer(
-        accelerator="gpu" if bench.cuda else "cpu",
-        devices=1,
-        precision=precision,
-        default_root_dir=folder,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **quiet,
-        **settings,
-    )
 
 
 def fit(bench: Bench) -> None:
@@ -464,9 +298,9 @@ def loader(bench: Bench) -> None:
     bench.row("augmenting a batch", s=bench.seconds(lambda: augment(dict(there), keys)))
 
 
-def _train_small(given: tuple[str, int]) -> float:
+def _train_small(place: tuple[str, int]) -> float:
     """Steps per second of one small training, in a process of its own."""
-    device, number = given
+    device, number = place
     torch.set_num_threads(1)
     net = MultiEncoderUNet(width=8).to(device).train()
     optimizer = torch.optim.AdamW(net.parameters())
@@ -510,23 +344,23 @@ ROWS = {
 }
 
 
-def main(args: list[str] | None = None) -> int:
+def main(words: list[str] | None = None) -> int:
     """Measure on a card, or count on a CPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--official", help="checkout of github.com/dyh127/RFNet")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--rehearse", action="store_true")
-    given = parser.parse_args(args)
+    args = parser.parse_args(words)
     cuda = torch.cuda.is_available()
-    if not cuda and not given.rehearse:
+    if not cuda and not args.rehearse:
         print("No card here: operations that one would start.\n")
         return operations.main([])
     torch.backends.cudnn.benchmark = True
-    bench = Bench(torch.device("cuda" if cuda else "cpu"), given.official, given.rehearse)
+    bench = Bench(torch.device("cuda" if cuda else "cpu"), args.official, args.rehearse)
     card = torch.cuda.get_device_name() if cuda else "no card"
     print(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}\n\n| work | |\n|---|---|")
     failed = 0
-    for name in given.rows:
+    for name in args.rows:
         try:
             ROWS[name](bench)
         except Exception as error:  # the other rows are worth their time all the same

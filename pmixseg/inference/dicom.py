@@ -15,8 +15,9 @@ from pmixseg.dicom.recognition import choose
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
 from pmixseg.files import inside
+from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.inference.raw import RawSettings, segment_raw
-from pmixseg.inference.segment import CaseResult, Outputs, segment_files
+from pmixseg.inference.segment import segment_files
 from pmixseg.modules import SegmentationModule
 
 UNNAMED = "study"

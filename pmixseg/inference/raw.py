@@ -14,7 +14,8 @@ from pmixseg.data.scans.outputs import write_labels
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
 from pmixseg.files import inside
-from pmixseg.inference.segment import CaseResult, Outputs, common_name
+from pmixseg.inference.outputs import CaseResult, Outputs
+from pmixseg.inference.segment import common_name
 from pmixseg.modules import SegmentationModule
 from pmixseg.preprocess import preprocess_scans
 from pmixseg.preprocess.itk import sitk

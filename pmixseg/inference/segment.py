@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pmixseg.data.cohorts.cases import stem_of
 from pmixseg.data.cohorts.layouts import Case, Layout, search
@@ -17,14 +14,13 @@ from pmixseg.data.scans.nifti import ScanReader, Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.evaluation.prediction.segmentation import Segmentation
-from pmixseg.files import inside
 from pmixseg.inference.folders import (
     FolderScans,
     notes_on_strays,
     scans_in,
     strays_of,
 )
-from pmixseg.inference.overview import overview, scans_on_grid, write_overview
+from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.modules import SegmentationModule
 from pmixseg.plurals import count_of
 from pmixseg.task import Task
@@ -36,111 +32,6 @@ UNNAMED = "scan"
 
 UNUSED_CHANNEL = "-"
 """Stands for a channel of a 4-D file that is not read."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where results go, and which.
-
-    Args:
-        folder: made if it is not there.
-        probabilities: also write class probabilities.
-        entropy: also write the voxel-wise entropy.
-        compress: ``.nii.gz``, or ``.nii``.
-        png: also draw ``<name>_seg.png``, an overview.
-        plain: name label maps ``<name>.nii.gz``, as nnU-Net does, whose tools take every such file
-            of a folder for one.
-
-    Raises:
-        InputError: probabilities or entropy beside plain names.
-    """
-
-    folder: Path
-    probabilities: bool = False
-    entropy: bool = False
-    compress: bool = True
-    png: bool = False
-    plain: bool = False
-
-    def __post_init__(self) -> None:
-        if self.plain and (self.probabilities or self.entropy):
-            raise InputError(
-                "nnU-Net takes every volume of a folder for a label map; leave out probabilities "
-                "and entropy, or write them by another call into another folder."
-            )
-
-    def write(self, result: Segmentation, images: Mapping[str, Source]) -> dict[str, Path]:
-        """Write one result; see :meth:`pmixseg.Segmentation.save`.
-
-        Args:
-            result: what the model made.
-            images: the scans, for the overview.
-        """
-        files = result.save(
-            self.folder,
-            probabilities=self.probabilities,
-            entropy=self.entropy,
-            compress=self.compress,
-            plain=self.plain,
-        )
-        if self.png:
-            facts = (result.name, result.task, result.volumes)
-            files["png"] = self.draw(images, result.classes, result.affine, *facts)
-        return files
-
-    def draw(
-        self,
-        images: Mapping[str, Source],
-        classes: NDArray[np.uint8],
-        affine: NDArray[np.float64],
-        name: str,
-        task: Task,
-        volumes: Mapping[str, float],
-    ) -> Path:
-        """Write ``<name>_seg.png``; see :func:`~pmixseg.inference.overview.overview`."""
-        scans = scans_on_grid(images, classes.shape, affine, f"case '{name}'")
-        figure = overview(scans, classes, affine, task, name=name, volumes=volumes)
-        return write_overview(inside(self.folder, f"{name}_seg.png", "case"), figure)
-
-    def check(self, name: str, files: Sequence[Path]) -> None:
-        """Refuse a folder where a result would take the place of a file of the case.
-
-        Raises:
-            InputError: it would, as when a case's own folder is given and holds a label; or the
-                name leads out of the folder.
-        """
-        inside(self.folder, name, "case")
-        ending = ".nii.gz" if self.compress else ".nii"
-        taken = {f.resolve() for f in files}
-        for what in ("" if self.plain else "_seg", "_probabilities", "_entropy"):
-            path = self.folder / f"{name}{what}{ending}"
-            if path.resolve() in taken:
-                raise InputError(
-                    f"case '{name}': the result would replace {path}; choose another output folder."
-                )
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What became of one case of a cohort.
-
-    Args:
-        name: of the case.
-        combination: the modalities that were used.
-        volumes: region -> ml; empty where it failed.
-        files: what was written.
-        warnings: sentences.
-        problem: the sentence that says why it failed.
-        codes: label -> number in the file.
-    """
-
-    name: str
-    combination: tuple[str, ...] = ()
-    volumes: Mapping[str, float] = field(default_factory=dict)
-    files: Mapping[str, Path] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    problem: str | None = None
-    codes: Mapping[str, int] = field(default_factory=dict)
 
 
 def segment_files(

@@ -19,7 +19,7 @@ from pmixseg.dicom.recognition import choose, weighting
 from pmixseg.dicom.series import Series
 from pmixseg.errors import InputError
 from pmixseg.inference.dicom import segment_study
-from pmixseg.inference.segment import Outputs
+from pmixseg.inference.outputs import Outputs
 from pmixseg.task import BRATS
 from tests.dicom.studies import PATIENT, write_enhanced
 from tests.inference.tiny_models import Glance, save, tiny_student

@@ -14,7 +14,7 @@ def gpu(monkeypatch):
     import gpu
 
     yield gpu
-    for name in ("gpu", "operations", "backbones", "measuring"):
+    for name in ("gpu", "card", "operations", "backbones", "measuring"):
         sys.modules.pop(name, None)  # names that another script may have
 
 

@@ -12,12 +12,8 @@ from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.files import file_hash
-from pmixseg.inference.segment import (
-    Outputs,
-    channels_of,
-    segment_files,
-    segment_folder,
-)
+from pmixseg.inference.outputs import Outputs
+from pmixseg.inference.segment import channels_of, segment_files, segment_folder
 from pmixseg.task import BRATS
 from tests.inference.tiny_models import save, tiny_student
 

@@ -10,7 +10,8 @@ from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.inference.folders import scans_in
-from pmixseg.inference.segment import Outputs, segment_files, segment_folder
+from pmixseg.inference.outputs import Outputs
+from pmixseg.inference.segment import segment_files, segment_folder
 from pmixseg.task import BRATS, Task
 from tests.inference.tiny_models import tiny_student
 

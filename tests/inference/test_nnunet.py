@@ -15,7 +15,7 @@ from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.splits import SplitJson
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
-from pmixseg.inference.segment import Outputs
+from pmixseg.inference.outputs import Outputs
 from pmixseg.task import BRATS
 
 LABELS = {"background": 0, "edema": 1, "necrosis": 2, "enhancing tumor": 3}

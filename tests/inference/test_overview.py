@@ -6,8 +6,9 @@ from matplotlib.image import imread
 
 from pmixseg.cli import main
 from pmixseg.data.scans.colours import class_colours
+from pmixseg.inference.outputs import Outputs
 from pmixseg.inference.overview import overview, scans_on_grid
-from pmixseg.inference.segment import Outputs, segment_files
+from pmixseg.inference.segment import segment_files
 from pmixseg.task import BRATS
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])

@@ -13,8 +13,8 @@ from pmixseg.backbones import Backbone
 from pmixseg.cli import main
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.errors import InputError
+from pmixseg.inference.outputs import Outputs
 from pmixseg.inference.raw import RawSettings, segment_raw
-from pmixseg.inference.segment import Outputs
 from pmixseg.modules import StudentModule
 from pmixseg.modules.preparation import Preparation
 from pmixseg.preprocess import preprocess_scans

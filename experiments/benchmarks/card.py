@@ -1,0 +1,182 @@
+"""What a card is measured with: clocks, counters, a phantom cohort, a quiet trainer."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.profilers import SimpleProfiler
+from torch import Tensor
+
+from pmixseg.backbones import Backbone, MultiEncoderUNet, RFNet
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.data.store.prepare import prepare
+from pmixseg.task import BRATS
+
+NETWORKS = {"RFNet": RFNet, "MultiEncoderUNet": MultiEncoderUNet}
+
+
+class Durations(SimpleProfiler):
+    """Lightning's profiler without its table."""
+
+    def summary(self) -> str:
+        """Nothing; durations are read."""
+        return ""
+
+
+class Clock(Callback):
+    """Seconds of a step, when the card has done its work.
+
+    Args:
+        first: step at which the clock starts.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.first, self.steps, self.start, self.seconds = first, 0, 0.0, 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Start the clock, or count a step."""
+        if trainer.global_step == self.first:
+            self.start = self._now()
+        self.steps += trainer.global_step > self.first
+
+    def on_train_end(self, *args: Any) -> None:
+        """Stop the clock."""
+        self.seconds = (self._now() - self.start) / self.steps
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclass
+class Bench:
+    """Device, sizes and what was measured so far.
+
+    Args:
+        device: where everything runs.
+        official: checkout of the published RFNet, if it is to be compared.
+        rehearse: tiny volumes, one round.
+    """
+
+    device: torch.device
+    official: str | None = None
+    rehearse: bool = False
+    ceiling: float = 0.0
+    rows: list[tuple[str, dict[str, float]]] = field(default_factory=list)
+
+    @property
+    def cuda(self) -> bool:
+        """Whether there is a card."""
+        return self.device.type == "cuda"
+
+    @property
+    def side(self) -> int:
+        """Voxels of a patch along an axis."""
+        return 16 if self.rehearse else 80
+
+    def row(self, name: str, **values: float) -> None:
+        """Print one row."""
+        self.rows.append((name, values))
+        print(f"| {name} | {', '.join(f'{k} {v:.4g}' for k, v in values.items())} |", flush=True)
+
+    def seconds(self, call: Callable[[], object], rounds: int = 7, warm: int = 3) -> float:
+        """Median time of a call."""
+        if self.rehearse:
+            rounds, warm = 1, 0
+        for _ in range(warm):
+            call()
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            if not self.cuda:
+                call()
+                times.append(time.perf_counter() - start)
+                continue
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    def memory(self, call: Callable[[], object]) -> float:
+        """Peak GiB of a call, weights included."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
+
+    def work(self, call: Callable[[], object]) -> float:
+        """Floating-point operations of a call, 2 per multiply-add."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return float(counter.get_total_flops())
+
+    def random(self, *shape: int) -> Tensor:
+        """Normal numbers on the device."""
+        return torch.randn(*shape, device=self.device)
+
+    def network(self, name: str) -> Backbone:
+        """One of :data:`NETWORKS` with random weights."""
+        made = NETWORKS[name](width=4) if self.rehearse else NETWORKS[name]()
+        return made.to(self.device)
+
+    def autocast(self, precision: str) -> torch.autocast:
+        """Automatic bf16, or nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    @contextmanager
+    def busy(self) -> Iterator[dict[str, float]]:
+        """Share of the wall time in which the card works; filled when the block ends."""
+        share: dict[str, float] = {}
+        if not self.cuda:
+            yield share
+            return
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            start = time.perf_counter()
+            yield share
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - start
+        kernels = sum(event.self_device_time_total for event in profile.key_averages())
+        share["busy"] = kernels / 1e6 / wall
+
+
+@contextmanager
+def phantom_store(bench: Bench) -> Iterator[Path]:
+    """A prepared phantom cohort: at 1.5 mm some 90 x 120 x 100 voxels a case."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, store = Path(folder) / "cohort", Path(folder) / "store"
+        spacing = 5.0 if bench.rehearse else 1.5
+        write_cohort(root, 4, seed=1, settings=PhantomSettings(spacing=spacing))
+        prepare(find_cases(root, BRATS), store, BRATS, progress=False)
+        yield store
+
+
+def trainer_of(bench: Bench, folder: Path, precision: str, **settings: Any) -> Trainer:
+    """A quiet trainer on the device."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(
+        accelerator="gpu" if bench.cuda else "cpu",
+        devices=1,
+        precision=precision,
+        default_root_dir=folder,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **quiet,
+        **settings,
+    )
