@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from pmixseg.errors import InputError
 from pmixseg.old_paths import current_path
 
@@ -117,8 +115,11 @@ def describe(value: Any, where: str = "value") -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [describe(v, f"{where}[{i}]") for i, v in enumerate(value)]
     to_dict = getattr(value, "to_dict", None)
-    if callable(to_dict) and not isinstance(value, nn.Module):
-        return describe(to_dict(), where)
+    if callable(to_dict):
+        from torch import nn  # not above: the command line answers --help without torch
+
+        if not isinstance(value, nn.Module):
+            return describe(to_dict(), where)
     if inspect.isclass(value):
         return {"class_path": _path_of(value, where), "init_args": {}}
     raise InputError(

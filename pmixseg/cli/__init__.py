@@ -35,18 +35,18 @@ def main(args: Sequence[str] | None = None) -> int:
         stderr), 130 after Ctrl-C.
         2 if a flag is wrong.
     """
-    given = list(sys.argv[1:] if args is None else args)
+    words = list(sys.argv[1:] if args is None else args)
     print_anything()
     try:
-        given, modules = import_modules(given)
-        if given and given[0] in TRAINING:
+        words, modules = import_modules(words)
+        if words and words[0] in TRAINING:
             from pmixseg.cli.training import TrainingCLI  # Lightning takes seconds to import
 
-            TrainingCLI(given, modules)
+            TrainingCLI(words, modules)
             return 0
-        if given and given[0] == segment.NAME:  # its flags depend on the checkpoint
-            return segment.run(given[1:], modules)
-        return run_plain(given, modules)
+        if words and words[0] == segment.NAME:  # its flags depend on the checkpoint
+            return segment.run(words[1:], modules)
+        return run_plain(words, modules)
     except BaseException as error:
         if interrupted(error):
             return say_stopped()
@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if not isinstance(error, SystemExit):
             cause = input_error(error) or memory_error(error) or disk_error(error)
         if cause is None and isinstance(error, UnicodeDecodeError):
-            cause = no_text(given)
+            cause = no_text(words)
         if cause is None and isinstance(error, Exception):
             cause = complaint(error)
         if cause is None:

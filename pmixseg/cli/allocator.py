@@ -28,8 +28,8 @@ def keep_freed_memory() -> bool:
         malloc shall do (``MALLOC_…_``, ``GLIBC_TUNABLES``) or puts another in its place
         (``LD_PRELOAD``).
     """
-    told = any(name.startswith("MALLOC_") for name in os.environ)
-    if told or "GLIBC_TUNABLES" in os.environ or "LD_PRELOAD" in os.environ:
+    configured = any(name.startswith("MALLOC_") for name in os.environ)
+    if configured or "GLIBC_TUNABLES" in os.environ or "LD_PRELOAD" in os.environ:
         return False
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -104,16 +104,16 @@ def with_split_class(args: Sequence[str]) -> list[str]:
         InputError: no split takes all of them.
     """
     prefix = "--data.split."
-    given = {
+    arguments = {
         flag_name(flag).removeprefix(prefix): value
         for flag, value in options(args)
         if flag_name(flag).startswith(prefix)
     }
-    named = "class_path" in given or any(flag_name(arg) == "--data.split" for arg in args)
-    if not given or named or any(_names_split(path) for path in config_files(args)):
+    named = "class_path" in arguments or any(flag_name(arg) == "--data.split" for arg in args)
+    if not arguments or named or any(_names_split(path) for path in config_files(args)):
         return list(args)
     first = next(i for i, arg in enumerate(args) if flag_name(arg).startswith(prefix))
-    return [*args[:first], f"--data.split={split_class(given)}", *args[first:]]
+    return [*args[:first], f"--data.split={split_class(arguments)}", *args[first:]]
 
 
 def _names_split(path: Path) -> bool:

@@ -128,17 +128,17 @@ def _value_sentence(message: str, args: Sequence[str]) -> str:
             re.MULTILINE,
         )
     ]
-    wanted = [kind for depth, kind in expected if depth == max(expected)[0]]  # of the value itself
+    kinds = [kind for depth, kind in expected if depth == max(expected)[0]]  # of the value itself
     value = re.search(
         r"(?:Got|Given) value: (?!NestedArg)(.*?)(?:\. Got value: .*)?$", message, re.M
     )
-    if wanted and value:
-        several = sorted(set(wanted), key=lambda word: (word == "null", wanted.index(word)))
+    if kinds and value:
+        several = sorted(set(kinds), key=lambda word: (word == "null", kinds.index(word)))
         return f"{where(keys, args)} is {value[1]}, but must be {' or '.join(several)}."
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     frame = r"Parser key .*:$|Does not validate|Errors:|Subtypes:|Problem with|Expected an? <class"
-    told = [line for line in lines if not re.match(frame, line)]
-    return f"{where(keys, args)}: {' '.join((told or lines)[0].split())}; correct it."
+    reasons = [line for line in lines if not re.match(frame, line)]
+    return f"{where(keys, args)}: {' '.join((reasons or lines)[0].split())}; correct it."
 
 
 def words(kind: str) -> str:

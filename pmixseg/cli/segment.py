@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pmixseg.data.scans.nifti import Source
     from pmixseg.dicom import Recognised
     from pmixseg.evaluation.prediction.scans import SegmentSettings
-    from pmixseg.inference.segment import CaseResult, Outputs
+    from pmixseg.inference.outputs import CaseResult, Outputs
     from pmixseg.modules import SegmentationModule
 
 NAME = "segment"
@@ -43,15 +43,15 @@ def run(args: Sequence[str], modules: Sequence[str] = ()) -> int:
     Returns:
         0, or 1 if a case of a cohort failed.
     """
-    from pmixseg.modules import load  # Lightning takes seconds to import
-    from pmixseg.modules.checkpoint import read_checkpoint
-
     if not args or args[0] in ("-h", "--help"):
         parser_for(BRATS).parse_args(["--help"])
     if args[0].startswith("-"):
         raise InputError("the checkpoint comes first: pmixseg segment CHECKPOINT INPUT -o OUT.")
+    from pmixseg.modules import load  # Lightning takes seconds to import
+    from pmixseg.modules.checkpoint import read_checkpoint
+
     task = Task.from_dict(read_checkpoint(args[0])["pmixseg"]["task"])
-    given, rest = parser_for(task).parse_known_args(args)
+    options, rest = parser_for(task).parse_known_args(args)
     if rest:
         raise InputError(
             f"'{rest[0]}' is neither an option nor a scan of this model, whose task '{task.name}' "
@@ -59,14 +59,14 @@ def run(args: Sequence[str], modules: Sequence[str] = ()) -> int:
             "CHECKPOINT --help`."
         )
     raise_on_interrupt()
-    settings = settings_of(given)
-    scans = {m: Path(v) for m in task.modalities if (v := getattr(given, f"scan_{m}", None))}
-    module = load(given.checkpoint, modules=modules, map_location=device_of(given.device))
+    settings = settings_of(options)
+    scans = {m: Path(v) for m in task.modalities if (v := getattr(options, f"scan_{m}", None))}
+    module = load(options.checkpoint, modules=modules, map_location=device_of(options.device))
     results: list[CaseResult] = []
     with bar("windows") as progress, warnings.catch_warnings():
         # They are in the results, and printed with them.
         warnings.filterwarnings("ignore", message="case '")
-        for result in segmented(module, given, scans, settings, progress):
+        for result in segmented(module, options, scans, settings, progress):
             results.append(result)
     report(results, task)
     return 1 if any(r.problem for r in results) else 0
@@ -135,7 +135,7 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
 
 def segmented(
     module: SegmentationModule,
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     scans: Mapping[str, Source],
     settings: SegmentSettings,
     progress: Callable[[int, int], None],
@@ -145,34 +145,35 @@ def segmented(
     Raises:
         InputError: both or neither of an input and scans, or flags that do not fit them.
     """
-    from pmixseg.inference.segment import Outputs, channels_of, segment_files, segment_folder
+    from pmixseg.inference.outputs import Outputs
+    from pmixseg.inference.segment import channels_of, segment_files, segment_folder
 
-    source: Path | None = given.input
+    source: Path | None = options.input
     if (source is None) == (not scans):
         raise InputError(
             "give either a folder or 4-D file, or scans by modality "
             f"({', '.join(f'--{m} FILE' for m in module.task.modalities)})."
         )
     outputs = Outputs(
-        given.out,
-        given.probabilities,
-        given.entropy,
-        compress=not given.no_gzip,
-        png=given.png,
-        plain=given.nnunet,
+        options.out,
+        options.probabilities,
+        options.entropy,
+        compress=not options.no_gzip,
+        png=options.png,
+        plain=options.nnunet,
     )
-    share = share_of(given.part)
-    cohort = source is not None and source.is_dir() and not given.raw and not holds_dicom(source)
+    share = share_of(options.part)
+    cohort = source is not None and source.is_dir() and not options.raw and not holds_dicom(source)
     if share is not None and not cohort:
         raise InputError("--part divides a cohort of registered scans; leave it out for a patient.")
     if source is not None and source.is_dir() and holds_dicom(source):
-        yield segmented_study(module, given, settings, outputs, progress)
+        yield segmented_study(module, options, settings, outputs, progress)
         return
-    if given.raw:
-        yield segmented_raw(module, given, scans, settings, outputs, progress)
+    if options.raw:
+        yield segmented_raw(module, options, scans, settings, outputs, progress)
         return
     if source is not None and source.is_dir():
-        if given.channels or given.name or given.codes:
+        if options.channels or options.name or options.codes:
             raise InputError(
                 "--channels, --name and --codes are for single files; a folder's layout tells them."
             )
@@ -181,7 +182,7 @@ def segmented(
             source,
             outputs,
             settings,
-            layout=given.layout,
+            layout=options.layout,
             share=share,
             progress=progress,
         )
@@ -189,16 +190,16 @@ def segmented(
     if source is not None:
         if not source.exists():
             raise InputError(f"{source} does not exist; give a case folder, cohort, or 4-D file.")
-        if not given.channels:
+        if not options.channels:
             raise InputError(
                 f"{source} is a file; say which modality it is ("
                 f"{', '.join(f'--{m} {source.name}' for m in module.task.modalities[:2])}, …), or "
                 "name the channels of a 4-D file with --channels."
             )
-        scans = channels_of(source, given.channels, module)
-    codes = None if given.codes is None else codes_of(given.codes)
+        scans = channels_of(source, options.channels, module)
+    codes = None if options.codes is None else codes_of(options.codes)
     yield segment_files(
-        module, scans, outputs, settings, codes=codes, name=given.name, progress=progress
+        module, scans, outputs, settings, codes=codes, name=options.name, progress=progress
     )
 
 
@@ -213,7 +214,7 @@ def holds_dicom(folder: Path) -> bool:
 
 def segmented_study(
     module: SegmentationModule,
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     settings: SegmentSettings,
     outputs: Outputs,
     progress: Callable[[int, int], None],
@@ -226,20 +227,20 @@ def segmented_study(
     from pmixseg.inference.dicom import segment_study
     from pmixseg.inference.raw import RawSettings
 
-    if given.channels or given.codes or given.layout:
+    if options.channels or options.codes or options.layout:
         raise InputError("--channels, --codes and --layout are not for DICOM; leave them out.")
     raw = None
-    if given.raw:
-        raw = RawSettings(given.brain, given.atlas, onto=given.reference)
+    if options.raw:
+        raw = RawSettings(options.brain, options.atlas, onto=options.reference)
         settings = replace(settings, reference=None)
     study = segment_study(
         module,
-        given.input,
+        options.input,
         outputs,
         settings,
         raw,
-        chosen=series_of(given.series),
-        name=given.name,
+        chosen=series_of(options.series),
+        name=options.name,
         progress=progress,
         tell=lambda recognised: console.print(series_table(recognised)),
     )
@@ -276,7 +277,7 @@ def series_table(recognised: Sequence[Recognised]) -> Table:
 
 def segmented_raw(
     module: SegmentationModule,
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     scans: Mapping[str, Source],
     settings: SegmentSettings,
     outputs: Outputs,
@@ -291,37 +292,37 @@ def segmented_raw(
     from pmixseg.inference.raw import RawSettings, segment_raw
 
     images = {m: Path(str(path)) for m, path in scans.items()}
-    source: Path | None = given.input
+    source: Path | None = options.input
     if source is not None:
         images = {}
         if source.is_dir():
-            images = dict(scans_in(source, module.task, force=given.force).images)
+            images = dict(scans_in(source, module.task, force=options.force).images)
         if not images:
             raise InputError(
                 f"{source}: --raw takes one patient, a folder of files named by sequence or one "
                 "flag per scan; a cohort goes through `pmixseg preprocess` first."
             )
     images = {m: path for m, path in images.items() if m in module.modalities}
-    raw = RawSettings(given.brain, given.atlas, onto=given.reference)
-    codes = None if given.codes is None else codes_of(given.codes)
+    raw = RawSettings(options.brain, options.atlas, onto=options.reference)
+    codes = None if options.codes is None else codes_of(options.codes)
     inner = replace(settings, reference=None)
     return segment_raw(
-        module, images, outputs, inner, raw, codes=codes, name=given.name, progress=progress
+        module, images, outputs, inner, raw, codes=codes, name=options.name, progress=progress
     )
 
 
-def settings_of(given: argparse.Namespace) -> SegmentSettings:
+def settings_of(options: argparse.Namespace) -> SegmentSettings:
     """The flags under "how"."""
     from pmixseg.evaluation.prediction.scans import SegmentSettings
 
     return SegmentSettings(
-        tta=given.tta,
-        overlap=given.overlap,
-        precision=given.precision,
-        postprocess=given.postprocess,
-        reference=given.reference,
-        strict=given.strict,
-        force=given.force,
+        tta=options.tta,
+        overlap=options.overlap,
+        precision=options.precision,
+        postprocess=options.postprocess,
+        reference=options.reference,
+        strict=options.strict,
+        force=options.force,
     )
 
 

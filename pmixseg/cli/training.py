@@ -103,7 +103,7 @@ class TrainingCLI(LightningCLI):
     """Model and data by class or YAML, alignment and distillation as top-level groups."""
 
     def __init__(self, args: Sequence[str], modules: Sequence[str] = ()) -> None:
-        self.given, self.modules = with_split_class(with_checkpoint_path(args)), list(modules)
+        self.words, self.modules = with_split_class(with_checkpoint_path(args)), list(modules)
         calm()
         super().__init__(
             SegmentationModule,
@@ -120,7 +120,7 @@ class TrainingCLI(LightningCLI):
                 "num_sanity_val_steps": 1,
             },
             parser_class=TrainingParser,
-            args=with_checkpoint_defaults(self.given, modules),
+            args=with_checkpoint_defaults(self.words, modules),
             load_from_checkpoint_support=False,  # our modules describe themselves
         )
 
@@ -128,7 +128,7 @@ class TrainingCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the command that was given: the flags of all four take four times as long."""
         every = super().subcommands()
-        return {name: every[name] for name in every if name == self.given[0]}
+        return {name: every[name] for name in every if name == self.words[0]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line.
@@ -139,8 +139,8 @@ class TrainingCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
-            flags = [f"--{action.dest}" for action in self._parser(self.given[0])._actions]
-            raise UsageError(training_sentence(str(error), self.given, flags)) from error
+            flags = [f"--{action.dest}" for action in self._parser(self.words[0])._actions]
+            raise UsageError(training_sentence(str(error), self.words, flags)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Groups ``align`` and ``distill``, the run folder, and weights to start from."""
@@ -221,10 +221,10 @@ class TrainingCLI(LightningCLI):
 
     def run_folder(self) -> Path:
         """``--run``; else the folder of the checkpoint; else a new one under ``runs/``."""
-        given = self._get(self.config, "run")
+        folder = self._get(self.config, "run")
         checkpoint = self._get(self.config, "ckpt_path")
-        if given:
-            return Path(given)
+        if folder:
+            return Path(folder)
         if checkpoint:
             parent = Path(checkpoint).resolve().parent
             return parent.parent if parent.name == "checkpoints" else parent
@@ -272,7 +272,7 @@ class TrainingCLI(LightningCLI):
             with suppress(InputError):  # what a resumed training has been given, it need not name
                 description = resolve(description, self.modules, checkpoint)
             stored, now = with_evaluation(description), with_evaluation(describe(self.model))
-            lines = differences(stored, now, self.given)
+            lines = differences(stored, now, self.words)
             lines += self.changed_data(trained, stored["evaluation"], now["evaluation"])
             for line in lines:
                 say(f"{line} (the flags win)")
@@ -294,15 +294,15 @@ class TrainingCLI(LightningCLI):
             stored: its evaluation settings.
             now: those of the model.
         """
-        given = {"patch_size": list(self.datamodule.patch_size)}
+        data = {"patch_size": list(self.datamodule.patch_size)}
         if (spacing := self._get(self.config, "data.spacing")) is not None:
-            given["spacing"] = list(spacing)
+            data["spacing"] = list(spacing)
         patch = None if trained.patch is None else list(trained.patch)
         spacing = None if trained.spacing is None else list(trained.spacing)
         had = {"patch_size": patch, "spacing": spacing}
-        had = {k: had[k] for k in given if had[k] or k == "spacing"}
-        lines = differences(had, given, where="data")
-        windows = [now["window"] or given["patch_size"], stored["window"] or patch]
+        had = {k: had[k] for k in data if had[k] or k == "spacing"}
+        lines = differences(had, data, where="data")
+        windows = [now["window"] or data["patch_size"], stored["window"] or patch]
         if not (now["window"] and stored["window"]) and all(windows) and windows[0] != windows[1]:
             lines.append(f"the inference window is {windows[0]}, the checkpoint had {windows[1]}")
         return lines
@@ -330,12 +330,12 @@ def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -
     Raises:
         InputError: the checkpoint cannot be read, or names what it may not.
     """
-    given = list(args)
-    if not given or given[0] not in ("validate", "test", "predict"):
-        return given
-    path = option(given, "--ckpt_path")
+    words = list(args)
+    if not words or words[0] not in ("validate", "test", "predict"):
+        return words
+    path = option(words, "--ckpt_path")
     if path is None:
-        return given
+        return words
     raw = read_checkpoint(path)["pmixseg"]
     payload = Payload.from_dict(raw, path)
     trained = payload.preparation
@@ -345,9 +345,9 @@ def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -
     if trained.patch is not None:
         data["patch_size"] = list(trained.patch)
     if trained.cases is not None:
-        data |= data_of(trained.cases, given, path)
+        data |= data_of(trained.cases, words, path)
     config = {"model": resolve(describing(raw), modules, path), "data": data}
-    return [given[0], f"--config={json.dumps(config)}", *given[1:]]
+    return [words[0], f"--config={json.dumps(config)}", *words[1:]]
 
 
 def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, Any]:
@@ -377,7 +377,7 @@ def with_evaluation(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(
-    stored: Any, given: Any, args: Sequence[str] = (), where: str = "model"
+    stored: Any, current: Any, args: Sequence[str] = (), where: str = "model"
 ) -> list[str]:
     """Leaves in which two descriptions differ, in words.
 
@@ -385,17 +385,17 @@ def differences(
 
     Args:
         stored: the checkpoint's description.
-        given: that of the model as it is now.
+        current: that of the model as it is now.
         args: the command line.
         where: how the first lines begin.
     """
-    if isinstance(stored, dict) and isinstance(given, dict):
-        flagged = [g for g in given if g not in stored and any(f".{g}" in arg for arg in args)]
+    if isinstance(stored, dict) and isinstance(current, dict):
+        flagged = [g for g in current if g not in stored and any(f".{g}" in arg for arg in args)]
         return [
             line
             for key in [*(k for k in stored if k != "task"), *flagged]
-            for line in differences(stored.get(key), given.get(key), args, f"{where}.{key}")
+            for line in differences(stored.get(key), current.get(key), args, f"{where}.{key}")
         ]
-    if stored == given:
+    if stored == current:
         return []
-    return [f"{where} is {given}, the checkpoint had {stored}"]
+    return [f"{where} is {current}, the checkpoint had {stored}"]
