@@ -181,6 +181,7 @@ class DeMoSeg(Backbone):
         """Segment from the usable slots."""
         x = self.join(self.compensated(latents))
         size = x.shape[2:]
+        # Sides that halve evenly down to two voxels at the coarsest level.
         unit = 2 ** len(self.downs)
         padded = [max(-(-side // unit), 2) * unit for side in size]
         x = F.pad(
@@ -195,6 +196,7 @@ class DeMoSeg(Backbone):
         maps: list[Tensor] = []
         for level in reversed(range(len(self.downs))):
             x = self.decoders[level](torch.cat([self.ups[level](x), skips[level]], 1))
+            # Maps are cut back to the image, where its sides allow it.
             whole = all(side % 2**level == 0 for side in size)
             if whole:
                 kept = x[:, :, : size[0] >> level, : size[1] >> level, : size[2] >> level]

@@ -123,6 +123,7 @@ class MultiEncoderUNet(Backbone):
         widths = [width * 2**k for k in range(levels)]
         super().__init__(modalities, num_classes, widths, [stem * 2**k for k in range(levels)])
         self.recompute = recompute
+        # An encoder per modality; at every level their features are fused into one.
         self.encoders = nn.ModuleList(Encoder(widths, dropout, stem) for _ in self.modalities)
         self.fusions = nn.ModuleList(Fusion(len(self.modalities), w) for w in widths)
         self.ups = nn.ModuleList(nn.ConvTranspose3d(2 * w, w, 2, 2) for w in widths[:-1])
@@ -130,6 +131,7 @@ class MultiEncoderUNet(Backbone):
             nn.Sequential(conv_block(2 * w, w, 1, dropout), conv_block(w, w, 1, dropout))
             for w in widths[:-1]
         )
+        # One head on the finest map, or one per level.
         supervised = levels - 1 if deep_supervision else 1
         self.heads = nn.ModuleList(LeanConv3d(w, num_classes, 1) for w in widths[:supervised])
         if stem > 1:

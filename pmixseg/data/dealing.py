@@ -43,6 +43,7 @@ def deal(
     Returns:
         The cases of each part, sorted by id.
     """
+    # All scans of a patient, under the first grade that one of them has.
     patients: dict[str, list[SplittableCase]] = defaultdict(list)
     for case in sorted(cases, key=lambda c: c.case_id):
         patients[case.patient].append(case)

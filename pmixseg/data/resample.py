@@ -133,10 +133,12 @@ def _line(size: int, factor: float, device: torch.device) -> _Taps:
 def _plane(size: tuple[int, int], matrix: Tensor, device: torch.device) -> _Taps:
     (a, b), (c, d) = matrix.tolist()
     rows, columns = size
+    # Voxels of the plane around its middle, turned by the matrix.
     y = torch.arange(rows, dtype=torch.float64, device=device)[:, None] - (rows - 1) / 2
     x = torch.arange(columns, dtype=torch.float64, device=device)[None] - (columns - 1) / 2
     in_y = _axis_taps((a * y + b * x).flatten() + (rows - 1) / 2, rows)
     in_x = _axis_taps((c * y + d * x).flatten() + (columns - 1) / 2, columns)
+    # Every row that a point lies between, with every column.
     return _Taps(
         (in_y.index[:, :, None] * columns + in_x.index[:, None]).flatten(1),
         (in_y.weight[:, :, None] * in_x.weight[:, None]).flatten(1).float(),

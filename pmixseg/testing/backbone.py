@@ -133,12 +133,14 @@ def _decoder(probe: Probe) -> None:
     with torch.no_grad():
         maps = probe.eval()(probe.image, probe.present).decoder
         trained = copy.deepcopy(probe.net).train()(probe.image, probe.present).decoder
+    # The same maps in both modes.
     shapes = [list(each.shape) for each in maps]
     expect(
         shapes == [list(each.shape) for each in trained],
         "decoder has other feature maps in eval than in training mode; a frozen teacher gives its "
         "maps in eval mode",
     )
+    # Each divides the image, and the finest is the last.
     size, previous = list(probe.image.shape[2:]), 0
     for k, each in enumerate(maps):
         wrong = (
@@ -157,6 +159,7 @@ def _decoder(probe: Probe) -> None:
         previous = voxels
     if not maps:
         return
+    # None of them sees what is absent.
     noisy = torch.where(probe.absent, NOISE * probe.draw(2), probe.image)
     with torch.no_grad():
         again = probe.eval()(noisy, probe.present).decoder

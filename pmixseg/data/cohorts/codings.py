@@ -82,14 +82,17 @@ def coding_by_names(
         used = {n for several in chosen.values() for n in several}
         rest = {n for several in numbers.values() for n in several} - used - {0}
         return _coding(chosen, tuple(sorted(rest)))
+    # Labels beside the tumour: not annotated, or background under another name.
     open_ = [name for name in numbers if _plain(name) == _NOT_ANNOTATED]
     unannotated = tuple(n for name in open_ for n in numbers[name])
     outside = {name for name in numbers if _plain(name) in _OUTSIDE}.union(open_)
     ignored = tuple(n for name in numbers if name in outside for n in numbers[name])
     inside = {name: several for name, several in numbers.items() if name not in outside}
+    # Are they the labels of the task, one for one?
     single = {_matching(name, task.labels): several for name, several in inside.items()}
     if set(single) == set(task.labels) and len(single) == len(inside):
         return _coding({label: single[label] for label in task.labels}, ignored, unannotated)
+    # Or its regions, from which each label is cut?
     regions = {_matching(name, task.regions): set(n) for name, n in inside.items()}
     if set(regions) == set(task.regions) and len(regions) == len(inside):
         parts = {label: _part(label, regions, task) for label in task.labels}

@@ -137,6 +137,7 @@ def _from_yaml(path: Path, raw: Any) -> Layout:
         raise InputError(f"layout file {path}: {odd} is not among {sorted(known)}; correct it.")
     arguments: dict[str, Any] = {"name": path.stem, **raw}
     base = arguments.pop("base", None)
+    # YAML has lists and text where a layout has tuples and patterns.
     if "images" in arguments:
         arguments["images"] = {m: _patterns(p) for m, p in arguments["images"].items()}
     if "label" in arguments:

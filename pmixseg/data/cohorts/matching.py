@@ -142,6 +142,7 @@ def match(tree: Tree, layout: Layout) -> Cohort:
     facts: dict[str, dict[str, str]] = {}
     problems: dict[str, str] = {}
     stray = []
+    # Every file meets every pattern; of two files for one role, the lower rank stays.
     for path, text in _texts(tree, layout):
         hits = [(r, k, c, m) for r, k, c, e in expressions if (m := e.fullmatch(text))]
         if not hits:
@@ -161,6 +162,7 @@ def match(tree: Tree, layout: Layout) -> Cohort:
                 )
             for name, value in groups.items():
                 facts.setdefault(case_id, {}).setdefault(name, value)
+    # What was sorted into one name becomes a case, or a case with a problem.
     cases = []
     for case_id, chosen in sorted(slots.items()):
         images = {r: chosen[r][1] for r in layout.images if r in chosen}
@@ -188,6 +190,7 @@ def match(tree: Tree, layout: Layout) -> Cohort:
                 problem=problems.get(case_id),
             )
         )
+    # Folders and names that cannot be read are cases that nobody can use.
     for folder, reason in tree.unreadable.items():
         sentence = f"case '{folder.name}': {folder} cannot be read ({reason}); check permissions."
         cases.append(Case(folder.name, {}, None, layout.codes, problem=sentence))

@@ -173,11 +173,13 @@ def make_case(seed: int, index: int, settings: PhantomSettings | None = None) ->
     settings = settings or PhantomSettings()
     if seed < 0 or index < 0:
         raise InputError(f"phantom: seed {seed} and index {index} must be 0 or more.")
+    # What kind of tumour it is.
     high_grade = _turn(seed, index, "grade") < settings.high_grade
     enhancing = high_grade and _turn(seed, index, "enhancing") >= settings.not_enhancing
     multifocal = _turn(seed, index, "foci") < settings.multifocal
     foci = int(stream(seed, index, "foci").integers(2, 4)) if multifocal else 1
 
+    # A brain of its own shape, and a tumour that grows in it and pushes it aside.
     anatomy = Deformation(seed, index, settings.elastic)
     tumour = grow(
         seed,
@@ -195,6 +197,7 @@ def make_case(seed: int, index: int, settings: PhantomSettings | None = None) ->
         oedema=refine(tumour.oedema, GROWTH_GRID, grid),
         enhancement=refine(tumour.enhancement, GROWTH_GRID, grid),
     )
+    # Later labels win over earlier ones; nothing is labelled outside the brain.
     label = np.zeros(grid.shape, dtype=np.uint8)
     label[(pathology.oedema > 0) & (tissues.csf < 0.5)] = 2
     label[pathology.core > 0] = 1

@@ -55,6 +55,7 @@ def compare(
     """
     _check(a, b, measure)
     said = list(notes)
+    # Primary endpoint: mean Dice per case, one difference per pair of runs.
     dice = _aligned([*a, *b], "dice", said)
     by_case = dice.groupby(level="case", sort=False).mean().to_numpy().T
     of_a, of_b = by_case[: len(a)], by_case[len(a) :]
@@ -62,6 +63,7 @@ def compare(
     cases = tuple(dict.fromkeys(str(c) for c in dice.index.get_level_values("case")))
     primary = paired_t(differences)
     per_case = differences.mean(axis=0)
+    # Exploratory: every region and combination, in the chosen measure.
     cells = dice if measure == "dice" else _aligned([*a, *b], measure, said)
     if measure not in MEASURES:
         said.append(f"'{measure}' is a column of your own: the higher number counts as a win.")

@@ -39,11 +39,13 @@ def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """
     if not runs:
         raise InputError("no run to look at; name at least one with records.")
+    # One spelling of each combination, whatever the order of its sequences.
     names: dict[frozenset[str], str] = {}
     for text in (str(t) for run in runs for t in run["combination"].unique()):
         names.setdefault(frozenset(text.split("+")), text)
     modalities = list(dict.fromkeys(m for text in names.values() for m in text.split("+")))
     regions = list(dict.fromkeys(str(r) for r in runs[0]["region"]))
+    # (region, combination) -> Dice per run and case, ``[runs, cases]``.
     tables = [_by_case(run, names) for run in runs]
     cases = tables[0].index
     column = {
@@ -58,6 +60,7 @@ def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
                 pair = (region, before), (region, names.get(shown | {added}))
                 if not all(key in column for key in pair):
                     continue
+                # Cases that lack the sequence in some run say nothing.
                 changes = column[pair[1]] - column[pair[0]]
                 changes = changes[:, np.isfinite(changes).all(0)]
                 if not changes.size:

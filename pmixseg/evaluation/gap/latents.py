@@ -91,6 +91,7 @@ def sample_latents(
     share = -(-points // max(len(cuts), 1))
     for number, cut in enumerate(cuts):
         everything = torch.ones(1, len(names), dtype=torch.bool, device=cut.device)
+        # Every sequence is shown: the gap is between latents of the same voxels.
         with torch.no_grad():
             latents = predictor.encode(cut[None], everything).with_brain(cut[None])
         assert latents.brain is not None
@@ -99,9 +100,11 @@ def sample_latents(
             marked = centre_window(regions[number], window, around=images[number]).float()
         for level in levels:
             features, brain = latents.features[level].float(), latents.brain[level]
+            # Vectors at drawn brain voxels, and what the anchor is there.
             mixed, weights = _mix(anchor, features, latents.usable[level], level)
             vectors, targets = voxel_vectors(features, mixed, brain, share, seed=number)
             shares = None
+            # The share of each region in such a voxel.
             if marked is not None:
                 d, h, w = features.shape[3:]
                 pooled = F.adaptive_avg_pool3d(marked, (d, h, w))[None]

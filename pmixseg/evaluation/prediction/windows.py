@@ -169,6 +169,7 @@ def iterate_combinations(
     check_windows(patch, overlap, batch_size, blend)
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk is {chunk}; give at least 1 combination.")
+    # Windows over the padded volume, and how much each voxel is covered in all.
     padded, inner = _pad_to(image, patch)
     visible: Window = (slice(None), slice(None), *inner)
     step = [max(int(p * (1 - overlap)), 1) for p in patch]
@@ -181,6 +182,7 @@ def iterate_combinations(
     for window in windows:
         total[window] += weight
 
+    # A chunk of combinations at a time: sums of weighted windows, divided at the end.
     size = chunk or len(present)
     starts = range(0, len(present), size)
     at_once = _at_once(batch_size, torch.device(device or image.device))

@@ -97,10 +97,12 @@ class Example:
             )
         grey = np.stack([_grey(channel) for channel in image])
         stack = np.stack([np.asarray(p, np.uint8) for p in predictions.values()])
+        # The plane with most tumour: of the truth where there is one.
         counted = stack if truth is None or not truth.any() else truth[None]
         plane = int((counted > 0).sum((0, 1, 2)).argmax())
         if not counted.any():
             plane = image.shape[3] // 2
+        # A whole factor, the same along all axes that are long enough.
         shrink = max(-(-max(image.shape[1:]) // max_side), 1)
         factors = [min(shrink, side) for side in image.shape[1:]]
         small = None if truth is None else _thin(truth[None], factors)[0].astype(np.uint8)

@@ -282,6 +282,7 @@ def _tidy(table: pd.DataFrame, task: Task, where: str) -> pd.DataFrame:
             f"{where}: regions {strange} are not among {list(task.regions)} of task '{task.name}'; "
             "read it with its own task."
         )
+    # One spelling of each combination.
     table["n_present"] = table["combination"].map({t: len(c) for t, c in names.items()})
     table["combination"] = table["combination"].map(
         {t: format_combination(c) for t, c in names.items()}
@@ -290,6 +291,7 @@ def _tidy(table: pd.DataFrame, task: Task, where: str) -> pd.DataFrame:
         table["hd95"] = float("nan")
     table = table.drop_duplicates(list(KEY), keep="last")
     combinations = [format_combination(c) for c in task.combinations()]
+    # Rows by case, then combinations and regions in the order of the task.
     order = pd.DataFrame(
         {
             "case": table["case"],

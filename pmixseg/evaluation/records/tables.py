@@ -209,6 +209,7 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
     task = runs[0].task
     combinations = tuple(task.combinations())
     names = [format_combination(c) for c in combinations]
+    # Per run and region: the mean of every combination, and the cases that it is over.
     means: dict[tuple[str, str], pd.Series[float]] = {}
     cases: dict[tuple[str, str], list[frozenset[str]]] = {}
     for one in runs:
@@ -224,6 +225,7 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
             means[key] = by[measure.name].mean().reindex(names) * measure.scale
             ids = {str(name): frozenset(group["case"]) for name, group in by}
             cases[key] = [ids.get(n, frozenset()) for n in names]
+    # The best of a column is marked only where all runs were scored on the same cases.
     lines: list[Line] = []
     comparable: dict[str, tuple[bool, ...]] = {}
     for region in task.regions:

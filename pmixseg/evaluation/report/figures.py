@@ -107,6 +107,7 @@ def heat_map(table: Tabulation) -> Figure:
             linewidth=1.2,
             edgecolor=PAPER,
         )
+        # Dark digits on light cells: the luminance of the cell decides.
         for i, j in np.ndindex(rows, columns):
             text = table.measure.show(float(values[i, j]), 0 if table.measure == DICE else 1)
             if np.isnan(values[i, j]):
@@ -121,6 +122,7 @@ def heat_map(table: Tabulation) -> Figure:
         axes.invert_yaxis()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+        # A line between regions.
         if several:
             for i in range(len(table.runs), rows, len(table.runs)):
                 axes.axhline(i, color=PAPER, lw=4)

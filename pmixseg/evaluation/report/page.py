@@ -139,14 +139,17 @@ def html_table(table: Tabulation) -> str:
 def _page(runs: list[Run], beside: Path, images: bool) -> str:
     records = [run.records for run in runs]
     task = records[0].task
+    # What is measured, and what may stand beside it.
     dice = tabulate(records, DICE)
     hd95 = tabulate(records, HD95) if _measured(records, "hd95") else None
     pictures = _pictures(runs) if images else []
     named = references(records[0]) if _same_references(records) else []
+    # Figures, tables and pictures lie in a folder beside the page.
     charts = _write_figures(beside, _figures(runs, dice, hd95))
     _write_tables(beside, [t for t in (dice, hd95) if t is not None], records)
     for k, shown in enumerate(pictures):
         save_png(case_figure(shown.examples, task), beside / f"case_{k + 1}.png")
+    # The template gets values alone; it computes nothing.
     loader = _environment()
     template = loader.get_template("report.html.j2")
     return template.render(

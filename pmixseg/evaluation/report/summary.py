@@ -77,6 +77,7 @@ def _summary(records: Records, region: str) -> RegionSummary:
     means = part.groupby("combination")["dice"].mean() * 100
     by_case = part.groupby("case")["dice"].mean() * 100
     everything = format_combination(records.task.modalities)
+    # Older records do not say whether a mask was empty.
     known = "empty" in part
     empty = part["empty"].astype(str) if known else pd.Series("none", index=part.index)
     truth_empty, prediction_empty = (

@@ -167,12 +167,14 @@ class Brats2023Lesions:
     def score(self, prediction: Mask, box: Box) -> LesionScore:
         """Score one prediction; arguments as in :class:`LesionMetrics`."""
         predicted = Components.of(prediction, box)
+        # Which predicted components reach into the dilation of which lesion.
         reached = self._zones.shared(predicted) > 0
         reached[:, 0] = False
         overlap = self._zones.shared(predicted, self._lesions.labels)
         sizes = predicted.sizes()
         large = self._sizes[1:] * math.prod(self._spacing) > SMALLEST_MM3
         dice, hd95, hits = [], [], 0
+        # Each lesion that is large enough, against all components that reach it.
         for lesion in np.flatnonzero(large) + 1:
             parts = np.flatnonzero(reached[lesion])
             if not len(parts):
@@ -184,6 +186,7 @@ class Brats2023Lesions:
             dice.append(float(2 * overlap[lesion, parts].sum() / total))
             surface = surfels(*predicted.select(parts), self._spacing)
             hd95.append(robust_hausdorff(self._surface(int(lesion)), surface, 95))
+        # What reaches no lesion counts as one that was invented.
         invented = int((~reached[1:, 1:].any(0)).sum())
         count = len(dice) + invented
         if not count:
