@@ -19,7 +19,7 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.records.records import Row, gather_rows
 from pmixseg.evaluation.records.spreadsheets import inert
 from pmixseg.files import whole
-from pmixseg.modules.network import SegmentationNetwork
+from pmixseg.modules.scoring import ScoredNetwork
 from pmixseg.task import Combination, format_combination, parse_combination, presence
 
 
@@ -49,7 +49,7 @@ class ProtocolScores(Callback, Described):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the rows of all processes."""
-        assert isinstance(pl_module, SegmentationNetwork)
+        assert isinstance(pl_module, ScoredNetwork)
         rows = gather_rows(pl_module.records)
         if not rows:
             return  # the module says that no case has a label

@@ -82,7 +82,7 @@ def coding_by_names(
         used = {n for several in chosen.values() for n in several}
         rest = {n for several in numbers.values() for n in several} - used - {0}
         return _coding(chosen, tuple(sorted(rest)))
-    # Labels beside the tumour: not annotated, or background under another name.
+    # Labels that are no part of the tumour: what nobody annotated, and cavities.
     open_ = [name for name in numbers if _plain(name) == _NOT_ANNOTATED]
     unannotated = tuple(n for name in open_ for n in numbers[name])
     outside = {name for name in numbers if _plain(name) in _OUTSIDE}.union(open_)

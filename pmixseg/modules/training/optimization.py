@@ -7,9 +7,10 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
@@ -164,7 +165,7 @@ def scheduler_from(
 
 def scheduled(
     optimizer: Optimizer, make: Schedule | Callable[..., Any] | None, trainer: Trainer | None
-) -> Any:
+) -> OptimizerLRScheduler:
     """Return an optimizer with its schedule, as ``configure_optimizers`` must.
 
     Args:
@@ -178,12 +179,14 @@ def scheduled(
     """
     if make is None:
         return optimizer
+    config: dict[str, Any]
     if isinstance(make, Schedule):
         assert trainer is not None
-        scheduler, config = make(optimizer, total_steps(trainer)), {"interval": "step"}
+        config = {"scheduler": make(optimizer, total_steps(trainer)), "interval": "step"}
     else:
-        scheduler, config = scheduler_from(make, optimizer, trainer)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **config}}
+        scheduler, settings = scheduler_from(make, optimizer, trainer)
+        config = {"scheduler": scheduler, **settings}
+    return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": config})
 
 
 def total_steps(trainer: Trainer) -> int:
