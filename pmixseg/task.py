@@ -93,19 +93,19 @@ class Task:
         return len(self.labels) + 1
 
     def region_classes(self, region: str) -> tuple[int, ...]:
-        """Class indices whose union is ``region``."""
+        """Return the class indices whose union is ``region``."""
         return tuple(self.labels.index(name) + 1 for name in self.regions[region])
 
     def show(self, name: str) -> str:
-        """How tables and figures write a modality or region."""
+        """Return the name by which tables and figures write a modality or region."""
         return self.display.get(name, name)
 
     def combinations(self) -> list[Combination]:
-        """All 2^M - 1 combinations, by size, then in task order."""
+        """Return all 2^M - 1 combinations, by size, then in task order."""
         return all_combinations(self.modalities)
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only, for checkpoints and JSON."""
+        """Return the task in primitives, for checkpoints and JSON."""
         raw = asdict(self)
         raw["modalities"], raw["labels"] = list(self.modalities), list(self.labels)
         raw["regions"] = {k: list(v) for k, v in self.regions.items()}
@@ -128,7 +128,7 @@ BRATS = Task(
 
 
 def all_combinations(modalities: Sequence[str]) -> list[Combination]:
-    """Every non-empty subset of ``modalities``, by size, then in the given order.
+    """Return every non-empty subset of ``modalities``, by size, then in the given order.
 
     Example:
         >>> [format_combination(c) for c in all_combinations(("flair", "t1"))]
@@ -163,7 +163,7 @@ def balanced_combinations(modalities: Sequence[str], turn: int = 0) -> list[Comb
 
 
 def format_combination(combination: Iterable[str]) -> str:
-    """Names joined by ``+``."""
+    """Write a combination as text: the names of its modalities, joined by ``+``."""
     return "+".join(combination)
 
 
@@ -188,7 +188,7 @@ def parse_combination(text: str | Iterable[str], modalities: Sequence[str]) -> C
 
 
 def presence(combination: Iterable[str], modalities: Sequence[str]) -> tuple[bool, ...]:
-    """The combination as one flag per modality.
+    """Turn a combination into flags, one per modality.
 
     Example:
         >>> presence(("t1ce",), BRATS.modalities)

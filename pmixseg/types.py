@@ -54,7 +54,7 @@ class Batch(TypedDict):
 
 @dataclass
 class Latents:
-    """Feature maps of every modality at every level, finest first.
+    """Hold the feature maps of every modality at every level, finest first.
 
     Args:
         features: per level ``[B, M, C, D, H, W]``. Slots that are not usable may hold anything:
@@ -160,7 +160,7 @@ class Latents:
 
 @dataclass
 class SegOutput:
-    """What a backbone returns.
+    """Hold what a backbone returns: logits, latents, and further outputs by name.
 
     Args:
         logits: softmax logits over label classes, ``[B, C, D, H, W]``.

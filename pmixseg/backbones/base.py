@@ -56,16 +56,16 @@ class Backbone(nn.Module, Described, ABC):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the latents' slots."""
+        """Name the slots of the latents: one per modality, unless they are fused before."""
         return self.modalities
 
     @abstractmethod
     def encode(self, image: Image, present: Presence) -> Latents:
-        """Latents of every present modality; encoders of absent ones are not run."""
+        """Encode each modality that is present into feature maps; run no encoder of another."""
 
     @abstractmethod
     def decode(self, latents: Latents) -> SegOutput:
-        """Segment from the slots that ``latents.usable`` shows."""
+        """Segment from the feature maps of the slots that are marked usable."""
 
     def forward(self, image: Image, present: Presence) -> SegOutput:
         """``decode(encode(image, present))``."""

@@ -37,7 +37,7 @@ class _NoChatter(logging.Filter):
 
 
 def calm() -> None:
-    """Leave out such messages and warnings for the rest of the process."""
+    """Silence what Lightning says to nobody's use, for the rest of the process."""
     for name in (
         "lightning.pytorch",
         "lightning.fabric",

@@ -67,7 +67,7 @@ class ProtocolScores(Callback, Described):
 def protocol_scores(
     rows: Sequence[Row], sampler: MissingnessSampler, modalities: Sequence[str], draws: int
 ) -> pd.DataFrame:
-    """Expected Dice per region under a protocol.
+    """Return the Dice of each region that is to be expected under a protocol.
 
     Args:
         rows: records: case, combination, region, dice.
@@ -97,7 +97,7 @@ def protocol_scores(
 def frequencies(
     sampler: MissingnessSampler, acquired: Combination, modalities: Sequence[str], draws: int
 ) -> dict[str, float]:
-    """How often each combination comes up for a case that has ``acquired``."""
+    """Count how often a protocol shows each combination of a case that has ``acquired``."""
     keys = torch.tensor([make_key(0, None, i) for i in range(draws)])
     flags = torch.tensor([presence(acquired, modalities)]).expand(draws, -1)
     drawn = sampler.draw(keys, flags, modalities).tolist()

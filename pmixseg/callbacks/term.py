@@ -52,7 +52,7 @@ class TermCallback(Callback, Described, ABC):
 
     @abstractmethod
     def build_term(self, module: SegmentationModule) -> Term:
-        """The term for this module; its parameters reach optimizer and checkpoint."""
+        """Build the term for a module; its parameters reach optimizer and checkpoint."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Build the term when a training starts.

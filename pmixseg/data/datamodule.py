@@ -235,7 +235,7 @@ class BraTSDataModule(LightningDataModule):
             self._voxel = spacing_of(np.median(voxels, axis=0).tolist())
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of patches, in an order that (seed, epoch) fix.
+        """Return batches of patches, in an order that (seed, epoch) fix.
 
         Raises:
             InputError: the split has no training case.
@@ -265,12 +265,12 @@ class BraTSDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation cases; nothing where the split has none."""
+        """Return the validation cases; nothing where the split has none."""
         cases = self._validated()
         return self._whole(cases) if cases else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The test cases.
+        """Return the test cases.
 
         Raises:
             InputError: the split has none.
@@ -278,7 +278,7 @@ class BraTSDataModule(LightningDataModule):
         return self._whole(self.parts.test, "test")
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The cases of ``predict_part``; with :attr:`share` set, only that share of them.
+        """Return the cases of ``predict_part``; with :attr:`share` set, only that share of them.
 
         Raises:
             InputError: there are none.

@@ -28,7 +28,7 @@ class MissingnessSampler(Described, ABC):
 
     @abstractmethod
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
-        """Flags of the modalities to show, never empty and within ``acquired``.
+        """Draw flags of the modalities to show, never empty and within ``acquired``.
 
         Args:
             keys: ``[B]``, one per sample.

@@ -11,7 +11,7 @@ from pmixseg.types import Batch, Latents, Scalar, SegOutput
 
 
 class Term(nn.Module, ABC):
-    """A differentiable scalar of one training step.
+    """Add a differentiable number to the loss of every training step.
 
     A term lives in ``module.terms[name]``, so that its parameters reach the optimizer and the
     checkpoint, and is evaluated inside the module's ``training_step``: inside DDP's forward and
@@ -66,7 +66,7 @@ class Term(nn.Module, ABC):
 
 
 class TermWeight:
-    """Weight of a term over the epochs: 0 before ``start_epoch``, then a linear warm-up.
+    """Say how much a term counts in each epoch: 0 at first, then a linear warm-up.
 
     Args:
         weight: final weight.

@@ -116,10 +116,10 @@ class SegmentationModule(ScoredNetwork):
 
     @abstractmethod
     def draw_present(self, batch: Batch) -> Presence:
-        """What each training sample shows, ``[B, M]`` in task order, from its key alone."""
+        """Draw which modalities each training sample shows, ``[B, M]``, from its key alone."""
 
     def segmentation_loss(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
-        """Criterion in float32 on the main output."""
+        """Compute the segmentation loss in float32, on the network's main output."""
         return self.criterion(output, batch, epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -138,9 +138,10 @@ class SegmentationModule(ScoredNetwork):
     def losses(
         self, batch: Batch, epoch: int | Tensor, weights: Mapping[str, float | Tensor]
     ) -> Losses:
-        """Criterion + Σ weight · term; every term sees the latents before the fill.
+        """Compute the loss of a step: the criterion, plus every term times its weight.
 
-        Nothing here asks for a tensor's value, so that a compiler can make one graph of it.
+        Terms see the latents before a missing slot is filled. Nothing here asks for a tensor's
+        value, so that a compiler can make one graph of it.
 
         Args:
             batch: with ``present``; see :meth:`own_batch`.
@@ -194,7 +195,7 @@ class SegmentationModule(ScoredNetwork):
             self._finite.check(self.lr)
 
     def on_validation_start(self) -> None:
-        """Validate no training that has diverged.
+        """End a training whose loss is no longer finite before it is validated.
 
         Raises:
             InputError: its loss is not finite; or see :class:`ScoredNetwork`.
@@ -218,7 +219,7 @@ class SegmentationModule(ScoredNetwork):
     def extra_loss(
         self, latents: Latents, batch: Batch, epoch: int | Tensor, parts: dict[str, Tensor]
     ) -> Tensor:
-        """A further loss on the same encoding, already weighted; 0 by default."""
+        """Add a further loss on the same encoding, already weighted; 0 here."""
         return latents.features[0].new_zeros((), dtype=torch.float32)
 
     def _several_processes(self) -> bool:
@@ -307,7 +308,7 @@ class SegmentationModule(ScoredNetwork):
         self._lent = dict.fromkeys(self._lent, False)
 
     def aligned_levels(self) -> list[int] | None:
-        """Levels whose latents some term aligns; ``None`` where none does."""
+        """List the levels whose latents some term aligns; ``None`` where none does."""
         terms = (cast(Term, term) for term in self.terms.values())
         return sorted({level for term in terms for level in term.aligned_levels}) or None
 
@@ -350,7 +351,7 @@ class SegmentationModule(ScoredNetwork):
         self._resuming.begin(self.trainer)
 
     def on_train_start(self) -> None:
-        """Give a resumed training the settings that it was told.
+        """Give a resumed training the settings of this call, not those of its checkpoint.
 
         Raises:
             InputError: its learning-rate schedule ends before the step that was reached.
@@ -383,7 +384,7 @@ class SegmentationModule(ScoredNetwork):
             self._rate_changed = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimizer over two parameter groups, and the schedule."""
+        """Make the optimizer, which spares vectors from weight decay, and its schedule."""
         optimizer = self.make_optimizer(parameter_groups(self))
         if static_on(self.device):
             fuse(optimizer)

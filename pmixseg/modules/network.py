@@ -167,7 +167,7 @@ class SegmentationNetwork(LightningModule, Described):
         return True
 
     def encode(self, image: Image, present: Presence) -> Latents:
-        """Raw latents of the present modalities; columns are ``self.modalities``."""
+        """Encode the modalities that are present; columns are :attr:`modalities`."""
         return self._encode(image, present)
 
     # The plain functions where a compiler already traces what calls them.
@@ -182,7 +182,10 @@ class SegmentationNetwork(LightningModule, Described):
         return self._compiled[1](latents)
 
     def decode(self, latents: Latents) -> SegOutput:
-        """Fill absent slots as trained, decode; the output carries the latents before the fill."""
+        """Fill the slots of missing modalities as in training, and segment.
+
+        The output carries the latents as they were before the fill.
+        """
         ready = latents
         if self.fill == "anchor" and self.anchor is not None:
             ready = fill_with_anchor(latents, self.anchor, self.fill_levels)

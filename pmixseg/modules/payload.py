@@ -20,7 +20,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Payload:
-    """The ``pmixseg`` entry of a checkpoint.
+    """Describe a trained model in primitives: the ``pmixseg`` entry of its checkpoint.
 
     Args:
         class_path: public path of the module's class.

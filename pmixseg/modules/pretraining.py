@@ -138,7 +138,7 @@ class MaskedPretraining(StudentModule):
         return own
 
     def segmentation_loss(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
-        """0: no label is read."""
+        """Return 0: no label is read."""
         return output.logits.new_zeros((), dtype=torch.float32)
 
     def on_fit_start(self) -> None:

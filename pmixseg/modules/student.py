@@ -39,7 +39,7 @@ class StudentModule(SegmentationModule):
         super().__init__(**kwargs)
 
     def select_modalities(self) -> tuple[str, ...]:
-        """The fixed combination, or everything."""
+        """Return the modalities of the fixed combination, or all of the task."""
         if self.combination is None:
             return self.task.modalities
         return parse_combination(self.combination, self.task.modalities)
@@ -50,7 +50,7 @@ class StudentModule(SegmentationModule):
         return self.draws and len(self.modalities) > 1
 
     def draw_present(self, batch: Batch) -> Presence:
-        """A subset of what is acquired and what the student has inputs for.
+        """Draw a subset of what was acquired and the student has inputs for.
 
         Raises:
             InputError: a training case has none of the student's modalities.

@@ -32,11 +32,11 @@ class TeacherModule(SegmentationModule):
         super().__init__(**kwargs)
 
     def draw_present(self, batch: Batch) -> Presence:
-        """Everything acquired."""
+        """Show everything that was acquired."""
         return batch["acquired"]
 
     def validation_combinations(self, item: CaseItem) -> list[Combination]:
-        """Everything acquired: what it is trained for."""
+        """Score on everything that was acquired: what the teacher is trained for."""
         return [self.acquired_names(item)]
 
     def own_batch(self, batch: Batch) -> Batch:
@@ -54,7 +54,7 @@ class TeacherModule(SegmentationModule):
     def extra_loss(
         self, latents: Latents, batch: Batch, epoch: int | Tensor, parts: dict[str, Tensor]
     ) -> Tensor:
-        """λ_w · L_seg of the same encoding, decoded from a drawn subset with filled slots."""
+        """Add λ_w · L_seg of the same encoding, decoded from a drawn subset with filled slots."""
         if "filled" not in batch:
             return super().extra_loss(latents, batch, epoch, parts)
         # Auxiliary decoders of single modalities have seen these latents in the main pass.

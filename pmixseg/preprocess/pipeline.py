@@ -96,7 +96,7 @@ def preprocess_scans(
     atlas: Path | None = None,
     centre: str | None = None,
 ) -> Preprocessed:
-    """Bring one patient's raw scans to what models are trained on.
+    """Register one patient's raw scans, bring them to atlas space and cut out the brain.
 
     Every scan is registered rigidly to the centre scan, the centre scan rigidly to the atlas, and
     each is interpolated once, by both transforms together. Volumes in ml are kept: nothing is

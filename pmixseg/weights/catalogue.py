@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of the list.
+    """Describe one model that can be named: where it lies, and what is known of it.
 
     Args:
         title: what it is, in a line.

@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """What ``pmixseg.json`` says.
+    """Hold what ``pmixseg.json`` says of a published model.
 
     Args:
         description: the ``pmixseg`` entry of a checkpoint: class, arguments, task, spacing.
@@ -50,7 +50,7 @@ def write_published(
     about: Mapping[str, Any],
     card: str,
 ) -> Path:
-    """Write the three files; each is complete or not there, the description last.
+    """Write the three files of a published model, each whole or not at all, ``pmixseg.json`` last.
 
     Args:
         folder: made if needed.

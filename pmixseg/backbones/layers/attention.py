@@ -7,7 +7,9 @@ from torch.nn import functional as F
 
 
 class TransformerLayer(nn.Module):
-    """``x ← x + pos; x ← x + drop(attn(LN(x))); x ← x + FF(LN(x))``.
+    """Let every token read all others, then change each by two linear layers.
+
+    ``x ← x + pos; x ← x + drop(attn(LN(x))); x ← x + FF(LN(x))``.
 
     Multi-head self-attention with a bias-free query, key and value projection; FF is linear, GELU,
     linear. Dropout after softmax, projection, attention and both linear maps.
