@@ -19,11 +19,6 @@ from pmixseg.errors import InputError
 LIBRARIES = ("lightning", "lightning_fabric", "jsonargparse", "torch.optim", "wandb")
 """Packages whose deliberate complaints are about what a person asked for."""
 
-EXPECTED = re.compile(
-    r"^( *)(?:- )?Expected an? (?!path but)(.+?)(?:\. Got value: .*)?$", re.MULTILINE
-)
-"""How jsonargparse names a type that a value is not of; deeper lines are about inner values."""
-
 
 class UsageError(InputError):
     """A flag, an argument or a file's key that a command does not take."""

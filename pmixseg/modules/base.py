@@ -26,8 +26,7 @@ from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.scoring import ScoredNetwork
 from pmixseg.modules.training.compilation import Compile, CompiledStep, Losses, plan
-from pmixseg.modules.training.divergence import FiniteLoss
-from pmixseg.modules.training.loss_log import EpochMeans, LateValue
+from pmixseg.modules.training.loss_log import EpochMeans, FiniteLoss, LateValue
 from pmixseg.modules.training.optimization import (
     Schedule,
     callable_from,

@@ -18,7 +18,7 @@ from pmixseg.losses.anchors import (
     weighted_sum,
 )
 from pmixseg.losses.distances import NMSE
-from tests.losses.alignment_scenes import NAMES, align, anchor_for, bound, flags, latents_of, values
+from tests.losses.scenes import NAMES, align, anchor_for, bound, flags, latents_of, values
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))

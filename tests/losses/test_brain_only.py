@@ -5,7 +5,7 @@ import torch
 
 from pmixseg.losses.alignment import DISTANCES, AlignmentLoss
 from pmixseg.types import Latents
-from tests.losses.alignment_scenes import NAMES, anchor_for, flags
+from tests.losses.scenes import NAMES, anchor_for, flags
 
 PLACES = [name for name in DISTANCES if name not in ("mmd", "sliced_wasserstein", "case_nce")]
 """Distances that do not draw voxels: their value does not depend on where the brain lies."""

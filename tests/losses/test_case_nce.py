@@ -8,7 +8,7 @@ import torch
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.distances import MSE, CaseNCE
-from tests.losses.alignment_scenes import NAMES, align, bound, flags
+from tests.losses.scenes import NAMES, align, bound, flags
 from tests.losses.test_brain_only import loss_of
 
 

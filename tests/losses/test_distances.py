@@ -17,7 +17,7 @@ from pmixseg.losses.anchors import (
 from pmixseg.losses.distances import NMSE, Cosine, SmoothL1
 from pmixseg.losses.distances.gaussian import KL, VID, raw_of_unit_variance
 from pmixseg.losses.distances.samples import MMD, SlicedWasserstein
-from tests.losses.alignment_scenes import NAMES, align, bound, flags, latents_of, values
+from tests.losses.scenes import NAMES, align, bound, flags, latents_of, values
 
 
 def test_mse_by_hand():

@@ -19,7 +19,7 @@ from pmixseg.losses.distillation import (
     VariationalMatch,
     WeightedSoftCE,
 )
-from tests.losses.distillation_scenes import NAMES, batch_of, flags, labels, network, output, scene
+from tests.losses.scenes import NAMES, batch_of, flags, labels, network, output, scene
 
 TERMS = [
     LogitKL,

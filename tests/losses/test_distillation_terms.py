@@ -21,7 +21,7 @@ from pmixseg.losses.distillation import (
     WeightedSoftCE,
 )
 from pmixseg.losses.distillation.prototypes import similarity_maps
-from tests.losses.distillation_scenes import batch_of, flags, labels, network, output, scene, voxel
+from tests.losses.scenes import batch_of, flags, labels, network, output, scene, voxel
 
 
 def test_logit_kl_by_hand():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pmixseg.losses.distances import VIC, Whitened
-from tests.losses.alignment_scenes import align, flags, values
+from tests.losses.scenes import align, flags, values
 from tests.losses.test_brain_only import loss_of
 
 SUBSET = flags([1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0])

@@ -18,7 +18,7 @@ from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore, write_checkpoint
 from pmixseg.modules.payload import Payload
 from pmixseg.modules.preparation import Preparation
-from pmixseg.modules.training.divergence import FiniteLoss
+from pmixseg.modules.training.loss_log import FiniteLoss
 from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer
 
