@@ -1,6 +1,6 @@
 """Picture of the phantom for the README: one case per row, one sequence per column.
 
-python experiments/phantom/montage.py --out experiments/phantom/montage.png
+python experiments/phantom/montage.py --out docs/assets/montage.png
 """
 
 from __future__ import annotations

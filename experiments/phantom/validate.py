@@ -3,14 +3,13 @@
 python experiments/phantom/validate.py --out experiments/phantom/validation.json
 
 Trains one early-fusion U-Net (MONAI) on random combinations of FLAIR, T1ce, T1 and T2, tests it on
-all 15, and compares with the published row of RFNet on BraTS 2018 (``rfnet_brats2018.csv``: the
-numbers printed in DeMoSeg's table). Exit code 1 if a criterion is missed.
+all 15, and compares with the published row of RFNet on BraTS 2018 (the numbers
+printed in DeMoSeg's table). Exit code 1 if a criterion is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import time
@@ -27,10 +26,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from pmixseg.data.phantom.cohort import PhantomSettings, make_case
+from pmixseg.evaluation.records.published import NAMES, published_dice
 from pmixseg.task import BRATS, Combination, format_combination, presence
 
-PUBLISHED = Path(__file__).with_name("rfnet_brats2018.csv")
-PUBLISHED_NAMES = {"T1": "t1", "T1c": "t1ce", "T2": "t2", "FLAIR": "flair"}
 FIRST_TEST_CASE = 10_000
 COMBINATIONS = BRATS.combinations()
 REGIONS = tuple(BRATS.regions)
@@ -149,14 +147,15 @@ def evaluate(net: BlockUNet, cases: list[tuple[Tensor, Tensor]]) -> NDArray[np.f
 
 def published() -> dict[tuple[str, Combination], float]:
     """RFNet's Dice in % by region and combination."""
+    rows = published_dice().query("table_source == 'DeMoSeg' and dataset == 'BraTS2018'")
     row = {}
-    with PUBLISHED.open() as lines:
-        for line in csv.DictReader(lines):
-            text = line["combination"]
-            names = text.split("+") if text != "all" else list(PUBLISHED_NAMES)
-            chosen = {PUBLISHED_NAMES[name] for name in names}
-            combination = tuple(m for m in BRATS.modalities if m in chosen)
-            row[line["region"], combination] = float(line["dice_percent"])
+    for line in rows[rows["method"] == "RFNet"].itertuples():
+        if line.combination == "mean15_stated":
+            continue
+        names = list(NAMES) if line.combination == "all" else line.combination.split("+")
+        chosen = {NAMES[name] for name in names}
+        combination = tuple(m for m in BRATS.modalities if m in chosen)
+        row[line.region, combination] = float(line.dice_percent)
     return row
 
 
