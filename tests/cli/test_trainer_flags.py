@@ -1,16 +1,28 @@
-"""Flags of Lightning's Trainer that people use: they work, or are one sentence."""
+"""Flags of a training: they work, win over a checkpoint when it is resumed, or are one sentence."""
 
 import pytest
+import yaml
 
 from pmixseg.cli import main
+from pmixseg.modules.checkpoint import read_checkpoint
 from tests.cli.test_training import TINY
 
+ADAM = "--model.optimizer=torch.optim.AdamW"
 ONE_CYCLE = "--model.scheduler=pmixseg.modules.OneCycle"
+PLATEAU = "--model.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"
 
 
 def fit(store, run, *flags):
     command = ["fit", f"--run={run}", f"--data.store={store}", *TINY, "--model=StudentModule"]
     return main([*command, *flags])
+
+
+def trained(store, run, *flags):
+    """The checkpoint of one step, and what the run's configuration says of the model."""
+    assert fit(store, run, "--trainer.limit_train_batches=1", *flags) == 0
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return checkpoint, config["model"]["init_args"]
 
 
 @pytest.mark.parametrize(
@@ -26,3 +38,30 @@ def fit(store, run, *flags):
 def test_works(phantom_store, tmp_path, flags, recwarn):
     assert fit(phantom_store, tmp_path, *flags) == 0
     assert not [w for w in recwarn if "overfit" in str(w.message)]
+
+
+def test_another_rate_is_said_stored_and_used(phantom_store, tmp_path, capsys):
+    quick = "--trainer.limit_val_batches=0"
+    trained(phantom_store, tmp_path, quick, ADAM)
+    resume = f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"
+    rates = ["--model.optimizer.lr=1e-6", "--model.optimizer.weight_decay=0.5"]
+    capsys.readouterr()
+    checkpoint, config = trained(
+        phantom_store, tmp_path, quick, ADAM, *rates, resume, "--trainer.max_epochs=2"
+    )
+    said = capsys.readouterr().err
+    assert "optimizer.init_args.lr is 1e-06, the checkpoint had 0.001 (the flags win)" in said
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-6, 0.5), (1e-6, 0.0)]
+    for told in (checkpoint["pmixseg"]["init_args"], config):
+        assert told["optimizer"]["init_args"]["lr"] == 1e-6
+        assert told["optimizer"]["init_args"]["weight_decay"] == 0.5
+
+
+def test_a_plateau_is_told_as_it_is(phantom_store, tmp_path):
+    checkpoint, config = trained(phantom_store, tmp_path, ADAM, PLATEAU)
+    assert checkpoint["pmixseg"]["init_args"]["scheduler"]["init_args"]["mode"] == "max"
+    assert config["scheduler"]["init_args"]["mode"] == "max"
+    assert checkpoint["lr_schedulers"][0]["mode"] == "max"
+    # Written before the schedule is told of this epoch; a resumed training tells it.
+    assert 0 <= checkpoint["pending_metrics"]["val/dice"] <= 1
