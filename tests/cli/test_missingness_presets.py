@@ -1,6 +1,8 @@
 """Every protocol of docs/method/missingness.md from YAML, at training and at test."""
 
 import json
+import re
+import shlex
 import shutil
 
 import pandas as pd
@@ -15,21 +17,16 @@ from pmixseg.modules import StudentModule, load
 from pmixseg.task import BRATS
 from tests.cli.presets import EXPERIMENTS, SMALL_UNET, fit
 
-FLAGS = {
-    "uniform": "--model.sampler=UniformCombinations",
-    "uniform-sizes": "--model.sampler=UniformSizes",
-}
-"""Protocols without arguments need no file."""
-
+README = (EXPERIMENTS / "missingness" / "README.md").read_text()
+ROWS = [shlex.split(row) for row in re.findall(r"^\| `(.+?)` \| (?:sampler|mask) \|", README, re.M)]
+PROTOCOLS = {words[0].partition("=")[2] or words[0]: words for words in ROWS}
+"""Class or file of each row of the table -> its flags, or the file."""
 SAMPLERS = {
-    "uniform": "UniformCombinations",
-    "uniform-sizes": "UniformSizes",
-    "bernoulli": "Bernoulli",
-    "fixed-list": "FixedList",
-    "structured": "Protocols",
-    "dependent": "Dependent",
+    **{name: name for name in ("UniformCombinations", "UniformSizes", "Bernoulli", "FixedList")},
+    "structured.yaml": "Protocols",
+    "Dependent": "Dependent",
 }
-MASKS = ["mask-file", "imbalanced", "by-site", "by-tumour-size"]
+MASKS = ["masks.csv", *(f"pmixseg.data.masks.{n}Masks" for n in ("Random", "Site", "Covariate"))]
 STUDENT = ["brats2018/student.yaml", *SMALL_UNET]
 
 
@@ -51,11 +48,9 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_protocols_that_are_drawn_anew_in_every_step(name, seen, phantom_store, tmp_path):
-    flags = ["--data.patches_per_case=4", "--trainer.limit_train_batches=8"]
-    assert (
-        fit(phantom_store, tmp_path, *STUDENT, FLAGS.get(name, f"missingness/{name}.yaml"), *flags)
-        == 0
-    )
+    flags = [w if w.startswith("--") else f"missingness/{w}" for w in PROTOCOLS[name]]
+    flags += ["--data.patches_per_case=4", "--trainer.limit_train_batches=8"]
+    assert fit(phantom_store, tmp_path, *STUDENT, *flags) == 0
     sampler = load(tmp_path / "checkpoints" / "last.ckpt").sampler
     assert type(sampler).__name__ == SAMPLERS[name]
     allowed = set(frequencies(sampler, BRATS.modalities, BRATS.modalities, 4096))
@@ -69,25 +64,22 @@ def test_protocols_that_are_drawn_anew_in_every_step(name, seen, phantom_store, 
 
 
 def masked(name, store, tmp_path):
-    """Flags that make the mask preset fit the phantom."""
-    if name == "mask-file":
+    """Flags of a mask, fitted to the phantom's names."""
+    if name == "masks.csv":
         (tmp_path / "m.csv").write_text(
             "data_name,mask_id,mask,pos_mask_ids\n"
             + "".join(f'{c},1,"[True, False, False, True]",[1]\n' for c in Store.open(store).cases)
         )
         return [f"--data.mask_file={tmp_path / 'm.csv'}"]
-    if name == "by-site":
-        rates = "--data.masks.init_args.rates={PHANTOM: {t1ce: 0.7}}"
-        return [rates]
-    return []
+    sites = ["--data.masks.rates={PHANTOM: {t1ce: 0.7}}"] if "Site" in name else []
+    return [*PROTOCOLS[name], *sites]
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_that_stay_with_a_case_in_training_and_at_test(
     name, seen, phantom_store, tmp_path, capsys
 ):
-    files = [] if name == "mask-file" else [f"missingness/{name}.yaml"]
-    flags = [*files, *masked(name, phantom_store, tmp_path)]
+    flags = masked(name, phantom_store, tmp_path)
     assert fit(phantom_store, tmp_path / "run", *STUDENT, *flags) == 0
     assert any(not all(acquired) for _, acquired, _ in seen)
     for _, acquired, present in seen:
@@ -95,19 +87,18 @@ def test_masks_that_stay_with_a_case_in_training_and_at_test(
     test = [
         "test",
         f"--ckpt_path={tmp_path}/run/checkpoints/last.ckpt",
-        *(f"--config={EXPERIMENTS / file}" for file in files),
         f"--data.store={phantom_store}",
         "--data.split=pmixseg.data.splits.WholeCohort",
         "--force",
         "--trainer.enable_progress_bar=false",
         "--trainer.limit_test_batches=3",
-        *flags[len(files) :],
+        *flags,
     ]
     assert main(test) == 0
     records = pd.read_csv(tmp_path / "run" / "records.csv")
     per_case = records.groupby("case")["combination"].nunique()
     assert (per_case < 15).any()
-    if name == "mask-file":
+    if name == "masks.csv":
         assert set(records["combination"]) == {"flair", "t2", "flair+t2"}
 
 
@@ -150,9 +141,10 @@ def test_a_case_without_a_file_is_never_imputed(seen, phantom_root, tmp_path):
     assert all(len(table[case]) == 15 for case in table.index if case != name)
 
 
-def test_every_preset_of_the_folder_is_tested():
-    files = {path.stem for path in (EXPERIMENTS / "missingness").glob("*.yaml")}
-    assert files == {*SAMPLERS, *MASKS, "test-protocols"} - {*FLAGS, "mask-file"}
+def test_every_protocol_of_the_readme_is_tested():
+    assert list(PROTOCOLS) == [*SAMPLERS, *MASKS]
+    files = {path.name for path in (EXPERIMENTS / "missingness").glob("*.yaml")}
+    assert files == {"structured.yaml", "test-protocols.yaml"}
 
 
 def test_protocols_beside_the_full_table_at_test(phantom_store, tmp_path):

@@ -12,6 +12,19 @@ from pmixseg.task import BRATS
 from tests.cli.presets import EXPERIMENTS
 
 TASKS = EXPERIMENTS / "other_tasks"
+BRATS_LABELS = """labels: [NCR, ED, ET]
+regions: {WT: [NCR, ED, ET], TC: [NCR, ET], ET: [ET]}
+"""
+WRITTEN = {
+    "one": f"name: one\nmodalities: [flair]\n{BRATS_LABELS}",
+    "three": """name: three
+modalities: [flair, t1ce, t2]
+labels: [oedema]
+regions: {oedema: [oedema]}
+""",
+    "five": f"name: five\nmodalities: [flair, t1ce, t1, t2, pd]\n{BRATS_LABELS}",
+}
+"""Tasks beside those of the folder."""
 LABELS = {
     "one": [],
     "two": ["--labels", "core=NCR", "oedema=ED"],
@@ -47,6 +60,9 @@ SLOW = ("three", "five")
 )
 def test_the_whole_path(name, tmp_path, capsys):
     file, cohort, store = TASKS / f"{name}.yaml", tmp_path / "cohort", tmp_path / "store"
+    if name in WRITTEN:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(WRITTEN[name])
     task, run = read_task(file), tmp_path / name
     flags = ["--task", str(file)]
     made = ["phantom", str(cohort), "--cases", "4", "--spacing", "6", "--workers", "0"]
