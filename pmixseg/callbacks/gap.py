@@ -246,10 +246,10 @@ def gap_values(
         values |= {f"gap/level{level}/{k}": v for k, v in gap.to_dict().items()}
         shares = sample.decodability()
         if shares is not None:
-            known = {r: float(v) for r, v in zip(regions, shares, strict=True) if v.isfinite()}
-            values |= {f"gap/level{level}/decodability/{r}": v for r, v in known.items()}
-            if known:
-                values[f"gap/level{level}/decodability"] = sum(known.values()) / len(known)
+            by_region = {r: float(v) for r, v in zip(regions, shares, strict=True) if v.isfinite()}
+            values |= {f"gap/level{level}/decodability/{r}": v for r, v in by_region.items()}
+            if by_region:
+                values[f"gap/level{level}/decodability"] = sum(by_region.values()) / len(by_region)
         for combination in named_subsets(names):
             slots = [list(names).index(name) for name in combination]
             title = f"gap/level{level}/ratio/{format_combination(combination)}"

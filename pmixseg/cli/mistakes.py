@@ -172,15 +172,15 @@ def arguments_of(class_path: str) -> list[str]:
 def classes_for(message: str) -> list[str]:
     """Names of the classes that stand where the message says none is known."""
     bases = re.findall(r"([a-z_][\w.]*\.[A-Z]\w*)", message)
-    known: list[str] = []
+    names: list[str] = []
     for path in dict.fromkeys([*bases, "torch.optim.Optimizer"]):
         try:
             base = find_class(path)
         except InputError:
             continue
         if inspect.isclass(base):
-            known += [cls.__name__ for cls in below(base)]
-    return known
+            names += [cls.__name__ for cls in below(base)]
+    return names
 
 
 def below(base: type[Any]) -> Iterator[type[Any]]:

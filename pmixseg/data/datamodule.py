@@ -214,9 +214,9 @@ class BraTSDataModule(LightningDataModule):
             self._apply_masks(cases)
             return  # no split is needed to go through everything
         parts = self.parts
-        known = f"published split {parts.published}, " if parts.published else ""
+        published = f"published split {parts.published}, " if parts.published else ""
         rank_zero_info(
-            f"Split: {known}{len(parts.train)} train, {len(parts.val)} val, "
+            f"Split: {published}{len(parts.train)} train, {len(parts.val)} val, "
             f"{len(parts.test)} test, hash {parts.hash}"
         )
         self._remark(parts, cases)

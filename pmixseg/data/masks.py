@@ -276,9 +276,9 @@ class CovariateMasks(CaseMasks):
             InputError: the file lacks the column or holds something that is not a number.
         """
         raw = self._column(cases) if self.file else _log_tumour_size(cases)
-        known = np.isfinite(raw)
-        spread = raw[known].std() if known.any() else 0.0
-        z = np.where(known, raw - (raw[known].mean() if known.any() else 0.0), 0.0)
+        finite = np.isfinite(raw)
+        spread = raw[finite].std() if finite.any() else 0.0
+        z = np.where(finite, raw - (raw[finite].mean() if finite.any() else 0.0), 0.0)
         z = z / spread if spread > 0 else np.zeros_like(z)
         row = rate_row(self.rates, modalities, "CovariateMasks")
         slope = torch.tensor([self.slopes.get(m, 0.0) for m in modalities], dtype=torch.float64)

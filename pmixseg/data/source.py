@@ -80,8 +80,8 @@ class CohortSource:
         if self.root is None:
             return self.store.cases
         cohort = find_cases(self.root, self.task, self.layout, self.labels)
-        there = {case.case_id for case in cohort}
-        return tuple(name for name in self.store.cases if name in there)
+        ids = {case.case_id for case in cohort}
+        return tuple(name for name in self.store.cases if name in ids)
 
     def prepare(self) -> None:
         """Bring the store up to date with ``root``, where there is one.

@@ -352,10 +352,10 @@ def _known(
     lacking = sorted(c for c in named if c not in cohort)
     if not lacking:
         return split
-    there = {part: tuple(c for c in getattr(split, part) if c in cohort) for part in PARTS}
-    emptied = [part for part in PARTS if getattr(split, part) and not there[part]]
+    used = {part: tuple(c for c in getattr(split, part) if c in cohort) for part in PARTS}
+    emptied = [part for part in PARTS if getattr(split, part) and not used[part]]
     if missing == "skip" and not emptied:
-        return Split(**there, lacking=tuple(lacking))
+        return Split(**used, lacking=tuple(lacking))
     if missing == "skip":
         raise InputError(
             f"the split in {where}: the cohort has none of the cases of {' and '.join(emptied)}; "

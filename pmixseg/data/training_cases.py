@@ -82,9 +82,11 @@ class TrainingCases:
         owner = {scan: name for name in counted for scan in hashes.get(name, ())}
         seen = []
         for name, scans in cases.items():
-            known = name if name in counted else next((owner[s] for s in scans if s in owner), None)
-            if known is not None:
-                seen.append(SeenCase(name, counted[known], known))
+            trained_as = (
+                name if name in counted else next((owner[s] for s in scans if s in owner), None)
+            )
+            if trained_as is not None:
+                seen.append(SeenCase(name, counted[trained_as], trained_as))
         return seen
 
     def to_dict(self) -> dict[str, Any]:

@@ -105,10 +105,10 @@ def overview(
                     if (drawn == number).any():
                         axes.contour(drawn == number, [0.5], colors=[colour], linewidths=0.9)
                 axes.set_title(f"{task.show(modality)}, {PLANES[axis]}", color=_INK, fontsize=8)
-        told = "   ".join(f"{task.show(region)} {ml:.1f} ml" for region, ml in volumes.items())
+        sizes = "   ".join(f"{task.show(region)} {ml:.1f} ml" for region, ml in volumes.items())
         for down, text, size in (
             (0.1, name, 12),
-            (0.36, told or "no volume", 10),
+            (0.36, sizes or "no volume", 10),
             (0.6, NOTICE, 7),
         ):
             figure.text(0.01, 1 - down / height, text, color=_INK, size=size, va="top")

@@ -203,13 +203,13 @@ def _check(backbone: Backbone, state: Mapping[str, Tensor], kind: str, path: Pat
             n for n in expected if n in state and state[n].shape != expected[n].shape
         ],
     }
-    said = [
+    faults = [
         f"{len(names)} tensors {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for what, names in problems.items()
         if names
     ]
-    if said:
+    if faults:
         raise InputError(
-            f"{path} does not fit the published {kind}: {'; '.join(said)}. Is it of another "
+            f"{path} does not fit the published {kind}: {'; '.join(faults)}. Is it of another "
             "network, or of changed code?"
         )

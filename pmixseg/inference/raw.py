@@ -81,7 +81,7 @@ def segment_raw(
     files = ready.save(outputs.folder / ATLAS_FOLDER)
     result = module.segment(files, settings, codes=codes, name=called, progress=progress)
     home = outputs.folder / ATLAS_FOLDER / called
-    there = result.save(
+    files_in_atlas = result.save(
         home,
         probabilities=outputs.probabilities,
         entropy=outputs.entropy,
@@ -97,7 +97,7 @@ def segment_raw(
     written = {
         "seg": write_labels(path, classes, affine, result.codes, module.task),
         **write_tables(inside(outputs.folder, f"{called}_seg", "case"), result.codes, module.task),
-        "json": there["json"],
+        "json": files_in_atlas["json"],
     }
     if outputs.png:
         facts = (called, module.task, result.volumes)

@@ -66,15 +66,15 @@ def segment_files(
     outputs.check(called, files)
     codes = codes or _codes_beside(module.task, files)
     segmentation = module.segment(images, settings, codes=codes, name=called, progress=progress)
-    said = [*notes, *_contradicted(module, images, called)]
+    warnings = [*notes, *_contradicted(module, images, called)]
     if called == UNNAMED and len(files) > 1:
         # Scans of two patients in one atlas space often pass every test of their voxels.
         listed = ", ".join(f"{m} {p.name}" for m, s in images.items() if (p := _path_of(s)))
-        said.append(
+        warnings.append(
             f"case '{called}': neither the names nor the folders of its files agree ({listed}); "
             "make sure that they are of one patient."
         )
-    segmentation = replace(segmentation, warnings=(*said, *segmentation.warnings))
+    segmentation = replace(segmentation, warnings=(*warnings, *segmentation.warnings))
     return _result(segmentation, outputs.write(segmentation, images))
 
 
@@ -202,11 +202,11 @@ def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str,
             f"{', '.join(module.task.modalities)}, separated by commas, '-' for a channel that is "
             "not read."
         )
-    there = ScanReader(f"{path}").channels(path)
-    if there is not None and there != len(listed):
+    channels = ScanReader(f"{path}").channels(path)
+    if channels is not None and channels != len(listed):
         raise InputError(
-            f"{path} has {count_of(there, 'channel')}, but '{names}' names {len(listed)}; name all "
-            f"in their order, '{UNUSED_CHANNEL}' for a channel that is not read."
+            f"{path} has {count_of(channels, 'channel')}, but '{names}' names {len(listed)}; name "
+            f"all in their order, '{UNUSED_CHANNEL}' for a channel that is not read."
         )
     return {n: (path, index) for index, n in enumerate(listed) if n != UNUSED_CHANNEL}
 

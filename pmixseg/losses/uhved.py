@@ -54,7 +54,7 @@ class UHVEDCriterion(Criterion):
                 "modalities; for a dedicated student use backbone.reconstruct: false."
             )
         errors = (rebuilt - image).square().mean((2, 3, 4))
-        known = output.extras["reconstruction_slots"]
-        error = torch.where(known, errors, 0.0).sum() / known.sum().clamp(min=1)
+        rebuilt_slots = output.extras["reconstruction_slots"]
+        error = torch.where(rebuilt_slots, errors, 0.0).sum() / rebuilt_slots.sum().clamp(min=1)
         total = total + self.reconstruction_weight * error
         return total + self.kl_weight * output.extras["divergence"].mean()

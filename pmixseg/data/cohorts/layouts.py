@@ -131,10 +131,10 @@ def load_layout(source: str | Path) -> Layout:
 
 
 def _from_yaml(path: Path, raw: Any) -> Layout:
-    known = {f.name for f in fields(Layout)} - {"described"}
-    if not isinstance(raw, dict) or set(raw) - known - {"base"}:
-        odd = sorted(set(raw) - known) if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(f"layout file {path}: {odd} is not among {sorted(known)}; correct it.")
+    keys = {f.name for f in fields(Layout)} - {"described"}
+    if not isinstance(raw, dict) or set(raw) - keys - {"base"}:
+        odd = sorted(set(raw) - keys) if isinstance(raw, dict) else type(raw).__name__
+        raise InputError(f"layout file {path}: {odd} is not among {sorted(keys)}; correct it.")
     arguments: dict[str, Any] = {"name": path.stem, **raw}
     base = arguments.pop("base", None)
     # YAML has lists and text where a layout has tuples and patterns.

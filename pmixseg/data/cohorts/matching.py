@@ -174,15 +174,15 @@ def match(tree: Tree, layout: Layout) -> Cohort:
             check_name(case_id)
         except InputError as error:
             problems.setdefault(case_id, str(error))
-        known = facts[case_id]
+        named = facts[case_id]
         cases.append(
             Case(
                 case_id=case_id,
                 images=images,
                 label=_path_of(chosen["label"][1]) if "label" in chosen else None,
                 codes=layout.codes,
-                grade=known.get("grade"),
-                patient=known.get("patient") or patient_of(case_id, layout.patient),
+                grade=named.get("grade"),
+                patient=named.get("patient") or patient_of(case_id, layout.patient),
                 layout=layout.name,
                 ignored=layout.ignored,
                 also=layout.also,

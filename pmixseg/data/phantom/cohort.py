@@ -74,12 +74,12 @@ class PhantomSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", tuple(self.modalities))
-        known = {**CONTRASTS, **self.contrasts}
-        unknown = [m for m in self.modalities if m not in known]
+        contrasts = {**CONTRASTS, **self.contrasts}
+        unknown = [m for m in self.modalities if m not in contrasts]
         if unknown or not self.modalities or len(set(self.modalities)) < len(self.modalities):
             raise InputError(
                 f"phantom: modalities {list(self.modalities)} must be different names among "
-                f"{sorted(known)}; correct them or give a contrast for {unknown or 'others'}."
+                f"{sorted(contrasts)}; correct them or give a contrast for {unknown or 'others'}."
             )
         shares = {
             "high_grade": self.high_grade,

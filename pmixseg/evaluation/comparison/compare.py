@@ -54,9 +54,9 @@ def compare(
             occur twice, or nothing is common to all runs.
     """
     _check(a, b, measure)
-    said = list(notes)
+    remarks = list(notes)
     # Primary endpoint: mean Dice per case, one difference per pair of runs.
-    dice = _aligned([*a, *b], "dice", said)
+    dice = _aligned([*a, *b], "dice", remarks)
     by_case = dice.groupby(level="case", sort=False).mean().to_numpy().T
     of_a, of_b = by_case[: len(a)], by_case[len(a) :]
     differences = of_a - of_b
@@ -64,14 +64,14 @@ def compare(
     primary = paired_t(differences)
     per_case = differences.mean(axis=0)
     # Exploratory: every region and combination, in the chosen measure.
-    cells = dice if measure == "dice" else _aligned([*a, *b], measure, said)
+    cells = dice if measure == "dice" else _aligned([*a, *b], measure, remarks)
     if measure not in MEASURES:
-        said.append(f"'{measure}' is a column of your own: the higher number counts as a win.")
+        remarks.append(f"'{measure}' is a column of your own: the higher number counts as a win.")
     if direction_of(measure) == "zero":
         cells = cells.abs()
-        said.append(f"'{measure}' has a sign: its distance from 0 is compared.")
+        remarks.append(f"'{measure}' has a sign: its distance from 0 is compared.")
     exploratory = _exploratory(cells, len(a), measure)
-    said += _limits(primary, len(cases), exploratory)
+    remarks += _limits(primary, len(cases), exploratory)
     return Comparison(
         runs_a=tuple(_name(run, f"a{i}") for i, run in enumerate(a)),
         runs_b=tuple(_name(run, f"b{i}") for i, run in enumerate(b)),
@@ -86,7 +86,7 @@ def compare(
         exploratory=exploratory,
         violations_a=violations(a),
         violations_b=violations(b),
-        notes=tuple(said),
+        notes=tuple(remarks),
     )
 
 

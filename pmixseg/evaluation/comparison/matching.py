@@ -35,7 +35,7 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
                     "same checkpoint, which is one training and not two; give each training once."
                 )
             seen[digest] = run_name(one)
-    known = [
+    notes = [
         f"{run_name(one)}: {len(one.sidecar.seen)} of its test cases were used to train or select "
         "the model, so its scores are too good."
         for one in (*a, *b)
@@ -47,9 +47,9 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
         if _differ(x, y)
     ]
     if not odd:
-        return known
+        return notes
     return [
-        *known,
+        *notes,
         f"Runs of different seeds are matched: {'; '.join(odd)}. Name both sides in the order of "
         "their seeds, or the pairs share nothing.",
     ]

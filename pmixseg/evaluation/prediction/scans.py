@@ -68,13 +68,13 @@ class SegmentSettings:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for what, value, known in (
+        for what, value, allowed in (
             ("precision", self.precision, ("fp32", "bf16")),
             ("dtype", self.dtype, (None, "float16", "float32")),
         ):
-            if value not in known:
+            if value not in allowed:
                 raise InputError(
-                    f"{what} '{value}' is unknown; use {' or '.join(filter(None, known))}."
+                    f"{what} '{value}' is unknown; use {' or '.join(filter(None, allowed))}."
                 )
         check_windows(self.window, self.overlap)
         check_names(self.postprocess or ())
@@ -177,10 +177,10 @@ def segment_scans(
     prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
     identity = None if recipe.checkpoint is None else checkpoint_identity(Path(recipe.checkpoint))
     made = Segmentation(name, prediction, codes, inputs, facts, identity, tuple(notes))
-    said = _doubts_of_result(made, brain, where)
-    for note in said:
+    doubts = _doubts_of_result(made, brain, where)
+    for note in doubts:
         warnings.warn(note, stacklevel=3)
-    return replace(made, warnings=(*made.warnings, *said))
+    return replace(made, warnings=(*made.warnings, *doubts))
 
 
 def _doubts_of_result(made: Segmentation, brain: float, where: str) -> list[str]:

@@ -108,5 +108,5 @@ def names_of(*kinds: Kind) -> tuple[str, ...]:
 
 def direction_of(measure: str) -> Direction | None:
     """How a column gets better; one that is not known here is taken to be better when higher."""
-    known = MEASURES.get(measure)
-    return "higher" if known is None else known.direction
+    row = MEASURES.get(measure)
+    return "higher" if row is None else row.direction

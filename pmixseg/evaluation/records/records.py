@@ -129,8 +129,8 @@ class Records:
                 "file of its own."
             )
         if raw is None:
-            known = task or _guess_task(table)
-            raw = {"format": 0, "task": known.to_dict()}
+            guess = task or _guess_task(table)
+            raw = {"format": 0, "task": guess.to_dict()}
         sidecar = Sidecar.from_dict(raw, str(beside))
         if "run" not in table:
             table["run"] = path.parent.name or path.stem

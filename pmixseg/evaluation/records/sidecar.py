@@ -102,16 +102,16 @@ class Sidecar:
         content = dict(raw)
         for step in range(number, FORMAT):
             content = UPGRADES[step](content)
-        known = {n: content[n] for n in cls.__dataclass_fields__ if content.get(n) is not None}
-        wrong = [name for name, kind in _KINDS.items() if not isinstance(known.get(name), kind)]
+        filled = {n: content[n] for n in cls.__dataclass_fields__ if content.get(n) is not None}
+        wrong = [name for name, kind in _KINDS.items() if not isinstance(filled.get(name), kind)]
         if wrong:
             raise InputError(
                 f"{where}: {', '.join(wrong)} cannot be read; restore the file or test again."
             )
-        if known.get("seen") is not None:
-            known["seen"] = tuple(known["seen"])
+        if filled.get("seen") is not None:
+            filled["seen"] = tuple(filled["seen"])
         try:
-            return cls(**{**known, "task": Task.from_dict(content["task"])})
+            return cls(**{**filled, "task": Task.from_dict(content["task"])})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise

@@ -80,8 +80,8 @@ MOST_POINTS = 200
 @contextmanager
 def drawing() -> Iterator[None]:
     """The journal style, for figures made inside; fonts that are absent are passed over."""
-    known = {font.name for font in fontManager.ttflist}
-    fonts = [name for name in STYLE["font.sans-serif"] if name in known]
+    installed = {font.name for font in fontManager.ttflist}
+    fonts = [name for name in STYLE["font.sans-serif"] if name in installed]
     with mpl.rc_context({**STYLE, "font.sans-serif": fonts or ["DejaVu Sans"]}):
         yield
 

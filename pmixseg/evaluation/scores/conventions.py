@@ -61,10 +61,10 @@ class Conventions:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            known, value = get_args(hint), getattr(self, name)
-            if known and value not in known:
+            allowed, value = get_args(hint), getattr(self, name)
+            if allowed and value not in allowed:
                 raise InputError(
-                    f"conventions: {name} '{value}' is unknown; use one of {list(known)}."
+                    f"conventions: {name} '{value}' is unknown; use one of {list(allowed)}."
                 )
         if not self.nsd_tolerance_mm >= 0:
             raise InputError(

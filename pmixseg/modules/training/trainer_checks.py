@@ -86,12 +86,13 @@ def _check_name(who: str, metric: str, trainer: Trainer) -> None:
     everybody = [module, *trainer.callbacks]  # type: ignore[attr-defined]  # as above
     if any(type(o).__module__.partition(".")[0] not in ("pmixseg", "lightning") for o in everybody):
         return  # classes of the user's own may log anything
-    known = ["loss", "train/loss", "train/seg", *(f"train/{name}" for name in module.terms)]
+    metrics = ["loss", "train/loss", "train/seg", *(f"train/{name}" for name in module.terms)]
     if validates(trainer):
-        known += ["val/dice", *(f"val/dice/{region}" for region in module.task.regions)]
+        metrics += ["val/dice", *(f"val/dice/{region}" for region in module.task.regions)]
     parts = ("train/", "gap/", "anchor/")  # what terms and monitors log in detail
-    if metric in known or metric.startswith(parts):
+    if metric in metrics or metric.startswith(parts):
         return
     raise InputError(
-        f"{who} watches {metric}, which this training does not log; use one of {', '.join(known)}."
+        f"{who} watches {metric}, which this training does not log; use one of "
+        f"{', '.join(metrics)}."
     )
