@@ -40,19 +40,8 @@ from pmixseg.types import Image, Latents, Presence, SegOutput
 class SegmentationNetwork(LightningModule, Described):
     """Predict every combination of modalities, and say in a checkpoint how it was made.
 
-    What :func:`pmixseg.load` needs; scores are added by
-    :class:`~pmixseg.modules.scoring.ScoredNetwork`, training by
-    :class:`~pmixseg.modules.base.SegmentationModule`.
-
-    Args:
-        task: see :class:`~pmixseg.modules.base.SegmentationModule`, as for all arguments.
-        backbone: see there.
-        fill: see there.
-        anchor: see there.
-        fill_levels: see there.
-        sampler: see there.
-        evaluation: see there.
-        compile: see there.
+    What :func:`pmixseg.load` needs. :class:`~pmixseg.modules.scoring.ScoredNetwork` adds validation
+    and test, :class:`~pmixseg.modules.base.SegmentationModule` training; the arguments are its.
     """
 
     terms: nn.ModuleDict

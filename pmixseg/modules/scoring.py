@@ -28,9 +28,7 @@ from pmixseg.task import Combination
 class ScoredNetwork(SegmentationNetwork):
     """Validate and test a network on whole cases, but never on cases that it was trained with.
 
-    Args:
-        args: see :class:`~pmixseg.modules.network.SegmentationNetwork`.
-        kwargs: see there.
+    The arguments are those of :class:`~pmixseg.modules.base.SegmentationModule`.
     """
 
     force: bool = False
