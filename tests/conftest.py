@@ -8,11 +8,16 @@ import torch
 
 from pmixseg.task import BRATS
 
-SPACING = 5.0
+SPACING = 6.0
 
 # Rooms have a conftest each; as modules for doctests they would get into each other's way where
 # several rooms are named in one call.
 collect_ignore_glob = ["*/conftest.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +25,12 @@ def one_thread():
     """Two test processes on two cores must not fight, and sums must not depend on the machine."""
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_sanity_step():
+    """A Trainer that is not told otherwise validates one case before a training, not two."""
+    os.environ.setdefault("PL_TRAINER_NUM_SANITY_VAL_STEPS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +44,7 @@ def real_root() -> Path:
 
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory) -> Path:
-    """Eight synthetic cases at 5 mm."""
+    """Eight synthetic cases, as coarse as they can be."""
     from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 
     root = tmp_path_factory.mktemp("phantom")

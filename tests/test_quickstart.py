@@ -12,12 +12,15 @@ from pmixseg.data.store.store import Store
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.records import Records
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     for name, value in {
         "CASES": 7,
         "SPACING": 6.0,
+        "PATCH": (24, 32, 24),
         "WIDTH": 4,
         "TEACHER_STEPS": 2,
         "STUDENT_STEPS": 1,
@@ -33,7 +36,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
     assert said.startswith(f"pmixseg: {out} cannot be read or written (Not a directory); correct")
 
 
-def test_phantom_then_again_from_the_same_store(tmp_path, capsys):
+def test_phantom_then_again_from_the_same_store(tmp_path, capsys, monkeypatch):
     out = tmp_path / "q"
     assert main(["quickstart", "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
@@ -44,15 +47,17 @@ def test_phantom_then_again_from_the_same_store(tmp_path, capsys):
         assert table.combination.nunique() == 15 and set(table.region) == {"WT", "TC", "ET"}
     stamps = {p: p.stat().st_mtime_ns for p in sorted((out / "store").rglob("*.npy"))}
     assert stamps
+    # The aligned arm alone: what the other left is its reference.
+    monkeypatch.setattr(quickstart, "ARMS", quickstart.ARMS[1:])
     assert main(["quickstart", "--out", str(out)]) == 0
     assert {p: p.stat().st_mtime_ns for p in sorted((out / "store").rglob("*.npy"))} == stamps
     assert len(Records.read(out / "runs" / "student-aligned").table) == len(table)
     assert "research use only" in capsys.readouterr().out.lower()
 
 
-def test_a_cohort_of_ones_own(tmp_path):
-    write_cohort(tmp_path / "mine", 7, 3, PhantomSettings(spacing=6.0))
-    assert main(["quickstart", "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "q")]) == 0
+def test_a_cohort_of_ones_own(phantom_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "ARMS", (quickstart.UNALIGNED,))
+    assert main(["quickstart", "--data", str(phantom_root), "--out", str(tmp_path / "q")]) == 0
     assert (tmp_path / "q" / "report.html").stat().st_size > 10_000
     assert not (tmp_path / "q" / "cohort").exists()
 

@@ -24,6 +24,8 @@ from pmixseg.modules import StudentModule
 from pmixseg.task import BRATS
 from tests.ranks import spread
 
+pytestmark = pytest.mark.long
+
 MEASURES = 14  # ten of the gap, decodability of three regions and their mean
 COMBINATIONS = 10  # of two or three of four modalities
 
@@ -31,7 +33,7 @@ COMBINATIONS = 10  # of two or three of four modalities
 def train(store, folder, *callbacks, epochs=1, logger=None, backbone=None, resume=None, **data):
     torch.manual_seed(3)
     net = backbone or MultiEncoderUNet(BRATS.modalities, 4, width=4, levels=2, dropout=0.2)
-    module = StudentModule(backbone=net, evaluation=EvaluationSettings(window=(48, 48, 32)))
+    module = StudentModule(backbone=net, evaluation=EvaluationSettings(window=(32, 32, 32)))
     given = {"patch_size": 16, "batch_size": 2, "val_cases": 2, "seed": 9, **data}
     trainer = Trainer(
         max_epochs=epochs,
@@ -228,7 +230,7 @@ def test_two_processes_log_what_one_does(phantom_store, tmp_path):
         folder = tmp_path / f"of{processes}"
         torch.manual_seed(3)
         net = MultiEncoderUNet(BRATS.modalities, 4, width=4, levels=2)
-        settings = EvaluationSettings(window=(48, 48, 32))
+        settings = EvaluationSettings(window=(32, 32, 32))
         module = StudentModule(backbone=net, evaluation=settings)
         trainer = Trainer(
             max_epochs=1,

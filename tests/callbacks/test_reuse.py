@@ -17,7 +17,7 @@ def data(store):
 
 def student(seed):
     torch.manual_seed(seed)
-    return StudentModule(backbone=tiny(), evaluation=EvaluationSettings(window=(48, 48, 32)))
+    return StudentModule(backbone=tiny(), evaluation=EvaluationSettings(window=(32, 32, 32)))
 
 
 def fit(store, folder, seed, *callbacks, **arguments):

@@ -17,7 +17,10 @@ from pmixseg.files import file_hash
 from pmixseg.task import BRATS
 from tests.inference.tiny_models import Glance, save, tiny_student
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
 
 IMPORT = f"--import={Glance.__module__}"
 

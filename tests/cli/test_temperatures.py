@@ -28,9 +28,9 @@ def run(phantom_store, tmp_path_factory):
         "class_path": "pmixseg.backbones.MultiEncoderUNet",
         "init_args": {"modalities": BRATS.modalities, "num_classes": 4, "width": 4, "levels": 2},
     }
-    evaluation = {"window": [48, 48, 32], "overlap": 0.0, "examples": 0}
+    evaluation = {"window": [32, 32, 32], "overlap": 0.0, "examples": 0}
     module = StudentModule(backbone=backbone, evaluation=evaluation)
-    module.preparation = Preparation(None, "zscore-own-mask", (48, 48, 32))
+    module.preparation = Preparation(None, "zscore-own-mask", (32, 32, 32))
     module.backbone.heads[0].bias.data = torch.tensor([12.0, 0.0, 0.0, 0.0])
     content = {"state_dict": module.state_dict(), "pmixseg": module.payload().to_dict()}
     torch.save({**content, "pytorch-lightning_version": "2.6.6"}, folder / "raw.ckpt")

@@ -23,6 +23,8 @@ from experiments.study.runner import Runner
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "name": "small",
@@ -244,8 +246,9 @@ def test_the_seed_decides_everything(ran):
 
 def test_a_study_killed_at_any_moment_goes_on_to_the_same_results(ran, plan_file, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first_seed = command(plan_file, tmp_path, "--set", "seeds=[1]")
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.study", *command(plan_file, tmp_path, "--jobs", "2")],
+        [sys.executable, "-m", "experiments.study", *first_seed, "--jobs", "2"],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -258,7 +261,7 @@ def test_a_study_killed_at_any_moment_goes_on_to_the_same_results(ran, plan_file
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert 0 < len(list(ended.glob("*.json"))) < 10
+    assert 0 < len(list(ended.glob("*.json"))) < 5
     assert not (tmp_path / "results" / "small").exists()
     for _ in range(100):
         if not any(Path(f"/proc/{child}/cmdline").exists() for child in children):
@@ -266,10 +269,11 @@ def test_a_study_killed_at_any_moment_goes_on_to_the_same_results(ran, plan_file
         time.sleep(0.1)
     else:
         pytest.fail("processes outlived the one that began them")
-    assert main(command(plan_file, tmp_path)) == 0
+    assert main(first_seed) == 0
     whole = StudyResults.read(ran / "results" / "small").records
     again = StudyResults.read(tmp_path / "results" / "small").records
-    pd.testing.assert_frame_equal(again, whole)
+    of_first = whole[whole["run"].str.endswith("_s1")].reset_index(drop=True)
+    pd.testing.assert_frame_equal(again.reset_index(drop=True), of_first)
 
 
 def test_nothing_is_begun_that_would_not_end_in_time(plan_file, tmp_path, capsys):

@@ -4,6 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.modules import load
 from tests.inference.tiny_models import save, tiny_student
 
@@ -16,6 +17,17 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def model(checkpoint):
     return load(checkpoint)
+
+
+SPACING = 5.0
+
+
+@pytest.fixture(scope="session")
+def phantom_root(tmp_path_factory) -> Path:
+    """Finer than elsewhere: an image is larger than a window, and is resampled to another grid."""
+    root = tmp_path_factory.mktemp("phantom")
+    write_cohort(root, 3, seed=3, settings=PhantomSettings(spacing=SPACING))
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def trained(store, tmp_path_factory):
         "--data.split.val_fraction=0.25",
     ]
     flags += ["--data.split.val_fraction=0.25", "--trainer.max_steps=1"]
-    flags += ["--trainer.limit_val_batches=1", "--model.evaluation.window=[48,48,32]"]
+    flags += ["--trainer.limit_val_batches=1", "--model.evaluation.window=[32,32,32]"]
     assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *QUIET]) == 0
     return run / "checkpoints" / "last.ckpt"
 

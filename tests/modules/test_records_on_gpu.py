@@ -22,7 +22,7 @@ from tests.callbacks.memory_data import quiet_trainer, tiny
 @pytest.fixture(scope="module")
 def student():
     torch.manual_seed(0)
-    return StudentModule(backbone=tiny(), evaluation=EvaluationSettings(window=(48, 48, 32)))
+    return StudentModule(backbone=tiny(), evaluation=EvaluationSettings(window=(32, 32, 32)))
 
 
 def records_of(student, folder, store, limit=2):
@@ -64,7 +64,7 @@ def test_compiled_networks_get_windows_of_one_shape(tmp_path, phantom_store, mon
 
     monkeypatch.setattr(torch, "compile", compiled)
     module = StudentModule(
-        backbone=tiny(), evaluation=EvaluationSettings(window=(48, 48, 32)), compile=True
+        backbone=tiny(), evaluation=EvaluationSettings(window=(32, 32, 32)), compile=True
     )
     data = BraTSDataModule(phantom_store, patch_size=16, split=WholeCohort())
     data.setup("test")
@@ -72,7 +72,7 @@ def test_compiled_networks_get_windows_of_one_shape(tmp_path, phantom_store, mon
         item = next(iter(data.test_dataloader()))
         some = [("flair",), ("flair", "t1"), ("t2",)]
         assert len(list(module.eval().predict_item(item, some))) == 3
-    assert shapes == {(1, 4, 48, 48, 32), (1, 4, 4, 48, 48, 32)}
+    assert shapes == {(1, 4, 32, 32, 32), (1, 4, 4, 32, 32, 32)}
 
 
 def test_an_error_in_the_thread_ends_the_test(student, tmp_path, phantom_store, monkeypatch):

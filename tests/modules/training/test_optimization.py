@@ -137,10 +137,13 @@ def test_a_schedule_starts_from_the_rate_that_was_found(tmp_path):
 DESCRIBED = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_args": {}}
 
 
+def student_of(scheduler=None):
+    settings = EvaluationSettings(window=(32, 32, 32))
+    return StudentModule(backbone=tiny(), scheduler=scheduler, evaluation=settings)
+
+
 def fit(folder, scheduler=None, *callbacks, data=None, **arguments):
-    module = StudentModule(
-        backbone=tiny(), scheduler=scheduler, evaluation=EvaluationSettings(window=(24, 24, 16))
-    )
+    module = student_of(scheduler)
     trainer = quiet_trainer(folder, callbacks=list(callbacks), **arguments)
     trainer.fit(module, data or MemoryData())
     return trainer
@@ -163,11 +166,11 @@ def cohort(store):
 )
 def test_the_rate_falls_when_the_metric_gets_no_better(phantom_store, tmp_path, scheduler, mode):
     if isinstance(scheduler, functools.partial | dict):
-        module = StudentModule(backbone=tiny(), scheduler=scheduler)
+        module = student_of(scheduler)
         told = module.payload().to_dict()["init_args"]["scheduler"]
         assert told["init_args"]["mode"] == mode
     else:  # which no checkpoint could hold, so it is put in place afterwards
-        module = StudentModule(backbone=tiny())
+        module = student_of()
         module.make_scheduler = scheduler
     trainer = quiet_trainer(tmp_path, limit_train_batches=1, num_sanity_val_steps=0)
     trainer.fit(module, cohort(phantom_store))

@@ -25,8 +25,10 @@ from pmixseg.losses.uhved import UHVEDCriterion
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.modules.training.compilation import CompiledStep, Plan
 
+pytestmark = pytest.mark.long
+
 SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
-SMALL = {"width": 4, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
+SMALL = {"width": 2, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
 BACKBONES = {
     "unet": (lambda: MultiEncoderUNet(width=4, levels=2, deep_supervision=True), DiceCE, 16),
     "rfnet": (lambda: RFNet(width=4), RFNetCriterion, 16),
@@ -34,7 +36,7 @@ BACKBONES = {
     "uhved": (lambda: UHVED(width=4), UHVEDCriterion, 16),
     "shaspec": (lambda: ShaSpec(width=4, levels=2), ShaSpecCriterion, 16),
     "demoseg": (lambda: DeMoSeg(width=4, levels=3), DiceCE, 16),
-    "early": (lambda: EarlyFusion(SEGRESNET), DiceCE, 32),
+    "early": (lambda: EarlyFusion(SEGRESNET), DiceCE, 16),
 }
 PATTERNS = ([[1, 1, 1, 1], [1, 0, 1, 1]], [[0, 1, 0, 0], [1, 0, 0, 1]], [[0, 0, 1, 0]] * 2)
 
