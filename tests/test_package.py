@@ -27,14 +27,30 @@ def test_names_for_type_checkers_are_the_same():
     assert sorted(homes) == sorted(pmixseg.__all__)
 
 
-@pytest.mark.parametrize(
-    "name", ["testing.check_backbone", "callbacks.PmixAlignment", "losses.DiceCE", "data.Fractions"]
-)
-def test_rooms_need_no_second_import(name):
-    code = (
-        f"import pmixseg; assert callable(pmixseg.{name}); assert {name[:4]!r} in str(dir(pmixseg))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+NAMES = ("testing.check_backbone", "callbacks.PmixAlignment", "losses.DiceCE", "data.Fractions")
+FRESH = """
+import multiprocessing, sys
+
+def use(name):
+    import pmixseg
+    assert list(m for m in sys.modules if m.startswith("pmixseg.")) == []
+    assert callable(eval(f"pmixseg.{name}"))
+    assert name.partition(".")[0] in dir(pmixseg)
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    for name in sys.argv[1:]:
+        process = fork.Process(target=use, args=[name])
+        process.start()
+        process.join()
+        assert process.exitcode == 0, name
+"""
+"""One process that has the heavy libraries, and a child of it for each name."""
+
+
+def test_rooms_need_no_second_import():
+    code = "import torch, lightning.pytorch, monai\n" + FRESH
+    subprocess.run([sys.executable, "-c", code, *NAMES], check=True)
 
 
 def test_unknown_names_are_attribute_errors():

@@ -21,6 +21,7 @@ def test_from_training_to_report(way, phantom_store, tmp_path):
         return  # the rest is the same
     test = ["test", f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"]
     test += [f"--data.store={phantom_store}", "--trainer.enable_progress_bar=false"]
+    test += ["--trainer.limit_test_batches=1"]
     assert main(test) == 0
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()

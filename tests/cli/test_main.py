@@ -1,5 +1,6 @@
 """The command line itself: help, wrong input, --import."""
 
+import io
 import os
 import subprocess
 import sys
@@ -115,12 +116,22 @@ def test_differences_are_named_by_their_path():
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_output_that_is_not_utf_8_loses_signs_and_nothing_else(phantom_root, encoding):
-    plain = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+def test_output_that_is_not_utf_8_loses_signs_and_nothing_else(phantom_root, encoding, monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["inspect", str(phantom_root)]) == 0
+    out.flush()
+    assert "Brats18_PHANTOM_000_1" in out.buffer.getvalue().decode(encoding)
+    assert (out.errors, err.errors) == ("replace", "replace")
+
+
+def test_a_process_writes_what_its_pipe_can_hold(phantom_root):
+    plain = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     command = [sys.executable, "-m", "pmixseg", "inspect", str(phantom_root)]
     done = subprocess.run(command, env=plain, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Brats18_PHANTOM_000_1" in done.stdout.decode(encoding)
+    assert "Brats18_PHANTOM_000_1" in done.stdout.decode("ascii")
 
 
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])

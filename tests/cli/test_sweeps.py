@@ -21,7 +21,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "sweeps.json").read_text
 FILES = sorted(path.name for path in FOLDER.glob("*-*.yaml"))
 TINY = [
     "--model.backbone.width=4",
-    "--model.evaluation.window=[40,40,24]",
+    "--model.evaluation.window=[32,32,32]",
     "--data.patch_size=16",
     "--data.batch_size=2",
     "--data.patches_per_case=1",
@@ -46,11 +46,18 @@ def command(name, run):
     return found
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Where the teacher of the sweeps will lie, and its checkpoint."""
+    run = tmp_path_factory.mktemp("sweeps") / "teacher"
+    return run, run / "checkpoints" / "last.ckpt"
+
+
 @pytest.fixture(autouse=True)
-def agent(monkeypatch, phantom_store, tmp_path):
+def agent(monkeypatch, phantom_store, teacher):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PMIXSEG_STORE", str(phantom_store))
-    monkeypatch.setenv("PMIXSEG_TEACHER", str(tmp_path / "teacher" / "checkpoints" / "last.ckpt"))
+    monkeypatch.setenv("PMIXSEG_TEACHER", str(teacher[1]))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("PMIXSEG_RUN", raising=False)
@@ -129,21 +136,15 @@ def test_the_printed_loop_is_the_same_grid():
     assert done.stdout.count("--trainer.logger=true") == 12
 
 
-@pytest.fixture
-def teacher(tmp_path, phantom_store):
-    flags = ["--config=experiments/sweeps/base.yaml", "--model=TeacherModule"]
-    flags += [
-        f"--data.store={phantom_store}",
-        "--trainer.logger=false",
-        f"--run={tmp_path}/teacher",
-    ]
-    assert main(["fit", *flags, *TINY]) == 0
-
-
 @pytest.mark.parametrize("name", FILES)
-def test_one_command_of_each_file_runs_offline(name, teacher, tmp_path, monkeypatch):
+def test_one_command_of_each_file_runs_offline(name, teacher, phantom_store, tmp_path, monkeypatch):
     import wandb
 
+    run, checkpoint = teacher
+    if not checkpoint.is_file():
+        flags = ["--config=experiments/sweeps/base.yaml", "--model=TeacherModule"]
+        flags += [f"--data.store={phantom_store}", "--trainer.logger=false", f"--run={run}"]
+        assert main(["fit", *flags, *TINY]) == 0
     # An earlier test of this process may have made wandb read its environment for good.
     wandb.teardown()
     monkeypatch.setenv("WANDB_RUN_ID", "sweeprun1")
@@ -180,6 +181,7 @@ def test_rank_0_alone_talks_to_wandb(tmp_path, phantom_store):
         *["fit", "--config=experiments/sweeps/base.yaml", f"--data.store={phantom_store}"],
         *[f"--run={tmp_path}/run", f"--trainer.logger.save_dir={tmp_path}", *TINY],
         *["--align.weight=0.1", "--trainer.devices=2", "--trainer.strategy=ddp"],
+        "--trainer.limit_val_batches=0",
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pmixseg", *flags],
