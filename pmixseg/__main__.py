@@ -19,6 +19,7 @@ def main() -> int:
     except KeyboardInterrupt:
         code = say_stopped()
     if code == STOPPED:
+        exit_on_interrupt()  # a second Ctrl-C does not wait for what is still being closed
         # Python ends by the signal itself if Ctrl-C once came in the midst of an exec() of text,
         # as dataclasses use it; the next exec() takes that mark away.
         exec("")

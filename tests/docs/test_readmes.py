@@ -4,9 +4,12 @@ A real shell reads the blocks, so variables, loops and line ends are its own; th
 called in this process, one after the other. Only trainings and phantoms are made small.
 """
 
+import argparse
 import functools
 import re
+import runpy
 import subprocess
+import sys
 
 import lightning.pytorch as lightning
 import pytest
@@ -148,3 +151,28 @@ def test_the_readme_of_an_experiment(name, folder, capsys):
             weights.add(words[3])
         done(words, capsys)
     assert any("fit" in words for words in shown)
+
+
+@pytest.mark.parametrize(("name", "count"), [("official", 1), ("phantom", 1), ("study", 3)])
+def test_python_lines_of_an_experiment(name, count, folder, monkeypatch, capsys):
+    """Each program takes its line as it stands; those that compute for long stop there."""
+    lines = commands(f"experiments/{name}/README.md", folder)
+    lines = [words[1:] for words in lines if words[0] == "python"]
+    assert len(lines) == count
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parsed(parser, args=None, namespace=None):
+        raise SystemExit(0 if parse(parser, args, namespace) else 1)
+
+    for words in lines:
+        with monkeypatch.context() as patch:
+            if "status" not in words:
+                patch.setattr(argparse.ArgumentParser, "parse_args", only_parsed)
+            module = words[0] == "-m"
+            patch.setattr(sys, "argv", words[module:])
+            with pytest.raises(SystemExit) as end:
+                if module:
+                    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(words[0], run_name="__main__")
+        assert not end.value.code, (words, capsys.readouterr().err)

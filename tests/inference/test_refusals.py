@@ -1,5 +1,7 @@
 """What segmenting refuses, in one sentence, and what force or strictness change."""
 
+from itertools import islice
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -7,12 +9,14 @@ from nibabel.processing import resample_to_output
 from scipy import ndimage
 
 from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.scans import canonical
 from pmixseg.data.scans.brains import MAX_BRAIN_ML, not_a_brain
-from pmixseg.data.scans.canonical import canonicalise
+from pmixseg.data.scans.canonical import canonicalise, join
 from pmixseg.data.scans.grids import on_one_grid
 from pmixseg.data.scans.plausibility import implausible, misplaced
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.inference.segment import Outputs, segment_folder
 from pmixseg.modules.preparation import Preparation
 from pmixseg.task import BRATS
 from tests.inference.tiny_models import tiny_student
@@ -271,3 +275,20 @@ def test_no_real_scan_is_suspected_in_any_combination(real_root):
             for combination in BRATS.combinations():
                 shown = {m: image[m] for m in combination}
                 assert misplaced(shown, case.geometry.grid_spacing) == []
+
+
+def test_a_case_that_memory_does_not_hold_stops_no_other(
+    model, cropped_root, tmp_path, monkeypatch
+):
+    calls = []
+
+    def first_fails(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise MemoryError
+        return join(*args)
+
+    monkeypatch.setattr(canonical, "join", first_fails)
+    results = [*islice(segment_folder(model, cropped_root, Outputs(tmp_path)), 2)]
+    assert "there is not enough memory for it; use" in results[0].problem
+    assert results[1].problem is None and results[1].files

@@ -7,7 +7,8 @@ testing a combination equals segmenting that combination's files alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,7 +110,8 @@ def canonicalise(
 
     Raises:
         InputError: a damaged file, files that do not lie on one grid, voxels of a size that no scan
-            has, a volume without signal or with NaN, a label value outside the coding.
+            has, a volume without signal or with NaN, a label value outside the coding, or too
+            little memory for the case.
     """
     unknown = sorted(set(images) - set(task.modalities))
     if unknown or not images:
@@ -117,31 +119,43 @@ def canonicalise(
             f"{where}: {unknown or 'no image'} given, but task '{task.name}' has the modalities "
             f"{list(task.modalities)}; give at least one of these."
         )
-    reader = ScanReader(where)
-    numbers = coding if isinstance(coding, Coding) else Coding.of(task, coding)
-    reference: Place | None = None
-    signals: dict[str, Signal] = {}
-    oriented = False
-    for name in task.modalities:
-        if name not in images:
-            continue
-        scan = reader.read(images[name], name)
-        place = place_of(scan, spacing, where)
-        oriented |= scan.oriented
-        reference = reference or place
-        signals[name] = signal_of(scan, same_grid(reference, place, where), where, name)
-    assert reference is not None  # there is at least one image
-    case = join(signals, reference.geometry, task, dtype)
-    case.digests, case.oriented = reader.digests, oriented
-    if label is not None:
-        scan = reader.read(label, "label")
-        place = place_of(scan, None, where)
-        seen = label_map(scan, same_grid(reference, place, where), numbers, where)
-        if set(seen.ignored).intersection(numbers.unannotated):
-            case.ignored = seen.ignored  # to train on, or be scored by, half a label is wrong
-        else:
-            _add_label(case, seen)
-    return case
+    with _in_memory(where):
+        reader = ScanReader(where)
+        numbers = coding if isinstance(coding, Coding) else Coding.of(task, coding)
+        reference: Place | None = None
+        signals: dict[str, Signal] = {}
+        oriented = False
+        for name in task.modalities:
+            if name not in images:
+                continue
+            scan = reader.read(images[name], name)
+            place = place_of(scan, spacing, where)
+            oriented |= scan.oriented
+            reference = reference or place
+            signals[name] = signal_of(scan, same_grid(reference, place, where), where, name)
+        assert reference is not None  # there is at least one image
+        case = join(signals, reference.geometry, task, dtype)
+        case.digests, case.oriented = reader.digests, oriented
+        if label is not None:
+            scan = reader.read(label, "label")
+            place = place_of(scan, None, where)
+            seen = label_map(scan, same_grid(reference, place, where), numbers, where)
+            if set(seen.ignored).intersection(numbers.unannotated):
+                case.ignored = seen.ignored  # to train on, or be scored by, half a label is wrong
+            else:
+                _add_label(case, seen)
+        return case
+
+
+@contextmanager
+def _in_memory(where: str) -> Iterator[None]:
+    """One case that memory does not hold stops no other."""
+    try:
+        yield
+    except MemoryError as error:
+        raise InputError(
+            f"{where}: there is not enough memory for it; use fewer workers, or a larger spacing."
+        ) from error
 
 
 def join(

@@ -160,20 +160,15 @@ def _current(own: Path, case: Case, meta: Mapping[str, Any], where: str) -> Outc
 
 def _canonical(recipe: Recipe, case: Case, where: str) -> CanonicalCase:
     spacing = recipe.parameters["spacing"]
-    try:
-        return canonicalise(
-            case.images,
-            case.label,
-            recipe.task,
-            case.coding(recipe.task),
-            None if spacing is None else tuple(spacing),
-            dtype=computed_dtype(recipe.parameters["normalisation"], recipe.parameters["dtype"]),
-            where=where,
-        )
-    except MemoryError as error:
-        raise InputError(
-            f"{where}: there is not enough memory for it; use fewer workers, or a larger spacing."
-        ) from error
+    return canonicalise(
+        case.images,
+        case.label,
+        recipe.task,
+        case.coding(recipe.task),
+        None if spacing is None else tuple(spacing),
+        dtype=computed_dtype(recipe.parameters["normalisation"], recipe.parameters["dtype"]),
+        where=where,
+    )
 
 
 def _origin(case: Case) -> str:
