@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from pmixseg.interrupt import STOPPED, exit_on_interrupt, say_stopped
+from pmixseg.interrupt import STOPPED, exit_on_interrupt, finish_in_peace, say_stopped
 
 
 def main() -> int:
     """Run one command in a process that is the command's alone; see :func:`pmixseg.cli.main`."""
     exit_on_interrupt()
+    finish_in_peace()
     try:
         from pmixseg import cli  # after the line above: this import takes a while
         from pmixseg.cli.allocator import keep_freed_memory
@@ -18,8 +19,8 @@ def main() -> int:
         code = cli.main()
     except KeyboardInterrupt:
         code = say_stopped()
+    exit_on_interrupt()  # Ctrl-C does not wait for what is still being closed
     if code == STOPPED:
-        exit_on_interrupt()  # a second Ctrl-C does not wait for what is still being closed
         # Python ends by the signal itself if Ctrl-C once came in the midst of an exec() of text,
         # as dataclasses use it; the next exec() takes that mark away.
         exec("")

@@ -7,6 +7,7 @@ raises from then on.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -21,13 +22,19 @@ def exit_on_interrupt() -> None:
     signal.signal(signal.SIGINT, _exit)
 
 
+def finish_in_peace() -> None:
+    """Let Ctrl-C do nothing once Python closes down, where it would end by the signal, wordless."""
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
 def raise_on_interrupt() -> None:
     """Let Ctrl-C raise ``KeyboardInterrupt`` again: from here on something may have to be closed.
 
-    Changes nothing in a process that has handlers of its own.
+    In an import it still ends the process at once. Changes nothing in a process that has handlers
+    of its own.
     """
     if signal.getsignal(signal.SIGINT) is _exit:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _raise)
 
 
 def say_stopped() -> int:
@@ -43,3 +50,11 @@ def say_stopped() -> int:
 def _exit(signum: int, frame: FrameType | None) -> None:
     os.write(2, b"pmixseg: stopped.\n")  # print could be what the signal has interrupted
     os._exit(STOPPED)
+
+
+def _raise(signum: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            _exit(signum, frame)
+        frame = frame.f_back
+    raise KeyboardInterrupt

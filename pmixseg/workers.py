@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import (
     active_children,
@@ -17,9 +18,9 @@ from multiprocessing import (
     parent_process,
 )
 from multiprocessing.context import BaseContext
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pmixseg.errors import InputError
 
@@ -61,7 +62,8 @@ def results(
     others, done = {child.pid for child in active_children()}, 0
     pool = ProcessPoolExecutor(workers, _context(preload), initializer=start_worker)
     try:
-        futures = {pool.submit(partial(_piece, work), item): item for item in items}
+        with _interrupted_later():
+            futures = {pool.submit(partial(_piece, work), item): item for item in items}
         for future in as_completed(futures):
             result = future.result()
             done += 1
@@ -136,6 +138,33 @@ def _context(preload: Sequence[str]) -> BaseContext:
     """Not a plain fork: this process may hold threads (torch, the progress bar) that it breaks."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
+    from multiprocessing import forkserver  # there is none on Windows
+
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, *preload])
+    with _interrupted_by(signal.SIG_IGN):  # the server is deaf to it, also while it imports
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def _interrupted_by(handler: Any) -> Iterator[None]:
+    """Another handler of Ctrl-C for a moment; only the main thread may choose one."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block: a pool that is half made cannot be closed."""
+    told: list[int] = []
+    with _interrupted_by(lambda signum, frame: told.append(signum)):
+        yield
+    if told:
+        signal.raise_signal(told[0])

@@ -93,7 +93,7 @@ class SaveRunConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         with writing(folder / "config.yaml"):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(text)
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
         for logger in trainer.loggers:
             if not isinstance(logger, RunLogger):
                 logger.log_hyperparams(yaml.safe_load(text))

@@ -1,10 +1,13 @@
-"""Commands that are killed while they write: nothing half-written counts, and a rerun completes it.
+"""Commands that are killed or stopped while they write: nothing half-written counts.
 
 A copy of this process dies at a chosen file, before or after that file gets its name, as at a
-SIGKILL: nothing is cleaned up. What it left is then looked at, and the command run once more.
+SIGKILL: nothing is cleaned up. What it left is then looked at, and the command run once more. At
+Ctrl-C a command ends with 130 and one line, and leaves nothing hidden.
 """
 
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,8 +39,12 @@ def files(folder):
     }
 
 
-def killed(words, at, after):
-    """Run a command in a copy of this process that dies at its ``at``-th renaming."""
+def ended(words, at, after, end, said=os.devnull):
+    """Run a command in a copy of this process, which calls ``end`` at its ``at``-th renaming.
+
+    Returns:
+        The exit code.
+    """
     child = os.fork()
     if child == 0:
         count = 0
@@ -47,22 +54,35 @@ def killed(words, at, after):
                 nonlocal count
                 count += 1
                 if count == at and not after:
-                    os._exit(9)
+                    end()
                 made = rename(self, target)
-                if count == at:
-                    os._exit(9)
+                if count == at and after:
+                    end()
                 return made
 
             return call
 
+        code = 70
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(1, 2)
+            # Pytest's own goes elsewhere, and the process ends by os._exit.
+            sys.stderr = Path(said).open("w", encoding="utf-8")  # noqa: SIM115  # see above
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             Path.replace, Path.rename = deadly(Path.replace), deadly(Path.rename)
-            main(words)
+            code = main(words)
         finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die():
+    os._exit(9)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +128,24 @@ def score(out, **given):
 
 
 @pytest.mark.parametrize("command", [phantom, prepare, segment, predict, score])
-def test_a_command_that_is_killed(command, cohort, checkpoint, phantom_store, tmp_path):
+def test_a_command_that_is_stopped_or_killed(command, cohort, checkpoint, phantom_store, tmp_path):
     places = {"cohort": cohort, "checkpoint": checkpoint, "phantom_store": phantom_store}
     words = lambda out: [str(w) for w in command(out, **places)]  # noqa: E731
     whole = tmp_path / "whole" / "out"  # the name of a run stands in its records
     assert main(words(whole)) == 0
     expected = files(whole)
     deaths = 0
+    first = tmp_path / "first" / "out"
+    said = tmp_path / "said"
+    assert ended(words(first), 2, False, interrupt, said) == 130
+    assert said.read_text(encoding="utf-8").splitlines()[-1] == "pmixseg: stopped."
+    assert "Traceback" not in said.read_text(encoding="utf-8")
+    assert not [*first.rglob(".*")]  # cleared up
+    assert files(first).items() <= expected.items()
     for at in (1, 2, 4):
         for after in (False, True):
             out = tmp_path / f"{at}-{after}" / "out"
-            deaths += killed(words(out), at, after)
+            deaths += ended(words(out), at, after, die) == 9
             left = files(out)
             assert left.items() <= expected.items(), f"half-written at {at}"
             if command is phantom and left:

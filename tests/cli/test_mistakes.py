@@ -272,6 +272,9 @@ def phantom_with(module, folder):
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n",
         "import signal\nfrom pmixseg.interrupt import raise_on_interrupt\n"  # Python's own mark
         "raise_on_interrupt()\nexec('signal.raise_signal(signal.SIGINT)')\n",
+        "import signal\nfrom pmixseg.interrupt import raise_on_interrupt\n"  # late, and swallowed
+        "raise_on_interrupt()\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n",
     ],
 )
 def test_ctrl_c_in_an_import_is_130_and_no_signal(tmp_path, module):

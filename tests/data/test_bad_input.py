@@ -145,22 +145,22 @@ DAMAGE = {
     "all NaN": (
         "t1",
         lambda p: rewrite(p, lambda d: np.full_like(d, np.nan), dtype=np.float32),
-        r"t1\.nii\.gz holds NaN or infinite voxels; replace them, background by 0\.",
+        r"t1\.nii\.gz holds NaN, infinite or far too large voxels; replace them, background by 0\.",
     ),
     "one NaN": (
         "t1",
         lambda p: rewrite(p, put(np.nan), dtype=np.float32),
-        r"t1\.nii\.gz holds NaN or infinite voxels",
+        r"t1\.nii\.gz holds NaN, infinite or far too large voxels",
     ),
     "one NaN in the corner": (
         "t1",
         lambda p: rewrite(p, put(np.nan, (0, 0, 0)), dtype=np.float64),
-        r"t1\.nii\.gz holds NaN or infinite voxels",
+        r"t1\.nii\.gz holds NaN, infinite or far too large voxels",
     ),
     "one infinity": (
         "t1",
         lambda p: rewrite(p, put(-np.inf), dtype=np.float32),
-        r"t1\.nii\.gz holds NaN or infinite voxels",
+        r"t1\.nii\.gz holds NaN, infinite or far too large voxels",
     ),
     "label 7": (
         "seg",

@@ -153,6 +153,14 @@ def test_resampling_makes_no_dark_rim(images):
     assert values.tolist() == [0, 100]
 
 
+def test_a_scan_that_misses_the_grid_is_named(model, images, tmp_path):
+    slice_below = nib.Nifti1Image(np.asarray(images["t1"].dataobj)[:, :, 12:13], np.eye(4))
+    nib.save(images["t2"], tmp_path / "mine_t2.nii.gz")
+    there = {"t1": slice_below, "t2": tmp_path / "mine_t2.nii.gz"}
+    with pytest.raises(InputError, match=r"nothing of .*mine_t2\.nii\.gz lies on the grid of t1"):
+        model.segment(there, SegmentSettings(reference="t1"))
+
+
 # ------------------------------------------------------------------- plausibility
 
 
@@ -173,7 +181,12 @@ def with_head(data):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [(noisy, "background is not 0|more than a brain"), (with_head, "ml of")]
+    ("change", "says"),
+    [
+        (noisy, "background is not 0|more than a brain"),
+        (with_head, "ml of"),
+        (np.negative, "below 0 in 100% of its non-zero voxels"),
+    ],
 )
 def test_scans_with_skull_or_background(model, images, change, says):
     raw = {"t1": changed(images["t1"], change), "t2": images["t2"]}

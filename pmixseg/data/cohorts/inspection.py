@@ -153,7 +153,7 @@ class Inspection:
         bad = [c.case_id for c in self.cases if c.problems]
         if bad:
             cases = count_of(len(bad), "case has", "cases have")
-            yield f"{cases} problems, so prepare leaves out and no training sees {listed(bad)}."
+            yield f"{cases} problems: prepare leaves out, and no training sees, {listed(bad)}."
         without = [c.case_id for c in good if not c.labelled]
         if without:
             cases = count_of(len(without), "case has", "cases have")

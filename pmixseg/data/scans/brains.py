@@ -39,11 +39,14 @@ NEARLY_0 = 1e-3
 MAX_NEARLY_0 = 0.2
 """Largest share of nearly-zero voxels among the non-zero ones."""
 
+MAX_NEGATIVE = 0.9
+"""Largest credible share of negative voxels among the non-zero ones; z-scores have about half."""
+
 
 def not_a_brain(
     scan: npt.NDArray[np.generic], zooms: tuple[float, ...], name: str, whole: bool | None = None
 ) -> str | None:
-    """Suspect a skull, a background that is not 0, or a label map.
+    """Suspect a skull, a background that is not 0, inverted intensities, or a label map.
 
     Args:
         scan: ``[D, H, W]`` intensities, or their tight box.
@@ -69,6 +72,9 @@ def not_a_brain(
     inside = inside[inside != 0]
     # In float32: numpy 2.4.6 sorts float16 wrongly here and there, and then counts one value twice.
     drawn = inside[:: max(1, len(inside) // SAMPLE)].astype(np.float32)
+    negative = float((drawn < 0).mean())
+    if negative > MAX_NEGATIVE:
+        return f"{name} is below 0 in {negative:.0%} of its non-zero voxels, as no MR signal is"
     sizes = np.abs(drawn)
     small = float((sizes < NEARLY_0 * np.quantile(sizes, 0.99)).mean())
     if small > MAX_NEARLY_0:

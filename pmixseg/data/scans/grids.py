@@ -79,7 +79,7 @@ def on_one_grid(
                 raise  # where it lies is not known, so it cannot be resampled
             if strict:
                 raise InputError(f"{error} Without --strict it would be resampled.") from error
-            common.images[name] = _resampled(reader, images[name], name, grids[chosen])
+            common.images[name] = _resampled(reader, images[name], name, grids[chosen], chosen)
             common.notes.append(f"{name} was resampled from its own grid to that of {chosen}")
     common.digests = reader.digests
     return common
@@ -101,7 +101,9 @@ def _voxel_mm3(grid: Geometry) -> float:
     return float(np.prod(grid.source_spacing))
 
 
-def _resampled(reader: ScanReader, source: Source, name: str, target: Geometry) -> SpatialImage:
+def _resampled(
+    reader: ScanReader, source: Source, name: str, target: Geometry, chosen: str
+) -> SpatialImage:
     scan = reader.read(source, name)
     values = scan.values().astype(np.float32)
     inside = np.nan_to_num(values) != 0
@@ -113,4 +115,10 @@ def _resampled(reader: ScanReader, source: Source, name: str, target: Geometry) 
         for v in (values, inside)
     )
     made = np.where(weight >= 0.5, summed / np.maximum(weight, 0.5), 0).astype(np.float32)
+    if inside.any() and not made.any():
+        size = "x".join(map(str, target.source_shape))
+        raise InputError(
+            f"{reader.where}: nothing of {scan.name} lies on the grid of {chosen}, {size} voxels; "
+            "leave one of them out, or choose the grid with --reference."
+        )
     return nib.Nifti1Image(made, target.affine)

@@ -183,16 +183,17 @@ def signal_of(scan: Scan, geometry: Geometry, where: str, role: str = "a scan") 
     whole = box.shape == values.shape
     # A copy, so that the file's whole content can go: its memory serves the next file again.
     values = values[box.slices].copy(order="K")
-    if not geometry.resampled:
-        doubt = not_a_brain(values, geometry.source_spacing, role, whole)
     with np.errstate(over="ignore", invalid="ignore"):  # told below
         count, mean, deviation = _statistics(values)
     if count == 0 or not np.isfinite(mean + deviation):
         raise InputError(
-            f"{where}: {scan.name} holds NaN or infinite voxels; replace them, background by 0."
+            f"{where}: {scan.name} holds NaN, infinite or far too large voxels; replace them, "
+            "background by 0."
         )
     if deviation <= 1e-5 * abs(mean):
         raise _flat(scan.name, mean, where)
+    if not geometry.resampled:
+        doubt = not_a_brain(values, geometry.source_spacing, role, whole)
     on_grid = box if geometry.resampled else geometry.canonical_box(box)
     return Signal(values, on_grid, mean, deviation, geometry, doubt)
 
