@@ -67,6 +67,18 @@ def test_pages_that_code_names_exist():
     assert {(n, str(p)) for n, p in named if not (ROOT / n).exists()} == set()
 
 
+RECIPES = sorted((ROOT / "tests").rglob("golden/make_*.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_golden_numbers_say_how_they_are_run(path):
+    """They need packages that clash with ours, so nothing else runs them."""
+    text = path.read_text()
+    assert str(path.relative_to(ROOT)) in ast.get_docstring(ast.parse(text))
+    for place in re.findall(r"^sys\.path\.insert\(0, str\((.+)\)\)$", text, re.MULTILINE):
+        assert eval(place, {"HERE": path.parent}) == ROOT
+
+
 def test_the_distances_of_the_page_are_those_of_the_package():
     from pmixseg.losses import DISTANCES
 

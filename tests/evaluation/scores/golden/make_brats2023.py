@@ -8,7 +8,7 @@ checkout in an environment of its own and only its numbers come here:
     python3.10 -m venv oracle
     oracle/bin/pip install numpy==1.23.5 scipy==1.10.1 pandas==1.3.5 nibabel==5.1.0 \
         connected-components-3d==3.12.1
-    PYTHONPATH=. oracle/bin/python PATH_OF_PMIXSEG/tests/evaluation/golden/make_brats2023.py
+    PYTHONPATH=. oracle/bin/python PATH_OF_PMIXSEG/tests/evaluation/scores/golden/make_brats2023.py
 
 Its code runs unchanged, but for masks being given to cc3d as integers: it hands over floats, which
 cc3d 3.12 refuses. Per pair and region: lesion-wise Dice and HD95, and the numbers of found,
@@ -29,7 +29,7 @@ import nibabel
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[3]))
 from tests.evaluation.scores.mask_pairs import lesion_pairs  # noqa: E402  # found only after the path is set
 
 PAIRS, SEED = 210, 3

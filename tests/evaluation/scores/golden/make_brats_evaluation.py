@@ -5,7 +5,7 @@ only its numbers come here:
 
     python3.11 -m venv oracle
     oracle/bin/pip install brats-evaluation==0.0.10 panoptica==2.1.7
-    oracle/bin/python tests/evaluation/golden/make_brats_evaluation.py
+    oracle/bin/python tests/evaluation/scores/golden/make_brats_evaluation.py
 
 Per pair and region: lesion-wise Dice and HD95 (null: not a number, "inf": infinite), and the
 numbers of matched, invented and missed lesions.
@@ -26,7 +26,7 @@ from brats_evaluation.evaluation import evaluate_single_exam
 from panoptica import Panoptica_Evaluator
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[3]))
 from tests.evaluation.scores.mask_pairs import lesion_pairs  # noqa: E402  # found only after the path is set
 
 PAIRS, SEED = 210, 5

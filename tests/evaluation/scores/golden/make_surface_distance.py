@@ -4,7 +4,7 @@ That package needs numpy < 2 and scipy < 1.11, so it cannot be installed beside 
 
     python3.10 -m venv oracle
     oracle/bin/pip install surface-distance==0.1 "numpy<2" "scipy<1.11"
-    oracle/bin/python tests/evaluation/golden/make_surface_distance.py
+    oracle/bin/python tests/evaluation/scores/golden/make_surface_distance.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import surface_distance
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[3]))
 from tests.evaluation.scores.mask_pairs import mask_pairs  # noqa: E402  # found only after the path is set
 
 PAIRS, SEED = 260, 7
