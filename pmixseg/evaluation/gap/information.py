@@ -25,31 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Mean = Float[Tensor, "k"]
 Covariance = Float[Tensor, "k k"]
-
-
-def gaussian_divergence(
-    mean: Mean, covariance: Covariance, mean_p: Mean, covariance_p: Covariance
-) -> float:
-    r"""KL(N(μ, Σ) ‖ N(μ_P, Σ_P)) with full covariances.
-
-    .. math:: \tfrac12 \left( \operatorname{tr} \Sigma_P^{-1} \Sigma
-              + (\mu_P - \mu)^T \Sigma_P^{-1} (\mu_P - \mu) - k
-              + \log \frac{\det \Sigma_P}{\det \Sigma} \right)
-
-    Example:
-        >>> one = torch.ones(1, 1)
-        >>> gaussian_divergence(torch.ones(1), one, torch.zeros(1), one)
-        0.5
-    """
-    p = torch.linalg.cholesky(covariance_p.double())
-    q = torch.linalg.cholesky(covariance.double())
-    shift = torch.linalg.solve_triangular(p, (mean_p - mean).double()[:, None], upper=False)
-    ratio = torch.linalg.solve_triangular(p, q, upper=False)
-    log_determinants = 2 * (p.diagonal().log().sum() - q.diagonal().log().sum())
-    value = 0.5 * (ratio.square().sum() + shift.square().sum() - len(p) + log_determinants)
-    return float(value)
 
 
 def total_correlation(covariance: Covariance, sizes: Sequence[int]) -> float:
