@@ -10,11 +10,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from pmixseg.borrowed import Borrowed
+from pmixseg.borrowed import Borrowed, evaluating
 from pmixseg.callbacks.term import TermCallback
 from pmixseg.describe import build
 from pmixseg.errors import InputError
-from pmixseg.eval_mode import evaluating
 from pmixseg.losses.distillation import DistillationLoss, LatentMatch, LogitKL, case_numbers
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule

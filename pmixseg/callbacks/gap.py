@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from pmixseg.borrowed import evaluating
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
-from pmixseg.eval_mode import evaluating
 from pmixseg.evaluation.gap.guards import low_guards
 from pmixseg.evaluation.gap.latents import (
     LatentSample,

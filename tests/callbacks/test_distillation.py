@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from pmixseg.backbones import MultiEncoderUNet, RFNet
+from pmixseg.borrowed import evaluating
 from pmixseg.callbacks import Distillation
 from pmixseg.callbacks.distillation import DistillationTerm
 from pmixseg.errors import InputError
-from pmixseg.eval_mode import evaluating
 from pmixseg.losses import (
     ContrastiveMatch,
     LogitKL,
