@@ -103,6 +103,15 @@ def disk_error(error: BaseException) -> InputError | None:
     return None
 
 
+def _raised_in(error: BaseException, package: str) -> bool:
+    trace = error.__traceback__
+    while trace is not None:
+        if str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == package:
+            return True
+        trace = trace.tb_next
+    return False
+
+
 def memory_error(error: BaseException) -> InputError | None:
     """Lack of memory, shared memory or open files as a sentence; ``None`` for any other error.
 
@@ -119,7 +128,8 @@ def memory_error(error: BaseException) -> InputError | None:
             f"too many files are open at once ({reason}); allow more (ulimit -n), or use fewer "
             "workers."
         )
-    if isinstance(error, RuntimeError) and _SHARED.search(str(error)):
+    shared = isinstance(error, RuntimeError) and _SHARED.search(str(error))
+    if shared or (code in _FULL and _raised_in(error, "multiprocessing")):  # of its semaphores
         return InputError(
             f"a process that reads data was ended or refused memory by the system ({reason}); use "
             "fewer workers (--data.num_workers 0 needs no shared memory), smaller batches, or a "

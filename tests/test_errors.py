@@ -1,6 +1,7 @@
 """The sentence that a person reads stays one sentence, wherever it was raised."""
 
 import errno
+import multiprocessing
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -127,3 +128,16 @@ def test_lack_of_memory_is_a_sentence(error, advice):
 def test_other_errors_are_none_of_memory():
     assert memory_error(RuntimeError("sizes do not match")) is None
     assert memory_error(OSError(errno.ENOENT, "No such file or directory", "x")) is None
+
+
+def test_a_semaphore_that_shared_memory_does_not_hold_is_no_full_disk(monkeypatch):
+    def refused(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("_multiprocessing.SemLock", refused)
+    with pytest.raises(OSError, match="No space left") as full:
+        multiprocessing.get_context("spawn").Lock()
+    assert "/dev/shm" in str(memory_error(full.value))
+    with pytest.raises(OSError, match="No space left") as full:
+        refused()
+    assert memory_error(full.value) is None

@@ -1,8 +1,8 @@
 """Does a bounded number of open maps make reading slower? Both ways in turn, in one process.
 
-A store keeps at most 128 arrays mapped, since every map holds a file open. With more cases than
-that, nearly every patch maps its case anew. The same patches are read from a store that keeps all
-its maps. Processor time of one thread; a ratio near 1 means that mapping costs nothing.
+A store keeps at most 480 arrays mapped, since every map holds a file open. With more cases than
+these belong to, nearly every patch maps its case anew. The same patches are read from a store that
+keeps all its maps. Processor time of one thread; a ratio near 1 means that mapping costs nothing.
 
     python experiments/benchmarks/open_maps.py [--cases 400] [--rounds 3]
 """

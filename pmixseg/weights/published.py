@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as packed
 from torch import Tensor
 
 from pmixseg.errors import InputError
@@ -68,7 +69,8 @@ def write_published(
     # safetensors refuses tensors that share memory or are views, so each is copied.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with whole(folder / WEIGHTS) as part:
-        save_file(copies, part, metadata={"format": "pt"})
+        # Not save_file: its error of a full disk says neither which file nor what to do.
+        part.write_bytes(packed(copies, metadata={"format": "pt"}))
     content = {
         "format": FORMAT,
         "sha256": file_hash(folder / WEIGHTS),

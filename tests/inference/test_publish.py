@@ -139,3 +139,15 @@ def test_the_commands(checkpoint, tmp_path, capsys):
     assert "rfnet-brats2020" in capsys.readouterr().out
     assert main(["import", "pmixseg", str(checkpoint), "-o", str(back)]) == 1
     assert "no folder of a published model" in capsys.readouterr().err
+
+
+def test_a_disk_that_refuses_the_weights_is_one_sentence(checkpoint, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        code = main(["publish", str(checkpoint), str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert f"{WEIGHTS} cannot be written (File too large)" in capsys.readouterr().err

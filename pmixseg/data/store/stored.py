@@ -45,8 +45,8 @@ STORE_JSON, CASES = "store.json", "cases"
 IMAGE, LABEL, NATIVE, META = "image.npy", "label.npy", "label_native.npy", "meta.json"
 ORIGIN = "origin.txt"
 
-MAX_MAPS = 128
-"""Arrays of a store that are mapped at a time."""
+MAX_MAPS = 480
+"""Arrays of a store that are mapped at a time, of two a case: under half of 1,024 open files."""
 
 
 @dataclass(frozen=True)
