@@ -327,10 +327,8 @@ class BraTSDataModule(LightningDataModule):
 
     def _remark(self, parts: Split, cases: Mapping[str, StoredCase]) -> None:
         if parts.lacking:
-            rank_zero_info(
-                f"left out of the split, not in the store: {count_of(len(parts.lacking), 'case')}, "
-                f"{listed(parts.lacking)}"
-            )
+            cases = count_of(len(parts.lacking), "case of the split is", "cases of the split are")
+            rank_zero_info(f"{cases} not in the store, and left out: {listed(parts.lacking)}")
         if divided := divided_patients(parts, cases.values()):
             has = count_of(len(divided), "patient has", "patients have")
             rank_zero_warn(

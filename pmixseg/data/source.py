@@ -101,8 +101,8 @@ class CohortSource:
         report.cohort = cohort.remarks
         rank_zero_info(report.summary())
         if left := (*report.gone, *report.elsewhere):
-            others = count_of(len(left), "case")
-            rank_zero_info(f"left out, {others} of the store not under {self.root}")
+            others = count_of(len(left), "case of the store is", "cases of the store are")
+            rank_zero_info(f"{others} not under {self.root}, and left out")
         if report.failed:
             raise InputError(
                 f"{count_of(len(report.failed), 'case')} of {self.root} cannot be used: "

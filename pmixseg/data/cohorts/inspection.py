@@ -153,15 +153,15 @@ class Inspection:
         bad = [c.case_id for c in self.cases if c.problems]
         if bad:
             cases = count_of(len(bad), "case has", "cases have")
-            yield f"{cases} problems: prepare leaves out, and no training sees, {listed(bad)}."
+            yield f"{cases} problems (left out by prepare, never trained on): {listed(bad)}."
         without = [c.case_id for c in good if not c.labelled]
         if without:
             cases = count_of(len(without), "case has", "cases have")
-            yield f"{cases} no label, to segment but not to train on or score: {listed(without)}."
+            yield f"{cases} no label (for segment; not trained on or scored): {listed(without)}."
         lacking = [c.case_id for c in good if len(c.modalities) < self.task.num_modalities]
         if lacking:
             cases = count_of(len(lacking), "case lacks", "cases lack")
-            yield f"{cases} sequences, used with the others: {listed(lacking)}."
+            yield f"{cases} sequences (used with those that there are): {listed(lacking)}."
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # As wide as it needs to be: a name that is cut or folded is no name.
