@@ -27,7 +27,7 @@ SMALL = [
 ]
 
 OURS = re.compile(
-    r"(INFO: )?Split: |\s*(Dice|FLAIR|[─●○]|mean )|\d+ cases; .*records\.csv, conventions in|"
+    r"(INFO: )?Split: |\s*(Dice|FLAIR|[─●○]|mean )|\d+ cases?; .*records\.csv, conventions in|"
     r"[┏┡└┃│]|\s*$"
 )
 
