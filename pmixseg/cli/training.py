@@ -370,10 +370,11 @@ def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, A
 
 
 def with_evaluation(description: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a described module, with all evaluation settings, defaults too."""
+    """Class and arguments of a described module, with all evaluation settings, defaults too."""
     arguments = description["init_args"]
     settings = EvaluationSettings.of(arguments.get("evaluation"))
-    return {**arguments, "evaluation": describe(settings)}
+    kind = description["class_path"].rpartition(".")[2]
+    return {"class": kind, **arguments, "evaluation": describe(settings)}
 
 
 def differences(

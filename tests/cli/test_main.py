@@ -11,7 +11,7 @@ import pytest
 
 from pmixseg.cli import import_modules, main
 from pmixseg.cli.arguments import option
-from pmixseg.cli.training import differences, with_checkpoint_defaults
+from pmixseg.cli.training import differences, with_checkpoint_defaults, with_evaluation
 
 
 def test_help_names_every_command(capsys):
@@ -113,6 +113,16 @@ def test_differences_are_named_by_their_path():
     assert differences(stored, given) == [weights]
     named = ["test", "--model.init_args.c=2"]
     assert differences(stored, given, named) == [weights, "model.c is 2, the checkpoint had None"]
+
+
+def test_another_class_of_module_is_a_difference():
+    student, teacher = (
+        with_evaluation({"class_path": f"pmixseg.{name}", "init_args": {}})
+        for name in ("StudentModule", "TeacherModule")
+    )
+    told = "model.class is TeacherModule, the checkpoint had StudentModule"
+    assert differences(student, teacher) == [told]
+    assert differences(student, student) == []
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
