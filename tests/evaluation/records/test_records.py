@@ -1,16 +1,16 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
-import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +25,7 @@ from pmixseg.evaluation.records.records import (
 )
 from pmixseg.evaluation.records.sidecar import FORMAT, Sidecar, checkpoint_identity, git_state
 from pmixseg.task import BRATS, Task
+from tests.copies import Copy
 
 ABOUT = Sidecar(BRATS, conventions={"hd95_rule": "pooled"})
 
@@ -287,62 +288,43 @@ def test_gathering_alone_drops_repeats():
     assert gather_rows(rows) == [row("a"), row("a", "flair"), row("b")]
 
 
-WORKER = textwrap.dedent(
-    """
-    import json, sys
-    import torch.distributed as dist
-    from pmixseg.evaluation.records.records import gather_rows
-    rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-    cases = [["a", "c", "e"], ["b", "d", "a"]][rank]   # the sampler repeats "a" on rank 1
+def gather(rank, folder):
+    place = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    cases = [["a", "c", "e"], ["b", "d", "a"]][rank]  # the sampler repeats "a" on rank 1
     rows = [
         {"case": c, "combination": k, "region": "WT", "dice": 0.5, "rank": rank}
-        for c in cases for k in ("flair", "t1")
+        for c in cases
+        for k in ("flair", "t1")
     ]
-    json.dump(gather_rows(rows), open(f"{out}/{rank}.json", "w"))
+    (folder / f"{rank}.json").write_text(json.dumps(gather_rows(rows)))
     dist.destroy_process_group()
-    """
-)
 
 
 @pytest.mark.ddp
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_ranks_give_every_case_once(tmp_path):
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(tmp_path)])
-        for rank in range(2)
-    ]
-    assert [w.wait(timeout=120) for w in workers] == [0, 0]
+    ranks = [Copy(gather, rank, tmp_path) for rank in range(2)]
+    assert [rank.join() for rank in ranks] == [(0, "")] * 2
     first, second = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
     assert first == second
     assert [r["case"] for r in first] == ["a", "a", "b", "b", "c", "c", "d", "d", "e", "e"]
     assert {r["rank"] for r in first if r["case"] == "a"} == {0}
 
 
-WRITER = textwrap.dedent(
-    """
-    import sys, time
-    from pmixseg.evaluation.records.records import Records
-    from pmixseg.evaluation.records.sidecar import Sidecar
-    from pmixseg.task import BRATS
-    name, path, start = sys.argv[1], sys.argv[2], float(sys.argv[3])
-    time.sleep(max(start - time.time(), 0))
+def write_often(name, path, barrier):
+    barrier.wait(60)
     for i in range(12):
         row = {"case": f"{name}{i}", "combination": "t1", "region": "WT", "dice": 0.5}
         Records.from_rows([row], "r", Sidecar(BRATS)).write(path)
-    """
-)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="writing is locked on POSIX only")
 def test_two_processes_may_write_at_once(tmp_path):
     path = tmp_path / "records.csv"
-    start = str(time.time() + 4)
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, name, str(path), start])
-        for name in ("a", "b")
-    ]
-    assert [w.wait(timeout=120) for w in workers] == [0, 0]
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+    writers = [Copy(write_often, name, path, barrier) for name in ("a", "b")]
+    assert [writer.join()[0] for writer in writers] == [0, 0]
     records = Records.read(path)  # table and sidecar of one write, whichever was last
     assert len(records.table) == 1
     assert not records.altered
