@@ -43,6 +43,7 @@ from pmixseg.task import BRATS
 
 CASES = 28
 SPACING = 5.0
+WORKERS = 2
 PATCH = (32, 40, 32)  # a whole brain at 5 mm
 WIDTH = 16
 LEVELS = 3
@@ -96,7 +97,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
     root = data or out / "cohort"
     if data is None:
         with stage(say, f"phantom: {CASES} synthetic patients"):
-            write_cohort(root, CASES, seed, PhantomSettings(spacing=SPACING), workers=2)
+            write_cohort(root, CASES, seed, PhantomSettings(spacing=SPACING), workers=WORKERS)
     with stage(say, "prepare: canonical, cropped, z-scored, memory-mapped"):
         prepare_cohort(root, out / "store")
     runs = []
@@ -140,7 +141,9 @@ def prepare_cohort(root: Path, store: Path) -> None:
         InputError: a case cannot be prepared, or the store holds cases of another cohort.
     """
     spacing = (SPACING, SPACING, SPACING)
-    report = prepare(find_cases(root, BRATS), store, BRATS, spacing=spacing, workers=2, prune=True)
+    report = prepare(
+        find_cases(root, BRATS), store, BRATS, spacing=spacing, workers=WORKERS, prune=True
+    )
     if report.failed:
         raise InputError(" ".join(report.failed.values()))
     if report.elsewhere:

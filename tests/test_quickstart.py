@@ -20,6 +20,7 @@ def small(monkeypatch):
     for name, value in {
         "CASES": 7,
         "SPACING": 6.0,
+        "WORKERS": 0,
         "PATCH": (24, 32, 24),
         "WIDTH": 4,
         "TEACHER_STEPS": 2,
