@@ -180,8 +180,10 @@ class Runner:
             waiting.remove(training)
 
     def _new_worker(self) -> Worker:
-        # Forked children of a process that has used torch's threads may hang.
-        context = multiprocessing.get_context("spawn")
+        # Forked children of a process that has used torch's threads may hang; a server that has
+        # only imported what they need begins them at once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["experiments.study.training"])
         here, there = context.Pipe()
         arguments = (there, self.cohort, self.work, self.threads)
         process = context.Process(target=serve, args=arguments, daemon=True)

@@ -244,6 +244,11 @@ def test_the_seed_decides_everything(ran):
     assert loss["few_alone_s1"] != loss["few_alone_s2"]
 
 
+def descendants(process):
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [*children, *(each for child in children for each in descendants(child))]
+
+
 def test_a_study_killed_at_any_moment_goes_on_to_the_same_results(ran, plan_file, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first_seed = command(plan_file, tmp_path, "--set", "seeds=[1]")
@@ -258,7 +263,8 @@ def test_a_study_killed_at_any_moment_goes_on_to_the_same_results(ran, plan_file
         if list(ended.glob("*.json")):
             break
         time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = descendants(process.pid)
+    assert len(children) > 2
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert 0 < len(list(ended.glob("*.json"))) < 5
