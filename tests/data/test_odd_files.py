@@ -100,7 +100,7 @@ def test_names_are_printed_as_they_are(make_case, tmp_path, capsys, name):
         main(["phantom", str(tmp_path / "p" / name), "--cases=1", "--spacing=6", "--workers=0"])
         == 0
     )
-    assert f"1 synthetic cases in {tmp_path / 'p' / name}: no patient" in capsys.readouterr().out
+    assert f"1 synthetic case in {tmp_path / 'p' / name}: no patient" in capsys.readouterr().out
 
 
 def test_a_link_to_a_folder_around_it_is_not_followed(make_case, tmp_path):
