@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -59,7 +60,8 @@ def main(args: Sequence[str] | None = None) -> int:
             cause = complaint(error)
         if cause is None:
             raise
-        print(f"pmixseg: {cause}", file=sys.stderr)  # noqa: T201  # the command line's own output
+        line = re.sub(r"\s*\n\s*", " ", str(cause))  # libraries break theirs
+        print(f"pmixseg: {line}", file=sys.stderr)  # noqa: T201  # the command line's own output
         return 2 if isinstance(cause, UsageError) else 1
 
 

@@ -155,3 +155,11 @@ def test_a_word_for_a_number_is_no_class(phantom_store, capsys):
     words = ["fit", f"--data.store={phantom_store}", "--model.optimizer.lr=fast"]
     assert main(words) == 2
     assert "--model.optimizer.lr is fast, but must be float." in capsys.readouterr().err
+
+
+def test_what_a_library_says_in_lines_is_one_line(tmp_path, capsys):
+    rows = "run,case,combination,region,dice\nr,1,t1,WT,1\nr,1,t1,WT,1,2,3\n"
+    (tmp_path / "records.csv").write_text(rows)
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be read as a table" in line and line.endswith("test again.")
