@@ -327,8 +327,8 @@ class BraTSDataModule(LightningDataModule):
 
     def _remark(self, parts: Split, cases: Mapping[str, StoredCase]) -> None:
         if parts.lacking:
-            cases = count_of(len(parts.lacking), "case of the split is", "cases of the split are")
-            rank_zero_info(f"{cases} not in the store, and left out: {listed(parts.lacking)}")
+            they = count_of(len(parts.lacking), "case of the split is", "cases of the split are")
+            rank_zero_info(f"{they} not in the store, and left out: {listed(parts.lacking)}")
         if divided := divided_patients(parts, cases.values()):
             has = count_of(len(divided), "patient has", "patients have")
             rank_zero_warn(
