@@ -21,7 +21,7 @@ from tests.callbacks.memory_data import quiet_trainer, tiny
 
 @pytest.fixture(scope="module")
 def student():
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # no voxel has two classes that are equal but for rounding
     return StudentModule(backbone=tiny(), evaluation=EvaluationSettings(window=(32, 32, 32)))
 
 
