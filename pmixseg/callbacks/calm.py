@@ -7,7 +7,7 @@ import re
 import warnings
 
 CHATTER = re.compile(
-    r"\W*(Tip:|(GPU|TPU|HPU|IPU) available|Seed set to|`Trainer\.\w+` (stopped|already)|"
+    r"\W*(?:rank: \d+\] )?(Tip:|(GPU|TPU|HPU|IPU) available|Seed set to|`Trainer\.\w+` (stopped|already)|"
     r"`Trainer\(\w+=.*\)` was configured|Loading `train_dataloader` to estimate|"
     r"Restor(ing|ed) |Loaded model weights|Using (16bit|bfloat16|double)|"
     r"Detected KeyboardInterrupt|You are using a CUDA device .* Tensor Cores|LOCAL_RANK)"
@@ -27,6 +27,7 @@ ARRANGED = (
     r"Total length of `.*` across ranks is zero",
     r"Trainer already configured with model summary callbacks",
     r".*args parameter is intended",
+    r"It is recommended to use `self\.log\('(val|test)/dice",  # means over all processes already
 )
 """Warnings about what this package sets itself, or about Lightning's own inside."""
 

@@ -130,6 +130,9 @@ def _value_sentence(message: str, args: Sequence[str]) -> str:
     if kinds and value:
         several = sorted(set(kinds), key=lambda word: (word == "null", kinds.index(word)))
         return f"{where(keys, args)} is {value[1]}, but must be {' or '.join(several)}."
+    if re.search(r"Expected an instantiatable class, but \S+ is abstract", message) and keys[1:]:
+        flag = "--" + ".".join(keys[:-1])
+        return f"{where(keys, args)} belongs to a class that is not named; add {flag} CLASS."
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     frame = r"Parser key .*:$|Does not validate|Errors:|Subtypes:|Problem with|Expected an? <class"
     reasons = [line for line in lines if not re.match(frame, line)]

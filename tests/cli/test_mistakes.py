@@ -42,6 +42,10 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--trainer.max_epochs=x", "--trainer.max_epochs is x, but must be int or null."),
         ("--model.fil=zero", "--model.fil: StudentModule takes no 'fil'; did you mean fill?"),
         ("--model.fill=mean", "--model.fill is mean, but must be one of zero, anchor or null."),
+        (
+            "--model.backbone.width=4",
+            "--model.backbone.width belongs to a class that is not named; add --model.backbone CL",
+        ),
         ("--model=StudntModule", "--model: no class 'StudntModule' is known; did you mean Stud"),
         (
             "--model.optimizer=AdamX",

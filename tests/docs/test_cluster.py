@@ -48,7 +48,7 @@ def job(file, folder, task=1):
         "SLURM_NTASKS_PER_NODE": asked.get("ntasks-per-node", "1"),
         "SLURM_CPUS_PER_TASK": asked["cpus-per-task"],
         "SLURM_ARRAY_TASK_ID": f"{task}",
-        "SLURM_ARRAY_TASK_COUNT": f"{count}",
+        "SLURM_ARRAY_TASK_COUNT": "1",  # as for a job that is sent again alone
         "PMIXSEG_ENV": str(folder),
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
     }
