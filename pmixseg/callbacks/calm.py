@@ -7,7 +7,8 @@ import re
 import warnings
 
 CHATTER = re.compile(
-    r"\W*(?:rank: \d+\] )?(Tip:|(GPU|TPU|HPU|IPU) available|Seed set to|`Trainer\.\w+` (stopped|already)|"
+    r"\W*(?:rank: \d+\] )?(Tip:|"
+    r"(GPU|TPU|HPU|IPU) available|Seed set to|`Trainer\.\w+` (stopped|already)|"
     r"`Trainer\(\w+=.*\)` was configured|Loading `train_dataloader` to estimate|"
     r"Restor(ing|ed) |Loaded model weights|Using (16bit|bfloat16|double)|"
     r"Detected KeyboardInterrupt|You are using a CUDA device .* Tensor Cores|LOCAL_RANK)"
