@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +14,11 @@ from rich.table import Table
 
 from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError
-from pmixseg.evaluation.scores.calibration import TemperatureFit, Temperatures
+from pmixseg.evaluation.scores.calibration import (
+    TEMPERATURE_RANGE,
+    TemperatureFit,
+    Temperatures,
+)
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import write_temperatures
 from pmixseg.task import Task
@@ -84,7 +90,7 @@ class TemperatureFitting(Callback):
         task = cast(SegmentationModule, pl_module).task
         console = Console(highlight=False, markup=False, soft_wrap=True)
         console.print(self._table(temperatures, task))
-        if warning := self.caution(temperatures, task):
+        for warning in self.cautions(temperatures, task):
             console.print(f"warning: {warning}")
         console.print(f"wrote {self.out}")
 
@@ -94,20 +100,31 @@ class TemperatureFitting(Callback):
             raise InputError("temperatures belong to a checkpoint; name it with --ckpt_path.")
         return source
 
-    def caution(self, temperatures: Temperatures, task: Task) -> str | None:
-        """A sentence where temperatures mend cross-entropy and spoil the calibration error."""
+    def cautions(self, temperatures: Temperatures, task: Task) -> Iterator[str]:
+        """Say where a temperature is no optimum, or spoils the calibration error."""
+        least, most = TEMPERATURE_RANGE
+        ends = [
+            str(n)
+            for n, t in temperatures.by_size.items()
+            if math.isclose(t, least, rel_tol=1e-3) or math.isclose(t, most, rel_tol=1e-3)
+        ]
+        if ends:
+            yield (
+                f"with {' and '.join(ends)} shown the temperature is at an end of its range "
+                f"({least:g} to {most:g}), so it is no optimum: the model is not trained, or the "
+                "validation cases are too few."
+            )
         worse = [
             str(n)
             for n, t in temperatures.by_size.items()
             if self.fit.ece(n, t, task) > self.fit.ece(n, 1.0, task)
         ]
-        if not worse:
-            return None
-        return (
-            f"with {' and '.join(worse)} shown the calibration error (ECE) rises although "
-            "cross-entropy falls: one temperature for all voxels softens sure background too. "
-            "Compare the records of both checkpoints before using this one."
-        )
+        if worse:
+            yield (
+                f"with {' and '.join(worse)} shown the calibration error (ECE) rises although "
+                "cross-entropy falls: one temperature for all voxels softens sure background too. "
+                "Compare the records of both checkpoints before using this one."
+            )
 
     def _table(self, temperatures: Temperatures, task: Task) -> Table:
         table = Table(title="temperatures, fitted on validation cases", title_justify="left")

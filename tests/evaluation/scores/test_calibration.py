@@ -211,5 +211,8 @@ def test_a_temperature_that_spoils_the_calibration_error_is_called_so(tmp_path):
     assert t > 1.1
     assert fitting.fit.cross_entropy(2, t) < fitting.fit.cross_entropy(2, 1.0)
     assert fitting.fit.ece(2, t, BRATS) > fitting.fit.ece(2, 1.0, BRATS)
-    assert "with 2 shown" in fitting.caution(Temperatures({2: t}), BRATS)
-    assert fitting.caution(Temperatures({2: 1.0}), BRATS) is None
+    (caution,) = fitting.cautions(Temperatures({2: t}), BRATS)
+    assert "with 2 shown the calibration error (ECE) rises" in caution
+    assert not list(fitting.cautions(Temperatures({2: 1.0}), BRATS))
+    end = next(fitting.cautions(Temperatures({2: 0.05}), BRATS))
+    assert "at an end of its range (0.05 to 20)" in end
