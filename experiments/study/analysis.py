@@ -7,7 +7,7 @@ every scored combination must hold, where the endpoint is about that sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import numpy as np
 import pandas as pd
@@ -262,27 +262,36 @@ TABLES: dict[str, Callable[[StudyResults, Entry], str]] = {
 NOTHING = "No seed has ended."
 
 
-def analyse(results: StudyResults, entries: Sequence[Entry], planned: Collection[str] = ()) -> str:
+def analyse(
+    results: StudyResults, entries: Sequence[Entry], planned: Set[str] = frozenset()
+) -> str:
     """Make every table of a plan, each under its title.
 
     Args:
         results: what ended.
         entries: the plan's tables.
-        planned: groups that are still trained: a table of one without a whole block says so.
+        planned: groups that are still trained: a table of one without a whole block says so, and
+            a group that has not begun is one line instead of its tables.
 
     Raises:
         InputError: a kind of table, a group or an arm that there is not.
     """
     sections = []
+    begun = set(results.trainings["group"])
+    later = dict.fromkeys(e["group"] for e in entries if e["group"] in planned - begun)
     for entry in entries:
         if entry["kind"] not in TABLES:
             raise InputError(
                 f"table '{entry['title']}': no kind '{entry['kind']}'; use one of "
                 f"{', '.join(TABLES)}."
             )
+        if entry["group"] in later:
+            continue
         waits = entry["group"] in planned and not has_ended(results, entry)
         text = NOTHING if waits else TABLES[entry["kind"]](results, entry)
         sections.append(f"### {entry['title']}\n\n{text}")
+    if later:
+        sections.append(f"Not run: {', '.join(later)}.")
     return "\n\n".join(sections)
 
 

@@ -93,7 +93,7 @@ def test_a_group_that_has_not_begun_and_an_arm_that_is_half_done_are_no_result()
     results = made_results({"a": [[0.5]], "b": [[0.4]]})
     entry = {"title": "t", "kind": "tests", "group": "g", "contrasts": [["a", "b"]]}
     later = {**entry, "group": "h"}
-    assert analyse(results, [later], {"g", "h"}) == "### t\n\nNo seed has ended."
+    assert analyse(results, [later, later], {"g", "h"}) == "Not run: h."
     with pytest.raises(InputError, match="no group 'h'"):
         analyse(results, [later])
     assert "+10.00" in analyse(results, [entry], {"g"})
