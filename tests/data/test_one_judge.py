@@ -71,6 +71,15 @@ def test_a_background_that_is_not_0(make_case, tmp_path, kind, spacing):
     assert Store.open(tmp_path / "store").cases == (good.case_id,)
 
 
+def test_one_scan_under_two_names(make_case, tmp_path):
+    case = make_case()
+    make_case("BraTS2021_00002")
+    case.images["t2"].write_bytes(case.images["flair"].read_bytes())
+    problems, refused, segmented = everyone(case, tmp_path)
+    assert refused is not None and "flair and t2 are one and the same scan" in refused
+    assert problems == [refused] and segmented == refused
+
+
 def test_force_keeps_such_a_case_and_says_so(make_case, tmp_path, capsys):
     case = make_case()
     rewrite(case.images["t1"], lambda x: (x + 1).astype(np.int16))

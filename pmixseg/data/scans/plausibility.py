@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,26 @@ def implausible(case: CanonicalCase, task: Task) -> list[str]:
         for index, (name, there) in enumerate(zip(task.modalities, case.acquired, strict=True))
         if there
     }
-    return list(case.doubts) or misplaced(scans, case.geometry.grid_spacing)
+    doubts = [*case.doubts, *copies(scans)]
+    return doubts or misplaced(scans, case.geometry.grid_spacing)
+
+
+def copies(scans: Mapping[str, npt.NDArray[np.generic]]) -> list[str]:
+    """Suspect scans that are equal voxel by voxel: one file, copied under two names.
+
+    Args:
+        scans: by sequence, on one grid.
+
+    Example:
+        >>> scan = np.arange(8.0).reshape(2, 2, 2)
+        >>> copies({"t1": scan, "t2": scan + 1, "flair": scan.copy()})
+        ['t1 and flair are one and the same scan']
+    """
+    return [
+        f"{one} and {other} are one and the same scan"
+        for one, other in combinations(scans, 2)
+        if np.array_equal(scans[one], scans[other])
+    ]
 
 
 @dataclass(frozen=True)
