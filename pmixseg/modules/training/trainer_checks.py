@@ -25,9 +25,9 @@ def check_machine(trainer: Trainer) -> None:
     precision = str(trainer.precision)
     if precision not in PRECISIONS:
         raise InputError(
-            f"--trainer.precision {precision} turns the weights themselves into another type, and "
-            "half precision loses the small changes of an optimizer's step; use bf16-mixed or "
-            "16-mixed, which compute in half precision and keep weights in float32, or 32-true."
+            f"--trainer.precision {precision} turns the weights themselves into another type, "
+            f"{_loss_of(precision)}; use 32-true, or bf16-mixed and 16-mixed, which compute in "
+            "half precision and keep weights in float32."
         )
     strategy = trainer.strategy
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
@@ -37,6 +37,12 @@ def check_machine(trainer: Trainer) -> None:
             "pmixseg could hold; these networks fit every card whole, so use --trainer.strategy "
             "ddp."
         )
+
+
+def _loss_of(precision: str) -> str:
+    if precision.startswith("64"):
+        return "where scores, checkpoints and stores are made for float32"
+    return "and half precision loses the small changes of an optimizer's step"
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -47,7 +47,8 @@ def test_weights_of_another_type_are_refused_before_anything_runs(
     assert main([command, *given, *flags]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"pmixseg: --trainer.precision {precision} turns the weights")
-    assert "use bf16-mixed or 16-mixed" in said
+    assert "use 32-true, or bf16-mixed and 16-mixed" in said
+    assert ("half precision loses" in said) == (precision != "64-true")
 
 
 @pytest.mark.parametrize("precision", TRUE)
