@@ -265,27 +265,36 @@ class KFold(SplitPlan):
         share = [1 - self.val_fraction, self.val_fraction]
         train, val = deal(rest, share, make_key(self.seed, None, self.fold))
         needed = {"train": True, "val": self.val_fraction > 0, "test": True}
-        parts = {"train": train, "val": val, "test": dealt[self.fold]}
+        training = {"train": train, "val": val}
+        _leave_none_empty(training, needed)
+        parts = {**training, "test": dealt[self.fold]}
         return _filled(parts, needed, f"KFold with {self.folds} folds")
 
 
 class Fractions(SplitPlan):
     """Split at random by shares of the cohort.
 
+    A part with a share above 0 gets at least one patient where there are enough of them.
+
     Args:
         train: share of the training cases; the three sum to 1.
         val: share of the validation cases.
-        test: share of the test cases.
+        test: share of the test cases; ``None``: what the other two leave.
         seed: which deal.
+
+    Example:
+        >>> Fractions(train=0.5, val=0.2).shares
+        {'train': 0.5, 'val': 0.2, 'test': 0.3}
 
     Raises:
         InputError: negative shares, or another sum.
     """
 
     def __init__(
-        self, train: float = 0.7, val: float = 0.1, test: float = 0.2, seed: int = 0
+        self, train: float = 0.7, val: float = 0.1, test: float | None = None, seed: int = 0
     ) -> None:
-        self.shares = {"train": train, "val": val, "test": test}
+        rest = round(1 - train - val, 9) if test is None else test
+        self.shares = {"train": train, "val": val, "test": rest}
         self.seed = seed
         if min(self.shares.values()) < 0 or abs(sum(self.shares.values()) - 1) > 1e-6:
             raise InputError(
@@ -296,11 +305,13 @@ class Fractions(SplitPlan):
         """Split the cases at random by shares, patients kept together.
 
         Raises:
-            InputError: a part with a share above 0 gets no case.
+            InputError: there are fewer patients than parts with a share above 0.
         """
         dealt = deal(cases, list(self.shares.values()), self.seed)
         needed = {part: share > 0 for part, share in self.shares.items()}
-        return _filled(dict(zip(self.shares, dealt, strict=True)), needed, "Fractions")
+        parts = dict(zip(self.shares, dealt, strict=True))
+        _leave_none_empty(parts, needed)
+        return _filled(parts, needed, "Fractions")
 
 
 class WholeCohort(SplitPlan):
@@ -331,6 +342,17 @@ def divided_patients(split: Split, cases: Iterable[SplittableCase]) -> list[str]
         if case.case_id in part_of:
             parts[case.patient].add(part_of[case.case_id])
     return sorted(patient for patient, several in parts.items() if len(several) > 1)
+
+
+def _leave_none_empty(parts: dict[str, list[SplittableCase]], needed: dict[str, bool]) -> None:
+    """Give every empty part that is needed the last patient of the largest part, if it has two."""
+    for part in (name for name, cases in parts.items() if needed[name] and not cases):
+        largest = max(parts.values(), key=lambda cases: len({c.patient for c in cases}))
+        last = largest[-1].patient if largest else None
+        others = [case for case in largest if case.patient != last]
+        if others:
+            parts[part] = [case for case in largest if case.patient == last]
+            largest[:] = others
 
 
 def _filled(parts: dict[str, list[SplittableCase]], needed: dict[str, bool], where: str) -> Split:

@@ -119,6 +119,25 @@ def test_deal_golden():
     assert split == Split(("c1", "c3", "c5", "c7"), ("c0", "c4"), ("c2", "c6"))
 
 
+@pytest.mark.parametrize("patients", [4, 5, 6, 7])
+def test_a_small_cohort_leaves_no_part_empty(patients):
+    cases = [case(f"s{i}", None, f"p{i % patients}") for i in range(2 * patients)]
+    parts = Fractions().split(cases)
+    assert all((parts.train, parts.val, parts.test))
+    assert sorted(parts.train + parts.val + parts.test) == sorted(c.case_id for c in cases)
+    assert divided_patients(parts, cases) == []
+    assert len(parts.train) >= max(len(parts.val), len(parts.test))
+    fold = KFold(0, 2, 0.1).split(cases)
+    assert fold.val and fold.train and divided_patients(fold, cases) == []
+
+
+def test_the_test_part_is_what_the_others_leave():
+    assert Fractions(0.5, 0.2).shares == Fractions(0.5, 0.2, 0.3).shares
+    assert Fractions().shares == {"train": 0.7, "val": 0.1, "test": 0.2}
+    with pytest.raises(InputError, match="sum to 1"):
+        Fractions(0.8, 0.3)
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 12), st.sampled_from(["HGG", "LGG", None])),
