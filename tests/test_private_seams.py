@@ -24,6 +24,7 @@ SEAMS = {
         argparse.ArgumentParser(),
         "options of a parser, to propose the one that was meant",
     ),
+    "_compiler_ctx": (LightningModule(), "whether torch.compile was put around a whole module"),
     "_conv_forward": (torch.nn.Conv3d, "torch's own convolution, to repair its bf16 gradient"),
     "_disable_current_modes": (
         torch.utils._python_dispatch,

@@ -37,7 +37,11 @@ from pmixseg.modules.training.optimization import (
     scheduled,
 )
 from pmixseg.modules.training.resuming import PENDING, Resuming, pending_metrics
-from pmixseg.modules.training.trainer_checks import check_parameters, check_trainer
+from pmixseg.modules.training.trainer_checks import (
+    check_loaders,
+    check_parameters,
+    check_trainer,
+)
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch, Latents, Presence, Scalar, SegOutput
 
@@ -353,8 +357,10 @@ class SegmentationModule(ScoredNetwork):
         """Give a resumed training the settings of this call, not those of its checkpoint.
 
         Raises:
-            InputError: its learning-rate schedule ends before the step that was reached.
+            InputError: its learning-rate schedule ends before the step that was reached; or
+                loaders without their data module.
         """
+        check_loaders(self.trainer, self.trainer.train_dataloader)
         self._resuming.apply(self.trainer)
 
     def on_fit_end(self) -> None:

@@ -32,7 +32,7 @@ from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.payload import Payload, weights_for, weights_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.compilation import Compile
-from pmixseg.modules.training.trainer_checks import check_machine
+from pmixseg.modules.training.trainer_checks import check_machine, check_uncompiled
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -202,9 +202,11 @@ class SegmentationNetwork(LightningModule, Described):
         """Take spacing, normalisation and patch from the data; compare them with a checkpoint's.
 
         Raises:
-            InputError: a precision or strategy of the trainer that would change the model.
+            InputError: a precision or strategy of the trainer that would change the model, or a
+                compiler put around it.
         """
         check_machine(self.trainer)
+        check_uncompiled(self)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.preparation = self.preparation.merge(data, self.evaluation, fitting=stage == "fit")

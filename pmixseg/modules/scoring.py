@@ -21,6 +21,7 @@ from pmixseg.execution import static_on
 from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.modules.preparation import seen_cases
 from pmixseg.modules.recording import Recording, warn_without_label
+from pmixseg.modules.training.trainer_checks import check_loaders
 from pmixseg.plurals import count_of
 from pmixseg.task import Combination
 
@@ -71,8 +72,10 @@ class ScoredNetwork(SegmentationNetwork):
         """Refuse to validate on cases that the model was trained on.
 
         Raises:
-            InputError: there are such cases, and :attr:`force` is not set.
+            InputError: there are such cases, and :attr:`force` is not set; or loaders without
+                their data module.
         """
+        check_loaders(self.trainer, self.trainer.val_dataloaders)
         if self.trainer.state.fn == "validate":
             self._refuse_seen("val", ("training",))
 
@@ -80,9 +83,19 @@ class ScoredNetwork(SegmentationNetwork):
         """Refuse to test on cases that the model was trained or selected with.
 
         Raises:
-            InputError: there are such cases, and :attr:`force` is not set.
+            InputError: there are such cases, and :attr:`force` is not set; or loaders without
+                their data module.
         """
+        check_loaders(self.trainer, self.trainer.test_dataloaders)
         self._refuse_seen("test", ("training", "validation"))
+
+    def on_predict_start(self) -> None:
+        """Refuse loaders without their data module.
+
+        Raises:
+            InputError: there are such loaders.
+        """
+        check_loaders(self.trainer, self.trainer.predict_dataloaders)
 
     def _refuse_seen(self, part: Literal["val", "test"], counted: tuple[str, ...]) -> None:
         data = getattr(self.trainer, "datamodule", None)

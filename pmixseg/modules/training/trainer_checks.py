@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 
+from pmixseg.data.patches import CaseDataset, PatchDataset
 from pmixseg.errors import InputError
 from pmixseg.modules.training.optimization import mode_of, validates
 
@@ -36,6 +37,20 @@ def check_machine(trainer: Trainer) -> None:
             f"{type(strategy).__name__} cuts the weights into parts, which no checkpoint of "
             "pmixseg could hold; these networks fit every card whole, so use --trainer.strategy "
             "ddp."
+        )
+
+
+def check_uncompiled(module: LightningModule) -> None:
+    """Refuse a module that ``torch.compile`` was put around.
+
+    Raises:
+        InputError: it is one.
+    """
+    if module._compiler_ctx is not None:
+        name = type(module).__name__
+        raise InputError(
+            f"torch.compile was put around the whole {name}, whose steps also log and draw; use "
+            f"its own option instead: {name}(compile=True), or --model.compile true."
         )
 
 
@@ -69,6 +84,27 @@ def check_trainer(trainer: Trainer) -> None:
                 f"{type(callback).__name__} watches {callback.monitor} with mode {callback.mode}, "
                 f"but it is better {'lower' if mode == 'min' else 'higher'}; give it mode: {mode}."
             )
+
+
+def check_loaders(trainer: Trainer, *loaders: Any) -> None:
+    """Refuse loaders that were taken out of a data module: they bring less than it does.
+
+    Args:
+        trainer: that runs.
+        loaders: what it reads, one or a list of them.
+
+    Raises:
+        InputError: their samples are a prepared cohort's, and the trainer has no data module.
+    """
+    if trainer.datamodule is not None:  # type: ignore[attr-defined]  # set by Trainer.fit
+        return
+    each = [one for some in loaders for one in (some if isinstance(some, list) else [some])]
+    if any(isinstance(getattr(one, "dataset", None), PatchDataset | CaseDataset) for one in each):
+        raise InputError(
+            "the loaders of a BraTSDataModule were given without it, so nothing would augment the "
+            "patches, move the cases or tell which patients a test may score; give the data module "
+            "itself: trainer.fit(module, datamodule=data)."
+        )
 
 
 def check_parameters(module: nn.Module, trainer: Trainer) -> None:

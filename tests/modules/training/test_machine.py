@@ -13,6 +13,8 @@ from lightning.pytorch.strategies import (
 )
 
 from pmixseg.cli import main
+from pmixseg.data import BraTSDataModule
+from pmixseg.data.splits import Fractions
 from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule
 from pmixseg.modules.training.trainer_checks import check_machine
@@ -73,3 +75,24 @@ def test_strategies_that_cut_weights_are_refused(kind):
 @pytest.mark.parametrize("strategy", [DDPStrategy(), SingleDeviceStrategy("cpu")])
 def test_strategies_that_keep_weights_whole_are_taken(strategy):
     check_machine(SimpleNamespace(precision="bf16-mixed", strategy=strategy))
+
+
+def test_a_compiler_round_the_whole_module_is_refused(tmp_path):
+    module = torch.compile(StudentModule(backbone=tiny()), backend="eager")
+    with pytest.raises(InputError, match=r"StudentModule\(compile=True\)"):
+        quiet_trainer(tmp_path).fit(module, MemoryData())
+
+
+def test_loaders_without_their_data_module_are_refused(tmp_path, phantom_store):
+    split = Fractions(0.5, 0.25)
+    data = BraTSDataModule(phantom_store, patch_size=16, num_workers=0, split=split)
+    data.setup("fit"), data.setup("test")
+    train, cases = data.train_dataloader(), data.test_dataloader()
+    module, refused = StudentModule(backbone=tiny()), "give the data module itself"
+    with pytest.raises(InputError, match=refused):
+        quiet_trainer(tmp_path, limit_val_batches=0).fit(module, train)
+    with pytest.raises(InputError, match=refused):
+        quiet_trainer(tmp_path).fit(module, train, data.val_dataloader())
+    for run in ("validate", "test", "predict"):
+        with pytest.raises(InputError, match=refused):
+            getattr(quiet_trainer(tmp_path), run)(module, cases)
