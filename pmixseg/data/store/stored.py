@@ -16,9 +16,11 @@ another name on the same disk, which is then renamed.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from isal.isal_zlib import crc32
 
 from pmixseg.data.scans.boxes import Box
@@ -45,17 +48,16 @@ STORE_JSON, CASES = "store.json", "cases"
 IMAGE, LABEL, NATIVE, META = "image.npy", "label.npy", "label_native.npy", "meta.json"
 ORIGIN = "origin.txt"
 
-MAX_MAPS = 480
-"""Arrays of a store that are mapped at a time, of two a case: under half of 1,024 open files."""
+MAX_MAPS = 30_000
+"""Arrays of a store that are mapped at a time: under half of the 65,530 maps that Linux allows."""
 
 
 @dataclass(frozen=True)
 class StoredCase:
     """Read a prepared case from memory-mapped arrays, whole or by patch.
 
-    Arrays are mapped when they are asked for, and at most :data:`MAX_MAPS` at a time: every map
-    holds a file open, of which a process may hold 1,024 as a rule. Pickling a case passes its
-    folder, not its voxels.
+    Arrays are mapped when they are asked for, and no file stays open for it. Pickling a case passes
+    its folder, not its voxels.
 
     Args:
         case_id: name of the case.
@@ -180,8 +182,7 @@ class OpenMaps:
         """
         made = self._maps.get(path)
         if made is None:
-            made = _mapped(path, dtype, shape)
-            self._maps[path] = made
+            made = self._maps[path] = _mapped(path, dtype, shape)
             if len(self._maps) > self.limit:
                 self._maps.popitem(last=False)
         else:
@@ -205,26 +206,28 @@ def copy_box(box: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """A read-only map of a file, as a plain array: slices of np.memmap are slower to copy."""
-    # What the file must begin with is known, so nothing has to be parsed that may be damaged.
-    head = _head(np.dtype(dtype), shape)
+    """A read-only map of a file, by torch: a map of Python's holds the file open as long as it is.
+
+    What the file must begin with is known, so nothing has to be parsed that may be damaged.
+    """
+    head = _head(dtype, shape)
+    size = len(head) + math.prod(shape) * np.dtype(dtype).itemsize
     try:
-        with path.open("rb") as file:
-            if file.read(len(head)) != head:
-                raise _damaged(path, f"another array than the {dtype} of {shape} that was written")
-        if 0 in shape:
-            return np.zeros(shape, dtype)
-        return np.asarray(np.memmap(path, np.dtype(dtype), "r", len(head), shape))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise _damaged(path, f"no readable array ({error})") from error
+        raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise _damaged(path, f"no readable array ({why})") from error
+    if raw[: len(head)].tobytes() != head:
+        raise _damaged(path, f"another array than the {dtype} of {shape} that was written")
+    raw.flags.writeable = False
+    return raw[len(head) :].view(dtype).reshape(shape)
 
 
-def _head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+@functools.cache
+def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
     """The header of a ``.npy`` file, version 1, in C order."""
     head = io.BytesIO()
-    facts = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(head, facts)
     return head.getvalue()
 
@@ -371,7 +374,7 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> dict[str, int]:
         Its size and its checksum.
     """
     array = np.ascontiguousarray(array)
-    head = _head(array.dtype, array.shape)
+    head = _head(array.dtype.str, array.shape)
     with path.open("wb") as file:
         file.write(head)
         file.write(array.data)

@@ -17,7 +17,7 @@ import pytest
 from pmixseg.cli import main
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.store.store import Store, prepare
-from pmixseg.data.store.stored import MAX_MAPS, read_meta, seal, unseal
+from pmixseg.data.store.stored import OpenMaps, read_meta, seal, unseal
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 
@@ -115,20 +115,41 @@ def test_a_cohort_of_2000_cases_is_read_with_few_open_files(store, case):
         data.setup("fit")
         batches = sum(len(batch["case_id"]) for batch in data.train_dataloader())
         assert batches >= 1400 and len(data.cases) == 2001
-        assert len(list(Path("/proc/self/fd").iterdir())) - before <= MAX_MAPS + 8
+        assert len(list(Path("/proc/self/fd").iterdir())) - before <= 8
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_an_array_outlives_its_place_among_the_open_maps(store, case):
-    many_cases(store, case, MAX_MAPS + 2)
+    many_cases(store, case, 5)
     opened = Store.open(store)
+    opened._maps = OpenMaps(limit=2)
     first = opened.read(case.case_id)
     image, copy = first.image, np.array(first.image)
     for name in opened.cases:
         assert opened.read(name).image.shape == image.shape
+    assert len(opened._maps._maps) == 2
     np.testing.assert_array_equal(image, copy)
     np.testing.assert_array_equal(opened.read(case.case_id).image, copy)
+
+
+@pytest.mark.parametrize("name", ["image", "label"])
+def test_what_is_read_cannot_be_written_to(store, case, name):
+    array = getattr(Store.open(store).read(case.case_id), name)
+    with pytest.raises(ValueError, match="read-only"):
+        array[:] = 0
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy"])
+def test_an_array_that_is_cut_or_gone_after_opening_is_one_sentence(store, case, name):
+    stored = Store.open(store).read(case.case_id)
+    path = stored.folder / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="prepare` on its store again"):
+        stored.image, stored.label  # noqa: B018  # reading is what is tried
+    path.unlink()
+    with pytest.raises(InputError, match=r"No such file.*prepare` on its store again"):
+        stored.image, stored.label  # noqa: B018  # reading is what is tried
 
 
 # ------------------------------------------------------------------- processes
