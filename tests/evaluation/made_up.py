@@ -1,11 +1,16 @@
 """A cohort of made-up results, and run folders that hold it."""
 
+from pathlib import Path
+from unittest import mock
+
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from pmixseg.evaluation.records.examples import Example
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
+from pmixseg.evaluation.report import page
 from pmixseg.task import BRATS, format_combination
 
 
@@ -68,3 +73,15 @@ def example_label():
     label[3:8, 3:7, 2:5] = 2
     label[4:6, 4:6, 3] = 3
     return label
+
+
+def figures_left_empty():
+    """A patch: the figures of a report are blank, for drawing them takes most of its time."""
+    blank = {name: Figure(figsize=(1, 1)) for name in ("heat_dice", "cases_dice")}
+    return mock.patch.object(page, "_figures", lambda *read: blank)
+
+
+def plain_report(runs, out, **options):
+    """What a report says, without its figures."""
+    with figures_left_empty():
+        return page.write_report([Path(run) for run in runs], out, **options)

@@ -18,7 +18,7 @@ from pmixseg.evaluation.records.tables import tabulate
 from pmixseg.evaluation.report.page import html_table, write_report
 from pmixseg.evaluation.report.summary import additions, region_summaries, remarks, worst_cases
 from pmixseg.task import BRATS, Task
-from tests.evaluation.made_up import ABOUT, made_up_rows, make_run
+from tests.evaluation.made_up import ABOUT, made_up_rows, make_run, plain_report
 
 SPLIT = "BraTS 2018 split 1 (199/29/57)"
 
@@ -58,23 +58,20 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Pages of one run, of two, and of two without images; written once, for they take seconds."""
+    """Pages of one run, of two, and of one without images; figures on that of two alone."""
     root = tmp_path_factory.mktemp("runs")
     two = [
         make_run(root, "plain", made_up_rows(6)),
         make_run(root, "<b>&</b>", made_up_rows(6, seed=1, gain=0.05)),
     ]
-    write_report(two[:1], root / "pages" / "one.html")
+    plain_report(two[:1], root / "pages" / "one.html")
     write_report(two, root / "two")
-    write_report(two[:1], root / "bare.html", images=False)
+    plain_report(two[:1], root / "bare.html", images=False)
     return root
 
 
 def test_a_page_of_one_run(written):
     page = Page(written / "pages" / "one.html")
-    assert all(x.startswith(("data:image/png;base64,", "#")) for x in page.loads)
-    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page.source)
-    assert "url(" not in re.sub(r"url\(#\w+\)", "", page.source)
     table = tabulate([Records.read(written / "plain")])
     for line in table.lines:
         assert table.measure.show(line.mean) in page.text
@@ -87,6 +84,14 @@ def test_a_page_of_one_run(written):
     assert "ET is absent" not in page.text  # the records do not say which masks are empty
     assert "6 cases: too few" in page.text
     assert "lowered the mean Dice" in page.text
+
+
+@pytest.mark.parametrize("name", ["pages/one.html", "two/report.html", "bare.html"])
+def test_a_page_loads_nothing(written, name):
+    page = Page(written / name)
+    assert all(x.startswith(("data:image/png;base64,", "#")) for x in page.loads)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page.source)
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", page.source)
 
 
 def test_only_clear_losses_are_bold(tmp_path):
@@ -103,7 +108,7 @@ def test_only_clear_losses_are_bold(tmp_path):
         for i, change in enumerate(changes)
     ]
     run = make_run(tmp_path, "r", rows, pictures=(), course=False)
-    source = Page(write_report([run], tmp_path)).source
+    source = Page(plain_report([run], tmp_path)).source
     assert "<b>−20.0</b>" in source
     assert "<td>−0.5</td>" in source
 
@@ -144,7 +149,7 @@ def test_the_worst_cases_are_shown(tmp_path):
     order = ["case_005", "case_000", "case_006", "case_003", "case_004"]
     rows = [{**r, "dice": 0.1 + 0.2 * order.index(r["case"])} for r in rows]
     run = make_run(tmp_path, "r", rows, pictures=sorted(order), course=False)
-    text = Page(write_report([run], tmp_path)).text
+    text = Page(plain_report([run], tmp_path)).text
     shown = re.findall(r"(case_\d+): mean Dice ([\d.]+), the ([a-z ]+) of 5 cases", text)
     assert shown == [
         ("case_005", "10.0", "lowest"),
@@ -157,7 +162,7 @@ def test_the_worst_cases_are_shown(tmp_path):
 def test_scans_carry_a_notice_also_when_nothing_is_known_of_them(tmp_path):
     unknown = replace(ABOUT, phantom=None)
     run = make_run(tmp_path, "r", made_up_rows(12), unknown, course=False)
-    text = Page(write_report([run], tmp_path)).text
+    text = Page(plain_report([run], tmp_path)).text
     assert "contains pictures of scans" in text
     assert "Synthetic" not in text
     assert "too few" not in text
@@ -170,14 +175,14 @@ def test_published_rows_stand_beside_but_are_not_ranked(tmp_path, monkeypatch):
     about = replace(ABOUT, phantom=False, split=SPLIT)
     plain = {"pictures": (), "course": False}
     named = [make_run(tmp_path, n, rows, about, **plain) for n in ("a", "b")]
-    page = Page(write_report(named, tmp_path))
+    page = Page(plain_report(named, tmp_path))
     assert "DeMoSeg" in page.text
     assert "mean over splits 1 to 3" in page.text
     assert "MAVP’s table states a mean TC of 76.00; its row averages to 76.09" in page.text
     ranked = page.text[page.text.index("Mean rank") :]
     assert "RFNet" not in ranked[: ranked.index("Combinations and cases")]
     other = make_run(tmp_path, "c", rows, replace(about, split=None), **plain)
-    assert "DeMoSeg" not in Page(write_report([named[0], other], tmp_path)).text
+    assert "DeMoSeg" not in Page(plain_report([named[0], other], tmp_path)).text
 
 
 def test_any_task(tmp_path):
@@ -198,7 +203,7 @@ def test_calibration_by_size_and_its_temperatures(tmp_path):
     fitted = replace(ABOUT, config={"evaluation": {"temperatures": {"1": 1.75}}})
     plain = {"pictures": (), "course": False}
     run = make_run(tmp_path, "a", rows, fitted, **plain)
-    text = Page(write_report([run], tmp_path)).text
+    text = Page(plain_report([run], tmp_path)).text
     table = text[text.index("Calibration of each") :]
     # One sequence 5, two 4, three 3, four 2; (4·5 + 6·4 + 4·3 + 2) / 15 = 3.87.
     assert "WT 5.00 4.00 3.00 2.00 3.87 0.20 0.20 0.20 0.20 0.20" in table
@@ -208,22 +213,22 @@ def test_calibration_by_size_and_its_temperatures(tmp_path):
     assert frame["flair+t1"].tolist() == pytest.approx([4.0] * 3)
     assert (tmp_path / "report_files" / "table_brier.tex").is_file()
     other = make_run(tmp_path, "b", rows, **plain)
-    text = Page(write_report([run, other], tmp_path)).text
+    text = Page(plain_report([run, other], tmp_path)).text
     assert "in some runs only" in text
     assert "differ in the temperatures" in text
     older = make_run(tmp_path, "c", made_up_rows(3), **plain)
-    assert "Calibration of each" not in Page(write_report([run, older], tmp_path)).text
+    assert "Calibration of each" not in Page(plain_report([run, older], tmp_path)).text
 
 
 def test_what_a_person_gets_wrong(tmp_path):
     with pytest.raises(InputError, match="holds no records"):
-        write_report([tmp_path / "nowhere"], tmp_path)
+        plain_report([tmp_path / "nowhere"], tmp_path)
     run = make_run(tmp_path, "r", made_up_rows(1), pictures=(), course=False)
     with pytest.raises(InputError, match="two runs are named"):
-        write_report([run, run], tmp_path)
+        plain_report([run, run], tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        write_report([run], tmp_path / "file" / "report.html")
+        plain_report([run], tmp_path / "file" / "report.html")
 
 
 # ------------------------------------------------------------------ its parts
@@ -325,7 +330,7 @@ def test_gap_before_and_after_beside_dice(tmp_path):
         "1,19,0.4,0.01234,0.0125,1.5,0.75,1,0.9",
     ]
     (aligned / "metrics.csv").write_text("\n".join(rows))
-    page = write_report([plain, aligned], tmp_path / "out", images=False).read_text()
+    page = plain_report([plain, aligned], tmp_path / "out", images=False).read_text()
     section = page[page.index("Gap between sequences") :]
     section = section[: section.index("</section>")]
     assert section.count("<tbody>") == 1  # the other run was not monitored
@@ -340,7 +345,7 @@ def test_gap_before_and_after_beside_dice(tmp_path):
         "gap/rank_within",
         "gap/decodability",
     }
-    alone = write_report([plain], tmp_path / "alone", images=False).read_text()
+    alone = plain_report([plain], tmp_path / "alone", images=False).read_text()
     assert "Gap between sequences" not in alone
 
 

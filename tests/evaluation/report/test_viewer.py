@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from pmixseg.data.scans.colours import class_colours
-from pmixseg.evaluation.report.page import write_report
-from tests.evaluation.made_up import example_label, made_up_rows, make_run
+from tests.evaluation.made_up import example_label, made_up_rows, make_run, plain_report
 
 CLASSES = [colour.lower() for colour in class_colours(3)]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -26,7 +25,7 @@ def page(tmp_path_factory):
         make_run(root, name, made_up_rows(6, seed), course=False)
         for seed, name in enumerate(("plain", "<b>&</b>"))
     ]
-    return write_report(runs, root / "report.html")
+    return plain_report(runs, root / "report.html")
 
 
 def in_browser(page):

@@ -28,7 +28,7 @@ from pmixseg.modules.training.compilation import CompiledStep, Plan
 pytestmark = pytest.mark.long
 
 SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
-SMALL = {"width": 2, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
+SMALL = {"width": 1, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
 BACKBONES = {
     "unet": (lambda: MultiEncoderUNet(width=4, levels=2, deep_supervision=True), DiceCE, 16),
     "rfnet": (lambda: RFNet(width=4), RFNetCriterion, 16),
