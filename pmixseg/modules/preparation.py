@@ -18,6 +18,10 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 
 
+SAID_BY_DATA = ("spacing", "normalisation", "patch_size", "split_name")
+"""Attributes of a data module that a model reads."""
+
+
 @dataclass(frozen=True)
 class Preparation:
     """How the training data were prepared: what a new scan must be brought to.
@@ -79,8 +83,16 @@ class Preparation:
         """Take over a data module's preparation, or check it against a checkpoint's.
 
         Raises:
-            InputError: a trained model meets data at another spacing or normalisation.
+            InputError: a trained model meets data at another spacing or normalisation; or a data
+                module that does not say how its cases were prepared.
         """
+        unsaid = [name for name in SAID_BY_DATA if not hasattr(data, name)]
+        if unsaid:
+            raise InputError(
+                f"{type(data).__name__} does not say {', '.join(unsaid)} of its cases, which a "
+                "checkpoint needs to prepare a new scan alike; subclass pmixseg.BraTSDataModule, "
+                "or give it these attributes."
+            )
         theirs = Preparation(
             spacing=None if data.spacing is None else tuple(float(s) for s in data.spacing),
             normalisation=data.normalisation,

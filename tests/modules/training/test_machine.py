@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -96,3 +97,11 @@ def test_loaders_without_their_data_module_are_refused(tmp_path, phantom_store):
     for run in ("validate", "test", "predict"):
         with pytest.raises(InputError, match=refused):
             getattr(quiet_trainer(tmp_path), run)(module, cases)
+
+
+def test_a_data_module_that_does_not_say_how_it_was_prepared_is_refused(tmp_path):
+    class Silent(LightningDataModule):
+        spacing, patch_size = None, (16, 16, 16)
+
+    with pytest.raises(InputError, match="Silent does not say normalisation, split_name"):
+        quiet_trainer(tmp_path).fit(StudentModule(backbone=tiny()), Silent())
