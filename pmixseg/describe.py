@@ -7,9 +7,11 @@ jsonargparse and of every YAML file here.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,11 +65,15 @@ def _takes(cls: type, name: str) -> bool:
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(init)
+    choices = {p.name: _choices(str(p.annotation)) for p in signature.parameters.values()}
 
     @functools.wraps(init)
     def remember(self: Any, *args: Any, **kwargs: Any) -> None:
         if "_init_args" not in self.__dict__:
-            bound = signature.bind(self, *args, **kwargs)
+            try:
+                bound = signature.bind(self, *args, **kwargs)
+            except TypeError:
+                return init(self, *args, **kwargs)  # its own words name the class
             bound.apply_defaults()
             arguments: dict[str, Any] = {}
             for name, value in list(bound.arguments.items())[1:]:
@@ -77,9 +83,37 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
                     arguments[name] = value
             # nn.Module.__setattr__ is not ready before super().__init__().
             object.__setattr__(self, "_init_args", arguments)
+        names = list(signature.parameters)[1:]
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            _check_argument(type(self).__name__, name, value, choices.get(name))
         init(self, *args, **kwargs)
 
     return remember
+
+
+def _choices(annotation: str) -> tuple[str, ...] | None:
+    """List the words that an annotation allows; ``None`` where it allows any or none.
+
+    Example:
+        >>> _choices('Literal["zero", "anchor"] | None')
+        ('zero', 'anchor')
+        >>> _choices('str | Literal["auto"]')
+    """
+    tree = ast.walk(ast.parse(annotation, mode="eval")) if "Literal[" in annotation else ()
+    nodes = list(tree)
+    if any(isinstance(node, ast.Name) and node.id == "str" for node in nodes):
+        return None
+    words = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return tuple(words) or None
+
+
+def _check_argument(owner: str, name: str, value: Any, choices: tuple[str, ...] | None) -> None:
+    """Refuse a word that an argument does not know, and NaN, before anything is made of it."""
+    if isinstance(value, str) and choices is not None and value not in choices:
+        raise InputError(f"{owner}: {name} is '{value}'; use {' or '.join(choices)}.")
+    numbers = value if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(number, float) and math.isnan(number) for number in numbers):
+        raise InputError(f"{owner}: {name} is {value}; give a number.")
 
 
 def describe(value: Any, where: str = "value") -> Any:
@@ -122,6 +156,12 @@ def describe(value: Any, where: str = "value") -> Any:
             return describe(to_dict(), where)
     if inspect.isclass(value):
         return {"class_path": _path_of(value, where), "init_args": {}}
+    if inspect.isroutine(value) or isinstance(value, functools.partial):
+        raise InputError(
+            f"{where}: a function cannot be written to a checkpoint; give a class, or "
+            "functools.partial(CLASS, ...) with its arguments, as in functools.partial("
+            "torch.optim.SGD, lr=0.1)."
+        )
     raise InputError(
         f"{where}: a {type(value).__module__}.{type(value).__qualname__} cannot be written to a "
         "checkpoint; give it as {'class_path': ..., 'init_args': {...}} instead of an instance."

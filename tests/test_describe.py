@@ -1,4 +1,5 @@
 import functools
+import math
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,12 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
+from pmixseg import PmixAlignment, StudentModule
 from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.data import Augmentation, Fractions
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
+from pmixseg.losses import DiceCE, LatentMatch, LogitKL, MixtureAnchor
 
 
 class Inner(Described):
@@ -97,3 +101,31 @@ def test_wrong_names_and_arguments_are_sentences():
         build({"class_path": "pmixseg.nowhere.Net", "init_args": {}})
     with pytest.raises(InputError, match="cannot be made from"):
         build({"class_path": f"{__name__}.Inner", "init_args": {"colour": "red"}})
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: StudentModule(fill="anchr"), "StudentModule: fill is 'anchr'; use zero or"),
+        (lambda: StudentModule(fill_levels=[4]), "fill_levels is .4., but MultiEncoderUNet has"),
+        (lambda: StudentModule(compile="fast"), "compile is .fast.; use auto, true"),
+        (lambda: MixtureAnchor(weights="lerned"), "weights is 'lerned'; use learned or uniform"),
+        (lambda: LatentMatch(target="ancor"), "target is 'ancor'; use anchor or same or fused"),
+        (lambda: PmixAlignment(detach="all"), "detach is 'all'; use anchor or none or features"),
+        (lambda: PmixAlignment(weight=math.nan), "weight is nan; give a number"),
+        (lambda: PmixAlignment(weight=math.inf), "weight is inf; give a number"),
+        (lambda: PmixAlignment(ratio=math.nan), "ratio is nan"),
+        (lambda: LogitKL(temperature=math.nan), "temperature is nan"),
+        (lambda: DiceCE(dice_weight=math.inf), "dice_weight is inf"),
+        (lambda: Augmentation(noise=math.nan), "noise is nan"),
+        (lambda: Fractions(math.nan, 0.1, 0.2), "train is nan"),
+    ],
+)
+def test_unknown_words_and_numbers_that_are_none_are_refused_in_python(make, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make()
+
+
+def test_an_argument_that_does_not_exist_is_told_with_its_class():
+    with pytest.raises(TypeError, match=r"Outer.__init__\(\) got an unexpected.*'colour'"):
+        Outer(colour="red")

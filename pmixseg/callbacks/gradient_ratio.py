@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class GradientRatio:
     """
 
     def __init__(self, ratio: float, steps: int, name: str) -> None:
-        if not ratio > 0 or steps < 1:
+        if not 0 < ratio < math.inf or steps < 1:
             raise InputError(
                 f"{name}.ratio is {ratio} over {steps} steps; give a ratio above 0 and 1 step or "
                 "more, or leave it out."

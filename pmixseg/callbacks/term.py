@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,8 +34,8 @@ class TermCallback(Callback, Described, ABC):
     def __init__(
         self, name: str, weight: float, start_epoch: int = 0, warmup_epochs: int = 0
     ) -> None:
-        if weight < 0:
-            raise InputError(f"{name}.weight is {weight}; give 0 or more.")
+        if not 0 <= weight < math.inf:
+            raise InputError(f"{name}.weight is {weight}; give a number that is 0 or more.")
         self.name = name
         self.weight = weight
         self.start_epoch = start_epoch

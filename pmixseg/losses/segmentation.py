@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,7 @@ def refuse_negative(criterion: str, weights: Mapping[str, float]) -> None:
         InputError: a value below 0.
     """
     for name, value in weights.items():
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise InputError(f"{criterion}: {name} is {value}; use a number that is 0 or more.")
 
 

@@ -64,7 +64,7 @@ class SegmentationNetwork(LightningModule, Described):
         self.modalities: tuple[str, ...] = self.select_modalities()
         self.backbone = self._fit_backbone(build(backbone))
         self.fill = fill or self._default_fill()
-        self.fill_levels = None if fill_levels is None else list(fill_levels)
+        self.fill_levels = None if fill_levels is None else self._known_levels(fill_levels)
         self._levels_follow = fill_levels is None
         self.anchor = self._make_anchor(build(anchor))
         self.sampler: MissingnessSampler = build(sampler) or UniformCombinations()
@@ -72,6 +72,8 @@ class SegmentationNetwork(LightningModule, Described):
         check_steps(self.evaluation.postprocess, self.task)  # not after a training, in its test
         self.preparation = Preparation()
         self.loaded_from: str | None = None
+        if compile not in (True, False, "auto"):
+            raise InputError(f"compile is {compile!r}; use auto, true or false.")
         self.compile_setting: Compile = compile
         self._compiled: tuple[Callable[..., Latents], Callable[..., SegOutput]] | None = None
         if compile is True:
@@ -123,6 +125,15 @@ class SegmentationNetwork(LightningModule, Described):
             )
         anchor.bind(self.backbone.slots, len(self.backbone.channels))
         return anchor
+
+    def _known_levels(self, levels: Sequence[int]) -> list[int]:
+        count = len(self.backbone.channels)
+        if not set(levels) <= set(range(count)):
+            raise InputError(
+                f"fill_levels is {list(levels)}, but {type(self.backbone).__name__} has levels 0 "
+                f"to {count - 1}; name some of these."
+            )
+        return list(levels)
 
     def follow_levels(self, levels: Sequence[int] | None) -> None:
         """Fill these levels where the user has named none; the checkpoint then names them.

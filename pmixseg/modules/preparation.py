@@ -17,7 +17,6 @@ from pmixseg.data.training_cases import (
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 
-
 SAID_BY_DATA = ("spacing", "normalisation", "patch_size", "split_name")
 """Attributes of a data module that a model reads."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal, Protocol
 
@@ -65,7 +66,7 @@ class DistillationLoss(nn.Module, Described, ABC):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        if weight < 0:
+        if not 0 <= weight < math.inf:
             raise InputError(f"{type(self).__name__}: weight is {weight}; use 0 or more.")
         self.weight = weight
 
