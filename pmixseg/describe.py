@@ -73,7 +73,8 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
             try:
                 bound = signature.bind(self, *args, **kwargs)
             except TypeError:
-                return init(self, *args, **kwargs)  # its own words name the class
+                init(self, *args, **kwargs)  # raises it anew, with the name of the class
+                raise
             bound.apply_defaults()
             arguments: dict[str, Any] = {}
             for name, value in list(bound.arguments.items())[1:]:

@@ -38,6 +38,13 @@ def test_no_scan_and_unknown_modalities(model, images):
         model.segment({"t1": images["t1"], "dwi": images["t1"]})
 
 
+def test_what_is_no_scan_at_all(model, images):
+    with pytest.raises(InputError, match="a str was given; give a scan for each modality"):
+        model.segment("folder")
+    with pytest.raises(InputError, match="t1 is a ndarray, which does not say how it lies"):
+        model.segment({"t1": np.asarray(images["t1"].dataobj)})
+
+
 def test_a_dedicated_student_says_what_it_reads(images):
     module = tiny_student(combination="t1ce+flair")
     with pytest.raises(InputError, match="no input for t2, it reads flair, t1ce"):

@@ -210,6 +210,11 @@ def _doubts_of_result(made: Segmentation, brain: float, where: str) -> list[str]
 def _choose(
     images: Mapping[str, Source], task: Task, inputs: Sequence[str], where: str
 ) -> Combination:
+    if not isinstance(images, Mapping):
+        raise InputError(
+            f"{where}: a {type(images).__name__} was given; give a scan for each modality, as in "
+            '{"flair": "f.nii.gz"} (`pmixseg segment` takes a folder).'
+        )
     unknown = [m for m in images if m not in task.modalities]
     if unknown or not images:
         raise InputError(
@@ -222,6 +227,12 @@ def _choose(
             f"{where}: this model has no input for {' and '.join(useless)}, it reads "
             f"{', '.join(inputs)}; leave the others out."
         )
+    for modality, image in images.items():
+        if not (isinstance(image, str | Path | tuple) or hasattr(image, "dataobj")):
+            raise InputError(
+                f"{where}: {modality} is a {type(image).__name__}, which does not say how it lies; "
+                "give a file, or an image of nibabel: nibabel.Nifti1Image(array, affine)."
+            )
     return tuple(m for m in task.modalities if m in images)
 
 
