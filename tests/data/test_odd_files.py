@@ -2,16 +2,21 @@
 
 import gzip
 import json
+import logging
+import math
+import struct
 
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.imageglobals import logger
 
 from pmixseg.cli import main
 from pmixseg.cli.commands import console
 from pmixseg.data.cohorts.inspection import inspect_cohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.scans.headers import BadHeader, read_header
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
@@ -110,3 +115,14 @@ def test_a_link_to_a_folder_around_it_is_not_followed(make_case, tmp_path):
     (case.label.parent / "up").symlink_to(tmp_path)
     (found,) = find_cases(root, BRATS)
     assert found.case_id == case.case_id and found.problem is None
+
+
+def test_a_library_says_nothing_beside_the_sentence(make_case, monkeypatch, capfd):
+    """nibabel logs what it does not like; where a log has no handler, Python prints it."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logger, "handlers", [])
+    raw = bytearray(gzip.decompress(make_case().images["t2"].read_bytes()))
+    struct.pack_into("<f", raw, 108, math.nan)
+    with pytest.raises(BadHeader, match="vox_offset nan"):
+        read_header(bytes(raw))
+    assert capfd.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import shutil
 import struct
 
 import nibabel as nib
@@ -78,6 +79,38 @@ def test_one_scan_under_two_names(make_case, tmp_path):
     problems, refused, segmented = everyone(case, tmp_path)
     assert refused is not None and "flair and t2 are one and the same scan" in refused
     assert problems == [refused] and segmented == refused
+
+
+def test_a_label_of_other_scans_or_of_the_whole_brain(phantom_root, tmp_path):
+    """72 real cases have no label outside the brain, and at most 16 % of the brain as tumour."""
+    case = find_cases(phantom_root, BRATS)[0]
+    folder = tmp_path / "cohort" / case.case_id
+    shutil.copytree(case.label.parent, folder)
+    (label,) = folder.glob("*_seg.nii.gz")
+    brain = np.asarray(nib.load(case.images["t1"]).dataobj) != 0
+    tumour = np.asarray(nib.load(case.label).dataobj)
+    half = np.zeros_like(tumour)  # 8 voxels of tumour in the brain, 8 in the air
+    half[tuple(np.argwhere(brain)[:8].T)] = half[tuple(np.argwhere(~brain)[-8:].T)] = 1
+    for change, words in (
+        (lambda x: half, "50% of its label lies where no scan has signal"),
+        (lambda x: np.ones_like(x), "of its label lies where no scan has signal"),
+        (lambda x: brain.astype(np.uint8), "its label covers 100% of the brain"),
+    ):
+        rewrite(label, change)
+        for spacing in (None, (5.0, 5.0, 5.0)):
+            if spacing is not None and words.startswith("50%"):
+                continue  # at 5 mm other voxels remain of 16
+            root = tmp_path / "cohort"
+            (problem,) = inspect_cohort(root, BRATS).problems
+            report = prepare(
+                find_cases(root, BRATS), tmp_path / "s", BRATS, progress=False, spacing=spacing
+            )
+            assert words in problem
+            if spacing is None:
+                assert list(report.failed.values()) == [problem]
+            else:
+                assert "its label" in next(iter(report.failed.values()))
+            shutil.rmtree(tmp_path / "s")
 
 
 def test_force_keeps_such_a_case_and_says_so(make_case, tmp_path, capsys):

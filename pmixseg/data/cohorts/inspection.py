@@ -19,7 +19,7 @@ from rich.text import Text
 
 from pmixseg.data.cohorts.layouts import Case, LabelNames, Layout, search
 from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
-from pmixseg.data.scans.canonical import STORE_DTYPE, join
+from pmixseg.data.scans.canonical import STORE_DTYPE, add_label, join
 from pmixseg.data.scans.nifti import Scan, ScanReader
 from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.scans.volumes import (
@@ -226,6 +226,8 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
     if reference is not None and signals and not problems:
         ready = join(signals, reference.geometry, task, STORE_DTYPE)
         ready.oriented = oriented
+        if labels is not None and not _partly_annotated(labels, case):
+            add_label(ready, labels)
         verdict = judge(ready, task, odd_one_out=case.case_id in odd)
         if verdict.findings:
             problems.append(verdict.refusal(where))

@@ -62,6 +62,7 @@ class CanonicalCase:
             outside the box): uint8 class indices at source resolution in canonical orientation,
             cropped to ``label_box``.
         label_box: where ``label_native`` lies in the canonical volume.
+        label_beyond: labelled voxels of the grid that lie outside the box of the scans.
         geometry: the grids, and the way back.
         digests: modality or ``label`` -> SHA-256 of its file's bytes.
         ignored: number in the label file -> voxels of it that became background.
@@ -82,6 +83,7 @@ class CanonicalCase:
     oriented: bool = True
     doubts: tuple[str, ...] = ()
     statistics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    label_beyond: int = 0
 
 
 def canonicalise(
@@ -143,7 +145,7 @@ def canonicalise(
             if set(seen.ignored).intersection(numbers.unannotated):
                 case.ignored = seen.ignored  # to train on, or be scored by, half a label is wrong
             else:
-                _add_label(case, seen)
+                add_label(case, seen)
         return case
 
 
@@ -199,7 +201,13 @@ def _joined(
     return image
 
 
-def _add_label(case: CanonicalCase, seen: LabelMap) -> None:
+def add_label(case: CanonicalCase, seen: LabelMap) -> None:
+    """Put a label map on the grid of a case.
+
+    Args:
+        case: of the same grid; changed in place.
+        seen: the label map.
+    """
     geometry, box = case.geometry, case.geometry.box()
     case.ignored = seen.ignored
     inside = box.contains(seen.box) or seen.classes.size == 0
@@ -211,4 +219,5 @@ def _add_label(case: CanonicalCase, seen: LabelMap) -> None:
     full[seen.box.slices] = seen.classes
     on_grid = geometry.to_grid(full, order=0) if geometry.resampled else full
     case.label = np.ascontiguousarray(on_grid[box.slices])
+    case.label_beyond = int(np.count_nonzero(on_grid)) - int(np.count_nonzero(case.label))
     case.label_native, case.label_box = np.ascontiguousarray(seen.classes), seen.box

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from nibabel.imageglobals import LoggingOutputSuppressor
+from nibabel.imageglobals import logger
 from nibabel.spatialimages import HeaderDataError
 
 MAX_BYTES = 1 << 32
@@ -77,7 +79,7 @@ def read_header(raw: bytes) -> Header | None:
     kind = nib.Nifti1Header if version == 1 else nib.Nifti2Header
     try:
         # Not from a file object: that would read the extensions, too.
-        with LoggingOutputSuppressor():  # what is wrong is said once, in the sentence
+        with _silent():  # what is wrong is said once, in the sentence
             header = kind(raw[: kind.template_dtype.itemsize])
         start = float(header["vox_offset"])
         slope, inter = header.get_slope_inter()
@@ -101,6 +103,16 @@ def read_header(raw: bytes) -> Header | None:
             f"{_FIRST_VOXEL[version]} or later"
         )
     return made
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep nibabel's log from stderr; without its handlers, Python's own would print it."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def in_mm(affine: npt.ArrayLike, unit: float) -> npt.NDArray[np.float64]:

@@ -20,7 +20,7 @@ from pmixseg.data.scans.grids import CommonGrid, on_one_grid
 from pmixseg.data.scans.nifti import Source
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.outputs import code_table
-from pmixseg.data.scans.plausibility import judge
+from pmixseg.data.scans.plausibility import LARGEST_SHARE, judge
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
 from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
@@ -28,9 +28,6 @@ from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.evaluation.prediction.windows import Predictor, check_windows
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.task import Combination, Task, format_combination
-
-LARGEST_SHARE = 0.5
-"""Of the brain, that a tumour with its oedema may take before a result is doubted."""
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""

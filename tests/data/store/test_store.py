@@ -77,7 +77,7 @@ def test_lacking_modalities_and_label(make_case, out):
     assert report.unlabelled == ["BraTS2021_00001"] and not report.failed
     assert "without a label, so of no use for training: BraTS2021_00001" in report.summary()
     stored = Store.open(out).read("BraTS2021_00001")
-    assert stored.acquired == (False, False, True, True)
+    assert stored.acquired == (True, True, False, False)
     assert stored.label is None and stored.native_label() is None
     assert not stored.image[:2].any() and stored.image[2:].any()
 
@@ -128,9 +128,9 @@ def test_a_changed_layout_or_parameter_is_noticed(cohort, out):
     quietly(cohort, out)
     swapped = replace(cohort[0], codes={"NCR": 2, "ED": 1, "ET": 4})
     assert quietly([swapped], out).prepared == [cohort[0].case_id]
-    fewer = replace(cohort[0], images={m: cohort[0].images[m] for m in ("t1", "t2")})
+    fewer = replace(cohort[0], images={m: cohort[0].images[m] for m in ("flair", "t1ce")})
     assert quietly([fewer], out).prepared == [cohort[0].case_id]
-    assert Store.open(out).read(cohort[0].case_id).acquired == (False, False, True, True)
+    assert Store.open(out).read(cohort[0].case_id).acquired == (True, True, False, False)
     for settings in ({"dtype": "float32"}, {"spacing": (2.0, 2.0, 2.0)}, {}):
         assert len(quietly(cohort, out, **settings).prepared) == 3
     # other regions or names for display change no voxel
