@@ -41,6 +41,17 @@ class Measure:
     numeric: bool = True
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest value that a column can hold.
+
+        Example:
+            >>> DICE.bounds, HD95.bounds, MEASURES["volume_error_ml"].bounds
+            ((0.0, 1.0), (0.0, inf), (-inf, inf))
+        """
+        lowest = -math.inf if self.direction == "zero" else 0.0
+        return lowest, 1.0 if self.scale == 100 else math.inf
+
+    @property
     def higher(self) -> bool:
         """Whether more is better."""
         return self.direction == "higher"

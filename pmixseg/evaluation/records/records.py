@@ -44,9 +44,11 @@ import torch.distributed as dist
 from pandas.api.types import is_numeric_dtype
 
 from pmixseg.errors import InputError
+from pmixseg.evaluation.records.measures import MEASURES
 from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
 from pmixseg.evaluation.records.spreadsheets import inert, original
 from pmixseg.files import file_hash, whole
+from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task, format_combination, parse_combination
 
 if sys.platform != "win32":
@@ -120,14 +122,12 @@ class Records:
                 f"{path}: {f'lacks the columns {lacking}' if lacking else 'holds no row'}; a table "
                 f"of records begins with {', '.join(FIRST_COLUMNS)}."
             )
-        words = [c for c in ("dice", "hd95") if c in table and not is_numeric_dtype(table[c])]
-        if words:
-            raise InputError(f"{path}: {words} hold other things than numbers; test again.")
         if "run" in table and table["run"].nunique() > 1:
             raise InputError(
                 f"{path}: holds rows of the runs {sorted(table['run'].unique())}; give each run a "
                 "file of its own."
             )
+        _check_values(table, str(path))
         if raw is None:
             guess = task or _guess_task(table)
             raw = {"format": 0, "task": guess.to_dict()}
@@ -262,6 +262,34 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a table ({error}); test again.") from error
+
+
+def _check_values(table: pd.DataFrame, where: str) -> None:
+    """Refuse what no test writes: words for numbers, impossible numbers, a row twice."""
+    measured = [m for m in MEASURES.values() if m.numeric and m.name in table]
+    words = [m.name for m in measured if not is_numeric_dtype(table[m.name])]
+    if words:
+        raise InputError(f"{where}: {words} hold other things than numbers; test again.")
+    for measure in measured:
+        lowest, highest = measure.bounds
+        values = table[measure.name]
+        odd = table[(values < lowest) | (values > highest)]
+        if len(odd):
+            row = odd.iloc[0]
+            raise InputError(
+                f"{where}: {measure.name} of {_row_name(row)} is {row[measure.name]:g}, which no "
+                f"{measure.title} can be; test again."
+            )
+    twice = table[table.duplicated(list(KEY))]
+    if len(twice):
+        raise InputError(
+            f"{where}: holds {_row_name(twice.iloc[0])} more than once, "
+            f"{count_of(len(twice), 'row')} too many; remove them, or test again."
+        )
+
+
+def _row_name(row: pd.Series) -> str:
+    return f"case '{row['case']}', {row['combination']}, {row['region']}"
 
 
 def _tidy(table: pd.DataFrame, task: Task, where: str) -> pd.DataFrame:

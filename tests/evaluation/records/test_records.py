@@ -3,6 +3,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,6 +39,36 @@ def made(*rows, about=ABOUT, run="r"):
     return Records.from_rows(rows, run, about)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("dice", 1.2, "dice of case 'b', t1, WT is 1.2, which no Dice can be"),
+        ("dice", -0.1, "dice of case 'b', t1, WT is -0.1"),
+        ("dice", math.inf, "is inf"),
+        ("hd95", -1, "hd95 of case 'b', t1, WT is -1, which no HD95 can be"),
+        ("volume_ml", -3.0, "volume_ml of case 'b'"),
+        ("asd", "x", "['asd'] hold other things than numbers"),
+    ],
+)
+def test_numbers_that_no_test_writes_are_refused(tmp_path, column, value, words):
+    """A signed error may be negative, and every measure may be lacking."""
+    path = made(row(volume_error_ml=-2.0, hd95=math.nan), row("b")).write(tmp_path)
+    table = pd.read_csv(path)
+    Records.read(path)
+    table[column] = [math.nan, value]
+    table.to_csv(path, index=False)
+    with pytest.raises(InputError, match=re.escape(words)):
+        Records.read(path)
+
+
+def test_a_row_that_stands_twice_is_refused(tmp_path):
+    path = made(row(), row("b")).write(tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[-1].replace("0.5", "0.9")]))
+    with pytest.raises(InputError, match=r"holds case 'b', t1, WT more than once, 1 row too many"):
+        Records.read(path)
+
+
 def test_columns_begin_as_documented_and_rows_follow_the_task():
     found = made(
         row("b", region="ET"),
@@ -59,13 +90,14 @@ def test_columns_begin_as_documented_and_rows_follow_the_task():
 
 
 text = st.text("0123456789aN_- ,\"'é", min_size=1, max_size=8)
-number = st.floats(allow_nan=True, allow_infinity=True)
+share = st.floats(0, 1) | st.just(math.nan)
+distance = st.floats(0, allow_infinity=True) | st.just(math.nan)
 
 
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(st.lists(st.tuples(text, number, number), min_size=1, max_size=5))
+@given(st.lists(st.tuples(text, share, distance), min_size=1, max_size=5))
 def test_what_is_written_is_read_bit_for_bit(tmp_path, values):
     before = made(*(row(c, dice=d, hd95=h) for c, d, h in values))
     before.write(tmp_path / "records.csv")
