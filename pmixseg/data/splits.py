@@ -73,10 +73,9 @@ class Split:
         for part in PARTS:
             for case in getattr(self, part):
                 if case in seen:
-                    raise InputError(
-                        f"split: case '{case}' is in {seen[case]} and again in {part}; name it "
-                        "once."
-                    )
+                    both = f"in {seen[case]} and again in {part}"
+                    place = f"twice in {part}" if seen[case] == part else both
+                    raise InputError(f"split: case '{case}' is {place}; name it once.")
                 seen[case] = part
 
     @property
@@ -143,7 +142,7 @@ class SplitFiles(SplitPlan):
             part: tuple(_lines(Path(path))) for part, path in self.paths.items() if path is not None
         }
         where = ", ".join(str(p) for p in self.paths.values() if p)
-        return _known(Split(**parts), cases, where, self.missing)
+        return _known(_split(parts, where), cases, where, self.missing)
 
 
 class SplitLists(SplitPlan):
@@ -203,18 +202,36 @@ class SplitJson(SplitPlan):
         Raises:
             InputError: unreadable file, another structure, or it names cases that the cohort lacks.
         """
+        text = _text(self.path)
         try:
-            raw = json.loads(_text(self.path))
+            raw = json.loads(text, object_pairs_hook=self._once)
+        except InputError:
+            raise
         except (ValueError, RecursionError) as error:
             raise InputError(f"split file {self.path} is not JSON: {error}.") from error
         if isinstance(raw, list):
             if not 0 <= self.fold < len(raw):
                 raise InputError(
-                    f"split file {self.path} has {len(raw)} folds, numbered from 0; "
+                    f"split file {self.path} has {count_of(len(raw), 'fold')}, numbered from 0; "
                     f"{self.fold} is not among them."
                 )
             raw = raw[self.fold]
-        return _known(Split(**self._parts(raw)), cases, str(self.path), self.missing)
+        elif self.fold != 0:
+            raise InputError(
+                f"split file {self.path} holds one split and no list of folds, so there is no fold "
+                f"{self.fold}; leave the fold out, or use a file with folds."
+            )
+        return _known(_split(self._parts(raw), str(self.path)), cases, str(self.path), self.missing)
+
+    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object of the file; JSON itself would silently keep the last of equal keys."""
+        if len({key for key, _ in pairs}) < len(pairs):
+            keys = ", ".join(key for key, _ in pairs)
+            raise InputError(
+                f"split file {self.path} names a part twice ({keys}); join its lists, or remove "
+                "one."
+            )
+        return dict(pairs)
 
     def _parts(self, raw: Any) -> dict[str, tuple[str, ...]]:
         names = list(PARTS)
@@ -388,6 +405,14 @@ def _known(
         f"cohort lacks: {listed(lacking)}; add them, take them out of the split, or go on without "
         "them (--data.split.missing skip)."
     )
+
+
+def _split(parts: dict[str, tuple[str, ...]], where: str) -> Split:
+    """A split that a file holds; what is wrong with it is told with the file's name."""
+    try:
+        return Split(**parts)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _lines(path: Path) -> list[str]:

@@ -89,6 +89,19 @@ def test_json(tmp_path):
         path.write_text(wrong)
         with pytest.raises(InputError, match="lists of case ids"):
             SplitJson(path).split([])
+    path.write_text('{"train": ["a"], "train": ["b"]}')
+    with pytest.raises(InputError, match=r"split.json names a part twice \(train, train\)"):
+        SplitJson(path).split([case(c) for c in "ab"])
+    path.write_text('{"train": ["a", "b", "a"]}')
+    with pytest.raises(InputError, match=r"split.json: split: case 'a' is twice in train; name"):
+        SplitJson(path).split([case(c) for c in "ab"])
+    path.write_text('{"train": ["a"], "test": ["b"]}')
+    with pytest.raises(InputError, match="holds one split and no list of folds, so there is no"):
+        SplitJson(path, fold=3).split([case(c) for c in "ab"])
+    path.write_bytes("{}".encode("utf-16"))
+    for odd in (path, tmp_path, tmp_path / "none.json"):
+        with pytest.raises(InputError, match=r"cannot be read: [^:]+(: [^:]+)?\.$"):
+            SplitJson(odd).split([])
     path.write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         SplitJson(path).split([])
