@@ -92,6 +92,20 @@ def current_path(class_path: str) -> str:
     return f"{MOVED[module]}.{name}" if module in MOVED else class_path
 
 
+def current_word(word: str) -> str:
+    """Translate the class path in a word of a command line.
+
+    Args:
+        word: ``--flag=path``, or a path alone.
+
+    Example:
+        >>> current_word("--model.scheduler=pmixseg.modules.optimization.OneCycle")
+        '--model.scheduler=pmixseg.modules.training.optimization.OneCycle'
+    """
+    flag, sign, value = word.rpartition("=")
+    return flag + sign + current_path(value)
+
+
 def current_yaml(value: Any) -> Any:
     """Translate the class paths of a configuration, at any depth.
 

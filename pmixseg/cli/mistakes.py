@@ -110,9 +110,10 @@ def _value_sentence(message: str, args: Sequence[str]) -> str:
         hint = nearest(name, arguments_of(cls)) or f"it takes {', '.join(arguments_of(cls))}."
         return f"{where(keys, args)}: {cls.rpartition('.')[2]} takes no '{name}'; {hint}"
     names = re.findall(r"dot import path string: (\S+)", message)
+    names += re.findall(r"given class_path '([^']+)':\s+(?:module .* has no|No module)", message)
     number = r"^( *)- Expected a <class '(?:int|float|bool)'>\n\1- Expected a dot import path"
     if names and not re.search(number, message, re.MULTILINE):
-        hint = nearest(names[0], classes_for(message))
+        hint = nearest(names[0].rpartition(".")[2], classes_for(message))
         hint = hint or "name a class by its path, package.Class, and --import its module if need be"
         return f"{where(keys, args)}: no class '{names[0]}' is known; {hint.rstrip('.')}"
     expected = [

@@ -50,7 +50,7 @@ from pmixseg.modules.payload import Payload
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.optimization import schedule_from
 from pmixseg.modules.trust import offline, resolve
-from pmixseg.old_paths import current_yaml
+from pmixseg.old_paths import current_word, current_yaml
 
 RUN_VARIABLE = "PMIXSEG_RUN"
 """Environment variable with the run folder, so that DDP's child processes use the same one."""
@@ -103,7 +103,8 @@ class TrainingCLI(LightningCLI):
     """Model and data by class or YAML, alignment and distillation as top-level groups."""
 
     def __init__(self, args: Sequence[str], modules: Sequence[str] = ()) -> None:
-        self.words, self.modules = with_split_class(with_checkpoint_path(args)), list(modules)
+        words = [current_word(word) for word in args]
+        self.words, self.modules = with_split_class(with_checkpoint_path(words)), list(modules)
         calm()
         super().__init__(
             SegmentationModule,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pmixseg.errors import InputError
 from pmixseg.modules.preparation import Preparation
+from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 FORMAT = 1
@@ -203,6 +204,7 @@ def refuse_infinite(state: Weights) -> None:
     broken = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
     if broken:
         raise InputError(
-            f"{len(broken)} weights of the checkpoint are not finite ({', '.join(broken[:3])}): "
-            "the training diverged, or the file was damaged; use a checkpoint of an earlier epoch."
+            "the checkpoint holds weights that are not finite, in "
+            f"{count_of(len(broken), 'tensor')} ({', '.join(broken[:3])}): the training diverged, "
+            "or the file was damaged; use a checkpoint of an earlier epoch."
         )

@@ -64,6 +64,10 @@ class Tally:
         )
 
 
+TOTAL = Tally()
+"""Of all campaigns of this process."""
+
+
 def verdict(generator: Generator, folder: Path, answer: Answer) -> str:
     if answer.traceback:
         return "fault"
@@ -82,10 +86,12 @@ def campaign(generator: Generator, seeds: range, work: Path, keep: Path, tally: 
         done = generator.damage(folder, np.random.default_rng(seed))
         answer = generator.use(folder)
         found = verdict(generator, folder, answer)
-        tally.counts[generator.name, found] += 1
+        for counts in (tally.counts, TOTAL.counts):
+            counts[generator.name, found] += 1
         if found == "fault":
             last = answer.traceback.strip().splitlines()[-1:] or [answer.text.strip()[-300:]]
-            tally.faults.append(f"{generator.name} seed {seed}: {done}: {last[0]}")
+            for faults in (tally.faults, TOTAL.faults):
+                faults.append(f"{generator.name} seed {seed}: {done}: {last[0]}")
             place = "".join(answer.traceback.splitlines()[-3:-1])
             if place not in seen:
                 seen.add(place)

@@ -51,6 +51,14 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
             "--model.optimizer=AdamX",
             "no class 'AdamX' is known; did you mean Adam",
         ),
+        (
+            "--model.scheduler=pmixseg.modules.OneCycl",
+            "no class 'pmixseg.modules.OneCycl' is known; did you mean OneCycle?",
+        ),
+        (
+            "--model.scheduler=pmixseg.nowhere.OneCycle",
+            "--model.scheduler: no class 'pmixseg.nowhere.OneCycle' is known",
+        ),
         ("--trainer.callbacks=EarlyStoping", "did you mean EarlyStopping?"),
         ("--data.patch_size=[1,2]", "--data.patch_size is [1, 2], but must be int or tuple with 3"),
         ("--distill.terms.logit.temp=4", "LogitKL takes no 'temp'; did you mean temperature?"),

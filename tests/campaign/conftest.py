@@ -1,0 +1,20 @@
+"""Counts of a campaign, printed at the end of a run of pytest, also where it failed or was cut."""
+
+import os
+import signal
+
+from tests.campaign.judging import TOTAL
+
+
+def pytest_configure(config):
+    """Let `timeout` and a runner's SIGTERM end the run as Ctrl-C does, with its summary."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if TOTAL.counts:
+        terminalreporter.section("campaign")
+        terminalreporter.write_line(TOTAL.table())
+        for fault in TOTAL.faults:
+            terminalreporter.write_line(f"fault: {fault}")
