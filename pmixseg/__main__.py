@@ -1,4 +1,4 @@
-"""``python -m pmixseg`` and the console script."""
+"""Run the command line: ``python -m pmixseg`` and the ``pmixseg`` console script."""
 
 from __future__ import annotations
 

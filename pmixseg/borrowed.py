@@ -1,4 +1,4 @@
-"""Networks of another owner: held without becoming a part, and in eval mode for a while."""
+"""Use a network that another module owns: no second owner, and eval mode for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects that remember how they were made, so that a checkpoint can make them again.
+"""Objects that remember their constructor arguments, so that a checkpoint can rebuild them.
 
 A checkpoint may hold primitives only (it is read with ``weights_only=True``). So an object that
 belongs to a model is written as ``{"class_path": ..., "init_args": {...}}``, the notation of

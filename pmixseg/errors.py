@@ -1,4 +1,4 @@
-"""The one exception that means: the input, not the program, is at fault."""
+"""The exception for a mistake in the input: one sentence with what, where and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a step is carried out on its device: lean on a CPU, static on a GPU and under a compiler."""
+"""Choose how a step runs on its device: lean on a CPU, static on a GPU and under a compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing: a file is complete or not there, and lies in the folder that it was meant for."""
+"""Write files safely: each is complete or absent, and lies in its intended folder."""
 
 from __future__ import annotations
 

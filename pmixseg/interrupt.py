@@ -1,4 +1,4 @@
-"""Ctrl-C of a command: one line and exit code 130, whatever a library makes of it.
+"""Stop a command on Ctrl-C: one line, exit code 130, no process left behind.
 
 A ``KeyboardInterrupt`` in the midst of an import may be swallowed, or come out as another error,
 since the library is half loaded. So Ctrl-C ends the process at once while nothing is at stake, and

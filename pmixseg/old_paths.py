@@ -1,4 +1,4 @@
-"""Where modules of earlier versions are now, so that their checkpoints and YAML load."""
+"""Map module paths of earlier versions to those of this one, for checkpoints and YAML."""
 
 from __future__ import annotations
 

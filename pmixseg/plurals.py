@@ -1,4 +1,4 @@
-"""Counts in sentences."""
+"""Write counts in sentences: ``1 case``, ``2 cases``."""
 
 from __future__ import annotations
 

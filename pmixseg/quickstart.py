@@ -1,4 +1,4 @@
-"""The whole path in one file: cohort → store → teachers → students → test → report.
+"""The whole way in one file: cohort, store, teachers, students, test, report.
 
 Two arms, equal in everything but alignment: an aligned teacher and the student it teaches, an
 unaligned teacher and the student it teaches. Every step is the library's public interface.

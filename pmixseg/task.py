@@ -1,4 +1,4 @@
-"""What is segmented, and from which sequences: modalities, labels, regions, combinations."""
+"""Define a segmentation task: modalities, labels, regions, combinations."""
 
 from __future__ import annotations
 

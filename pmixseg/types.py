@@ -1,4 +1,4 @@
-"""Shapes and containers that every floor shares.
+"""Shapes and containers that all parts of the package share.
 
 Letters: b samples, m modalities, c channels or classes, d h w voxels, k combinations.
 """

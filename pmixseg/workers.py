@@ -1,4 +1,4 @@
-"""Processes that work for this one, and end with it."""
+"""Run functions in worker processes that end with this one."""
 
 from __future__ import annotations
 

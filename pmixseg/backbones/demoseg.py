@@ -1,4 +1,4 @@
-"""DeMoSeg: each modality also stands for the others, and channels guide each other by their order.
+"""DeMoSeg: each modality has a feature group of its own and groups that stand for the others.
 
 Decoupling Feature Representations of Ego and Other Modalities for Incomplete Multi-modal Brain
 Tumor Segmentation (kk42yy/DeMoSeg at 73cd4bb).

@@ -1,4 +1,4 @@
-"""Early fusion: any ordinary segmentation network, MONAI's above all, as a backbone.
+"""Early fusion: any ordinary segmentation network, such as those of MONAI, as a backbone.
 
 The modalities are the input channels, a missing one is 0, and there is one latent, ``fused``.
 Four networks are cut between encoder and decoder, so that their encoder's features are latents:

@@ -1,4 +1,4 @@
-"""What multi-encoder backbones share: encoders of single modalities, and slot fusion.
+"""Shared parts of multi-encoder backbones: one encoder per modality, and fusion of their slots.
 
 On a CPU an encoder sees only the samples that have its modality. Where a step must be static
 (:func:`~pmixseg.execution.runs_static`) it sees the whole batch, absent modalities as

@@ -1,4 +1,4 @@
-"""The package's own default: a U-Net with one encoder per modality."""
+"""The default backbone: a U-Net with one encoder per modality."""
 
 from __future__ import annotations
 

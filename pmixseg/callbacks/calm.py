@@ -1,4 +1,4 @@
-"""Silence messages of Lightning that tell a user of this package nothing."""
+"""Silence messages of Lightning that do not help a user of this package."""
 
 from __future__ import annotations
 

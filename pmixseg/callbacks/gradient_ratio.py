@@ -1,4 +1,4 @@
-"""A weight that follows from how strongly a term pulls at the latents, measured at the start."""
+"""Choose the weight of a term by its gradient, measured over the first steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test scores under missingness protocols, beside the full table."""
+"""Score a test under missingness protocols, in addition to the table of all combinations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training leaves in its run folder: one log that a resumed one continues, checkpoints."""
+"""Log and checkpoint a training in its run folder; a resumed training continues both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: Lightning's ``fit`` … ``predict``, and plain commands around them."""
+"""The command line: Lightning's ``fit`` to ``predict``, and the plain commands beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory while a command runs."""
+"""Set how the C library keeps freed memory while a command runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what stands on a command line before a parser does."""
+"""Read the command line before the parser does: flags, prefixes, near misses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain commands: flags in, one call into the package, an exit code out."""
+"""The plain commands: each reads its flags, calls the package once and returns an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person got wrong on the command line or in a file, as one sentence."""
+"""Turn a mistake on the command line or in a YAML file into one sentence."""
 
 from __future__ import annotations
 

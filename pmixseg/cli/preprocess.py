@@ -1,4 +1,4 @@
-"""``pmixseg preprocess``: a cohort of raw scans into one that ``prepare`` reads."""
+"""``pmixseg preprocess``: register raw scans and remove the skull, for a whole cohort."""
 
 from __future__ import annotations
 

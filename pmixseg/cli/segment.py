@@ -1,4 +1,4 @@
-"""``pmixseg segment``: a flag per modality of the model, so the model is opened first."""
+"""``pmixseg segment``: its flags are the modalities of the model, so the model is opened first."""
 
 from __future__ import annotations
 

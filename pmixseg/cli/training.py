@@ -1,4 +1,4 @@
-"""``fit``, ``validate``, ``test``, ``predict``: Lightning's command line with our two groups."""
+"""``fit``, ``validate``, ``test``, ``predict``: Lightning's CLI with alignment flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights and models: ``models``, ``publish``, ``import``, ``export``."""
+"""The commands about models: ``models``, ``publish``, ``import``, ``export``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deal patients to the parts of a split: by grade, by seed and name, all visits of one together."""
+"""Assign patients to the parts of a split at random, balanced by grade."""
 
 from __future__ import annotations
 

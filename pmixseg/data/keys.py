@@ -1,4 +1,4 @@
-"""Counter-based random numbers: every draw is a pure function of a sample's key.
+"""Random numbers without a state: every draw is a function of a sample's key alone.
 
 A key names one sample of one epoch. Whatever is random about the sample (where its patch lies,
 how it is augmented, which modalities the network sees) is read from named *streams* of the key,

@@ -1,4 +1,4 @@
-"""Modalities withheld from a case for a whole run: imbalanced and structured missingness.
+"""Withhold modalities of a case for a whole run: imbalanced and structured missingness.
 
 What a mask withholds counts as never acquired, for teacher and student alike. The protocols stand
 in docs/method/missingness.md.

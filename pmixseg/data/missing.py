@@ -1,4 +1,4 @@
-"""Which acquired modalities the network is shown: missingness protocols, drawn per sample.
+"""Draw which acquired modalities a sample shows: missingness protocols of the training.
 
 The protocols stand in docs/method/missingness.md. A sampler is a pure function of the keys, so a
 teacher, a student and a rerun see the same combinations. Masks that stay with a case for a whole

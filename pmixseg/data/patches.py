@@ -1,4 +1,4 @@
-"""Reading samples from a store: patches for training, whole cases for evaluation."""
+"""Datasets of a store: patches for training, whole cases for evaluation."""
 
 from __future__ import annotations
 

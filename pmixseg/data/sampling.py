@@ -1,4 +1,4 @@
-"""Which sample comes when, on which rank, in which epoch."""
+"""Order of the samples in every epoch and on every process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the cases of a training lie: a prepared store, and the cohort that it is made of."""
+"""Find the data of a training: a prepared store, or a cohort to prepare first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which cases train, validate and test.
+"""Split a cohort into training, validation and test cases.
 
 A :class:`Split` is three lists of case ids; a :class:`SplitPlan` makes one from a cohort: from
 files, from JSON, by k-fold or by fractions. What is drawn here is stratified by grade, keeps the

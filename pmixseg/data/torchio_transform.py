@@ -1,4 +1,4 @@
-"""Any TorchIO transform as the augmentation, named in YAML."""
+"""Use TorchIO transforms as augmentation, named in YAML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write NIfTI scans as a study of DICOM series: something to try DICOM with, and to test it."""
+"""Write NIfTI scans as a study of DICOM series, for examples and tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pydicom and highdicom, or one sentence where they are not installed."""
+"""Import pydicom and highdicom, or say in one sentence how to install them."""
 
 from pmixseg.errors import InputError
 

@@ -1,4 +1,4 @@
-"""Which series is which sequence, with the reason; what is not certain is told and not guessed.
+"""Recognise which DICOM series is which sequence, with reasons; doubt is reported.
 
 Three witnesses: the description, read as file names are; the echo, repetition and inversion time;
 whether the header names a contrast agent. Where they contradict each other nobody is believed.

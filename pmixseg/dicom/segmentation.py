@@ -1,4 +1,4 @@
-"""A label map as DICOM-SEG, which viewers lay over the series that it was made from."""
+"""Write a label map as DICOM-SEG, to be shown over the series that it was made from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Series of a folder: their headers, and their voxels as a volume."""
+"""Read DICOM series: their headers, and their voxels as a volume."""
 
 from __future__ import annotations
 

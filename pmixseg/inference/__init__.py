@@ -1,1 +1,1 @@
-"""Using trained models: segmenting scans, bringing published weights in, taking models out."""
+"""Use trained models: segment scans, import published weights, export models."""

@@ -1,4 +1,4 @@
-"""A patient's folder: which of its files are scans of which modality, and what else lies there."""
+"""Find the scans of each modality in a patient's folder, and name the other files in it."""
 
 from __future__ import annotations
 

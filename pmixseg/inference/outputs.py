@@ -1,4 +1,4 @@
-"""What segmenting leaves of a case: its files, and what there is to say about it."""
+"""Write the results of one segmented case, and report on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publish a checkpoint: weights as safetensors, a description as JSON, a model card; and back."""
+"""Publish a checkpoint as safetensors, JSON and a model card; and read it back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the published RFNet and mmFormer code, turned into checkpoints of this package."""
+"""Convert checkpoints of the published RFNet and mmFormer code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw scans of one patient: preprocessed, segmented in atlas space, and brought back."""
+"""Segment raw scans of one patient: preprocess, segment in atlas space, bring back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segmenting what a person has: a case folder, a cohort, one 4-D file, a file per modality."""
+"""Segment a case folder, a cohort, a 4-D file, or one file per modality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracing a model for a combination that is fixed."""
+"""Trace a model for one fixed combination of modalities."""
 
 from __future__ import annotations
 

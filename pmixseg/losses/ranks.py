@@ -1,4 +1,4 @@
-"""What the processes of a distributed training must know of each other's samples."""
+"""Share samples and sums between the processes of a distributed training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a segmentation network is trained with: the criterion contract, and Dice + cross-entropy."""
+"""Segmentation losses: the interface of a criterion, and Dice + cross-entropy."""
 
 from __future__ import annotations
 

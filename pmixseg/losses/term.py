@@ -1,4 +1,4 @@
-"""What a callback adds to the training loss."""
+"""The interface of a loss term that a callback adds to the training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading: one function for test, segmentation, distillation and Python."""
+"""Load a checkpoint: one function for testing, segmentation, distillation and Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in the slot of a missing modality between encoder and decoder.
+"""Fill the slot of a missing modality between encoder and decoder.
 
 The method: docs/method/filling.md.
 """

@@ -1,4 +1,4 @@
-"""A backbone with its fill policy: what a checkpoint holds, and what predicts from it."""
+"""A backbone with its fill: the part of a module that a checkpoint holds and that predicts."""
 
 from __future__ import annotations
 

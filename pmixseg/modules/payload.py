@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, in primitives: enough to build the module and use it."""
+"""The description inside a checkpoint: all that is needed to rebuild the module and use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model's data were prepared, as far as its predictions depend on it."""
+"""How the training data of a model were prepared, as far as predictions depend on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a test leaves behind: records with their sidecar, examples for pictures, a table."""
+"""Write the results of a test: records, sidecar, examples for pictures, a table."""
 
 from __future__ import annotations
 

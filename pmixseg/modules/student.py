@@ -1,4 +1,4 @@
-"""The network that sees only some sequences."""
+"""The student: a network that sees only some sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network that is trained on everything a case has."""
+"""The teacher: a network that is trained on all sequences of a case."""
 
 from __future__ import annotations
 

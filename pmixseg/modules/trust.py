@@ -1,4 +1,4 @@
-"""What a checkpoint may name: a file from elsewhere must not decide what is run or fetched.
+"""Decide which classes a checkpoint may name, so that no foreign file runs code.
 
 ``weights_only=True`` keeps a checkpoint's pickle from running code. Its description of the model
 names classes, which are imported and called. So all of them are found and judged before the first

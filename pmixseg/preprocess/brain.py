@@ -1,4 +1,4 @@
-"""Brain extraction: a given mask, a program of the user's, or the atlas's own brain."""
+"""Extract the brain: by a mask, by a program of the user's, or by the atlas."""
 
 from __future__ import annotations
 

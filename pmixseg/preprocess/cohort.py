@@ -1,4 +1,4 @@
-"""A cohort of raw scans, case by case, into a cohort that ``prepare`` reads."""
+"""Preprocess a cohort of raw scans into one that ``prepare`` reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SimpleITK, or one sentence where it is not installed."""
+"""Import SimpleITK, or say in one sentence how to install it."""
 
 from pmixseg.errors import InputError
 

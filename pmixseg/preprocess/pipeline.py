@@ -1,4 +1,4 @@
-"""One patient's raw scans: registered to each other, in atlas space, without skull; and back."""
+"""Preprocess one patient's raw scans: registration, atlas space, brain extraction; and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collecting what is wrong, so that one run of a check names every broken rule."""
+"""Collect the broken rules of a check, so that one run names all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about what is done to a backbone: saving, rebuilding, layouts, precision, compiling."""
+"""Rules about handling a backbone: saving, rebuilding, layouts, precision, compiling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models by name: where a name leads, how it is fetched, and the files of a published model.
+"""Models by name: look up, fetch, and read or write the files of a published model.
 
 Nothing here can run code of what it fetches: weights are safetensors, everything else is JSON.
 """

@@ -1,4 +1,4 @@
-"""The models that have a name, and what is known of each."""
+"""The models that have a name, and the facts about each."""
 
 from __future__ import annotations
 

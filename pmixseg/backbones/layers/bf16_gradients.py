@@ -1,4 +1,4 @@
-"""Weight gradients that oneDNN does not write, and how trainings get them all the same.
+"""Repair the bf16 weight gradients that oneDNN leaves unwritten for shallow volumes.
 
 In bf16, oneDNN 3.12 (torch 2.13, kernel ``avx512_core_bf16``) leaves parts of the weight gradient
 of a padded convolution as the memory was, often infinite, where the first axis has fewer voxels

@@ -1,4 +1,4 @@
-"""Mixing slots region by region without a volume for each region."""
+"""Fuse modalities region by region without keeping a volume for each region."""
 
 from __future__ import annotations
 

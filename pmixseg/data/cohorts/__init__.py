@@ -1,1 +1,1 @@
-"""What lies on disk: layouts, cases, names of sequences, and what is wrong with them."""
+"""Cohorts on disk: layouts, cases, names of sequences, and problems with them."""

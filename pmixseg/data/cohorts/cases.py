@@ -1,4 +1,4 @@
-"""A patient's scan as it lies on disk, and the patterns by which a cohort names its files."""
+"""Describe a case on disk, and the file name patterns of a cohort."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which numbers of a label file mean which label, by the names that others give to labels."""
+"""Match the numbers in label files to labels, by the usual names of labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at a cohort before anything is done with it: `pmixseg inspect`."""
+"""Inspect a cohort before anything else is done with it: ``pmixseg inspect``."""
 
 from __future__ import annotations
 

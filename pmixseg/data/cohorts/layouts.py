@@ -1,4 +1,4 @@
-"""Find the cases of any cohort: by a named layout, by a file of patterns, or by looking."""
+"""Find the cases of a cohort: by a named layout, a file of patterns, or automatically."""
 
 from __future__ import annotations
 

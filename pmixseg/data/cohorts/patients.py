@@ -1,4 +1,4 @@
-"""Whose scan a case is, from its name; visits of one patient must not be told apart by a split."""
+"""Read the patient from a case name, so that visits of one patient stay in one part of a split."""
 
 from __future__ import annotations
 

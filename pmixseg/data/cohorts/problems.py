@@ -1,4 +1,4 @@
-"""Join sentences about many cases into few lines."""
+"""Report one problem of many cases in one line, with a count."""
 
 from __future__ import annotations
 

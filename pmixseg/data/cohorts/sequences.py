@@ -1,4 +1,4 @@
-"""Which sequence a name means: ``x7_T1_post_Gd``, ``t2f``, ``ax T2 FLAIR``, ``T1-weighted``.
+"""Recognise the MRI sequence in a name: ``x7_T1_post_Gd``, ``t2f``, ``ax T2 FLAIR``.
 
 A scan taken for another sequence is segmented all the same, and wrongly. So a name is read as a
 whole, and where it leaves a doubt it means nothing: plain T1 is never read from a name that also

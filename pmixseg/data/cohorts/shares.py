@@ -1,4 +1,4 @@
-"""One machine's share of a cohort, so that several can work through it together."""
+"""Divide a cohort among several machines or processes."""
 
 from __future__ import annotations
 

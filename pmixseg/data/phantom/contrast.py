@@ -1,4 +1,4 @@
-"""What the phantom's scanner makes of its anatomy: one MRI contrast at a time.
+"""Simulate MRI contrasts from the phantom's anatomy.
 
 Signals are in units of white matter. Enhancement enters a contrast only through
 :attr:`Contrast.enhancement`, which is 0 for T2, FLAIR and T1.

@@ -1,4 +1,4 @@
-"""A phantom cohort for any task: which contrasts it needs, and the layout it is read with."""
+"""Plan a phantom cohort for any task: its contrasts, and the layout to read it with."""
 
 from __future__ import annotations
 

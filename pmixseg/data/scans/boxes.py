@@ -1,4 +1,4 @@
-"""Boxes of voxels, and the box that holds what is not 0."""
+"""Boxes of voxels, and the smallest box around all voxels that are not 0."""
 
 from __future__ import annotations
 

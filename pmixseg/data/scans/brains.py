@@ -1,4 +1,4 @@
-"""Whether one scan looks like a brain without skull, with background 0.
+"""Check that one scan shows a brain without skull, on a background of 0.
 
 Heuristics with thresholds that were chosen on the seven BraTS 2021 cases of the tests and damaged
 copies of them. They find gross mistakes and prove nothing: what passes may still be wrong.

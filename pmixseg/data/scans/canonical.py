@@ -1,4 +1,4 @@
-"""One canonicalisation for everything: `prepare` and `segment` both go through here.
+"""Bring the scans of a case into the form of a network's input, for ``prepare`` and ``segment``.
 
 RAS orientation, optional resampling, z-score of each modality inside its own non-zero voxels,
 background exactly 0, crop to the brain. What becomes of one modality depends on no other, so that

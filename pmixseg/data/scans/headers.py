@@ -1,4 +1,4 @@
-"""What a NIfTI header says, checked before a voxel is read."""
+"""Check the header of a NIfTI file before its voxels are read."""
 
 from __future__ import annotations
 

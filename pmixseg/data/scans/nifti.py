@@ -1,4 +1,4 @@
-"""Reading scans fast: the file's bytes once, one decompression, no detour over float64."""
+"""Read NIfTI scans fast: one read, one decompression, no copy in float64."""
 
 from __future__ import annotations
 

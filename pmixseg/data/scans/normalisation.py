@@ -1,4 +1,4 @@
-"""Named ways to normalise a case, and the one that published RFNet and mmFormer were trained on."""
+"""Named normalisations of intensities, also that of the published RFNet and mmFormer code."""
 
 from __future__ import annotations
 

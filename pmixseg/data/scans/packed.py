@@ -1,4 +1,4 @@
-"""Unpacking gzip in one go, and never more than is asked for."""
+"""Decompress gzip in one call, and never more bytes than expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge of a case: whether its scans look as a model expects them.
+"""Check the scans of a case together: background, spacing, registration, labels.
 
 `inspect`, `prepare` and `segment` ask this one judge, and say what it says in the same words.
 

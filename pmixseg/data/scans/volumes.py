@@ -1,4 +1,4 @@
-"""What one file of a case must be, and what is computed from it alone.
+"""Read the volume of one file of a case, check it, and compute what depends on it alone.
 
 Voxels are handled in the file's own axis order (in memory, its reverse), since numpy's loops are
 several times slower over flipped axes; the result is a view in canonical orientation.

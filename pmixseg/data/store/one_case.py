@@ -1,4 +1,4 @@
-"""One case of a cohort into the store, or the sentence that says why not."""
+"""Prepare one case of a cohort into a store, or say why it is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing a cohort: every case through the canonicalisation once, into a store."""
+"""Prepare a cohort into a store: read, check and normalise every case once."""
 
 from __future__ import annotations
 

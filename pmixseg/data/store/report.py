@@ -1,4 +1,4 @@
-"""What became of every case of a cohort that was prepared."""
+"""Report what became of every case of a cohort that was prepared."""
 
 from __future__ import annotations
 

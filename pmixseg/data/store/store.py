@@ -1,4 +1,4 @@
-"""The store: a cohort prepared once, read by patch for ever after."""
+"""A store: the prepared copy of a cohort, read by patches in every training."""
 
 from __future__ import annotations
 

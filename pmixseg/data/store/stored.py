@@ -1,4 +1,4 @@
-"""One case of a store: what its folder holds, how it is written and read.
+"""Write and read one case of a store: the files of its folder.
 
 A case folder is complete from the moment it has its name: everything is written to a folder of
 another name on the same disk, which is then renamed.

@@ -1,4 +1,4 @@
-"""Comparing two methods over seed-matched runs (docs/method/evidence.md).
+"""Compare two methods over runs with the same seeds (docs/method/evidence.md).
 
 The primary endpoint is fixed: per case the mean Dice over all combinations and regions; the test
 is a paired t over the means of seed-matched runs. All else is exploratory and marked so.

@@ -1,4 +1,4 @@
-"""What a comparison of two methods says: its figures, as text for a terminal, and for JSON."""
+"""The result of a comparison of two methods: its figures, as text and as JSON."""
 
 from __future__ import annotations
 

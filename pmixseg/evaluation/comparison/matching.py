@@ -1,4 +1,4 @@
-"""Whether the runs of two methods are what a comparison takes them for: pairs of equal seeds."""
+"""Check that the runs of two methods are pairs with the same seed, split and task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adding a modality must not hurt: where it does.
+"""Find where a further modality lowers the score of a case.
 
 A network that segments worse when it is shown more has not learnt to weigh its inputs; a clinic
 would have to withhold a scan from it.

@@ -1,4 +1,4 @@
-"""The gap before and after a training, from the ``metrics.csv`` of its run."""
+"""Compare the gap before and after a training, from the ``metrics.csv`` of its run."""
 
 from __future__ import annotations
 

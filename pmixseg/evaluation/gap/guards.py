@@ -1,4 +1,4 @@
-r"""Whether latents still hold what is needed: three numbers that a closed gap cannot buy.
+r"""Check that aligned latents still carry information: rank, whitened gap, decodability.
 
 A small gap is worth nothing where the latents have collapsed onto what all sequences agree on.
 The rank within a modality does not count the gap itself as rank; the whitened gap does not shrink

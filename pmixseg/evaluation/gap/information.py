@@ -1,4 +1,4 @@
-r"""What the theory says about alignment, as numbers that can be checked.
+r"""Quantities of information theory that bound what alignment can do.
 
 1. **Chain rule.** :math:`KL(q(Z) \| \prod_m P) = \sum_m KL(q(z_m) \| P) + TC(Z)`. The evidence
    bound written with individual alignments is tighter than the joint one by the total correlation

@@ -1,4 +1,4 @@
-r"""The gap between modalities in latent space, in ten numbers.
+r"""Measure the gap between modalities in latent space, in ten numbers.
 
 Voxel vectors are collected over cases with :func:`voxel_vectors`, joined, and measured together
 with :func:`measure_gap`. Everything is computed in float64 on the CPU.

@@ -1,4 +1,4 @@
-"""One case, every combination: from windows to label maps in the source grid, and to records."""
+"""Predict one case on every combination, as label maps in the grid of its source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named clean-up of predicted label maps, off by default and recorded wherever it was used."""
+"""Named post-processing of predicted label maps: off by default, recorded where it was used."""
 
 from __future__ import annotations
 

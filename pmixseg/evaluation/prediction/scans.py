@@ -1,4 +1,4 @@
-"""From a patient's scans to a segmentation: one grid, canonical form, windows, way back."""
+"""Segment a patient's scans: one grid, normalisation, windows, and back to their grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a finished case, computed in a thread while a GPU predicts the next one."""
+"""Score a finished case in a thread while a GPU predicts the next one."""
 
 from __future__ import annotations
 

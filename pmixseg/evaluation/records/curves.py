@@ -1,4 +1,4 @@
-"""The course of a training, from the ``metrics.csv`` of its run."""
+"""Read the learning curves of a training from the ``metrics.csv`` of its run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The combination table by number of sequences shown, for tasks with too many combinations."""
+"""Average the table of combinations by the number of sequences shown."""
 
 from __future__ import annotations
 

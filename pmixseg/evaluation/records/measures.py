@@ -1,4 +1,4 @@
-"""The one table of measures: what a column of the records is called, and which way it is better.
+"""Names of all measures in the records, and whether higher or lower is better.
 
 The order is that of a record. A new measure is one line here, and the code that computes it.
 """

@@ -1,4 +1,4 @@
-"""Published Dice as reference rows: facts with their sources, shown only where they apply.
+"""Published Dice with their sources, as reference rows where task and data agree.
 
 ``published_dice.csv`` holds 1,488 values (table source, dataset, method, region, combination, Dice
 in percent), read off the tables named in :data:`SOURCES`. A run is set beside them only where its

@@ -1,4 +1,4 @@
-"""What a table of results means: task, conventions, checkpoint, versions, in JSON beside it."""
+"""The JSON file beside a table of results: task, conventions, checkpoint, versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text in CSV files that no spreadsheet takes for a formula."""
+"""Write text in CSV files so that no spreadsheet runs it as a formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table that papers print: regions × combinations, for terminals, LaTeX and spreadsheets."""
+"""The usual table of papers, regions by combinations: for terminals, LaTeX and spreadsheets."""
 
 from __future__ import annotations
 

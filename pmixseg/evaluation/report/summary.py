@@ -1,4 +1,4 @@
-"""What stands in a report beside the tables: key numbers, worst cases, remarks."""
+"""The parts of a report around its tables: key numbers, worst cases, remarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do probabilities mean what they say? ECE and Brier per region, and temperatures that mend them.
+"""Calibration of probabilities: ECE and Brier score per region, and temperature scaling.
 
 Voxels far from the head are trivially right and would hide everything, so scores are taken over
 the voxels that the caller names, usually the brain.

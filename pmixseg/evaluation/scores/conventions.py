@@ -1,4 +1,4 @@
-"""The conventions of a score, by name: what an empty mask counts, which percentile, what a lesion.
+"""Conventions of the scores, by name: empty masks, percentile, lesions.
 
 Published numbers cannot be compared because these differ silently. Here they are one object that
 every result file carries.

@@ -1,4 +1,4 @@
-r"""What a distance is given, and what it returns.
+r"""The interface of a distance: its inputs and its result.
 
 Every distance returns one number per sample and modality; the mean over a sample's modalities and
 over samples is taken by :class:`~pmixseg.losses.alignment.AlignmentLoss`. All compute in float32 or

@@ -1,4 +1,4 @@
-r"""The gap relative to the whole covariance, which no linear map can game."""
+r"""Mahalanobis distance to the anchor, which does not change under a linear map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What distillation over latents takes over brain voxels.
+"""Sums over brain voxels for distillation losses on latents.
 
 Background is half of a patch and more, and no network means anything there: a mean over it would
 depend on how much of it the patch has. Shapes do not depend on the masks.

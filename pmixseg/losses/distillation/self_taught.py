@@ -1,4 +1,4 @@
-"""A network that teaches itself: everything acquired is the teacher of less."""
+"""Self-distillation: the network on all acquired modalities teaches itself on fewer."""
 
 from __future__ import annotations
 

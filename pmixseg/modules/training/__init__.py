@@ -1,4 +1,4 @@
-"""What only a training needs: its step's compilation, losses of an epoch, optimizers, resuming.
+"""Parts of a module that only a training needs: compilation, loss log, optimizers, resuming.
 
 Nothing here knows the Lightning modules; they call it.
 """

@@ -1,4 +1,4 @@
-"""The training step as one compiled graph: when it pays, how, and what happens if it fails."""
+"""Compile the training step into one graph: when, how, and the fallback if it fails."""
 
 from __future__ import annotations
 

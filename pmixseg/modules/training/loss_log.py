@@ -1,4 +1,4 @@
-"""The losses of a training, watched without waiting for a GPU.
+"""Log the losses of a training, and notice one that is not finite, without waiting for a GPU.
 
 Their means over an epoch, the number of the progress bar, and the first step at which one is not
 finite: such a training ends, and says since when and what to try.

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule: parameter groups, and schedules that know their length."""
+"""Optimizer and learning-rate schedule: parameter groups, and schedules over a whole training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of a resumed training: those given now, not those that the checkpoint restores."""
+"""Resume a training with the settings of the new call, not with those of its checkpoint."""
 
 from __future__ import annotations
 
