@@ -52,26 +52,27 @@ def not_a_brain(
         scan: ``[D, H, W]`` intensities, or their tight box.
         zooms: voxel size in mm.
         name: how the phrase names it.
-        whole: the non-zero voxels reach all faces of the volume; by default, of ``scan``.
+        whole: the non-zero voxels reach all faces of the volume, of which ``scan`` is their tight
+            box; by default, ``scan`` is the volume.
     """
-    box = bounds(scan)
-    if box is None:
-        return None
-    voxel, inner = float(np.prod(zooms)) / 1000, float(np.prod(box.shape))
+    inner, voxel = float(scan.size), float(np.prod(zooms)) / 1000
+    if whole is None:
+        box = bounds(scan)
+        if box is None:
+            return None
+        inner, whole = float(np.prod(box.shape)), box.shape == scan.shape
     flat = scan.ravel(order="K")  # as it lies in memory: no copy of a whole file's array
     count = np.count_nonzero(flat)
     if count * voxel > MAX_BRAIN_ML:
         return f"{name} has {count * voxel:.0f} ml of non-zero voxels, more than a brain"
     filled = count > MAX_FILL * inner
-    if filled and (
-        inner * voxel > JUDGED_ML or (box.shape == scan.shape if whole is None else whole)
-    ):
+    if filled and (inner * voxel > JUDGED_ML or whole):
         share = count / inner
         return f"{name} is non-zero in {share:.0%} of the box around it, so its background is not 0"
     inside = flat[:: max(1, flat.size // (2 * SAMPLE))]
     inside = inside[inside != 0]
     # In float32: numpy 2.4.6 sorts float16 wrongly here and there, and then counts one value twice.
-    drawn = inside[:: max(1, len(inside) // SAMPLE)].astype(np.float32)
+    drawn = np.sort(inside[:: max(1, len(inside) // SAMPLE)].astype(np.float32))
     negative = float((drawn < 0).mean())
     if negative > MAX_NEGATIVE:
         return f"{name} is below 0 in {negative:.0%} of its non-zero voxels, as no MR signal is"
@@ -81,7 +82,8 @@ def not_a_brain(
         return (
             f"{name} is nearly 0 in {small:.0%} of its non-zero voxels, so its background is not 0"
         )
-    counts = np.unique(drawn, return_counts=True)[1]
+    new = np.flatnonzero(drawn[1:] != drawn[:-1]) + 1  # np.unique would sort again
+    counts = np.diff(new, prepend=0, append=len(drawn))
     if len(counts) < MIN_VALUES:
         return f"{name} has {len(counts)} different values only, as a label map has"
     share = np.sort(counts)[-5:].sum() / counts.sum()
