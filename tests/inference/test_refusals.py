@@ -9,7 +9,7 @@ from nibabel.processing import resample_to_output
 from scipy import ndimage
 
 from pmixseg.data.cohorts.layouts import find_cases
-from pmixseg.data.scans import canonical
+from pmixseg.data.scans import canonical, plausibility
 from pmixseg.data.scans.brains import MAX_BRAIN_ML, not_a_brain
 from pmixseg.data.scans.canonical import canonicalise, join
 from pmixseg.data.scans.grids import on_one_grid
@@ -169,6 +169,41 @@ def test_a_scan_that_misses_the_grid_is_named(model, images, tmp_path):
 
 
 # ------------------------------------------------------------------- plausibility
+
+
+def shared_information(one, two, enough):
+    """As its equation stands: of one pair of scans, less its bias."""
+    one, two = one[one > 0], two[one > 0]
+    if len(one) < enough:
+        return 0.0
+    table = np.array(
+        [[np.mean((one == a) & (two == b)) for b in range(1, 17)] for a in range(1, 17)]
+    )
+    rows, columns = table.sum(1), table.sum(0)
+    independent = np.outer(rows, columns)
+    filled = table > 0
+    cells = [np.count_nonzero(p) for p in (table, rows, columns)]
+    bias = (cells[0] - cells[1] - cells[2] + 1) / (2 * len(one))
+    return (table[filled] * np.log(table[filled] / independent[filled])).sum() - bias
+
+
+def test_information_of_many_pairs_at_once_is_that_of_each():
+    random = np.random.default_rng(0)
+    scans = random.integers(0, 17, (3, 500)).astype(np.int16)
+    scans[2, 100:] = 0  # too few voxels in common
+    others = np.stack([random.integers(1, 17, 500), np.maximum(scans[0], 1)]).astype(np.int16)
+    expected = [sum(shared_information(s, o, 200) for s in scans) for o in others]
+    assert expected[1] > 2 > 0.2 > abs(expected[0])
+    np.testing.assert_allclose(plausibility._information(scans, others, 200), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [(1, 1, 1), (2, 2, 2), (4, 1, 3)])
+def test_block_means_are_numpys(steps):
+    volume = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(np.float32)
+    a, b, c = steps
+    blocks = volume.reshape(8 // a, a, 4 // b, b, 6 // c, c)
+    means = plausibility._block_means(volume, steps)
+    np.testing.assert_allclose(means, blocks.mean((1, 3, 5)), rtol=1e-5, atol=1e-6)
 
 
 def test_phantoms_look_as_they_should(model, images):

@@ -9,6 +9,7 @@ copies of them. They find gross mistakes and prove nothing: what passes may stil
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -223,6 +224,8 @@ def misplaced(scans: Mapping[str, npt.NDArray[np.generic]], zooms: tuple[float, 
     Returns:
         A phrase for the scan with the largest g, if that is above :data:`MAX_GAIN`.
     """
+    if len(scans) < 2:
+        return []
     coarse, size = _coarse(scans, zooms)
     codes = {name: _quantised(scan) for name, scan in coarse.items()}
     names = list(codes)
@@ -255,6 +258,7 @@ def _gains(
     points = np.argwhere(scan[::every, ::every, ::every]).T * every
     steps = np.array(size)[:, None]
     centre = points.mean(axis=1, keepdims=True)
+    offsets = (points - centre) * steps
     here = scan[tuple(points)]
     partners = np.stack([other[tuple(points)] for other in others])
     padded = np.pad(scan, 1)  # whatever is moved out of the volume meets a 0
@@ -262,11 +266,12 @@ def _gains(
     enough = MIN_SHARED_ML * 1000 / float(np.prod(size)) / every**3
     for move in tried:
         # Nearest neighbours: interpolation would smooth, and smooth scans share more.
-        source = move.matrix @ ((points - centre) * steps) + move.shift[:, None]
+        source = move.matrix @ offsets + move.shift[:, None]
         index = np.rint(source / steps + centre).astype(np.intp) + 1
         moved = padded[tuple(np.clip(index, 0, last))]
         there = np.flatnonzero(moved)
-        before, after = (_information(partners[:, there], s[there], enough) for s in (here, moved))
+        pair = np.stack([here[there], moved[there]])
+        before, after = _information(partners[:, there], pair, enough).tolist()
         yield after / max(before, 1e-3), move
 
 
@@ -311,25 +316,27 @@ def _quantised(scan: Volume) -> Codes:
     return np.where(inside, np.searchsorted(edges, scan) + 1, 0).astype(np.int16)
 
 
-def _information(scans: Codes, other: Codes, enough: float) -> float:
-    """Mutual information of each scan with another, in nats, summed over the scans.
+def _information(scans: Codes, others: Codes, enough: float) -> npt.NDArray[np.float64]:
+    """Mutual information of each other scan with all scans, in nats, summed over the scans.
 
-    Less its bias in finite samples (Miller and Madow 1955).
+    Entropies are corrected for the number of voxels (Miller and Madow 1955).
 
     Args:
-        scans: ``[M, voxels]``; voxels with code 0 do not count.
-        other: ``[voxels]``, none of them 0.
-        enough: scans with fewer voxels than this do not count.
+        scans: ``[scans, voxels]``; voxels with code 0 do not count.
+        others: ``[others, voxels]``, nowhere 0.
+        enough: scans that have fewer voxels than this do not count.
     """
-    rows = np.arange(len(scans), dtype=np.intp)[:, None] * (BINS + 1)
-    cells = (rows + scans) * BINS + (other - 1)
-    joint = np.bincount(cells.ravel(), minlength=len(scans) * (BINS + 1) * BINS)
-    joint = joint.reshape(len(scans), BINS + 1, BINS)[:, 1:]
-    shared = joint.sum(axis=(1, 2))
-    joint, shared = joint[shared >= max(enough, 1)], shared[shared >= max(enough, 1)]
-    sides = (joint, joint.sum(axis=2), joint.sum(axis=1))
-    both, one, two = (v.reshape(len(shared), -1) / shared[:, None] for v in sides)
-    filled = [np.count_nonzero(p, axis=1) for p in (both, one, two)]
-    bias = (filled[0] - filled[1] - filled[2] + 1) / (2 * shared)
-    first, second, together = (entr(p).sum(axis=1) for p in (one, two, both))
-    return float((first + second - together - bias).sum())
+    pairs, rows = (len(others), len(scans)), BINS + 1
+    table = np.arange(math.prod(pairs)).reshape(*pairs, 1)
+    cells = (table * rows + scans) * BINS + others[:, None] - 1
+    counts = np.bincount(cells.ravel(), minlength=table.size * rows * BINS)
+    both = counts.reshape(*pairs, rows, BINS)[:, :, 1:]
+    shared = both.sum(axis=(2, 3))
+    total = np.maximum(shared, 1)[..., None]
+    # One array for all three entropies: numpy's calls cost more than so few numbers.
+    tables = [both.sum(axis=2), both.sum(axis=3), both.reshape(*pairs, -1)]
+    p = np.concatenate(tables, axis=2) / total
+    sign = np.repeat([1.0, -1.0], [2 * BINS, BINS * BINS])
+    information = (entr(p) + (p > 0) / (2 * total)) @ sign - 0.5 / total[..., 0]
+    summed: npt.NDArray[np.float64] = information.sum(axis=1, where=shared >= enough)
+    return summed
