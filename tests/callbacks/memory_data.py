@@ -72,7 +72,7 @@ class MemoryData(LightningDataModule):
 
 def tiny(**arguments):
     return MultiEncoderUNet(
-        modalities=BRATS.modalities, num_classes=4, width=4, levels=3, **arguments
+        modalities=BRATS.modalities, num_classes=4, width=4, levels=2, **arguments
     )
 
 

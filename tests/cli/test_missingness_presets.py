@@ -113,7 +113,7 @@ def test_json_masks(seen, phantom_store, tmp_path):
 def test_a_case_without_a_file_is_never_imputed(seen, phantom_root, tmp_path):
     """The file of one sequence is gone: acquired says so, and no record claims the sequence."""
     root = tmp_path / "cohort"
-    for folder in sorted(p.parent for p in phantom_root.rglob("*_t1ce.nii.gz"))[:3]:
+    for folder in sorted(p.parent for p in phantom_root.rglob("*_t1ce.nii.gz"))[:2]:
         shutil.copytree(folder, root / folder.parent.name / folder.name)
     (lost, *_) = sorted(root.rglob("*_t1ce.nii.gz"))
     lost.unlink()
@@ -178,7 +178,7 @@ def test_protocols_beside_the_full_table_at_test(phantom_store, tmp_path):
     (tmp_path / "protocols.csv").mkdir()
     (tmp_path / "records.csv").unlink()
     with pytest.warns(UserWarning, match=r"protocols\.csv cannot be written \(Is a directory\)"):
-        assert main(test) == 0
+        assert main([*test, "--trainer.limit_test_batches=1"]) == 0
     assert (tmp_path / "records.csv").is_file()
     assert not list(tmp_path.glob(".*.csv"))
 

@@ -23,6 +23,7 @@ SMALL = [
         "--data.split=Fractions",
     ),
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.accelerator=cpu"),
+    "--trainer.limit_test_batches=1",
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
 ]
 

@@ -119,8 +119,16 @@ def test_the_atlas_finds_most_of_the_brain_by_itself(patient, ready):
     assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.88
 
 
-def test_a_result_comes_back_where_the_tumour_is(patient, module, tmp_path):
+def test_a_result_comes_back_where_the_tumour_is(patient, ready, module, tmp_path, monkeypatch):
     raw = RawSettings(brain=str(patient["mask"]))
+
+    def registered(images, name, *, brain, atlas, centre):
+        """Registered already, with the same arguments."""
+        assert (images, name) == (patient["files"], "x")
+        assert (brain, atlas, centre) == (str(patient["mask"]), None, None)
+        return ready
+
+    monkeypatch.setattr("pmixseg.inference.raw.preprocess_scans", registered)
     result = segment_raw(module, patient["files"], Outputs(tmp_path), raw=raw, name="x")
     segmented = nib.load(result.files["seg"])
     source = nib.load(patient["files"]["t1ce"])

@@ -61,7 +61,7 @@ ALL = [pytest.param(*r, marks=() if is_quick(*r) else pytest.mark.slow) for r in
 
 @pytest.fixture(scope="module")
 def train(phantom_store):
-    def fit_and_test(kind, name, folder, align=False, teacher=None):
+    def fit(kind, name, folder, align=False, teacher=None):
         make, criterion, patch = BACKBONES[name]
         torch.manual_seed(0)
         module = kind(
@@ -92,10 +92,9 @@ def train(phantom_store):
         )
         data = BraTSDataModule(phantom_store, patch_size=patch, batch_size=2)
         trainer.fit(module, data)
-        trainer.test(module, data, verbose=False)
-        return module, trainer
+        return module, trainer, data
 
-    return fit_and_test
+    return fit
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,8 @@ def test_fits_two_batches_and_tests_a_case(train, teachers, tmp_path, name, kind
         with pytest.raises(InputError, match="mixes"):
             train(kind, name, tmp_path, align)
         return
-    module, trainer = train(kind, name, tmp_path, align, teachers(name) if distill else None)
+    module, trainer, data = train(kind, name, tmp_path, align, teachers(name) if distill else None)
+    trainer.test(module, data, verbose=False)
     assert len(module.records) == 15 * 3
     assert set(module.terms) == {n for n, on in (("align", align), ("distill", distill)) if on}
     assert trainer.global_step == 2
