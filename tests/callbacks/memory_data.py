@@ -70,9 +70,10 @@ class MemoryData(LightningDataModule):
         return DataLoader(data, self.batch_size, sampler=Strided(len(data)))
 
 
-def tiny(**arguments):
+def tiny(levels=3, **arguments):
+    """A network; mechanics that do not look at its levels need two."""
     return MultiEncoderUNet(
-        modalities=BRATS.modalities, num_classes=4, width=4, levels=2, **arguments
+        modalities=BRATS.modalities, num_classes=4, width=4, levels=levels, **arguments
     )
 
 

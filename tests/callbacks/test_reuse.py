@@ -17,7 +17,9 @@ def data(store):
 
 def student(seed):
     torch.manual_seed(seed)
-    return StudentModule(backbone=tiny(), evaluation=EvaluationSettings(window=(32, 32, 32)))
+    return StudentModule(
+        backbone=tiny(levels=2), evaluation=EvaluationSettings(window=(32, 32, 32))
+    )
 
 
 def fit(store, folder, seed, *callbacks, **arguments):

@@ -44,7 +44,7 @@ def check_combinations(model, case, combinations, kinds, folder, monkeypatch):
     }
     tested = StudentModule(backbone=model.backbone, evaluation=COARSE.over(model.evaluation))
     tested.preparation = model.preparation
-    files = [turned_files(case, *kind, folder) for kind in kinds]
+    files = [turned_files(case, needed(combinations), *kind, folder) for kind in kinds]
     for prediction in tested.eval().predict_item(item, combinations):
         combination = prediction.combination
         found = in_grid_of(model, case.images, combination)
@@ -68,25 +68,32 @@ def reoriented(image, axcodes):
     )
 
 
-def turned_files(case, axcodes, ending, folder):
+def needed(combinations):
+    """The modalities of some combinations."""
+    return {m for combination in combinations for m in combination}
+
+
+def turned_files(case, modalities, axcodes, ending, folder):
     """The case's scans written in other axes."""
     files = {}
-    for m in case.images:
+    for m in modalities:
         image = nib.load(case.images[m])
         files[m] = folder / f"{axcodes}_{m}{ending}"
         nib.save(reoriented(image, axcodes), files[m])
     return files
 
 
-def thick_files(case, ending, folder):
-    """The case's scans brought to 1 x 1 x 3 mm."""
-    files = {}
-    for m in case.images:
+def thick_files(case, modalities, folder):
+    """The case's scans brought to 1 x 1 x 3 mm, packed and not."""
+    plain, packed = {}, {}
+    for m in modalities:
         scan = nib.load(case.images[m])
         scan = nib.Nifti1Image(np.asarray(scan.dataobj, dtype=np.float32), scan.affine)
-        files[m] = folder / f"thick_{m}{ending}"
-        nib.save(resample_to_output(scan, (1.0, 1.0, 3.0), order=1), files[m])
-    return files
+        thick = resample_to_output(scan, (1.0, 1.0, 3.0), order=1)
+        for files, ending in ((plain, ".nii"), (packed, ".nii.gz")):
+            files[m] = folder / f"thick_{m}{ending}"
+            nib.save(thick, files[m])
+    return plain, packed
 
 
 def in_grid_of(model, files, combination):
@@ -100,7 +107,7 @@ def in_grid_of(model, files, combination):
 
 def check_thick_slices(model, case, combinations, folder):
     """1 x 1 x 3 mm, packed and not: the same answer in the grid of the file."""
-    files = [thick_files(case, ending, folder) for ending in (".nii", ".nii.gz")]
+    files = thick_files(case, needed(combinations), folder)
     for combination in combinations:
         plain, packed = (in_grid_of(model, kind, combination) for kind in files)
         assert np.array_equal(plain.dataobj, packed.dataobj)

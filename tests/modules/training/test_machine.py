@@ -28,7 +28,7 @@ TRUE = ("bf16-true", "16-true", "64-true")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("machine")
     trainer = quiet_trainer(folder, precision="bf16-mixed", max_steps=1)
-    trainer.fit(StudentModule(backbone=tiny()), MemoryData())
+    trainer.fit(StudentModule(backbone=tiny(levels=2)), MemoryData())
     trainer.save_checkpoint(folder / "last.ckpt")
     return folder / "last.ckpt"
 
@@ -58,7 +58,7 @@ def test_weights_of_another_type_are_refused_before_anything_runs(
 def test_a_model_in_python_is_refused_alike(tmp_path, precision):
     trainer = quiet_trainer(tmp_path, precision=precision)
     with pytest.raises(InputError, match=f"precision {precision} turns the weights"):
-        trainer.fit(StudentModule(backbone=tiny()), MemoryData())
+        trainer.fit(StudentModule(backbone=tiny(levels=2)), MemoryData())
 
 
 def test_mixed_precision_leaves_weights_in_float32(checkpoint):
@@ -79,7 +79,7 @@ def test_strategies_that_keep_weights_whole_are_taken(strategy):
 
 
 def test_a_compiler_round_the_whole_module_is_refused(tmp_path):
-    module = torch.compile(StudentModule(backbone=tiny()), backend="eager")
+    module = torch.compile(StudentModule(backbone=tiny(levels=2)), backend="eager")
     with pytest.raises(InputError, match=r"StudentModule\(compile=True\)"):
         quiet_trainer(tmp_path).fit(module, MemoryData())
 
@@ -89,7 +89,7 @@ def test_loaders_without_their_data_module_are_refused(tmp_path, phantom_store):
     data = BraTSDataModule(phantom_store, patch_size=16, num_workers=0, split=split)
     data.setup("fit"), data.setup("test")
     train, cases = data.train_dataloader(), data.test_dataloader()
-    module, refused = StudentModule(backbone=tiny()), "give the data module itself"
+    module, refused = StudentModule(backbone=tiny(levels=2)), "give the data module itself"
     with pytest.raises(InputError, match=refused):
         quiet_trainer(tmp_path, limit_val_batches=0).fit(module, train)
     with pytest.raises(InputError, match=refused):

@@ -31,7 +31,7 @@ def many():
 
 def student(**arguments):
     torch.manual_seed(0)
-    return StudentModule(backbone=tiny(), **arguments)
+    return StudentModule(backbone=tiny(levels=2), **arguments)
 
 
 def rates(total, share):
@@ -95,14 +95,14 @@ class Own(StudentModule):
 
 
 def test_a_users_own_rate_is_theirs(tmp_path):
-    module = Own(backbone=tiny())
+    module = Own(backbone=tiny(levels=2))
     assert module.lr == 0.125
     trainer = quiet_trainer(tmp_path)
     trainer.fit(module, MemoryData())
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.125
 
 
-@pytest.mark.parametrize("make", [student, functools.partial(Own, backbone=tiny())])
+@pytest.mark.parametrize("make", [student, functools.partial(Own, backbone=tiny(levels=2))])
 def test_the_tuner_sets_what_it_finds(tmp_path, make):
     module = make()
     # The loss of random samples rises, and none of it is to be left out.
@@ -139,7 +139,7 @@ DESCRIBED = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_a
 
 def student_of(scheduler=None):
     settings = EvaluationSettings(window=(32, 32, 32))
-    return StudentModule(backbone=tiny(), scheduler=scheduler, evaluation=settings)
+    return StudentModule(backbone=tiny(levels=2), scheduler=scheduler, evaluation=settings)
 
 
 def fit(folder, scheduler=None, *callbacks, data=None, **arguments):
@@ -202,7 +202,7 @@ def test_a_plateau_without_any_validation_is_one_sentence(tmp_path):
 
 
 def test_a_lambda_in_the_wrong_direction_is_one_sentence(phantom_store, tmp_path):
-    module = StudentModule(backbone=tiny())
+    module = StudentModule(backbone=tiny(levels=2))
     module.make_scheduler = lambda optimizer: ReduceLROnPlateau(optimizer)
     with pytest.raises(InputError, match="better higher; give it mode: max"):
         quiet_trainer(tmp_path).fit(module, cohort(phantom_store))

@@ -87,7 +87,7 @@ class Rates(Callback):
 
 def train(folder, optimizer, scheduler=None, *, epochs, resume=None, keep=None, callbacks=()):
     torch.manual_seed(0)
-    module = StudentModule(backbone=tiny(), optimizer=optimizer, scheduler=scheduler)
+    module = StudentModule(backbone=tiny(levels=2), optimizer=optimizer, scheduler=scheduler)
     rates = Rates()
     keep = RunCheckpoint(folder) if keep is None else keep
     trainer = quiet_trainer(
@@ -265,7 +265,7 @@ def test_nested_schedules_go_on(tmp_path):
             limit_val_batches=0,
             callbacks=[rates, RunCheckpoint(folder)],
         )
-        module = StudentModule(backbone=tiny())
+        module = StudentModule(backbone=tiny(levels=2))
         module.configure_optimizers = functools.partial(Student.configure_optimizers, module)
         trainer.fit(module, MemoryData(), ckpt_path=resume, weights_only=True)
         return [row[0]["lr"] for row in rates.rows]
