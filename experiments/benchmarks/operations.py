@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pmixseg.backbones import (
     UHVED,
     Backbone,
+    DeMoSeg,
     EarlyFusion,
     MMFormer,
     MultiEncoderUNet,
@@ -46,6 +47,7 @@ STEPS: dict[str, tuple[Callable[[], Backbone], Callable[[], Criterion]]] = {
     "MMFormer": (lambda: MMFormer(patch_size=32), RFNetCriterion),
     "UHVED": (UHVED, UHVEDCriterion),
     "ShaSpec": (ShaSpec, ShaSpecCriterion),
+    "DeMoSeg": (DeMoSeg, DiceCE),
     "EarlyFusion(SegResNet)": (lambda: EarlyFusion(SEGRESNET), DiceCE),
 }
 """Network and criterion of every row."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.layers.grouped import Groupable, map_groups
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import NormAct, norm_act
 from pmixseg.backbones.slots import check_input, encode_slots, join_levels
@@ -35,16 +36,18 @@ class ChannelOrder(nn.Module):
               \mathrm{LReLU}(\mathrm{IN}(y + y_o))
 
     A sorting passes no gradient on, so W₁ and W₂ stay what they are drawn as, as in the
-    published code.
+    published code. Channels of several encoders are sorted each among their own.
 
     Args:
         width: channels.
         descending: largest weight first.
+        beside: the same of all encoders that may run together with this one, itself included.
     """
 
-    def __init__(self, width: int, descending: bool = False) -> None:
+    def __init__(self, width: int, descending: bool = False, beside: Sequence[bool] = ()) -> None:
         super().__init__()
-        self.descending = descending
+        self.width = width
+        self.descending, self.beside = descending, tuple(beside)
         self.conv = LeanConv3d(width, width, 3, 1, "zeros", bias=False)
         hidden = max(width // 4, 1)
         self.weigh = nn.Sequential(
@@ -57,19 +60,33 @@ class ChannelOrder(nn.Module):
         y = norm_act(self.conv(x), SLOPE)
         # In bfloat16 many weights would be equal, and their order a matter of chance.
         with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-            dtype = next(self.weigh.parameters()).dtype
-            weights = self.weigh(y.to(dtype).mean((2, 3, 4)))
-            order = weights.argsort(1, descending=self.descending)
+            weights = y.to(next(self.weigh.parameters()).dtype).mean((2, 3, 4))
+            for layer in self.weigh:
+                if isinstance(layer, nn.Linear):
+                    weights = map_groups(layer, weights)
+                else:
+                    weights = layer(weights)
+            order = self._order(weights)
         index = order[:, :, None, None, None].expand_as(y)
         z: Tensor = self.norm(y + y.gather(1, index))
         return z
 
+    def _order(self, weights: Tensor) -> Tensor:
+        """Channels by their weights, ``[b, C]``, or ``[b, M·C]`` of M encoders together."""
+        if weights.shape[1] == self.width:
+            return weights.argsort(1, descending=self.descending)
+        signs = [-1.0 if descending else 1.0 for descending in self.beside]
+        sign = weights.new_tensor(signs)[:, None]
+        own = (weights.view(len(weights), -1, self.width) * sign).argsort(2)
+        first = torch.arange(0, weights.shape[1], self.width, device=weights.device)
+        return (own + first[:, None]).flatten(1)
 
-class Stem(nn.Sequential):
+
+class Stem(nn.Sequential, Groupable):
     """First features of one modality, as a list of one level."""
 
-    def __init__(self, width: int, descending: bool) -> None:
-        super().__init__(conv_block(1, width, 1, 0.0), ChannelOrder(width, descending))
+    def __init__(self, width: int, descending: bool, beside: Sequence[bool]) -> None:
+        super().__init__(conv_block(1, width, 1, 0.0), ChannelOrder(width, descending, beside))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``[b, 1, D, H, W]`` to ``[b, C, D, H, W]``."""
@@ -131,7 +148,8 @@ class DeMoSeg(Backbone):
         self.places = [self.modalities.index(m) for m in places]
         widths = [min(width * 2**k, WIDEST) for k in range(levels)]
         # T1 sorts its channels upwards, the others downwards, as the published code does.
-        self.stems = nn.ModuleList(Stem(width, m != "t1") for m in self.modalities)
+        descending = [m != "t1" for m in self.modalities]
+        self.stems = nn.ModuleList(Stem(width, own, descending) for own in descending)
         fused = len(places) * (width // self.groups)
         self.join = nn.Identity() if fused == width else LeanConv3d(fused, width, 1)
         self.downs = nn.ModuleList(

@@ -20,7 +20,8 @@ class Groupable(nn.Module):
     """Encoder whose layers treat channels by themselves, or are a grouped convolution if need be.
 
     Such layers are :class:`~pmixseg.backbones.layers.lean.LeanConv3d`,
-    :class:`~pmixseg.backbones.layers.norm.NormAct` and activations.
+    :class:`~pmixseg.backbones.layers.norm.NormAct`, activations, and linear layers by
+    :func:`map_groups`.
     """
 
 
@@ -52,3 +53,22 @@ def convolve_groups(conv: nn.Conv3d, x: Tensor) -> Tensor:
         padding = [0, 0, 0]
     groups = x.shape[1] // conv.in_channels
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, groups)
+
+
+def map_groups(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Map features by a linear layer, or by those of several encoders, each its own features.
+
+    Args:
+        linear: one of the layers, with the weights of all, ``[M·out, in]``.
+        x: ``[B, M·in]``.
+
+    Returns:
+        ``[B, M·out]``.
+    """
+    groups = x.shape[1] // linear.in_features
+    if groups == 1:
+        mapped: Tensor = linear(x)
+        return mapped
+    weight = linear.weight.view(groups, -1, linear.in_features)
+    y = torch.einsum("bgi,goi->bgo", x.view(len(x), groups, -1), weight)
+    return y.flatten(1) + linear.bias

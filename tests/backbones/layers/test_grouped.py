@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmixseg.backbones import UHVED, DeMoSeg, MMFormer, MultiEncoderUNet, RFNet, ShaSpec
 from pmixseg.backbones.layers.grouped import encode_together
 from pmixseg.backbones.layers.lean import LeanConv3d
+from pmixseg.backbones.slots import encode_slots
 from pmixseg.execution import as_on_gpu
 
 NETWORKS = {
@@ -17,6 +19,7 @@ NETWORKS = {
     "mmformer": lambda: MMFormer(width=4, patch_size=32, embedding=8, heads=2, hidden=8, dropout=0),
     "uhved": lambda: UHVED(width=4),
     "shaspec": lambda: ShaSpec(width=4, levels=2),
+    "demoseg": lambda: DeMoSeg(width=8, levels=2),
 }
 SIDES = {"mmformer": 32}
 
@@ -36,9 +39,10 @@ def image_for(name, net):
 
 
 def convolutions_of(net):
-    encoders = net.specific if isinstance(net, ShaSpec) else net.encoders
-    mmformer = isinstance(net, MMFormer)
-    return [encoder.convolutions.value if mmformer else encoder for encoder in encoders]
+    if isinstance(net, MMFormer):
+        return [encoder.convolutions.value for encoder in net.encoders]
+    parts = {ShaSpec: "specific", DeMoSeg: "stems"}
+    return list(getattr(net, parts.get(type(net), "encoders")))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -100,7 +104,7 @@ def test_a_gpu_starts_one_convolution_for_all_encoders_and_a_cpu_skips_absent_on
     assert runs == [0, 3]
 
 
-@pytest.mark.parametrize("name", ["rfnet", "mmformer", "uhved", "shaspec"])
+@pytest.mark.parametrize("name", ["rfnet", "mmformer", "uhved", "shaspec", "demoseg"])
 def test_encoders_of_published_networks_are_one_on_a_gpu(name):
     net = NETWORKS[name]()
     image, present = image_for(name, net).float(), torch.ones(2, 4, dtype=torch.bool)
@@ -114,11 +118,16 @@ def test_encoders_of_published_networks_are_one_on_a_gpu(name):
     assert counted.groups.count(1) == shared
 
 
-def test_encoders_that_mix_channels_stay_a_loop():
-    net = DeMoSeg(width=4, levels=2)
+def test_encoders_of_other_layers_stay_a_loop():
+    class Mixing(nn.Conv3d):
+        def forward(self, x):
+            return [super().forward(x).softmax(1)]
+
+    encoders = [Mixing(1, 2, 3, padding=1) for _ in range(4)]
+    image, present = torch.randn(1, 4, 8, 8, 8), torch.ones(1, 4, dtype=torch.bool)
     with as_on_gpu(), torch.no_grad(), Convolutions() as counted:
-        net.encode(torch.randn(1, 4, 16, 16, 16), torch.ones(1, 4, dtype=torch.bool))
-    assert 4 not in counted.groups
+        encode_slots(encoders, image, present)
+    assert counted.groups == [1] * 4
 
 
 def test_a_volume_of_other_channels_is_still_refused():
