@@ -27,6 +27,7 @@ def small(monkeypatch):
         "STUDENT_STEPS": 1,
     }.items():
         monkeypatch.setattr(quickstart, name, value)
+    monkeypatch.setenv("PL_TRAINER_NUM_SANITY_VAL_STEPS", "0")
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):

@@ -26,6 +26,7 @@ TINY = [
     "--data.val_cases=1",
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=1",
+    "--trainer.num_sanity_val_steps=0",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]

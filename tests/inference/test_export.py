@@ -209,18 +209,23 @@ def test_an_export_that_answers_otherwise_is_an_error(tmp_path, kind):
         export(tiny_student(window=16, backbone=Moody()), tmp_path / "x", kind)
 
 
-def test_the_fitted_temperature_is_named_and_not_in_the_graph(windows, tmp_path, capsys):
+def test_the_command_names_the_fitted_temperature_which_is_not_in_the_graph(
+    windows, tmp_path, capsys
+):
     path = save(
         pocket(evaluation={"window": (16, 16, 16), "temperatures": {2: 2.5}}), tmp_path / "t.ckpt"
     )
     out = tmp_path / "t.pt2"
     assert main(["export", str(path), "--combination", "flair+t1", "-o", str(out)]) == 0
-    assert "fitted one, 2.5" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "fitted one, 2.5" in said
+    assert "research use only" in said
     extra = {FACTS: ""}
     program = torch.export.load(out, extra_files=extra).module()
     assert json.loads(extra[FACTS])["temperature"] == 2.5
     plain = by_hand(load(path), windows[0])
     torch.testing.assert_close(program(windows[0]), plain, atol=1e-5, rtol=0)
+    assert main(["export", str(path), "--combination", "x", "-o", str(out)]) == 1
 
 
 def test_wrong_requests_are_refused_in_words(module, tmp_path, monkeypatch):
@@ -244,16 +249,6 @@ def test_a_bundle_cannot_prepare_scans_for_an_imported_model(tmp_path):
     with pytest.raises(InputError, match="bundle would prepare scans wrongly; export it as torch"):
         export(model, tmp_path / "bundle", "bundle")
     assert not (tmp_path / "bundle").exists()
-
-
-def test_command(module, tmp_path, capsys):
-    path = save(pocket(), tmp_path / "a.ckpt")
-    out = tmp_path / "a.pt2"
-    assert main(["export", str(path), "--combination", "t2", "-o", str(out)]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "research use only" in said
-    assert out.exists()
-    assert main(["export", str(path), "--combination", "x", "-o", str(out)]) == 1
 
 
 def export_to_a_full_disk(*words):
