@@ -179,14 +179,26 @@ def with_guessed_split(config: Any) -> Any:
     return {**config, "data": data}
 
 
+def _longer(flag: str, known: Sequence[str]) -> list[str]:
+    """Complete a flag of which only the end was written, as ``--optimizer.lr``."""
+    word, dot, rest = flag.removeprefix("--").partition(".")
+    if not flag.startswith("--") or not dot:
+        return []
+    whole = [name for name in known if name.endswith(f".{word}.{rest}")]
+    return whole or [name + dot + rest for name in known if name.endswith(f".{word}")]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``did you mean …?`` for a name that is nearly one of ``known``; else nothing.
 
     Example:
         >>> nearest("widht", ["width", "levels"])
         'did you mean width?'
+        >>> nearest("--optimizer.lr", ["--model.optimizer", "--trainer.logger"])
+        'did you mean --model.optimizer.lr?'
     """
     names = sorted(set(known))
     close = [k for k in names if len(name) > 3 and k.startswith(name)]
+    close = close or _longer(name, names)
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else ""

@@ -17,6 +17,15 @@ PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 """Those that keep weights, sums and scores in float32."""
 
 
+LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "num_nodes": 1,
+}
+"""Numbers of a Trainer that Lightning does not check itself, and the least of each."""
+
+
 def check_machine(trainer: Trainer) -> None:
     """Refuse precisions and strategies that would change what a model is.
 
@@ -64,9 +73,13 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse callbacks whose result would be lost, or the opposite of what is wanted.
 
     Raises:
-        InputError: weights that are averaged after the last checkpoint is written; or a metric
-            that is watched in the wrong direction.
+        InputError: weights that are averaged after the last checkpoint is written; a metric
+            that is watched in the wrong direction; or a number of the trainer that makes no sense.
     """
+    for name, least in LEAST.items():
+        value = getattr(trainer, name)
+        if value is not None and value < least:
+            raise InputError(f"--trainer.{name} is {value}; give {least} or more.")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set in Trainer.__init__
         if isinstance(callback, StochasticWeightAveraging):
             raise InputError(

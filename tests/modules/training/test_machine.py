@@ -105,3 +105,12 @@ def test_a_data_module_that_does_not_say_how_it_was_prepared_is_refused(tmp_path
 
     with pytest.raises(InputError, match="Silent does not say normalisation, split_name"):
         quiet_trainer(tmp_path).fit(StudentModule(backbone=tiny()), Silent())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("accumulate_grad_batches", 0), ("check_val_every_n_epoch", 0), ("gradient_clip_val", -1.0)],
+)
+def test_numbers_of_the_trainer_that_make_no_sense_are_refused(tmp_path, name, value):
+    with pytest.raises(InputError, match=f"--trainer.{name} is {value}; give"):
+        quiet_trainer(tmp_path, **{name: value}).fit(StudentModule(backbone=tiny()), MemoryData())
