@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment
@@ -124,3 +125,26 @@ def test_ranks_that_skip_different_encoders_do_not_mix_their_messages(tmp_path, 
     )
     trainer.fit(module, MemoryData((LAST, ALL) * 4, batch_size=1))
     assert trainer.state.finished
+
+
+def trained_static(folder, processes):
+    torch.manual_seed(0)
+    module = StudentModule(backbone=tiny(), optimizer=torch.optim.SGD)
+    ranks = {}
+    if processes == 2:
+        strategy = DDPStrategy(static_graph=True, start_method="spawn")
+        ranks = {"devices": 2, "strategy": strategy}
+    callbacks = [PmixAlignment(weight=1.0), RanksAgree()]
+    trainer = quiet_trainer(folder, max_epochs=3, callbacks=callbacks, **ranks)
+    trainer.fit(module, MemoryData(UNEQUAL, batch_size=4 // processes))
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_ranks_that_skip_different_encoders_have_one_static_graph(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, two = trained_static(tmp_path / "one", 1), trained_static(tmp_path / "two", 2)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)

@@ -1,12 +1,15 @@
-"""Anchors, distances and stop-gradients as flags of ``pmixseg fit``."""
+"""Anchors, distances, stop-gradients and the gap monitor as flags of ``pmixseg fit``."""
 
 import math
 
+import pandas as pd
 import pytest
 import yaml
 
+from pmixseg.cli import main
 from pmixseg.losses.alignment import DISTANCES
 from tests.cli.presets import SMALL_UNET, fit, metrics
+from tests.evaluation.made_up import figures_left_empty
 
 STUDENT = ["brats2018/student.yaml", *SMALL_UNET, "--align.weight=0.1"]
 NORMAL = "--align.anchor=pmixseg.losses.NormalAnchor"
@@ -58,3 +61,32 @@ def test_a_learned_anchor_that_nothing_trains_is_one_sentence(phantom_store, tmp
     flags = ["--model.fill=zero", "--model.anchor=pmixseg.losses.MixtureAnchor"]
     assert fit(phantom_store, tmp_path, *STUDENT, *flags) == 1
     assert "would stay uniform" in capsys.readouterr().err
+
+
+UNALIGNED = ["brats2018/student.yaml", *SMALL_UNET]
+
+
+@pytest.mark.parametrize(
+    "way", ["brats2018/gap.yaml", "--trainer.callbacks+=pmixseg.callbacks.GapMonitor"]
+)
+def test_the_gap_from_training_to_report(way, phantom_store, tmp_path):
+    assert fit(phantom_store, tmp_path, *UNALIGNED, way) == 0
+    table = pd.read_csv(tmp_path / "metrics.csv").dropna(subset=["gap/level2/ratio"])
+    assert table["epoch"].tolist() == [-1, 0]
+    assert (tmp_path / "gap" / "before.png").is_file()
+    if way.startswith("--"):
+        return  # the rest is the same
+    test = ["test", f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"]
+    test += [f"--data.store={phantom_store}", "--trainer.enable_progress_bar=false"]
+    test += ["--trainer.limit_test_batches=1"]
+    assert main(test) == 0
+    with figures_left_empty():
+        assert main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Gap between sequences" in page
+    assert f"{table['gap/level2/ratio'].iloc[-1]:.3f}" in page
+
+
+def test_the_gap_monitor_is_off_by_default(phantom_store, tmp_path):
+    assert fit(phantom_store, tmp_path, *UNALIGNED) == 0
+    assert not [c for c in pd.read_csv(tmp_path / "metrics.csv") if c.startswith("gap/")]

@@ -1,8 +1,9 @@
-"""The batch files: SLURM's options, and the command that each job runs, are ones that exist."""
+"""Clusters and images: options, commands and files that their recipes name are there."""
 
 import os
 import re
 import subprocess
+import tomllib
 
 import pytest
 
@@ -80,3 +81,34 @@ def test_the_jobs_of_an_array_do_the_whole_cohort(name, tmp_path):
 
 def test_every_file_is_tried():
     assert {file.stem for file in FILES} == set(SUBMITTED)
+
+
+DOCKER = (ROOT / "Dockerfile").read_text()
+APPTAINER = (ROOT / "pmixseg.def").read_text()
+INSTALL = re.compile(r"-c (\S+) '\.\[([\w,]+)\]'")
+
+
+def test_both_install_the_same_extras_from_the_same_stack():
+    (docker,), (apptainer,) = INSTALL.findall(DOCKER), INSTALL.findall(APPTAINER)
+    assert docker == apptainer
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(docker[1].split(",")) <= set(known)
+    assert {"dicom", "preprocess"} <= set(docker[1].split(","))
+
+
+def test_what_is_copied_is_there():
+    docker = [
+        name for line in re.findall(r"^COPY (.+) \S+$", DOCKER, re.M) for name in line.split()
+    ]
+    files = APPTAINER.partition("%files\n")[2].partition("\n\n")[0]
+    apptainer = [line.split()[0] for line in files.splitlines()]
+    assert sorted(docker) == sorted(apptainer)
+    assert all((ROOT / name).exists() for name in docker)
+
+
+def test_the_check_is_the_quickstart():
+    assert 'pmixseg quickstart --out "$out"' in APPTAINER.partition("%test")[2]
+    page = (ROOT / "docs" / "howto" / "container.md").read_text()
+    assert "pmixseg quickstart" in page
+    jobs = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert "docker build -t pmixseg ." in jobs and "apptainer test pmixseg.sif" in jobs

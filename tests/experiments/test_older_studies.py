@@ -1,13 +1,16 @@
-"""The committed records of the four older studies still give the tables that were published."""
+"""Committed studies: records give the tables that were published, plans can be trained."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
+from experiments.study import training as one_training
 from experiments.study.__main__ import main
 from experiments.study.analysis import analyse
+from experiments.study.plan import read_plan
 from experiments.study.results import StudyResults
+from pmixseg.describe import build
 from pmixseg.errors import InputError
 
 STUDY = Path(__file__).parents[2] / "experiments" / "study"
@@ -80,3 +83,28 @@ def test_a_plan_whose_study_is_missing_is_one_sentence(tmp_path, capsys):
     plan.write_text(yaml.safe_dump({"name": "none", "title": "none", "tables": []}))
     assert main(["analyse", str(plan), "--results", str(tmp_path)]) == 1
     assert "holds no whole study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["e1", "e2", "e3", "real"])
+def test_a_committed_plan_compares_arms_that_it_can_train(name, tmp_path):
+    path = STUDY / "plans" / f"{name}.yaml"
+    plan = read_plan(path)
+    there = {(t.group, t.arm) for t in plan.trainings}
+    for table in plan.tables:
+        named = list(table.get("arms", []))
+        for item in table.get("contrasts", []):
+            named += item["weights"] if isinstance(item, dict) else item
+        group = table["group"]
+        assert {(group, arm) for arm in named} <= there, table["title"]
+        assert group in {t.group for t in plan.trainings}
+    for one in {(t.group, t.arm): t for t in plan.trainings}.values():
+        build(one.settings["module"])
+        names = {type(c).__name__ for c in one_training.callbacks(one, tmp_path)}
+        kinds = {"align": "PmixAlignment", "distill": "Distillation", "gap": "GapMonitor"}
+        assert names == {kind for key, kind in kinds.items() if one.settings.get(key)}
+    # Any beginning of the order has every arm of its seeds: a study cut short stays balanced.
+    first = [t for t in plan.trainings if t.seed == plan.trainings[0].seed]
+    group = first[0].group
+    assert [t.arm for t in plan.trainings[: len([t for t in first if t.group == group])]] == [
+        t.arm for t in first if t.group == group
+    ]

@@ -20,7 +20,6 @@ from experiments.study.cohorts import Cases, StudyData
 from experiments.study.plan import read_plan
 from experiments.study.results import StudyResults
 from experiments.study.runner import Runner
-from pmixseg.describe import build
 from pmixseg.errors import InputError
 
 pytestmark = pytest.mark.long
@@ -377,31 +376,3 @@ def test_tables_go_between_the_marks_of_a_page(ran, plan_file, tmp_path, capsys)
     page.write_text("nothing")
     assert main(command) == 1
     assert "lacks the lines" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------ the plans
-
-
-@pytest.mark.parametrize("name", ["e1", "e2", "e3", "real"])
-def test_a_committed_plan_compares_arms_that_it_can_train(name, tmp_path):
-    path = ROOT / "experiments" / "study" / "plans" / f"{name}.yaml"
-    plan = read_plan(path)
-    there = {(t.group, t.arm) for t in plan.trainings}
-    for table in plan.tables:
-        named = list(table.get("arms", []))
-        for item in table.get("contrasts", []):
-            named += item["weights"] if isinstance(item, dict) else item
-        group = table["group"]
-        assert {(group, arm) for arm in named} <= there, table["title"]
-        assert group in {t.group for t in plan.trainings}
-    for one in {(t.group, t.arm): t for t in plan.trainings}.values():
-        build(one.settings["module"])
-        names = {type(c).__name__ for c in one_training.callbacks(one, tmp_path)}
-        kinds = {"align": "PmixAlignment", "distill": "Distillation", "gap": "GapMonitor"}
-        assert names == {kind for key, kind in kinds.items() if one.settings.get(key)}
-    # Any beginning of the order has every arm of its seeds: a study cut short stays balanced.
-    first = [t for t in plan.trainings if t.seed == plan.trainings[0].seed]
-    group = first[0].group
-    assert [t.arm for t in plan.trainings[: len([t for t in first if t.group == group])]] == [
-        t.arm for t in first if t.group == group
-    ]

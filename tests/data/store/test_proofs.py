@@ -234,3 +234,23 @@ def test_names_that_are_no_utf_8_stop_no_other_case(make_case, tmp_path, capsys)
     assert "no UTF-8" in told and "\\xe4" in told
     assert main(["prepare", str(tmp_path / "cohort"), str(tmp_path / "s"), "--workers", "0"]) == 1
     assert "1 prepared" in capsys.readouterr().out
+
+
+SCRIPT = """
+import sys, pmixseg
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.store.prepare import prepare
+from pmixseg.task import BRATS
+try:
+    prepare(find_cases(sys.argv[1], BRATS), sys.argv[2], BRATS, workers=1, progress=False)
+except pmixseg.InputError as error:
+    print("SAID", error)
+"""
+
+
+def test_a_script_without_a_main_guard(phantom_root, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(phantom_root), str(tmp_path / "s")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "under `if __name__ == '__main__':`" in done.stdout.split("SAID")[-1], done.stderr
+    assert "Traceback" not in done.stderr

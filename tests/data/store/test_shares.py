@@ -1,6 +1,7 @@
-"""Several machines on one store: no case lost, none double, the same store as from one."""
+"""Shares of a cohort, and several machines on one store: no case lost, none double."""
 
 import multiprocessing
+import random
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -118,3 +119,36 @@ def test_more_parts_than_cases(cases, tmp_path):
     assert not report.prepared and not report.failed
     with pytest.raises(InputError, match="there is no case"):
         prepare([], tmp_path / "s", BRATS, progress=False, share=Share(1, 3))
+
+
+@pytest.mark.parametrize(("cases", "total"), [(8, 3), (1, 4), (7, 7), (20, 1), (0, 2)])
+def test_shares_divide_a_cohort_without_loss(cases, total):
+    names = [f"case{n:03d}" for n in range(cases)]
+    shares = []
+    for number in range(1, total + 1):
+        random.Random(number).shuffle(names)  # machines may list a folder in different orders
+        shares.append(Share(number, total).of(names))
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_share_by_hand():
+    assert Share.parse("2/3").of(["e", "a", "d", "b", "c"]) == ["b", "e"]
+    assert str(Share.parse(" 2/3 ")) == "2/3"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("0/3", "count from 1/3 to 3/3"),
+        ("4/3", "count from 1/3 to 3/3"),
+        ("1/0", "count from 1/1 to 1/1"),
+        ("2", "not of the form 2/8"),
+        ("-1/3", "not of the form 2/8"),
+        ("a/b", "not of the form 2/8"),
+        ("", "not of the form 2/8"),
+    ],
+)
+def test_no_such_share(text, says):
+    with pytest.raises(InputError, match=says):
+        Share.parse(text)

@@ -6,15 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from pmixseg.backbones import (
-    UHVED,
-    DeMoSeg,
-    EarlyFusion,
-    MMFormer,
-    MultiEncoderUNet,
-    RFNet,
-    ShaSpec,
-)
+from pmixseg import backbones
 from pmixseg.callbacks import Distillation, PmixAlignment
 from pmixseg.execution import as_on_gpu
 from pmixseg.losses import DiceCE, LogitKL, MixtureAnchor
@@ -30,13 +22,17 @@ pytestmark = pytest.mark.long
 SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
 SMALL = {"width": 1, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
 BACKBONES = {
-    "unet": (lambda: MultiEncoderUNet(width=4, levels=2, deep_supervision=True), DiceCE, 16),
-    "rfnet": (lambda: RFNet(width=4), RFNetCriterion, 16),
-    "mmformer": (lambda: MMFormer(**SMALL), RFNetCriterion, 32),
-    "uhved": (lambda: UHVED(width=4), UHVEDCriterion, 16),
-    "shaspec": (lambda: ShaSpec(width=4, levels=2), ShaSpecCriterion, 16),
-    "demoseg": (lambda: DeMoSeg(width=4, levels=3), DiceCE, 16),
-    "early": (lambda: EarlyFusion(SEGRESNET), DiceCE, 16),
+    "unet": (
+        lambda: backbones.MultiEncoderUNet(width=4, levels=2, deep_supervision=True),
+        DiceCE,
+        16,
+    ),
+    "rfnet": (lambda: backbones.RFNet(width=4), RFNetCriterion, 16),
+    "mmformer": (lambda: backbones.MMFormer(**SMALL), RFNetCriterion, 32),
+    "uhved": (lambda: backbones.UHVED(width=4), UHVEDCriterion, 16),
+    "shaspec": (lambda: backbones.ShaSpec(width=4, levels=2), ShaSpecCriterion, 16),
+    "demoseg": (lambda: backbones.DeMoSeg(width=4, levels=3), DiceCE, 16),
+    "early": (lambda: backbones.EarlyFusion(SEGRESNET), DiceCE, 16),
 }
 PATTERNS = ([[1, 1, 1, 1], [1, 0, 1, 1]], [[0, 1, 0, 0], [1, 0, 0, 1]], [[0, 0, 1, 0]] * 2)
 
