@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from pmixseg.describe import Described
+from pmixseg.errors import InputError
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
 
@@ -48,6 +49,11 @@ class Backbone(nn.Module, Described, ABC):
         channels: Sequence[int],
         strides: Sequence[int],
     ) -> None:
+        if min(channels) < 1:
+            raise InputError(
+                f"{type(self).__name__}: a level would have {min(channels)} channels; make the "
+                "network wider."
+            )
         super().__init__()
         self.modalities = tuple(modalities)
         self.num_classes = num_classes

@@ -199,6 +199,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     names = sorted(set(known))
     close = [k for k in names if len(name) > 3 and k.startswith(name)]
+    close = close or [k for k in names if k.lower() == name.lower()]
     close = close or _longer(name, names)
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else ""

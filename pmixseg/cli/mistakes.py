@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pmixseg.cli.arguments import config_files, flag_name, nearest
+from pmixseg.cli.settings_files import arguments_of, broken_file, wrong_class
 from pmixseg.describe import find_class
 from pmixseg.errors import InputError
 
@@ -76,7 +77,8 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
         known: flags that the command takes.
     """
     if "Problems parsing config" in message or message.startswith("Unexpected config"):
-        return broken_file(args) or " ".join(message.split())
+        broken = (broken_file(path) for path in config_files(args))
+        return next(filter(None, broken), None) or " ".join(message.split())
     if lost := re.search(r"File does not exist: '([^']+)'", message):
         return f"the file {lost[1]} does not exist; correct its path."
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
@@ -93,7 +95,8 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
         return f"{lacking[1]} needs {lacking[2].replace('argument', 'value')}; give it."
     if lacking := re.search(r"the following arguments are required: (.*)", message):
         return f"pmixseg {args[0]} needs {lacking[1].replace(f'{args[0]}.', '--')}; give it."
-    return _value_sentence(message, args)
+    wrong = (wrong_class(path) for path in config_files(args))
+    return next(filter(None, wrong), None) or _value_sentence(message, args)
 
 
 def _value_sentence(message: str, args: Sequence[str]) -> str:
@@ -154,25 +157,6 @@ def words(kind: str) -> str:
     return kind
 
 
-def arguments_of(class_path: str) -> list[str]:
-    """Names of what a constructor takes, those that it hands on included."""
-    try:
-        cls: Any = find_class(class_path)
-    except InputError:
-        return []
-    names: dict[str, None] = {}
-    bases: tuple[Any, ...] = getattr(cls, "__mro__", (cls,))
-    for base in bases:
-        if "__init__" not in vars(base):
-            continue
-        parameters = inspect.signature(base.__init__).parameters.values()
-        plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        names |= {p.name: None for p in parameters if p.kind in plain and p.name != "self"}
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            break
-    return list(names)
-
-
 def classes_for(message: str) -> list[str]:
     """Names of the classes that stand where the message says none is known."""
     bases = re.findall(r"([a-z_][\w.]*\.[A-Z]\w*)", message)
@@ -225,22 +209,6 @@ def line_of(path: Path, keys: Sequence[str]) -> int | None:
             line = key.start_mark.line + 1
             left.pop(0)
     return line
-
-
-def broken_file(args: Sequence[str]) -> str | None:
-    """The first file among the arguments that is no YAML, or no settings."""
-    for path in config_files(args):
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            line = "" if mark is None else f", line {mark.line + 1}"
-            return f"{path}{line}: this is no YAML ({error.problem}); correct it."
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            return f"{path} cannot be read ({' '.join(str(error).split())}); correct it."
-        if not isinstance(content, dict):
-            return f"{path} holds no settings, but a {type(content).__name__}; write `key: value`."
-    return None
 
 
 def complaint(error: BaseException) -> InputError | None:

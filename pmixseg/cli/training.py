@@ -31,16 +31,18 @@ from pmixseg.callbacks.predictions import PredictionWriter
 from pmixseg.callbacks.run import RunCheckpoint, RunLogger
 from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.cli.arguments import (
+    config_files,
     option,
     with_checkpoint_path,
     with_guessed_split,
     with_split_class,
 )
-from pmixseg.cli.mistakes import UsageError, training_sentence
+from pmixseg.cli.mistakes import UsageError, training_sentence, where
+from pmixseg.cli.settings_files import broken_file, lacking_value, refuse_repeated_keys
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.training_cases import TrainingCases
-from pmixseg.describe import describe
+from pmixseg.describe import describe, find_class
 from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.interrupt import raise_on_interrupt
@@ -60,10 +62,17 @@ DEFAULT_TERMS = {"logit": "pmixseg.losses.LogitKL", "latent": "pmixseg.losses.La
 
 
 _load_yaml = get_loader("yaml")
-# Files may name classes by paths of an earlier version.
+
+
+def _read_settings(text: str) -> Any:
+    """A file, or a value; classes may be named by paths of an earlier version."""
+    refuse_repeated_keys(text)
+    return with_guessed_split(current_yaml(_load_yaml(text)))
+
+
 set_loader(
     "yaml",
-    lambda text: with_guessed_split(current_yaml(_load_yaml(text))),
+    _read_settings,
     exceptions=(yaml.YAMLError,),
 )
 
@@ -137,11 +146,31 @@ class TrainingCLI(LightningCLI):
         Raises:
             UsageError: a flag, a file or a value is wrong.
         """
+        for path in config_files(self.words):
+            if broken := broken_file(path):
+                raise UsageError(broken)
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
             flags = [f"--{action.dest}" for action in self._parser(self.words[0])._actions]
             raise UsageError(training_sentence(str(error), self.words, flags)) from error
+        self._refuse_what_cannot_be()
+
+    def _refuse_what_cannot_be(self) -> None:
+        """Refuse a value that lacks, and a model that is of no kind; jsonargparse takes both."""
+        settings = self.config[self.words[0]]
+        model = settings.model
+        if model.class_path.rpartition(".")[2] == SegmentationModule.__name__:
+            raise UsageError(
+                "--model is SegmentationModule, which teachers and students have in common; use "
+                "pmixseg.StudentModule or pmixseg.TeacherModule."
+            )
+        lacking = lacking_value(BraTSDataModule, settings.data, "data") or lacking_value(
+            find_class(model.class_path), model.init_args, "model"
+        )
+        if lacking is not None:
+            place = where(lacking.split("."), self.words)
+            raise UsageError(f"{place}: {lacking} is null, but needs a value; give one.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Groups ``align`` and ``distill``, the run folder, and weights to start from."""

@@ -62,3 +62,8 @@ def test_widths_and_strides():
         MultiEncoderUNet(levels=1)
     with pytest.raises(InputError, match="1 or 2"):
         MultiEncoderUNet(stem=3)
+
+
+def test_a_network_without_channels_is_refused():
+    with pytest.raises(InputError, match="MultiEncoderUNet: a level would have 0 channels; make"):
+        MultiEncoderUNet(width=0)

@@ -59,6 +59,8 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
             "--model.scheduler=pmixseg.nowhere.OneCycle",
             "--model.scheduler: no class 'pmixseg.nowhere.OneCycle' is known",
         ),
+        ("--model=SegmentationModule", "have in common; use pmixseg.StudentModule or pmixseg.Te"),
+        ("--model.optimizer=adamw", "no class 'adamw' is known; did you mean AdamW?"),
         ("--trainer.callbacks=EarlyStoping", "did you mean EarlyStopping?"),
         ("--data.patch_size=[1,2]", "--data.patch_size is [1, 2], but must be int or tuple with 3"),
         ("--distill.terms.logit.temp=4", "LogitKL takes no 'temp'; did you mean temperature?"),
@@ -98,6 +100,44 @@ def test_a_wrong_flag_of_a_nested_class(capsys):
         ),
         ("- a\n- b\n", "holds no settings, but a list"),
         ("nonsense\n", "holds no settings, but a str"),
+        ("data:\n  seed: 1\n  seed: 2\n", "line 3: the key 'seed' stands twice; keep one of them."),
+        ("trainer: [max_epochs, 1]\n", "trainer is ['max_epochs', 1], but must hold settings"),
+        ("trainer:\ndata: {store: x}\n", "trainer is None, but must hold settings"),
+        ("data:\n  patch_size:\n", "line 2: data.patch_size is null, but needs a value; give one."),
+        (
+            "model:\n  class_path: StudentModule\n  init_args:\n    optimizer:\n"
+            "      class_path: torch.optim.AdamW\n      init_args: {lr: null}\n",
+            "line 6: model.optimizer.lr is null, but needs a value; give one.",
+        ),
+        (
+            "model:\n  class_path: StudentModule\n  init_args:\n    optimizer:\n"
+            "      class_path: torch.optm.AdamW\n      init_args: {lr: 1}\n",
+            "line 5: no class 'torch.optm.AdamW' is known; correct it.",
+        ),
+        (
+            "model:\n  class_path: pmixseg.StudntModule\n",
+            "line 2: no class 'pmixseg.StudntModule' is known; did you mean StudentModule?",
+        ),
+        (
+            "model:\n  class_path: StudentModule\n  init_args:\n    optimizer:\n"
+            "      class_path: torch.optim.AdamW\n      init_args: {lrr: 1}\n",
+            "line 6: AdamW takes no 'lrr'; did you mean lr?",
+        ),
+        (
+            "model:\n  class_path: pmixseg.StudentModule\n  init_args:\n    backbon:\n"
+            "      class_path: MultiEncoderUNet\n      init_args: {width: 4}\n",
+            "line 4: StudentModule takes no 'backbon'; did you mean backbone?",
+        ),
+        (
+            "model:\n  class_path: StudentModule\n  init_args:\n    backbone:\n"
+            "      class_path: MultiEncoderUNet\n      width: 4\n",
+            "line 6: 'width' is no key here; put the arguments of a class below init_args.",
+        ),
+        (
+            "model:\n  class_path: StudentModule\n  init_args:\n    optimizer:\n"
+            "      clas_path: torch.optim.AdamW\n      init_args: {lr: 1}\n",
+            "line 5: 'clas_path' is no key here; did you mean class_path?",
+        ),
         ("data: {split: {trian: a.txt}}\n", "no split of data.split takes trian"),
     ],
 )

@@ -1,0 +1,196 @@
+"""What is wrong in a file of settings, told with its line."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pmixseg.cli.arguments import nearest
+from pmixseg.describe import find_class
+from pmixseg.errors import InputError
+
+_OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
+"""Keys of a setting that names a class."""
+
+
+class RepeatedKey(yaml.MarkedYAMLError):
+    """A key that stands twice in one mapping, of which YAML silently keeps the last."""
+
+
+def refuse_repeated_keys(text: str) -> None:
+    """Refuse a key that stands twice in one mapping.
+
+    Args:
+        text: YAML.
+
+    Raises:
+        RepeatedKey: there is one.
+        yaml.YAMLError: the text is no YAML.
+
+    Example:
+        >>> refuse_repeated_keys("a: {b: 1, b: 2}")
+        Traceback (most recent call last):
+        ...
+        pmixseg.cli.settings_files.RepeatedKey: the key 'b' stands twice
+          in "<unicode string>", line 1, column 11:
+            a: {b: 1, b: 2}
+                      ^
+    """
+    for mapping in _mappings(yaml.compose(text, yaml.SafeLoader)):
+        seen: set[str] = set()
+        for key, _ in mapping.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise RepeatedKey(
+                    problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+
+
+def broken_file(path: Path) -> str | None:
+    """Why a file is no YAML, or holds no settings, in a sentence.
+
+    Args:
+        path: the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        refuse_repeated_keys(text)
+        content = yaml.safe_load(text)
+    except RepeatedKey as error:
+        return f"{path}, line {_line(error.problem_mark)}: {error.problem}; keep one of them."
+    except yaml.MarkedYAMLError as error:
+        line = f", line {_line(error.problem_mark)}" if error.problem_mark else ""
+        return f"{path}{line}: this is no YAML ({error.problem}); correct it."
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return f"{path} cannot be read ({' '.join(str(error).split())}); correct it."
+    if not isinstance(content, dict):
+        return f"{path} holds no settings, but a {type(content).__name__}; write `key: value`."
+    for key in ("trainer", "data"):
+        if not isinstance(content.get(key, {}), dict):
+            return (
+                f"{path}: {key} is {content[key]}, but must hold settings; write them below it, "
+                "`key: value`, or remove it."
+            )
+    return None
+
+
+def wrong_class(path: Path) -> str | None:
+    """The first setting of a file that names a class in a wrong way, in a sentence.
+
+    Args:
+        path: of a file that is YAML.
+    """
+    for mapping in _mappings(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)):
+        entries = {key.value: (key, value) for key, value in mapping.value}
+        if not {"class_path", "init_args"} & set(entries):
+            continue
+        for name, (key, _) in entries.items():
+            if name not in _OF_A_CLASS:
+                hint = nearest(name, _OF_A_CLASS) or "put the arguments of a class below init_args."
+                return f"{path}, line {_line(key.start_mark)}: '{name}' is no key here; {hint}"
+        if "class_path" in entries and (wrong := _wrong_argument(path, entries)):
+            return wrong
+    return None
+
+
+def _wrong_argument(path: Path, entries: dict[str, tuple[Any, Any]]) -> str | None:
+    key, named = entries["class_path"]
+    class_path = str(named.value)
+    if "." not in class_path:
+        return None  # a name alone stands for a class of the kind that is needed there
+    try:
+        find_class(class_path)
+    except InputError:
+        module, _, name = class_path.rpartition(".")
+        hint = nearest(name, _names_in(module)) or "correct it."
+        return f"{path}, line {_line(key.start_mark)}: no class '{class_path}' is known; {hint}"
+    names = arguments_of(class_path)
+    given = entries["init_args"][1] if "init_args" in entries else None
+    for key, _ in given.value if isinstance(given, yaml.MappingNode) else ():
+        if key.value not in names:
+            hint = nearest(key.value, names) or f"it takes {', '.join(names)}."
+            name = class_path.rpartition(".")[2]
+            return f"{path}, line {_line(key.start_mark)}: {name} takes no '{key.value}'; {hint}"
+    return None
+
+
+def _names_in(module: str) -> list[str]:
+    try:
+        return dir(sys.modules.get(module) or find_class(module))
+    except InputError:
+        return []
+
+
+def arguments_of(class_path: str) -> list[str]:
+    """Names of what a constructor takes, those that it hands on included.
+
+    Args:
+        class_path: dotted; nothing is known of one that cannot be imported.
+    """
+    try:
+        cls: Any = find_class(class_path)
+    except InputError:
+        return []
+    names: dict[str, None] = {}
+    bases: tuple[Any, ...] = getattr(cls, "__mro__", (cls,))
+    for base in bases:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names |= {p.name: None for p in parameters if p.kind in plain and p.name != "self"}
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def lacking_value(cls: Any, settings: Any, place: str) -> str | None:
+    """The first argument that is null where its type knows none, with its place.
+
+    Args:
+        cls: the class.
+        settings: its arguments, by name; those that name a class are looked into.
+        place: where they stand.
+    """
+    try:
+        parameters = inspect.signature(cls).parameters
+    except (TypeError, ValueError):
+        return None
+    for name, value in vars(settings).items():
+        parameter = parameters.get(name)
+        if value is None and parameter is not None and not _may_be_null(parameter):
+            return f"{place}.{name}"
+        inner, path = getattr(value, "init_args", None), getattr(value, "class_path", None)
+        if inner is not None and isinstance(path, str):
+            try:
+                lacking = lacking_value(find_class(path), inner, f"{place}.{name}")
+            except InputError:
+                continue  # whoever builds it says so
+            if lacking is not None:
+                return lacking
+    return None
+
+
+def _may_be_null(parameter: inspect.Parameter) -> bool:
+    kind = str(parameter.annotation)
+    untold = parameter.annotation is parameter.empty or parameter.default is None
+    return untold or any(word in kind for word in ("None", "Optional", "Any"))
+
+
+def _mappings(node: Any) -> Iterator[yaml.MappingNode]:
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for _, value in node.value:
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
+
+
+def _line(mark: Any) -> int:
+    return int(mark.line) + 1
