@@ -73,8 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         plan = read_plan(args.plan, dict(_change(text) for text in args.set))
         if args.command == "analyse":
             results = StudyResults.read(args.results / plan.name)
-            text = analyse(results, plan.tables, {t.group for t in plan.trainings})
-            if args.into is None:
+            planned, page = {t.group for t in plan.trainings}, args.into is not None
+            text = analyse(results, plan.tables, planned, fold=page)
+            if not page:
                 print(f"## {plan.title}\n\n{text}")
             else:
                 insert(args.into, plan.name, text)

@@ -29,6 +29,7 @@ from experiments.study.tables import (
 from pmixseg.errors import InputError
 from pmixseg.evaluation.comparison.compare import compare
 from pmixseg.evaluation.comparison.paired_tests import holm, paired_t, two_way_bootstrap
+from pmixseg.plurals import count_of
 
 
 def arms(results: StudyResults, entry: Entry) -> str:
@@ -260,10 +261,15 @@ TABLES: dict[str, Callable[[StudyResults, Entry], str]] = {
 
 
 NOTHING = "No seed has ended."
+OPEN = ("verdict", "arms", "tests")
+"""Kinds of tables that answer the question; a page folds all others."""
 
 
 def analyse(
-    results: StudyResults, entries: Sequence[Entry], planned: Set[str] = frozenset()
+    results: StudyResults,
+    entries: Sequence[Entry],
+    planned: Set[str] = frozenset(),
+    fold: bool = False,
 ) -> str:
     """Make every table of a plan, each under its title.
 
@@ -272,6 +278,7 @@ def analyse(
         entries: the plan's tables.
         planned: groups that are still trained: a table of one without a whole block says so, and
             a group that has not begun is one line instead of its tables.
+        fold: close the tables that are not of a kind in :data:`OPEN`; a click opens them.
 
     Raises:
         InputError: a kind of table, a group or an arm that there is not.
@@ -289,10 +296,22 @@ def analyse(
             continue
         waits = entry["group"] in planned and not has_ended(results, entry)
         text = NOTHING if waits else TABLES[entry["kind"]](results, entry)
+        if fold and entry["kind"] not in OPEN:
+            text = folded(text)
         sections.append(f"### {entry['title']}\n\n{text}")
     if later:
         sections.append(f"Not run: {', '.join(later)}.")
     return "\n\n".join(sections)
+
+
+def folded(text: str) -> str:
+    """Put a table into an element that a click opens; what stands below it stays."""
+    table, gap, below = text.partition("\n\n")
+    rows = table.count("\n") - 1
+    if not table.startswith("|"):
+        return text
+    opened = f'<details markdown="1"><summary>{count_of(rows, "row")}</summary>'
+    return f"{opened}\n\n{table}\n\n</details>{gap}{below}"
 
 
 def has_ended(results: StudyResults, entry: Entry) -> bool:

@@ -120,3 +120,16 @@ def test_an_endpoint_may_be_about_the_combinations_that_hold_one_sequence():
     entry = {"title": "t", "kind": "tests", "group": "g", "contrasts": [["a", "b"]]}
     assert "| a − b | +25.00 |" in analyse(results, [entry])  # ((0.7 - 0.4) + 0.2) / 2
     assert "| a − b | +35.00 |" in analyse(results, [{**entry, "shown": "t1ce"}])
+
+
+def test_a_page_closes_the_tables_that_do_not_answer_the_question():
+    results = made_results({"a": [[0.5, 0.6], [0.4, 0.7]], "b": [[0.4, 0.4], [0.3, 0.2]]})
+    entry = {"title": "t", "group": "g", "contrasts": [["a", "b"]]}
+    closed, answers = {**entry, "kind": "each"}, {**entry, "kind": "tests"}
+    assert analyse(results, [answers], fold=True) == analyse(results, [answers])
+    plain, page = analyse(results, [closed]), analyse(results, [closed], fold=True)
+    opened = '<details markdown="1"><summary>2 rows</summary>\n\n| '
+    assert "<details" not in plain and opened in page and page.endswith("|\n\n</details>")
+    assert page.replace(opened, "| ").removesuffix("\n\n</details>") == plain
+    later = {**closed, "group": "h"}
+    assert analyse(results, [later], {"h"}, fold=True) == "Not run: h."

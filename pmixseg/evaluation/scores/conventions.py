@@ -29,6 +29,21 @@ _EMPTY: Mapping[str, tuple[float, float]] = {
 }
 
 
+def dice(predicted: int, true: int, shared: int) -> float:
+    """Return the Dice of a region from its numbers of voxels; 1 where both masks are empty.
+
+    Args:
+        predicted: voxels of the prediction.
+        true: voxels of the truth.
+        shared: voxels of both.
+
+    Example:
+        >>> dice(3, 1, 1), dice(3, 0, 0), dice(0, 0, 0)
+        (0.5, 0.0, 1.0)
+    """
+    return 2 * shared / (predicted + true) if predicted + true else 1.0
+
+
 @dataclass(frozen=True)
 class Conventions:
     """Choose how scores are defined where papers differ.
@@ -86,8 +101,8 @@ class Conventions:
         spelt = {
             "hd95_one_empty_mm": None if math.isnan(self.one_empty) else self.one_empty,
             "hd95_both_empty_mm": None if math.isnan(self.both_empty) else self.both_empty,
-            "dice_both_empty": 1.0,
-            "dice_one_empty": 0.0,
+            "dice_both_empty": dice(0, 0, 0),
+            "dice_one_empty": dice(1, 0, 0),
         }
         return {f.name: getattr(self, f.name) for f in fields(self)} | spelt
 

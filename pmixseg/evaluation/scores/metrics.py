@@ -17,7 +17,7 @@ from torch import Tensor
 from pmixseg.data.scans.geometry import Spacing
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import names_of
-from pmixseg.evaluation.scores.conventions import Conventions
+from pmixseg.evaluation.scores.conventions import Conventions, dice
 from pmixseg.evaluation.scores.lesions import LesionMetrics, lesion_metrics
 from pmixseg.evaluation.scores.regions import LabelMap, RegionMasks
 from pmixseg.task import Task
@@ -121,7 +121,7 @@ class CaseMetrics:
         negatives = voxels - true
         empty = {(0, 0): "both", (0, 1): "prediction", (1, 0): "truth", (1, 1): "none"}
         return {
-            "dice": _ratio(2 * shared, predicted + true, 1.0),
+            "dice": dice(predicted, true, shared),
             "sensitivity": _ratio(shared, true),
             "specificity": _ratio(negatives - (predicted - shared), negatives),
             "precision": _ratio(shared, predicted),
@@ -169,8 +169,8 @@ class CaseMetrics:
         return lesions.score(predicted.mask(r), predicted.box).row() if lesions else {}
 
 
-def _ratio(part: int, whole: int, empty: float = math.nan) -> float:
-    return part / whole if whole else empty
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
 
 
 def region_dice(
@@ -199,5 +199,5 @@ def region_dice(
         shared = sum(table[p][t] for p in members for t in members)
         predicted = sum(sum(table[p]) for p in members)
         true = sum(row[t] for row in table for t in members)
-        scores[region] = _ratio(2 * shared, predicted + true, 1.0)
+        scores[region] = dice(predicted, true, shared)
     return scores
