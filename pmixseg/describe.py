@@ -233,7 +233,7 @@ def find_class(class_path: str) -> Any:
 def build(value: Any, **extra: Any) -> Any:
     """Inverse of :func:`describe` for one object: instantiate a ``{class_path, init_args}``.
 
-    Anything else is returned as it is. Nested descriptions are left to the class, which builds
+    A ready object is returned as it is. Nested descriptions are left to the class, which builds
     its own arguments.
 
     Args:
@@ -241,8 +241,14 @@ def build(value: Any, **extra: Any) -> Any:
         extra: arguments added to ``init_args`` where those do not have them.
 
     Raises:
-        InputError: the class cannot be found or does not take the arguments.
+        InputError: the class cannot be found or does not take the arguments; or a word, list or
+            other mapping stands where an object belongs.
     """
+    if isinstance(value, str | list | tuple | Mapping) and not is_description(value):
+        raise InputError(
+            f"{value!r} stands where an object belongs; give the object itself, as in RFNet() and "
+            "not 'RFNet', or its class as {'class_path': 'RFNet', 'init_args': {...}}."
+        )
     if not is_description(value):
         return value
     cls = find_class(value["class_path"])

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
-from pmixseg import PmixAlignment, StudentModule
+from pmixseg import BraTSDataModule, Distillation, PmixAlignment, StudentModule
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.data import Augmentation, Fractions
 from pmixseg.describe import Described, build, describe
@@ -119,6 +119,18 @@ def test_wrong_names_and_arguments_are_sentences():
         (lambda: DiceCE(dice_weight=math.inf), "dice_weight is inf"),
         (lambda: Augmentation(noise=math.nan), "noise is nan"),
         (lambda: Fractions(math.nan, 0.1, 0.2), "train is nan"),
+        (lambda: StudentModule(backbone="RFNet"), "'RFNet' stands where an object belongs"),
+        (lambda: StudentModule(criterion="dice"), "'dice' stands where"),
+        (lambda: StudentModule(scheduler="cosine"), "'cosine' stands where"),
+        (lambda: StudentModule(optimizer="AdamW"), "'AdamW' makes no optimizer"),
+        (lambda: StudentModule(task="brats"), "task is 'brats'; give a pmixseg.Task"),
+        (lambda: StudentModule(evaluation={"overlp": 0.3}), "evaluation has no overlp; it has"),
+        (lambda: PmixAlignment(anchor="mixture"), "'mixture' stands where"),
+        (lambda: Distillation("x.ckpt", terms={"logit": "LogitKL"}), "'LogitKL' stands where"),
+        (lambda: Distillation("x.ckpt", terms=["logit"]), "distill.terms is .'logit'.; give a"),
+        (lambda: BraTSDataModule("store", split={"train": ["a"]}), "'train': .* stands where"),
+        (lambda: BraTSDataModule("store", augmentation="strong"), "'strong' stands where"),
+        (lambda: BraTSDataModule("store", patch_size=(32, 32)), "patch_size .32, 32. must be"),
     ],
 )
 def test_unknown_words_and_numbers_that_are_none_are_refused_in_python(make, sentence):

@@ -99,7 +99,7 @@ class PmixAlignment(TermCallback):
             )
         self.official: OfficialAlignment | None = build(official)
         self.anchor: Anchor | None = build(anchor)
-        self.distance: str | Distance = build(distance)
+        self.distance = distance if isinstance(distance, str) else build(distance)
         if isinstance(self.distance, str) and self.distance not in DISTANCES:
             # Found before anything is trained, and where the weight is 0, too.
             raise InputError(

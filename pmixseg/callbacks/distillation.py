@@ -58,6 +58,11 @@ class Distillation(TermCallback):
         chosen: Mapping[str, Any] = (
             terms if terms is not None else {"logit": LogitKL(), "latent": LatentMatch()}
         )
+        if not isinstance(chosen, Mapping):
+            raise InputError(
+                f"{name}.terms is {chosen}; give a loss for each name, as in "
+                '{"logit": LogitKL()}.'
+            )
         self.terms: dict[str, DistillationLoss] = {k: build(v) for k, v in chosen.items()}
 
     def build_term(self, module: SegmentationModule) -> Term:

@@ -362,7 +362,7 @@ class BraTSDataModule(LightningDataModule):
 
 
 def _size(size: int | Sequence[int]) -> Size:
-    d, h, w = (size,) * 3 if isinstance(size, int) else size
-    if min(d, h, w) < 1:
+    sides = [size] * 3 if isinstance(size, int) else list(size)
+    if len(sides) != 3 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise InputError(f"patch_size {size} must be one or three numbers of voxels above 0.")
-    return d, h, w
+    return sides[0], sides[1], sides[2]

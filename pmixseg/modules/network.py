@@ -60,6 +60,8 @@ class SegmentationNetwork(LightningModule, Described):
     ) -> None:
         super().__init__()
         self.task = Task.from_dict(task) if isinstance(task, Mapping) else task
+        if not isinstance(self.task, Task):
+            raise InputError(f"task is {task!r}; give a pmixseg.Task, such as pmixseg.BRATS.")
         describe(self.init_args, type(self).__name__)  # refuse now what no checkpoint could hold
         self.modalities: tuple[str, ...] = self.select_modalities()
         self.backbone = self._fit_backbone(build(backbone))

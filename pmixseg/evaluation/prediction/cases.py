@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -115,6 +115,12 @@ class EvaluationSettings:
         if isinstance(settings, EvaluationSettings):
             return settings
         values = dict(settings)
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise InputError(
+                f"evaluation has no {', '.join(unknown)}; it has "
+                f"{', '.join(f.name for f in fields(cls))}."
+            )
         if isinstance(values.get("conventions"), Mapping):
             values["conventions"] = Conventions.from_dict(values["conventions"])
         values["postprocess"] = values.get("postprocess") or ()

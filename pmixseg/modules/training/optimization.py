@@ -79,11 +79,19 @@ class OneCycle(Schedule):
 
 
 def callable_from(value: Callable[..., Any] | Mapping[str, Any]) -> Callable[..., Any]:
-    """A callable as it is; a ``{class_path, init_args}`` as a partial of the class."""
+    """A callable as it is; a ``{class_path, init_args}`` as a partial of the class.
+
+    Raises:
+        InputError: it is neither.
+    """
     if is_description(value):
         assert isinstance(value, Mapping)
         return functools.partial(find_class(value["class_path"]), **(value.get("init_args") or {}))
-    assert callable(value)
+    if not callable(value):
+        raise InputError(
+            f"{value!r} makes no optimizer or schedule; give a class, or functools.partial(CLASS, "
+            "...) with its arguments."
+        )
     return value
 
 
