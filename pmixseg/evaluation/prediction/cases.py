@@ -167,7 +167,8 @@ class CasePrediction:
     @property
     def classes(self) -> Int64[Tensor, "d h w"]:
         """Most probable class in ``box``."""
-        return self.probabilities.argmax(0)
+        # The first of equal values, as argmax gives, but many times faster on a CPU.
+        return self.probabilities.max(0).indices
 
     def on_grid(self) -> Int64[Tensor, "d h w"]:
         """Most probable class in the crop of the store, background where nothing was shown."""

@@ -92,7 +92,7 @@ class WeightedSoftCE(DistillationLoss):
             behind = F.cross_entropy(logits, label, reduction="none") - F.cross_entropy(
                 taught, label, reduction="none"
             )
-            trust = behind.clamp_min(0) * (taught.argmax(1) == label)
+            trust = behind.clamp_min(0) * (taught.max(1).indices == label)
             total, ranks = sum_over_ranks(torch.stack([trust.sum(), trust.new_ones(())]))
             # The mean over processes, which DDP takes, makes it the share of all voxels' weight.
             share = trust * ranks / total.clamp_min(torch.finfo(trust.dtype).tiny)
