@@ -53,8 +53,8 @@ def test_maps_have_their_strides_and_the_logits_follow_from_them(name):
     net, side = make().eval(), 64 if name == "swin" else 32
     present = torch.tensor([[True, False, True, True]])
     output = net(torch.randn(1, 4, side, side, side), present)
-    found = [(m.shape[1], side // m.shape[2]) for m in output.decoder]
-    assert found == expected
+    sizes = [(m.shape[1], side // m.shape[2]) for m in output.decoder]
+    assert sizes == expected
     (gradient,) = torch.autograd.grad(output.logits.square().mean(), output.decoder[-1])
     assert gradient.isfinite().all() and gradient.any()
 

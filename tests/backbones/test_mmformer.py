@@ -73,16 +73,16 @@ def test_transformer_layer_equals_the_formula():
     layer = TransformerLayer(6, heads=2, hidden=10, dropout=0.5).eval()
     x, position = torch.randn(2, 5, 6), torch.randn(1, 5, 6)
     with torch.no_grad():
-        wanted = x + position
-        q, k, v = layer.qkv(layer.norm_attention(wanted)).chunk(3, 2)
+        expected = x + position
+        q, k, v = layer.qkv(layer.norm_attention(expected)).chunk(3, 2)
         heads = []
         for one in (slice(0, 3), slice(3, 6)):
             scores = q[..., one] @ k[..., one].transpose(1, 2) / 3**0.5
             heads.append(scores.softmax(2) @ v[..., one])
-        wanted = wanted + layer.proj(torch.cat(heads, 2))
-        normed = layer.norm_feed(wanted)
-        wanted = wanted + layer.feed_out(nn.functional.gelu(layer.feed_in(normed)))
-        torch.testing.assert_close(layer(x, position), wanted)
+        expected = expected + layer.proj(torch.cat(heads, 2))
+        normed = layer.norm_feed(expected)
+        expected = expected + layer.feed_out(nn.functional.gelu(layer.feed_in(normed)))
+        torch.testing.assert_close(layer(x, position), expected)
     first, second = (layer.train()(x, position) for _ in range(2))
     assert not torch.allclose(first, second), "dropout in training"
 

@@ -116,8 +116,8 @@ def test_a_subclass_with_its_own_forward_is_not_cut(parent):
             return super().forward(x) + 1
 
     arguments = {SegResNet: {}, DynUNet: DYNUNET, UNet: {"channels": [2, 3], "strides": [2]}}
-    given = {"in_channels": 4, "out_channels": 4, "spatial_dims": 3} | arguments[parent]
-    assert type(cut(Changed(**given), 4)) is Uncut
+    settings = {"in_channels": 4, "out_channels": 4, "spatial_dims": 3} | arguments[parent]
+    assert type(cut(Changed(**settings), 4)) is Uncut
     assert type(cut(SegResNetVAE([16] * 3, 0.0), 4)) is Uncut
 
 

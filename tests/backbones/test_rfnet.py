@@ -48,9 +48,9 @@ def test_cheap_fusion_equals_the_literal_one(slots, width, regions):
         cheap = torch.cat(module(latents, 0, maps), 1)
     again = Latents(latents.features, latents.modalities, latents.usable)
     trained = torch.cat(module(again, 0, maps), 1)
-    wanted = literal_fusion(module, latents, maps).float()
-    torch.testing.assert_close(cheap, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(trained, wanted, rtol=1e-5, atol=1e-5)
+    expected = literal_fusion(module, latents, maps).float()
+    torch.testing.assert_close(cheap, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trained, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_no_gradient_flows_into_the_region_map():

@@ -21,13 +21,13 @@ def test_a_missing_modality_is_the_mean_of_the_shared_features():
     present = torch.tensor([[True, False, True, False]])
     with torch.no_grad():
         latents = net.encode(image, torch.ones(1, 4, dtype=torch.bool))
-        wanted = net.decode(latents.restrict(present)).logits
+        expected = net.decode(latents.restrict(present)).logits
         for level, features in enumerate(latents.features):
             own, shared = features.chunk(2, 2)
             mean = (shared[:, 0] + shared[:, 2]) / 2
             own = torch.stack([own[:, 0], mean, own[:, 2], mean], 1)
             latents.features[level] = torch.cat([own, shared], 2)
-        torch.testing.assert_close(net.decode(latents).logits, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(net.decode(latents).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_shared_encoder_is_one_and_gives_equal_features_for_equal_scans():
@@ -52,8 +52,8 @@ def test_criterion_by_hand():
         torch.stack([logits[0, 0], logits[0, 2], logits[0, 3], logits[1, 2]]),
         torch.tensor([0, 2, 3, 2]),
     )
-    wanted = DiceCE()(output, batch, 0) + 0.1 * ring + 0.02 * entropy
-    torch.testing.assert_close(ShaSpecCriterion()(output, batch, 0), wanted)
+    expected = DiceCE()(output, batch, 0) + 0.1 * ring + 0.02 * entropy
+    torch.testing.assert_close(ShaSpecCriterion()(output, batch, 0), expected)
     torch.testing.assert_close(
         ShaSpecCriterion(0.0, 0.0)(net.eval()(torch.zeros(2, 4, 8, 8, 8), present), batch, 0),
         DiceCE()(net(torch.zeros(2, 4, 8, 8, 8), present), batch, 0),

@@ -114,10 +114,10 @@ def test_one_decoder_decodes_every_encoded_slot():
     pieces = encode_slots([Counting(1.0), Counting(3.0)], image, encoded)
     latents = EncodedLatents([], ("a", "b"), [], encoded=encoded, pieces=pieces)
     decoded = decode_slots(Last(), latents, [1])
-    wanted = (
+    expected = (
         image[..., ::2, ::2, ::2] * torch.tensor([[2.0, 6.0], [0.0, 6.0]])[..., None, None, None]
     )
-    torch.testing.assert_close(decoded[:, :, 0], wanted, rtol=0, atol=0)
+    torch.testing.assert_close(decoded[:, :, 0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_recomputed_encoders_give_the_same_gradients_and_keep_less(kind):
     args = {"width": 4, **(small if kind is MMFormer else {})}
     net, image = kind(**args).train(), torch.randn(2, 4, 32, 32, 32)
     present = torch.tensor([[True, False, True, True], [False, False, True, False]])
-    found = {}
+    steps = {}
     for net.recompute in (False, True):
         kept = []
         hooks = torch.autograd.graph.saved_tensors_hooks
@@ -153,11 +153,11 @@ def test_recomputed_encoders_give_the_same_gradients_and_keep_less(kind):
         with hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             latents = net.encode(image, present)
         net.decode(latents).logits.square().mean().backward()
-        found[net.recompute] = sum(kept), [p.grad for p in net.encoders.parameters()]
-    assert found[True][0] < found[False][0] / 2
-    for ours, wanted in zip(found[True][1], found[False][1], strict=True):
-        if wanted is not None:
-            torch.testing.assert_close(ours, wanted)
+        steps[net.recompute] = sum(kept), [p.grad for p in net.encoders.parameters()]
+    assert steps[True][0] < steps[False][0] / 2
+    for ours, theirs in zip(steps[True][1], steps[False][1], strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ def gaussians(means, variances, present):
 )
 def test_product_of_gaussians_by_hand(present, mean, variance):
     latents = gaussians([3.0, -2.0], [2.0, 4.0], present)
-    found, log_variance = product_of_gaussians(latents, 0)
-    assert found.item() == pytest.approx(mean)
+    actual, log_variance = product_of_gaussians(latents, 0)
+    assert actual.item() == pytest.approx(mean)
     assert log_variance.exp().item() == pytest.approx(variance)
 
 
@@ -92,14 +92,14 @@ def test_block_is_norm_leaky_relu_convolution_twice():
     torch.manual_seed(0)
     block = Block(3, 6, 4)
     x = torch.randn(2, 3, 5, 4, 6, requires_grad=True)
-    wanted = x
+    reference = x
     for conv in block.convs:
-        normed = F.leaky_relu(F.instance_norm(wanted), SLOPE)
-        wanted = F.conv3d(normed, conv.weight, conv.bias, padding=1)
-    g = torch.randn_like(wanted)
+        normed = F.leaky_relu(F.instance_norm(reference), SLOPE)
+        reference = F.conv3d(normed, conv.weight, conv.bias, padding=1)
+    g = torch.randn_like(reference)
     leaves = [x, *block.parameters()]
-    expected = torch.autograd.grad(wanted, leaves, g)
-    found = block(x)
-    torch.testing.assert_close(found, wanted)
-    for ours, theirs in zip(torch.autograd.grad(found, leaves, g), expected, strict=True):
+    expected = torch.autograd.grad(reference, leaves, g)
+    actual = block(x)
+    torch.testing.assert_close(actual, reference)
+    for ours, theirs in zip(torch.autograd.grad(actual, leaves, g), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

@@ -40,10 +40,10 @@ def frequencies(sampler, acquired=(True,) * 4):
 
 def assert_frequencies(sampler, expected, acquired=(True,) * 4):
     """``expected`` maps flags to probabilities; 5 standard errors are allowed (draws are fixed)."""
-    found = frequencies(sampler, acquired)
-    assert set(found) <= {c for c, p in expected.items() if p > 0}
+    shares = frequencies(sampler, acquired)
+    assert set(shares) <= {c for c, p in expected.items() if p > 0}
     for c, p in expected.items():
-        assert abs(found.get(c, 0) - p) < 5 * math.sqrt(p * (1 - p) / N) + 1e-12, c
+        assert abs(shares.get(c, 0) - p) < 5 * math.sqrt(p * (1 - p) / N) + 1e-12, c
 
 
 def subsets(acquired=(True,) * 4):

@@ -179,16 +179,16 @@ def test_a_result_has_the_affine_and_the_unit_of_its_scan(make_case, tmp_path, f
     for path in case.images.values():
         rewrite(path, lambda x: x, affine, unit)
     model = tiny_student()
-    found = model.segment(case.images)
-    image = found.to_nifti()
+    result = model.segment(case.images)
+    image = result.to_nifti()
     np.testing.assert_allclose(image.affine, affine, rtol=1e-5, atol=1e-6 * factor)
     assert image.header.get_xyzt_units()[0] == unit
-    saved = nib.load(found.save(tmp_path, probabilities=True)["probabilities"])
+    saved = nib.load(result.save(tmp_path, probabilities=True)["probabilities"])
     np.testing.assert_allclose(saved.affine, affine, rtol=1e-5, atol=1e-6 * factor)
     assert saved.header.get_xyzt_units()[0] == unit
     make_case()  # the same in mm
     plain = model.segment(case.images)
-    assert found.volumes == pytest.approx(plain.volumes, rel=1e-5)
+    assert result.volumes == pytest.approx(plain.volumes, rel=1e-5)
 
 
 @pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0)], ids=["native", "resampled"])

@@ -134,8 +134,8 @@ def test_gradients_are_right(name):
     anchor = anchor_for(name, 3).double()
     parameters = list(alignment.named_parameters())
 
-    def loss(f, *given):
-        replaced = {n: p for (n, _), p in zip(parameters, given, strict=True)}
+    def loss(f, *arguments):
+        replaced = {n: p for (n, _), p in zip(parameters, arguments, strict=True)}
         return torch.func.functional_call(
             alignment, replaced, (latents_of(f, subset), anchor, shown, subset)
         )

@@ -177,16 +177,16 @@ def test_sum_of_all_outputs_and_the_late_start_of_the_fused_one():
     out = output(logits, ds1=fine, ds2=coarse, separate=separate, separate_slots=slots, other=fine)
     batch = {"label": label}
     up = F.interpolate(coarse.softmax(1), (4, 4, 4), mode="trilinear", align_corners=True)
-    wanted = (
+    expected = (
         reference(fine.softmax(1), label)
         + reference(up, label)
         + reference(separate[:, 0].softmax(1), label)
         + 0.5 * reference(separate[:1, 1].softmax(1), label[:1])
     )
     criterion = RFNetCriterion(fusion_start_epoch=2)
-    assert criterion(out, batch, 1).item() == pytest.approx(wanted, rel=1e-5)
+    assert criterion(out, batch, 1).item() == pytest.approx(expected, rel=1e-5)
     fused = reference(logits.softmax(1), label)
-    assert criterion(out, batch, 2).item() == pytest.approx(wanted + fused, rel=1e-5)
+    assert criterion(out, batch, 2).item() == pytest.approx(expected + fused, rel=1e-5)
     assert criterion(output(logits), batch, 0).item() == pytest.approx(fused, rel=1e-5)
 
 
@@ -240,8 +240,8 @@ def test_sum_of_its_parts():
     present = torch.tensor([[True, False, False, True]])
     output, batch, loss = train_step(present)
     rebuilt = (output.extras["reconstruction"] - batch["image"]).square().mean()
-    wanted = DiceCE()(output, batch, 0) + 0.1 * (rebuilt + output.extras["divergence"].mean())
-    torch.testing.assert_close(loss, wanted)
+    expected = DiceCE()(output, batch, 0) + 0.1 * (rebuilt + output.extras["divergence"].mean())
+    torch.testing.assert_close(loss, expected)
     loss.backward()
 
 
@@ -305,7 +305,7 @@ def test_stacked_losses_are_those_of_the_samples_that_count():
     label = torch.randint(0, 3, (3, 4, 4, 4))
     probabilities = torch.randn(2, 3, 3, 4, 4, 4, dtype=torch.float64).softmax(2)
     rows = torch.tensor([[True, True, True], [False, True, False]])
-    found = stacked_ce_dice(probabilities, label, rows)
-    wanted = [weighted_ce_dice(probabilities[0], label)]
-    wanted.append(weighted_ce_dice(probabilities[1, 1:2], label[1:2]))
-    torch.testing.assert_close(found, torch.stack(wanted))
+    losses = stacked_ce_dice(probabilities, label, rows)
+    expected = [weighted_ce_dice(probabilities[0], label)]
+    expected.append(weighted_ce_dice(probabilities[1, 1:2], label[1:2]))
+    torch.testing.assert_close(losses, torch.stack(expected))

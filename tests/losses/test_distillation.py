@@ -85,9 +85,9 @@ def test_gradients_are_right(make):
     batch = batch_of(labels(side=2), flags([1, 1], [0, 1]))
     taught = output(t, ft, ("a", "b"))
 
-    def loss(s, f0, f1, *given):
+    def loss(s, f0, f1, *arguments):
         learnt = output(s, [f0, f1], ("a", "b"))
-        replaced = dict(zip(names, given, strict=True))
+        replaced = dict(zip(names, arguments, strict=True))
         return torch.func.functional_call(term, replaced, (learnt, taught, batch))
 
     if make is WeightedSoftCE:  # its weight is detached: compare with the weight held
@@ -166,8 +166,8 @@ def test_constant_latents_have_finite_gradients(make, fill):
     f = torch.full_like(f, fill).requires_grad_()  # one voxel, no variance
     term = make()
     term.bind(net, net)
-    given = output(s, [f], ("a", "b")), output(s, [f.detach()], ("a", "b"))
-    loss = term(*given, batch_of(labels(), flags([1, 1], [0, 1])))
+    arguments = output(s, [f], ("a", "b")), output(s, [f.detach()], ("a", "b"))
+    loss = term(*arguments, batch_of(labels(), flags([1, 1], [0, 1])))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(f.grad).all()
 
@@ -284,8 +284,8 @@ def test_a_patch_without_brain_counts_as_nothing(make):
     t, (g,) = scene(net, seed=1)
     f.requires_grad_()
     none = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
-    given = output(s, [f], ("a", "b"), brain=[none]), output(t, [g], ("a", "b"), brain=[none])
-    value = term(*given, batch_of(labels(), flags([1, 1], [0, 1])))
+    arguments = output(s, [f], ("a", "b"), brain=[none]), output(t, [g], ("a", "b"), brain=[none])
+    value = term(*arguments, batch_of(labels(), flags([1, 1], [0, 1])))
     value.backward()
     assert f.grad.isfinite().all() and not f.grad.any()
     # Embeddings of nothing coincide: no distance to the same case, a margin to the other.
@@ -306,9 +306,9 @@ def test_a_loss_is_one_graph_whatever_is_shown(make):
     for step, row in enumerate(rows):
         batch = batch_of(labels(seed=step), flags(*row))
         batch["case"] = torch.tensor([step, 5])
-        given = output(s, fs, brain=brain), output(t, ft), batch
+        arguments = output(s, fs, brain=brain), output(t, ft), batch
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            assert compiled(*given).item() == pytest.approx(term(*given).item(), rel=1e-5)
+            assert compiled(*arguments).item() == pytest.approx(term(*arguments).item(), rel=1e-5)
 
 
 def test_preset_constants():

@@ -139,8 +139,8 @@ def test_latent_match_divides_by_the_mean_of_the_channels_variances():
     t = torch.tensor([[0.0, 4.0], [1.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # variances 4 and 0
     term = LatentMatch(epsilon=0.0)
     term.bind(two, two)
-    given = output(logits, [t + 1], ("a",)), output(logits, [t], ("a",))
-    assert term(*given, batch_of(label, flags([1]))).item() == pytest.approx(1 / 2)
+    arguments = output(logits, [t + 1], ("a",)), output(logits, [t], ("a",))
+    assert term(*arguments, batch_of(label, flags([1]))).item() == pytest.approx(1 / 2)
 
 
 def test_same_leaves_out_what_the_teacher_was_not_shown():
@@ -207,12 +207,12 @@ def test_gram_match_by_hand():
     term.bind(one, one)
     # G^s = ½ [[2, 2], [2, 4]], G^t = ½ [[4, 0], [0, 0]]: differences -1, 1, 1, 2.
     batch = batch_of(label, flags([1]))
-    given = output(logits, [f], ("a",)), output(logits, [t], ("a",)), batch
-    assert term(*given).item() == 1.75
+    arguments = output(logits, [f], ("a",)), output(logits, [t], ("a",)), batch
+    assert term(*arguments).item() == 1.75
     # SMU-Net: G/(C·N) halves the matrices; Σ (…)² = 7/4, divided by 4 · 2² · (2·1)².
     published = GramMatch(normalisation="smunet")
     published.bind(one, one)
-    assert published(*given).item() == pytest.approx(7 / 4 / (4 * 4 * 4))
+    assert published(*arguments).item() == pytest.approx(7 / 4 / (4 * 4 * 4))
 
 
 def test_variational_match_by_hand():
@@ -242,11 +242,11 @@ def test_contrastive_match_by_hand():
     # d² = 2 - 2 cos. d₀₀² = 1, d₁₁² = 0; d₀₁² = 2 (beyond the margin), d₁₀² = 2 - √3.
     near = math.sqrt(2 - math.sqrt(3))
     apart = 0.5 * (1 + 0 + 0 + (1 - near) ** 2) / 2
-    given = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
-    assert term(*given, batch_of(label, every)).item() == pytest.approx(apart, rel=1e-5)
+    arguments = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
+    assert term(*arguments, batch_of(label, every)).item() == pytest.approx(apart, rel=1e-5)
     # Two patches of one case: all four pairs are the same case.
     joined = 0.5 * ((1 + 2) / 2 + (2 - math.sqrt(3) + 0) / 2) / 2
-    got = term(*given, batch_of(label, every, ["x", "x"])).item()
+    got = term(*arguments, batch_of(label, every, ["x", "x"])).item()
     assert got == pytest.approx(joined, rel=1e-5)
 
 
@@ -259,15 +259,15 @@ def test_prototype_match_by_hand():
     batch = batch_of(label, flags([1]))
     term = LatentPrototypeMatch()
     term.bind(one, one)
-    given = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
+    arguments = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
     # The prototypes are the voxels; off the diagonal cos 45° against cos 90°: squared ½. Per class
     # the mean over two voxels is ¼.
-    assert term(*given, batch).item() == pytest.approx(0.25, abs=1e-5)
+    assert term(*arguments, batch).item() == pytest.approx(0.25, abs=1e-5)
     # All of one class: prototypes (1, ½) and (½, ½), and one class to divide by.
     batch["label"] = torch.zeros_like(label)
     mine, theirs = (2 / math.sqrt(5), 3 / math.sqrt(10)), (1 / math.sqrt(2),) * 2
     want = sum((x - y) ** 2 for x, y in zip(mine, theirs, strict=True)) / 2
-    assert term(*given, batch).item() == pytest.approx(want, abs=1e-5)
+    assert term(*arguments, batch).item() == pytest.approx(want, abs=1e-5)
 
 
 def test_a_class_counts_from_a_mass_of_one_voxel():
@@ -278,10 +278,10 @@ def test_a_class_counts_from_a_mass_of_one_voxel():
     logits = torch.zeros(1, 2, 4, 4, 4)
     term = LatentPrototypeMatch()
     term.bind(one, one)
-    given = (output(logits, [f], ("a",)), output(logits, [t], ("a",)))
-    with_two = term(*given, batch_of(label, flags([1])))
+    arguments = (output(logits, [f], ("a",)), output(logits, [t], ("a",)))
+    with_two = term(*arguments, batch_of(label, flags([1])))
     label[0, :2, :2, :2] = 1  # one coarse voxel
-    with_eight = term(*given, batch_of(label, flags([1])))
+    with_eight = term(*arguments, batch_of(label, flags([1])))
     fractions = torch.ones(1, 1, 2, 2, 2)
     fractions[0, 0, 0, 0, 0] = 6 / 8
     only = (similarity_maps(f, fractions) - similarity_maps(t, fractions)).square().mean()
@@ -290,8 +290,8 @@ def test_a_class_counts_from_a_mass_of_one_voxel():
     # No class reaches a mass of one voxel: one coarse voxel, half and half.
     tiny = torch.zeros(1, 2, 2, 2, dtype=torch.int64)
     tiny[0, 0] = 1
-    given = [output(torch.zeros(1, 2, 2, 2, 2), [x[..., :1, :1, :1]], ("a",)) for x in (f, t)]
-    assert term(*given, batch_of(tiny, flags([1]))).item() == 0.0
+    arguments = [output(torch.zeros(1, 2, 2, 2, 2), [x[..., :1, :1, :1]], ("a",)) for x in (f, t)]
+    assert term(*arguments, batch_of(tiny, flags([1]))).item() == 0.0
 
 
 def test_self_distillation_by_hand():
@@ -356,9 +356,9 @@ def test_prototypes_of_the_decoder_are_those_of_the_literature():
         squared.append((maps[0] - maps[1]).square().mean())
     logits = torch.zeros(1, 3, 4, 4, 4)
     coarse = torch.randn(1, 5, 2, 2, 2)
-    given = output(logits, decoder=[coarse, s]), output(logits, decoder=[coarse, t])
+    arguments = output(logits, decoder=[coarse, s]), output(logits, decoder=[coarse, t])
     loss = PrototypeMatch()
-    assert loss(*given, batch_of(label)).item() == pytest.approx(
+    assert loss(*arguments, batch_of(label)).item() == pytest.approx(
         torch.stack(squared).mean().item(), rel=1e-4
     )
-    assert PrototypeMatch(index=0)(*given, batch_of(label)).item() == 0
+    assert PrototypeMatch(index=0)(*arguments, batch_of(label)).item() == 0

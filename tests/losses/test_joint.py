@@ -220,7 +220,7 @@ def test_two_processes_equal_one(tmp_path):
     loss = joint(whole, correlation="matched")
     loss.backward()
     run_two(_rank, 2, str(tmp_path), z)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert sum(v for v, _ in found).item() / 2 == pytest.approx(loss.item())
-    for rank, (_, gradient) in enumerate(found):
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert sum(v for v, _ in ranks).item() / 2 == pytest.approx(loss.item())
+    for rank, (_, gradient) in enumerate(ranks):
         torch.testing.assert_close(gradient, whole.grad[rank::2])

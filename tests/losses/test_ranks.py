@@ -71,8 +71,8 @@ class AllLosses(nn.Module):
         logits = torch.einsum("oc,bcdhw->bodhw", self.head, latents.masked(0).sum(1))
         taught = Latents([batch["features"]], NAMES, [acquired])
         student = SegOutput(logits, replace(latents, brain=[batch["brain"]]), {}, [logits])
-        given = batch["features"].sum(1)
-        teacher = SegOutput(given, taught, {}, [given])
+        total = batch["features"].sum(1)
+        teacher = SegOutput(total, taught, {}, [total])
         values += [term(student, teacher, batch) for term in self.terms]
         return torch.stack(values)
 
@@ -109,14 +109,14 @@ def run(rank, folder):
     sums = SharedSums()
     total = sums.add(own)
     sums.settle((total * (1 + rank)).sum()).backward()
-    found = {
+    results = {
         "values": values.detach(),
         "gradients": gradients,
         "total": total.detach(),
         "slope": own.grad,
         "gathered": gather_constants(own),
     }
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(results, f"{folder}/{rank}.pt")
     # torch 2.13 may wait for ever where DDP's reducer is the last to let go of a gloo group: it
     # joins gloo's thread with Python's lock held, which that thread needs to free a tensor.
     del wrapped

@@ -21,16 +21,16 @@ def leave_infinities():
 
 def gradients(network, x, *, autocast):
     network.zero_grad()
-    given = x.clone().requires_grad_()
+    leaf = x.clone().requires_grad_()
     leave_infinities()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = network(given)
+        y = network(leaf)
     y.float().square().sum().backward()
-    return y, [given.grad, *(p.grad.clone() for p in network.parameters())]
+    return y, [leaf.grad, *(p.grad.clone() for p in network.parameters())]
 
 
-def assert_close(found, wanted):
-    for half, wide in zip(found, wanted, strict=True):
+def assert_close(actual, expected):
+    for half, wide in zip(actual, expected, strict=True):
         assert half.dtype == wide.dtype
         assert (half - wide).abs().max() < 0.05 * wide.abs().max()
 
@@ -53,12 +53,12 @@ def test_a_repaired_network_has_the_gradients_of_float32(depth, arguments):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(32, 32, **arguments))
     x = torch.randn(2, 32, depth, 3, 3)
-    wide, wanted = gradients(network, x, autocast=False)
+    wide, expected = gradients(network, x, autocast=False)
     handles = repair_gradients(network)
-    half, found = gradients(network, x, autocast=True)
+    half, actual = gradients(network, x, autocast=True)
     assert half.dtype == torch.bfloat16
     assert (half - wide).abs().max() < 0.02 * wide.abs().max()
-    assert_close(found, wanted)
+    assert_close(actual, expected)
     for handle in handles:
         handle.remove()
     assert not network[0]._forward_hooks
@@ -68,20 +68,20 @@ def test_models_wholly_in_bf16_keep_their_type():
     torch.manual_seed(0)
     network = nn.Conv3d(32, 32, 3, padding=1)
     x = torch.randn(2, 32, 2, 3, 3)
-    _, wanted = gradients(network, x, autocast=False)
+    _, expected = gradients(network, x, autocast=False)
     repair_gradients(network.bfloat16())
-    y, found = gradients(network, x.bfloat16(), autocast=False)
+    y, actual = gradients(network, x.bfloat16(), autocast=False)
     assert y.dtype == torch.bfloat16
-    assert_close([part.float() for part in found], wanted)
+    assert_close([part.float() for part in actual], expected)
 
 
 def test_inference_float32_and_deeper_volumes_are_computed_once(monkeypatch):
     calls = []
     original = nn.Conv3d._conv_forward
 
-    def counted(self, *given):
-        calls.append(given[0].dtype)
-        return original(self, *given)
+    def counted(self, *arguments):
+        calls.append(arguments[0].dtype)
+        return original(self, *arguments)
 
     monkeypatch.setattr(nn.Conv3d, "_conv_forward", counted)
     network = nn.Conv3d(4, 4, 3, padding=1)
@@ -118,9 +118,9 @@ def test_compiled_lean_layers():
     torch.manual_seed(0)
     conv = LeanConv3d(32, 32, padding="zeros")
     x = torch.randn(2, 32, 2, 3, 3)
-    _, wanted = gradients(conv, x, autocast=False)
+    _, expected = gradients(conv, x, autocast=False)
     compiled = torch.compile(conv)
-    _, found = gradients(compiled, x, autocast=True)
-    assert_close(found, wanted)
+    _, actual = gradients(compiled, x, autocast=True)
+    assert_close(actual, expected)
     with torch.no_grad():
         torch.testing.assert_close(convolve_wholly(conv, x), conv(x))

@@ -99,7 +99,7 @@ def test_a_gpu_starts_one_convolution_for_all_encoders_and_a_cpu_skips_absent_on
     assert counted.groups == [4] * 6
     runs = []
     for m, encoder in enumerate(net.encoders):
-        encoder.register_forward_hook(lambda *given, m=m: runs.append(m))
+        encoder.register_forward_hook(lambda *call, m=m: runs.append(m))
     net.encode(image, present)
     assert runs == [0, 3]
 

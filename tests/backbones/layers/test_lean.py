@@ -50,8 +50,8 @@ def test_norm_act(layout, samples, affine, slab, monkeypatch):
     layer = NormAct(3, 0.1).double()
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
-    given = x.contiguous(memory_format=layout)
-    ours = layer(given) if affine else norm_act(given, 0.1)
+    leaf = x.contiguous(memory_format=layout)
+    ours = layer(leaf) if affine else norm_act(leaf, 0.1)
     scale = (layer.weight, layer.bias) if affine else (None, None)
     plain = F.leaky_relu(F.instance_norm(x, weight=scale[0], bias=scale[1]), 0.1)
     close_gradients(ours, plain, (x, *(s for s in scale if s is not None)))
@@ -77,15 +77,15 @@ def test_a_small_batch_and_slabs_give_the_same_norm_in_half_precision(monkeypatc
     torch.manual_seed(0)
     x = fast_layout((torch.randn(3, 8, 6, 5, 4) + 1).bfloat16()).requires_grad_()
     layer, weight = NormAct(8, 0.1), torch.randn(3, 8, 6, 5, 4)
-    found = []
+    norms = []
     for small in (norm_module.SMALL, 0):
         monkeypatch.setattr(norm_module, "SMALL", small)
         y = layer(x)
         assert y.dtype == torch.bfloat16
         assert is_channels_last(y)
-        found.append((y, *torch.autograd.grad((y * weight).sum(), (x, *layer.parameters()))))
+        norms.append((y, *torch.autograd.grad((y * weight).sum(), (x, *layer.parameters()))))
     rounding = 2**-9 * (3 * 6 * 5 * 4) ** 0.5  # of a sum over 360 products in bfloat16
-    for a, b, atol in zip(*found, (2**-6, 2**-6, 3 * rounding, 3 * rounding), strict=True):
+    for a, b, atol in zip(*norms, (2**-6, 2**-6, 3 * rounding, 3 * rounding), strict=True):
         torch.testing.assert_close(a, b, rtol=2**-6, atol=atol)
 
 
@@ -199,17 +199,17 @@ def test_weight_gradients_of_few_slices_in_bf16(padding, depth):
     """OneDNN leaves some of them unwritten where the first axis has two voxels."""
     torch.manual_seed(0)
     x = torch.randn(2, 32, depth, 2, 3)
-    found = {}
+    gradients = {}
     for dtype in (torch.bfloat16, torch.float64):
         torch.manual_seed(1)
         conv = LeanConv3d(32, 32, 3, padding=padding)
         # Gradients are allocated where these were.
         junk = [torch.full((n,), float("inf")) for n in (1000, 32 * 32 * 27, 100_000)]
         del junk
-        given = x.to(dtype).requires_grad_()
-        conv.to(dtype)(given).square().sum().backward()
-        found[dtype] = [given.grad, conv.weight.grad, conv.bias.grad]
-    for half, double in zip(*found.values(), strict=True):
+        leaf = x.to(dtype).requires_grad_()
+        conv.to(dtype)(leaf).square().sum().backward()
+        gradients[dtype] = [leaf.grad, conv.weight.grad, conv.bias.grad]
+    for half, double in zip(*gradients.values(), strict=True):
         assert (half.double() - double).abs().max() < 0.05 * double.abs().max()
 
 

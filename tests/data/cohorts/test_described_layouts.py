@@ -22,13 +22,13 @@ MSD_LABELS = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": 
 def test_msd(touch):
     files = ["imagesTr/BRATS_001.nii.gz", "labelsTr/BRATS_001.nii.gz", "imagesTr/BRATS_002.nii.gz"]
     root = touch(*files, "imagesTr/._BRATS_001.nii.gz", "imagesTs/BRATS_485.nii.gz")
-    found = search(dataset_json(root, modality=MSD_CHANNELS, labels=MSD_LABELS), BRATS)
-    check(found.cases, "msd", ["BRATS_001", "BRATS_002"], {"NCR": 2, "ED": 1, "ET": 3})
-    one, two = found.cases
+    cohort = search(dataset_json(root, modality=MSD_CHANNELS, labels=MSD_LABELS), BRATS)
+    check(cohort.cases, "msd", ["BRATS_001", "BRATS_002"], {"NCR": 2, "ED": 1, "ET": 3})
+    one, two = cohort.cases
     path = root / "imagesTr/BRATS_001.nii.gz"
     assert one.images == {"flair": (path, 0), "t1ce": (path, 2), "t1": (path, 1), "t2": (path, 3)}
     assert one.label == root / "labelsTr/BRATS_001.nii.gz" and two.label is None
-    assert found.stray == [root / "imagesTs/BRATS_485.nii.gz"]
+    assert cohort.stray == [root / "imagesTs/BRATS_485.nii.gz"]
 
 
 NNUNET_FILES = [f"imagesTr/case_1_000{i}.nii.gz" for i in range(4)] + ["labelsTr/case_1.nii.gz"]
@@ -145,19 +145,19 @@ def test_any_other_cohort_through_yaml(touch, tmp_path):
         "anna/2/T1_gd.nii.gz", "bert/1/T1_post_b.nii", "bert/x/FLAIR.nii.gz",
         "deeper/anna/1/FLAIR.nii.gz",
     )  # fmt: skip
-    found = search(root, BRATS, tmp_path / "mine.yaml")
-    assert [c.case_id for c in found.cases] == ["anna_1", "anna_2", "bert_1"]
-    first, second, third = found.cases
+    cohort = search(root, BRATS, tmp_path / "mine.yaml")
+    assert [c.case_id for c in cohort.cases] == ["anna_1", "anna_2", "bert_1"]
+    first, second, third = cohort.cases
     both = root / "anna/1/all.nii.gz"
     assert first.images == {"flair": root / "anna/1/FLAIR.nii", "t1": (both, 1), "t2": (both, 0)}
     assert first.label == root / "anna/1/mask.nii.gz"
     assert second.images == {"t1ce": root / "anna/2/T1_gd.nii.gz"}
     assert third.images == {"t1ce": root / "bert/1/T1_post_b.nii"} and third.label is None
-    assert {c.patient for c in found.cases} == {"anna", "bert"}
+    assert {c.patient for c in cohort.cases} == {"anna", "bert"}
     assert first.codes == {"NCR": 10, "ED": 20, "ET": 30} and first.ignored == (5,)
     assert first.layout == "mine"
     # anchored at the root; what matches nothing, or only a pattern of lower rank, is told
-    assert sorted(p.relative_to(root).as_posix() for p in found.stray) == [
+    assert sorted(p.relative_to(root).as_posix() for p in cohort.stray) == [
         "bert/x/FLAIR.nii.gz",
         "deeper/anna/1/FLAIR.nii.gz",
     ]

@@ -20,9 +20,9 @@ def test_a_healthy_cohort(make_case, label):
     make_case()
     make_case("BraTS2021_00002", modalities=("flair", "t2"), labelled=False)
     root = make_case("BraTS2021_00003").label.parents[1]
-    found = inspect_cohort(root, BRATS)
-    assert found.problems == [] and found.layout == "brats2021"
-    one, two, _ = found.cases
+    inspection = inspect_cohort(root, BRATS)
+    assert inspection.problems == [] and inspection.layout == "brats2021"
+    one, two, _ = inspection.cases
     counts = {n: int((label == c).sum()) for n, c in (("NCR", 1), ("ED", 2), ("ET", 4))}
     assert asdict(one) == {
         "case_id": "BraTS2021_00001",
@@ -37,7 +37,7 @@ def test_a_healthy_cohort(make_case, label):
         "notes": (),
     }
     assert two.modalities == ("flair", "t2") and two.voxels is None and not two.labelled
-    text = printed(found)
+    text = printed(inspection)
     assert "3 cases: FLAIR 3, T1ce 2, T1 2, T2 3; with a label 2." in text
     assert "No problems." in text and "T1ce, T1" in text and "no label" in text
     assert f"{counts['ED']:,}" in text and "44×40×36" in text
@@ -52,11 +52,13 @@ def test_every_problem_of_a_case_is_listed_and_stray_files_are_named(make_case, 
     save(case.images["t2"], volume(3), np.diag([1.0, 1.0, 2.0, 1.0]))
     save(case.label, np.full((44, 40, 36), 7, np.uint8))
     save(root / "lost.nii.gz", volume())
-    found = inspect_cohort(root, BRATS)
-    assert len(found.problems) == 4 and all("BraTS2021_00001'" in p for p in found.problems)
+    inspection = inspect_cohort(root, BRATS)
+    assert len(inspection.problems) == 4 and all(
+        "BraTS2021_00001'" in p for p in inspection.problems
+    )
     for piece in ("truncated", "0 everywhere", "affines that differ", "label values 7"):
-        assert any(piece in p for p in found.problems), piece
-    text = printed(found, 200)
+        assert any(piece in p for p in inspection.problems), piece
+    text = printed(inspection, 200)
     assert "4 problems." in text and "BraTS2021_00002[x]" in text
     assert "1 scan files belong to no case: lost.nii.gz." in text
 
@@ -81,9 +83,9 @@ def test_nothing_is_changed(make_case):
 
 @pytest.mark.real
 def test_real_cohort(real_root):
-    found = inspect_cohort(real_root, BRATS)
-    assert found.problems == [] and len(found.cases) == 7
-    voxels = {c.case_id[-5:]: c.voxels for c in found.cases}
+    inspection = inspect_cohort(real_root, BRATS)
+    assert inspection.problems == [] and len(inspection.cases) == 7
+    voxels = {c.case_id[-5:]: c.voxels for c in inspection.cases}
     assert voxels["00014"]["NCR"] == 2 and voxels["00014"]["ET"] == 2557
     assert max(v["ET"] for v in voxels.values()) == 32731
-    assert {c.orientation for c in found.cases} == {"LPS"}
+    assert {c.orientation for c in inspection.cases} == {"LPS"}

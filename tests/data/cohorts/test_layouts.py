@@ -41,8 +41,8 @@ def test_folders_around_and_inside_the_root_do_not_matter(touch, inner):
     case = "Brats18_CBICA_AAB_1"
     root = touch(*brats_files(case, folder=f"{inner}HGG/"))
     for part in (root, root / f"{inner}HGG", root / f"{inner}HGG" / case):
-        (found,) = find_cases(part, BRATS)
-        assert (found.case_id, found.grade, len(found.images)) == (case, "HGG", 4)
+        (entry,) = find_cases(part, BRATS)
+        assert (entry.case_id, entry.grade, len(entry.images)) == (case, "HGG", 4)
 
 
 def test_2018_validation_is_flat(touch):
@@ -56,10 +56,10 @@ def test_2020_and_its_misnamed_label(touch):
     odd = brats_files("BraTS20_Training_355", ending=".nii")[:-1]
     misnamed = "BraTS20_Training_355/W39_1998.09.19_Segm.nii"
     root = touch(*whole, *odd, misnamed)
-    found = search(root, BRATS)
+    cohort = search(root, BRATS)
     ids = ["BraTS20_Training_001", "BraTS20_Training_355"]
-    check(found.cases, "brats2020", ids, OLD_CODES)
-    assert found.cases[1].label == root / misnamed and not found.stray
+    check(cohort.cases, "brats2020", ids, OLD_CODES)
+    assert cohort.cases[1].label == root / misnamed and not cohort.stray
     # a repaired copy beside it is preferred, not a conflict
     touch("BraTS20_Training_355/BraTS20_Training_355_seg.nii")
     assert find_cases(root, BRATS)[1].label.name == "BraTS20_Training_355_seg.nii"
@@ -192,14 +192,14 @@ def test_missing_empty_and_unreadable_roots(touch, tmp_path, monkeypatch):
 
 def test_every_file_of_a_big_tree_is_matched_quickly(touch):
     root = touch(*(f for i in range(120) for f in brats_files(f"BraTS2021_{i:05d}")))
-    found = match(Tree.of(root), LAYOUTS["brats2021"])
-    assert len(found.cases) == 120 and not found.stray
+    matches = match(Tree.of(root), LAYOUTS["brats2021"])
+    assert len(matches.cases) == 120 and not matches.stray
     shutil.rmtree(root)
 
 
 @pytest.mark.real
 def test_real_cohort(real_root):
-    found = search(real_root, BRATS)
-    assert len(found.cases) == 7 and not found.stray
-    assert {c.layout for c in found.cases} == {"brats2021"}
-    assert all(len(c.images) == 4 and c.label for c in found.cases)
+    cohort = search(real_root, BRATS)
+    assert len(cohort.cases) == 7 and not cohort.stray
+    assert {c.layout for c in cohort.cases} == {"brats2021"}
+    assert all(len(c.images) == 4 and c.label for c in cohort.cases)

@@ -53,9 +53,9 @@ def test_challenges_of_2023_and_later(touch, stem, layout):
 )
 def test_other_spellings_of_files(touch, rename):
     names = [rename(n) for n in brats_files("BraTS2021_00003")]
-    found = search(touch(*names), BRATS)
-    check(found.cases, "brats2021", ["BraTS2021_00003"], OLD_CODES)
-    assert found.stray == [] and found.cases[0].label is not None
+    cohort = search(touch(*names), BRATS)
+    check(cohort.cases, "brats2021", ["BraTS2021_00003"], OLD_CODES)
+    assert cohort.stray == [] and cohort.cases[0].label is not None
 
 
 def test_files_that_are_not_read_are_named_as_the_cause(tmp_path):
@@ -225,9 +225,9 @@ def visits_of(layout, touch):
 @pytest.mark.parametrize("plan", [Fractions(), Fractions(seed=3), KFold(1)], ids="abc")
 @pytest.mark.parametrize("layout", ["brats2024", "msd", "nnunet"])
 def test_visits_of_a_patient_stay_together(touch, layout, plan):
-    found = search(visits_of(layout, touch), BRATS)
-    assert {c.layout for c in found.cases} == {layout} and found.remarks == ()
-    split = plan.split(found.cases)
+    cohort = search(visits_of(layout, touch), BRATS)
+    assert {c.layout for c in cohort.cases} == {layout} and cohort.remarks == ()
+    split = plan.split(cohort.cases)
     parts = [
         {name.rsplit("-", 1)[0] for name in part} for part in (split.train, split.val, split.test)
     ]
@@ -271,8 +271,8 @@ def test_names_that_tell_no_patient_are_remarked_upon(touch, capsys):
     assert "patients are not recognised" in capsys.readouterr().out
     layout = root.parent / "own.yaml"
     layout.write_text("base: nnunet\npatient: '(p.*)-.*'\n")
-    found = search(root, BRATS, layout)
-    assert {c.patient for c in found.cases} == {"p0", "p1", "p2"} and found.remarks == ()
+    cohort = search(root, BRATS, layout)
+    assert {c.patient for c in cohort.cases} == {"p0", "p1", "p2"} and cohort.remarks == ()
 
 
 @pytest.mark.parametrize("pattern", ["(", "p.*", "(a" * 3])

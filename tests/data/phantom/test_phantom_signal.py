@@ -29,11 +29,11 @@ def cases():
 @pytest.fixture(scope="module")
 def white_matter(cases):
     """Per case: voxels of white matter well away from the tumour."""
-    found = []
+    masks = []
     for index, case in enumerate(cases):
         wm = Deformation(11, index).tissues(SETTINGS.grid).wm > 0.9
-        found.append(wm & ~ndimage.binary_dilation(case.label > 0, iterations=3))
-    return found
+        masks.append(wm & ~ndimage.binary_dilation(case.label > 0, iterations=3))
+    return masks
 
 
 def _z(values):
@@ -43,13 +43,13 @@ def _z(values):
 
 def _difference(cases, modality, one, other):
     """Difference of mean z-scores between two masks, per case that has 30 voxels of both."""
-    found = []
+    differences = []
     for case, first, second in zip(cases, one, other, strict=True):
         if min(first.sum(), second.sum()) >= 30:
             z = _z(case.images[modality])
-            found.append(z[first].mean() - z[second].mean())
-    assert len(found) >= 5
-    return np.array(found)
+            differences.append(z[first].mean() - z[second].mean())
+    assert len(differences) >= 5
+    return np.array(differences)
 
 
 def _labelled(cases, value):
@@ -209,14 +209,16 @@ def _noise_free(**changes):
 
 def _residual_correlation(settings):
     """Correlation of T2 and FLAIR signal within oedema."""
-    found = []
+    correlations = []
     for index in range(5):
         case = make_case(13, index, settings)
         # Deep oedema only: partial volume at borders correlates for another reason.
         inside = ndimage.binary_erosion(case.label == ED)
         if inside.sum() > 50:
-            found.append(np.corrcoef(case.images["flair"][inside], case.images["t2"][inside])[0, 1])
-    return np.mean(found)
+            correlations.append(
+                np.corrcoef(case.images["flair"][inside], case.images["t2"][inside])[0, 1]
+            )
+    return np.mean(correlations)
 
 
 def test_dependence_makes_modalities_agree():

@@ -101,9 +101,9 @@ def test_resampling_agrees_with_torchio_inside(spacing):
     affine[:3, 3] = [(s - 1) / 2 for s in spacing]
     target = tio.ScalarImage(tensor=np.zeros((1, *made.shape), np.float32), affine=affine)
     image = tio.ScalarImage(tensor=source[None], affine=np.eye(4))
-    wanted = tio.Resample(target, image_interpolation="linear")(image).numpy()[0]
+    expected = tio.Resample(target, image_interpolation="linear")(image).numpy()[0]
     inner = tuple(slice(3, -3) for _ in range(3))
-    np.testing.assert_allclose(made[inner], wanted[inner], atol=1e-4)
+    np.testing.assert_allclose(made[inner], expected[inner], atol=1e-4)
 
 
 @pytest.mark.parametrize("order", [0, 1])

@@ -72,11 +72,11 @@ def test_the_primary_test_is_wrong_in_one_of_twenty_and_a_test_over_cases_is_not
 @pytest.mark.slow
 def test_the_primary_test_through_records_is_wrong_as_rarely():
     few = {"cases": 3, "combinations": ["flair", "t1"]}
-    found = [
+    p_values = [
         compare(runs(4, first=8 * study, **few), runs(4, first=8 * study + 4, **few)).primary.p
         for study in range(400)
     ]
-    assert 0.02 <= np.mean(np.array(found) < 0.05) <= 0.085
+    assert 0.02 <= np.mean(np.array(p_values) < 0.05) <= 0.085
 
 
 def test_the_bootstrap_interval_covers_zero_about_as_often_as_it_says():
@@ -90,55 +90,57 @@ def test_the_bootstrap_interval_covers_zero_about_as_often_as_it_says():
 
 def test_primary_endpoint_is_a_paired_t_over_means_of_runs():
     a, b = runs(8, gain=0.01), runs(8, first=50, name="b")
-    found = compare(a, b)
+    comparison = compare(a, b)
     of_a, of_b = ([r.groupby("case")["dice"].mean().mean() for r in side] for side in (a, b))
     oracle = stats.ttest_rel(of_a, of_b)
-    assert found.primary.p == pytest.approx(oracle.pvalue)
-    assert found.primary.t == pytest.approx(oracle.statistic)
+    assert comparison.primary.p == pytest.approx(oracle.pvalue)
+    assert comparison.primary.t == pytest.approx(oracle.statistic)
     interval = oracle.confidence_interval()
-    assert found.primary.interval == pytest.approx((interval.low, interval.high))
-    assert found.mean_a == pytest.approx(np.mean(of_a))
-    assert found.by_pair == pytest.approx(np.subtract(of_a, of_b))
-    low, high = found.bootstrap
-    assert low < found.primary.difference < high
-    assert sum(found.wins) == 10
+    assert comparison.primary.interval == pytest.approx((interval.low, interval.high))
+    assert comparison.mean_a == pytest.approx(np.mean(of_a))
+    assert comparison.by_pair == pytest.approx(np.subtract(of_a, of_b))
+    low, high = comparison.bootstrap
+    assert low < comparison.primary.difference < high
+    assert sum(comparison.wins) == 10
 
 
 def test_a_case_with_fewer_combinations_weighs_as_much_as_any_other():
     full = [run(s, combinations=["flair", "t1", "flair+t1"], cases=2) for s in (0, 1)]
     few = [r[~((r["case"] == "c01") & (r["combination"] != "t1"))] for r in full]
-    found = compare(few[:1], few[1:])
+    comparison = compare(few[:1], few[1:])
     per_case = few[0].groupby("case")["dice"].mean() - few[1].groupby("case")["dice"].mean()
-    assert found.primary.difference == pytest.approx(per_case.mean())
+    assert comparison.primary.difference == pytest.approx(per_case.mean())
 
 
 def test_a_clear_effect_is_found_and_named():
-    found = compare(runs(8, gain=0.05, spread=0.005), runs(8, first=50, name="b", spread=0.005))
-    assert found.primary.p < 0.001
-    assert found.of_methods
-    assert "A is better" in found.to_text()
+    comparison = compare(
+        runs(8, gain=0.05, spread=0.005), runs(8, first=50, name="b", spread=0.005)
+    )
+    assert comparison.primary.p < 0.001
+    assert comparison.of_methods
+    assert "A is better" in comparison.to_text()
     reverse = compare(runs(8, first=50, name="b", spread=0.005), runs(8, gain=0.05, spread=0.005))
     assert "B is better" in reverse.to_text()
-    assert reverse.primary.difference == pytest.approx(-found.primary.difference)
-    assert reverse.wins == (found.wins[1], found.wins[0], found.wins[2])
+    assert reverse.primary.difference == pytest.approx(-comparison.primary.difference)
+    assert reverse.wins == (comparison.wins[1], comparison.wins[0], comparison.wins[2])
 
 
 def test_one_run_a_side_compares_checkpoints():
-    found = compare(runs(1), runs(1, gain=0.1, first=9, name="b"))
-    assert not found.of_methods
-    assert np.isnan(found.primary.p)
-    text = found.to_text()
+    comparison = compare(runs(1), runs(1, gain=0.1, first=9, name="b"))
+    assert not comparison.of_methods
+    assert np.isnan(comparison.primary.p)
+    text = comparison.to_text()
     assert "Two checkpoints, not two methods" in text
     assert "is better" not in text
-    assert found.to_dict()["compares"] == "checkpoints"
-    assert found.to_dict()["primary"]["p"] is None
+    assert comparison.to_dict()["compares"] == "checkpoints"
+    assert comparison.to_dict()["primary"]["p"] is None
 
 
 def test_the_same_run_twice_is_no_second_training():
     a, b = run(0), run(1, name="b")
-    found = compare([a, a], [b, b])
-    assert np.isnan(found.primary.p)
-    assert any("not independent" in note for note in found.notes)
+    comparison = compare([a, a], [b, b])
+    assert np.isnan(comparison.primary.p)
+    assert any("not independent" in note for note in comparison.notes)
     assert compare([a, a], [a, a]).primary.difference == 0.0
 
 
@@ -225,9 +227,9 @@ def test_rows_that_some_run_lacks_are_left_out_and_said():
     a, b = run(0), run(1, name="b")
     b = b[b["case"] != "c03"]
     a.loc[5, "dice"] = np.nan
-    found = compare([a], [b])
-    assert len(found.cases) == 9
-    assert any("46 of 450 rows" in note and "1 whole case" in note for note in found.notes)
+    comparison = compare([a], [b])
+    assert len(comparison.cases) == 9
+    assert any("46 of 450 rows" in note and "1 whole case" in note for note in comparison.notes)
 
 
 def test_wrong_records_are_refused():
@@ -249,11 +251,11 @@ def test_wrong_records_are_refused():
 
 
 def test_everything_goes_to_json_and_text():
-    found = compare(runs(2), runs(2, first=9, name="b"))
-    raw = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    comparison = compare(runs(2), runs(2, first=9, name="b"))
+    raw = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
     assert raw["runs_b"] == ["b9", "b10"]
     assert len(raw["exploratory"]["rows"]) == 45
-    text = found.to_text()
+    text = comparison.to_text()
     for part in ("PRIMARY", "EXPLORATORY", "Wilcoxon", "prove none", "flair+t1ce+t1+t2"):
         assert part in text
 
@@ -263,8 +265,8 @@ def test_only_columns_of_numbers_are_measures(measure):
     a, b = (run(seed, cases=2).assign(empty="none", missed=seed > 1) for seed in (1, 2))
     with pytest.raises(InputError, match=rf"run a1 of A: '{measure}' .* one of dice, hd95, missed"):
         compare([a], [b], measure)
-    found = compare([a], [b], "missed").exploratory
-    assert (found["difference"] == -1).all()
+    exploratory = compare([a], [b], "missed").exploratory
+    assert (exploratory["difference"] == -1).all()
     words = a.assign(dice="good")
     with pytest.raises(InputError, match="'dice' is no column of numbers"):
         compare([words], [b])

@@ -20,9 +20,9 @@ def records(values, region="WT", cases=4):
 
 def test_the_one_modality_that_hurts_is_listed():
     run = records({"flair": 0.6, "t1": 0.7, "flair+t1": 0.65}, cases=6)
-    found = violations([run])
-    assert len(found) == 1
-    row = found.iloc[0]
+    table = violations([run])
+    assert len(table) == 1
+    row = table.iloc[0]
     assert (row["region"], row["combination"], row["added"]) == ("WT", "t1", "flair")
     assert row["change"] == pytest.approx(-0.05)
     assert (row["cases"], row["hurt"], row["clear"]) == (6, 6, True)
@@ -47,9 +47,9 @@ def test_only_cases_with_both_combinations_count():
     assert violations([run])["cases"].tolist() == [3, 3]
     # The case counts only if every run has both.
     full = records({"a": 0.5, "b": 0.5, "a+b": 0.4})
-    found = violations([full, run])
-    assert found["cases"].tolist() == [3, 3]
-    assert found["change"].tolist() == pytest.approx([-0.1, -0.1])
+    table = violations([full, run])
+    assert table["cases"].tolist() == [3, 3]
+    assert table["change"].tolist() == pytest.approx([-0.1, -0.1])
 
 
 def test_the_order_of_names_in_a_combination_does_not_matter():

@@ -63,8 +63,8 @@ def test_decodability_of_what_is_there_and_what_is_not():
     noise = gaussian(400, 1, seed=2)
     constant = torch.ones(400, 1, dtype=torch.float64)
     regions = torch.cat([linear, noise, constant], 1)
-    found = decodability(x[:, :1], regions, cases)
-    assert found[0] > 0.99 and found[1] < 0.05 and math.isnan(found[2])
+    values = decodability(x[:, :1], regions, cases)
+    assert values[0] > 0.99 and values[1] < 0.05 and math.isnan(values[2])
     both = decodability(x, regions, cases)  # the second modality knows nothing
     assert both[0] == pytest.approx(0.5, abs=0.05)
     one = decodability(x[:, :1], regions, torch.zeros(400, dtype=torch.long))
@@ -139,5 +139,5 @@ def test_regions_travel_with_the_voxels():
         Identity(), [image, image], (6, 6, 6), None, [0], points=400, regions=[maps, maps]
     )[0]
     torch.testing.assert_close(sample.vectors[:, 0, 0] - 1, sample.regions[:, regions.index("WT")])
-    found = dict(zip(regions, sample.decodability(), strict=True))
-    assert found["WT"] == pytest.approx(1.0, abs=1e-3) and found["ET"] < 0.8
+    by_region = dict(zip(regions, sample.decodability(), strict=True))
+    assert by_region["WT"] == pytest.approx(1.0, abs=1e-3) and by_region["ET"] < 0.8

@@ -58,12 +58,12 @@ def test_vectors_are_those_of_the_encoder_and_the_anchor_s_weights_are_found(anc
     if anchor is not None:
         anchor.bind(BRATS.modalities, 2)
     image = torch.randn(4, 8, 8, 8)
-    found = sample_latents(net, [image], (8, 8, 8), anchor, [1], points=10**6)[1]
-    assert found.weights.tolist() == pytest.approx(want)
+    sample = sample_latents(net, [image], (8, 8, 8), anchor, [1], points=10**6)[1]
+    assert sample.weights.tolist() == pytest.approx(want)
     encoded = net.encode(image[None], torch.ones(1, 4, dtype=torch.bool)).features[1]
-    assert found.vectors.shape == (64, 4, 8)
-    assert found.vectors.sum().item() == pytest.approx(encoded.double().sum().item(), rel=1e-4)
-    assert found.targets.mean().item() == pytest.approx(
+    assert sample.vectors.shape == (64, 4, 8)
+    assert sample.vectors.sum().item() == pytest.approx(encoded.double().sum().item(), rel=1e-4)
+    assert sample.targets.mean().item() == pytest.approx(
         torch.einsum("m,bmcdhw->bcdhw", torch.tensor(want).float(), encoded).mean().item(), rel=1e-4
     )
     few = sample_latents(net, [image, image], (8, 8, 8), anchor, [0, 1], points=20)
@@ -74,9 +74,9 @@ def test_only_brain_voxels_count():
     net = MultiEncoderUNet(BRATS.modalities, 4, width=4, levels=2).eval()
     image = torch.zeros(4, 8, 8, 8)
     image[:, :, :, 2:6] = torch.randn(4, 8, 8, 4)
-    found = sample_latents(net, [image], (8, 8, 8), None, [0, 1], points=10**6)
-    assert len(found[0].vectors) == 256
-    assert len(found[1].vectors) == 32
+    sample = sample_latents(net, [image], (8, 8, 8), None, [0, 1], points=10**6)
+    assert len(sample[0].vectors) == 256
+    assert len(sample[1].vectors) == 32
     assert sample_latents(net, [], (8, 8, 8), None, [0]) == {}
 
 

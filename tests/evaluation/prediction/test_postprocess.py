@@ -31,19 +31,19 @@ def enhancing(voxels):
 )
 def test_little_enhancement_becomes_core(voxels, affine, stays):
     labels = enhancing(voxels)
-    found = postprocess(labels, ["et_below_500"], BRATS, affine)
-    assert np.count_nonzero(found == ET) == (voxels if stays else 0)
-    assert np.count_nonzero(found == NCR) == (0 if stays else voxels)
-    assert np.array_equal(found == ED, labels == ED)
+    result = postprocess(labels, ["et_below_500"], BRATS, affine)
+    assert np.count_nonzero(result == ET) == (voxels if stays else 0)
+    assert np.count_nonzero(result == NCR) == (0 if stays else voxels)
+    assert np.array_equal(result == ED, labels == ED)
 
 
 @settings(max_examples=40, deadline=None)
 @given(maps)
 def test_the_enhancement_rule_leaves_the_other_regions(labels):
-    found = postprocess(labels, ["et_below_500"], BRATS, MM)
+    result = postprocess(labels, ["et_below_500"], BRATS, MM)
     for region in ("WT", "TC"):
         classes = BRATS.region_classes(region)
-        assert np.array_equal(np.isin(found, classes), np.isin(labels, classes))
+        assert np.array_equal(np.isin(result, classes), np.isin(labels, classes))
 
 
 def test_the_largest_piece_stays_whole():
@@ -51,9 +51,9 @@ def test_the_largest_piece_stays_whole():
     labels[0:2, 0:2, 0:2] = [[[1, 2], [3, 1]]] * 2
     labels[2, 2, 2] = ED  # touches the first by a corner
     labels[6:8, 6:8, 6:8] = ET
-    found = postprocess(labels, ["largest_component"], BRATS, MM)
-    assert np.array_equal(found[:3, :3, :3], labels[:3, :3, :3])
-    assert not found[3:, 3:, 3:].any()
+    result = postprocess(labels, ["largest_component"], BRATS, MM)
+    assert np.array_equal(result[:3, :3, :3], labels[:3, :3, :3])
+    assert not result[3:, 3:, 3:].any()
 
 
 def test_a_hole_takes_the_class_that_touches_it_most():
@@ -75,18 +75,18 @@ def test_a_tunnel_is_no_hole_and_a_diagonal_gap_does_not_open_one():
     assert np.array_equal(postprocess(labels, ["fill_holes"], BRATS, MM), labels)
     labels = np.full((5, 5, 5), ED, np.uint8)
     labels[2, 2, 2] = labels[1, 1, 2] = labels[0, 1, 2] = 0
-    found = postprocess(labels, ["fill_holes"], BRATS, MM)
-    assert found[2, 2, 2] == ED
-    assert found[1, 1, 2] == found[0, 1, 2] == 0
+    result = postprocess(labels, ["fill_holes"], BRATS, MM)
+    assert result[2, 2, 2] == ED
+    assert result[1, 1, 2] == result[0, 1, 2] == 0
 
 
 @settings(max_examples=60, deadline=None)
 @given(maps)
 def test_filling_agrees_with_scipy_on_where(labels):
     before = labels.copy()
-    found = postprocess(labels, ["fill_holes"], BRATS, MM)
-    assert np.array_equal(found > 0, ndimage.binary_fill_holes(labels > 0))
-    assert np.array_equal(found[labels > 0], labels[labels > 0])
+    result = postprocess(labels, ["fill_holes"], BRATS, MM)
+    assert np.array_equal(result > 0, ndimage.binary_fill_holes(labels > 0))
+    assert np.array_equal(result[labels > 0], labels[labels > 0])
     assert np.array_equal(labels, before)
 
 

@@ -119,10 +119,10 @@ def test_monai_is_the_oracle_for_one_combination(tiny, blend, shape):
             overlap=0.25,
             mode="gaussian" if blend == "gaussian" else "constant",
         )
-    found = predict_combinations(
+    predictions = predict_combinations(
         tiny, image, shown[None], patch=(16, 16, 16), overlap=0.25, batch_size=2, blend=blend
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(predictions, expected, rtol=0, atol=2e-6)
 
 
 def test_blend_by_hand():
@@ -142,10 +142,10 @@ def test_blend_by_hand():
         expected = torch.cat(
             [prob[:2], (prob[2:] * w[2:] + prob[:2] * w[:2]) / (w[2:] + w[:2]), prob[2:]]
         )
-        found = predict_combinations(
+        predictions = predict_combinations(
             Position().eval(), volume(6, 1, 1), ALL[:1], patch=(4, 1, 1), blend=blend
         )
-        torch.testing.assert_close(found[0, 1, :, 0, 0], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(predictions[0, 1, :, 0, 0], expected, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -163,14 +163,14 @@ def test_a_pointwise_network_gives_its_own_answer_under_any_windows(
     torch.manual_seed(0)
     net = Pointwise(shares).eval()
     image = volume(*shape)
-    found = predict_combinations(
+    predictions = predict_combinations(
         net, image, ALL, patch=patch, overlap=overlap, batch_size=batch_size, blend=blend
     )
     stack = image[None].expand(len(ALL), -1, -1, -1, -1)
     with torch.no_grad():
         expected = net(stack, ALL).logits.softmax(1)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert predictions.dtype == torch.float32
+    torch.testing.assert_close(predictions, expected, rtol=0, atol=1e-5)
 
 
 def test_a_small_volume_is_the_middle_of_its_padded_self(tiny):
@@ -207,7 +207,7 @@ def test_encoders_of_modalities_in_no_combination_are_not_asked_for(tiny):
 
 def test_progress_counts_windows_and_no_gradient_is_kept(tiny):
     calls = []
-    found = predict_combinations(
+    predictions = predict_combinations(
         tiny,
         volume(16, 8, 8),
         ALL,
@@ -216,16 +216,16 @@ def test_progress_counts_windows_and_no_gradient_is_kept(tiny):
         progress=lambda done, total: calls.append((done, total)),
     )
     assert calls == [(1, 2), (2, 2)]
-    assert not found.requires_grad
+    assert not predictions.requires_grad
     assert torch.is_grad_enabled()
 
 
 def test_a_half_precision_network_is_summed_in_float32(tiny):
     image = volume(8, 8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = predict_combinations(tiny, image, ALL, patch=(8, 8, 8))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.sum(1), torch.ones(len(ALL), 8, 8, 8), rtol=0, atol=1e-5)
+        predictions = predict_combinations(tiny, image, ALL, patch=(8, 8, 8))
+    assert predictions.dtype == torch.float32
+    torch.testing.assert_close(predictions.sum(1), torch.ones(len(ALL), 8, 8, 8), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -260,11 +260,11 @@ def test_a_predictor_in_training_mode_is_refused(tiny):
 def test_a_network_on_the_gpu_reads_an_image_in_main_memory(tiny):
     image = volume(12, 16, 20)
     expected = predict_combinations(tiny, image, ALL, patch=(8, 8, 8), batch_size=4)
-    found = predict_combinations(
+    predictions = predict_combinations(
         tiny.cuda(), image, ALL, patch=(8, 8, 8), batch_size=4, device="cuda"
     )
-    assert found.device.type == "cpu"
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)  # TF32 convolutions
+    assert predictions.device.type == "cpu"
+    torch.testing.assert_close(predictions, expected, rtol=0, atol=2e-3)  # TF32 convolutions
 
 
 WRONG = {
@@ -290,7 +290,7 @@ def test_what_does_not_exist(name, value, words):
 
 
 def test_lists_of_yaml_become_tuples():
-    given = {"window": [32, 32, 16], "postprocess": ["fill_holes"]}
-    for made in (EvaluationSettings(**given), EvaluationSettings.of(given)):
+    from_yaml = {"window": [32, 32, 16], "postprocess": ["fill_holes"]}
+    for made in (EvaluationSettings(**from_yaml), EvaluationSettings.of(from_yaml)):
         assert made == EvaluationSettings(window=(32, 32, 16), postprocess=("fill_holes",))
     assert EvaluationSettings.of({"postprocess": None}) == EvaluationSettings()

@@ -48,13 +48,13 @@ def test_a_file_gives_back_what_was_kept(tmp_path):
 
 
 def test_shrinking_keeps_size_in_mm_and_aligns_labels_with_image():
-    found = example()
-    assert found.image.shape == (2, 10, 6, 3)
-    assert found.spacing == (2, 2, 4)
-    assert found.truth.shape == found.predictions.shape[1:] == (10, 6, 3)
-    assert np.array_equal(found.predictions[1], found.truth)
+    picture = example()
+    assert picture.image.shape == (2, 10, 6, 3)
+    assert picture.spacing == (2, 2, 4)
+    assert picture.truth.shape == picture.predictions.shape[1:] == (10, 6, 3)
+    assert np.array_equal(picture.predictions[1], picture.truth)
     # A block of 2 voxels takes the label of its second: 5:15 covers 5, 7, ..., 13.
-    assert np.flatnonzero(found.truth.any((1, 2))).tolist() == [2, 3, 4, 5, 6]
+    assert np.flatnonzero(picture.truth.any((1, 2))).tolist() == [2, 3, 4, 5, 6]
 
 
 def test_whole_factors_never_empty_an_axis():
@@ -64,9 +64,9 @@ def test_whole_factors_never_empty_an_axis():
 
 
 def test_grey_values_use_their_range_and_background_stays_black():
-    found = example(max_side=100)
-    assert (found.image[:, :3] == 0).all()
-    inside = found.image[:, 3:]
+    picture = example(max_side=100)
+    assert (picture.image[:, :3] == 0).all()
+    inside = picture.image[:, 3:]
     assert inside.min() == 1
     assert inside.max() == 255
     assert 100 < np.median(inside) < 155
@@ -111,23 +111,23 @@ def test_rows_of_a_case():
 
 def test_the_full_combination_and_singles_are_shown():
     every = BRATS.combinations()
-    found = shown_combinations(every, BRATS)
-    assert found == [BRATS.modalities, ("flair",), ("t1ce",), ("t1",), ("t2",)]
+    shown = shown_combinations(every, BRATS)
+    assert shown == [BRATS.modalities, ("flair",), ("t1ce",), ("t1",), ("t2",)]
 
 
 def test_what_the_viewer_gets_is_what_was_kept():
     import base64
     import gzip
 
-    found = example()
-    data = viewer_case({"r": found, "s": found})
+    picture = example()
+    data = viewer_case({"r": picture, "s": picture})
     volume = np.frombuffer(gzip.decompress(base64.b64decode(data["truth"])), np.uint8)
-    assert np.array_equal(volume.reshape(data["shape"]), found.truth)
+    assert np.array_equal(volume.reshape(data["shape"]), picture.truth)
     image = np.frombuffer(gzip.decompress(base64.b64decode(data["image"])), np.uint8)
-    assert np.abs(image.astype(int) - found.image.ravel()).max() <= 3
+    assert np.abs(image.astype(int) - picture.image.ravel()).max() <= 3
     assert [r["run"] for r in data["runs"]] == ["r", "s"]
     assert data["runs"][0]["combinations"] == ["flair", "flair+t1"]
-    assert packed(found.image) == packed(found.image)
+    assert packed(picture.image) == packed(picture.image)
     assert len(class_colours(9)) == 9
 
 

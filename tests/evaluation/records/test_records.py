@@ -70,23 +70,23 @@ def test_a_row_that_stands_twice_is_refused(tmp_path):
 
 
 def test_columns_begin_as_documented_and_rows_follow_the_task():
-    found = made(
+    records = made(
         row("b", region="ET"),
         row("a", "t2+flair", volume=3.0),
         row("b", region="WT"),
         row("a", "t1"),
         row("a", "flair"),
     ).table
-    assert tuple(found.columns) == (*FIRST_COLUMNS, "volume")
-    assert list(zip(found["case"], found["combination"], found["region"], strict=True)) == [
+    assert tuple(records.columns) == (*FIRST_COLUMNS, "volume")
+    assert list(zip(records["case"], records["combination"], records["region"], strict=True)) == [
         ("a", "flair", "WT"),
         ("a", "t1", "WT"),
         ("a", "flair+t2", "WT"),
         ("b", "t1", "WT"),
         ("b", "t1", "ET"),
     ]
-    assert list(found["n_present"]) == [1, 1, 2, 1, 1]
-    assert set(found["run"]) == {"r"}
+    assert list(records["n_present"]) == [1, 1, 2, 1, 1]
+    assert set(records["run"]) == {"r"}
 
 
 text = st.text("0123456789aN_- ,\"'é", min_size=1, max_size=8)
@@ -203,10 +203,10 @@ def test_format_1_stays_readable(tmp_path):
         "run,case,combination,n_present,region,dice,hd95\nr,c,ct+pet,2,lesion,0.5,1.5\n"
     )
     (tmp_path / "records.json").write_text(json.dumps(FORMAT_1))
-    found = Records.read(tmp_path)
-    assert found.task.modalities == ("ct", "pet")
-    assert found.table["dice"].tolist() == [0.5]
-    assert found.altered
+    records = Records.read(tmp_path)
+    assert records.task.modalities == ("ct", "pet")
+    assert records.table["dice"].tolist() == [0.5]
+    assert records.altered
 
 
 def test_an_older_format_passes_through_every_step(monkeypatch):
@@ -221,12 +221,12 @@ def test_a_bare_table_of_any_code_is_read(tmp_path):
     table = tmp_path / "theirs" / "records.csv"
     table.parent.mkdir()
     table.write_text("case,combination,region,dice\n1,t1ce+flair,WT,0.5\n")
-    found = Records.read(table)
-    assert found.task == BRATS
-    assert found.table["combination"].tolist() == ["flair+t1ce"]
-    assert found.table["run"].tolist() == ["theirs"]
-    assert math.isnan(found.table["hd95"][0])
-    assert found.sidecar.conventions == {"source": "not stated"}
+    records = Records.read(table)
+    assert records.task == BRATS
+    assert records.table["combination"].tolist() == ["flair+t1ce"]
+    assert records.table["run"].tolist() == ["theirs"]
+    assert math.isnan(records.table["hd95"][0])
+    assert records.sidecar.conventions == {"source": "not stated"}
     table.write_text("case,combination,region,dice\n1,ct+pet,tumour,0.5\n")
     assert Records.read(table).task.modalities == ("ct", "pet")
     own = Task("own", ("pet", "ct"), ("tumour",), {"tumour": ("tumour",)})

@@ -267,15 +267,15 @@ def test_every_row_has_a_source():
 
 
 def test_rows_are_in_the_order_of_the_task(on_split):
-    found = references(on_split())
-    assert len(found) == 5 * 3
-    rfnet = next(r for r in found if (r.method, r.region) == ("RFNet", "WT"))
+    published = references(on_split())
+    assert len(published) == 5 * 3
+    rfnet = next(r for r in published if (r.method, r.region) == ("RFNet", "WT"))
     # FLAIR, T1ce, T1, T2, then pairs: as printed in the public table.
     assert rfnet.values[:5] == (86.46, 74.93, 74.68, 84.30, 89.17)
     assert rfnet.values[-1] == 90.26
     assert rfnet.stated == 85.67
     assert rfnet.mean == pytest.approx(85.67, abs=0.01)
-    assert {r.source for r in found} == {SOURCES["DeMoSeg", "BraTS2018"]}
+    assert {r.source for r in published} == {SOURCES["DeMoSeg", "BraTS2018"]}
 
 
 def test_stated_means_that_are_not_the_mean_of_their_row(on_split):
@@ -308,9 +308,9 @@ def table(name, column, value):
 )
 def test_the_smaller_error_wins(measure):
     worse = -5.0 if measure == "volume_error_ml" else 5.0
-    found = compare(table("a", measure, worse), table("b", measure, 1.0), measure)
-    assert found.exploratory[["wins", "losses"]].to_numpy().tolist() == [[0, 12]]
-    assert any("distance from 0" in n for n in found.notes) == (measure == "volume_error_ml")
+    comparison = compare(table("a", measure, worse), table("b", measure, 1.0), measure)
+    assert comparison.exploratory[["wins", "losses"]].to_numpy().tolist() == [[0, 12]]
+    assert any("distance from 0" in n for n in comparison.notes) == (measure == "volume_error_ml")
 
 
 @pytest.mark.parametrize("measure", ["volume_ml", "truth_volume_ml"])
@@ -341,6 +341,6 @@ def test_every_measure_says_how_it_is_printed_and_which_way_it_is_better():
 
 
 def test_a_column_of_ones_own_is_better_when_higher_and_it_is_said():
-    found = compare(table("a", "mine", 2.0), table("b", "mine", 1.0), "mine")
-    assert found.exploratory[["wins", "losses"]].to_numpy().tolist() == [[12, 0]]
-    assert any("higher number counts as a win" in note for note in found.notes)
+    comparison = compare(table("a", "mine", 2.0), table("b", "mine", 1.0), "mine")
+    assert comparison.exploratory[["wins", "losses"]].to_numpy().tolist() == [[12, 0]]
+    assert any("higher number counts as a win" in note for note in comparison.notes)

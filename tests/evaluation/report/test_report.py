@@ -248,15 +248,15 @@ def summary_rows():
 
 
 def test_key_numbers_by_hand():
-    (found,) = region_summaries([Records.from_rows(summary_rows(), "r", Sidecar(BRATS))])
-    assert found.dice == pytest.approx(45)  # mean of 0 and 90
-    assert found.spread == pytest.approx(7.0711, abs=1e-4)  # of 40 and 50
-    assert np.isnan(found.full)
-    assert (found.lowest, found.lowest_at) == (0, "t1")
-    assert found.hd95 == pytest.approx(748 / 4)
-    assert found.hd95_median == pytest.approx(187.5)
-    assert (found.penalised, found.invented, found.missed) == (2, 1, 1)
-    assert (found.absent, found.cases, found.rows) == (1, 2, 4)
+    (summary,) = region_summaries([Records.from_rows(summary_rows(), "r", Sidecar(BRATS))])
+    assert summary.dice == pytest.approx(45)  # mean of 0 and 90
+    assert summary.spread == pytest.approx(7.0711, abs=1e-4)  # of 40 and 50
+    assert np.isnan(summary.full)
+    assert (summary.lowest, summary.lowest_at) == (0, "t1")
+    assert summary.hd95 == pytest.approx(748 / 4)
+    assert summary.hd95_median == pytest.approx(187.5)
+    assert (summary.penalised, summary.invented, summary.missed) == (2, 1, 1)
+    assert (summary.absent, summary.cases, summary.rows) == (1, 2, 4)
 
 
 def test_worst_cases_by_hand():
@@ -276,9 +276,9 @@ def test_additions_that_hurt_by_hand():
         for case in "123456"
         for c, d in (("flair", 0.6), ("t1", 0.3), ("flair+t1", 0.5))
     ]
-    found = additions(Records.from_rows(rows, "r", Sidecar(BRATS)))
-    assert (found.pairs, found.hurt, found.clear) == (2, 1, 1)
-    (row,) = found.worst
+    effects = additions(Records.from_rows(rows, "r", Sidecar(BRATS)))
+    assert (effects.pairs, effects.hurt, effects.clear) == (2, 1, 1)
+    (row,) = effects.worst
     assert (row["combination"], row["added"], row["cases"]) == ("flair", "t1", 6)
     assert row["change"] == pytest.approx(-0.1)
 

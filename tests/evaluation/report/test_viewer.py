@@ -91,13 +91,13 @@ def test_the_viewer_shows_the_chosen_combination_plane_and_slice(page, tmp_path,
     chosen = tmp_path / "chosen.html"
     chosen.write_text(source.replace("</body>", script + "</body>"), encoding="utf-8")
     dom = in_browser(chosen)
-    found = json.loads(html.unescape(re.search(r'data-found="(.*?)"', dom).group(1)))
+    pixels = json.loads(html.unescape(re.search(r'data-found="(.*?)"', dom).group(1)))
     label = example_label()
     for layer, volume in (("truth", label), ("prediction", np.roll(label, 4 - len(("t1",)), 0))):
         # The patient's right on the left, anterior and superior up; sagittal: anterior left.
         expected = np.flip(volume.take(where, plane), (0, 1)).T
         shown = np.array(
-            [[CLASSES.index(f"#{v}") + 1 if v else 0 for v in row] for row in found[layer]]
+            [[CLASSES.index(f"#{v}") + 1 if v else 0 for v in row] for row in pixels[layer]]
         )
         assert expected.any()
         assert (shown == expected).all(), layer

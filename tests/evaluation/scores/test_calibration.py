@@ -31,14 +31,16 @@ def made_up(seed=0, shape=(8, 9, 10), sharpness=2.0):
 def test_torchmetrics_finds_the_same_ece():
     probabilities, truth = made_up()
     where = torch.rand(truth.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    found = reliability(probabilities, truth, BRATS, where)
+    calibration = reliability(probabilities, truth, BRATS, where)
     for region in BRATS.regions:
         members = torch.tensor(BRATS.region_classes(region))
         p = probabilities[members].sum(0)[where]
         y = torch.isin(truth, members)[where]
         oracle = BinaryCalibrationError(n_bins=15, norm="l1")(p, y.int()).item()
-        assert found[region].ece == pytest.approx(oracle, rel=1e-5)
-        assert found[region].brier == pytest.approx(((p - y.float()) ** 2).mean().item(), rel=1e-5)
+        assert calibration[region].ece == pytest.approx(oracle, rel=1e-5)
+        assert calibration[region].brier == pytest.approx(
+            ((p - y.float()) ** 2).mean().item(), rel=1e-5
+        )
 
 
 def test_ece_and_brier_by_hand():
@@ -46,10 +48,10 @@ def test_ece_and_brier_by_hand():
     p = torch.tensor([0.8, 0.8, 0.8, 0.8, 0.1], dtype=torch.float64)
     probabilities = torch.stack([1 - p, 0 * p, 0 * p, p]).reshape(4, 5, 1, 1)
     truth = torch.tensor([3, 3, 3, 0, 0]).reshape(5, 1, 1)
-    found = reliability(probabilities, truth, BRATS)["ET"]
-    assert found.ece == pytest.approx(4 / 5 * abs(0.75 - 0.8) + 1 / 5 * 0.1)
-    assert found.brier == pytest.approx((3 * 0.04 + 0.64 + 0.01) / 5)
-    confidence, frequency, count = found.curve()
+    calibration = reliability(probabilities, truth, BRATS)["ET"]
+    assert calibration.ece == pytest.approx(4 / 5 * abs(0.75 - 0.8) + 1 / 5 * 0.1)
+    assert calibration.brier == pytest.approx((3 * 0.04 + 0.64 + 0.01) / 5)
+    confidence, frequency, count = calibration.curve()
     assert confidence.tolist() == pytest.approx([0.1, 0.8])
     assert frequency.tolist() == [0.0, 0.75]
     assert count.tolist() == [1, 4]
@@ -57,9 +59,9 @@ def test_ece_and_brier_by_hand():
 
 def test_certain_voxels_fall_into_the_last_bin():
     probabilities = torch.tensor([0.0, 0, 0, 1]).reshape(4, 1, 1, 1)
-    found = reliability(probabilities, torch.full((1, 1, 1), 3), BRATS)["ET"]
-    assert found.count.tolist() == [0] * 14 + [1]
-    assert found.ece == found.brier == 0.0
+    calibration = reliability(probabilities, torch.full((1, 1, 1), 3), BRATS)["ET"]
+    assert calibration.count.tolist() == [0] * 14 + [1]
+    assert calibration.ece == calibration.brier == 0.0
 
 
 def test_cases_add_up():
@@ -74,8 +76,10 @@ def test_cases_add_up():
 
 def test_no_voxel_gives_nan():
     probabilities, truth = made_up()
-    found = reliability(probabilities, truth, BRATS, torch.zeros_like(truth, dtype=torch.bool))
-    assert all(math.isnan(r.ece) and math.isnan(r.brier) for r in found.values())
+    calibration = reliability(
+        probabilities, truth, BRATS, torch.zeros_like(truth, dtype=torch.bool)
+    )
+    assert all(math.isnan(r.ece) and math.isnan(r.brier) for r in calibration.values())
 
 
 def test_voxels_that_a_prediction_does_not_reach_are_certain_background():
@@ -87,12 +91,12 @@ def test_voxels_that_a_prediction_does_not_reach_are_certain_background():
     whole[(slice(None), *box)] = probabilities[(slice(None), *box)]
     scores = CaseCalibration(truth, BRATS, where)
     for _ in range(2):  # the second time from what was remembered
-        found = scores.score(probabilities[(slice(None), *box)], box)
+        calibration = scores.score(probabilities[(slice(None), *box)], box)
         for region, expected in reliability(whole, truth, BRATS, where).items():
-            assert found[region].count.tolist() == expected.count.tolist()
-            assert found[region].positive.tolist() == expected.positive.tolist()
-            assert found[region].ece == pytest.approx(expected.ece)
-            assert found[region].brier == pytest.approx(expected.brier)
+            assert calibration[region].count.tolist() == expected.count.tolist()
+            assert calibration[region].positive.tolist() == expected.positive.tolist()
+            assert calibration[region].ece == pytest.approx(expected.ece)
+            assert calibration[region].brier == pytest.approx(expected.brier)
 
 
 def drawn_from(logits, seed):
@@ -142,9 +146,9 @@ def test_logits_and_log_probabilities_fit_alike():
     logits = torch.randn(4, 6, 6, 6, generator=draw, dtype=torch.float64)
     truth = torch.randint(0, 4, (6, 6, 6), generator=draw)
     fits = []
-    for given in (logits, logits.log_softmax(0)):
+    for values in (logits, logits.log_softmax(0)):
         fit = TemperatureFit()
-        fit.add(given, truth, 1)
+        fit.add(values, truth, 1)
         fits.append(fit.temperatures().by_size[1])
     assert fits[0] == pytest.approx(fits[1])
 
@@ -200,8 +204,8 @@ def test_the_error_of_the_fitted_voxels_is_that_of_torchmetrics():
             ).item()
             for members in map(BRATS.region_classes, BRATS.regions)
         ]
-        found = fit.ece(2, temperature, BRATS)
-        assert found == pytest.approx(np.mean(expected), rel=1e-4)
+        ece = fit.ece(2, temperature, BRATS)
+        assert ece == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 def test_a_temperature_that_spoils_the_calibration_error_is_called_so(tmp_path):

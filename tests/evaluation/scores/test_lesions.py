@@ -68,9 +68,9 @@ def test_brats_2023_drops_truth_lesions_of_at_most_50_mm3(voxels, counted):
     nothing = np.zeros_like(truth)
     missed = [0.0, 374.0, 0, 0, 1] if counted else [1.0, 0.0, 0, 0, 0]
     assert lesion_rows("brats2023-gli", nothing, truth)["TC"] == missed
-    found = [1.0, 0.0, 1, 0, 0] if counted else [1.0, 0.0, 0, 0, 0]
+    expected = [1.0, 0.0, 1, 0, 0] if counted else [1.0, 0.0, 0, 0, 0]
     # A prediction that belongs to a dropped lesion is no false positive either.
-    assert lesion_rows("brats2023-gli", truth, truth)["TC"] == found
+    assert lesion_rows("brats2023-gli", truth, truth)["TC"] == expected
     assert lesion_rows("panoptica-0.0.10", nothing, truth)["TC"] == [0.0, 373.0, 0, 0, 1]
 
 

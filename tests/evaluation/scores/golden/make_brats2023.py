@@ -54,7 +54,7 @@ with tempfile.TemporaryDirectory() as folder:
             ]
             for region in ("WT", "TC", "ET")
         }
-found = {"pairs": PAIRS, "seed": SEED, "scores": scores}
+golden = {"pairs": PAIRS, "seed": SEED, "scores": scores}
 path = HERE / "brats2023.json"
 if "--check" in sys.argv:
     held = json.loads(path.read_text())
@@ -67,4 +67,4 @@ if "--check" in sys.argv:
     sys.exit(
         f"{len(off)} of {len(held['scores'])} pairs and regions differ: {off[:5]}" if off else 0
     )
-path.write_text(json.dumps(found) + "\n")
+path.write_text(json.dumps(golden) + "\n")
