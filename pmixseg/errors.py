@@ -31,6 +31,10 @@ _TORCH = re.compile(r"PytorchStreamWriter|inline_container\S* \. unexpected pos|
 """What PyTorch says where it could not write all of a file."""
 
 
+_LOOP = re.compile(r"Symlink loop from '(.*)'")
+"""What Python before 3.13 says of a link that leads back to itself."""
+
+
 class InputError(ValueError):
     """Tell a person what is wrong with an input: one sentence with what, where and what to do.
 
@@ -90,6 +94,8 @@ def disk_error(error: BaseException) -> InputError | None:
     """
     if isinstance(error, RuntimeError) and _TORCH.search(str(error)):
         return InputError("the disk refused a file of weights; free space on it.")
+    if isinstance(error, RuntimeError) and (loop := _LOOP.match(str(error))):
+        return InputError(f"{loop[1]} is a link that leads back to itself; correct the path.")
     if not isinstance(error, OSError):
         return None
     if error.filename is not None and error.errno in _FULL | _PLACE:

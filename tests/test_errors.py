@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from pmixseg.cli import main
-from pmixseg.errors import InputError, memory_error
+from pmixseg.errors import InputError, disk_error, memory_error
 
 SENTENCE = "case 'a7': the label holds value 7; map it in the layout's codes."
 
@@ -141,3 +141,17 @@ def test_a_semaphore_that_shared_memory_does_not_hold_is_no_full_disk(monkeypatc
     with pytest.raises(OSError, match="No space left") as full:
         refused()
     assert memory_error(full.value) is None
+
+
+def test_a_link_that_leads_back_to_itself(tmp_path, capsys):
+    (tmp_path / "a.nii.gz").symlink_to(tmp_path / "b.nii.gz")
+    (tmp_path / "b.nii.gz").symlink_to(tmp_path / "a.nii.gz")
+    try:
+        (tmp_path / "a.nii.gz").resolve()
+    except RuntimeError as error:  # before Python 3.13
+        told = str(disk_error(error))
+        assert told.endswith("a.nii.gz is a link that leads back to itself; correct the path.")
+    words = ["segment", "no.ckpt", "--t2", str(tmp_path / "a.nii.gz"), "-o", str(tmp_path / "o")]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pmixseg: ") and len(said.splitlines()) == 1

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from pmixseg.cli.arguments import config_files, flag_name, nearest
+from pmixseg.cli.arguments import config_files, flag_name, nearest, options
 from pmixseg.cli.settings_files import arguments_of, broken_file, wrong_class
 from pmixseg.describe import find_class
 from pmixseg.errors import InputError
@@ -30,6 +30,23 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_known_args(  # type: ignore[override]  # its overloads say no more
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse; a flag that comes twice, of which argparse silently keeps the last, is refused.
+
+        Raises:
+            UsageError: a flag or an argument is wrong.
+        """
+        names = [name for name, _ in options(args or ())]
+        for action in self._actions:
+            if sum(names.count(flag) for flag in action.option_strings) > 1 and not isinstance(
+                action, argparse._AppendAction
+            ):
+                self.error(f"{action.option_strings[-1]} is given more than once")
+        namespace, left = super().parse_known_args(args, namespace)
+        return namespace, left
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage text.

@@ -163,6 +163,10 @@ def test_a_file_that_is_missing(capsys):
         (["prepare"], "pmixseg prepare needs root, store; see `pmixseg prepare --help`."),
         (["inspect", "--laout", "x", "base"], "inspect takes no --laout; did you mean --layout?"),
         (["inspect", "--lay", "x", "base"], "inspect takes no --lay; did you mean --layout?"),
+        (
+            ["compare", "--a", "x", "--a", "y", "--b", "z"],
+            "pmixseg compare: --a is given more than once; see `pmixseg compare --help`.",
+        ),
         (["phantom", "x", "--cases", "many"], "argument --cases: invalid int value: 'many'"),
     ],
 )

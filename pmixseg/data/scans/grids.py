@@ -107,6 +107,10 @@ def _resampled(
     scan = reader.read(source, name)
     values = scan.values().astype(np.float32)
     inside = np.nan_to_num(values) != 0
+    if not inside.any():
+        raise InputError(
+            f"{reader.where}: {scan.name} is 0 everywhere; leave the file out or replace it."
+        )
     place = (target.source_shape, target.affine)
     summed, weight = (
         np.asarray(
@@ -115,7 +119,7 @@ def _resampled(
         for v in (values, inside)
     )
     made = np.where(weight >= 0.5, summed / np.maximum(weight, 0.5), 0).astype(np.float32)
-    if inside.any() and not made.any():
+    if not made.any():
         size = "x".join(map(str, target.source_shape))
         raise InputError(
             f"{reader.where}: nothing of {scan.name} lies on the grid of {chosen}, {size} voxels; "
