@@ -107,6 +107,8 @@ def run(call: Callable[[], int]) -> Answer:
             code: int | None = call()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
+        except KeyboardInterrupt:
+            raise  # the campaign itself is stopped
         except BaseException:
             return Answer(None, said.getvalue(), traceback.format_exc())
     return Answer(code, said.getvalue())

@@ -260,7 +260,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         return original(table)
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:  # pandas reads its own notes
         raise InputError(f"{path}: cannot be read as a table ({error}); test again.") from error
 
 

@@ -61,6 +61,16 @@ def test_numbers_that_no_test_writes_are_refused(tmp_path, column, value, words)
         Records.read(path)
 
 
+def test_a_damaged_note_of_a_parquet_file_is_one_sentence(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = made(row()).write(tmp_path / "records.parquet")
+    table = parquet.read_table(path)
+    notes = {k: v.replace(b"pandas_type", b"pandas_tyqe") for k, v in table.schema.metadata.items()}
+    parquet.write_table(table.replace_schema_metadata(notes), path)
+    with pytest.raises(InputError, match=r"records.parquet: cannot be read as a table"):
+        Records.read(path)
+
+
 def test_a_row_that_stands_twice_is_refused(tmp_path):
     path = made(row(), row("b")).write(tmp_path)
     lines = path.read_text().splitlines(keepends=True)
