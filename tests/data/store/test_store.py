@@ -77,7 +77,7 @@ def test_lacking_modalities_and_label(make_case, out):
     assert report.unlabelled == ["BraTS2021_00001"] and not report.failed
     assert "without a label, so of no use for training: BraTS2021_00001" in report.summary()
     stored = Store.open(out).read("BraTS2021_00001")
-    assert stored.acquired == (True, True, False, False)
+    assert stored.acquired == (False, False, True, True)
     assert stored.label is None and stored.native_label() is None
     assert not stored.image[:2].any() and stored.image[2:].any()
 
