@@ -12,7 +12,10 @@ Example:
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from pmixseg.old_paths import MovedModules
 
 if TYPE_CHECKING:
     from pmixseg.backbones import Backbone, MultiEncoderUNet
@@ -66,6 +69,9 @@ ROOMS = (
     *("task", "testing"),
 )
 """Packages that ``import pmixseg`` gives at their first use, without an import of their own."""
+
+
+sys.meta_path.append(MovedModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,14 @@
-"""Map module paths of earlier versions to those of this one, for checkpoints and YAML."""
+"""Map module paths of earlier versions to those of this one: checkpoints, YAML and imports."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 MOVED = {
@@ -126,3 +133,42 @@ def current_yaml(value: Any) -> Any:
         else current_yaml(inner)
         for key, inner in value.items()
     }
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Import a module by its earlier path, with a ``DeprecationWarning`` that names today's.
+
+    Stands behind Python's own finders, so a module of today is never hidden.
+
+    Example:
+        >>> from pmixseg.data.layouts import find_cases
+        >>> find_cases.__module__
+        'pmixseg.data.cohorts.layouts'
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Answer for modules that have moved, and for no others."""
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put today's module in the place of the one that was asked for."""
+        old = module.__name__
+        warnings.warn(f"{old} is {MOVED[old]} now", DeprecationWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(MOVED[old])
+
+
+def names_of(module: str) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for a folder that has the name of an earlier module.
+
+    Args:
+        module: where the names of the earlier module are today.
+    """
+
+    def getattr_of_folder(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(importlib.import_module(module), name)
+
+    return getattr_of_folder

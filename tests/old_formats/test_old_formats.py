@@ -1,5 +1,6 @@
 """What version 2ddf8fe wrote is read: checkpoint, store, records and YAML."""
 
+import importlib
 import shutil
 from pathlib import Path
 
@@ -150,3 +151,19 @@ def test_records_are_read_and_reported(old):
     assert not records.altered
     assert records.sidecar.conventions["hd95"] == "nan"
     assert main(["report", "runs/student", "-o", "report.html"]) == 0
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_imports_of_earlier_paths_give_the_module_of_today(old):
+    today = importlib.import_module(MOVED[old])
+    name = next(n for n, v in vars(today).items() if getattr(v, "__module__", "") == MOVED[old])
+    earlier = importlib.import_module(old)
+    assert getattr(earlier, name) is getattr(today, name)
+    assert today.__name__ == MOVED[old]
+
+
+def test_only_modules_that_have_moved_are_found_anew():
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("pmixseg.data.nowhere")
+    with pytest.raises(ImportError, match="nothing"):
+        exec("from pmixseg.data.store import nothing")
