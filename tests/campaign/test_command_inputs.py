@@ -9,7 +9,7 @@ import pytest
 
 from pmixseg.cli.commands import console
 from tests.campaign.judging import Answer, Generator, Tally, campaign, command, damage_text, run
-from tests.campaign.test_data_inputs import check
+from tests.campaign.test_data_inputs import NAME, check, write_case
 from tests.inference.tiny_models import save, tiny_student
 
 VALUES = ("0", "-1", "1", "2", "1e9", "nan", "inf", "", "x", "null", "true", "[]", "{}", "[1,2]",
@@ -101,6 +101,9 @@ class Flags(Given):
 class PlainFlags(Given):
     name = "plain flags"
 
+    def __init__(self, cohort, checkpoint):
+        self.cohort, self.checkpoint = cohort, checkpoint
+
     def damage(self, folder, random):
         one = lambda values: values[int(random.integers(len(values)))]  # noqa: E731
         first = one(sorted(PLAIN))
@@ -108,10 +111,10 @@ class PlainFlags(Given):
         for _ in range(int(random.integers(1, 4))):
             odd += [one(PLAIN[first]), one(VALUES)][: int(random.integers(1, 3))]
         places = {
-            "prepare": ("nowhere", "s"),
+            "prepare": (self.cohort, "s"),
             "phantom": ("p", "--cases=0"),
             "segment": (self.checkpoint, "-o", "o"),
-            "inspect": ("nowhere",),
+            "inspect": (self.cohort,),
         }
         return self.keep(folder, (first, *places.get(first, ()), *odd))
 
@@ -190,8 +193,9 @@ def tried(generator, seeds, tmp_path):
 
 
 @pytest.mark.parametrize("seeds", sizes(40, 400))
-def test_plain_flags(phantom_store, checkpoint, tmp_path, seeds):
-    tried(PlainFlags(phantom_store, checkpoint), seeds, tmp_path)
+def test_plain_flags(checkpoint, tmp_path, seeds):
+    write_case(tmp_path / "cohort" / NAME)
+    tried(PlainFlags(tmp_path / "cohort", checkpoint), seeds, tmp_path)
 
 
 @pytest.mark.parametrize("seeds", sizes(3, 200))

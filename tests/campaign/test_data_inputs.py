@@ -152,7 +152,11 @@ DATASET = json.dumps(
     }
 )
 LAYOUT = """base: brats2021
-images: {flair: "{patient}-{visit}/F.nii.gz", t1: ["{patient}-{visit}/T1.nii"]}
+images:
+  flair: "{patient}-{visit}/F.nii.gz"
+  t1: ["{patient}-{visit}/T1.nii"]
+  t1ce: "{patient}-{visit}/C.nii.gz"
+  t2: "{patient}-{visit}/T2.nii.gz"
 label: "{patient}-{visit}/seg.nii.gz"
 case: "{patient}-{visit}"
 codes: {NCR: 1, ED: 2, ET: 3}
@@ -167,7 +171,7 @@ regions: {all: [A, B], b: [B]}
 display: {flair: FLAIR}
 """
 SPLIT = json.dumps({"train": ["a", "b"], "val": ["c"], "test": ["d"]})
-MASKS = "case,flair,t1ce,t1,t2\na,1,1,0,1\nb,0,1,1,1\n"
+MASKS = "case_id,combination\na,flair+t1ce+t2\nb,t1ce+t1+t2\n"
 
 
 class _Case:
@@ -209,6 +213,12 @@ TEXTS = [
 def check(tally: Tally, keep: Path) -> None:
     print("\n" + tally.table())  # noqa: T201  # what the campaign is run for
     assert not tally.faults, f"inputs are kept in {keep}:\n" + "\n".join(tally.faults[:20])
+
+
+@pytest.mark.parametrize("generator", TEXTS, ids=lambda g: g.name)
+def test_what_is_not_damaged_is_taken(tmp_path, generator):
+    (tmp_path / f"input{generator.suffix}").write_text(generator.text)
+    assert generator.use(tmp_path) == Answer(0, "")
 
 
 @pytest.mark.slow
