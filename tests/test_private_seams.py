@@ -20,6 +20,7 @@ import pmixseg
 HOME = Path(pmixseg.__file__).parent
 
 SEAMS = {
+    "_AppendAction": (argparse, "flags that may stand more than once on a command line"),
     "_actions": (
         argparse.ArgumentParser(),
         "options of a parser, to propose the one that was meant",

@@ -17,6 +17,7 @@ from pmixseg.data.cohorts.inspection import inspect_cohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.scans.headers import BadHeader, read_header
+from pmixseg.data.splits import WholeCohort
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
@@ -82,9 +83,9 @@ def test_the_data_module_takes_names_of_labels(make_case, tmp_path):
     content = {"channel_names": channels, "labels": names, "file_ending": ".nii.gz"}
     (root / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="labels"):
-        BraTSDataModule(root=root, store=tmp_path / "s", split="WholeCohort").prepare_data()
+        BraTSDataModule(root=root, store=tmp_path / "s", split=WholeCohort()).prepare_data()
     mapping = {"NCR": "rubbish", "ED": 2, "ET": ["bright"]}
-    data = BraTSDataModule(root=root, store=tmp_path / "s", labels=mapping, split="WholeCohort")
+    data = BraTSDataModule(root=root, store=tmp_path / "s", labels=mapping, split=WholeCohort())
     data.prepare_data()
     expected = np.searchsorted([0, 1, 2, 4], nib.load(case.label).get_fdata())
     assert np.array_equal(Store.open(tmp_path / "s").read("a").native_label(), expected)
