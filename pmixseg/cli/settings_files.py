@@ -18,37 +18,61 @@ _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 """Keys of a setting that names a class."""
 
 
-class RepeatedKey(yaml.MarkedYAMLError):
-    """A key that stands twice in one mapping, of which YAML silently keeps the last."""
+MAX_VALUES = 100_000
+"""Values of a file, with all that its aliases repeat."""
 
 
-def refuse_repeated_keys(text: str) -> None:
-    """Refuse a key that stands twice in one mapping.
+class BadSettings(yaml.MarkedYAMLError):
+    """YAML that is well formed, and cannot be meant: ``problem`` says why and what to do."""
+
+
+def check_settings(text: str) -> None:
+    """Refuse a key that stands twice in one mapping, and aliases without an end.
+
+    YAML silently keeps the last of two keys.
 
     Args:
         text: YAML.
 
     Raises:
-        RepeatedKey: there is one.
+        BadSettings: there is such a key or alias.
         yaml.YAMLError: the text is no YAML.
 
     Example:
-        >>> refuse_repeated_keys("a: {b: 1, b: 2}")
+        >>> check_settings("a: {b: 1, b: 2}")
         Traceback (most recent call last):
         ...
-        pmixseg.cli.settings_files.RepeatedKey: the key 'b' stands twice
+        pmixseg.cli.settings_files.BadSettings: the key 'b' stands twice; keep one of them
           in "<unicode string>", line 1, column 11:
             a: {b: 1, b: 2}
                       ^
     """
-    for mapping in _mappings(yaml.compose(text, yaml.SafeLoader)):
+    root = yaml.compose(text, yaml.SafeLoader)
+    if root is not None and _size(root, {}) > MAX_VALUES:
+        problem = f"its aliases repeat more than {MAX_VALUES} values; write them out"
+        raise BadSettings(problem=problem, problem_mark=root.start_mark)
+    for mapping in _mappings(root):
         seen: set[str] = set()
         for key, _ in mapping.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise RepeatedKey(
-                    problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark
-                )
+                problem = f"the key '{key.value}' stands twice; keep one of them"
+                raise BadSettings(problem=problem, problem_mark=key.start_mark)
             seen.add(str(key.value))
+
+
+def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Count the values of a node, those of an alias each time that it stands there."""
+    if id(node) in sizes:
+        known = sizes[id(node)]
+        if known is None:  # its own parts are being counted
+            problem = "an alias stands inside what it repeats; remove it"
+            raise BadSettings(problem=problem, problem_mark=node.start_mark)
+        return known
+    sizes[id(node)] = None
+    parts = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
+    children = (part[1] if isinstance(part, tuple) else part for part in parts)
+    sizes[id(node)] = total = 1 + sum(_size(child, sizes) for child in children)
+    return total
 
 
 def broken_file(path: Path) -> str | None:
@@ -59,10 +83,10 @@ def broken_file(path: Path) -> str | None:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        refuse_repeated_keys(text)
+        check_settings(text)
         content = yaml.safe_load(text)
-    except RepeatedKey as error:
-        return f"{path}, line {_line(error.problem_mark)}: {error.problem}; keep one of them."
+    except BadSettings as error:
+        return f"{path}, line {_line(error.problem_mark)}: {error.problem}."
     except yaml.MarkedYAMLError as error:
         line = f", line {_line(error.problem_mark)}" if error.problem_mark else ""
         return f"{path}{line}: this is no YAML ({error.problem}); correct it."
@@ -183,13 +207,18 @@ def _may_be_null(parameter: inspect.Parameter) -> bool:
 
 
 def _mappings(node: Any) -> Iterator[yaml.MappingNode]:
-    if isinstance(node, yaml.MappingNode):
-        yield node
-        for _, value in node.value:
-            yield from _mappings(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _mappings(value)
+    """Every mapping below a node, once: an alias may lead back to it, or to many of them."""
+    nodes, seen = [node], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            yield node
+            nodes += reversed([value for _, value in node.value])
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += reversed(node.value)
 
 
 def _line(mark: Any) -> int:

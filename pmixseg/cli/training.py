@@ -38,7 +38,7 @@ from pmixseg.cli.arguments import (
     with_split_class,
 )
 from pmixseg.cli.mistakes import UsageError, training_sentence, where
-from pmixseg.cli.settings_files import broken_file, lacking_value, refuse_repeated_keys
+from pmixseg.cli.settings_files import broken_file, check_settings, lacking_value
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.training_cases import TrainingCases
@@ -66,7 +66,7 @@ _load_yaml = get_loader("yaml")
 
 def _read_settings(text: str) -> Any:
     """A file, or a value; classes may be named by paths of an earlier version."""
-    refuse_repeated_keys(text)
+    check_settings(text)
     return with_guessed_split(current_yaml(_load_yaml(text)))
 
 

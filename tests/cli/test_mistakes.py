@@ -84,6 +84,11 @@ def test_a_wrong_flag_of_a_nested_class(capsys):
     assert text == "--model.backbone.width is x, but must be int."
 
 
+BOMB = "a: &a [1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{chr(ord(name) - 1)}'] * 9)}]\n" for name in "bcdefghij"
+)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -101,6 +106,8 @@ def test_a_wrong_flag_of_a_nested_class(capsys):
         ("- a\n- b\n", "holds no settings, but a list"),
         ("nonsense\n", "holds no settings, but a str"),
         ("data:\n  seed: 1\n  seed: 2\n", "line 3: the key 'seed' stands twice; keep one of them."),
+        ("\ntrainer: &x {b: *x}\n", "line 2: an alias stands inside what it repeats; remove it."),
+        (BOMB, "its aliases repeat more than 100000 values; write them out."),
         ("trainer: [max_epochs, 1]\n", "trainer is ['max_epochs', 1], but must hold settings"),
         ("trainer:\ndata: {store: x}\n", "trainer is None, but must hold settings"),
         ("data:\n  patch_size:\n", "line 2: data.patch_size is null, but needs a value; give one."),
