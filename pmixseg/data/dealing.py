@@ -68,3 +68,14 @@ def deal(
             parts[chosen].extend(scans)
             of_grade[chosen] += len(scans)
     return [sorted(part, key=lambda c: c.case_id) for part in parts]
+
+
+def leave_none_empty(parts: dict[str, list[SplittableCase]], needed: dict[str, bool]) -> None:
+    """Give every empty part that is needed the last patient of the largest part, if it has two."""
+    for part in (name for name, cases in parts.items() if needed[name] and not cases):
+        largest = max(parts.values(), key=lambda cases: len({c.patient for c in cases}))
+        last = largest[-1].patient if largest else None
+        others = [case for case in largest if case.patient != last]
+        if others:
+            parts[part] = [case for case in largest if case.patient == last]
+            largest[:] = others

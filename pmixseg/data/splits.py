@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pmixseg.data.cohorts.problems import listed
-from pmixseg.data.dealing import SplittableCase, deal
+from pmixseg.data.dealing import SplittableCase, deal, leave_none_empty
 from pmixseg.data.keys import make_key
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
@@ -283,7 +283,7 @@ class KFold(SplitPlan):
         train, val = deal(rest, share, make_key(self.seed, None, self.fold))
         needed = {"train": True, "val": self.val_fraction > 0, "test": True}
         training = {"train": train, "val": val}
-        _leave_none_empty(training, needed)
+        leave_none_empty(training, needed)
         parts = {**training, "test": dealt[self.fold]}
         return _filled(parts, needed, f"KFold with {self.folds} folds")
 
@@ -327,7 +327,7 @@ class Fractions(SplitPlan):
         dealt = deal(cases, list(self.shares.values()), self.seed)
         needed = {part: share > 0 for part, share in self.shares.items()}
         parts = dict(zip(self.shares, dealt, strict=True))
-        _leave_none_empty(parts, needed)
+        leave_none_empty(parts, needed)
         return _filled(parts, needed, "Fractions")
 
 
@@ -359,17 +359,6 @@ def divided_patients(split: Split, cases: Iterable[SplittableCase]) -> list[str]
         if case.case_id in part_of:
             parts[case.patient].add(part_of[case.case_id])
     return sorted(patient for patient, several in parts.items() if len(several) > 1)
-
-
-def _leave_none_empty(parts: dict[str, list[SplittableCase]], needed: dict[str, bool]) -> None:
-    """Give every empty part that is needed the last patient of the largest part, if it has two."""
-    for part in (name for name, cases in parts.items() if needed[name] and not cases):
-        largest = max(parts.values(), key=lambda cases: len({c.patient for c in cases}))
-        last = largest[-1].patient if largest else None
-        others = [case for case in largest if case.patient != last]
-        if others:
-            parts[part] = [case for case in largest if case.patient == last]
-            largest[:] = others
 
 
 def _filled(parts: dict[str, list[SplittableCase]], needed: dict[str, bool], where: str) -> Split:
