@@ -127,6 +127,8 @@ def memory_error(error: BaseException) -> InputError | None:
         >>> memory_error(RuntimeError("a programming error")) is None
         True
     """  # noqa: E501  # the sentence is what is shown
+    if isinstance(error, RecursionError) and any(_raised_in(error, p) for p in ("yaml", "json")):
+        return InputError("a YAML or JSON file is nested too deeply to be read; correct it.")
     reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.EMFILE, errno.ENFILE):

@@ -90,6 +90,8 @@ def broken_file(path: Path) -> str | None:
     except yaml.MarkedYAMLError as error:
         line = f", line {_line(error.problem_mark)}" if error.problem_mark else ""
         return f"{path}{line}: this is no YAML ({error.problem}); correct it."
+    except RecursionError:
+        return f"{path} is nested too deeply to be read; correct it."
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return f"{path} cannot be read ({' '.join(str(error).split())}); correct it."
     if not isinstance(content, dict):

@@ -107,6 +107,7 @@ BOMB = "a: &a [1, 1]\n" + "".join(
         ("nonsense\n", "holds no settings, but a str"),
         ("data:\n  seed: 1\n  seed: 2\n", "line 3: the key 'seed' stands twice; keep one of them."),
         ("\ntrainer: &x {b: *x}\n", "line 2: an alias stands inside what it repeats; remove it."),
+        ("a: " + "[" * 3000 + "]" * 3000, "is nested too deeply to be read; correct it."),
         (BOMB, "its aliases repeat more than 100000 values; write them out."),
         ("trainer: [max_epochs, 1]\n", "trainer is ['max_epochs', 1], but must hold settings"),
         ("trainer:\ndata: {store: x}\n", "trainer is None, but must hold settings"),
