@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import statistics
 import tempfile
 import time
@@ -37,14 +38,18 @@ class Clock(Callback):
     """Seconds of a step, when the card has done its work.
 
     Args:
-        first: step at which the clock starts.
+        first: step at which the clock starts; five steps before, the turn on the card begins.
+        bench: whose turn it is.
     """
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int, bench: Bench) -> None:
         self.first, self.steps, self.start, self.seconds = first, 0, 0.0, 0.0
+        self.turn, self.begin = bench.turn(), max(first - 5, 1)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Start the clock, or count a step."""
+        if trainer.global_step == self.begin:
+            self.turn.__enter__()
         if trainer.global_step == self.first:
             self.start = self._now()
         self.steps += trainer.global_step > self.first
@@ -52,6 +57,7 @@ class Clock(Callback):
     def on_train_end(self, *args: Any) -> None:
         """Stop the clock."""
         self.seconds = (self._now() - self.start) / self.steps
+        self.turn.__exit__(None, None, None)
 
     def _now(self) -> float:
         if torch.cuda.is_available():
@@ -67,11 +73,18 @@ class Bench:
         device: where everything runs.
         official: checkout of the published RFNet, if it is to be compared.
         rehearse: tiny volumes, one round.
+        lock: file that several benchmarks on one card share: they compile at the same time and
+            measure one after the other.
+        networks: names of :data:`NETWORKS` to measure.
+        batches: samples of the batches of ``steps``.
     """
 
     device: torch.device
     official: str | None = None
     rehearse: bool = False
+    lock: Path | None = None
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    batches: tuple[int, ...] = (1, 2)
     ceiling: float = 0.0
     rows: list[tuple[str, dict[str, float]]] = field(default_factory=list)
 
@@ -90,10 +103,24 @@ class Bench:
         self.rows.append((name, values))
         print(f"| {name} | {', '.join(f'{k} {v:.4g}' for k, v in values.items())} |", flush=True)
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no other benchmark measures."""
+        if self.lock is None:
+            yield
+            return
+        with self.lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def seconds(self, call: Callable[[], object], rounds: int = 7, warm: int = 3) -> float:
         """Median time of a call."""
         if self.rehearse:
             rounds, warm = 1, 0
+        with self.turn():
+            return self._seconds(call, rounds, warm)
+
+    def _seconds(self, call: Callable[[], object], rounds: int, warm: int) -> float:
         for _ in range(warm):
             call()
         times = []
@@ -110,6 +137,17 @@ class Bench:
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
         return statistics.median(times)
+
+    def seconds_and_memory(
+        self, call: Callable[[], object], rounds: int, warm: int
+    ) -> dict[str, float]:
+        """Median time and peak GiB of a call that is too long to be repeated for each."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = self.seconds(call, rounds, warm)
+        gib = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
+        return {"s": seconds, "gib": gib}
 
     def memory(self, call: Callable[[], object]) -> float:
         """Peak GiB of a call, weights included."""

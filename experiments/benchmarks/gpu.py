@@ -6,7 +6,8 @@
 PATH is a checkout of github.com/dyh127/RFNet. Seconds are medians between CUDA events, memory is
 torch's peak. Ratios hold within a run; the first line names the card. ``--rehearse`` runs every row
 once on tiny volumes, on whatever device there is: it shows that they run, and its times mean
-nothing.
+nothing. Compiling takes most of the time: with ``--lock FILE``, several of these commands (each
+with rows or ``--networks`` of its own) compile at the same time and take turns at measuring.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import operations
+import small_trainings
 import torch
 from backbones import COMBINATIONS, official_loop, published
 from card import NETWORKS, Bench, Clock, Durations, phantom_store, trainer_of
@@ -156,11 +158,11 @@ def _own_step(
 
 def steps(bench: Bench) -> None:
     """Forward, loss, backward: the published RFNet, and ours uncompiled and compiled."""
-    for samples in (1,) if bench.rehearse else (1, 2):
+    for samples in (1,) if bench.rehearse else bench.batches:
         batch, reference = _labelled(bench, samples), 0.0
-        if bench.official:
+        if bench.official and "RFNet" in bench.networks:
             reference, _ = [_published_step(bench, batch, precision) for precision in TYPES]
-        for name in NETWORKS:
+        for name in bench.networks:
             _own_step(bench, name, batch, "fp32", None)
             work, uncompiled = _own_step(bench, name, batch, "bf16", None)
             compiled = _own_step(bench, name, batch, "bf16", work)[1]
@@ -178,7 +180,8 @@ def fit(bench: Bench) -> None:
         rows += [("MultiEncoderUNet", "bf16-mixed", True), ("MultiEncoderUNet", "16-mixed", True)]
     with phantom_store(bench) as store:
         for name, precision, compiled in rows:
-            _fit(bench, store, name, precision, compiled)
+            if name in bench.networks:
+                _fit(bench, store, name, precision, compiled)
 
 
 def _fit(bench: Bench, store: Path, name: str, precision: str, compiled: bool) -> None:
@@ -196,7 +199,7 @@ def _fit(bench: Bench, store: Path, name: str, precision: str, compiled: bool) -
     module = StudentModule(
         backbone=bench.network(name), criterion=CRITERIA[name](), compile=compiled
     )
-    profiler, clock = Durations(), Clock(number - kept)
+    profiler, clock = Durations(), Clock(number - kept, bench)
     trainer = trainer_of(
         bench,
         store.parent,
@@ -224,7 +227,7 @@ def _published_loop(bench: Bench, image: Tensor, flags: Tensor) -> float:
     network: Any = published(str(bench.official)).to(bench.device).eval()
     network.is_training = False
     two = flags[[14, 4]]
-    return bench.seconds(lambda: official_loop(network, image, two), 3, 1) * 15 / 2
+    return bench.seconds(lambda: official_loop(network, image, two), 2, 1) * 15 / 2
 
 
 @torch.no_grad()
@@ -239,7 +242,7 @@ def test(bench: Bench) -> None:
             if bench.official and not bench.rehearse:
                 reference = _published_loop(bench, image, flags)
                 bench.row(f"15 combinations, published loop, {precision}, scaled", s=reference)
-            for name in NETWORKS:
+            for name in bench.networks:
                 network = bench.network(name).eval()
                 for batch_size in sizes:
                     predict: Callable[[], Tensor] = functools.partial(
@@ -250,10 +253,9 @@ def test(bench: Bench) -> None:
                         patch=side,
                         batch_size=batch_size,
                     )
-                    seconds = bench.seconds(predict, 3, 1)
-                    values = {"s": seconds, "gib": bench.memory(predict)}
+                    values = bench.seconds_and_memory(predict, 2, 1)
                     if reference and name == "RFNet":
-                        values["x_published"] = reference / seconds
+                        values["x_published"] = reference / values["s"]
                     title = f"15 combinations, {name}, {precision}, batch_size {batch_size}"
                     bench.row(title, **values)
     _cohort(bench)
@@ -269,10 +271,12 @@ def _cohort(bench: Bench) -> None:
         data = BraTSDataModule(store, patch_size=patch, split=WholeCohort())
         limit = 1 if bench.rehearse else 4
         trainer = trainer_of(bench, store.parent, "bf16-mixed", limit_test_batches=limit)
-        start = time.perf_counter()
-        with bench.busy() as share:
-            trainer.test(module, data, verbose=False)
-        bench.row("test of a cohort, bf16", s=time.perf_counter() - start, **share)
+        with bench.turn():
+            start = time.perf_counter()
+            with bench.busy() as share:
+                trainer.test(module, data, verbose=False)
+            seconds = time.perf_counter() - start
+        bench.row("test of a cohort, bf16", s=seconds, **share)
 
 
 def loader(bench: Bench) -> None:
@@ -298,40 +302,16 @@ def loader(bench: Bench) -> None:
     bench.row("augmenting a batch", s=bench.seconds(lambda: augment(dict(there), keys)))
 
 
-def _train_small(place: tuple[str, int]) -> float:
-    """Steps per second of one small training, in a process of its own."""
-    device, number = place
-    torch.set_num_threads(1)
-    net = MultiEncoderUNet(width=8).to(device).train()
-    optimizer = torch.optim.AdamW(net.parameters())
-    side = 64 if number > 2 else 16
-    image = torch.randn(4, 4, side, side, side, device=device)
-    label = torch.randint(0, 4, (4, side, side, side), device=device)
-    shown = torch.ones(4, 4, dtype=torch.bool, device=device)
-    criterion, start = DiceCE(), time.perf_counter()
-    for step in range(number):
-        if step == number // 4:
-            start = time.perf_counter()
-        optimizer.zero_grad()
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            output = net(image, shown)
-        criterion(output, {"label": label}, 0).backward()
-        optimizer.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (number - number // 4) / (time.perf_counter() - start)
-
-
 def several(bench: Bench) -> None:
-    """Small trainings in processes of their own, all at once."""
-    for trainings in (1,) if bench.rehearse else (1, 3, 9):
-        jobs = [(bench.device.type, 2 if bench.rehearse else 400)] * trainings
-        if trainings == 1:
-            rates = [_train_small(jobs[0])]
-        else:
-            with torch.multiprocessing.get_context("spawn").Pool(trainings) as pool:
-                rates = pool.map(_train_small, jobs)
-        bench.row(f"{trainings} small trainings at once", steps_per_s=sum(rates))
+    """Small trainings (four patches of 64³) in processes of their own, all at once."""
+    numbers, ways, seconds = (1, 3, 9), list(small_trainings.WAYS), 5.0
+    if bench.rehearse:
+        numbers, ways, seconds = (2,), ["uncompiled"], 0.1
+    for way in ways:
+        for number in numbers:
+            turn = bench.turn()
+            rate = small_trainings.rate(bench.device.type, way, number, seconds, turn)
+            bench.row(f"{number} small trainings at once, {way}", steps_per_s=rate)
 
 
 ROWS = {
@@ -349,6 +329,9 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--official", help="checkout of github.com/dyh127/RFNet")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--lock", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args(words)
     cuda = torch.cuda.is_available()
@@ -356,7 +339,14 @@ def main(words: list[str] | None = None) -> int:
         print("No card here: operations that one would start.\n")
         return operations.main([])
     torch.backends.cudnn.benchmark = True
-    bench = Bench(torch.device("cuda" if cuda else "cpu"), args.official, args.rehearse)
+    bench = Bench(
+        torch.device("cuda" if cuda else "cpu"),
+        args.official,
+        args.rehearse,
+        args.lock,
+        tuple(args.networks),
+        tuple(args.batches),
+    )
     card = torch.cuda.get_device_name() if cuda else "no card"
     print(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}\n\n| work | |\n|---|---|")
     failed = 0
