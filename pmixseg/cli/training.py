@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
@@ -82,6 +82,23 @@ class TrainingParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "exit_on_error": False, "allow_abbrev": False})
+
+
+def whole_numbers_first(hint: Any) -> Any:
+    """Return a type hint that reads ``1`` as one batch and ``1.0`` as all of them.
+
+    To Python ``float | int`` is ``int | float``, and ``Optional`` hands out whichever of the two
+    the process has seen first; a parser tries them in the order in which they stand.
+
+    Args:
+        hint: of an argument.
+    """
+    kinds = list(get_args(hint))
+    if get_origin(hint) is not Union or not {int, float} <= set(kinds):
+        return hint
+    first, second = sorted((kinds.index(int), kinds.index(float)))
+    kinds[first], kinds[second] = int, float
+    return Union[tuple(kinds)]  # noqa: UP007  # the kinds are known only here
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -174,6 +191,9 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Groups ``align`` and ``distill``, the run folder, and weights to start from."""
+        for action in parser._actions:
+            if hasattr(action, "_typehint"):
+                action._typehint = whole_numbers_first(action._typehint)
         parser.add_lightning_class_args(PmixAlignment, "align")
         parser.add_lightning_class_args(Distillation, "distill")
         # Named here, so that one flag can change one argument of one term; a file replaces them.

@@ -68,6 +68,15 @@ def test_files(tmp_path):
         match=r"names 2 of 4 cases that the cohort lacks: a, d; .*--data.split.missing skip",
     ):
         plan.split([case(c) for c in "bc"])
+
+
+def test_names_with_a_hash_are_read_whole(tmp_path):
+    (tmp_path / "t.txt").write_text("x#1\np 0 #2\n#3\n# p4\n#p5\np6\t# last\n", encoding="utf-8")
+    names = ["x#1", "p 0 #2", "#3", "p4", "p5", "p6", "x", "p 0"]
+    split = SplitFiles(tmp_path / "t.txt").split([case(c) for c in names])
+    assert split.train == ("x#1", "p 0 #2", "#3", "p6")
+    with pytest.raises(InputError, match=r"names 1 of 4 cases that the cohort lacks: x#1;"):
+        SplitFiles(tmp_path / "t.txt").split([case(c) for c in names[1:]])
     (tmp_path / "test.txt").write_text("c\na\n")
     with pytest.raises(InputError, match="'a' is in train and again in test"):
         plan.split([case(c) for c in "abcde"])
