@@ -48,6 +48,10 @@ SEAMS = {
     "_save_last_checkpoint": (ModelCheckpoint, "`last` is written after every epoch"),
     "_save_topk_checkpoint": (ModelCheckpoint, "`best` is compared at an epoch's end"),
     "_trainer": (LightningModule(), "whether there is a trainer, without an error if not"),
+    "_typehint": (
+        jsonargparse.ArgumentParser().add_argument("--number", type=int | float),
+        "the type of an argument, to try whole numbers first",
+    ),
     "_triton": (torch.utils, "whether a compiler for GPUs is there"),
 }
 OVERRIDDEN = ("_last_checkpoint_saved", "_parse_ckpt_path", "_prepare_subcommand_kwargs")

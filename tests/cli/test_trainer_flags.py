@@ -1,9 +1,12 @@
 """Flags of a training: they work, win over a checkpoint when it is resumed, or are one sentence."""
 
+from typing import Optional, Union
+
 import pytest
 import yaml
 
 from pmixseg.cli import main
+from pmixseg.cli.training import whole_numbers_first
 from pmixseg.modules.checkpoint import read_checkpoint
 from tests.cli.test_training import TINY
 
@@ -38,6 +41,24 @@ def trained(store, run, *flags):
 def test_works(phantom_store, tmp_path, flags, recwarn):
     assert fit(phantom_store, tmp_path, *flags) == 0
     assert not [w for w in recwarn if "overfit" in str(w.message)]
+
+
+@pytest.mark.parametrize("number", ["1", "1.0", "3", "0.5"])
+def test_one_batch_is_not_all_of_them(number, capsys):
+    parts = ("train", "val", "test", "predict")
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config", *(f"--trainer.limit_{p}_batches={number}" for p in parts)])
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    limits = [trainer[f"limit_{part}_batches"] for part in parts]
+    assert [repr(limit) for limit in limits] == [number] * 4
+
+
+def test_whole_numbers_are_tried_first_however_a_hint_is_spelt():
+    swapped = Union[float, int, None]  # noqa: UP007  # the two that Python takes for the same
+    assert swapped == Optional[Union[int, float]]  # noqa: UP007, UP045
+    assert whole_numbers_first(swapped).__args__ == (int, float, type(None))
+    assert whole_numbers_first(float) is float
+    assert whole_numbers_first(Union[float, str]).__args__ == (float, str)  # noqa: UP007
 
 
 def test_another_rate_is_said_stored_and_used(phantom_store, tmp_path, capsys):
