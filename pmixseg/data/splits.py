@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,9 @@ class SplitPlan(Described, ABC):
 class SplitFiles(SplitPlan):
     """Split by one text file per part, with one case id per line.
 
+    A ``#`` at the start of a line or behind a blank begins a comment, except in a line that is, as
+    a whole, the name of a case.
+
     Args:
         train: file of the training cases; the other parts may be left out, too.
         val: file of the validation cases.
@@ -138,8 +142,11 @@ class SplitFiles(SplitPlan):
         Raises:
             InputError: unreadable file, or it names cases that the cohort lacks.
         """
+        known = {case.case_id for case in cases}
         parts = {
-            part: tuple(_lines(Path(path))) for part, path in self.paths.items() if path is not None
+            part: tuple(_lines(Path(path), known))
+            for part, path in self.paths.items()
+            if path is not None
         }
         where = ", ".join(str(p) for p in self.paths.values() if p)
         return _known(_split(parts, where), cases, where, self.missing)
@@ -404,9 +411,10 @@ def _split(parts: dict[str, tuple[str, ...]], where: str) -> Split:
         raise InputError(f"{where}: {error}") from error
 
 
-def _lines(path: Path) -> list[str]:
-    stripped = (line.split("#")[0].strip() for line in _text(path).splitlines())
-    return [line for line in stripped if line]
+def _lines(path: Path, known: Collection[str]) -> list[str]:
+    lines = (line.strip() for line in _text(path).split("\n"))
+    names = (line if line in known else re.split(r"(?:^|\s)#", line)[0].strip() for line in lines)
+    return [name for name in names if name]
 
 
 def _text(path: Path) -> str:
