@@ -117,12 +117,12 @@ class Bench:
         """Median time of a call."""
         if self.rehearse:
             rounds, warm = 1, 0
-        with self.turn():
-            return self._seconds(call, rounds, warm)
-
-    def _seconds(self, call: Callable[[], object], rounds: int, warm: int) -> float:
         for _ in range(warm):
             call()
+        with self.turn():
+            return self._seconds(call, rounds)
+
+    def _seconds(self, call: Callable[[], object], rounds: int) -> float:
         times = []
         for _ in range(rounds):
             start = time.perf_counter()

@@ -23,7 +23,12 @@ from pmixseg.backbones.layers.blocks import (
     SeparateDecoder,
     initialise,
 )
-from pmixseg.backbones.layers.lean import CONCATENATED, LeanConv3d, voxel_rows
+from pmixseg.backbones.layers.lean import (
+    CONCATENATED,
+    LeanConv3d,
+    sum_of_products,
+    voxel_rows,
+)
 from pmixseg.backbones.layers.norm import norm_act
 from pmixseg.backbones.layers.regions import mix_regions
 from pmixseg.backbones.slots import (
@@ -161,12 +166,12 @@ class RegionFusion(nn.Module):
 
 def _region_means(x: Tensor, regions: Tensor) -> Tensor:
     """Mean over voxels of every channel times every region, ``[B, R, M·C]``."""
-    # [B, R, V] @ [B, V, M·C]: every modality's mean in every region at once.
-    parts, rows = voxel_rows(regions).transpose(1, 2), voxel_rows(x)
+    # Every modality's mean in every region at once.
+    parts, rows = voxel_rows(regions), voxel_rows(x)
     if rows.dtype != torch.float16:
-        return torch.bmm(parts, rows) / rows.shape[1]
+        return sum_of_products(parts, rows) / rows.shape[1]
     with torch.autocast(x.device.type, enabled=False):  # a sum over voxels is beyond float16
-        return torch.bmm(parts.float(), rows.float()) / rows.shape[1]
+        return sum_of_products(parts.float(), rows.float()) / rows.shape[1]
 
 
 class RegionAwareFusion(nn.Module):

@@ -51,8 +51,18 @@ def convolve_groups(conv: nn.Conv3d, x: Tensor) -> Tensor:
     if conv.padding_mode != "zeros":
         x = F.pad(x, [side for side in padding for _ in range(2)], mode=conv.padding_mode)
         padding = [0, 0, 0]
-    groups = x.shape[1] // conv.in_channels
-    return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, groups)
+    groups, weight = x.shape[1] // conv.in_channels, conv.weight
+    if conv.in_channels == 1:
+        # torch takes a group of one channel as a depthwise convolution, whose gradient to the
+        # kernels runs on a single block of the GPU; few zeros cost less.
+        weight, groups = _with_zeros(weight, groups), 1
+    return F.conv3d(x, weight, conv.bias, conv.stride, padding, conv.dilation, groups)
+
+
+def _with_zeros(weight: Tensor, groups: int) -> Tensor:
+    """Kernels ``[M·out, 1, k, k, k]`` of M groups as those of one, ``[M·out, M, k, k, k]``."""
+    own = torch.eye(groups, dtype=weight.dtype, device=weight.device)
+    return weight * own.repeat_interleave(len(weight) // groups, 0)[:, :, None, None, None]
 
 
 def map_groups(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ The layout of a GPU is left as it is; there and under ``torch.compile`` torch's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from pmixseg.execution import on_cpu, runs_lean
 ONEDNN_TYPES = (torch.float32, torch.bfloat16)
 SLAB = 1 << 21
 """Bytes of a tensor that are worked on at a time."""
+LONG, PIECES = 1 << 12, 128
+"""Voxels from which a GPU shares a sum over them, and the most pieces it is cut into."""
 
 Padding = Literal["zeros", "reflect"]
 
@@ -85,11 +88,25 @@ def _canonical(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (c * d * h * w, 1, c * h * w, c * w, c))
 
 
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """``aᵀ b`` over voxels, ``[B, V, P]`` and ``[B, V, Q]`` to ``[B, P, Q]``.
+
+    A matrix product cuts its result into tiles, here a single one, and leaves the long sum of a
+    tile to one of a GPU's processors; so the voxels are cut into pieces.
+    """
+    pieces = 1 if on_cpu(a) or a.shape[1] < LONG else math.gcd(a.shape[1], PIECES)
+    if pieces == 1:
+        return torch.bmm(a.mT, b)
+    a, b = (x.view(len(x), pieces, -1, x.shape[2]) for x in (a, b))
+    return torch.matmul(a.mT, b).sum(1)
+
+
 def as_autocast(*tensors: Tensor | None) -> list[Any]:
     """What autocast would hand to a convolution."""
-    if not torch.is_autocast_enabled("cpu"):
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     return [t if t is None else t.to(dtype) for t in tensors]
 
 
@@ -109,6 +126,28 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return y
     if weight.ndim == 2:
         return F.conv3d(x, weight[..., None, None, None], bias)
+    of_samples: Tensor = _MixSamples.apply(*as_autocast(x, weight, bias))  # type: ignore[no-untyped-call]  # untyped in torch
+    return of_samples
+
+
+class _MixSamples(torch.autograd.Function):
+    """1x1x1 convolution with weights of each sample's own on a GPU, in the layout of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _mix_samples(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (g,), (x, weight), needs = gradients, ctx.saved_tensors, ctx.needs_input_grad
+        to_x = _mix_samples(g, weight.mT, None) if needs[0] else None
+        to_weight = sum_of_products(voxel_rows(g), voxel_rows(x)) if needs[1] else None
+        to_bias = voxel_sum(g).sum(0).to(g.dtype) if needs[2] else None
+        return to_x, to_weight, to_bias
+
+
+def _mix_samples(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if is_channels_last(x):
         # [B, V, C] times [B, C, C'], which is channels-last again.
         rows = _product(voxel_rows(x), weight.mT, bias)

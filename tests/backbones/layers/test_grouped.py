@@ -79,15 +79,16 @@ def test_gradients_and_latents_are_those_of_a_cpu(name):
 
 
 class Convolutions(TorchDispatchMode):
-    """Counts convolutions, and their groups."""
+    """Counts convolutions: their groups, and their channels."""
 
     def __init__(self):
         super().__init__()
-        self.groups = []
+        self.groups, self.channels = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ == "convolution":
             self.groups.append(args[8])
+            self.channels.append(args[0].shape[1])
         return function(*args, **(kwargs or {}))
 
 
@@ -96,7 +97,7 @@ def test_a_gpu_starts_one_convolution_for_all_encoders_and_a_cpu_skips_absent_on
     image, present = torch.randn(1, 4, 16, 16, 16), torch.tensor([[True, False, False, True]])
     with as_on_gpu(), Convolutions() as counted:
         net.encode(image, present)
-    assert counted.groups == [4] * 6
+    assert counted.groups == [1] + [4] * 5  # the first reads one channel of each
     runs = []
     for m, encoder in enumerate(net.encoders):
         encoder.register_forward_hook(lambda *call, m=m: runs.append(m))
@@ -111,11 +112,12 @@ def test_encoders_of_published_networks_are_one_on_a_gpu(name):
     with as_on_gpu(), torch.no_grad(), Convolutions() as counted:
         net.encode(image, present)
     encoder = convolutions_of(net)[0]
-    layers = sum(isinstance(part, torch.nn.Conv3d) for part in encoder.modules())
-    assert counted.groups.count(4) == layers
+    layers = [part for part in encoder.modules() if isinstance(part, torch.nn.Conv3d)]
+    first = sum(layer.in_channels == 1 for layer in layers)
+    assert counted.groups.count(4) == len(layers) - first
     # ShaSpec's shared encoder and its residual layers see all modalities as samples.
-    shared = layers + len(net.residual) if name == "shaspec" else 0
-    assert counted.groups.count(1) == shared
+    shared = len(layers) + len(net.residual) if name == "shaspec" else 0
+    assert counted.groups.count(1) == first + shared
 
 
 def test_encoders_of_other_layers_stay_a_loop():
@@ -133,3 +135,15 @@ def test_encoders_of_other_layers_stay_a_loop():
 def test_a_volume_of_other_channels_is_still_refused():
     with pytest.raises(RuntimeError, match="channels"), as_on_gpu():
         LeanConv3d(2, 4)(torch.randn(1, 4, 8, 8, 8))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_convolution_is_depthwise(name):
+    """Torch runs groups of one channel on kernels of its own, which are slow."""
+    net = encoders_of(name)
+    image = image_for(name, net)
+    with as_on_gpu(), Convolutions() as counted:
+        encode_together(convolutions_of(net), image)
+    assert counted.groups
+    for groups, channels in zip(counted.groups, counted.channels, strict=True):
+        assert groups < channels

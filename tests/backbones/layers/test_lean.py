@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmixseg.backbones.layers import lean
 from pmixseg.backbones.layers import norm as norm_module
@@ -20,6 +21,7 @@ from pmixseg.backbones.layers.lean import (
 )
 from pmixseg.backbones.layers.norm import NormAct, norm_act
 from pmixseg.backbones.layers.regions import mix_regions
+from pmixseg.execution import as_on_gpu
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 INPUTS = [(AS_IT_IS, (3,)), (CONCATENATED, (2, 1)), (UPSAMPLED, (3,))]
@@ -27,6 +29,19 @@ INPUTS = [(AS_IT_IS, (3,)), (CONCATENATED, (2, 1)), (UPSAMPLED, (3,))]
 
 def draw(channels, *sides, samples=2, dtype=torch.float64):
     return torch.randn(samples, channels, *sides, dtype=dtype).requires_grad_()
+
+
+class ShapesOf(TorchDispatchMode):
+    """Shapes of the first operand of one of torch's operations."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.shapes = name, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == self.name:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
 
 
 def close_gradients(ours, theirs, inputs):
@@ -167,6 +182,33 @@ def test_every_sample_can_be_mixed_by_its_own_weights(out):
     bias = torch.randn(out, dtype=torch.float64).requires_grad_()
     plain = torch.einsum("boc,bcdhw->bodhw", weight, x) + bias[:, None, None, None]
     close_gradients(mix_channels(x, weight, bias), plain, (x, weight, bias))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gpu_mixes_every_sample_in_pieces(layout, bias, monkeypatch):
+    monkeypatch.setattr(lean, "LONG", 1)
+    torch.manual_seed(0)
+    x = draw(4, 2, 4, 3)
+    weight = torch.randn(2, 3, 4, dtype=torch.float64).requires_grad_()
+    shift = torch.randn(3, dtype=torch.float64).requires_grad_() if bias else None
+    plain = torch.einsum("boc,bcdhw->bodhw", weight, x)
+    plain = plain if shift is None else plain + shift[:, None, None, None]
+    with as_on_gpu():
+        mixed = mix_channels(x.contiguous(memory_format=layout), weight, shift)
+        close_gradients(mixed, plain, (x, weight, *([] if shift is None else [shift])))
+
+
+def test_a_gpu_shares_a_long_sum_among_its_processors():
+    """Seen by the shapes of the matrix products: 2 samples x 128 pieces."""
+    a, b = torch.randn(2, 4096, 3), torch.randn(2, 4096, 5)
+    with as_on_gpu(), ShapesOf("bmm") as products:
+        shared = lean.sum_of_products(a, b)
+    assert products.shapes == [(256, 3, 32)]
+    with ShapesOf("bmm") as products:
+        plain = lean.sum_of_products(a, b)
+    assert products.shapes == [(2, 3, 4096)]
+    torch.testing.assert_close(shared, plain, rtol=1e-4, atol=1e-3)
 
 
 def test_first_of_several_steps_needs_no_gradient():
