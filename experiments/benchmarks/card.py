@@ -119,6 +119,8 @@ class Bench:
             rounds, warm = 1, 0
         for _ in range(warm):
             call()
+        if self.cuda:
+            torch.cuda.synchronize()
         with self.turn():
             return self._seconds(call, rounds)
 
