@@ -68,6 +68,11 @@ def test_files(tmp_path):
         match=r"names 2 of 4 cases that the cohort lacks: a, d; .*--data.split.missing skip",
     ):
         plan.split([case(c) for c in "bc"])
+    (tmp_path / "test.txt").write_text("c\na\n")
+    with pytest.raises(InputError, match="'a' is in train and again in test"):
+        plan.split([case(c) for c in "abcde"])
+    with pytest.raises(InputError, match=r"none.txt cannot be read"):
+        SplitFiles(tmp_path / "none.txt").split([])
 
 
 def test_names_with_a_hash_are_read_whole(tmp_path):
@@ -77,11 +82,6 @@ def test_names_with_a_hash_are_read_whole(tmp_path):
     assert split.train == ("x#1", "p 0 #2", "#3", "p6")
     with pytest.raises(InputError, match=r"names 1 of 4 cases that the cohort lacks: x#1;"):
         SplitFiles(tmp_path / "t.txt").split([case(c) for c in names[1:]])
-    (tmp_path / "test.txt").write_text("c\na\n")
-    with pytest.raises(InputError, match="'a' is in train and again in test"):
-        plan.split([case(c) for c in "abcde"])
-    with pytest.raises(InputError, match=r"none.txt cannot be read"):
-        SplitFiles(tmp_path / "none.txt").split([])
 
 
 def test_json(tmp_path):
