@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pmixseg.data.cohorts.cases import Case, stem_of
-from pmixseg.data.cohorts.matching import Cohort, Tree
+from pmixseg.data.cohorts.matching import Tree
 from pmixseg.data.cohorts.sequences import read_name
 from pmixseg.errors import InputError
 from pmixseg.task import Task
@@ -86,50 +85,18 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
     return FolderScans({m: files[m] for m in task.modalities if m in files}, tuple(notes))
 
 
-def strays_of(cohort: Cohort) -> dict[str, list[Path]]:
-    """Case -> files that lie beside its scans, but that its layout has no name for."""
-    owners: defaultdict[Path, set[str]] = defaultdict(set)
-    for case in cohort.cases:
-        for source in case.images.values():
-            path = source[0] if isinstance(source, tuple) else source
-            owners[path.parent].add(case.case_id)
-    strays: defaultdict[str, list[Path]] = defaultdict(list)
-    for path in cohort.stray:
-        if len(owners[path.parent]) == 1:
-            strays[next(iter(owners[path.parent]))].append(path)
-    return dict(strays)
+def notes_on_strays(case: Case, strays: Sequence[Path], task: Task) -> tuple[str, ...]:
+    """Sentences about the files beside a case's scans that its layout has no name for.
 
-
-def notes_on_strays(
-    case: Case, strays: Sequence[Path], task: Task, *, trusted: bool = False
-) -> tuple[str, ...]:
-    """Look at the files beside a case's scans that its layout has no name for.
+    Other common sequences and label maps are passed over.
 
     Args:
         case: as its layout has it.
         strays: files beside its scans.
         task: whose modalities are looked for.
-        trusted: the layout was named, not guessed, or the case is wanted by force.
-
-    Returns:
-        Sentences; other common sequences and label maps are passed over.
-
-    Raises:
-        InputError: one seems to be a modality that the case would lack, and nobody said otherwise.
     """
-    unread: list[str] = []
-    for path in strays:
-        reading = read_name(stem_of(path).lower(), task.modalities)
-        if reading.kind in ("label", "foreign"):
-            continue
-        unread.append(path.name)
-        modality = reading.modality
-        if modality is not None and modality not in case.images and not trusted:
-            raise InputError(
-                f"case '{case.case_id}': {path} seems to be its {modality}, but has another name "
-                f"than in layout '{case.layout}'; rename it, give the scans one by one "
-                f"({_flags([modality])}), or leave it out with force (--force)."
-            )
+    kinds = [(path.name, read_name(stem_of(path).lower(), task.modalities).kind) for path in strays]
+    unread = [name for name, kind in kinds if kind not in ("label", "foreign")]
     if not unread:
         return ()
     return (

@@ -10,6 +10,7 @@ from pmixseg.data.cohorts.cases import stem_of
 from pmixseg.data.cohorts.layouts import Case, Layout, search
 from pmixseg.data.cohorts.sequences import modality_of
 from pmixseg.data.cohorts.shares import Share
+from pmixseg.data.cohorts.unread import strays_of
 from pmixseg.data.scans.nifti import ScanReader, Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
@@ -18,7 +19,6 @@ from pmixseg.inference.folders import (
     FolderScans,
     notes_on_strays,
     scans_in,
-    strays_of,
 )
 from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.modules import SegmentationModule
@@ -114,7 +114,7 @@ def segment_folder(
     """
     force = settings is not None and settings.force
     try:
-        cohort = search(root, module.task, layout)
+        cohort = search(root, module.task, layout, trusted=force)
     except InputError:
         scans = (
             FolderScans({})
@@ -126,7 +126,6 @@ def segment_folder(
         yield _named_by_modality(module, scans, outputs, settings, progress)
         return
     strays = strays_of(cohort)
-    trusted = force or layout is not None
     cases = cohort.cases if share is None else share.of(cohort.cases, lambda case: case.case_id)
     for done, case in enumerate(cases):
         try:
@@ -136,7 +135,7 @@ def segment_folder(
                 case,
                 outputs,
                 settings,
-                notes=notes_on_strays(case, beside, module.task, trusted=trusted),
+                notes=notes_on_strays(case, beside, module.task),
                 progress=_slice(progress, done, len(cases)),
             )
         except InputError as error:

@@ -77,7 +77,6 @@ class Inspection:
         layout: name of the layout by which the cases were found.
         task: modalities and labels that were looked for.
         cases: one entry per case.
-        stray: scan files that belong to no case.
         cohort: sentences about the cohort as a whole.
     """
 
@@ -85,7 +84,6 @@ class Inspection:
     layout: str
     task: Task
     cases: Sequence[CaseFacts]
-    stray: Sequence[Path] = field(default=())
     cohort: Sequence[str] = field(default=())
 
     @property
@@ -134,9 +132,6 @@ class Inspection:
         shapes = Counter((c.shape, c.spacing, c.orientation) for c in self.cases if c.shape)
         if len(shapes) > 1:
             lines.append(f"{len(shapes)} different shapes, spacings or orientations.")
-        if self.stray:
-            named = listed([str(p.relative_to(self.root)) for p in self.stray])
-            lines.append(f"{len(self.stray)} scan files belong to no case: {named}.")
         lines += [f"{line}." for line in ignored_lines({c.case_id: c.ignored for c in self.cases})]
         lines += self.cohort
         lines += self._use()
@@ -198,7 +193,7 @@ def inspect_cohort(
     facts = [_facts(case, task, odd) for case in cases]
     names = dict.fromkeys(case.layout for case in cohort.cases if case.layout)
     layouts = " and ".join(names)
-    return Inspection(Path(root), layouts, task, facts, cohort.stray, cohort.remarks)
+    return Inspection(Path(root), layouts, task, facts, cohort.remarks)
 
 
 def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:

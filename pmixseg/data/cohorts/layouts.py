@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from pmixseg.data.cohorts.codings import coding_by_numbers
 from pmixseg.data.cohorts.dataset_json import described_layout
 from pmixseg.data.cohorts.matching import Cohort, Tree, match
 from pmixseg.data.cohorts.presets import LAYOUTS
+from pmixseg.data.cohorts.unread import reasons, with_unread
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
@@ -72,11 +73,21 @@ def search(
     task: Task,
     layout: str | Path | Layout | None = None,
     labels: LabelNames | None = None,
+    *,
+    trusted: bool = False,
 ) -> Cohort:
-    """:func:`find_cases`, together with the files that belong to no case, and remarks."""
+    """:func:`find_cases`, together with the files that belong to no case, and remarks.
+
+    Args:
+        root: see :func:`find_cases`, as the next three.
+        task: likewise.
+        layout: likewise.
+        labels: likewise.
+        trusted: a layout that is recognised may leave out scans, as one that is named.
+    """
     tree = Tree.of(root)
     if layout is None:
-        return _recognise(tree, task, labels)
+        return with_unread(_recognise(tree, task, labels), tree, task, recognised=not trusted)
     chosen = layout if isinstance(layout, Layout) else load_layout(layout)
     cohort = match(tree, _for_task(chosen, tree, task, labels))
     if not any(case.images for case in cohort.cases):
@@ -84,7 +95,7 @@ def search(
             f"{tree.root}: layout '{chosen.name}' finds no case among {_examples(tree)}; name "
             f"another layout ({', '.join(LAYOUTS)}, or a YAML file), or none to have it recognised."
         )
-    return cohort
+    return with_unread(cohort, tree, task, recognised=False)
 
 
 def load_layout(source: str | Path) -> Layout:
@@ -138,17 +149,14 @@ def _from_yaml(path: Path, raw: Any) -> Layout:
     arguments: dict[str, Any] = {"name": path.stem, **raw}
     base = arguments.pop("base", None)
     # YAML has lists and text where a layout has tuples and patterns.
+    _check_forms(path, raw)
     if "images" in arguments:
         arguments["images"] = {m: _patterns(p) for m, p in arguments["images"].items()}
     if "label" in arguments:
         label = arguments["label"]
         arguments["label"] = (label,) if isinstance(label, str) else tuple(label or ())
-    if "codes" in arguments:
-        arguments["codes"] = {str(k): int(v) for k, v in arguments["codes"].items()}
-    if "also" in arguments:
-        arguments["also"] = {int(k): str(v) for k, v in arguments["also"].items()}
     for numbers in ("ignored", "unannotated"):
-        arguments[numbers] = tuple(int(v) for v in arguments.get(numbers, ()))
+        arguments[numbers] = tuple(arguments.get(numbers, ()))
     if base is None:
         return Layout(**{"label": (), "codes": {}, **arguments})
     if base not in LAYOUTS:
@@ -156,9 +164,63 @@ def _from_yaml(path: Path, raw: Any) -> Layout:
     return replace(LAYOUTS[base], **arguments)
 
 
+def _check_forms(path: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse what has another form than its field: ``ignored: '45'`` must not become 4 and 5."""
+    for key, value in raw.items():
+        form, fits = _FORMS.get(key, ("", bool))
+        if form and not fits(value):
+            raise InputError(
+                f"layout file {path} does not describe a layout: {key} is {value!r}, where {form} "
+                "is needed; see load_layout for examples."
+            )
+
+
+def _several(raw: Any) -> list[Any]:
+    return raw if isinstance(raw, list) else [raw]
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pattern(value: object) -> bool:
+    if not isinstance(value, dict):
+        return _text(value)
+    return set(value) == {"file", "channel"} and _text(value["file"]) and _number(value["channel"])
+
+
+def _pairs(value: object, key: Callable[[Any], bool], item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(key(k) and item(v) for k, v in value.items())
+
+
+_NUMBERS: tuple[str, Callable[[Any], bool]] = (
+    "a list of whole numbers",
+    lambda v: isinstance(v, list) and all(map(_number, v)),
+)
+_FORMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "images": (
+        "sequence: PATH, sequence: {file: PATH, channel: NUMBER}, or a list of these",
+        lambda v: _pairs(v, _text, lambda several: all(map(_pattern, _several(several)))),
+    ),
+    "label": ("a path, or a list of paths", lambda v: v is None or all(map(_text, _several(v)))),
+    "codes": ("label: NUMBER", lambda v: _pairs(v, _text, _number)),
+    "also": ("NUMBER: label", lambda v: _pairs(v, _number, _text)),
+    "ignored": _NUMBERS,
+    "unannotated": _NUMBERS,
+    "fields": ("field: EXPRESSION", lambda v: _pairs(v, _text, _text)),
+    "name": ("a text", _text),
+    "case": ("a text", _text),
+    "patient": ("a text", _text),
+    "anchored": ("true or false", lambda v: isinstance(v, bool)),
+}
+
+
 def _patterns(raw: Any) -> tuple[Pattern, ...]:
-    several = raw if isinstance(raw, list) else [raw]
-    return tuple(p if isinstance(p, str) else (str(p["file"]), int(p["channel"])) for p in several)
+    return tuple(p if isinstance(p, str) else (p["file"], p["channel"]) for p in _several(raw))
 
 
 def _for_task(layout: Layout, tree: Tree, task: Task, labels: LabelNames | None) -> Layout:
@@ -178,7 +240,7 @@ def _for_task(layout: Layout, tree: Tree, task: Task, labels: LabelNames | None)
 
 def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Cohort:
     best: Cohort | None = None
-    reasons: list[str] = []
+    faults: list[str] = []
     most = 0
     for preset in LAYOUTS.values():
         try:
@@ -186,7 +248,7 @@ def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Cohort:
         except InputError as error:
             described = (tree.root / "dataset.json").exists()
             relevant = preset.described if described else labels is not None
-            reasons += [str(error)] if relevant else []
+            faults += [str(error)] if relevant else []
             continue
         count = sum(len(case.images) for case in cohort.cases)
         if count > most:
@@ -195,7 +257,7 @@ def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Cohort:
         raise InputError(
             f"{tree.root}: no known layout fits {_examples(tree)}; name one of "
             f"{', '.join(LAYOUTS)}, or write a YAML file of patterns."
-            + "".join(f" ({reason})" for reason in dict.fromkeys(reasons))
+            + "".join(f" ({reason})" for reason in dict.fromkeys([*faults, *reasons(tree)]))
         )
     if labels:
         return best

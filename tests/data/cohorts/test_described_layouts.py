@@ -180,6 +180,12 @@ def test_yaml_that_begins_from_a_preset(touch, tmp_path):
         ("images: {t1: 't1.nii'}\ncodes: {ET: 1}\n", "'t1.nii' lacks a field of the case's name"),
         ("base: brats2077\n", "base 'brats2077' is not among"),
         ("codes: {ET: 1}\n", "does not describe a layout"),
+        ("images: {t1: {path: '{case}.nii'}}\n", "images is .* {file: PATH, channel: NUMBER}"),
+        ("images: {t1: [1]}\n", r"images is {'t1': \[1\]}, where"),
+        ("base: brats\ncodes: {ET: 4.7}\n", r"codes is {'ET': 4.7}, where label: NUMBER is"),
+        ("base: brats\nignored: '45'\n", "ignored is '45', where a list of whole numbers is"),
+        ("base: brats\nignored: 4\n", "ignored is 4, where a list of whole numbers is"),
+        ("base: brats\nanchored: 'no'\n", "anchored is 'no', where true or false is"),
     ],
 )
 def test_yaml_that_is_wrong(tmp_path, text, sentence):

@@ -60,7 +60,7 @@ def test_every_problem_of_a_case_is_listed_and_stray_files_are_named(make_case, 
         assert any(piece in p for p in inspection.problems), piece
     text = printed(inspection, 200)
     assert "4 problems." in text and "BraTS2021_00002[x]" in text
-    assert "1 scan files belong to no case: lost.nii.gz." in text
+    assert "1 scan file belongs to no case: lost.nii.gz." in text
 
 
 def test_a_case_that_the_layout_cannot_use(make_case):
