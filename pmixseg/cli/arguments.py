@@ -49,6 +49,45 @@ def flag_name(arg: str) -> str:
     return arg.partition("=")[0].replace(".init_args", "")
 
 
+def repeated(args: Sequence[str]) -> str | None:
+    """The first flag that comes twice, of which the parser of trainings silently keeps the last.
+
+    Files may come several times. After ``--key+``, which adds one more entry to a list, flags below
+    ``key`` speak of the new entry.
+
+    Example:
+        >>> repeated(["-c", "a.yaml", "-c", "b.yaml", "--data.seed=1"])
+        >>> repeated(["--model.init_args.fill=zero", "--model.fill=anchor"])
+        '--model.fill'
+    """
+    seen: set[str] = set()
+    for name, _ in options(args):
+        flag = flag_name(name)
+        if flag.endswith("+"):
+            seen = {other for other in seen if not other.startswith(f"{flag[:-1]}.")}
+        elif flag in seen:
+            return flag
+        elif flag.startswith("--") and flag != "--config":  # no short one, and no negative number
+            seen.add(flag)
+    return None
+
+
+def lost_file(args: Sequence[str]) -> tuple[str, str] | None:
+    """The first flag whose value is a file of settings that is not there, with the file.
+
+    The parser would take the name for a class, and import a module of that name.
+
+    Example:
+        >>> lost_file(["fit", "--data.task", "nowhere.yaml"])
+        ('--data.task', 'nowhere.yaml')
+    """
+    for name, value in options(args):
+        settings = value is not None and value.endswith((".yaml", ".yml", ".json"))
+        if settings and name not in ("-c", "--config") and not Path(str(value)).is_file():
+            return flag_name(name), str(value)
+    return None
+
+
 def config_files(args: Sequence[str]) -> list[Path]:
     """The configuration files among the arguments, in their order."""
     paths = [Path(v) for name, v in options(args) if name in ("-c", "--config") and v]

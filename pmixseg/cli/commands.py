@@ -297,8 +297,12 @@ def read_task(path: Path | None) -> Task:
         return BRATS
     import yaml
 
+    from pmixseg.cli.settings_files import check_settings
+
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_settings(text)
+        raw = yaml.safe_load(text)
         return Task.from_dict(raw.get("task", raw))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
         raise InputError(

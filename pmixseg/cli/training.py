@@ -32,11 +32,15 @@ from pmixseg.callbacks.run import RunCheckpoint, RunLogger
 from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.cli.arguments import (
     config_files,
+    flag_name,
+    lost_file,
     option,
+    repeated,
     with_checkpoint_path,
     with_guessed_split,
     with_split_class,
 )
+from pmixseg.cli.commands import read_task
 from pmixseg.cli.mistakes import UsageError, training_sentence, where
 from pmixseg.cli.settings_files import broken_file, check_settings, lacking_value
 from pmixseg.data.cohorts.shares import Share
@@ -130,6 +134,11 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], modules: Sequence[str] = ()) -> None:
         words = [current_word(word) for word in args]
+        if twice := repeated(words):
+            raise UsageError(f"{twice} is given more than once; keep one of them.")
+        if lost := lost_file(words):
+            raise UsageError(f"{lost[0]}: the file {lost[1]} does not exist; correct its path.")
+        words = with_task(words)
         self.words, self.modules = with_split_class(with_checkpoint_path(words)), list(modules)
         calm()
         super().__init__(
@@ -365,6 +374,27 @@ class TrainingCLI(LightningCLI):
 def say(sentence: str) -> None:
     """Tell the person at the terminal, once however many processes there are."""
     print(f"pmixseg: {sentence}", file=sys.stderr)  # noqa: T201  # the command line's own output
+
+
+def with_task(args: Sequence[str]) -> list[str]:
+    """Put what a task's file holds in place of its name.
+
+    The parser takes a name for a class first, and imports a module that has it.
+
+    Raises:
+        InputError: a file holds no task.
+    """
+    words = list(args)
+    for index, word in enumerate(args):
+        name, equals, value = word.partition("=")
+        if flag_name(name) not in ("--data.task", "--model.task"):
+            continue
+        if not equals:
+            value = args[index + 1] if index + 1 < len(args) else ""
+        if Path(value).is_file():
+            task = json.dumps(read_task(Path(value)).to_dict())
+            words[index if equals else index + 1] = f"{name}={task}" if equals else task
+    return words
 
 
 def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -> list[str]:

@@ -23,12 +23,19 @@ TINY = [
 SMALL_UNET = ["--model.backbone.width=4", "--model.backbone.levels=3"]
 
 
+def last_of_each(flags):
+    """Of flags with one name the last, since a training refuses a flag that comes twice."""
+    return list({f if "+=" in f else f.partition("=")[0]: f for f in flags}.values())
+
+
 def fit(store, run, *files_and_flags):
     """``pmixseg fit`` with experiment files (paths without ``--``), then flags; the exit code."""
     files = ["brats2018/data.yaml", *(f for f in files_and_flags if not f.startswith("--"))]
     flags = [f for f in files_and_flags if f.startswith("--")]
     configs = [f"--config={EXPERIMENTS / name}" for name in files]
-    return main(["fit", *configs, f"--run={run}", f"--data.store={store}", *TINY, *flags])
+    return main(
+        ["fit", *configs, f"--run={run}", f"--data.store={store}", *last_of_each([*TINY, *flags])]
+    )
 
 
 def metrics(run):

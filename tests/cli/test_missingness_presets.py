@@ -15,7 +15,7 @@ from pmixseg.data.missing import FixedList, UniformCombinations
 from pmixseg.data.store.store import Store
 from pmixseg.modules import StudentModule, load
 from pmixseg.task import BRATS
-from tests.cli.presets import EXPERIMENTS, SMALL_UNET, fit
+from tests.cli.presets import EXPERIMENTS, SMALL_UNET, fit, last_of_each
 
 README = (EXPERIMENTS / "missingness" / "README.md").read_text()
 ROWS = [shlex.split(row) for row in re.findall(r"^\| `(.+?)` \| (?:sampler|mask) \|", README, re.M)]
@@ -72,7 +72,7 @@ def masked(name, store, tmp_path):
         )
         return [f"--data.mask_file={tmp_path / 'm.csv'}"]
     sites = ["--data.masks.rates={PHANTOM: {t1ce: 0.7}}"] if "Site" in name else []
-    return [*PROTOCOLS[name], *sites]
+    return last_of_each([*PROTOCOLS[name], *sites])
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -178,7 +178,7 @@ def test_protocols_beside_the_full_table_at_test(phantom_store, tmp_path):
     (tmp_path / "protocols.csv").mkdir()
     (tmp_path / "records.csv").unlink()
     with pytest.warns(UserWarning, match=r"protocols\.csv cannot be written \(Is a directory\)"):
-        assert main([*test, "--trainer.limit_test_batches=1"]) == 0
+        assert main(last_of_each([*test, "--trainer.limit_test_batches=1"])) == 0
     assert (tmp_path / "records.csv").is_file()
     assert not list(tmp_path.glob(".*.csv"))
 

@@ -11,7 +11,7 @@ import pytest
 
 import pmixseg
 from pmixseg.cli import interrupted, main
-from pmixseg.cli.arguments import nearest, split_class, with_split_class
+from pmixseg.cli.arguments import nearest, repeated, split_class, with_split_class
 from pmixseg.cli.mistakes import complaint
 from pmixseg.errors import InputError
 from tests.cli.test_training import TINY
@@ -66,15 +66,37 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--distill.terms.logit.temp=4", "LogitKL takes no 'temp'; did you mean temperature?"),
         ("--model.task=foo", "--model.task: Unable to load config 'foo'"),
         ("extra", "'extra' is no flag; flags begin with --"),
+        ("--data.store=other", "--data.store is given more than once; keep one of them."),
+        ("--model.task=lost.yaml", "--model.task: the file lost.yaml does not exist; correct its"),
+        ("--data.split=lost.yml", "--data.split: the file lost.yml does not exist; correct its"),
         ("--ckpt_path", "--ckpt_path needs one value; give it."),
     ],
 )
 def test_a_wrong_flag(capsys, flag, sentence):
-    code, text = said(capsys, *FIT, flag)
+    start = [word for word in FIT if not flag.startswith("--model=") or "model" not in word]
+    code, text = said(capsys, *start, flag)
     assert code == 2
     assert sentence in text
     assert "usage" not in text
     assert "<class" not in text
+
+
+@pytest.mark.parametrize("form", ["--data.task={}", "--model.task {}"])
+def test_the_file_of_a_task_imports_nothing(tmp_path, capsys, monkeypatch, form):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "odd_task.py").write_text("raise SystemExit('imported by accident')\n")
+    (tmp_path / "odd_task.yaml").write_text("modalities: [t1\n")
+    monkeypatch.chdir(tmp_path)
+    code, text = said(capsys, *FIT, *form.format("odd_task.yaml").split())
+    assert code == 1
+    assert text.startswith("odd_task.yaml is not a task (")
+
+
+def test_a_list_is_appended_to_by_flags_of_one_name():
+    entry = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/dice"]
+    assert repeated(["fit", *entry, "-c", "a", "-c", "b", *entry, "--data.seed", "-1"]) is None
+    assert repeated(["fit", *entry, entry[1]]) == "--trainer.callbacks.monitor"
+    assert repeated(["fit", "--run", "a", "--run=b"]) == "--run"
 
 
 def test_a_wrong_flag_of_a_nested_class(capsys):

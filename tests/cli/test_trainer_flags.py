@@ -8,6 +8,7 @@ import yaml
 from pmixseg.cli import main
 from pmixseg.cli.training import whole_numbers_first
 from pmixseg.modules.checkpoint import read_checkpoint
+from tests.cli.presets import last_of_each
 from tests.cli.test_training import TINY
 
 ADAM = "--model.optimizer=torch.optim.AdamW"
@@ -16,8 +17,8 @@ PLATEAU = "--model.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"
 
 
 def fit(store, run, *flags):
-    command = ["fit", f"--run={run}", f"--data.store={store}", *TINY, "--model=StudentModule"]
-    return main([*command, *flags])
+    command = ["fit", f"--run={run}", f"--data.store={store}", "--model=StudentModule"]
+    return main([*command, *last_of_each([*TINY, *flags])])
 
 
 def trained(store, run, *flags):

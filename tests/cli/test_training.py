@@ -15,6 +15,7 @@ from pmixseg.evaluation.records.records import Records
 from pmixseg.inference.publish import publish
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint
+from tests.cli.presets import last_of_each
 from tests.inference.tiny_models import save, tiny_student
 
 TINY = [
@@ -33,7 +34,9 @@ TINY = [
 
 
 def fit(store, run, *flags):
-    assert main(["fit", f"--run={run}", f"--data.store={store}", *TINY, *flags]) == 0
+    assert (
+        main(["fit", f"--run={run}", f"--data.store={store}", *last_of_each([*TINY, *flags])]) == 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +258,8 @@ def test_resuming_with_other_terms_is_one_sentence(teacher_run, phantom_store, t
     resume = f"--ckpt_path={teacher_run}/checkpoints/last.ckpt"
     code = main(
         [
-            *["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY],
-            *["--model=TeacherModule", resume, "--trainer.max_epochs=2"],
+            *["fit", f"--run={tmp_path}", f"--data.store={phantom_store}"],
+            *last_of_each([*TINY, "--model=TeacherModule", resume, "--trainer.max_epochs=2"]),
         ]
     )
     assert code == 1
