@@ -28,6 +28,7 @@ pytestmark = pytest.mark.long
 
 MEASURES = 14  # ten of the gap, decodability of three regions and their mean
 COMBINATIONS = 10  # of two or three of four modalities
+DRAWN = EvaluationSettings(window=(32, 32, 32), validation="drawn")
 
 
 def train(
@@ -35,7 +36,7 @@ def train(
 ):
     torch.manual_seed(3)
     net = backbone or MultiEncoderUNet(BRATS.modalities, 4, width=4, levels=2, dropout=0.2)
-    module = StudentModule(backbone=net, evaluation=EvaluationSettings(window=(32, 32, 32)))
+    module = StudentModule(backbone=net, evaluation=DRAWN)
     settings = {"patch_size": 16, "batch_size": 2, "val_cases": 2, "seed": 9, **data}
     trainer = Trainer(
         max_epochs=epochs,
@@ -226,8 +227,7 @@ def test_two_processes_log_what_one_does(phantom_store, tmp_path):
         folder = tmp_path / f"of{processes}"
         torch.manual_seed(3)
         net = MultiEncoderUNet(BRATS.modalities, 4, width=4, levels=2)
-        settings = EvaluationSettings(window=(32, 32, 32))
-        module = StudentModule(backbone=net, evaluation=settings)
+        module = StudentModule(backbone=net, evaluation=DRAWN)
         trainer = Trainer(
             max_epochs=1,
             accelerator="cpu",

@@ -18,7 +18,8 @@ def data(store):
 def student(seed):
     torch.manual_seed(seed)
     return StudentModule(
-        backbone=tiny(levels=2), evaluation=EvaluationSettings(window=(32, 32, 32))
+        backbone=tiny(levels=2),
+        evaluation=EvaluationSettings(window=(32, 32, 32), validation="balanced"),
     )
 
 

@@ -5,6 +5,7 @@ SIGKILL: nothing is cleaned up. What it left is then looked at, and the command 
 Ctrl-C a command ends with 130 and one line, and leaves nothing hidden.
 """
 
+import json
 import os
 import signal
 import sys
@@ -122,9 +123,12 @@ def predict(out, phantom_store, checkpoint, **_):
             "--data.num_workers=0", "--trainer.accelerator=cpu"]  # fmt: skip
 
 
-def score(out, **given):
-    words = predict(out, **given)
-    return ["test", *words[1:-3], "--trainer.limit_test_batches=1", *words[-2:]]
+def score(out, phantom_store, **places):
+    words = predict(out, phantom_store, **places)
+    masks = out.parents[1] / "masks.json"  # one combination, scored quickly
+    masks.write_text(json.dumps({case: ["t1"] for case in Store.open(phantom_store).cases}))
+    batches = [f"--data.mask_file={masks}", "--trainer.limit_test_batches=1"]
+    return ["test", *words[1:-3], *batches, *words[-2:]]
 
 
 @pytest.mark.parametrize("command", [phantom, prepare, segment, predict, score])

@@ -300,9 +300,9 @@ def test_a_checkpoint_of_a_run_by_name(phantom_store, tmp_path, capsys):
         test = ["test", f"--ckpt_path={name}", f"--data.store={phantom_store}"]
         assert main([*test, f"--run={run}", "--trainer.limit_test_batches=1"]) == 0
         (run / "records.csv").unlink()
-        capsys.readouterr()
-        assert main(test) == 1
-        assert "say which one with --run" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(test) == 1
+    assert "say which one with --run" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_seen_through_what_libraries_make_of_it():

@@ -22,6 +22,7 @@ FILES = sorted(path.name for path in FOLDER.glob("*-*.yaml"))
 TINY = [
     "--model.backbone.width=4",
     "--model.evaluation.window=[32,32,32]",
+    "--model.evaluation.validation=drawn",
     "--data.patch_size=16",
     "--data.batch_size=2",
     "--data.patches_per_case=1",

@@ -23,6 +23,7 @@ TINY = [
     "--model.backbone.width=4",
     "--model.backbone.levels=2",
     "--model.evaluation.window=[32,32,32]",
+    "--model.evaluation.validation=drawn",
     "--data.patch_size=16",
     "--data.val_cases=1",
     "--trainer.accelerator=cpu",

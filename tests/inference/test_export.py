@@ -90,19 +90,6 @@ def test_a_fixed_combination_is_the_model(module, windows):
     )
 
 
-def test_torch_export(module, windows, tmp_path):
-    made = export(module, tmp_path / "deep" / "m.pt2", "torch", "t1+flair")
-    assert made.difference < 1e-5
-    extra = {FACTS: ""}
-    program = torch.export.load(made.path, extra_files=extra).module()
-    for window in windows:
-        torch.testing.assert_close(program(window), by_hand(module, window), atol=1e-5, rtol=0)
-    facts = json.loads(extra[FACTS])
-    assert facts == json.loads(json.dumps(made.facts))
-    assert facts["channels"] == list(PAIR)
-    assert facts["notice"].startswith("Research use only")
-
-
 def test_onnx(module, windows, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
     pytest.importorskip("onnxscript", reason="needs the extra 'export'")
@@ -113,13 +100,15 @@ def test_onnx(module, windows, tmp_path):
         (answer,) = session.run(None, {"image": window.numpy()})
         np.testing.assert_allclose(answer, by_hand(module, window).numpy(), atol=1e-4)
     held = session.get_modelmeta().custom_metadata_map
-    assert json.loads(held["window"]) == [16, 16, 16]
+    assert json.loads(held["window"]) == made.facts["window"] == [16, 16, 16]
+    assert json.loads(held["channels"]) == made.facts["channels"] == list(PAIR)
 
 
 def test_a_bundle_that_monai_loads(module, windows, tmp_path):
     from monai.bundle import load as monai_load
 
-    export(module, tmp_path / "tumour", "bundle", PAIR)
+    made = export(module, tmp_path / "tumour", "bundle", PAIR)
+    assert made.difference < 1e-5
     network, meta, _ = monai_load(
         "tumour", bundle_dir=tmp_path, load_ts_module=True, device="cpu", source="github"
     )
@@ -209,22 +198,26 @@ def test_an_export_that_answers_otherwise_is_an_error(tmp_path, kind):
         export(tiny_student(window=16, backbone=Moody()), tmp_path / "x", kind)
 
 
-def test_the_command_names_the_fitted_temperature_which_is_not_in_the_graph(
+def test_the_command_writes_the_model_and_names_the_temperature_that_is_not_in_the_graph(
     windows, tmp_path, capsys
 ):
     path = save(
         pocket(evaluation={"window": (16, 16, 16), "temperatures": {2: 2.5}}), tmp_path / "t.ckpt"
     )
-    out = tmp_path / "t.pt2"
-    assert main(["export", str(path), "--combination", "flair+t1", "-o", str(out)]) == 0
+    out = tmp_path / "deep" / "t.pt2"
+    assert main(["export", str(path), "--combination", "t1+flair", "-o", str(out)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "fitted one, 2.5" in said
     assert "research use only" in said
     extra = {FACTS: ""}
     program = torch.export.load(out, extra_files=extra).module()
-    assert json.loads(extra[FACTS])["temperature"] == 2.5
-    plain = by_hand(load(path), windows[0])
-    torch.testing.assert_close(program(windows[0]), plain, atol=1e-5, rtol=0)
+    facts = json.loads(extra[FACTS])
+    assert facts["temperature"] == 2.5
+    assert facts["channels"] == list(PAIR)
+    assert facts["notice"].startswith("Research use only")
+    model = load(path)
+    for window in windows:
+        torch.testing.assert_close(program(window), by_hand(model, window), atol=1e-5, rtol=0)
     assert main(["export", str(path), "--combination", "x", "-o", str(out)]) == 1
 
 

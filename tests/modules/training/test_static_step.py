@@ -97,8 +97,15 @@ def three_steps(module, name):
     return torch.stack(losses), gradients, dict(module.named_parameters())
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("kind", [TeacherModule, StudentModule])
+QUICK = {(TeacherModule, "unet"), *((StudentModule, name) for name in BACKBONES)}
+"""A teacher's step is that of a student who is shown everything; the others are marked slow."""
+EVERY = [
+    pytest.param(kind, name, marks=pytest.mark.slow if (kind, name) not in QUICK else ())
+    for kind, name in itertools.product((TeacherModule, StudentModule), BACKBONES)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_static_and_lean_steps_give_equal_losses_gradients_and_weights(name, kind):
     near = {"rtol": 1e-6, "atol": 1e-8}
     plan = (name, kind, "anchor", True, False)
