@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pmixseg.old_paths import MovedModules
+from pmixseg.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pmixseg.backbones import Backbone, MultiEncoderUNet
@@ -76,10 +77,6 @@ sys.meta_path.append(MovedModules())
 
 def __getattr__(name: str) -> Any:
     """Import a public name (PEP 562)."""
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("pmixseg")
     if name in ROOMS:
         return importlib.import_module(f"pmixseg.{name}")
     if name not in _HOMES:
@@ -91,4 +88,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Public names and submodules, for completion."""
-    return sorted({*globals(), *__all__, *ROOMS, "__version__"})
+    return sorted({*globals(), *__all__, *ROOMS})

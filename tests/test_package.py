@@ -1,6 +1,7 @@
 """``import pmixseg`` is quick, and every public name can be had from it."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import pmixseg
 import pmixseg.data
+from pmixseg.evaluation.records import sidecar
 
 
 def test_every_public_name_can_be_imported():
@@ -16,7 +18,20 @@ def test_every_public_name_can_be_imported():
         found = getattr(pmixseg, name)
         assert getattr(pmixseg, name) is found
         assert name in dir(pmixseg)
-    assert pmixseg.__version__.count(".") == 2
+    assert pmixseg.__version__ == importlib.metadata.version("pmixseg")
+
+
+def test_a_source_tree_that_is_not_installed_has_its_version(monkeypatch):
+    """Every result names the version: of this tree, not of what is installed."""
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    written = importlib.metadata.version
+    monkeypatch.setattr(
+        sidecar, "version", lambda name: (absent if name == "pmixseg" else written)(name)
+    )
+    assert sidecar._versions()["pmixseg"] == pmixseg.__version__
 
 
 def test_names_for_type_checkers_are_the_same():
@@ -33,7 +48,8 @@ import multiprocessing, sys
 
 def use(name):
     import pmixseg
-    assert [m for m in sys.modules if m.startswith("pmixseg.")] == ["pmixseg.old_paths"]
+    parts = [m for m in sys.modules if m.startswith("pmixseg.")]
+    assert parts == ["pmixseg.old_paths", "pmixseg.version"]
     assert callable(eval(f"pmixseg.{name}"))
     assert name.partition(".")[0] in dir(pmixseg)
 

@@ -8,7 +8,6 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from pmixseg.cli import commands, preprocess, segment, weights
@@ -16,6 +15,7 @@ from pmixseg.cli.arguments import take_out
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
 from pmixseg.errors import InputError, disk_error, memory_error
 from pmixseg.interrupt import raise_on_interrupt, say_stopped
+from pmixseg.version import __version__
 
 TRAINING = {
     "fit": "train a teacher or a student",
@@ -157,7 +157,7 @@ def parse_plain(args: Sequence[str], modules: Sequence[str] = ()) -> argparse.Na
         epilog="`pmixseg COMMAND --help` explains a command. "
         "Every command takes --import MODULE for classes of your own.",
     )
-    parser.add_argument("--version", action="version", version=f"pmixseg {version('pmixseg')}")
+    parser.add_argument("--version", action="version", version=f"pmixseg {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in TRAINING.items():
         subparsers.add_parser(name, help=text, add_help=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pmixseg.dicom.series import Series, discreet
 from pmixseg.errors import InputError
 from pmixseg.files import whole
 from pmixseg.task import Task
+from pmixseg.version import __version__
 
 CODES: Mapping[str, tuple[str, str, str]] = {
     "NCR": ("6574001", "SCT", "Necrosis"),
@@ -58,7 +58,7 @@ def write_segmentation(
     code = highdicom.sr.CodedConcept
     about = highdicom.AlgorithmIdentificationSequence(
         name="pmixseg",
-        version=version("pmixseg"),
+        version=__version__,
         family=code("123110", "DCM", "Artificial Intelligence"),
     )
     segments = [
@@ -87,7 +87,7 @@ def write_segmentation(
                 instance_number=1,
                 manufacturer="pmixseg",
                 manufacturer_model_name="pmixseg",
-                software_versions=version("pmixseg"),
+                software_versions=__version__,
                 device_serial_number="none",
                 content_description=NOTICE,
                 content_label=_content_label(name),

@@ -31,6 +31,7 @@ from pmixseg.inference.bundle import write_bundle
 from pmixseg.inference.tracing import FixedCombination
 from pmixseg.modules import SegmentationModule
 from pmixseg.task import format_combination, parse_combination
+from pmixseg.version import __version__
 
 Format = Literal["torch", "onnx", "bundle"]
 
@@ -127,7 +128,7 @@ def describe_export(
         "normalisation": ready.normalisation,
         "temperature": module.evaluation.temperature(len(combination)),
         "checkpoint": None if source is None else checkpoint_identity(Path(source)),
-        "versions": {name: version(name) for name in ("pmixseg", "torch")},
+        "versions": {"pmixseg": __version__, "torch": version("torch")},
     }
 
 

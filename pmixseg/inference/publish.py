@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pmixseg.evaluation.records.records import Records, find_records
 from pmixseg.files import file_hash, not_among
 from pmixseg.modules.checkpoint import read_checkpoint, write_checkpoint
 from pmixseg.task import Task, format_combination
+from pmixseg.version import __version__
 from pmixseg.weights import local_copy, read_published, write_published
 
 
@@ -90,7 +90,7 @@ def publish(
         "data": facts.data,
         "citation": facts.citation,
         "limits": facts.limits,
-        "pmixseg": version("pmixseg"),
+        "pmixseg": __version__,
         "results": [vars(result) for result in results],
     }
     # The terms of the training are left out, and what could name a patient or a folder: the lists

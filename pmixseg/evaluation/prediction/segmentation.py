@@ -25,6 +25,7 @@ from pmixseg.data.scans.outputs import (
 from pmixseg.evaluation.prediction.cases import CasePrediction, entropy_of
 from pmixseg.files import inside
 from pmixseg.task import Combination, Task, format_combination
+from pmixseg.version import __version__
 
 NOTICE = "Research use only: not a medical device, not for diagnosis or treatment."
 """Said by every output."""
@@ -164,6 +165,6 @@ class Segmentation:
             "checkpoint": None if self.checkpoint is None else dict(self.checkpoint),
             "settings": dict(self.settings),
             "warnings": list(self.warnings),
-            "versions": {name: version(name) for name in ("pmixseg", "torch")},
+            "versions": {"pmixseg": __version__, "torch": version("torch")},
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }

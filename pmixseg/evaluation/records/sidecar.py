@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.files import file_hash
 from pmixseg.task import Task
+from pmixseg.version import __version__
 
 FORMAT = 1
 """Version of the sidecar. 0 is a bare table without one, from any code."""
 
-RECORDED_PACKAGES = ("pmixseg", "torch", "lightning", "monai", "torchio", "numpy", "scipy")
+RECORDED_PACKAGES = ("torch", "lightning", "monai", "torchio", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,5 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in RECORDED_PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            continue
-    return versions
+    versions = {name: version(name) for name in RECORDED_PACKAGES}
+    return {"python": platform.python_version(), "pmixseg": __version__, **versions}

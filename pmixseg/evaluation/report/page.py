@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ from pmixseg.evaluation.report.summary import (
 )
 from pmixseg.files import whole
 from pmixseg.task import Task
+from pmixseg.version import __version__
 
 WORST = 2
 """Worst cases with pictures; the middle and the best one stand beside them."""
@@ -189,7 +189,7 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
         images=images,
         cases=sorted({str(case) for one in records for case in one.table["case"]}),
         written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
-        version=version("pmixseg"),
+        version=__version__,
         files=beside.name,
         style=_source(loader, "report.css"),
         script=_source(loader, "viewer.js"),
