@@ -123,6 +123,8 @@ def segment_folder(
         )
         if not scans.images or share is not None:
             raise
+        cohort = None
+    if cohort is None:  # not in the handler above: what fails here is no fault of the layout
         yield _named_by_modality(module, scans, outputs, settings, progress)
         return
     strays = strays_of(cohort)
