@@ -95,7 +95,7 @@ def test_background_is_exactly_and_positively_zero(make_case):
 
 @pytest.mark.parametrize("spacing", [None, (2.0, 2.0, 2.0), (1.5, 0.9, 2.5)])
 def test_a_combination_is_what_its_files_alone_give(make_case, spacing):
-    """docs/method/traps.md: nothing may come from a modality outside the combination."""
+    """docs/method/evidence.md: nothing may come from a modality outside the combination."""
     case = make_case()
     full = canonicalise(case.images, None, BRATS, CODES, spacing)
     boxes = {full.geometry.box(c) for c in all_combinations(BRATS.modalities)}
