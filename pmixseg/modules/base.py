@@ -72,7 +72,7 @@ class SegmentationModule(ScoredNetwork):
         compile: whether ``torch.compile`` makes one graph of the training step (encode, fill,
             decode, criterion and terms), with CUDA graphs where that is possible, and of
             ``encode`` and ``decode`` in evaluation. ``auto``: the step alone, on a GPU, in
-            trainings of a thousand steps or more. Where compiling fails, a warning says so and
+            trainings of 3,000 steps or more. Where compiling fails, a warning says so and
             nothing is compiled.
 
     Raises:

@@ -19,8 +19,12 @@ Losses = tuple[Tensor, Tensor, tuple[str, ...]]
 """The loss of a step, its parts in one vector, and their names."""
 LossFunction = Callable[[Batch, int | Tensor, Mapping[str, float | Tensor]], Losses]
 
-FEWEST_STEPS = 1000
-"""Steps of a training below which compiling (a minute or more) would cost more than it saves."""
+FEWEST_STEPS = 3000
+"""Steps of a training below which compiling would cost more than it saves.
+
+On an H100 and an H200 it takes 60 to 90 s for MultiEncoderUNet and saves 30 to 37 ms a step, 220 s
+and 70 ms for RFNet (``experiments/benchmarks/README.md``).
+"""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 The graph is made by torch's tracer and run without a code generator (``eager``), which is cheap.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -12,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.modules import StudentModule
+from pmixseg.modules.training.compilation import Plan, plan
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 from tests.callbacks.test_ddp import UNEQUAL
 
@@ -103,3 +106,20 @@ def test_two_compiled_processes_train_what_one_plain_does(tmp_path):
     strategy = DDPStrategy(start_method="spawn")
     two = trained(tmp_path / "two", True, devices=2, strategy=strategy)
     compare(one, two)
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "compiles"),
+    [("cuda", 3000, True), ("cuda", 2999, False), ("cpu", 9000, False)],
+)
+def test_auto_compiles_on_a_gpu_where_it_pays(device, steps, compiles, monkeypatch):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    trainer = SimpleNamespace(
+        estimated_stepping_batches=steps,
+        world_size=1,
+        accumulate_grad_batches=1,
+        precision="bf16-mixed",
+    )
+    chosen = plan("auto", torch.device(device), trainer)
+    assert chosen == (Plan(cuda_graphs=True, whole=True, channels_last=True) if compiles else None)
+    assert plan(False, torch.device(device), trainer) is None
