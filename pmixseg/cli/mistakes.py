@@ -148,6 +148,11 @@ def _value_sentence(message: str, args: Sequence[str]) -> str:
     value = re.search(
         r"(?:Got|Given) value: (?!NestedArg)(.*?)(?:\. Got value: .*)?$", message, re.M
     )
+    if (other := re.search(r"does not correspond to a subclass of (\w+)", message)) and value:
+        base = re.search(rf"<class '([\w.]+\.{other[1]})'>", message)
+        classes = below(find_class(base[1])) if base else iter(())
+        fitting = ", ".join(cls.__name__ for cls in classes if not inspect.isabstract(cls))
+        return f"{where(keys, args)} is {value[1]}, but must be a {other[1]}: {fitting}."
     if kinds and value:
         several = sorted(set(kinds), key=lambda word: (word == "null", kinds.index(word)))
         return f"{where(keys, args)} is {value[1]}, but must be {' or '.join(several)}."

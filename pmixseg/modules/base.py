@@ -365,6 +365,7 @@ class SegmentationModule(ScoredNetwork):
 
     def on_fit_end(self) -> None:
         """Leave torch's layers as they were found, and let go of compiled graphs."""
+        self._resuming.end(self.trainer)
         if self._step is not None:
             self._step.release()
         self._step = None

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from pmixseg.data.scans.normalisation import NORMALISATIONS
 from pmixseg.data.training_cases import (
     SeenCase,
@@ -119,6 +121,11 @@ class Preparation:
 
     def after(self, trained: Preparation) -> Preparation:
         """Return the preparation of a training that goes on from another one."""
+        if self.split and trained.split and self.split != trained.split:
+            rank_zero_info(
+                f"The split is {self.split}, the checkpoint had {trained.split}; no test scores "
+                "the training and validation cases of either."
+            )
         cases = trained.cases if self.cases is None else self.cases.after(trained.cases)
         return replace(self, cases=cases)
 

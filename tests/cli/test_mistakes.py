@@ -41,6 +41,10 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--align.distnace=nmse", "takes no --align.distnace; did you mean --align.distance?"),
         ("--trainer.max_epochs=x", "--trainer.max_epochs is x, but must be int or null."),
         ("--model.fil=zero", "--model.fil: StudentModule takes no 'fil'; did you mean fill?"),
+        (
+            "--model.criterion=torch.nn.CrossEntropyLoss",
+            "--model.criterion is torch.nn.CrossEntropyLoss, but must be a Criterion: DiceCE",
+        ),
         ("--model.fill=mean", "--model.fill is mean, but must be one of zero, anchor or null."),
         (
             "--model.backbone.width=4",

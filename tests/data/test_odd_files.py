@@ -127,3 +127,31 @@ def test_a_library_says_nothing_beside_the_sentence(make_case, monkeypatch, capf
     with pytest.raises(BadHeader, match="vox_offset nan"):
         read_header(bytes(raw))
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("turn", [np.diag([-1, 1, 1]), np.diag([-1, -1, 1]), np.eye(3)[[1, 0, 2]]])
+def test_a_header_that_says_in_two_ways_how_it_lies_is_refused(make_case, turn):
+    """Which of the two is read differs between programs: one would mirror the case."""
+    case = make_case()
+    image = nib.load(case.images["t1"])
+    other = image.affine.copy()
+    other[:3, :3] = turn @ other[:3, :3]
+    image.set_sform(image.affine, 1)
+    image.set_qform(other, 1)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), case.images["t1"])
+    (problem,) = inspect_cohort(case.label.parents[1], BRATS).problems
+    assert "its qform and sform turn the volume in different ways" in problem
+    image.set_qform(other, 0)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), case.images["t1"])
+    assert inspect_cohort(case.label.parents[1], BRATS).problems == []
+
+
+def test_another_place_or_a_small_angle_in_the_qform_is_no_conflict():
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), None)
+    image.set_sform(np.eye(4), 1)
+    other = np.eye(4)
+    other[:3, 3] = 40
+    angle = math.radians(50)
+    other[:2, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    image.set_qform(other, 1)
+    assert np.array_equal(read_header(image.to_bytes()).affine, np.eye(4))

@@ -182,6 +182,25 @@ def test_what_weights_were_trained_with_before_is_not_forgotten(trained, store, 
     assert str(seen[0]) == f"{first.train[0]} (earlier training)"
 
 
+def test_a_training_that_goes_on_with_another_split_says_so_and_forgets_no_case(
+    trained, store, tmp_path, capfd, caplog
+):
+    first = cases_of(trained)
+    flags = ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
+    flags += ["--model.backbone.width=2", "--model.backbone.levels=2", "--data.patch_size=16"]
+    flags += ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", f"--ckpt_path={trained}"]
+    (tmp_path / "train.txt").write_text(f"{first.test[0]}\n")
+    split = ["--data.split=SplitFiles", f"--data.split.train={tmp_path}/train.txt"]
+    run = tmp_path / "on"
+    with caplog.at_level("INFO"):
+        assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *split, *QUIET]) == 0
+    captured = capfd.readouterr()
+    said = captured.out + captured.err + caplog.text
+    assert f"the checkpoint had {read_checkpoint(trained)['pmixseg']['split']}; no test" in said
+    second = cases_of(run / "checkpoints" / "last.ckpt")
+    assert {*first.train, *first.val} <= {*second.train, *second.earlier}
+
+
 def test_a_checkpoint_without_lists_refuses_a_split_that_it_did_not_have(
     trained, store, tmp_path, capsys
 ):

@@ -17,8 +17,10 @@ from pmixseg.plurals import count_of
 
 _MAX_DEPTH = 8
 
-_NUMBERED = re.compile(r"(.*\d.*?)[-_.](?:[A-Za-z]?\d{1,3})")
-"""A name with a number of its own before its last number, which may be that of a visit."""
+_NUMBERED = re.compile(
+    r"(.*\d.*?)[-_.](?:[A-Za-z]{0,3}\d{1,3}[A-Za-z]{0,2}|pre|post|bl|initial|recurrence)", re.I
+)
+"""A name with a number of its own before its last word, which may be that of a visit."""
 
 ONE_SCAN_EACH = frozenset({"brats2020", "brats2021", "brats-goat"})
 """Layouts of cohorts that have one scan of a patient, or do not tell."""

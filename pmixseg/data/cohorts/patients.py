@@ -7,7 +7,8 @@ import re
 from pmixseg.errors import InputError
 
 _VISIT = (
-    r"(?:(?:ses|session|visit|time|timepoint|tp|scan|fu|followup|week|month|day|year|v|t)[-_]?\d+"
+    r"(?:(?:ses|session|run|visit|time|timepoint|tp|scan|fu|followup|week|month|day|year|v|t)[-_]?\d+"
+    r"(?:[-_.]\d\d?|d)?"  # LUMIERE's week-000-1, and UCSF-PDGM's FU003d
     r"|baseline|followup|pre-?op|post-?op|(?:19|20)\d\d-?(?:0\d|1[0-2])-?[0-3]\d)"
 )
 _KNOWN = (

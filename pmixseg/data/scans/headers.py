@@ -26,6 +26,9 @@ _FIRST_VOXEL = {1: 352, 2: 544}
 _MM = {1: 1000.0, 3: 0.001}
 """Code of ``xyzt_units`` -> mm: metre and micron. Millimetre is 2; without a unit it is meant."""
 
+_SAME_DIRECTION = 0.5
+"""Cosine of the angle between an axis in the qform and in the sform below which they differ."""
+
 
 class BadHeader(ValueError):
     """A header that cannot be true; the text is a phrase that says why."""
@@ -93,6 +96,7 @@ def read_header(raw: bytes) -> Header | None:
             unit=unit,
             oriented=is_oriented(header),
         )
+        check_directions(header)
     except (HeaderDataError, ValueError, OverflowError, KeyError, np.linalg.LinAlgError) as error:
         raise BadHeader(str(error).replace("\n", " ")) from error
     if not made.shape or not all(n > 0 for n in made.shape):
@@ -126,6 +130,26 @@ def unit_of(header: Any) -> float:
         return _MM.get(int(header["xyzt_units"]) & 7, 1.0)
     except (KeyError, ValueError, IndexError, TypeError):
         return 1.0  # not NIfTI: Analyze and MGH are in mm
+
+
+def check_directions(header: Any) -> None:
+    """Refuse a header that says in two ways how its volume lies, and not the same.
+
+    Programs differ in which of the two they read, so the volume is mirrored or turned in one of
+    them. Places and small angles may differ, as after a registration that moved the sform alone.
+
+    Raises:
+        BadHeader: the two point an axis more than 60 degrees apart.
+    """
+    if int(header["qform_code"]) <= 0 or int(header["sform_code"]) <= 0:
+        return
+    one, two = header.get_qform()[:3, :3], header.get_sform()[:3, :3]
+    lengths = np.linalg.norm(one, axis=0) * np.linalg.norm(two, axis=0)
+    if np.any((one * two).sum(0) < _SAME_DIRECTION * lengths):
+        raise BadHeader(
+            "its qform and sform turn the volume in different ways, so which side is left is not "
+            "certain; set the code of the wrong one to 0"
+        )
 
 
 def is_oriented(header: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -161,6 +162,7 @@ class Resuming:
         callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
         self._patience = [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
         self._settings: TrainingSettings | None = None
+        self._goes_on = False
 
     def begin(self, trainer: Trainer) -> None:
         """Read what optimizers and schedules were told."""
@@ -174,5 +176,16 @@ class Resuming:
         Raises:
             InputError: the learning-rate schedule ends before the step that was reached.
         """
+        self._goes_on = True
         if self._settings is not None and self.pending is not None:
             self._settings.apply(trainer, self.pending)
+
+    def end(self, trainer: Trainer) -> None:
+        """Say so if the checkpoint had made all steps, so that nothing was trained."""
+        if self.pending is not None and not self._goes_on:
+            rank_zero_warn(
+                f"nothing was trained: the checkpoint has made "
+                f"{count_of(trainer.global_step, 'step')} in "
+                f"{count_of(trainer.current_epoch, 'epoch')}, and this training ends there or "
+                "before; give more --trainer.max_epochs or --trainer.max_steps to go on."
+            )

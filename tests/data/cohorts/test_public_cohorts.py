@@ -245,6 +245,9 @@ def test_visits_of_a_patient_stay_together(touch, layout, plan):
         ("P07-2019-03-12", "P07"),
         ("pat12_baseline", "pat12"),
         ("x7_v1", "x7"),
+        ("UCSF-PDGM-0541_FU007d", "UCSF-PDGM-0541"),
+        ("Patient-001_week-000-1", "Patient-001"),
+        ("s01_ses-02_run-1", "s01"),
         # numbers of patients, not of visits
         ("BRATS_001", "BRATS_001"),
         ("phantom_007", "phantom_007"),
@@ -256,6 +259,13 @@ def test_visits_of_a_patient_stay_together(touch, layout, plan):
 )
 def test_patients_by_the_names_of_cases(name, patient):
     assert patient_of(name) == patient
+
+
+@pytest.mark.parametrize("visits", ["1 2", "post pre", "m06 m12", "MR1 MR2", "BL FU2b"])
+def test_names_that_look_like_visits_are_remarked_upon(touch, visits):
+    names = [f"p{p}_{visit}" for p in range(3) for visit in visits.split()]
+    (remark,) = search(touch(*(f for n in names for f in brats_files(n))), BRATS).remarks
+    assert f"{names[0]}, {names[1]} may be visits of one" in remark
 
 
 def test_names_that_tell_no_patient_are_remarked_upon(touch, capsys):

@@ -239,7 +239,8 @@ def test_patience_is_that_given_now(tmp_path):
 def test_a_schedule_that_is_over_is_one_sentence(tmp_path):
     train(tmp_path, sgd(), OneCycle(), epochs=2)
     last = tmp_path / "checkpoints" / "last.ckpt"
-    rows, _ = train(tmp_path, sgd(), OneCycle(), epochs=2, resume=last)
+    with pytest.warns(UserWarning, match=r"nothing was trained: .* made \d+ steps in 2 epochs"):
+        rows, _ = train(tmp_path, sgd(), OneCycle(), epochs=2, resume=last)
     assert rows == []
 
 
