@@ -105,6 +105,43 @@ def inside(folder: Path, name: str, what: str) -> Path:
     return folder / name
 
 
+def not_beside(out: Path, sources: Iterable[Path]) -> None:
+    """Refuse a folder of results that holds what they are made from.
+
+    A label map beside scans would be taken for the label that somebody drew.
+
+    Args:
+        out: the folder of the results.
+        sources: files that are read for them.
+
+    Raises:
+        InputError: one lies in it.
+    """
+    for source in sources:
+        if source.parent.resolve() == out.resolve():
+            raise InputError(
+                f"{out} holds {source.name}, which is read here, and results beside it would be "
+                "taken for its label; choose another output folder."
+            )
+
+
+def not_within(out: Path, folder: Path) -> None:
+    """Refuse a folder of results that is, or lies in, the folder which is searched for scans.
+
+    Args:
+        out: the folder of the results.
+        folder: that is searched.
+
+    Raises:
+        InputError: it does.
+    """
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"{out} lies in {folder}, which is searched for scans, so results would be taken for "
+            "scans; choose a folder outside of it."
+        )
+
+
 def not_among(out: Path, sources: Iterable[Path]) -> None:
     """Refuse an output that would take the place of what it is made from.
 

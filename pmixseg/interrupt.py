@@ -16,6 +16,9 @@ from types import FrameType
 STOPPED = 130
 """The exit code of a command that Ctrl-C has stopped."""
 
+TERMINATED = 143
+"""The exit code of a training that SIGTERM has stopped, as of a process that it ends."""
+
 
 def exit_on_interrupt() -> None:
     """Let Ctrl-C end the process at once, while a command only imports and reads."""
@@ -37,14 +40,17 @@ def raise_on_interrupt() -> None:
         signal.signal(signal.SIGINT, _raise)
 
 
-def say_stopped() -> int:
+def say_stopped(code: int = STOPPED) -> int:
     """Print the one line of a stopped command.
+
+    Args:
+        code: the exit code.
 
     Returns:
         The exit code.
     """
     print("pmixseg: stopped.", file=sys.stderr, flush=True)  # noqa: T201  # the command line's own output
-    return STOPPED
+    return code
 
 
 def _exit(signum: int, frame: FrameType | None) -> None:

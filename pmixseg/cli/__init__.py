@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.cli.arguments import take_out
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
 from pmixseg.errors import InputError, disk_error, memory_error
-from pmixseg.interrupt import raise_on_interrupt, say_stopped
+from pmixseg.interrupt import TERMINATED, raise_on_interrupt, say_stopped
 from pmixseg.version import __version__
 
 TRAINING = {
@@ -23,6 +24,9 @@ TRAINING = {
     "test": "score a checkpoint on every combination of sequences",
     "predict": "segment a cohort and write NIfTI",
 }
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Environment variables that tell a process its place among several."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -33,12 +37,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if all went well, 1 if the input, a path or the disk is at fault (one sentence on
-        stderr), 130 after Ctrl-C.
+        stderr), 130 after Ctrl-C, 143 after SIGTERM.
         2 if a flag is wrong.
     """
     words = list(sys.argv[1:] if args is None else args)
     print_anything()
     try:
+        check_ranks(os.environ)
         words, modules = import_modules(words)
         if words and words[0] in TRAINING:
             from pmixseg.cli.training import TrainingCLI  # Lightning takes seconds to import
@@ -51,6 +56,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if interrupted(error):
             return say_stopped()
+        if type(error).__name__ == "SIGTERMException":  # Lightning's, which would exit with 0
+            return say_stopped(TERMINATED)
         cause = None
         if not isinstance(error, SystemExit):
             cause = input_error(error) or memory_error(error) or disk_error(error)
@@ -63,6 +70,28 @@ def main(args: Sequence[str] | None = None) -> int:
         line = re.sub(r"\s*\n\s*", " ", str(cause))  # libraries break theirs
         print(f"pmixseg: {line}", file=sys.stderr)  # noqa: T201  # the command line's own output
         return 2 if isinstance(cause, UsageError) else 1
+
+
+def check_ranks(environment: Mapping[str, str]) -> None:
+    """Refuse a number of a process that is none; Lightning and torch fail on it as they import.
+
+    Raises:
+        InputError: a variable that several processes are counted by holds no number.
+
+    Example:
+        >>> check_ranks({"RANK": "0", "HOME": "/"})
+        >>> check_ranks({"RANK": "first"})
+        Traceback (most recent call last):
+        ...
+        pmixseg.errors.InputError: the environment variable RANK is 'first', but must be a number; correct or unset it.
+    """  # noqa: E501  # the sentence is what is shown
+    for name in RANKS:
+        value = environment.get(name)
+        if value is not None and not value.strip().isdecimal():
+            raise InputError(
+                f"the environment variable {name} is '{value}', but must be a number; correct or "
+                "unset it."
+            )
 
 
 def print_anything() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pmixseg.cli.commands import bar, console, part_flag, read_task, share_of
+from pmixseg.files import not_within
 from pmixseg.plurals import count_of
 
 
@@ -27,6 +28,7 @@ def add_to(subparsers: Any) -> None:
         from pmixseg.data.cohorts.layouts import find_cases
         from pmixseg.preprocess.cohort import preprocess_cohort
 
+        not_within(args.out, args.root)
         share = share_of(args.part)
         cases = find_cases(args.root, read_task(args.task), layout=args.layout)
         if share is not None:

@@ -55,6 +55,7 @@ from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
 from pmixseg.modules.payload import Payload
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.optimization import schedule_from
+from pmixseg.modules.training.trainer_checks import check_processes
 from pmixseg.modules.trust import offline, resolve
 from pmixseg.old_paths import current_word, current_yaml
 
@@ -263,7 +264,9 @@ class TrainingCLI(LightningCLI):
             callbacks.append(self.fitting(out))
         terms = [self._get(self.config_init, k) for k in ("align", "distill")]
         config["callbacks"] = [*terms, *callbacks]
-        return self._instantiate_trainer(config, [])
+        trainer = self._instantiate_trainer(config, [])
+        check_processes(trainer)
+        return trainer
 
     def fitting(self, out: str) -> Callback:
         """The callback of ``--calibrate``.

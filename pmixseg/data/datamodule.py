@@ -40,6 +40,9 @@ from pmixseg.types import Batch
 
 Part = Literal["train", "val", "test"]
 
+MOSTLY_PADDING = 4
+"""Times as large as every case: a patch of that size is told, since it takes memory for nothing."""
+
 
 class BraTSDataModule(LightningDataModule):
     """Load a prepared cohort: split it, read patches, augment them on the device.
@@ -233,6 +236,7 @@ class BraTSDataModule(LightningDataModule):
         if stage == "fit" and parts.train:
             voxels = [cases[name].geometry.grid_spacing for name in parts.train]
             self._voxel = spacing_of(np.median(voxels, axis=0).tolist())
+            self._warn_of_padding([cases[name].geometry.box().shape for name in parts.train])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of patches, in an order that (seed, epoch) fix.
@@ -336,6 +340,19 @@ class BraTSDataModule(LightningDataModule):
                 "patients that a training has seen are too good; put all cases of a patient "
                 "into one part."
             )
+
+    def _warn_of_padding(self, shapes: Sequence[Sequence[int]]) -> None:
+        largest = np.max(shapes, axis=0)
+        times = np.prod(self.patch_size) / np.prod(largest)
+        if times < MOSTLY_PADDING:
+            return
+        values = self.batch_size * self.task.num_modalities * np.prod(self.patch_size)
+        rank_zero_warn(
+            f"a patch of {' × '.join(map(str, self.patch_size))} voxels is {times:,.0f} times as "
+            f"large as any training case ({' × '.join(map(str, largest))}): most of it is padding, "
+            f"and a batch of {self.batch_size} takes {4e-9 * values:.2g} GB; use a smaller "
+            "patch_size."
+        )
 
     def _apply_masks(self, cases: Mapping[str, StoredCase]) -> None:
         if self.masks is not None:

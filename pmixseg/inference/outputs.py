@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pmixseg.data.scans.nifti import Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.segmentation import Segmentation
-from pmixseg.files import inside
+from pmixseg.files import inside, not_beside
 from pmixseg.inference.overview import overview, scans_on_grid, write_overview
 from pmixseg.task import Task
 
@@ -82,21 +82,13 @@ class Outputs:
         return write_overview(inside(self.folder, f"{name}_seg.png", "case"), figure)
 
     def check(self, name: str, files: Sequence[Path]) -> None:
-        """Refuse a folder where a result would take the place of a file of the case.
+        """Refuse a case's own folder, where its result would be taken for its label.
 
         Raises:
-            InputError: it would, as when a case's own folder is given and holds a label; or the
-                name leads out of the folder.
+            InputError: a file of the case lies there, or the name leads out of the folder.
         """
         inside(self.folder, name, "case")
-        ending = ".nii.gz" if self.compress else ".nii"
-        taken = {f.resolve() for f in files}
-        for what in ("" if self.plain else "_seg", "_probabilities", "_entropy"):
-            path = self.folder / f"{name}{what}{ending}"
-            if path.resolve() in taken:
-                raise InputError(
-                    f"case '{name}': the result would replace {path}; choose another output folder."
-                )
+        not_beside(self.folder, files)
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,44 @@ def test_what_lightning_complains_of(phantom_store, tmp_path, capsys, flags, sen
     assert sentence in last
 
 
+def test_no_more_processes_are_started_than_cores_can_carry(phantom_store, tmp_path, capsys):
+    command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
+    assert main([*command, "--trainer.devices=999"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("pmixseg: --trainer.devices 999 would start as many processes on ")
+
+
+def test_a_training_that_sigterm_stops_does_not_end_as_if_it_were_done(
+    phantom_store, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ends_itself.py").write_text(
+        "import os, signal\nfrom lightning.pytorch import Callback\n\n"
+        "class End(Callback):\n    def on_train_batch_start(self, *args):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
+    assert main([*command, "--trainer.callbacks=ends_itself.End"]) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "pmixseg: stopped."
+
+
+def test_a_rank_that_is_no_number(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    code, text = said(capsys, *FIT)
+    assert (code, text) == (
+        1,
+        "the environment variable LOCAL_RANK is 'first', but must be a number; correct or unset "
+        "it.",
+    )
+
+
+def test_preprocessing_writes_nothing_among_the_scans_it_reads(tmp_path, capsys):
+    for out in (tmp_path, tmp_path / "out"):
+        code, text = said(capsys, "preprocess", str(tmp_path), str(out))
+        assert code == 1
+        assert "is searched for scans, so results would be taken for scans" in text
+
+
 def test_a_wrong_distance_is_found_where_its_weight_is_0(capsys):
     code, text = said(capsys, *FIT, "--align.distance=nmsee")
     assert code == 1

@@ -55,7 +55,9 @@ def commands(page, folder):
 
 def small(words):
     if words[0] == "fit":
-        return [*words, *TRAINING, *(() if "official-2025-04" in " ".join(words) else NETWORK)]
+        flags = [*TRAINING, *(() if "official-2025-04" in " ".join(words) else NETWORK)]
+        own = {word.partition("=")[0] for word in words}  # a flag may stand only once
+        return [*words, *(flag for flag in flags if flag.partition("=")[0] not in own)]
     return small_phantom(words) if words[0] == "phantom" else words
 
 

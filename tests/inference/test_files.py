@@ -142,8 +142,19 @@ def test_no_result_takes_the_place_of_a_label(model, cases, small_root):
     folder = small_root / "HGG" / cases[0].case_id
     label = (folder / f"{cases[0].case_id}_seg.nii.gz").read_bytes()
     (result,) = segment_folder(model, folder, Outputs(folder))
-    assert "would replace" in result.problem
+    assert "would be taken for its label; choose another output folder" in result.problem
     assert (folder / f"{cases[0].case_id}_seg.nii.gz").read_bytes() == label
+
+
+def test_no_result_becomes_the_label_of_a_case_without_one(model, cases, tmp_path):
+    folder = tmp_path / cases[0].case_id
+    folder.mkdir()
+    for source in cases[0].images.values():
+        (folder / source.name).write_bytes(source.read_bytes())
+    before = sorted(folder.iterdir())
+    (result,) = segment_folder(model, folder, Outputs(folder))
+    assert "would be taken for its label" in result.problem
+    assert sorted(folder.iterdir()) == before
 
 
 def test_a_student_of_one_scan_leaves_the_others_out(cases, small_root, tmp_path):

@@ -117,7 +117,7 @@ def test_other_volumes_beside_plain_names_are_refused(checkpoint, raw, tmp_path,
     arguments = ["segment", str(checkpoint), str(raw), "-o", str(tmp_path), "--nnunet", "--entropy"]
     assert main(arguments) == 1
     assert "every volume of a folder for a label map" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(InputError, match="would replace"):
+    with pytest.raises(InputError, match="would be taken for its label"):
         name = next((raw / "labelsTr").iterdir())
         Outputs(name.parent, plain=True).check(name.name.removesuffix(".nii.gz"), [name])
 

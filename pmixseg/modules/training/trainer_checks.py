@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 from pmixseg.data.patches import CaseDataset, PatchDataset
 from pmixseg.errors import InputError
 from pmixseg.modules.training.optimization import mode_of, validates
+from pmixseg.plurals import count_of
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 """Those that keep weights, sums and scores in float32."""
@@ -24,6 +27,30 @@ LEAST = {
     "num_nodes": 1,
 }
 """Numbers of a Trainer that Lightning does not check itself, and the least of each."""
+
+
+PROCESSES_A_CORE = 4
+"""More processes than this on each core only take memory from each other."""
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Refuse to start far more processes than there are cores.
+
+    Raises:
+        InputError: the trainer would.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if not isinstance(trainer.accelerator, CPUAccelerator) or (
+        environment is not None and environment.creates_processes_externally
+    ):
+        return
+    cores = os.cpu_count() or 1
+    if trainer.num_devices > PROCESSES_A_CORE * cores:
+        raise InputError(
+            f"--trainer.devices {trainer.num_devices} would start as many processes on "
+            f"{count_of(cores, 'core')}, each with a model of its own; give "
+            f"{PROCESSES_A_CORE * cores} or fewer."
+        )
 
 
 def check_machine(trainer: Trainer) -> None:
