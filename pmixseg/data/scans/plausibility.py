@@ -101,18 +101,27 @@ def misfit_label(case: CanonicalCase) -> list[str]:
     Args:
         case: with or without a label.
     """
-    tumour = None if case.label is None else case.label > 0
-    total = case.label_beyond + (0 if tumour is None else np.count_nonzero(tumour))
-    if tumour is None or total == 0:
+    if case.label is None:
         return []
-    inside = np.count_nonzero((case.image[:, tumour] != 0).any(axis=0))
+    tumour = np.flatnonzero(case.label > 0)
+    total = case.label_beyond + len(tumour)
+    if total == 0:
+        return []
+    scans = case.image.reshape(len(case.image), -1)
+    inside = np.count_nonzero((scans[:, tumour] != 0).any(axis=0))
     if total - inside >= max(MIN_OUTSIDE, MAX_OUTSIDE * total):
         share = 1 - inside / total
         return [f"{share:.0%} of its label lies where no scan has signal, as that of other scans"]
-    brain = max(np.count_nonzero(scan) for scan in case.image)
-    if total > LARGEST_SHARE * brain:
+    if all(total > LARGEST_SHARE * _extent(scan) for scan in scans):
+        brain = max(_extent(scan) for scan in scans)
         return [f"its label covers {total / brain:.0%} of the brain, more than a tumour takes"]
     return []
+
+
+def _extent(scan: npt.NDArray[np.generic]) -> int:
+    """Voxels that are not 0; numpy counts whole numbers ten times faster than halves of floats."""
+    # Without the sign, since -0 is 0.
+    return int(np.count_nonzero(scan.view(f"u{scan.itemsize}") << 1))
 
 
 @dataclass(frozen=True)
