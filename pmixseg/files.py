@@ -99,8 +99,8 @@ def inside(folder: Path, name: str, what: str) -> Path:
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise InputError(
-            f"{what} {name!r} cannot name a file or folder; give a name without '/' and '\\' that "
-            "is not '.' or '..'."
+            f"{what} {name!r} cannot name a file or folder; give a name without '/', '\\', tab "
+            "or line break that is not '.' or '..'."
         )
     return folder / name
 

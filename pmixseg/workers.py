@@ -24,6 +24,12 @@ from typing import Any, TypeVar
 
 from pmixseg.errors import InputError
 
+NOT_BEGUN = (
+    "in a script, call this under `if __name__ == '__main__':`, since every worker reads the "
+    "script anew; else there is too little memory, so use fewer workers."
+)
+"""Why workers end before they have done anything."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -55,10 +61,7 @@ def results(
     if workers <= 0:
         yield from ((item, work(item)) for item in items)
         return
-    # A worker of a script without a main guard reads the script anew, and comes here again. Python
-    # would print a traceback per worker; the first process says in a sentence what is wrong.
-    if getattr(current_process(), "_inheriting", False):
-        os._exit(1)
+    end_if_read_anew()
     others, done = {child.pid for child in active_children()}, 0
     pool = ProcessPoolExecutor(workers, _context(preload), initializer=start_worker)
     try:
@@ -79,13 +82,19 @@ def results(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def end_if_read_anew() -> None:
+    """End a worker that comes to where workers are started.
+
+    A worker of a script without a main guard reads the script anew, and comes here again. Python
+    would print a traceback per worker; the first process says in a sentence what is wrong.
+    """
+    if getattr(current_process(), "_inheriting", False):
+        os._exit(1)
+
+
 def _why_killed(done: int) -> str:
     if not done:
-        return (
-            "the worker processes ended before the first case: in a script, call this under "
-            "`if __name__ == '__main__':`, since every worker reads the script anew; else there is "
-            "too little memory, so use fewer workers."
-        )
+        return f"the worker processes ended before the first case: {NOT_BEGUN}"
     return (
         "a worker process was killed, most likely for lack of memory; start again with fewer "
         "workers; what is done is kept."

@@ -10,6 +10,8 @@ from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from pmixseg.data.keys import generator, make_key
+from pmixseg.errors import InputError
+from pmixseg.workers import NOT_BEGUN, end_if_read_anew
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -105,7 +107,19 @@ class EpochLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is what waits
-        yield from super().__iter__()
+        if self.num_workers:
+            end_if_read_anew()
+        begun = False
+        try:
+            for batch in super().__iter__():
+                begun = True
+                yield batch
+        except RuntimeError as error:
+            if begun or "exited unexpectedly" not in str(error):
+                raise
+            raise InputError(
+                f"the workers that read patches ended before the first batch: {NOT_BEGUN}"
+            ) from error
 
 
 class CaseSampler(DistributedSampler[int]):

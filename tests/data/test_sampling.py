@@ -1,6 +1,7 @@
 """The order in which an epoch goes through cases, and the keys of its patches."""
 
 from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmixseg.data.keys import generator, make_key, uniform
-from pmixseg.data.sampling import CaseSampler, EpochSampler
+from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler
+from pmixseg.errors import InputError
 
 sizes = st.integers(1, 12)
 
@@ -152,3 +154,29 @@ def test_generator_is_a_function_of_key_and_stream():
     assert torch.equal(draw(5, "noise"), draw(5, "noise"))
     assert not torch.equal(draw(5, "noise"), draw(6, "noise"))
     assert not torch.equal(draw(5, "noise"), draw(5, "gamma"))
+
+
+def test_workers_that_end_before_the_first_batch_are_one_sentence(monkeypatch):
+    """As those of a script without a main guard, where workers are spawned."""
+
+    def broken(self, batches=()):
+        yield from batches
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
+    with pytest.raises(InputError, match=r"before the first batch: .*if __name__ == '__main__'"):
+        next(iter(EpochLoader([0])))
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: broken(self, [1]))
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(EpochLoader([0]))
+
+
+def test_a_script_that_a_worker_reads_anew_ends_where_it_would_start_workers(monkeypatch):
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr("pmixseg.workers.os._exit", end)
+    monkeypatch.setattr("pmixseg.workers.current_process", lambda: Mock(_inheriting=True))
+    with pytest.raises(SystemExit):
+        next(iter(EpochLoader([0], num_workers=1)))
+    assert next(iter(EpochLoader([0]))) == 0

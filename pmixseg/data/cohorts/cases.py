@@ -162,7 +162,7 @@ class Layout:
                 body = self.fields.get(name, "|".join(_GRADES) if name == "grade" else "[^/]+")
                 parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{body})")
                 seen.add(name)
-        start = "" if self.anchored else r"(?:.*/)?"
+        start = "" if self.anchored else r"(?s:.*/)?"
         try:
             return re.compile(f"{start}{''.join(parts)}{ending}")
         except (re.error, RecursionError, OverflowError) as error:

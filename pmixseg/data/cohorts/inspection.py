@@ -133,6 +133,11 @@ class Inspection:
         if len(shapes) > 1:
             lines.append(f"{len(shapes)} different shapes, spacings or orientations.")
         lines += [f"{line}." for line in ignored_lines({c.case_id: c.ignored for c in self.cases})]
+        if absent := self._absent():
+            lines.append(
+                f"no label map holds {', '.join(absent)}; see that the numbers in them are those "
+                f"of layout '{self.layout}'."
+            )
         lines += self.cohort
         lines += self._use()
         lines += grouped((c.case_id, note) for c in self.cases for note in c.notes)
@@ -141,6 +146,13 @@ class Inspection:
         return "\n".join(
             [*lines, *grouped((c.case_id, text) for c in self.cases for text in c.problems)]
         )
+
+    def _absent(self) -> list[str]:
+        """Labels that no case has, where there are others: as of a map of one class."""
+        counts = Counter[str]()
+        for case in self.cases:
+            counts.update(case.voxels or {})
+        return [name for name in self.task.labels if counts.total() and not counts[name]]
 
     def _use(self) -> Iterator[str]:
         """What becomes of the cases that are not as the others."""

@@ -63,6 +63,18 @@ def test_every_problem_of_a_case_is_listed_and_stray_files_are_named(make_case, 
     assert "1 scan file belongs to no case: lost.nii.gz." in text
 
 
+def test_labels_that_no_case_has_are_named(make_case):
+    """As where a whole-tumour mask was saved as the label map."""
+    case = make_case()
+    root = case.label.parents[1]
+    assert "no label map holds" not in inspect_cohort(root, BRATS).summary()
+    image = nib.load(case.label)
+    whole = (np.asarray(image.dataobj) > 0).astype(np.uint8)
+    nib.save(nib.Nifti1Image(whole, image.affine), case.label)
+    summary = inspect_cohort(root, BRATS).summary()
+    assert "no label map holds ED, ET; see that" in summary and "layout 'brats2021'" in summary
+
+
 def test_a_case_that_the_layout_cannot_use(make_case):
     case = make_case()
     path = case.images["t1"]

@@ -45,6 +45,11 @@ def test_folders_around_and_inside_the_root_do_not_matter(touch, inner):
         assert (entry.case_id, entry.grade, len(entry.images)) == (case, "HGG", 4)
 
 
+def test_the_path_around_a_cohort_may_hold_any_letter(touch):
+    root = touch(*brats_files("BraTS2021_00000", folder="a\nb #=,\t/"))
+    assert len(find_cases(next(root.iterdir()), BRATS)) == 1
+
+
 def test_2018_validation_is_flat(touch):
     (case,) = find_cases(touch(*brats_files("Brats18_CBICA_AAM_1")), BRATS)
     assert case.layout == "brats2018" and case.grade is None
