@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pmixseg.data.scans.nifti import Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.segmentation import Segmentation
-from pmixseg.files import inside, not_beside
+from pmixseg.files import inside, not_among, not_beside
 from pmixseg.inference.overview import overview, scans_on_grid, write_overview
 from pmixseg.task import Task
 
@@ -81,14 +81,23 @@ class Outputs:
         figure = overview(scans, classes, affine, task, name=name, volumes=volumes)
         return write_overview(inside(self.folder, f"{name}_seg.png", "case"), figure)
 
-    def check(self, name: str, files: Sequence[Path]) -> None:
-        """Refuse a case's own folder, where its result would be taken for its label.
+    def check(self, name: str, files: Sequence[Path], *, of_cohort: bool = True) -> None:
+        """Refuse results that would take the place of a scan, or be taken for a case's label.
+
+        Args:
+            name: of the case.
+            files: its scans, and its label.
+            of_cohort: they lie as a layout has them, which may have a label beside them.
 
         Raises:
-            InputError: a file of the case lies there, or the name leads out of the folder.
+            InputError: they would, or the name leads out of the folder.
         """
         inside(self.folder, name, "case")
-        not_beside(self.folder, files)
+        if of_cohort:
+            not_beside(self.folder, files)
+        ending = ".nii.gz" if self.compress else ".nii"
+        for what in ("" if self.plain else "_seg", "_probabilities", "_entropy"):
+            not_among(self.folder / f"{name}{what}{ending}", files)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def segment_raw(
     """
     raw = raw or RawSettings()
     called = name or common_name(images)
-    outputs.check(called, list(images.values()))
+    outputs.check(called, list(images.values()), of_cohort=False)
     onto = raw.onto or None
     if onto is not None and onto not in images:
         raise InputError(f"case '{called}': --reference {onto} is not among {sorted(images)}.")

@@ -63,8 +63,9 @@ def segment_files(
     """
     called = name or common_name(images)
     files = [p for s in images.values() if (p := _path_of(s)) is not None]
-    outputs.check(called, files)
-    codes = codes or _codes_beside(module.task, files)
+    beside = _codes_beside(module.task, files)
+    outputs.check(called, files, of_cohort=beside is not None)
+    codes = codes or beside
     segmentation = module.segment(images, settings, codes=codes, name=called, progress=progress)
     warnings = [*notes, *_contradicted(module, images, called)]
     if called == UNNAMED and len(files) > 1:

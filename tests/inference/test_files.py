@@ -146,6 +146,15 @@ def test_no_result_takes_the_place_of_a_label(model, cases, small_root):
     assert (folder / f"{cases[0].case_id}_seg.nii.gz").read_bytes() == label
 
 
+def test_a_result_may_lie_beside_scans_of_no_cohort(model, cases, tmp_path):
+    scan = shutil.copy(cases[0].images["flair"], tmp_path / "x7_flair.nii.gz")
+    result = segment_files(model, {"flair": scan}, Outputs(tmp_path))
+    assert tmp_path / "x7_seg.nii.gz" in result.files.values()
+    taken = shutil.copy(scan, tmp_path / "x8_seg.nii.gz")
+    with pytest.raises(InputError, match="is read here and would be replaced"):
+        segment_files(model, {"flair": taken}, Outputs(tmp_path), name="x8")
+
+
 def test_no_result_becomes_the_label_of_a_case_without_one(model, cases, tmp_path):
     folder = tmp_path / cases[0].case_id
     folder.mkdir()
