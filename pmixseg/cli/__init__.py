@@ -44,6 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
     print_anything()
     try:
         check_ranks(os.environ)
+        check_folder()
         words, modules = import_modules(words)
         if words and words[0] in TRAINING:
             from pmixseg.cli.training import TrainingCLI  # Lightning takes seconds to import
@@ -94,10 +95,27 @@ def check_ranks(environment: Mapping[str, str]) -> None:
             )
 
 
+def check_folder() -> None:
+    """Refuse a working folder that somebody removed; torch ends the process as it is imported.
+
+    Raises:
+        InputError: it is gone.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError(
+            f"the working folder is gone ({error.strerror}); change to another one."
+        ) from error
+
+
 def print_anything() -> None:
     """Let output that is not UTF-8 (a pipe of Windows, ``LC_ALL=C``) show ``?`` where it must."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        ascii_only = stream.errors == "surrogateescape" and stream.encoding.lower() != "utf-8"
+        if stream.errors == "strict" or ascii_only:  # the second is Python's choice in the C locale
             stream.reconfigure(errors="replace")
 
 

@@ -10,9 +10,33 @@ from pathlib import Path
 
 import pytest
 
-from pmixseg.cli import import_modules, main
+from pmixseg.cli import import_modules, main, print_anything
 from pmixseg.cli.arguments import option
 from pmixseg.cli.training import differences, with_checkpoint_defaults, with_evaluation
+
+
+def test_a_stream_of_the_c_locale_shows_what_it_can(monkeypatch):
+    for encoding, errors, shown in (
+        ("ascii", "surrogateescape", b"5?5"),
+        ("ascii", "strict", b"5?5"),
+        ("utf-8", "surrogateescape", "5×5".encode()),
+    ):
+        raw = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding, errors))
+        print_anything()
+        print("5×5", end="", flush=True)  # noqa: T201  # what is tested
+        assert raw.getvalue() == shown
+
+
+def test_a_working_folder_that_was_removed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["inspect", "base"]) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        "pmixseg: the working folder is gone (No such file or directory); change to another one.\n"
+    )
 
 
 def test_help_names_every_command(capsys):
