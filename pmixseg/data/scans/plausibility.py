@@ -37,6 +37,8 @@ COARSE_MM = 4.0
 SHIFTS_MM = (-16.0, -8.0, 8.0, 16.0)
 TURNS_DEGREES = (-20.0, -10.0, 10.0, 20.0)
 BINS = 16
+TOGETHER = 9
+"""Moves that are tried in one call: numpy's calls cost more than so few voxels."""
 
 PROMISING = 0.8
 """Ratio on every second voxel per axis above which a move is tried on all voxels.
@@ -273,15 +275,19 @@ def _gains(
     padded = np.pad(scan, 1)  # whatever is moved out of the volume meets a 0
     last = np.array(padded.shape)[:, None] - 1
     enough = MIN_SHARED_ML * 1000 / float(np.prod(size)) / every**3
-    for move in tried:
+    together = list(tried)
+    for first in range(0, len(together), TOGETHER):
+        some = together[first : first + TOGETHER]
+        matrices, shifts = np.stack([m.matrix for m in some]), np.stack([m.shift for m in some])
         # Nearest neighbours: interpolation would smooth, and smooth scans share more.
-        source = move.matrix @ offsets + move.shift[:, None]
-        index = np.rint(source / steps + centre).astype(np.intp) + 1
-        moved = padded[tuple(np.clip(index, 0, last))]
-        there = np.flatnonzero(moved)
-        pair = np.stack([here[there], moved[there]])
-        before, after = _information(partners[:, there], pair, enough).tolist()
-        yield after / max(before, 1e-3), move
+        source = matrices @ offsets + shifts[..., None]
+        index = np.clip(np.rint(source / steps + centre).astype(np.intp) + 1, 0, last)
+        moved = padded[index[:, 0], index[:, 1], index[:, 2]]
+        # Before and after each move, both times over the voxels that both have afterwards.
+        pairs = np.stack([np.where(moved > 0, here, 0), moved], axis=1)
+        shared = _information(partners, pairs.reshape(-1, len(here)), enough)
+        for move, (before, after) in zip(some, shared.reshape(-1, 2).tolist(), strict=True):
+            yield after / max(before, 1e-3), move
 
 
 def _coarse(
@@ -331,15 +337,15 @@ def _information(scans: Codes, others: Codes, enough: float) -> npt.NDArray[np.f
     Entropies are corrected for the number of voxels (Miller and Madow 1955).
 
     Args:
-        scans: ``[scans, voxels]``; voxels with code 0 do not count.
-        others: ``[others, voxels]``, nowhere 0.
+        scans: ``[scans, voxels]``.
+        others: ``[others, voxels]``; voxels where either is 0 do not count.
         enough: scans that have fewer voxels than this do not count.
     """
     pairs, rows = (len(others), len(scans)), BINS + 1
-    table = np.arange(math.prod(pairs)).reshape(*pairs, 1)
-    cells = (table * rows + scans) * BINS + others[:, None] - 1
-    counts = np.bincount(cells.ravel(), minlength=table.size * rows * BINS)
-    both = counts.reshape(*pairs, rows, BINS)[:, :, 1:]
+    table = np.arange(math.prod(pairs), dtype=np.int32).reshape(*pairs, 1)
+    cells = (table * rows + scans) * rows + others[:, None]
+    counts = np.bincount(cells.ravel(), minlength=table.size * rows * rows)
+    both = counts.reshape(*pairs, rows, rows)[:, :, 1:, 1:]
     shared = both.sum(axis=(2, 3))
     total = np.maximum(shared, 1)[..., None]
     # One array for all three entropies: numpy's calls cost more than so few numbers.
