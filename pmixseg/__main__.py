@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from pathlib import Path
 
 from pmixseg.interrupt import STOPPED, exit_on_interrupt, finish_in_peace, say_stopped
 
@@ -11,6 +13,24 @@ def _without_loaders(ignored: sys.UnraisableHookArgs) -> None:
     # A loader whose workers could not start is told in a sentence; its end adds a traceback.
     if "DataLoaderIter" not in repr(ignored.object):
         sys.__unraisablehook__(ignored)
+
+
+def warn_in_one_line() -> None:
+    """Print this package's warnings as the sentences they are, without the line that gave them."""
+    others = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            return f"pmixseg: {message}\n"
+        return others(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
 
 
 def main() -> int:
@@ -23,6 +43,7 @@ def main() -> int:
         from pmixseg.cli.allocator import keep_freed_memory
 
         keep_freed_memory()
+        warn_in_one_line()  # after the imports: Lightning sets a format of its own
         code = cli.main()
     except KeyboardInterrupt:
         code = say_stopped()

@@ -6,10 +6,14 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
+import pmixseg
+from pmixseg.__main__ import warn_in_one_line
 from pmixseg.cli import import_modules, main, print_anything
 from pmixseg.cli.arguments import option
 from pmixseg.cli.training import differences, with_checkpoint_defaults, with_evaluation
@@ -167,6 +171,15 @@ def test_a_process_writes_what_its_pipe_can_hold(phantom_root):
     done = subprocess.run(command, env=plain, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Brats18_PHANTOM_000_1" in done.stdout.decode("ascii")
+
+
+def test_a_warning_of_the_package_is_its_sentence_alone(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    own, foreign = pmixseg.cli.__file__, torch.__file__
+    before = warnings.formatwarning("odd", UserWarning, foreign, 3)
+    warn_in_one_line()
+    assert warnings.formatwarning(UserWarning("odd"), UserWarning, own, 3) == "pmixseg: odd\n"
+    assert warnings.formatwarning("odd", UserWarning, foreign, 3) == before != "pmixseg: odd\n"
 
 
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
