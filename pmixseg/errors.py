@@ -79,8 +79,13 @@ def writing(path: str | PathLike[str]) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror or cause if isinstance(cause, OSError) else "the file is not whole"
         raise InputError(
-            f"{path} cannot be written ({reason}); free space, or choose another folder."
+            f"{path} cannot be written ({reason}); {_advice(cause)}, or choose another folder."
         ) from error
+
+
+def _advice(error: object) -> str:
+    place = isinstance(error, OSError) and error.errno in {*_PLACE, errno.EROFS}
+    return "correct the path" if place else "free space"
 
 
 def disk_error(error: BaseException) -> InputError | None:
@@ -99,10 +104,9 @@ def disk_error(error: BaseException) -> InputError | None:
     if not isinstance(error, OSError):
         return None
     if error.filename is not None and error.errno in _FULL | _PLACE:
-        advice = "free space" if error.errno in _FULL else "correct the path"
         return InputError(
-            f"{error.filename} cannot be read or written ({error.strerror}); {advice}, or choose "
-            "another folder."
+            f"{error.filename} cannot be read or written ({error.strerror}); {_advice(error)}, or "
+            "choose another folder."
         )
     if error.errno in _FULL:
         return InputError(f"the disk refused a file ({error.strerror}); free space on it.")

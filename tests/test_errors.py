@@ -60,6 +60,11 @@ def raising(error):
             "folder.",
         ),
         (
+            OSError(30, "Read-only file system", "c"),
+            "c cannot be read or written (Read-only file system); correct the path, or choose "
+            "another folder.",
+        ),
+        (
             OSError(28, "No space left on device", "d"),
             "d cannot be read or written (No space left on device); free space, or choose another "
             "folder.",

@@ -118,8 +118,8 @@ def test_a_run_folder_that_cannot_be_made_is_one_sentence(phantom_store, tmp_pat
     said = capsys.readouterr().err.splitlines()[-1]
     reason = "Not a directory" if "/" in run else "File exists"
     assert said == (
-        f"pmixseg: {tmp_path / run}/config.yaml cannot be written ({reason}); free space, or "
-        "choose another folder."
+        f"pmixseg: {tmp_path / run}/config.yaml cannot be written ({reason}); correct the path, "
+        "or choose another folder."
     )
 
 
