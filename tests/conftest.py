@@ -2,10 +2,12 @@
 
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from pmixseg.task import BRATS
 
@@ -49,14 +51,27 @@ def real_root() -> Path:
     return root
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that whichever test process comes first has made; nobody changes it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            part = folder.with_suffix(".part")
+            make(part)
+            part.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory) -> Path:
     """Eight synthetic cases, as coarse as they can be."""
     from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 
-    root = tmp_path_factory.mktemp("phantom")
-    write_cohort(root, 8, seed=3, settings=PhantomSettings(spacing=SPACING))
-    return root
+    def make(root: Path) -> None:
+        write_cohort(root, 8, seed=3, settings=PhantomSettings(spacing=SPACING))
+
+    return made_once(tmp_path_factory, "phantom", make)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +80,8 @@ def phantom_store(phantom_root, tmp_path_factory) -> Path:
     from pmixseg.data.cohorts.layouts import find_cases
     from pmixseg.data.store.prepare import prepare
 
-    out = tmp_path_factory.mktemp("store")
-    report = prepare(find_cases(phantom_root, BRATS), out, BRATS, progress=False)
-    assert not report.failed
-    return out
+    def make(out: Path) -> None:
+        cases = find_cases(phantom_root, BRATS)
+        assert not prepare(cases, out, BRATS, progress=False).failed
+
+    return made_once(tmp_path_factory, "store", make)

@@ -65,6 +65,6 @@ def unmoved_weights(name: str, module: SegmentationModule) -> str | None:
     if count < 2 or float((weights - 1 / count).abs().max()) >= UNIFORM:
         return None
     return (
-        f"the learned weights of the anchor stayed uniform (within {UNIFORM:g}), so {name} was "
-        "that of weights: uniform; train longer, with a higher learning rate, or give uniform ones."
+        f"the learned weights of the anchor stayed uniform (within {UNIFORM:g}), so {name} used a "
+        "plain mean; train longer, with a higher learning rate, or choose `weights: uniform`."
     )
