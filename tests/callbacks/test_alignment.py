@@ -229,8 +229,8 @@ def test_inert_settings_are_one_sentence_at_the_start(tmp_path, make, arguments,
 def test_weights_that_stay_uniform_are_one_sentence_at_the_end(tmp_path):
     torch.manual_seed(0)
     slow = StudentModule(backbone=tiny(), optimizer=torch.optim.SGD)
-    (found,) = sentences(tmp_path, slow)
-    assert "stayed uniform" in found
+    (sentence,) = sentences(tmp_path, slow)
+    assert "stayed uniform" in sentence
     moved = StudentModule(backbone=tiny())
     torch.nn.init.normal_(moved.anchor.scores)
     assert sentences(tmp_path, moved) == []

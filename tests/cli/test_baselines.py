@@ -62,8 +62,8 @@ def test_recipe(name, phantom_store, tmp_path):
     assert fit(phantom_store, tmp_path, f"baselines/{name}.yaml", *FEW[name]) == 0
     assert math.isfinite(metrics(tmp_path)["train/loss"])
     module = load(tmp_path / "checkpoints" / "last.ckpt")
-    wanted = ("t1", "t2") if name == "nnunet-dedicated" else module.task.modalities
-    assert module.backbone.modalities == wanted
+    modalities_seen = ("t1", "t2") if name == "nnunet-dedicated" else module.task.modalities
+    assert module.backbone.modalities == modalities_seen
 
 
 @pytest.mark.parametrize("aligned", [False, True])

@@ -190,9 +190,9 @@ def test_scores_by_hand():
     ]
     rows.append({"case": "b", "combination": "t1", "region": "WT", "dice": 0.5})
     sampler = FixedList(["flair", "flair+t1"], [1, 3])
-    found = protocol_scores(rows, sampler, BRATS.modalities, 20000)
+    scores = protocol_scores(rows, sampler, BRATS.modalities, 20000)
     # a: ¼ · 0.2 + ¾ · 0.9 = 0.725; b has T1 alone: 0.5.
-    assert found["dice"].item() == pytest.approx((0.725 + 0.5) / 2, abs=0.005)
-    assert found["cases"].item() == 2
+    assert scores["dice"].item() == pytest.approx((0.725 + 0.5) / 2, abs=0.005)
+    assert scores["cases"].item() == 2
     odds = frequencies(UniformCombinations(), ("t1", "t2"), BRATS.modalities, 20000)
     assert odds == pytest.approx({"t1": 1 / 3, "t2": 1 / 3, "t1+t2": 1 / 3}, abs=0.02)

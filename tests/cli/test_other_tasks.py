@@ -94,9 +94,9 @@ def test_labels_are_tissues_of_the_phantom():
     two = read_task(TASKS / "two.yaml")
     assert label_codes(BRATS, {}) == {"NCR": 1, "ED": 2, "ET": 4}
     assert label_codes(two, {"core": "ET", "oedema": "ED"}) == {"core": 4, "oedema": 2}
-    for given in ({}, {"core": "NCR"}, {"core": "ED", "oedema": "ED"}, {"x": "ED"}):
+    for labels in ({}, {"core": "NCR"}, {"core": "ED", "oedema": "ED"}, {"x": "ED"}):
         with pytest.raises(InputError, match="tissues"):
-            label_codes(two, given)
+            label_codes(two, labels)
 
 
 def test_contrasts_of_a_file(tmp_path, capsys):

@@ -40,11 +40,11 @@ def command(name, run):
     """What the agent would start, by wandb's own two functions."""
     raw = yaml.safe_load((FOLDER / name).read_text())
     macros = {"args": create_sweep_command_args({"args": run})["args"]}
-    found = []
+    words = []
     for chunk in create_sweep_command(list(raw["command"])):
         macro = re.fullmatch(r"\$\{(\w+)\}", chunk)
-        found += macros[macro[1]] if macro else [chunk]
-    return found
+        words += macros[macro[1]] if macro else [chunk]
+    return words
 
 
 @pytest.fixture(scope="module")

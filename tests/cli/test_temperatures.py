@@ -45,9 +45,9 @@ def command(name, checkpoint, store, folder, *more):
 
 
 def test_every_size_gets_a_temperature_that_mends_overconfidence(run):
-    found = load(run / "fitted.ckpt").evaluation.temperatures
-    assert sorted(found) == [1, 2, 3, 4]
-    assert min(found.values()) > 2
+    by_size = load(run / "fitted.ckpt").evaluation.temperatures
+    assert sorted(by_size) == [1, 2, 3, 4]
+    assert min(by_size.values()) > 2
     raw, fitted = (load(run / f"{name}.ckpt") for name in ("raw", "fitted"))
     assert raw.evaluation.temperatures is None
     for name, weights in raw.state_dict().items():

@@ -125,8 +125,8 @@ def test_the_same_scans_under_another_name_are_refused(trained, phantom_root, sc
     for path in source.iterdir():
         shutil.copy(path, target / path.name.replace(known, "Brats18_XYZ_1"))
     again = tmp_path / "renamed-store"
-    found = find_cases(tmp_path / "renamed", BRATS)
-    assert not prepare(found, again, BRATS, progress=False).failed
+    renamed = find_cases(tmp_path / "renamed", BRATS)
+    assert not prepare(renamed, again, BRATS, progress=False).failed
     code, said = score("test", f"--data.store={again}", "--data.split=WholeCohort")
     assert code == 1
     assert f"Brats18_XYZ_1 (training, its scans are those of {known})" in said
