@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
@@ -32,23 +31,23 @@ from pmixseg.callbacks.run import RunCheckpoint, RunLogger
 from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.cli.arguments import (
     config_files,
-    flag_name,
     lost_file,
-    option,
     repeated,
     with_checkpoint_path,
-    with_guessed_split,
     with_split_class,
 )
-from pmixseg.cli.commands import read_task
+from pmixseg.cli.checkpoint_settings import (
+    differences,
+    with_checkpoint_defaults,
+    with_evaluation,
+)
 from pmixseg.cli.mistakes import UsageError, training_sentence, where
-from pmixseg.cli.settings_files import broken_file, check_settings, lacking_value
+from pmixseg.cli.settings_files import broken_file, lacking_value
+from pmixseg.cli.training_parser import TrainingParser, whole_numbers_first, with_task
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.training_cases import TrainingCases
 from pmixseg.describe import describe, find_class
 from pmixseg.errors import InputError, writing
-from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.interrupt import raise_on_interrupt
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
@@ -57,53 +56,13 @@ from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.optimization import schedule_from
 from pmixseg.modules.training.trainer_checks import check_processes
 from pmixseg.modules.trust import offline, resolve
-from pmixseg.old_paths import current_word, current_yaml
+from pmixseg.old_paths import current_word
 
 RUN_VARIABLE = "PMIXSEG_RUN"
 """Environment variable with the run folder, so that DDP's child processes use the same one."""
 
 DEFAULT_TERMS = {"logit": "pmixseg.losses.LogitKL", "latent": "pmixseg.losses.LatentMatch"}
 """Distillation terms where no file names others."""
-
-
-_load_yaml = get_loader("yaml")
-
-
-def _read_settings(text: str) -> Any:
-    """A file, or a value; classes may be named by paths of an earlier version."""
-    check_settings(text)
-    return with_guessed_split(current_yaml(_load_yaml(text)))
-
-
-set_loader(
-    "yaml",
-    _read_settings,
-    exceptions=(yaml.YAMLError,),
-)
-
-
-class TrainingParser(LightningArgumentParser):
-    """Lightning's parser; it takes whole flags only, and leaves mistakes to be told by us."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "exit_on_error": False, "allow_abbrev": False})
-
-
-def whole_numbers_first(hint: Any) -> Any:
-    """Return a type hint that reads ``1`` as one batch and ``1.0`` as all of them.
-
-    To Python ``float | int`` is ``int | float``, and ``Optional`` hands out whichever of the two
-    the process has seen first; a parser tries them in the order in which they stand.
-
-    Args:
-        hint: of an argument.
-    """
-    kinds = list(get_args(hint))
-    if get_origin(hint) is not Union or not {int, float} <= set(kinds):
-        return hint
-    first, second = sorted((kinds.index(int), kinds.index(float)))
-    kinds[first], kinds[second] = int, float
-    return Union[tuple(kinds)]  # noqa: UP007  # the kinds are known only here
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -377,109 +336,3 @@ class TrainingCLI(LightningCLI):
 def say(sentence: str) -> None:
     """Tell the person at the terminal, once however many processes there are."""
     print(f"pmixseg: {sentence}", file=sys.stderr)  # noqa: T201  # the command line's own output
-
-
-def with_task(args: Sequence[str]) -> list[str]:
-    """Put what a task's file holds in place of its name.
-
-    The parser takes a name for a class first, and imports a module that has it.
-
-    Raises:
-        InputError: a file holds no task.
-    """
-    words = list(args)
-    for index, word in enumerate(args):
-        name, equals, value = word.partition("=")
-        if flag_name(name) not in ("--data.task", "--model.task"):
-            continue
-        if not equals:
-            value = args[index + 1] if index + 1 < len(args) else ""
-        if Path(value).is_file():
-            task = json.dumps(read_task(Path(value)).to_dict())
-            words[index if equals else index + 1] = f"{name}={task}" if equals else task
-    return words
-
-
-def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -> list[str]:
-    """Put a checkpoint's model and data settings in front of the flags, so that flags win.
-
-    ``test --ckpt_path x.ckpt`` then needs nothing else: store, split, patch and window are those
-    of the training.
-
-    Args:
-        args: of the command line.
-        modules: whose classes the checkpoint may name.
-
-    Raises:
-        InputError: the checkpoint cannot be read, or names what it may not.
-    """
-    words = list(args)
-    if not words or words[0] not in ("validate", "test", "predict"):
-        return words
-    path = option(words, "--ckpt_path")
-    if path is None:
-        return words
-    raw = read_checkpoint(path)["pmixseg"]
-    payload = Payload.from_dict(raw, path)
-    trained = payload.preparation
-    data: dict[str, Any] = {"task": payload.task.to_dict()}
-    if trained.spacing is not None:
-        data["spacing"] = list(trained.spacing)
-    if trained.patch is not None:
-        data["patch_size"] = list(trained.patch)
-    if trained.cases is not None:
-        data |= data_of(trained.cases, words, path)
-    config = {"model": resolve(describing(raw), modules, path), "data": data}
-    return [words[0], f"--config={json.dumps(config)}", *words[1:]]
-
-
-def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, Any]:
-    """Store and split of a training, as far as the command line does not name its own.
-
-    Args:
-        cases: of the training.
-        args: of the command line.
-        path: of the checkpoint.
-    """
-    data: dict[str, Any] = {}
-    files = ("-c", "--config", "--data=", "--data.root", "--data.store")
-    if cases.store and Path(cases.store).is_dir() and not any(a.startswith(files) for a in args):
-        data["store"] = cases.store
-    if (cases.train or cases.test) and not any(a.startswith("--data.split") for a in args):
-        lists = {part: list(getattr(cases, part)) for part in ("train", "val", "test")}
-        arguments = {**lists, "source": path}
-        data["split"] = {"class_path": "pmixseg.data.SplitLists", "init_args": arguments}
-    return data
-
-
-def with_evaluation(description: dict[str, Any]) -> dict[str, Any]:
-    """Class and arguments of a described module, with all evaluation settings, defaults too."""
-    arguments = description["init_args"]
-    settings = EvaluationSettings.of(arguments.get("evaluation"))
-    kind = description["class_path"].rpartition(".")[2]
-    return {"class": kind, **arguments, "evaluation": describe(settings)}
-
-
-def differences(
-    stored: Any, current: Any, args: Sequence[str] = (), where: str = "model"
-) -> list[str]:
-    """Leaves in which two descriptions differ, in words.
-
-    What a checkpoint does not state had its default, and has it still unless a flag says otherwise.
-
-    Args:
-        stored: the checkpoint's description.
-        current: that of the model as it is now.
-        args: the command line.
-        where: how the first lines begin.
-    """
-    if isinstance(stored, dict) and isinstance(current, dict):
-        flagged = [g for g in current if g not in stored and any(f".{g}" in arg for arg in args)]
-        return [
-            line
-            for key in [*(k for k in stored if k != "task"), *flagged]
-            for line in differences(stored.get(key), current.get(key), args, f"{where}.{key}")
-        ]
-    if stored == current:
-        return []
-    return [f"{where} is {current}, the checkpoint had {stored}"]

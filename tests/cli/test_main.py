@@ -14,7 +14,11 @@ import pmixseg
 from pmixseg.__main__ import warn_in_one_line
 from pmixseg.cli import import_modules, main, print_anything
 from pmixseg.cli.arguments import option
-from pmixseg.cli.training import differences, with_checkpoint_defaults, with_evaluation
+from pmixseg.cli.checkpoint_settings import (
+    differences,
+    with_checkpoint_defaults,
+    with_evaluation,
+)
 
 
 def test_a_stream_of_the_c_locale_shows_what_it_can(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pmixseg.cli import main
-from pmixseg.cli.training import whole_numbers_first
+from pmixseg.cli.training_parser import whole_numbers_first
 from pmixseg.modules.checkpoint import read_checkpoint
 from tests.cli.presets import last_of_each
 from tests.cli.test_training import TINY

@@ -1,0 +1,101 @@
+"""Take model and data settings from a checkpoint, and tell where the command line differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pmixseg.cli.arguments import option
+from pmixseg.data.training_cases import TrainingCases
+from pmixseg.describe import describe
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.modules.checkpoint import describing, read_checkpoint
+from pmixseg.modules.payload import Payload
+from pmixseg.modules.trust import resolve
+
+
+def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -> list[str]:
+    """Put a checkpoint's model and data settings in front of the flags, so that flags win.
+
+    ``test --ckpt_path x.ckpt`` then needs nothing else: store, split, patch and window are those
+    of the training.
+
+    Args:
+        args: of the command line.
+        modules: whose classes the checkpoint may name.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or names what it may not.
+    """
+    words = list(args)
+    if not words or words[0] not in ("validate", "test", "predict"):
+        return words
+    path = option(words, "--ckpt_path")
+    if path is None:
+        return words
+    raw = read_checkpoint(path)["pmixseg"]
+    payload = Payload.from_dict(raw, path)
+    trained = payload.preparation
+    data: dict[str, Any] = {"task": payload.task.to_dict()}
+    if trained.spacing is not None:
+        data["spacing"] = list(trained.spacing)
+    if trained.patch is not None:
+        data["patch_size"] = list(trained.patch)
+    if trained.cases is not None:
+        data |= data_of(trained.cases, words, path)
+    config = {"model": resolve(describing(raw), modules, path), "data": data}
+    return [words[0], f"--config={json.dumps(config)}", *words[1:]]
+
+
+def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, Any]:
+    """Store and split of a training, as far as the command line does not name its own.
+
+    Args:
+        cases: of the training.
+        args: of the command line.
+        path: of the checkpoint.
+    """
+    data: dict[str, Any] = {}
+    files = ("-c", "--config", "--data=", "--data.root", "--data.store")
+    if cases.store and Path(cases.store).is_dir() and not any(a.startswith(files) for a in args):
+        data["store"] = cases.store
+    if (cases.train or cases.test) and not any(a.startswith("--data.split") for a in args):
+        lists = {part: list(getattr(cases, part)) for part in ("train", "val", "test")}
+        arguments = {**lists, "source": path}
+        data["split"] = {"class_path": "pmixseg.data.SplitLists", "init_args": arguments}
+    return data
+
+
+def with_evaluation(description: dict[str, Any]) -> dict[str, Any]:
+    """Class and arguments of a described module, with all evaluation settings, defaults too."""
+    arguments = description["init_args"]
+    settings = EvaluationSettings.of(arguments.get("evaluation"))
+    kind = description["class_path"].rpartition(".")[2]
+    return {"class": kind, **arguments, "evaluation": describe(settings)}
+
+
+def differences(
+    stored: Any, current: Any, args: Sequence[str] = (), where: str = "model"
+) -> list[str]:
+    """Leaves in which two descriptions differ, in words.
+
+    What a checkpoint does not state had its default, and has it still unless a flag says otherwise.
+
+    Args:
+        stored: the checkpoint's description.
+        current: that of the model as it is now.
+        args: the command line.
+        where: how the first lines begin.
+    """
+    if isinstance(stored, dict) and isinstance(current, dict):
+        flagged = [g for g in current if g not in stored and any(f".{g}" in arg for arg in args)]
+        return [
+            line
+            for key in [*(k for k in stored if k != "task"), *flagged]
+            for line in differences(stored.get(key), current.get(key), args, f"{where}.{key}")
+        ]
+    if stored == current:
+        return []
+    return [f"{where} is {current}, the checkpoint had {stored}"]
