@@ -173,7 +173,8 @@ def test_a_scan_that_misses_the_grid_is_named(model, images, tmp_path):
 
 def shared_information(one, two, enough):
     """As its equation stands: of one pair of scans, less its bias."""
-    one, two = one[one > 0], two[one > 0]
+    both = (one > 0) & (two > 0)
+    one, two = one[both], two[both]
     if len(one) < enough:
         return 0.0
     table = np.array(
@@ -191,10 +192,18 @@ def test_information_of_many_pairs_at_once_is_that_of_each():
     random = np.random.default_rng(0)
     scans = random.integers(0, 17, (3, 500)).astype(np.int16)
     scans[2, 100:] = 0  # too few voxels in common
-    others = np.stack([random.integers(1, 17, 500), np.maximum(scans[0], 1)]).astype(np.int16)
+    others = np.stack([random.integers(0, 17, 500), np.maximum(scans[0], 1)]).astype(np.int16)
     expected = [sum(shared_information(s, o, 200) for s in scans) for o in others]
     assert expected[1] > 2 > 0.2 > abs(expected[0])
     np.testing.assert_allclose(plausibility._information(scans, others, 200), expected, rtol=1e-12)
+
+
+def test_a_scan_with_no_voxel_on_the_grid_is_not_moved():
+    scan = np.zeros((3, 3, 3), np.int16)
+    scan[1, 1, 1] = 5
+    gains = plausibility._gains(scan, [scan], [4.0] * 3, plausibility.moves(), 2)
+    assert list(gains) == []
+    assert len(list(plausibility._gains(scan, [scan], [4.0] * 3, plausibility.moves()))) == 27
 
 
 @pytest.mark.parametrize("steps", [(1, 1, 1), (2, 2, 2), (4, 1, 3)])

@@ -267,6 +267,8 @@ def _gains(
 ) -> Iterator[tuple[float, Move]]:
     """The ratio of :func:`misplaced` for moves of one scan, on each ``every``-th of its voxels."""
     points = np.argwhere(scan[::every, ::every, ::every]).T * every
+    if points.size == 0:
+        return
     steps = np.array(size)[:, None]
     centre = points.mean(axis=1, keepdims=True)
     offsets = (points - centre) * steps
@@ -285,7 +287,7 @@ def _gains(
         moved = padded[index[:, 0], index[:, 1], index[:, 2]]
         # Before and after each move, both times over the voxels that both have afterwards.
         pairs = np.stack([np.where(moved > 0, here, 0), moved], axis=1)
-        shared = _information(partners, pairs.reshape(-1, len(here)), enough)
+        shared = _information(partners, pairs.reshape(2 * len(some), len(here)), enough)
         for move, (before, after) in zip(some, shared.reshape(-1, 2).tolist(), strict=True):
             yield after / max(before, 1e-3), move
 
