@@ -24,6 +24,13 @@ QUIET = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
+TINY = [
+    "--model=StudentModule",
+    "--model.backbone=MultiEncoderUNet",
+    "--model.backbone.width=2",
+    "--model.backbone.levels=2",
+    "--data.patch_size=16",
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +44,7 @@ def store(phantom_root, tmp_path_factory):
 def trained(store, tmp_path_factory):
     """A run whose split is not the default one."""
     run = tmp_path_factory.mktemp("known") / "run"
-    flags = ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
-    flags += ["--model.backbone.width=2", "--model.backbone.levels=2", "--data.patch_size=16"]
-    flags += ["--data.split=KFold", "--data.split.fold=1", "--data.split.folds=3"]
+    flags = [*TINY, "--data.split=KFold", "--data.split.fold=1", "--data.split.folds=3"]
     flags += ["--data.split.val_fraction=0.25", "--trainer.max_steps=1"]
     flags += ["--trainer.limit_val_batches=1", "--model.evaluation.window=[32,32,32]"]
     assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *QUIET]) == 0
@@ -54,6 +59,13 @@ def score(trained, tmp_path, capsys):
         return code, " ".join((said.out + said.err).split())
 
     return call
+
+
+def on_one_case(name, folder):
+    """Flags of a training that goes on with one case alone."""
+    (folder / "train.txt").write_text(f"{name}\n")
+    split = ["--data.split=SplitFiles", f"--data.split.train={folder}/train.txt"]
+    return [*TINY, *split, "--trainer.limit_val_batches=0"]
 
 
 def cases_of(checkpoint):
@@ -168,13 +180,13 @@ def test_force_goes_on_and_records_and_report_say_so(trained, score, tmp_path, c
 
 def test_what_weights_were_trained_with_before_is_not_forgotten(trained, store, tmp_path):
     first = cases_of(trained)
-    flags = ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
-    flags += ["--model.backbone.width=2", "--model.backbone.levels=2", "--data.patch_size=16"]
-    flags += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", f"--init_from={trained}"]
-    (tmp_path / "train.txt").write_text(f"{first.test[0]}\n")
-    split = ["--data.split=SplitFiles", f"--data.split.train={tmp_path}/train.txt"]
+    flags = [
+        f"--init_from={trained}",
+        "--trainer.max_steps=1",
+        *on_one_case(first.test[0], tmp_path),
+    ]
     run = tmp_path / "tuned"
-    assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *split, *QUIET]) == 0
+    assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *QUIET]) == 0
     second = cases_of(run / "checkpoints" / "last.ckpt")
     assert second.train == (first.test[0],)
     assert set(second.earlier) == {*first.train, *first.val}
@@ -186,14 +198,14 @@ def test_a_training_that_goes_on_with_another_split_says_so_and_forgets_no_case(
     trained, store, tmp_path, capfd, caplog
 ):
     first = cases_of(trained)
-    flags = ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
-    flags += ["--model.backbone.width=2", "--model.backbone.levels=2", "--data.patch_size=16"]
-    flags += ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", f"--ckpt_path={trained}"]
-    (tmp_path / "train.txt").write_text(f"{first.test[0]}\n")
-    split = ["--data.split=SplitFiles", f"--data.split.train={tmp_path}/train.txt"]
+    flags = [
+        f"--ckpt_path={trained}",
+        "--trainer.max_steps=2",
+        *on_one_case(first.test[0], tmp_path),
+    ]
     run = tmp_path / "on"
     with caplog.at_level("INFO"):
-        assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *split, *QUIET]) == 0
+        assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *QUIET]) == 0
     captured = capfd.readouterr()
     said = captured.out + captured.err + caplog.text
     assert f"the checkpoint had {read_checkpoint(trained)['pmixseg']['split']}; no test" in said
