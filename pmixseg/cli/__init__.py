@@ -84,13 +84,13 @@ def check_ranks(environment: Mapping[str, str]) -> None:
         >>> check_ranks({"RANK": "first"})
         Traceback (most recent call last):
         ...
-        pmixseg.errors.InputError: the environment variable RANK is 'first', but must be a number; correct or unset it.
+        pmixseg.errors.InputError: the environment variable RANK is 'first', but must be 0 or more; correct or unset it.
     """  # noqa: E501  # the sentence is what is shown
     for name in RANKS:
         value = environment.get(name)
         if value is not None and not value.strip().isdecimal():
             raise InputError(
-                f"the environment variable {name} is '{value}', but must be a number; correct or "
+                f"the environment variable {name} is '{value}', but must be 0 or more; correct or "
                 "unset it."
             )
 

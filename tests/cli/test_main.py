@@ -1,24 +1,28 @@
-"""The command line itself: help, wrong input, --import, and what is printed."""
+"""The command line itself: help, wrong input, --import, what is printed, and how it is stopped."""
 
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import pmixseg
 from pmixseg.__main__ import warn_in_one_line
-from pmixseg.cli import import_modules, main, print_anything
+from pmixseg.cli import import_modules, interrupted, main, print_anything
 from pmixseg.cli.arguments import option
 from pmixseg.cli.checkpoint_settings import (
     differences,
     with_checkpoint_defaults,
     with_evaluation,
 )
+from tests.cli.test_training import TINY
 
 
 def test_a_stream_of_the_c_locale_shows_what_it_can(monkeypatch):
@@ -240,3 +244,87 @@ def test_a_whole_training_and_its_test_print_our_lines_alone(phantom_store, tmp_
     lines = (done.stdout + done.stderr).splitlines()
     assert [line for line in lines if not OURS.match(line)] == []
     assert any("Split: " in line for line in lines)
+
+
+def test_a_training_that_sigterm_stops_does_not_end_as_if_it_were_done(
+    phantom_store, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ends_itself.py").write_text(
+        "import os, signal\nfrom lightning.pytorch import Callback\n\n"
+        "class End(Callback):\n    def on_train_batch_start(self, *args):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
+    # The campaign of this process may have a handler of its own, which Lightning would call, too.
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert main([*command, "--trainer.callbacks=ends_itself.End"]) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.splitlines()[-1] == "pmixseg: stopped."
+
+
+def test_ctrl_c_is_seen_through_what_libraries_make_of_it():
+    def nested():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1) from None
+
+    with pytest.raises(SystemExit) as stop:
+        nested()
+    assert interrupted(stop.value)
+    assert not interrupted(SystemExit(2))
+
+
+@pytest.mark.parametrize("after", [0.6, 1.2, None])
+def test_ctrl_c_ends_a_training_with_130_and_one_line(phantom_store, tmp_path, after):
+    flags = [f for f in TINY if "max_epochs" not in f]
+    command = [sys.executable, "-m", "pmixseg", "fit", f"--run={tmp_path}"]
+    command += [f"--data.store={phantom_store}", *flags, "--data.num_workers=1"]
+    command += ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+    child = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    if after is None:  # in the midst of a training
+        limit = time.monotonic() + 120
+        while not (tmp_path / "checkpoints" / "last.ckpt").is_file():
+            assert time.monotonic() < limit, child.poll()
+            time.sleep(0.1)
+    else:
+        time.sleep(after)
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    if after is None or err:  # before that Python itself may still be starting
+        assert child.returncode == 130, err
+        assert err.splitlines()[-1] == "pmixseg: stopped."
+        assert "Traceback" not in out + err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)  # nobody of its group is left
+
+
+def phantom_with(module, folder):
+    """The command in a process of its own, which imports a module of this text."""
+    (folder / "mine.py").write_text(module)
+    command = [sys.executable, "-m", "pmixseg", "phantom", "here", "--import=mine"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(pmixseg.__file__).parents[1])}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "import os, signal\n"  # swallowed by a library
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n",
+        "import signal\nfrom pmixseg.interrupt import raise_on_interrupt\n"  # Python's own mark
+        "raise_on_interrupt()\nexec('signal.raise_signal(signal.SIGINT)')\n",
+        "import signal\nfrom pmixseg.interrupt import raise_on_interrupt\n"  # late, and swallowed
+        "raise_on_interrupt()\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n",
+    ],
+)
+def test_ctrl_c_in_an_import_is_130_and_no_signal(tmp_path, module):
+    child = phantom_with(module, tmp_path)
+    assert (child.returncode, child.stderr) == (130, "pmixseg: stopped.\n")
+    assert not (tmp_path / "here").exists()
