@@ -1,7 +1,17 @@
-"""What version 2ddf8fe wrote is read: checkpoint, store, records and YAML."""
+"""What version 2ddf8fe wrote is read: checkpoint, store, records and YAML.
+
+``2ddf8fe.zip`` holds what that version wrote of a phantom cohort of ten cases at 6 mm; nothing in
+it is of a patient:
+
+* ``runs/student/``: a student of two channels, trained for one epoch and tested. ``last.ckpt`` is of
+  checkpoint format 1, with class paths by module; beside it its configuration, metrics, records.
+* ``store/``: two of the ten cases.
+* ``settings.yaml``: what was given to ``fit -c``, with class paths of modules that have moved since.
+"""
 
 import importlib
 import shutil
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -19,7 +29,8 @@ from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import read_checkpoint
 from pmixseg.old_paths import MOVED
 
-HERE = Path(__file__).parent
+ARCHIVE = Path(__file__).with_name("2ddf8fe.zip")
+CHECKPOINT = Path("runs/student/checkpoints/last.ckpt")
 CASES = ("Brats18_PHANTOM_004_1", "Brats18_PHANTOM_005_1")
 QUIET = [
     "--trainer.accelerator=cpu",
@@ -35,15 +46,10 @@ LARGE_WINDOW = ["--model.evaluation.window=[24,24,24]", "--trainer.num_sanity_va
 @pytest.fixture
 def old(tmp_path, monkeypatch):
     """A folder with the old run and store, as relative paths of its config say."""
-    run = tmp_path / "runs" / "student"
-    (run / "checkpoints").mkdir(parents=True)
-    shutil.copy(HERE / "student.weights", run / "checkpoints" / "last.ckpt")
-    teacher = tmp_path / "runs" / "teacher" / "checkpoints"
-    teacher.mkdir(parents=True)
-    shutil.copy(HERE / "student.weights", teacher / "last.ckpt")
-    for name in ("config.yaml", "metrics.csv", "records.csv", "records.json"):
-        shutil.copy(HERE / name, run)
-    shutil.copytree(HERE / "store", tmp_path / "store")
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        archive.extractall(tmp_path)
+    checkpoints = tmp_path / CHECKPOINT.parent
+    shutil.copytree(checkpoints, tmp_path / "runs" / "teacher" / "checkpoints")
     for part, case in zip(("train", "val"), CASES, strict=True):
         (tmp_path / f"{part}.txt").write_text(f"{case}\n")
     monkeypatch.chdir(tmp_path)
@@ -53,20 +59,20 @@ def old(tmp_path, monkeypatch):
 SPLIT = ["--data.split=SplitFiles", "--data.split.train=train.txt", "--data.split.val=val.txt"]
 
 
-def test_the_checkpoint_names_modules_that_have_moved_or_may_move():
-    payload = torch.load(HERE / "student.weights", weights_only=True)["pmixseg"]
+def test_the_checkpoint_names_modules_that_have_moved_or_may_move(old):
+    payload = torch.load(CHECKPOINT, weights_only=True)["pmixseg"]
     assert payload["class_path"] == "pmixseg.modules.student.StudentModule"
     assert payload["init_args"]["anchor"]["class_path"] == "pmixseg.losses.anchors.MixtureAnchor"
 
 
 def test_the_checkpoint_loads(old):
-    module = load(HERE / "student.weights")
+    module = load(CHECKPOINT)
     assert isinstance(module, StudentModule)
     assert isinstance(module.anchor, MixtureAnchor)
     assert isinstance(module.sampler, Bernoulli)
     assert module.evaluation.overlap == 0.25
     assert module.evaluation.conventions.hd95 == "nan"
-    state = read_checkpoint(HERE / "student.weights")["state_dict"]
+    state = read_checkpoint(CHECKPOINT)["state_dict"]
     for name, value in module.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=0)
 
@@ -88,21 +94,8 @@ def test_a_training_is_resumed(old):
     flags = ["--run=runs/student", "--ckpt_path=runs/student/checkpoints/last.ckpt"]
     flags += ["--trainer.max_epochs=2", "--align.weight=0.1", "--data.store=store"]
     flags += ["--data.patch_size=8", "--data.batch_size=1", "--align.distance=nmse"]
-    assert (
-        main(
-            [
-                "fit",
-                "-c",
-                str(HERE / "settings.yaml"),
-                *flags,
-                *teacher,
-                *SPLIT,
-                *LARGE_WINDOW,
-                *QUIET,
-            ]
-        )
-        == 0
-    )
+    flags += ["-c", "settings.yaml", *SPLIT, *LARGE_WINDOW, *QUIET]
+    assert main(["fit", *flags, *teacher]) == 0
     checkpoint = read_checkpoint("runs/student/checkpoints/last.ckpt")
     assert checkpoint["epoch"] == 1
     assert checkpoint["pmixseg"]["class_path"] == "pmixseg.StudentModule"
@@ -126,18 +119,18 @@ def test_the_run_is_trained_anew_from_its_configuration(old):
 
 
 def test_a_file_with_old_class_paths_is_accepted(old):
-    given = yaml.safe_load((HERE / "settings.yaml").read_text())
-    path = given["model"]["init_args"]["evaluation"]["class_path"]
+    settings = yaml.safe_load(Path("settings.yaml").read_text())
+    path = settings["model"]["init_args"]["evaluation"]["class_path"]
     assert path.rpartition(".")[0] in MOVED
-    flags = ["-c", str(HERE / "settings.yaml"), "--data.store=store", "--run=anew"]
+    flags = ["-c", "settings.yaml", "--data.store=store", "--run=anew"]
     flags += ["--data.patch_size=8", "--data.batch_size=1", "--trainer.max_epochs=1", *SPLIT]
     assert main(["fit", *flags, *LARGE_WINDOW, *QUIET]) == 0
     module = load("anew/checkpoints/last.ckpt")
     assert module.evaluation.overlap == 0.25
 
 
-def test_the_store_is_read():
-    store = Store.open(HERE / "store")
+def test_the_store_is_read(old):
+    store = Store.open("store")
     assert store.cases == CASES
     case = store.read(CASES[0])
     assert case.image.shape[0] == 4
