@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
-    "pmixseg.backbones.attention": "pmixseg.backbones.layers.attention",
+    "pmixseg.backbones.attention": "pmixseg.backbones.mmformer",
     "pmixseg.backbones.blocks": "pmixseg.backbones.layers.blocks",
     "pmixseg.backbones.lean": "pmixseg.backbones.layers.lean",
     "pmixseg.backbones.norm": "pmixseg.backbones.layers.norm",
@@ -52,7 +52,7 @@ MOVED = {
     "pmixseg.evaluation.grouped": "pmixseg.evaluation.records.grouped",
     "pmixseg.evaluation.latents": "pmixseg.evaluation.gap.latents",
     "pmixseg.evaluation.lesions": "pmixseg.evaluation.scores.lesions",
-    "pmixseg.evaluation.matching": "pmixseg.evaluation.comparison.matching",
+    "pmixseg.evaluation.matching": "pmixseg.evaluation.comparison.compare",
     "pmixseg.evaluation.metrics": "pmixseg.evaluation.scores.metrics",
     "pmixseg.evaluation.monotonicity": "pmixseg.evaluation.comparison.monotonicity",
     "pmixseg.evaluation.paired_tests": "pmixseg.evaluation.comparison.paired_tests",

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence, Set
 import numpy as np
 import pandas as pd
 
-from experiments.study.gap_tables import gap
 from experiments.study.results import StudyResults
 from experiments.study.tables import (
     Entry,
     arm_names,
     endpoint,
     figure,
+    gap,
     interval,
     markdown,
     measured,

@@ -218,8 +218,7 @@ def _compare(subparsers: Any) -> None:
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.data.scans.outputs import write_json
-        from pmixseg.evaluation.comparison.compare import compare
-        from pmixseg.evaluation.comparison.matching import matching_notes
+        from pmixseg.evaluation.comparison.compare import compare, matching_notes
         from pmixseg.evaluation.records.records import find_records, read_comparable
 
         if args.out is not None:

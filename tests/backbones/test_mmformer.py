@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pmixseg.backbones import MMFormer
-from pmixseg.backbones.layers.attention import TransformerLayer
+from pmixseg.backbones.mmformer import TransformerLayer
 from pmixseg.errors import InputError
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.testing import check_backbone

@@ -13,7 +13,7 @@ from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.term import TermWeight
 from pmixseg.modules import StudentModule, TeacherModule
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
-from tests.ranks import spread
+from tests.processes import spread
 
 
 def student(**arguments):

@@ -14,7 +14,7 @@ from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.records.records import Records
 from pmixseg.modules import StudentModule, TeacherModule, load
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
-from tests.ranks import spread
+from tests.processes import spread
 
 pytestmark = [pytest.mark.ddp, pytest.mark.long]
 

@@ -22,7 +22,7 @@ from pmixseg.evaluation.gap.changes import read_gap_changes
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules import StudentModule
 from pmixseg.task import BRATS
-from tests.ranks import spread
+from tests.processes import spread
 
 pytestmark = pytest.mark.long
 

@@ -1,8 +1,10 @@
-"""The run folder: a log that goes on, checkpoints that are whole, a disk that fills up."""
+"""A run: its log goes on, its checkpoints are whole, a disk fills up, Lightning keeps quiet."""
 
+import logging
 import multiprocessing
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import RunCheckpoint, RunLogger
+from pmixseg.callbacks.calm import calm
 from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import write_checkpoint
@@ -181,3 +184,32 @@ def test_a_writer_of_ones_own_is_kept(tmp_path):
 
     mine = Mine()
     assert train(tmp_path, plugins=[mine]).strategy.checkpoint_io is mine
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("Seed set to 0", False),
+        ("[rank: 1] Seed set to 0", False),
+        ("GPU available: False, used: False", False),
+        ("[rank: 1] the loss is not finite", True),
+    ],
+)
+def test_chatter_of_any_rank(message, kept):
+    calm()
+    logger = logging.getLogger("lightning.fabric.utilities.seed")
+    record = logger.makeRecord(logger.name, logging.INFO, "", 0, message, (), None)
+    assert bool(logger.filter(record)) == kept
+
+
+@pytest.mark.parametrize(("name", "kept"), [("val/dice/WT", False), ("my/loss", True)])
+def test_advice_to_average_what_is_a_mean_of_all_processes_already(name, kept):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        calm()
+        advice = "when logging on epoch level in distributed setting"
+        warnings.warn(
+            f"It is recommended to use `self.log('{name}', ..., sync_dist=True)` {advice}.",
+            stacklevel=1,
+        )
+    assert bool(seen) == kept

@@ -23,8 +23,8 @@ from pmixseg.inference.tracing import FixedCombination
 from pmixseg.modules import load
 from pmixseg.task import BRATS
 from pmixseg.types import Latents, SegOutput
-from tests.copies import Copy
 from tests.inference.tiny_models import Glance, save, tiny_student
+from tests.processes import Copy
 
 PAIR = ("flair", "t1")
 

@@ -20,7 +20,7 @@ from pmixseg.losses.distances.joint import (
     slot_moments,
 )
 from pmixseg.types import Latents
-from tests.ranks import run_two
+from tests.processes import run_two
 
 NAMES = ("flair", "t1ce", "t1", "t2", "pd", "adc")
 

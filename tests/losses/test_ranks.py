@@ -23,7 +23,7 @@ from pmixseg.losses.distillation import (
 )
 from pmixseg.losses.ranks import SharedSums, gather_constants, sum_over_ranks
 from pmixseg.types import Latents, SegOutput
-from tests.ranks import run_two
+from tests.processes import run_two
 
 NAMES = ("flair", "t1ce", "t1", "t2")
 TERMS = (

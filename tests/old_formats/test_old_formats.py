@@ -3,10 +3,10 @@
 ``2ddf8fe.zip`` holds what that version wrote of a phantom cohort of ten cases at 6 mm; nothing in
 it is of a patient:
 
-* ``runs/student/``: a student of two channels, trained for one epoch and tested. ``last.ckpt`` is of
-  checkpoint format 1, with class paths by module; beside it its configuration, metrics, records.
+* ``runs/student/``: a student of two channels, trained for one epoch and tested. ``last.ckpt`` is
+  of checkpoint format 1, with class paths by module; configuration, metrics and records beside it.
 * ``store/``: two of the ten cases.
-* ``settings.yaml``: what was given to ``fit -c``, with class paths of modules that have moved since.
+* ``settings.yaml``: the file for ``fit -c``, with class paths of modules that have moved since.
 """
 
 import importlib

@@ -26,11 +26,58 @@ from pmixseg.evaluation.comparison.paired_tests import (
     two_way_bootstrap,
 )
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
-from pmixseg.evaluation.records.records import KEY
+from pmixseg.evaluation.records.records import KEY, Records
+from pmixseg.evaluation.records.tables import run_name
 from pmixseg.plurals import count_of
 
 ENOUGH_PAIRS = 8
 ENOUGH_CASES = 20
+
+
+def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
+    """Refuse one training counted twice; say where matched runs had other seeds.
+
+    Args:
+        a: runs of A.
+        b: runs of B; run i is matched with run i of A.
+
+    Returns:
+        Sentences for :func:`compare`. Seeds are compared
+        as far as the sidecars of both runs know them.
+
+    Raises:
+        InputError: the same checkpoint twice on one side.
+    """
+    for side, runs in (("A", a), ("B", b)):
+        seen: dict[str, str] = {}
+        for one in runs:
+            digest = (one.sidecar.checkpoint or {}).get("sha256")
+            if digest is None:
+                continue
+            if digest in seen:
+                raise InputError(
+                    f"runs '{seen[digest]}' and '{run_name(one)}' of {side} were scored with the "
+                    "same checkpoint, which is one training and not two; give each training once."
+                )
+            seen[digest] = run_name(one)
+    notes = [
+        f"{run_name(one)}: {len(one.sidecar.seen)} of its test cases were used to train or select "
+        "the model, so its scores are too good."
+        for one in (*a, *b)
+        if one.sidecar.seen
+    ]
+    odd = [
+        f"{run_name(x)} ({_spell(x)}) with {run_name(y)} ({_spell(y)})"
+        for x, y in zip(a, b, strict=False)
+        if _differ(x, y)
+    ]
+    if not odd:
+        return notes
+    return [
+        *notes,
+        f"Runs of different seeds are matched: {'; '.join(odd)}. Name both sides in the order of "
+        "their seeds, or the pairs share nothing.",
+    ]
 
 
 def compare(
@@ -47,7 +94,7 @@ def compare(
         b: of B; run i has the seed of run i of A.
         measure: column of the exploratory table. The primary endpoint is Dice in any case.
         notes: what is known of the runs besides and belongs beside the numbers, see
-            :func:`pmixseg.evaluation.comparison.matching.matching_notes`.
+            :func:`matching_notes`.
 
     Raises:
         InputError: no run, unequal numbers of runs, a column is missing or holds no numbers, rows
@@ -220,3 +267,16 @@ def _limits(primary: PairedTest, cases: int, exploratory: pd.DataFrame) -> list[
             f"possible is {least:.2g}, times {tests} comparisons {min(1.0, least * tests):.2g}."
         )
     return notes
+
+
+def _differ(x: Records, y: Records) -> bool:
+    first, second = _seeds(x), _seeds(y)
+    return any(first[name] != second[name] for name in first.keys() & second.keys())
+
+
+def _spell(one: Records) -> str:
+    return ", ".join(f"{name} {seed}" for name, seed in sorted(_seeds(one).items()))
+
+
+def _seeds(one: Records) -> dict[str, int]:
+    return dict(one.sidecar.config.get("seed") or {})

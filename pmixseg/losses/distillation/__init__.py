@@ -16,13 +16,17 @@ Source: docs/method/distillation.md.
 """
 
 from pmixseg.losses.distillation.contrastive import ContrastiveMatch, case_numbers
-from pmixseg.losses.distillation.latents import LatentMatch, SubsetMatch, VariationalMatch
+from pmixseg.losses.distillation.latents import (
+    GramMatch,
+    LatentMatch,
+    SubsetMatch,
+    VariationalMatch,
+)
 from pmixseg.losses.distillation.loss import DistillationLoss, Network
 from pmixseg.losses.distillation.outputs import LogitKL, ProbabilityMSE, WeightedSoftCE
 from pmixseg.losses.distillation.pairing import LatentLoss, SlotwiseLoss
 from pmixseg.losses.distillation.prototypes import LatentPrototypeMatch, PrototypeMatch
 from pmixseg.losses.distillation.self_taught import SelfDistillation
-from pmixseg.losses.distillation.style import GramMatch
 
 __all__ = [
     "ContrastiveMatch",

@@ -26,7 +26,7 @@ from pmixseg.evaluation.records.records import (
 )
 from pmixseg.evaluation.records.sidecar import FORMAT, Sidecar, checkpoint_identity, git_state
 from pmixseg.task import BRATS, Task
-from tests.copies import Copy
+from tests.processes import Copy
 
 ABOUT = Sidecar(BRATS, conventions={"hd95_rule": "pooled"})
 

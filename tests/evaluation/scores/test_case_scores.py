@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import CaseMetrics, Conventions
 from pmixseg.task import BRATS
-from tests.ranks import run_two
+from tests.processes import run_two
 
 RULES = Conventions(hd95="one", lesion="brats2023-gli")
 MEASURES = tuple(

@@ -12,7 +12,8 @@ checkout in an environment of its own and only its numbers come here:
 
 Its code runs unchanged, but for masks being given to cc3d as integers: it hands over floats, which
 cc3d 3.12 refuses. Per pair and region: lesion-wise Dice and HD95, and the numbers of found,
-invented and missed lesions. ``--check`` compares with the file instead of writing it.
+invented and missed lesions. ``--check`` compares with the file instead of writing it;
+on another day the 210 pairs were made anew, and no difference was found.
 """
 
 from __future__ import annotations

@@ -8,7 +8,11 @@ only its numbers come here:
     oracle/bin/python tests/evaluation/scores/golden/make_brats_evaluation.py
 
 Per pair and region: lesion-wise Dice and HD95 (null: not a number, "inf": infinite), and the
-numbers of matched, invented and missed lesions.
+numbers of matched, invented and missed lesions. The configuration is ``gli``.
+
+brats-evaluation 0.0.10 reads volumes with their axes reversed but the spacing not, so with voxels
+that are not cubes it measures along the wrong axes: its anisotropic values are compared with the
+spacing reversed. BraTS data have 1 mm cubes and are not affected.
 """
 
 from __future__ import annotations

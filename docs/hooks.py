@@ -1,9 +1,12 @@
 """Steps of the site's build: equations as MathML, checked links into the repository, commands.
 
+MkDocs calls the functions ``on_…``; griffe, which reads the docstrings, calls :class:`Roles`.
+
 * Equations (``$…$``) become MathML, so that no page needs a script or a font from a network.
 * ``repo:path`` is a link to a file of the repository; the build fails where there is no such file.
 * The pages of the reference are made: one per public package from its docstrings, and one with
   the help of every command, printed by the program itself.
+* Sphinx roles in docstrings become Markdown: a class is a link, a formula an equation.
 * Fences such as ``bash run`` are executed by the tests; the site shows them as ``bash``.
 """
 
@@ -19,10 +22,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from griffe import Extension, Object
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 log = logging.getLogger("mkdocs.plugins.site")
 
 _TAG = re.compile(r"^(\s*```\w+) (?:run|quickstart|test)\b.*$", re.MULTILINE)
@@ -30,7 +34,11 @@ _REPO = re.compile(r"\(repo:([^)#\s]*)(#[^)\s]*)?\)")
 _EQUATION = re.compile(
     r'<(span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</\1>', re.DOTALL
 )
-
+# A section of code in the parser's dialect; "Example:" would be an admonition of prose.
+_EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
+_MATH = re.compile(r":math:`([^`]+)`")
+_ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc|obj):`(?P<tilde>~?)(?P<path>[^`]+)`")
+_PAGE = re.compile(r"(?<![\w/(])docs/([\w-]+/[\w-]+)\.md")
 
 PACKAGES = (
     "",
@@ -103,3 +111,27 @@ def _help(*command: str) -> str:
     finally:
         sys.argv = own
     return out.getvalue().strip()
+
+
+def _link(match: re.Match[str]) -> str:
+    path = match["path"].removeprefix("!")
+    text = path.rsplit(".", 1)[-1] if match["tilde"] else path
+    # An optional reference stays plain code where the name is not in the reference.
+    return f'<autoref identifier="{path}" optional><code>{text}</code></autoref>'
+
+
+def markdown(text: str) -> str:
+    """Return a docstring with its roles and mentions of pages as Markdown."""
+    text = _EXAMPLE.sub("Examples:", text)
+    text = _MATH.sub(r"$\1$", text)
+    text = _ROLE.sub(_link, text)
+    return _PAGE.sub(r"[\1](../\1.md)", text)
+
+
+class Roles(Extension):
+    """Rewrite every docstring when griffe has read it."""
+
+    def on_instance(self, *, obj: Object, **kwargs: Any) -> None:
+        """Rewrite the docstring of one object."""
+        if obj.docstring is not None:
+            obj.docstring.value = markdown(obj.docstring.value)

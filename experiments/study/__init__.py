@@ -1,1 +1,0 @@
-"""Studies: a plan in YAML, trainings, records, tables."""
