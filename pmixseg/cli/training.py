@@ -211,6 +211,9 @@ class TrainingCLI(LightningCLI):
         several = config.get("callbacks") or []
         callbacks: list[Callback] = [several] if isinstance(several, Callback) else list(several)
         config["default_root_dir"] = str(run)
+        if config.get("benchmark") is None and not config.get("deterministic"):
+            # Patches of a training are of one size: cuDNN may try which kernels are the fastest.
+            config["benchmark"] = self.subcommand == "fit"
         if config.get("logger") in (None, True):
             config["logger"] = RunLogger(run) if self.subcommand == "fit" else False
         trains = self.subcommand == "fit" and config.get("enable_checkpointing") is not False

@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from pmixseg.cli import main
+from pmixseg.cli.training import TrainingCLI
 from pmixseg.cli.training_parser import whole_numbers_first
+from pmixseg.errors import InputError
 from pmixseg.modules.checkpoint import read_checkpoint
 from tests.cli.presets import last_of_each
 from tests.cli.test_training import TINY
@@ -42,6 +44,24 @@ def trained(store, run, *flags):
 def test_works(phantom_store, tmp_path, flags, recwarn):
     assert fit(phantom_store, tmp_path, *flags) == 0
     assert not [w for w in recwarn if "overfit" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "tried"),
+    [([], True), (["--trainer.benchmark=false"], False), (["--trainer.deterministic=true"], False)],
+)
+def test_cudnn_tries_its_kernels_unless_a_run_shall_be_the_same_each_time(
+    phantom_store, tmp_path, monkeypatch, flags, tried
+):
+    settings = []
+
+    def stop(cli, config, callbacks):
+        settings.append(config["benchmark"])
+        raise InputError("enough")
+
+    monkeypatch.setattr(TrainingCLI, "_instantiate_trainer", stop)
+    assert fit(phantom_store, tmp_path, *flags) == 1
+    assert [bool(setting) for setting in settings] == [tried]
 
 
 @pytest.mark.parametrize("number", ["1", "1.0", "3", "0.5"])

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from pmixseg.execution import static_on
+
+NARROW = 32
+"""Channels of all encoders up to which a GPU is faster with zeros than with groups."""
+
 
 class Groupable(nn.Module):
     """Encoder whose layers treat channels by themselves, or are a grouped convolution if need be.
@@ -52,17 +57,28 @@ def convolve_groups(conv: nn.Conv3d, x: Tensor) -> Tensor:
         x = F.pad(x, [side for side in padding for _ in range(2)], mode=conv.padding_mode)
         padding = [0, 0, 0]
     groups, weight = x.shape[1] // conv.in_channels, conv.weight
-    if conv.in_channels == 1:
-        # torch takes a group of one channel as a depthwise convolution, whose gradient to the
-        # kernels runs on a single block of the GPU; few zeros cost less.
+    if _faster_with_zeros(conv, x):
         weight, groups = _with_zeros(weight, groups), 1
     return F.conv3d(x, weight, conv.bias, conv.stride, padding, conv.dilation, groups)
 
 
+def _faster_with_zeros(conv: nn.Conv3d, x: Tensor) -> bool:
+    """Whether one convolution over the channels of all groups beats the grouped one.
+
+    torch takes a group of one channel as a depthwise convolution, whose gradient to the kernels
+    runs on a single block of a GPU. And a GPU has no good kernels for groups with a stride, or for
+    narrow ones: with the zeros, forward and backward passes of 64 to 128 channels with a stride of
+    2 take a sixth of the time (``experiments/benchmarks/README.md``).
+    """
+    if conv.in_channels == 1:
+        return True
+    return static_on(x.device) and (conv.stride[0] > 1 or x.shape[1] <= NARROW)
+
+
 def _with_zeros(weight: Tensor, groups: int) -> Tensor:
-    """Kernels ``[M·out, 1, k, k, k]`` of M groups as those of one, ``[M·out, M, k, k, k]``."""
-    own = torch.eye(groups, dtype=weight.dtype, device=weight.device)
-    return weight * own.repeat_interleave(len(weight) // groups, 0)[:, :, None, None, None]
+    """Kernels ``[M·out, in, k, k, k]`` of M groups as those of one, ``[M·out, M·in, k, k, k]``."""
+    own = weight.view(groups, -1, *weight.shape[1:]).movedim(0, -1)
+    return torch.diag_embed(own, 0, 0, 2).flatten(0, 1).flatten(1, 2)
 
 
 def map_groups(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -79,16 +79,17 @@ def test_gradients_and_latents_are_those_of_a_cpu(name):
 
 
 class Convolutions(TorchDispatchMode):
-    """Counts convolutions: their groups, and their channels."""
+    """Counts convolutions: their groups, channels and strides."""
 
     def __init__(self):
         super().__init__()
-        self.groups, self.channels = [], []
+        self.groups, self.channels, self.strides = [], [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ == "convolution":
             self.groups.append(args[8])
             self.channels.append(args[0].shape[1])
+            self.strides.append(args[3][0])
         return function(*args, **(kwargs or {}))
 
 
@@ -97,7 +98,8 @@ def test_a_gpu_starts_one_convolution_for_all_encoders_and_a_cpu_skips_absent_on
     image, present = torch.randn(1, 4, 16, 16, 16), torch.tensor([[True, False, False, True]])
     with as_on_gpu(), Convolutions() as counted:
         net.encode(image, present)
-    assert counted.groups == [1] + [4] * 5  # the first reads one channel of each
+    # The first reads one channel of each, the second four; the next levels begin with a stride.
+    assert counted.groups == [1, 1, 1, 1, 1, 4]
     runs = []
     for m, encoder in enumerate(net.encoders):
         encoder.register_forward_hook(lambda *call, m=m: runs.append(m))
@@ -113,11 +115,11 @@ def test_encoders_of_published_networks_are_one_on_a_gpu(name):
         net.encode(image, present)
     encoder = convolutions_of(net)[0]
     layers = [part for part in encoder.modules() if isinstance(part, torch.nn.Conv3d)]
-    first = sum(layer.in_channels == 1 for layer in layers)
-    assert counted.groups.count(4) == len(layers) - first
+    dense = sum(layer.stride[0] > 1 or 4 * layer.in_channels <= 32 for layer in layers)
+    assert counted.groups.count(4) == len(layers) - dense
     # ShaSpec's shared encoder and its residual layers see all modalities as samples.
     shared = len(layers) + len(net.residual) if name == "shaspec" else 0
-    assert counted.groups.count(1) == first + shared
+    assert counted.groups.count(1) == dense + shared
 
 
 def test_encoders_of_other_layers_stay_a_loop():
@@ -138,12 +140,30 @@ def test_a_volume_of_other_channels_is_still_refused():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_no_convolution_is_depthwise(name):
-    """Torch runs groups of one channel on kernels of its own, which are slow."""
+def test_no_convolution_of_groups_is_one_that_a_gpu_runs_slowly(name):
+    """Depthwise ones, those with a stride and narrow ones."""
     net = encoders_of(name)
     image = image_for(name, net)
     with as_on_gpu(), Convolutions() as counted:
         encode_together(convolutions_of(net), image)
     assert counted.groups
-    for groups, channels in zip(counted.groups, counted.channels, strict=True):
-        assert groups < channels
+    for groups, channels, stride in zip(
+        counted.groups, counted.channels, counted.strides, strict=True
+    ):
+        assert groups == 1 or (channels > max(32, groups) and stride == 1)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_kernels_of_all_encoders_are_one_kernel_with_zeros(stride):
+    """Worked by hand: encoder m's kernel is the number m + 1 at its own two channels."""
+    conv = LeanConv3d(2, 1, 1, bias=False)
+    conv.stride = (stride,) * 3
+    conv.weight = nn.Parameter(
+        torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(2).view(3, 2, 1, 1, 1)
+    )
+    image = torch.tensor([1.0, 10.0, 2.0, 20.0, 3.0, 30.0])[None, :, None, None, None]
+    with as_on_gpu(), Convolutions() as counted:
+        y = conv(image.expand(1, 6, 4, 4, 4))
+    assert counted.groups == [1]
+    expected = torch.tensor([11.0, 44.0, 99.0])[None, :, None, None, None]
+    torch.testing.assert_close(y, expected.expand(1, 3, *[4 // stride] * 3))
