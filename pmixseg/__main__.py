@@ -6,7 +6,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from pmixseg.interrupt import STOPPED, exit_on_interrupt, finish_in_peace, say_stopped
+from pmixseg.interrupt import (
+    STOPPED,
+    exit_on_interrupt,
+    finish_in_peace,
+    say_stopped,
+    stopping_code,
+)
 
 
 def _without_loaders(ignored: sys.UnraisableHookArgs) -> None:
@@ -45,8 +51,8 @@ def main() -> int:
         keep_freed_memory()
         warn_in_one_line()  # after the imports: Lightning sets a format of its own
         code = cli.main()
-    except KeyboardInterrupt:
-        code = say_stopped()
+    except KeyboardInterrupt as error:
+        code = say_stopped(stopping_code(error) or STOPPED)
     exit_on_interrupt()  # Ctrl-C does not wait for what is still being closed
     if code == STOPPED:
         # Python ends by the signal itself if Ctrl-C once came in the midst of an exec() of text,

@@ -1,8 +1,8 @@
-"""Stop a command on Ctrl-C: one line, exit code 130, no process left behind.
+"""Stop a command on Ctrl-C or SIGTERM: one line, exit code 130 or 143, no process left behind.
 
 A ``KeyboardInterrupt`` in the midst of an import may be swallowed, or come out as another error,
-since the library is half loaded. So Ctrl-C ends the process at once while nothing is at stake, and
-raises from then on.
+since the library is half loaded. So both signals end the process at once while nothing is at stake,
+and raise from then on.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ STOPPED = 130
 """The exit code of a command that Ctrl-C has stopped."""
 
 TERMINATED = 143
-"""The exit code of a training that SIGTERM has stopped, as of a process that it ends."""
+"""The exit code of a command that SIGTERM has stopped, as of a process that it ends."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come, which clears up as Ctrl-C does."""
 
 
 def exit_on_interrupt() -> None:
-    """Let Ctrl-C end the process at once, while a command only imports and reads."""
-    signal.signal(signal.SIGINT, _exit)
+    """Let Ctrl-C and SIGTERM end the process at once, while a command only imports and reads."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit)
 
 
 def finish_in_peace() -> None:
@@ -30,14 +35,36 @@ def finish_in_peace() -> None:
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
-def raise_on_interrupt() -> None:
-    """Let Ctrl-C raise ``KeyboardInterrupt`` again: from here on something may have to be closed.
+def raise_on_interrupt(*, trains: bool = False) -> None:
+    """Let both signals raise ``KeyboardInterrupt``: from here on something may have to be closed.
 
-    In an import it still ends the process at once. Changes nothing in a process that has handlers
+    In an import they still end the process at once. Changes nothing in a process that has handlers
     of its own.
+
+    Args:
+        trains: leave SIGTERM to Lightning, whose training ends with the step in hand; a cluster may
+            queue it again.
     """
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, _raise)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if trains else _raise)
+
+
+def stopping_code(error: BaseException | None) -> int | None:
+    """The exit code of a command that ended so, where Ctrl-C or SIGTERM is the cause; else none.
+
+    Libraries make other errors of it: Lightning exits with 1. What is raised while the signal ends
+    an import or a library's call counts as well.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Terminated) or type(error).__name__ == "SIGTERMException":
+            return TERMINATED  # the second is Lightning's, which would exit with 0
+        if isinstance(error, KeyboardInterrupt):
+            return STOPPED
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def say_stopped(code: int = STOPPED) -> int:
@@ -55,7 +82,7 @@ def say_stopped(code: int = STOPPED) -> int:
 
 def _exit(signum: int, frame: FrameType | None) -> None:
     os.write(2, b"pmixseg: stopped.\n")  # print could be what the signal has interrupted
-    os._exit(STOPPED)
+    os._exit(128 + signum)
 
 
 def _raise(signum: int, frame: FrameType | None) -> None:
@@ -63,4 +90,4 @@ def _raise(signum: int, frame: FrameType | None) -> None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             _exit(signum, frame)
         frame = frame.f_back
-    raise KeyboardInterrupt
+    raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt

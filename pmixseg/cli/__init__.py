@@ -15,7 +15,7 @@ from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.cli.arguments import take_out
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
 from pmixseg.errors import InputError, disk_error, memory_error
-from pmixseg.interrupt import TERMINATED, raise_on_interrupt, say_stopped
+from pmixseg.interrupt import raise_on_interrupt, say_stopped, stopping_code
 from pmixseg.version import __version__
 
 TRAINING = {
@@ -55,10 +55,8 @@ def main(args: Sequence[str] | None = None) -> int:
             return segment.run(words[1:], modules)
         return run_plain(words, modules)
     except BaseException as error:
-        if interrupted(error):
-            return say_stopped()
-        if type(error).__name__ == "SIGTERMException":  # Lightning's, which would exit with 0
-            return say_stopped(TERMINATED)
+        if code := stopping_code(error):
+            return say_stopped(code)
         cause = None
         if not isinstance(error, SystemExit):
             cause = input_error(error) or memory_error(error) or disk_error(error)
@@ -117,20 +115,6 @@ def print_anything() -> None:
         ascii_only = stream.errors == "surrogateescape" and stream.encoding.lower() != "utf-8"
         if stream.errors == "strict" or ascii_only:  # the second is Python's choice in the C locale
             stream.reconfigure(errors="replace")
-
-
-def interrupted(error: BaseException | None) -> bool:
-    """Whether an error is Ctrl-C, or what a library made of it: Lightning exits with 1.
-
-    What is raised while Ctrl-C ends an import or a library's call counts as well.
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def input_error(error: BaseException | None) -> InputError | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pmixseg.errors import InputError
 from pmixseg.preprocess.atlas import Atlas, read_volume
-from pmixseg.preprocess.itk import sitk
+from pmixseg.preprocess.itk import sitk, write_image
 from pmixseg.preprocess.registration import resampled
 
 PROGRAMS: Mapping[str, tuple[str, ...]] = {
@@ -84,7 +84,7 @@ def _by_program(scan: Any, name: str) -> Any:
             "out": f"{folder}/out.nii.gz",
             "mask": f"{folder}/mask.nii.gz",
         }
-        sitk.WriteImage(scan, places["scan"])
+        write_image(scan, Path(places["scan"]))
         command = [part.format(**places) for part in PROGRAMS[name]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         mask = Path(folder) / MASK_FILES[name]

@@ -12,10 +12,9 @@ import numpy as np
 
 from pmixseg.data.cohorts.cases import Case
 from pmixseg.errors import InputError
-from pmixseg.files import inside
 from pmixseg.preprocess.atlas import read_volume
 from pmixseg.preprocess.itk import sitk
-from pmixseg.preprocess.pipeline import Preprocessed, preprocess_scans, write_image
+from pmixseg.preprocess.pipeline import Preprocessed, preprocess_scans
 from pmixseg.preprocess.registration import resampled
 from pmixseg.workers import results
 
@@ -76,9 +75,7 @@ def preprocess_case(case: Case, out: Path, brain: str, atlas: Path | None) -> Do
         images = {m: _file_of(case, f) for m, f in case.images.items()}
         done = preprocess_scans(images, case.case_id, brain=brain, atlas=atlas)
         label = None if case.label is None else _label_in_atlas(case, done)
-        done.save(out)
-        if label is not None:
-            write_image(label, inside(out / done.name, f"{done.name}_seg.nii.gz", "case"))
+        done.save(out, label)
     except InputError as error:
         return Done(case.case_id, problem=str(error))
     return Done(case.case_id, done.notes)

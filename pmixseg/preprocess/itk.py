@@ -1,5 +1,10 @@
-"""Import SimpleITK, or say in one sentence how to install it."""
+"""SimpleITK, or one sentence on how to install it; and writing what it computes."""
 
+from pathlib import Path
+from typing import Any
+
+from pmixseg.data.scans.itk import affine_of
+from pmixseg.data.scans.outputs import write_volume
 from pmixseg.errors import InputError
 
 try:
@@ -10,4 +15,13 @@ except ImportError as error:
         "pip install 'pmixseg[preprocess]'."
     ) from error
 
-__all__ = ["sitk"]
+__all__ = ["sitk", "write_image"]
+
+
+def write_image(image: Any, path: Path) -> Path:
+    """Write a volume as NIfTI, complete or not at all: ITK's writer is silent on a full disk.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    return write_volume(path, sitk.GetArrayFromImage(image).T, affine_of(image).tolist())

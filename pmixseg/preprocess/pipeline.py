@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmixseg.data.scans.outputs import write_json
-from pmixseg.errors import InputError
-from pmixseg.files import inside, whole
+from pmixseg.errors import InputError, writing
+from pmixseg.files import beside, inside
 from pmixseg.preprocess.atlas import mni152, read_atlas, read_volume
 from pmixseg.preprocess.brain import brain_mask
-from pmixseg.preprocess.itk import sitk
+from pmixseg.preprocess.itk import sitk, write_image
 from pmixseg.preprocess.registration import place_in_atlas, register, resampled
 
 CENTRES = ("t1ce", "t1", "t2", "flair")
@@ -61,8 +63,15 @@ class Preprocessed:
         inverse = self.transforms[modality].GetInverse()
         return resampled(volume, self.sources[modality], inverse, labels=True)
 
-    def save(self, folder: Path) -> dict[str, Path]:
+    def save(self, folder: Path, label: Any = None) -> dict[str, Path]:
         """Write scans, mask, transforms and a summary as ``<name>/<name>_<what>``.
+
+        The case's folder appears when everything is in it: without a scan or its label it would
+        be read as a case that lacks them.
+
+        Args:
+            folder: of the cohort.
+            label: a label map in atlas space, where there is one.
 
         Returns:
             Modality -> file in atlas space.
@@ -71,21 +80,31 @@ class Preprocessed:
             InputError: a file cannot be written.
         """
         home = inside(folder, self.name, "case")
-        files = {m: inside(home, f"{self.name}_{m}.nii.gz", "case") for m in self.scans}
-        for modality, path in files.items():
-            write_image(self.scans[modality], path)
-        write_image(self.mask, home / f"{self.name}_brain.nii.gz")
-        for modality, transform in self.transforms.items():
-            with whole(home / f"{self.name}_{modality}.tfm") as part:
-                sitk.WriteTransform(transform, str(part))
-        facts = {
-            "case": self.name,
-            "centre": self.centre,
-            "transforms": "points of the atlas space -> points of the scan, mm, LPS (ITK)",
-            "notes": list(self.notes),
-        }
-        write_json(home / f"{self.name}_preprocess.json", facts)
-        return files
+        images = {**self.scans, "brain": self.mask, **({} if label is None else {"seg": label})}
+        names = {what: f"{self.name}_{what}.nii.gz" for what in images}
+        with writing(home):
+            folder.mkdir(parents=True, exist_ok=True)
+            with beside(home) as part:
+                for what, image in images.items():
+                    write_image(image, inside(part, names[what], "case"))
+                for modality, transform in self.transforms.items():
+                    made = part / f"{self.name}_{modality}.tfm"
+                    sitk.WriteTransform(transform, str(made))
+                    if not made.stat().st_size:  # ITK does not say so
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                facts = {
+                    "case": self.name,
+                    "centre": self.centre,
+                    "transforms": "points of the atlas space -> points of the scan, mm, LPS (ITK)",
+                    "notes": list(self.notes),
+                }
+                write_json(part / f"{self.name}_preprocess.json", facts)
+                if home.is_dir():  # it may hold files of somebody's own
+                    for file in part.iterdir():
+                        file.replace(home / file.name)
+                else:
+                    part.replace(home)
+        return {m: home / names[m] for m in self.scans}
 
 
 def preprocess_scans(
@@ -145,14 +164,3 @@ def _joined(first: Any, then: Any) -> Any:
     zero = then.TransformPoint(first.TransformPoint((0.0, 0.0, 0.0)))
     joined.SetTranslation(zero)
     return joined
-
-
-def write_image(image: Any, path: Path) -> Path:
-    """Write a volume as NIfTI, complete or not at all.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    with whole(path) as part:
-        sitk.WriteImage(image, str(part))
-    return path

@@ -15,13 +15,14 @@ import torch
 
 import pmixseg
 from pmixseg.__main__ import warn_in_one_line
-from pmixseg.cli import import_modules, interrupted, main, print_anything
+from pmixseg.cli import import_modules, main, print_anything
 from pmixseg.cli.arguments import option
 from pmixseg.cli.checkpoint_settings import (
     differences,
     with_checkpoint_defaults,
     with_evaluation,
 )
+from pmixseg.interrupt import stopping_code
 from tests.cli.test_training import TINY
 
 
@@ -274,8 +275,8 @@ def test_ctrl_c_is_seen_through_what_libraries_make_of_it():
 
     with pytest.raises(SystemExit) as stop:
         nested()
-    assert interrupted(stop.value)
-    assert not interrupted(SystemExit(2))
+    assert stopping_code(stop.value) == 130
+    assert stopping_code(SystemExit(2)) is None
 
 
 @pytest.mark.parametrize("after", [0.6, 1.2, None])
@@ -304,12 +305,27 @@ def test_ctrl_c_ends_a_training_with_130_and_one_line(phantom_store, tmp_path, a
         os.killpg(child.pid, 0)  # nobody of its group is left
 
 
-def phantom_with(module, folder):
+def phantom_with(module, folder, *flags):
     """The command in a process of its own, which imports a module of this text."""
     (folder / "mine.py").write_text(module)
-    command = [sys.executable, "-m", "pmixseg", "phantom", "here", "--import=mine"]
+    command = [sys.executable, "-m", "pmixseg", "phantom", "here", "--import=mine", *flags]
     environment = {**os.environ, "PYTHONPATH": str(Path(pmixseg.__file__).parents[1])}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_in_the_midst_of_a_command(tmp_path, number, code):
+    """The case in hand is cleared up, wherever the library's code has been interrupted."""
+    child = phantom_with(
+        "import os, signal\nfrom pathlib import Path\n\n"
+        "def replace(self, target):\n"
+        f"    os.kill(os.getpid(), signal.{number})\n    raise OSError('never seen')\n\n"
+        "Path.replace = Path.rename = replace\n",
+        tmp_path,
+        *("--workers=0", "--cases=1", "--spacing=6"),
+    )
+    assert (child.returncode, child.stderr) == (code, "pmixseg: stopped.\n")
+    assert not [*(tmp_path / "here").glob(".*")]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Phantoms with a skull, moved by known amounts: registered, cut out, segmented, brought back."""
 
 import json
+import signal
 from pathlib import Path
 
 import nibabel as nib
@@ -20,6 +21,7 @@ from pmixseg.modules import StudentModule
 from pmixseg.modules.preparation import Preparation
 from pmixseg.preprocess import preprocess_scans
 from pmixseg.preprocess.brain import brain_mask
+from pmixseg.preprocess.pipeline import Preprocessed
 from pmixseg.preprocess.registration import difference, register
 from pmixseg.task import BRATS
 from pmixseg.types import Latents, SegOutput
@@ -245,6 +247,34 @@ def test_files_that_show_no_head(tmp_path):
     ):
         with pytest.raises(InputError, match=sentence):
             preprocess_scans({"t1": path}, "x")
+
+
+def test_a_case_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    scan = sitk.GetImageFromArray(np.arange(24, dtype=np.float32).reshape(2, 3, 4))
+    scan.SetSpacing((1, 2, 3))
+    scan.SetOrigin((5, 6, 7))
+    scan.SetDirection((0, 1, 0, 1, 0, 0, 0, 0, -1))
+    mask = sitk.Cast(scan > 3, sitk.sitkUInt8)
+    one = sitk.Euler3DTransform()
+    done = Preprocessed("x", {"t1": scan}, mask, "t1", {"t1": scan}, {"t1": one})
+    with monkeypatch.context() as full:
+        full.setattr(sitk, "WriteTransform", lambda _, path: Path(path).touch())
+        with pytest.raises(InputError, match=r"x cannot be written \(No space left"):
+            done.save(tmp_path, mask)
+        full.setattr(sitk, "WriteTransform", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            done.save(tmp_path, mask)
+    assert not [*tmp_path.iterdir()]
+    files = done.save(tmp_path, mask)
+    assert len([*(tmp_path / "x").iterdir()]) == 5
+    (tmp_path / "x" / "mine.txt").write_text("kept")
+    assert done.save(tmp_path) == files
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and len([*(tmp_path / "x").iterdir()]) == 6
+    for path, image in ((files["t1"], scan), (tmp_path / "x" / "x_seg.nii.gz", mask)):
+        back = sitk.ReadImage(str(path))
+        np.testing.assert_array_equal(*map(sitk.GetArrayFromImage, (back, image)))
+        for where in ("GetSpacing", "GetOrigin", "GetDirection"):
+            np.testing.assert_allclose(getattr(back, where)(), getattr(image, where)(), atol=1e-6)
 
 
 @pytest.mark.slow

@@ -43,13 +43,20 @@ def read_itk(path: Path, where: str) -> tuple[npt.NDArray[Any], float, float, An
         vector = image.GetNumberOfComponentsPerPixel() > 1
         data = itk.GetArrayFromImage(image)
         data = np.moveaxis(data, -1, 0).T if vector else data.T
-        direction = np.reshape(image.GetDirection(), (size, size))[:3, :3]
-        affine = np.eye(4)
-        affine[:3, :3] = direction * image.GetSpacing()[:3]
-        affine[:3, 3] = image.GetOrigin()[:3]
+        affine = affine_of(image)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(
             f"{where}: {path} cannot be read ({reason}); convert or download it again."
         ) from error
-    return data, 1.0, 0.0, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    return data, 1.0, 0.0, affine
+
+
+def affine_of(image: Any) -> np.ndarray:
+    """Return the affine of an ITK image, voxels to mm in RAS; ITK's own axes are LPS."""
+    size = image.GetDimension()
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (size, size))[:3, :3]
+    affine[:3, :3] *= image.GetSpacing()[:3]
+    affine[:3, 3] = image.GetOrigin()[:3]
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine

@@ -26,6 +26,7 @@ from pmixseg.evaluation.records.curves import Chart
 from pmixseg.evaluation.records.measures import DICE, Measure
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.tables import Tabulation, check_together, run_name
+from pmixseg.files import whole
 from pmixseg.task import Combination, Task, format_combination
 
 INK, MUTED, GRID, PAPER = "#1a1a1c", "#6b6b70", "#dcdce1", "#fdfdfe"
@@ -268,9 +269,9 @@ def as_svg(figure: Figure) -> str:
 
 
 def save_png(figure: Figure, path: Path) -> Path:
-    """Write a PNG of 200 dpi on white ground."""
-    with drawing():
-        figure.savefig(path, dpi=200, facecolor="white", metadata={"Software": None})
+    """Write a PNG of 200 dpi on white ground, complete or not at all."""
+    with drawing(), whole(path) as part:
+        figure.savefig(part, dpi=200, facecolor="white", metadata={"Software": None})
     return path
 
 

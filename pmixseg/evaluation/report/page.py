@@ -342,7 +342,8 @@ def _write_figures(beside: Path, figures: dict[str, Figure]) -> dict[str, Markup
     shown = {}
     for name, figure in figures.items():
         svg = as_svg(figure)
-        (beside / f"{name}.svg").write_text(svg, encoding="utf-8")
+        with whole(beside / f"{name}.svg") as part:
+            part.write_text(svg, encoding="utf-8")
         save_png(figure, beside / f"{name}.png")
         shown[name] = themed(svg)
     return shown
@@ -354,7 +355,10 @@ def _write_tables(beside: Path, tables: list[Tabulation], records: list[Records]
     others = [tabulate(records, m) for m in (ECE, BRIER) if _measured(records, m.name)]
     for table in (*tables, *others):
         stem = f"table_{table.measure.name}"
-        inert(table.frame()).to_csv(beside / f"{stem}.csv", index=False)
-        (beside / f"{stem}.tex").write_text(table.latex(comment), encoding="utf-8")
+        with whole(beside / f"{stem}.csv") as part:
+            inert(table.frame()).to_csv(part, index=False)
+        with whole(beside / f"{stem}.tex") as part:
+            part.write_text(table.latex(comment), encoding="utf-8")
     summaries = [vars(s) for s in region_summaries(records)]
-    inert(pd.DataFrame(summaries)).to_csv(beside / "summary.csv", index=False)
+    with whole(beside / "summary.csv") as part:
+        inert(pd.DataFrame(summaries)).to_csv(part, index=False)

@@ -1,3 +1,5 @@
+import errno
+import io
 import json
 import re
 from dataclasses import replace
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from pmixseg.data.splits import PUBLISHED, hash_cases
 from pmixseg.errors import InputError
@@ -15,6 +18,7 @@ from pmixseg.evaluation.records.curves import read_curves
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.evaluation.records.tables import tabulate
+from pmixseg.evaluation.report import page
 from pmixseg.evaluation.report.page import html_table, write_report
 from pmixseg.evaluation.report.summary import additions, region_summaries, remarks, worst_cases
 from pmixseg.task import BRATS, Task
@@ -229,6 +233,22 @@ def test_what_a_person_gets_wrong(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         plain_report([run], tmp_path / "file" / "report.html")
+
+
+@pytest.mark.parametrize(("kind", "method"), [(pd.DataFrame, "to_csv"), (Figure, "savefig")])
+def test_no_half_of_a_file_is_left_on_a_full_disk(tmp_path, monkeypatch, kind, method):
+    def full(self, path, **options):
+        if not isinstance(path, io.StringIO):
+            Path(path).write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(page, "as_svg", lambda figure: "<svg></svg>")
+    run = make_run(tmp_path, "r", made_up_rows(1), pictures=(), course=False)
+    monkeypatch.setattr(kind, method, full)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+        plain_report([run], tmp_path / "out" / "report.html")
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert left and all(path.read_bytes() != b"half" for path in left), left
 
 
 # ------------------------------------------------------------------ its parts
