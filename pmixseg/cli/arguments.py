@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pmixseg.errors import InputError
+
+PARTS = ("train", "val", "test")
+"""Of a split."""
+
+SETTINGS = (".yaml", ".yml", ".json")
+"""Endings of files that hold settings."""
 
 
 def options(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -82,7 +90,7 @@ def lost_file(args: Sequence[str]) -> tuple[str, str] | None:
         ('--data.task', 'nowhere.yaml')
     """
     for name, value in options(args):
-        settings = value is not None and value.endswith((".yaml", ".yml", ".json"))
+        settings = value is not None and value.endswith(SETTINGS)
         if settings and name not in ("-c", "--config") and not Path(str(value)).is_file():
             return flag_name(name), str(value)
     return None
@@ -175,27 +183,25 @@ def split_class(arguments: Mapping[str, Any]) -> str:
         >>> split_class({"train": "0.8"}), split_class({"fold": 1})
         ('pmixseg.data.Fractions', 'pmixseg.data.KFold')
     """
-    names = set(arguments)
-    shares = all(_is_number(v) for k, v in arguments.items() if k in ("train", "val", "test"))
-    parts = names & {"train", "val", "test"}
-    kinds = {
-        "Fractions": {"train", "val", "test", "seed"} if shares else set(),
-        "SplitFiles": {"train", "val", "test"} if not shares else set(),
-        "SplitJson": {"path", "fold"} if "path" in names else set(),
-        "KFold": {"fold", "folds", "val_fraction", "seed"} if not parts else set(),
-    }
-    for name, takes in kinds.items():
-        if names and names <= takes:
-            return (
-                f"pmixseg.data.{name}"
-                if name != "WholeCohort"
-                else "pmixseg.data.splits.WholeCohort"
-            )
-    known = sorted(set().union(*kinds.values(), {"train", "val", "test", "path"}))
-    odd = sorted(names - set(known)) or sorted(names)
+    from pmixseg.data import splits  # takes a while, and other commands need none
+
+    parts = [value for name, value in arguments.items() if name in PARTS]
+    if all(_is_number(value) for value in parts):
+        likely: list[type[splits.SplitPlan]] = [splits.Fractions]
+    else:
+        lists = any(isinstance(value, list) for value in parts)
+        likely = [splits.SplitLists if lists else splits.SplitFiles]
+    if not parts:
+        likely += [splits.SplitJson, splits.KFold, splits.WholeCohort]
+    for cls in likely:
+        with suppress(TypeError):
+            inspect.signature(cls).bind(**arguments)
+            return f"pmixseg.data.{cls.__name__}"
+    known = {name for cls in likely for name in inspect.signature(cls).parameters}
+    odd = sorted(set(arguments) - known) or sorted(arguments)
     raise InputError(
         f"no split of data.split takes {', '.join(odd)} together with what else is given; "
-        f"{nearest(odd[0], known) or 'name its class (--data.split CLASS).'}"
+        f"{nearest(odd[0], known | {*PARTS}) or 'name its class (--data.split CLASS).'}"
     )
 
 
@@ -205,17 +211,6 @@ def _is_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def with_guessed_split(config: Any) -> Any:
-    """A parsed file in which a split without a class has one."""
-    data: Any = config.get("data") if isinstance(config, dict) else None
-    split: Any = data.get("split") if isinstance(data, dict) else None
-    if not isinstance(split, dict) or not split or {"class_path", "init_args"} & set(split):
-        return config
-    described = {"class_path": split_class(split), "init_args": split}
-    data = {**data, "split": described}
-    return {**config, "data": data}
 
 
 def _longer(flag: str, known: Sequence[str]) -> list[str]:

@@ -152,13 +152,13 @@ def _value_sentence(message: str, args: Sequence[str]) -> str:
         base = re.search(rf"<class '([\w.]+\.{other[1]})'>", message)
         classes = below(find_class(base[1])) if base else iter(())
         fitting = ", ".join(cls.__name__ for cls in classes if not inspect.isabstract(cls))
-        return f"{where(keys, args)} is {value[1]}, but must be a {other[1]}: {fitting}."
+        return f"{subject(keys, args)} is {value[1]}, but must be a {other[1]}: {fitting}."
     if kinds and value:
         several = sorted(set(kinds), key=lambda word: (word == "null", kinds.index(word)))
-        return f"{where(keys, args)} is {value[1]}, but must be {' or '.join(several)}."
+        return f"{subject(keys, args)} is {value[1]}, but must be {' or '.join(several)}."
     if re.search(r"Expected an instantiatable class, but \S+ is abstract", message) and keys[1:]:
         flag = "--" + ".".join(keys[:-1])
-        return f"{where(keys, args)} belongs to a class that is not named; add {flag} CLASS."
+        return f"{subject(keys, args)} belongs to a class that is not named; add {flag} CLASS."
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     frame = r"Parser key .*:$|Does not validate|Errors:|Subtypes:|Problem with|Expected an? <class"
     reasons = [line for line in lines if not re.match(frame, line)]
@@ -210,6 +210,12 @@ def where(keys: Sequence[str], args: Sequence[str]) -> str:
         if line is not None:
             return f"{path}, line {line}"
     return flag
+
+
+def subject(keys: Sequence[str], args: Sequence[str]) -> str:
+    """A setting as the subject of a sentence: the flag, or the file, line and name."""
+    place, flag = where(keys, args), "--" + ".".join(keys)
+    return place if place == flag else f"{place}: {flag.removeprefix('--')}"
 
 
 def line_of(path: Path, keys: Sequence[str]) -> int | None:

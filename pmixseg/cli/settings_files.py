@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pmixseg.cli.arguments import nearest
+from pmixseg.cli.arguments import SETTINGS, nearest
 from pmixseg.describe import find_class
 from pmixseg.errors import InputError
 
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 """Keys of a setting that names a class."""
 
+
+OURS = ("model", "data", "align", "distill")
+"""Keys of a file whose classes write no files: what they name must be there."""
 
 MAX_VALUES = 100_000
 """Values of a file, with all that its aliases repeat."""
@@ -102,7 +105,22 @@ def broken_file(path: Path) -> str | None:
                 f"{path}: {key} is {content[key]}, but must hold settings; write them below it, "
                 "`key: value`, or remove it."
             )
+    for value in _values(yaml.compose(text, yaml.SafeLoader), OURS):
+        if value.value.endswith(SETTINGS) and not any(
+            (base / value.value).is_file() for base in (path.parent, Path())
+        ):
+            return (
+                f"{path}, line {_line(value.start_mark)}: the file {value.value} does not exist; "
+                "correct its path."
+            )
     return None
+
+
+def _values(root: yaml.Node | None, keys: Sequence[str]) -> Iterator[yaml.ScalarNode]:
+    """Every text that stands in a mapping below one of the root's keys."""
+    entries = root.value if isinstance(root, yaml.MappingNode) else []
+    for mapping in (m for key, node in entries if key.value in keys for m in _mappings(node)):
+        yield from (v for _, v in mapping.value if isinstance(v, yaml.ScalarNode))
 
 
 def wrong_class(path: Path) -> str | None:

@@ -41,13 +41,14 @@ from pmixseg.cli.checkpoint_settings import (
     with_checkpoint_defaults,
     with_evaluation,
 )
-from pmixseg.cli.mistakes import UsageError, training_sentence, where
+from pmixseg.cli.mistakes import UsageError, subject, training_sentence
 from pmixseg.cli.settings_files import broken_file, lacking_value
-from pmixseg.cli.training_parser import TrainingParser, whole_numbers_first, with_task
+from pmixseg.cli.training_parser import TrainingParser, whole_numbers_first, with_files
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe, find_class
-from pmixseg.errors import InputError, writing
+from pmixseg.errors import InputError
+from pmixseg.files import whole
 from pmixseg.interrupt import raise_on_interrupt
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
@@ -81,9 +82,8 @@ class SaveRunConfig(SaveConfigCallback):
         """
         folder = Path(trainer.default_root_dir)
         text = self.parser.dump(self.config, skip_none=False)
-        with writing(folder / "config.yaml"):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(text, encoding="utf-8")
+        with whole(folder / "config.yaml") as part:
+            part.write_text(text, encoding="utf-8")
         for logger in trainer.loggers:
             if not isinstance(logger, RunLogger):
                 logger.log_hyperparams(yaml.safe_load(text))
@@ -98,7 +98,7 @@ class TrainingCLI(LightningCLI):
             raise UsageError(f"{twice} is given more than once; keep one of them.")
         if lost := lost_file(words):
             raise UsageError(f"{lost[0]}: the file {lost[1]} does not exist; correct its path.")
-        words = with_task(words)
+        words = with_files(words)
         self.words, self.modules = with_split_class(with_checkpoint_path(words)), list(modules)
         calm()
         super().__init__(
@@ -155,8 +155,8 @@ class TrainingCLI(LightningCLI):
             find_class(model.class_path), model.init_args, "model"
         )
         if lacking is not None:
-            place = where(lacking.split("."), self.words)
-            raise UsageError(f"{place}: {lacking} is null, but needs a value; give one.")
+            place = subject(lacking.split("."), self.words)
+            raise UsageError(f"{place} is null, but needs a value; give one.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Groups ``align`` and ``distill``, the run folder, and weights to start from."""
@@ -262,7 +262,7 @@ class TrainingCLI(LightningCLI):
         That is the direction in which a schedule follows its metric, and the modules of
         ``--import``, whose classes a teacher may name too.
         """
-        raise_on_interrupt()
+        raise_on_interrupt(trains=self.subcommand == "fit")
         config = self.config[self.subcommand]
         if self.subcommand != "fit" and not self._get(self.config, "ckpt_path"):
             raise UsageError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -11,25 +13,62 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from pmixseg.cli.arguments import flag_name, with_guessed_split
+from pmixseg.cli.arguments import SETTINGS, flag_name, split_class
 from pmixseg.cli.commands import read_task
-from pmixseg.cli.settings_files import check_settings
+from pmixseg.cli.settings_files import broken_file, check_settings
+from pmixseg.errors import InputError
 from pmixseg.old_paths import current_yaml
 
 _load_yaml = get_loader("yaml")
 
 
-def _read_settings(text: str) -> Any:
+def _read_settings(text: str, folder: Path) -> Any:
     """A file, or a value; classes may be named by paths of an earlier version."""
     check_settings(text)
-    return with_guessed_split(current_yaml(_load_yaml(text)))
+    return with_named_files(current_yaml(_load_yaml(text)), folder)
 
 
-set_loader(
-    "yaml",
-    _read_settings,
-    exceptions=(yaml.YAMLError,),
-)
+def with_named_files(config: Any, folder: Path) -> Any:
+    """Put what the files of a task and of a split hold in place of their names.
+
+    A split without a class gets the one that its arguments are of.
+
+    Args:
+        config: the content of a file of settings, which is changed.
+        folder: where else a file may lie than in the working folder, which is that of the settings
+            while they are parsed.
+
+    Raises:
+        InputError: a file holds no task or split.
+    """
+    for place, name in (
+        (("data",), "task"),
+        (("model", "init_args"), "task"),
+        (("data",), "split"),
+    ):
+        settings = config
+        for key in place:
+            settings = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and settings.get(name):
+            settings[name] = _content(name, settings[name], folder)
+    return config
+
+
+def _content(name: str, value: Any, folder: Path) -> Any:
+    """What a task or a split is, given by its settings or by a file that holds them."""
+    if isinstance(value, str):
+        # Not Path.is_file, which fails where a text is too long to be a name.
+        paths = [path for path in (Path(value), folder / value) if os.path.isfile(path)]  # noqa: PTH113  # see above
+        if name == "task" and paths:
+            return read_task(paths[0]).to_dict()
+        if not paths or not value.endswith(SETTINGS):
+            return value
+        if broken := broken_file(paths[0]):
+            raise InputError(broken)
+        value = yaml.safe_load(paths[0].read_text(encoding="utf-8"))
+    if name == "split" and isinstance(value, dict) and not {"class_path", "init_args"} & set(value):
+        return {"class_path": split_class(value), "init_args": value}
+    return value
 
 
 class TrainingParser(LightningArgumentParser):
@@ -37,6 +76,8 @@ class TrainingParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "exit_on_error": False, "allow_abbrev": False})
+        read = functools.partial(_read_settings, folder=Path.cwd())
+        set_loader("yaml", read, exceptions=(yaml.YAMLError,))
 
 
 def whole_numbers_first(hint: Any) -> Any:
@@ -56,22 +97,23 @@ def whole_numbers_first(hint: Any) -> Any:
     return Union[tuple(kinds)]  # noqa: UP007  # the kinds are known only here
 
 
-def with_task(args: Sequence[str]) -> list[str]:
-    """Put what a task's file holds in place of its name.
+def with_files(args: Sequence[str]) -> list[str]:
+    """Put what the files of a task and of a split hold in place of their names.
 
     The parser takes a name for a class first, and imports a module that has it.
 
     Raises:
-        InputError: a file holds no task.
+        InputError: a file holds no task or split.
     """
     words = list(args)
     for index, word in enumerate(args):
         name, equals, value = word.partition("=")
-        if flag_name(name) not in ("--data.task", "--model.task"):
+        if flag_name(name) not in ("--data.task", "--model.task", "--data.split"):
             continue
         if not equals:
             value = args[index + 1] if index + 1 < len(args) else ""
-        if Path(value).is_file():
-            task = json.dumps(read_task(Path(value)).to_dict())
-            words[index if equals else index + 1] = f"{name}={task}" if equals else task
+        content = _content(name.rpartition(".")[2], value, Path.cwd()) if value else value
+        if content != value:
+            text = json.dumps(content)
+            words[index if equals else index + 1] = f"{name}={text}" if equals else text
     return words

@@ -1,6 +1,7 @@
 """Mistakes on the command line and in files: one sentence that names the place and what is near."""
 
 import pytest
+import yaml
 
 import pmixseg
 from pmixseg.cli import main
@@ -78,15 +79,46 @@ def test_a_wrong_flag(capsys, flag, sentence):
     assert "<class" not in text
 
 
-@pytest.mark.parametrize("form", ["--data.task={}", "--model.task {}"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "--data.task={}",
+        "--model.task {}",
+        "data: {{task: {}}}",
+        "model: {{class_path: StudentModule, init_args: {{task: {}}}}}",
+    ],
+)
 def test_the_file_of_a_task_imports_nothing(tmp_path, capsys, monkeypatch, form):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "odd_task.py").write_text("raise SystemExit('imported by accident')\n")
     (tmp_path / "odd_task.yaml").write_text("modalities: [t1\n")
+    (tmp_path / "a.yaml").write_text(form.format("odd_task.yaml"))
     monkeypatch.chdir(tmp_path)
-    code, text = said(capsys, *FIT, *form.format("odd_task.yaml").split())
+    words = form.format("odd_task.yaml").split() if form.startswith("--") else ["-c", "a.yaml"]
+    code, text = said(capsys, "fit", *words)
     assert code == 1
     assert text.startswith("odd_task.yaml is not a task (")
+
+
+@pytest.mark.parametrize("folder", [".", "settings"])
+@pytest.mark.parametrize("form", ["flags", "file"])
+def test_files_named_by_settings_are_read(tmp_path, capsys, monkeypatch, folder, form):
+    """They lie in the working folder, or beside the file that names them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings").mkdir()
+    task = "name: two\nmodalities: [a, b]\nlabels: [x]\nregions: {all: [x]}\n"
+    (tmp_path / folder / "two.yaml").write_text(task)
+    (tmp_path / folder / "part.yaml").write_text("{train: 0.5, val: 0.25, test: 0.25}\n")
+    (tmp_path / "settings" / "a.yaml").write_text("data: {task: two.yaml, split: part.yaml}\n")
+    words = ["-c", "settings/a.yaml"]
+    if form == "flags":
+        words = [f"--data.task={folder}/two.yaml", f"--data.split={folder}/part.yaml"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config", *words])
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["task"]["modalities"] == ["a", "b"]
+    assert data["split"]["class_path"] == "pmixseg.data.Fractions"
+    assert data["split"]["init_args"]["train"] == 0.5
 
 
 def test_a_list_is_appended_to_by_flags_of_one_name():
@@ -113,10 +145,18 @@ BOMB = "a: &a [1, 1]\n" + "".join(
     [
         ("model: {class_path: A\ntrainer: [1\n", "line 2: this is no YAML"),
         (
+            "data: {task: lost.yaml}\n",
+            "line 1: the file lost.yaml does not exist; correct",
+        ),
+        ("data:\n  split: lost.json\n", "line 2: the file lost.json does not exist; correct its"),
+        (
             "trainer: {max_epochs: 1}\ndata:\n  stroe: st\n",
             "line 3: data.stroe is no setting; did you mean data.store?",
         ),
-        ("trainer:\n  max_epochs: x\n", "line 2 is x, but must be int or null."),
+        (
+            "trainer:\n  max_epochs: x\n",
+            "line 2: trainer.max_epochs is x, but must be int or",
+        ),
         (
             "model:\n  class_path: StudentModule\n  init_args:\n    backbone:\n"
             "      class_path: MultiEncoderUNet\n      init_args: {widht: 4}\n",
@@ -288,6 +328,10 @@ def test_a_split_class_is_guessed_from_its_arguments():
     assert split_class({"train": 0.5, "val": 0.5, "test": 0}) == "pmixseg.data.Fractions"
     assert split_class({"path": "a.json", "fold": 1}) == "pmixseg.data.SplitJson"
     assert split_class({"folds": 3}) == "pmixseg.data.KFold"
+    assert split_class({"train": "a.txt", "missing": "skip"}) == "pmixseg.data.SplitFiles"
+    assert split_class({"path": "a.json", "missing": "skip"}) == "pmixseg.data.SplitJson"
+    assert split_class({"train": ["a"], "test": ["b"]}) == "pmixseg.data.SplitLists"
+    assert split_class({"part": "val"}) == "pmixseg.data.WholeCohort"
     named = ["fit", "--data.split=KFold", "--data.split.fold=1"]
     assert with_split_class(named) == named
     with pytest.raises(InputError, match="did you mean train"):
