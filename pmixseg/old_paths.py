@@ -34,7 +34,7 @@ MOVED = {
     "pmixseg.data.phantom_tumour": "pmixseg.data.phantom.tumour",
     "pmixseg.data.plausibility": "pmixseg.data.scans.plausibility",
     "pmixseg.data.prepare": "pmixseg.data.store.prepare",
-    "pmixseg.data.sequences": "pmixseg.data.cohorts.sequences",
+    "pmixseg.data.sequences": "pmixseg.data.scans.sequences",
     "pmixseg.data.store": "pmixseg.data.store.store",
     "pmixseg.data.stored": "pmixseg.data.store.stored",
     "pmixseg.data.volumes": "pmixseg.data.scans.volumes",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pmixseg.data.cohorts.sequences import read_name
+from pmixseg.data.scans.sequences import read_name
 from pmixseg.dicom.series import Series, names_of
 from pmixseg.errors import InputError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pmixseg.data.cohorts.cases import Case, stem_of
 from pmixseg.data.cohorts.matching import Tree
-from pmixseg.data.cohorts.sequences import read_name
+from pmixseg.data.scans.sequences import read_name
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
@@ -34,7 +34,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
 
     Every NIfTI file of the folder must be accounted for: a scan that is left out, or taken for
     another sequence, changes the result without a word. See
-    :mod:`pmixseg.data.cohorts.sequences` for how names are read.
+    :mod:`pmixseg.data.scans.sequences` for how names are read.
 
     Args:
         folder: holds the files itself.

@@ -363,3 +363,99 @@ def test_a_named_layout_ends_the_doubt(make_case, save, tmp_path, label):
     cases = find_cases(tmp_path / "new", BRATS, "brats2023")
     report = prepare(cases, tmp_path / "s", BRATS, progress=False)
     assert "label values 4, but its layout knows 0, 1, 2, 3" in next(iter(report.failed.values()))
+
+
+# ------------------------------------------------------------------- sizes, labels, sequences
+
+
+def scans_of(root, place=2):
+    case = find_cases(root, BRATS)[place]
+    return {m: nib.load(p) for m, p in case.images.items()}, nib.load(case.label)
+
+
+def written(images, label, folder, name="BraTS2021_00001"):
+    own = folder / "cohort" / name
+    own.mkdir(parents=True)
+    for role, image in {**images, "seg": label}.items():
+        nib.save(image, own / f"{name}_{role}.nii.gz")
+    (case,) = find_cases(folder / "cohort", BRATS)
+    return case
+
+
+@pytest.mark.parametrize("factor", [0.1, 1 / 25.4])
+def test_centimetres_or_inches_that_are_called_millimetres(phantom_root, tmp_path, factor):
+    """A volume would be a thousandth of what it is."""
+    scans, label = scans_of(phantom_root)
+    scale = np.diag([factor] * 3 + [1])
+    small = {m: nib.Nifti1Image(i.dataobj, scale @ i.affine) for m, i in scans.items()}
+    case = written(small, nib.Nifti1Image(label.dataobj, scale @ label.affine), tmp_path)
+    problems, refused, segmented = everyone(case, tmp_path)
+    assert (
+        refused is not None and "mm long, so the voxel size in its headers is not in mm" in refused
+    )
+    assert problems == [refused] and segmented == refused
+
+
+def test_a_header_that_lost_its_voxel_size_is_told(phantom_root, tmp_path):
+    scans, label = scans_of(phantom_root)
+    bare = {m: nib.Nifti1Image(i.dataobj, np.eye(4)) for m, i in scans.items()}
+    case = written(bare, nib.Nifti1Image(label.dataobj, np.eye(4)), tmp_path)
+    notes = inspect_cohort(tmp_path / "cohort", BRATS).cases[0].notes
+    assert len(notes) == 1 and "mm long, shorter than a whole one" in notes[0]
+    first, again = (prepare([case], tmp_path / "store", BRATS, progress=False) for _ in range(2))
+    assert first.notes == again.notes == {case.case_id: notes}  # also of a case that is kept
+    with pytest.warns(UserWarning, match="shorter than a whole one"):
+        tiny_student().segment(case.images)
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        (lambda x: x[::-1], "mirrored left-right it would fit"),
+        (lambda x: x[::-1, ::-1], "mirrored left-right and back-front it would fit"),
+        (lambda x: x.transpose(1, 0, 2), "the axes left-right and back-front exchanged"),
+    ],
+    ids=["mirrored", "half a turn", "exchanged"],
+)
+def test_a_label_whose_axes_are_not_those_of_the_scans(phantom_root, tmp_path, turn, words):
+    """As when one program's array is saved with another's header; the affines agree."""
+    scans, label = scans_of(phantom_root, 0)
+    wrong = nib.Nifti1Image(turn(np.asarray(label.dataobj)).copy(), label.affine)
+    case = written(scans, wrong, tmp_path)
+    problems = inspect_cohort(tmp_path / "cohort", BRATS).problems
+    report = prepare([case], tmp_path / "store", BRATS, progress=False)
+    assert list(report.failed.values()) == problems
+    assert "its label does not seem to lie on the scans" in problems[0] and words in problems[0]
+
+
+@pytest.mark.parametrize(("one", "other"), [("flair", "t2"), ("t1", "t1ce")])
+def test_exchanged_sequences_are_told(phantom_root, tmp_path, one, other):
+    scans, label = scans_of(phantom_root, 0)
+    scans[one], scans[other] = scans[other], scans[one]
+    case = written(scans, label, tmp_path)
+    (note,) = inspect_cohort(tmp_path / "cohort", BRATS).cases[0].notes
+    assert f"{one} and {other} look as if each were the other" in note
+    report = prepare([case], tmp_path / "store", BRATS, progress=False)
+    assert report.notes == {case.case_id: (note,)}
+    with pytest.warns(UserWarning, match="look as if each were the other"):
+        tiny_student().segment(case.images)
+
+
+@pytest.mark.parametrize("change", [np.sqrt, lambda x: 3 * x + 5, np.round], ids="abc")
+def test_one_scan_saved_again_in_other_intensities(phantom_root, tmp_path, change):
+    scans, label = scans_of(phantom_root)
+    flair = np.asarray(scans["flair"].dataobj).astype(np.float32)
+    again = np.where(flair > 0, change(flair), 0).astype(np.float32)
+    case = written({**scans, "t2": nib.Nifti1Image(again, label.affine)}, label, tmp_path)
+    problems, refused, segmented = everyone(case, tmp_path)
+    assert refused is not None and "flair and t2 are one and the same scan" in refused
+    assert problems == [refused] and segmented == refused
+
+
+def test_intensities_whose_squares_vanish_are_refused(make_case, tmp_path):
+    """A z-score of them was wrong without a word."""
+    case = make_case()
+    rewrite(case.images["t1"], lambda x: x.astype(np.float32) * np.float32(1e-30))
+    problems, refused, segmented = everyone(case, tmp_path)
+    assert refused is not None and "too small for an MR signal" in refused
+    assert problems == [refused] and segmented == refused

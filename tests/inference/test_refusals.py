@@ -9,11 +9,12 @@ from nibabel.processing import resample_to_output
 from scipy import ndimage
 
 from pmixseg.data.cohorts.layouts import find_cases
-from pmixseg.data.scans import canonical, plausibility
+from pmixseg.data.scans import canonical, placement
 from pmixseg.data.scans.brains import MAX_BRAIN_ML, not_a_brain
 from pmixseg.data.scans.canonical import canonicalise, join
 from pmixseg.data.scans.grids import on_one_grid
-from pmixseg.data.scans.plausibility import implausible, misplaced
+from pmixseg.data.scans.placement import Overview, misplaced
+from pmixseg.data.scans.plausibility import judge
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.inference.segment import Outputs, segment_folder
@@ -195,15 +196,15 @@ def test_information_of_many_pairs_at_once_is_that_of_each():
     others = np.stack([random.integers(0, 17, 500), np.maximum(scans[0], 1)]).astype(np.int16)
     expected = [sum(shared_information(s, o, 200) for s in scans) for o in others]
     assert expected[1] > 2 > 0.2 > abs(expected[0])
-    np.testing.assert_allclose(plausibility._information(scans, others, 200), expected, rtol=1e-12)
+    np.testing.assert_allclose(placement._information(scans, others, 200), expected, rtol=1e-12)
 
 
 def test_a_scan_with_no_voxel_on_the_grid_is_not_moved():
     scan = np.zeros((3, 3, 3), np.int16)
     scan[1, 1, 1] = 5
-    gains = plausibility._gains(scan, [scan], [4.0] * 3, plausibility.moves(), 2)
+    gains = placement._gains(scan, [scan], [4.0] * 3, placement.moves(), 2)
     assert list(gains) == []
-    assert len(list(plausibility._gains(scan, [scan], [4.0] * 3, plausibility.moves()))) == 27
+    assert len(list(placement._gains(scan, [scan], [4.0] * 3, placement.moves()))) == 27
 
 
 @pytest.mark.parametrize("steps", [(1, 1, 1), (2, 2, 2), (4, 1, 3)])
@@ -211,7 +212,7 @@ def test_block_means_are_numpys(steps):
     volume = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(np.float32)
     a, b, c = steps
     blocks = volume.reshape(8 // a, a, 4 // b, b, 6 // c, c)
-    means = plausibility._block_means(volume, steps)
+    means = placement._block_means(volume, steps)
     np.testing.assert_allclose(means, blocks.mean((1, 3, 5)), rtol=1e-5, atol=1e-6)
 
 
@@ -292,7 +293,9 @@ def test_scans_that_do_not_meet():
     one, other = np.zeros((2, 60, 40, 40), np.float32)
     one[2:28, 5:35, 5:35] = 1 + np.random.default_rng(0).random((26, 30, 30))
     other[32:58, 5:35, 5:35] = 1 + np.random.default_rng(1).random((26, 30, 30))
-    assert misplaced({"t1": one, "t2": other}, (4.0, 4.0, 4.0)) == ["t1 and t2 hardly overlap"]
+    assert misplaced(Overview.of({"t1": one, "t2": other}, (4.0, 4.0, 4.0))) == [
+        "t1 and t2 hardly overlap"
+    ]
 
 
 # ------------------------------------------------------------------- real scans
@@ -315,14 +318,14 @@ def _mirror(data):
 def test_real_scans_pass_and_damaged_ones_are_named(real_root, number):
     name = f"BraTS2021_{number}"
     scans = {m: nib.load(real_root / name / f"{name}_{m}.nii.gz") for m in BRATS.modalities}
-    assert implausible(canonicalise(scans, None, BRATS), BRATS) == []
+    assert judge(canonicalise(scans, None, BRATS), BRATS).findings == ()
     for modality, change, says in (
         ("t1", _shift, "shifted"),
         ("t2", _turn, "turned"),
         ("flair", _mirror, "mirrored left-right"),
     ):
         damaged = {**scans, modality: changed(scans[modality], change)}
-        (found,) = implausible(canonicalise(damaged, None, BRATS), BRATS)
+        (found,) = judge(canonicalise(damaged, None, BRATS), BRATS).findings
         assert found.startswith(f"{modality} does not seem to lie on ")
         assert says in found
 
@@ -338,7 +341,7 @@ def test_no_real_scan_is_suspected_in_any_combination(real_root):
             image = dict(zip(BRATS.modalities, case.image, strict=True))
             for combination in BRATS.combinations():
                 shown = {m: image[m] for m in combination}
-                assert misplaced(shown, case.geometry.grid_spacing) == []
+                assert misplaced(Overview.of(shown, case.geometry.grid_spacing)) == []
 
 
 def test_a_case_that_memory_does_not_hold_stops_no_other(

@@ -11,7 +11,7 @@ from typing import Any
 from pmixseg.data.cohorts.cases import Layout, Pattern
 from pmixseg.data.cohorts.codings import Numbers, coding_by_names
 from pmixseg.data.cohorts.matching import Tree
-from pmixseg.data.cohorts.sequences import modality_of
+from pmixseg.data.scans.sequences import modality_of
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 

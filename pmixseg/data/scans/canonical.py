@@ -7,6 +7,7 @@ testing a combination equals segmenting that combination's files alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,7 @@ class CanonicalCase:
             cropped to ``label_box``.
         label_box: where ``label_native`` lies in the canonical volume.
         label_beyond: labelled voxels of the grid that lie outside the box of the scans.
+        extent: sides of the box of all non-zero voxels in mm.
         geometry: the grids, and the way back.
         digests: modality or ``label`` -> SHA-256 of its file's bytes.
         ignored: number in the label file -> voxels of it that became background.
@@ -84,6 +86,7 @@ class CanonicalCase:
     doubts: tuple[str, ...] = ()
     statistics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     label_beyond: int = 0
+    extent: tuple[float, ...] = ()
 
 
 def canonicalise(
@@ -174,6 +177,7 @@ def join(
     Returns:
         A case without a label.
     """
+    tight = functools.reduce(Box.union, (s.box for s in signals.values()))
     boxes = {n: s.box.grow(BOX_MULTIPLE, geometry.grid_shape) for n, s in signals.items()}
     geometry = replace(geometry, boxes=boxes)
     return CanonicalCase(
@@ -186,6 +190,7 @@ def join(
         digests={},
         doubts=tuple(s.doubt for s in signals.values() if s.doubt),
         statistics={name: (s.mean, s.deviation) for name, s in signals.items()},
+        extent=tuple(n * z for n, z in zip(tight.shape, geometry.grid_spacing, strict=True)),
     )
 
 

@@ -24,6 +24,9 @@ from pmixseg.task import Task
 
 _NO_CLASS = 255
 _BLOCK = 8
+_SMALLEST = 1e-12
+"""Smaller intensities are none, and their squares would vanish in float32."""
+
 _SAME_GRID = 0.1
 """Share of a voxel by which the corners of two files of a case may differ."""
 
@@ -169,7 +172,8 @@ def signal_of(scan: Scan, geometry: Geometry, where: str, role: str = "a scan") 
         role: how a doubt about it names the modality.
 
     Raises:
-        InputError: NaN or infinity, no non-zero voxel, or the same value in all of them.
+        InputError: NaN or infinity, no non-zero voxel, the same value in all of them, or values
+            that are too small.
     """
     values = scan.values()
     doubt = None
@@ -189,6 +193,11 @@ def signal_of(scan: Scan, geometry: Geometry, where: str, role: str = "a scan") 
         raise InputError(
             f"{where}: {scan.name} holds NaN, infinite or far too large voxels; replace them, "
             "background by 0."
+        )
+    if abs(mean) + deviation < _SMALLEST:
+        raise InputError(
+            f"{where}: {scan.name} holds voxels around {mean:.1g}, too small for an MR signal; "
+            "repair scl_slope in its header, or export it again."
         )
     if deviation <= 1e-5 * abs(mean):
         raise _flat(scan.name, mean, where)

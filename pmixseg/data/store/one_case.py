@@ -96,6 +96,7 @@ def prepare_case(recipe: Recipe, case: Case) -> Outcome | InputError:
     made = {
         "findings": list(verdict.findings),
         "oriented": verdict.oriented,
+        "remarks": list(verdict.remarks),
         "ignored_voxels": {str(number): n for number, n in ready.ignored.items()},
         "sources": _sources(case, ready.digests),
     }
@@ -153,7 +154,8 @@ def _current(own: Path, case: Case, meta: Mapping[str, Any], where: str) -> Outc
         return None
     if origin_of(own) != _origin(case):  # the cohort was moved
         write_origin(own, _origin(case))
-    verdict = Verdict(tuple(stored["findings"]), stored["oriented"])
+    remarks = tuple(stored.get("remarks", ()))  # stores of before have none
+    verdict = Verdict(tuple(stored["findings"]), stored["oriented"], remarks)
     ignored = {int(number): n for number, n in stored["ignored_voxels"].items()}
     return _outcome("kept", case, verdict.notes(where), ignored)
 

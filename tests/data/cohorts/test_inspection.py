@@ -34,7 +34,10 @@ def test_a_healthy_cohort(make_case, label):
         "voxels": counts,
         "ignored": {},
         "problems": (),
-        "notes": (),
+        "notes": (
+            "case 'BraTS2021_00001': its brain is 42 mm long, shorter than a whole one; if the "
+            "voxel size in its headers is not that of its voxels, volumes and distances are wrong.",
+        ),
     }
     assert two.modalities == ("flair", "t2") and two.voxels is None and not two.labelled
     text = printed(inspection)

@@ -136,7 +136,7 @@ def read_name(name: str, modalities: Iterable[str]) -> Reading:
     sequence, doubt = _sequence(pieces)
     if sequence is None:
         return Reading("unknown", doubt=doubt)
-    fitting = [m for m in names if _meaning(m) == sequence]
+    fitting = [m for m in names if common_sequence(m) == sequence]
     if len(fitting) > 1:
         return Reading("unknown", doubt=f"it may be any of {', '.join(fitting)}")
     if not fitting:
@@ -157,7 +157,7 @@ def _named_outright(
     words: Sequence[str], modalities: Sequence[str]
 ) -> tuple[list[tuple[str, int]], list[str]]:
     """Modalities that only their own name tells, with where they stand, and the other words."""
-    meanings = [_meaning(m) for m in modalities]
+    meanings = [common_sequence(m) for m in modalities]
     own = [m for m, k in zip(modalities, meanings, strict=True) if not k or meanings.count(k) > 1]
     left = list(words)
     named = []
@@ -172,8 +172,13 @@ def _named_outright(
 
 
 @cache
-def _meaning(modality: str) -> str | None:
-    """Which of the common sequences a task's own name for a modality is."""
+def common_sequence(modality: str) -> str | None:
+    """Tell which common sequence a task's own name for a modality means, if it means one.
+
+    Example:
+        >>> common_sequence("T1-Gd"), common_sequence("dwi")
+        ('t1ce', None)
+    """
     return _sequence(_pieces(_words(modality)))[0]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pmixseg.data.cohorts.sequences import modality_of, read_name
+from pmixseg.data.scans.sequences import modality_of, read_name
 from pmixseg.task import BRATS
 
 NAMES = {
