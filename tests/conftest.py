@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
 
-from pmixseg.task import BRATS
+# Processes that tests start read the compiled package instead of compiling it anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 SPACING = 6.0
 
@@ -32,6 +32,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Two test processes on two cores must not fight, and sums must not depend on the machine."""
+    import torch
+
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
@@ -79,6 +81,7 @@ def phantom_store(phantom_root, tmp_path_factory) -> Path:
     """Their store."""
     from pmixseg.data.cohorts.layouts import find_cases
     from pmixseg.data.store.prepare import prepare
+    from pmixseg.task import BRATS
 
     def make(out: Path) -> None:
         cases = find_cases(phantom_root, BRATS)

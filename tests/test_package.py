@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import pmixseg
 import pmixseg.data
 from pmixseg.evaluation.records import sidecar
+from tests.processes import Copy
 
 
 def test_every_public_name_can_be_imported():
@@ -43,30 +45,25 @@ def test_names_for_type_checkers_are_the_same():
 
 
 NAMES = ("testing.check_backbone", "callbacks.PmixAlignment", "losses.DiceCE", "data.Fractions")
-FRESH = """
-import multiprocessing, sys
-
-def use(name):
-    import pmixseg
-    parts = [m for m in sys.modules if m.startswith("pmixseg.")]
-    assert parts == ["pmixseg.old_paths", "pmixseg.version"]
-    assert callable(eval(f"pmixseg.{name}"))
-    assert name.partition(".")[0] in dir(pmixseg)
-
-if __name__ == "__main__":
-    fork = multiprocessing.get_context("fork")
-    for name in sys.argv[1:]:
-        process = fork.Process(target=use, args=[name])
-        process.start()
-        process.join()
-        assert process.exitcode == 0, name
-"""
-"""One process that has the heavy libraries, and a child of it for each name."""
 
 
-def test_rooms_need_no_second_import():
-    code = "import torch, lightning.pytorch, monai\n" + FRESH
-    subprocess.run([sys.executable, "-c", code, *NAMES], check=True)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", NAMES)
+def test_rooms_need_no_second_import(name):
+    """In a copy of this process that has forgotten the package: the libraries stay imported."""
+
+    def use():
+        for module in [m for m in sys.modules if m.partition(".")[0] == "pmixseg"]:
+            del sys.modules[module]
+        import pmixseg
+
+        parts = [m for m in sys.modules if m.startswith("pmixseg.")]
+        assert parts == ["pmixseg.old_paths", "pmixseg.version"]
+        assert callable(eval(f"pmixseg.{name}"))
+        assert name.partition(".")[0] in dir(pmixseg)
+
+    code, said = Copy(use).join()
+    assert code == 0, said
 
 
 def test_unknown_names_are_attribute_errors():

@@ -170,25 +170,19 @@ def test_recomputed_encoders_give_the_same_gradients_and_keep_less(kind):
             torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "make", [partial(MultiEncoderUNet, width=4, levels=3), partial(RFNet, width=4)]
-)
+@pytest.mark.parametrize("make", [partial(MultiEncoderUNet, levels=2), RFNet])
 def test_decoding_without_gradients_is_one_graph_for_every_combination(make):
     torch.manual_seed(0)
     torch.compiler.reset()
-    net = make().double().eval()
-    image = torch.randn(2, 4, 16, 16, 16, dtype=torch.float64)
-    shown = torch.tensor([[True, True, True, True], [True, False, True, True]])
+    net = make(("t1", "t2"), width=4).double().eval()
+    image = torch.randn(2, 2, 16, 16, 16, dtype=torch.float64)
+    shown = torch.tensor([[True, True], [True, False]])
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(net.decode, backend=counter, fullgraph=True, dynamic=False)
     with torch.no_grad():
         latents = net.encode(image, shown)
         plain = net.encode(image, shown)
-        for flags in (
-            [[1, 1, 1, 1], [1, 0, 1, 1]],
-            [[0, 1, 0, 0], [1, 0, 0, 0]],
-            [[0, 0, 1, 1]] * 2,
-        ):
+        for flags in ([[1, 1], [1, 0]], [[0, 1], [1, 0]], [[0, 1]] * 2):
             subset = torch.tensor(flags, dtype=torch.bool)
             torch.testing.assert_close(
                 compiled(latents.restrict(subset)).logits,

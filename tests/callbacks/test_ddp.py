@@ -97,7 +97,7 @@ def test_records_of_two_processes_are_those_of_one(tmp_path, teacher, phantom_st
     for processes in (1, 2):
         folder = tmp_path / f"of{processes}"
         module = load(teacher)
-        module.evaluation = EvaluationSettings(window=(32, 32, 32), examples=1)
+        module.evaluation = EvaluationSettings(window=(32, 40, 32), examples=1)
         trainer = quiet_trainer(
             folder, limit_test_batches=2 if processes == 1 else 1, **spread(processes)
         )

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.long
 
 MEASURES = 14  # ten of the gap, decodability of three regions and their mean
 COMBINATIONS = 10  # of two or three of four modalities
-DRAWN = EvaluationSettings(window=(32, 32, 32), validation="drawn")
+DRAWN = EvaluationSettings(window=(32, 40, 32), validation="drawn")
 
 
 def train(

@@ -19,7 +19,7 @@ def student(seed):
     torch.manual_seed(seed)
     return StudentModule(
         backbone=tiny(levels=2),
-        evaluation=EvaluationSettings(window=(32, 32, 32), validation="balanced"),
+        evaluation=EvaluationSettings(window=(32, 40, 32), validation="balanced"),
     )
 
 

@@ -8,7 +8,7 @@ from pmixseg.cli import main
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TINY = [
-    "--model.evaluation.window=[32,32,32]",
+    "--model.evaluation.window=[32,40,32]",
     "--data.patch_size=16",
     "--data.num_workers=0",
     "--data.split=pmixseg.data.splits.Fractions",

@@ -220,7 +220,7 @@ sys.exit(made or main(["test", path, "--trainer.enable_progress_bar=false"]))
 
 SMALL = [
     *("--model.backbone=MultiEncoderUNet", "--model.backbone.width=2", "--model.backbone.levels=2"),
-    *("--model.scheduler=OneCycle", "--model.evaluation.window=[32,32,32]"),
+    *("--model.scheduler=OneCycle", "--model.evaluation.window=[32,40,32]"),
     *(
         "--data.patch_size=16",
         "--data.num_workers=0",

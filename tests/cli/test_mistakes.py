@@ -307,7 +307,7 @@ def test_an_error_that_only_passes_through_a_library_is_no_complaint():
 def test_without_model_a_student_is_trained(phantom_store, tmp_path):
     flags = [f for f in TINY if "window" not in f]
     command = ["fit", f"--data.store={phantom_store}", "--trainer.fast_dev_run=true"]
-    window = "--model.evaluation.window=[32,32,32]"
+    window = "--model.evaluation.window=[32,40,32]"
     assert main([*command, f"--run={tmp_path}/a", *flags, window]) == 0
     only = ["--model.backbone=MultiEncoderUNet", "--model.backbone.width=4"]
     rest = [f for f in flags if not f.startswith("--model")]

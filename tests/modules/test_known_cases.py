@@ -46,7 +46,7 @@ def trained(store, tmp_path_factory):
     run = tmp_path_factory.mktemp("known") / "run"
     flags = [*TINY, "--data.split=KFold", "--data.split.fold=1", "--data.split.folds=3"]
     flags += ["--data.split.val_fraction=0.25", "--trainer.max_steps=1"]
-    flags += ["--trainer.limit_val_batches=1", "--model.evaluation.window=[32,32,32]"]
+    flags += ["--trainer.limit_val_batches=1", "--model.evaluation.window=[32,40,32]"]
     assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *QUIET]) == 0
     return run / "checkpoints" / "last.ckpt"
 

@@ -169,7 +169,7 @@ def test_an_error_of_a_score_is_raised_and_stops_the_case():
 @pytest.fixture(scope="module")
 def student():
     torch.manual_seed(1)  # no voxel has two classes that are equal but for rounding
-    return StudentModule(backbone=tiny(), evaluation=EvaluationSettings(window=(32, 32, 32)))
+    return StudentModule(backbone=tiny(), evaluation=EvaluationSettings(window=(32, 40, 32)))
 
 
 def records_of(student, folder, store, limit=2):

@@ -67,7 +67,7 @@ def train(phantom_store):
         module = kind(
             backbone=make(),
             criterion=criterion(),
-            evaluation=EvaluationSettings(window=(32, 32, 32), overlap=0.0),
+            evaluation=EvaluationSettings(window=(32, 48, 32), overlap=0.0),
         )
         # They have a rule of their own for missing slots, so the module has no anchor to lend.
         own = name in ("uhved", "shaspec", "demoseg")

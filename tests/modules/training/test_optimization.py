@@ -138,7 +138,7 @@ DESCRIBED = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_a
 
 
 def student_of(scheduler=None):
-    settings = EvaluationSettings(window=(32, 32, 32))
+    settings = EvaluationSettings(window=(32, 40, 32))
     return StudentModule(backbone=tiny(levels=2), scheduler=scheduler, evaluation=settings)
 
 
