@@ -141,6 +141,7 @@ def test_a_header_that_says_in_two_ways_how_it_lies_is_refused(make_case, turn):
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), case.images["t1"])
     (problem,) = inspect_cohort(case.label.parents[1], BRATS).problems
     assert "its qform and sform turn the volume in different ways" in problem
+    assert "--force guesses none; set the code of the wrong one to 0" in problem
     image.set_qform(other, 0)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), case.images["t1"])
     assert inspect_cohort(case.label.parents[1], BRATS).problems == []

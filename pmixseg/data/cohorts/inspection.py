@@ -129,7 +129,11 @@ class Inspection:
         counts = ", ".join(f"{self.task.show(m)} {have[m]}" for m in self.task.modalities)
         labelled = sum(case.labelled for case in self.cases)
         lines = [f"{count_of(len(self.cases), 'case')}: {counts}; with a label {labelled}."]
-        shapes = Counter((c.shape, c.spacing, c.orientation) for c in self.cases if c.shape)
+        shapes = {
+            (c.shape, tuple(f"{s:.3g}" for s in c.spacing or ()), c.orientation)
+            for c in self.cases
+            if c.shape
+        }
         if len(shapes) > 1:
             lines.append(f"{len(shapes)} different shapes, spacings or orientations.")
         lines += [f"{line}." for line in ignored_lines({c.case_id: c.ignored for c in self.cases})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 from collections import defaultdict
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, check_name
 from pmixseg.data.cohorts.patients import patient_of
+from pmixseg.data.cohorts.presets import LAYOUTS
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
@@ -144,7 +146,8 @@ def match(tree: Tree, layout: Layout) -> Cohort:
     facts: dict[str, dict[str, str]] = {}
     problems: dict[str, str] = {}
     stray = []
-    # Every file meets every pattern; of two files for one role, the lower rank stays.
+    # Every file meets every pattern; of two files for one role, the lower rank stays, and which of
+    # them is right is not known, unless the user wrote the patterns in that order.
     for path, text in _texts(tree, layout):
         hits = [(r, k, c, m) for r, k, c, e in expressions if (m := e.fullmatch(text))]
         if not hits:
@@ -157,7 +160,14 @@ def match(tree: Tree, layout: Layout) -> Cohort:
             before = chosen.get(role)
             if before is None or rank < before[0]:
                 chosen[role] = (rank, source)
-            elif before[0] == rank and before[1] != source:
+            if (
+                before is not None
+                and before[1] != source
+                and (
+                    before[0] == rank
+                    or (layout.name in LAYOUTS and not _equal(_path_of(before[1]), path))
+                )
+            ):
                 problems[case_id] = (
                     f"case '{case_id}': {_path_of(before[1])} and {path} are both its {role}; "
                     "remove or rename one."
@@ -223,6 +233,14 @@ def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
     for path in tree.files:
         inside = path.relative_to(tree.root)
         yield path, (inside if layout.anchored else above / inside).as_posix()
+
+
+def _equal(one: Path, other: Path) -> bool:
+    """Whether two files have the same bytes, as a copy under another name has."""
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False  # who reads them says so
 
 
 def _path_of(source: ImageFile) -> Path:

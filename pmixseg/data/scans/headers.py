@@ -148,7 +148,8 @@ def check_directions(header: Any) -> None:
     if np.any((one * two).sum(0) < _SAME_DIRECTION * lengths):
         raise BadHeader(
             "its qform and sform turn the volume in different ways, so which side is left is not "
-            "certain; set the code of the wrong one to 0"
+            "certain, and --force guesses none; set the code of the wrong one to 0, in a whole "
+            "cohort as docs/howto/layout.md shows"
         )
 
 

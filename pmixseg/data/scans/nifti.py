@@ -242,7 +242,8 @@ class ScanReader:
     def _other_format(self, path: Path, *, load: bool = True) -> Scan:
         """Whatever else nibabel or ITK reads (Analyze pairs, MGH, MetaImage), at their speed."""
         if path.name.lower().endswith(ITK_ENDINGS):
-            return Scan(*read_itk(path, self.where), str(path))
+            data, affine, oriented = read_itk(path, self.where)
+            return Scan(data, 1.0, 0.0, affine, str(path), oriented=oriented)
         try:
             return _opened(nib.load(path), str(path), load=load)
         except _UNREADABLE as error:

@@ -104,3 +104,12 @@ def test_real_cohort(real_root):
     assert voxels["00014"]["NCR"] == 2 and voxels["00014"]["ET"] == 2557
     assert max(v["ET"] for v in voxels.values()) == 32731
     assert {c.orientation for c in inspection.cases} == {"LPS"}
+
+
+def test_rounding_makes_no_other_spacing(make_case, save, volume):
+    """Headers hold float32: 4 mm from metres is 4.0000002 mm."""
+    make_case()
+    other = make_case("BraTS2021_00002", modalities=("t1",), labelled=False)
+    affine = nib.load(other.images["t1"]).affine * np.array([[1 + 1e-6]] * 3 + [[1]])
+    save(other.images["t1"], volume(2), affine)
+    assert "different shapes" not in inspect_cohort(other.images["t1"].parents[1], BRATS).summary()

@@ -137,6 +137,20 @@ def test_conflicts_are_problems_of_their_case(touch):
     )
 
 
+def test_two_files_whose_names_both_mean_one_sequence(touch):
+    """Which of them is right is not known; a copy under another name is no conflict."""
+    case = "BraTS2021_00001"
+    root = touch(*brats_files(case), f"{case}/{case}_t1post.nii.gz")
+    assert find_cases(root, BRATS)[0].problem is None
+    (root / case / f"{case}_t1post.nii.gz").write_bytes(b"other")
+    assert "are both its t1ce; remove or rename one" in find_cases(root, BRATS)[0].problem
+    patterns = ("{case}/{case}_t1post.nii.gz", "{case}/{case}_t1ce.nii.gz")
+    old = LAYOUTS["brats2021"]
+    mine = replace(old, name="mine", images={**old.images, "t1ce": patterns})
+    (chosen,) = find_cases(root, BRATS, mine)
+    assert chosen.problem is None and chosen.images["t1ce"].name == f"{case}_t1post.nii.gz"
+
+
 def test_a_task_of_other_names(touch, tmp_path):
     task = Task("two", ("adc", "t2"), ("lesion",), {"lesion": ("lesion",)})
     root = touch("p1/adc.nii.gz", "p1/t2.nii.gz", "p2/t2.nii.gz")

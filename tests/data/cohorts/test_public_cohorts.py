@@ -87,6 +87,46 @@ def test_itk_formats_are_read_as_nifti_is(make_case, tmp_path, ending):
     assert f"_t1{ending} " in report.failed[case.case_id]
 
 
+def as_nrrd(path, unit, place):
+    """Rewrite a NIfTI file as NRRD by hand; ITK writes neither units nor files without a space."""
+    image = nib.load(path)
+    data = np.asarray(image.dataobj).astype("<i2")
+    text = f"NRRD0005\ntype: short\ndimension: 3\nsizes: {' '.join(map(str, data.shape))}\n"
+    text += "endian: little\nencoding: raw\n"
+    if place:
+        factor = {"mm": 1, "cm": 0.1, "m": 1e-3}.get(unit, 1)
+        columns = (np.diag([-1, -1, 1, 1]) @ image.affine).T[:, :3] * factor
+        *axes, origin = (f"({','.join(map(repr, c.tolist()))})" for c in columns)
+        text += f"space: left-posterior-superior\nspace directions: {' '.join(axes)}\n"
+        text += f'space origin: {origin}\nspace units: "{unit}" "{unit}" "{unit}"\n'
+    path.with_name(path.name.replace(".nii.gz", ".nrrd")).write_bytes(
+        text.encode() + b"\n" + data.tobytes(order="F")
+    )
+    path.unlink()
+
+
+@pytest.mark.parametrize("unit", ["mm", "cm", "m"])
+def test_units_of_nrrd_are_honoured(make_case, tmp_path, unit):
+    pytest.importorskip("SimpleITK")
+    case = make_case()
+    for path in (*case.images.values(), case.label):
+        as_nrrd(path, unit, place=True)
+    (facts,) = inspect_cohort(tmp_path / "cohort", BRATS).cases
+    assert facts.problems == () and facts.spacing == pytest.approx((1, 1, 1))
+
+
+def test_an_unknown_unit_and_a_file_that_does_not_say_how_it_lies(make_case, tmp_path):
+    pytest.importorskip("SimpleITK")
+    case, silent = make_case(), make_case("BraTS2021_00002", labelled=False)
+    make_case("BraTS2021_00003")
+    as_nrrd(case.images["t2"], "furlong", place=True)
+    for path in silent.images.values():
+        as_nrrd(path, "mm", place=False)
+    unit, lost = inspect_cohort(tmp_path / "cohort", BRATS).problems
+    assert "t2.nrrd cannot be read (its space units are" in unit and "furlong" in unit
+    assert "its scans do not say how they lie" in lost and "BraTS2021_00002" in lost
+
+
 def test_without_itk_the_extra_is_named(make_case, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "SimpleITK", None)
     case = make_case()
