@@ -84,7 +84,7 @@ def trained(folder, *, epochs=2, resume=None, setting=False, **arguments):
     seed_everything(0, verbose=False)
     module = StudentModule(backbone=tiny(), compile=setting)
     step = module.training_step
-    module.training_step = lambda *given: losses.append(step(*given)) or losses[-1]
+    module.training_step = lambda *batch: losses.append(step(*batch)) or losses[-1]
     trainer = quiet_trainer(
         folder,
         max_epochs=epochs,

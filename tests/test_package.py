@@ -17,8 +17,8 @@ from tests.processes import Copy
 
 def test_every_public_name_can_be_imported():
     for name in pmixseg.__all__:
-        found = getattr(pmixseg, name)
-        assert getattr(pmixseg, name) is found
+        public = getattr(pmixseg, name)
+        assert getattr(pmixseg, name) is public
         assert name in dir(pmixseg)
     assert pmixseg.__version__ == importlib.metadata.version("pmixseg")
 

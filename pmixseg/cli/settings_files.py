@@ -154,8 +154,8 @@ def _wrong_argument(path: Path, entries: dict[str, tuple[Any, Any]]) -> str | No
         hint = nearest(name, _names_in(module)) or "correct it."
         return f"{path}, line {_line(key.start_mark)}: no class '{class_path}' is known; {hint}"
     names = arguments_of(class_path)
-    given = entries["init_args"][1] if "init_args" in entries else None
-    for key, _ in given.value if isinstance(given, yaml.MappingNode) else ():
+    arguments = entries["init_args"][1] if "init_args" in entries else None
+    for key, _ in arguments.value if isinstance(arguments, yaml.MappingNode) else ():
         if key.value not in names:
             hint = nearest(key.value, names) or f"it takes {', '.join(names)}."
             name = class_path.rpartition(".")[2]

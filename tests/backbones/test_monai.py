@@ -139,7 +139,7 @@ def test_description_is_rebuilt_and_an_instance_is_refused_there():
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("network", "words"),
     [
         (network("SegResNet", {"in_channels": 3}), "in_channels 3.*needs 4"),
         (network("SegResNet", {"out_channels": 3}), "out_channels 3.*needs 4"),
@@ -149,9 +149,9 @@ def test_description_is_rebuilt_and_an_instance_is_refused_there():
         ({}, "None"),
     ],
 )
-def test_a_network_that_does_not_fit_is_refused(given, words):
+def test_a_network_that_does_not_fit_is_refused(network, words):
     with pytest.raises(InputError, match=words):
-        EarlyFusion(given)
+        EarlyFusion(network)
 
 
 def test_wrong_output_is_refused_when_it_shows():

@@ -175,8 +175,8 @@ def test_at_test_the_latents_themselves_are_read():
     module, batch = build(True)
     plain, _ = build(False)
     with torch.no_grad():
-        found = [m.eval()(batch["image"], batch["acquired"]).logits for m in (module, plain)]
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+        logits = [m.eval()(batch["image"], batch["acquired"]).logits for m in (module, plain)]
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
 
 
 def test_it_trains(tmp_path):
@@ -221,9 +221,9 @@ def fixed():
 )
 def test_inert_settings_are_one_sentence_at_the_start(tmp_path, make, arguments, match):
     torch.manual_seed(0)
-    found = sentences(tmp_path, make(backbone=tiny(), anchor=fixed()), **arguments)
-    assert len(found) == (match is not None), found
-    assert match is None or match in found[0]
+    warned = sentences(tmp_path, make(backbone=tiny(), anchor=fixed()), **arguments)
+    assert len(warned) == (match is not None), warned
+    assert match is None or match in warned[0]
 
 
 def test_weights_that_stay_uniform_are_one_sentence_at_the_end(tmp_path):

@@ -66,8 +66,8 @@ def test_single_modalities_are_decoded_one_by_one_and_summed():
     batch = batch_of([[1, 1, 0, 1], [0, 1, 1, 1]])
     latents = module.encode(batch["image"], batch["acquired"])
     output = module.decode(latents)
-    got = term(output, batch)
-    want = 0.0
+    actual = term(output, batch)
+    expected = 0.0
     for b in range(2):  # sample by sample: no masks
         row = {k: v[b : b + 1] for k, v in batch.items()}
         own = module.encode(row["image"], row["acquired"])
@@ -76,9 +76,9 @@ def test_single_modalities_are_decoded_one_by_one_and_summed():
             alone = torch.zeros(1, 4, dtype=torch.bool)
             alone[0, slot] = True
             pupil = module.decode(module.encode(row["image"], alone))
-            want += loss(pupil, teacher, {**row, "present": alone}) / 2
-    assert got.item() == pytest.approx(want.item(), rel=1e-4)
-    got.backward()
+            expected += loss(pupil, teacher, {**row, "present": alone}) / 2
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-4)
+    actual.backward()
     assert all(p.grad is not None for p in module.backbone.encoders.parameters())
 
 
@@ -144,7 +144,7 @@ def test_cases_are_numbered_for_losses_that_tell_them_apart(tmp_path):
     seen = []
     loss = ContrastiveMatch()
     compare = loss.compare_level
-    loss.compare_level = lambda *given: seen.append(given[2]) or compare(*given)
+    loss.compare_level = lambda *arguments: seen.append(arguments[2]) or compare(*arguments)
     fit(tmp_path, student(), Distillation(teacher, weight=1.0, terms={"contrast": loss}))
     for batch in seen:
         assert torch.equal(batch["case"], case_numbers(batch["case_id"]))

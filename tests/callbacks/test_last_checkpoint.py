@@ -61,8 +61,8 @@ def fit(folder, *callbacks, resume=None, **arguments):
     module = Falling(backbone=tiny(levels=2))
     seen = Seen(folder / "checkpoints" / "last.ckpt")
     settings = {"enable_checkpointing": True, "num_sanity_val_steps": 0, **arguments}
-    given = [seen, *callbacks, RunCheckpoint(folder)]
-    trainer = quiet_trainer(folder, callbacks=given, **settings)
+    every = [seen, *callbacks, RunCheckpoint(folder)]
+    trainer = quiet_trainer(folder, callbacks=every, **settings)
     trainer.fit(module, Data(), ckpt_path=resume, weights_only=True)
     return module.state_dict(), seen
 
@@ -87,8 +87,8 @@ def test_the_last_is_the_latest_epoch_whether_or_not_it_is_the_best(tmp_path, ar
     assert seen.held == [None, STEPS, 2 * STEPS]
     assert read(seen.last)["global_step"] == 3 * STEPS
     assert_equal(weights, seen.last)
-    found = seen.last.with_name("best.ckpt")
-    assert (read(found)["global_step"] if found.is_file() else None) == best
+    best_file = seen.last.with_name("best.ckpt")
+    assert (read(best_file)["global_step"] if best_file.is_file() else None) == best
     names = {"last.ckpt"} if best is None else {"last.ckpt", "best.ckpt"}
     assert {p.name for p in seen.last.parent.iterdir()} == names
 

@@ -85,10 +85,10 @@ def campaign(generator: Generator, seeds: range, work: Path, keep: Path, tally: 
         folder.mkdir(parents=True)
         done = generator.damage(folder, np.random.default_rng(seed))
         answer = generator.use(folder)
-        found = verdict(generator, folder, answer)
+        judgement = verdict(generator, folder, answer)
         for counts in (tally.counts, TOTAL.counts):
-            counts[generator.name, found] += 1
-        if found == "fault":
+            counts[generator.name, judgement] += 1
+        if judgement == "fault":
             last = answer.traceback.strip().splitlines()[-1:] or [answer.text.strip()[-300:]]
             for faults in (tally.faults, TOTAL.faults):
                 faults.append(f"{generator.name} seed {seed}: {done}: {last[0]}")

@@ -62,9 +62,9 @@ def test_another_measure_and_everything_as_json(arms, tmp_path, capsys):
     command = ["compare", "--a", *a, "--b", *b, "--measure", "hd95", "-o", str(out)]
     assert main(command) == 0
     assert "EXPLORATORY: hd95" in capsys.readouterr().out
-    found = json.loads(out.read_text())
-    assert found["exploratory"]["measure"] == "hd95"
-    assert found["primary"]["difference"] == pytest.approx(0.1, abs=0.01)
+    comparison = json.loads(out.read_text())
+    assert comparison["exploratory"]["measure"] == "hd95"
+    assert comparison["primary"]["difference"] == pytest.approx(0.1, abs=0.01)
     assert main([*command[:-1], str(tmp_path / "a0" / "records.csv" / "x.json")]) == 1
     assert "cannot be written" in capsys.readouterr().err
     assert main(["compare", "--a", *a, "--b", *b, "--measure", "nds"]) == 1

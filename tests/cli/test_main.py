@@ -142,12 +142,12 @@ def test_options_are_found_in_both_notations():
 
 def test_differences_are_named_by_their_path():
     stored = {"a": 1, "b": {"class_path": "X", "init_args": {"w": 8}}, "task": 1}
-    given = {"a": 1, "b": {"class_path": "X", "init_args": {"w": 4}}, "c": 2, "task": 2}
+    current = {"a": 1, "b": {"class_path": "X", "init_args": {"w": 4}}, "c": 2, "task": 2}
     weights = "model.b.init_args.w is 4, the checkpoint had 8"
     # What the checkpoint does not state has its default, unless a flag names it.
-    assert differences(stored, given) == [weights]
+    assert differences(stored, current) == [weights]
     named = ["test", "--model.init_args.c=2"]
-    assert differences(stored, given, named) == [weights, "model.c is 2, the checkpoint had None"]
+    assert differences(stored, current, named) == [weights, "model.c is 2, the checkpoint had None"]
 
 
 def test_another_class_of_module_is_a_difference():

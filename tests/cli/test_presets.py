@@ -54,12 +54,12 @@ def test_preset(name, teachers, phantom_store, tmp_path):
     taught = [] if name in SELF_TAUGHT else [taught_by(teachers, "aligned")]
     small = SMALLER.get(name, SMALL)
     assert fit(phantom_store, tmp_path, f"distillation/{name}.yaml", *small, *taught) == 0
-    found = metrics(tmp_path)
+    logged = metrics(tmp_path)
     for term in TERMS[name]:
-        assert math.isfinite(found[f"train/distill/{term}"]), term
-        assert found[f"train/distill/{term}"] > 0, term
-    parts = found["train/seg"] + found["train/distill"]
-    assert found["train/loss"] == pytest.approx(parts, rel=1e-4)
+        assert math.isfinite(logged[f"train/distill/{term}"]), term
+        assert logged[f"train/distill/{term}"] > 0, term
+    parts = logged["train/seg"] + logged["train/distill"]
+    assert logged["train/loss"] == pytest.approx(parts, rel=1e-4)
 
 
 def test_every_preset_says_what_is_published_and_what_is_not():
@@ -109,8 +109,8 @@ def test_student_of_another_backbone_width_and_sequences(teachers, phantom_store
 def test_impossible_teachers_are_one_sentence(
     flags, words, teachers, phantom_store, tmp_path, capsys
 ):
-    given = [*SMALL, taught_by(teachers, "plain"), *flags]
-    assert fit(phantom_store, tmp_path, "distillation/acn.yaml", *given) == 1
+    words_of_fit = [*SMALL, taught_by(teachers, "plain"), *flags]
+    assert fit(phantom_store, tmp_path, "distillation/acn.yaml", *words_of_fit) == 1
     said = capsys.readouterr().err
     assert any(word in said for word in words.split("|"))
     assert "Traceback" not in said

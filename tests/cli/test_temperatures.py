@@ -97,9 +97,9 @@ def test_predict_and_segment_write_the_tempered_entropy(run, phantom_store, phan
     written = sorted((run / "predicted" / "predictions").glob("*_entropy.nii.gz"))
     assert written
     case = written[0].name.removesuffix("_entropy.nii.gz")
-    found = nib.load(written[0]).get_fdata()
+    entropy = nib.load(written[0]).get_fdata()
     p = nib.load(written[0].with_name(f"{case}_probabilities.nii.gz")).get_fdata()
-    np.testing.assert_allclose(found, -(p * np.log(p.clip(1e-38))).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(entropy, -(p * np.log(p.clip(1e-38))).sum(-1), atol=1e-5)
 
     (here,) = [c for c in find_cases(phantom_root, BRATS) if c.case_id == case]
     out = run / "segmented"
@@ -107,12 +107,12 @@ def test_predict_and_segment_write_the_tempered_entropy(run, phantom_store, phan
     folder = str(next(iter(here.images.values())).parent)
     assert main(["segment", str(run / "fitted.ckpt"), folder, *flags]) == 0
     np.testing.assert_allclose(
-        nib.load(out / f"{case}_entropy.nii.gz").get_fdata(), found, atol=1e-5
+        nib.load(out / f"{case}_entropy.nii.gz").get_fdata(), entropy, atol=1e-5
     )
     facts = json.loads((out / f"{case}_seg.json").read_text())
     assert facts["settings"]["temperature"] == load(run / "fitted.ckpt").evaluation.temperatures[4]
     assert main(["segment", str(run / "raw.ckpt"), folder, *flags]) == 0
-    assert nib.load(out / f"{case}_entropy.nii.gz").get_fdata().mean() < found.mean()
+    assert nib.load(out / f"{case}_entropy.nii.gz").get_fdata().mean() < entropy.mean()
 
 
 def test_post_processing_is_recorded_and_not_compared_with_none(run, phantom_store, capsys):

@@ -215,10 +215,10 @@ def test_a_damaged_case_gives_its_sentence_and_stops_no_other(make_case, tmp_pat
     cases = find_cases(path.parents[1], BRATS)
     report = prepare(cases, tmp_path / "store", BRATS, spacing=spacing, progress=False)
     assert report.prepared == [good.case_id] and list(report.failed) == [case.case_id]
-    found = report.failed[case.case_id]
-    assert re.search(sentence, found), found
-    assert found.startswith("case 'BraTS2021_00001': ") and str(path) in found
-    assert "\n" not in found and found.endswith(".")
+    said = report.failed[case.case_id]
+    assert re.search(sentence, said), said
+    assert said.startswith("case 'BraTS2021_00001': ") and str(path) in said
+    assert "\n" not in said and said.endswith(".")
     assert Store.open(tmp_path / "store").cases == (good.case_id,)
 
 

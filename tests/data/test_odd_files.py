@@ -114,8 +114,8 @@ def test_a_link_to_a_folder_around_it_is_not_followed(make_case, tmp_path):
     root = tmp_path / "cohort"
     (root / "self").symlink_to(root)
     (case.label.parent / "up").symlink_to(tmp_path)
-    (found,) = find_cases(root, BRATS)
-    assert found.case_id == case.case_id and found.problem is None
+    (alone,) = find_cases(root, BRATS)
+    assert alone.case_id == case.case_id and alone.problem is None
 
 
 def test_a_library_says_nothing_beside_the_sentence(make_case, monkeypatch, capfd):

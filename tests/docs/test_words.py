@@ -127,9 +127,9 @@ def test_public_classes_and_functions_begin_with_a_verb():
     firsts = {}
     for module in map(importlib.import_module, PUBLIC):
         for name in module.__all__:
-            thing = getattr(module, name)
-            if inspect.isclass(thing) or inspect.isfunction(thing):
-                firsts[name] = inspect.getdoc(thing).split()[0]
+            public = getattr(module, name)
+            if inspect.isclass(public) or inspect.isfunction(public):
+                firsts[name] = inspect.getdoc(public).split()[0]
     assert len(firsts) > 90
     odd = {n: w for n, w in firsts.items() if w.lower() in NO_VERB or not w.isalpha()}
     assert odd == {}

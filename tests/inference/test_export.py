@@ -49,21 +49,21 @@ class Local(Backbone):
 
     def __init__(self, modalities=BRATS.modalities, num_classes=4):
         super().__init__(modalities, num_classes, [3], [1])
-        self.look = nn.ModuleList(nn.Conv3d(1, 3, 3, padding=1) for _ in modalities)
+        self.strided = nn.ModuleList(nn.Conv3d(1, 3, 3, padding=1) for _ in modalities)
         self.head = nn.Conv3d(3, num_classes, 1)
 
     def encode(self, image, present):
-        features = [look(image[:, m : m + 1]) for m, look in enumerate(self.look)]
+        features = [conv(image[:, m : m + 1]) for m, conv in enumerate(self.strided)]
         return Latents([torch.stack(features, 1)], self.modalities, [present])
 
     def decode(self, latents):
         return SegOutput(self.head(latents.masked(0).sum(1)), latents)
 
 
-def assert_same_inside(found, expected):
+def assert_same_inside(output, expected):
     """Equal in the boxes around what is not 0, wherever these lie."""
     inner = []
-    for image in (found, expected):
+    for image in (output, expected):
         where = np.argwhere((image != 0).any(0))
         box = zip(where.min(0), where.max(0) + 1, strict=True)
         inner.append(image[(slice(None), *(slice(a, b) for a, b in box))])
@@ -83,8 +83,8 @@ def test_a_fixed_combination_is_the_model(module, windows):
     network = FixedCombination(module, PAIR)
     for window in windows:
         with torch.no_grad():
-            found = network(window)
-        torch.testing.assert_close(found, by_hand(module, window), atol=1e-6, rtol=0)
+            exported = network(window)
+        torch.testing.assert_close(exported, by_hand(module, window), atol=1e-6, rtol=0)
     assert sum(p.numel() for p in network.parameters()) == sum(
         p.numel() for n, p in module.named_parameters() if n.startswith(("backbone", "anchor"))
     )
@@ -142,12 +142,12 @@ def test_the_configuration_of_a_bundle_prepares_scans_as_segment_does(phantom_ro
         item["pred"] = inferer(item["image"][None], network)[0]
     parser.get_parsed_content("postprocessing")(item)
     (path,) = (tmp_path / "out").iterdir()
-    found = nib.load(path)
+    image = nib.load(path)
     ours = module.segment({m: case.images[m] for m in PAIR})
-    assert found.shape == ours.classes.shape
-    np.testing.assert_allclose(found.affine, ours.affine, atol=1e-4)
+    assert image.shape == ours.classes.shape
+    np.testing.assert_allclose(image.affine, ours.affine, atol=1e-4)
     inside = np.asarray(nib.load(case.images["t1"]).dataobj) != 0
-    assert (np.asarray(found.dataobj) == ours.classes)[inside].mean() > 0.98  # borders of windows
+    assert (np.asarray(image.dataobj) == ours.classes)[inside].mean() > 0.98  # borders of windows
     assert len(np.unique(ours.classes)) > 1
 
 

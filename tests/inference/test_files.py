@@ -117,18 +117,18 @@ def test_everything_that_can_be_written(model, cases, tmp_path, checkpoint):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         p.name for p in result.files.values()
     )
-    found = model.segment(images, SegmentSettings(overlap=0.25))
+    segmented = model.segment(images, SegmentSettings(overlap=0.25))
     probabilities = np.asarray(nib.load(result.files["probabilities"]).dataobj)
-    assert probabilities.shape == (*found.classes.shape, 4)
-    assert np.array_equal(probabilities, np.moveaxis(found.probabilities, 0, -1))
-    assert np.array_equal(nib.load(result.files["entropy"]).dataobj, found.entropy)
+    assert probabilities.shape == (*segmented.classes.shape, 4)
+    assert np.array_equal(probabilities, np.moveaxis(segmented.probabilities, 0, -1))
+    assert np.array_equal(nib.load(result.files["entropy"]).dataobj, segmented.entropy)
     for key in ("seg", "probabilities", "entropy"):
         assert "research use only" in str(nib.load(result.files[key]).header["descrip"])
 
     facts = json.loads(result.files["json"].read_text())
     assert facts["notice"].startswith("Research use only")
     assert facts["combination"] == "flair+t2"
-    assert facts["volumes_ml"] == {k: round(v, 4) for k, v in found.volumes.items()}
+    assert facts["volumes_ml"] == {k: round(v, 4) for k, v in segmented.volumes.items()}
     assert facts["checkpoint"] == {"file": "tiny.ckpt", "sha256": file_hash(checkpoint)}
     assert facts["inputs"]["t2"] == {
         "file": cases[0].images["t2"].name,
@@ -198,13 +198,13 @@ def test_command_with_a_flag_per_modality(checkpoint, model, cases, tmp_path, ca
     codes = ["--codes", "NCR=1,ED=2,ET=4"]
     assert main(["segment", str(checkpoint), *flags, *codes, "-o", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    found = model.segment(images)
-    for region, volume in found.volumes.items():
+    result = model.segment(images)
+    for region, volume in result.volumes.items():
         assert region in said
         assert f"{volume:.2f}" in said
     assert "research use only" in said
     written = nib.load(tmp_path / f"{cases[0].case_id}_seg.nii.gz")
-    assert np.array_equal(written.dataobj, np.array([0, 1, 2, 4])[found.classes])
+    assert np.array_equal(written.dataobj, np.array([0, 1, 2, 4])[result.classes])
 
 
 def test_codes_of_any_size_arrive_as_they_were_given(checkpoint, model, cases, tmp_path, capsys):
@@ -243,9 +243,9 @@ def test_command_on_a_four_dimensional_file(checkpoint, model, cases, tmp_path, 
     assert main(["segment", str(checkpoint), str(path), *out]) == 1
     assert "--channels" in capsys.readouterr().err
     assert main(["segment", str(checkpoint), str(path), "--channels", "t2,t1,-", *out]) == 0
-    found = nib.load(tmp_path / "out" / "both_seg.nii.gz")
+    image = nib.load(tmp_path / "out" / "both_seg.nii.gz")
     expected = model.segment({m: cases[0].images[m] for m in ("t1", "t2")})
-    assert np.array_equal(found.dataobj, expected.labels)
+    assert np.array_equal(image.dataobj, expected.labels)
 
 
 def test_command_says_what_is_wrong(checkpoint, cases, tmp_path, capsys):

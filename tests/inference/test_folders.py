@@ -66,8 +66,8 @@ def test_scans_told_by_their_names(tmp_path, files, expected):
     (tmp_path / "out").mkdir()
     for name in files:
         (tmp_path / name).touch()
-    found = scans_in(tmp_path, BRATS).images
-    assert {m: p.name for m, p in found.items()} == expected
+    images = scans_in(tmp_path, BRATS).images
+    assert {m: p.name for m, p in images.items()} == expected
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_files_of_which_nobody_knows_what_they_are(tmp_path, files, task, says):
         with pytest.raises(InputError, match=says):
             scans_in(tmp_path, task, force=True)
     else:
-        found = scans_in(tmp_path, task, force=True)
-        assert len(found.images) == 1
-        assert "left out because of force" in found.notes[0]
+        scans = scans_in(tmp_path, task, force=True)
+        assert len(scans.images) == 1
+        assert "left out because of force" in scans.notes[0]
 
 
 def test_a_contrast_enhanced_scan_is_not_plain(patient, run, model, case, tmp_path):
@@ -150,8 +150,8 @@ def test_scans_that_a_dedicated_student_does_not_read_are_named(patient, case, t
 
 def test_a_flag_that_a_files_name_contradicts_is_told(patient, model, tmp_path):
     folder = patient(t1ce="x7_T1_KM", flair="x7_T2_FLAIR", t2="scan")
-    given = {"t1": "x7_T1_KM", "flair": "x7_T2_FLAIR", "t2": "scan"}
-    images = {m: folder / f"{name}.nii.gz" for m, name in given.items()}
+    names = {"t1": "x7_T1_KM", "flair": "x7_T2_FLAIR", "t2": "scan"}
+    images = {m: folder / f"{name}.nii.gz" for m, name in names.items()}
     result = segment_files(model, images, Outputs(tmp_path), name="x7")
     (told,) = [w for w in result.warnings if "its name says" in w]
     assert told == "case 'x7': x7_T1_KM.nii.gz is given as t1, but its name says t1ce."

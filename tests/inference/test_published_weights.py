@@ -127,10 +127,10 @@ def test_the_shapes_are_those_of_the_papers():
 
 def test_every_tensor_of_rfnet_lands(tmp_path):
     state = filled(rfnet_shapes(width=4))
-    found = import_official("rfnet", write(tmp_path / "x.pth", state))
-    net = found.module.backbone
+    imported = import_official("rfnet", write(tmp_path / "x.pth", state))
+    net = imported.module.backbone
     assert isinstance(net, RFNet)
-    assert (found.tensors, found.dropped, found.epoch) == (len(state), (), 299)
+    assert (imported.tensors, imported.dropped, imported.epoch) == (len(state), (), 299)
     own = net.state_dict()
     for channel, modality in enumerate(MODALITIES):
         for part in ("e1_c1.conv.weight", "e4_c3.conv.bias"):
@@ -145,13 +145,13 @@ def test_every_tensor_of_rfnet_lands(tmp_path):
 def test_every_used_tensor_of_mmformer_lands(tmp_path):
     state = filled(mmformer_shapes(**SMALL), prefix="")
     torch.save(state, tmp_path / "bare.pth")
-    found = import_official("mmformer", tmp_path / "bare.pth")
-    net = found.module.backbone
+    imported = import_official("mmformer", tmp_path / "bare.pth")
+    net = imported.module.backbone
     assert isinstance(net, MMFormer)
     assert net.official
     unused = {f"{m}_decode_conv.{k}" for m in MODALITIES for k in ("weight", "bias")}
-    assert set(found.dropped) == unused
-    assert found.module.preparation.patch == (32, 32, 32)
+    assert set(imported.dropped) == unused
+    assert imported.module.preparation.patch == (32, 32, 32)
     own = net.state_dict()
     for theirs, ours in (
         ("t1_transformer.cross_attention_list.0.fn.fn.qkv.weight", "2.transformer.qkv.weight"),
@@ -167,7 +167,7 @@ def test_every_used_tensor_of_mmformer_lands(tmp_path):
     together = "multimodal_transformer.cross_ffn_list.0.fn.fn.net.3.weight"
     assert torch.equal(own["multimodal_transformer.feed_out.weight"], state[together])
     used = [t for n, t in state.items() if n not in unused]
-    assert found.tensors == len(used) == len(own)
+    assert imported.tensors == len(used) == len(own)
     assert sorted(float(t.double().sum()) for t in used) == sorted(
         float(t.double().sum()) for t in own.values()
     )
@@ -202,8 +202,8 @@ def test_command_writes_a_checkpoint_that_load_and_lightning_read(tmp_path, caps
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet)
     loader = DataLoader([item], batch_size=None)
-    (found,) = trainer.predict(other.module, loader, ckpt_path=path, weights_only=True)
-    assert torch.equal(found.probabilities, expected.probabilities)
+    (prediction,) = trainer.predict(other.module, loader, ckpt_path=path, weights_only=True)
+    assert torch.equal(prediction.probabilities, expected.probabilities)
 
 
 @pytest.mark.parametrize(

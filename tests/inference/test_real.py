@@ -47,8 +47,8 @@ def check_combinations(model, case, combinations, kinds, folder, monkeypatch):
     files = [turned_files(case, needed(combinations), *kind, folder) for kind in kinds]
     for prediction in tested.eval().predict_item(item, combinations):
         combination = prediction.combination
-        found = in_grid_of(model, case.images, combination)
-        expected = np.asarray(found.dataobj)
+        labels = in_grid_of(model, case.images, combination)
+        expected = np.asarray(labels.dataobj)
         assert np.array_equal(expected, prediction.labels())
         assert len(np.unique(expected)) > 1
         with monkeypatch.context() as patch:
@@ -57,14 +57,14 @@ def check_combinations(model, case, combinations, kinds, folder, monkeypatch):
             patch.setattr(segment, "judge", lambda case, task: Verdict(()))
             for turned in files:
                 again = in_grid_of(model, turned, combination)
-                back = reoriented(again, nib.aff2axcodes(found.affine))
+                back = reoriented(again, nib.aff2axcodes(labels.affine))
                 assert np.array_equal(back.dataobj, expected)
 
 
 def reoriented(image, axcodes):
-    wanted = nib.orientations.axcodes2ornt(tuple(axcodes))
+    orientation = nib.orientations.axcodes2ornt(tuple(axcodes))
     return image.as_reoriented(
-        nib.orientations.ornt_transform(nib.io_orientation(image.affine), wanted)
+        nib.orientations.ornt_transform(nib.io_orientation(image.affine), orientation)
     )
 
 
@@ -98,11 +98,11 @@ def thick_files(case, modalities, folder):
 
 def in_grid_of(model, files, combination):
     """Segment; the result lies in the grid of the files that were given."""
-    found = model.segment({m: files[m] for m in combination}, COARSE).to_nifti()
-    given = nib.load(files[combination[0]])
-    assert found.shape == given.shape
-    np.testing.assert_allclose(found.affine, given.affine, atol=1e-4)
-    return found
+    labels = model.segment({m: files[m] for m in combination}, COARSE).to_nifti()
+    scan = nib.load(files[combination[0]])
+    assert labels.shape == scan.shape
+    np.testing.assert_allclose(labels.affine, scan.affine, atol=1e-4)
+    return labels
 
 
 def check_thick_slices(model, case, combinations, folder):
@@ -145,6 +145,6 @@ def test_a_model_of_another_spacing_answers_in_the_grid_of_the_scan(real_root):
     model = tiny_student(window=48, spacing=(2.0, 2.0, 2.0), backbone=Glance())
     for name in CASES:
         (case,) = find_cases(real_root / name, BRATS)
-        found = model.segment({"t1": case.images["t1"]})
-        assert found.labels.shape == nib.load(case.label).shape
-        assert len(np.unique(found.classes)) > 1
+        result = model.segment({"t1": case.images["t1"]})
+        assert result.labels.shape == nib.load(case.label).shape
+        assert len(np.unique(result.classes)) > 1

@@ -93,10 +93,10 @@ def on_other_grid(image, zoom=(1.0, 1.0, 2.0)):
 def test_scans_on_other_grids_are_resampled_with_a_warning(model, images):
     thick = {"t1": on_other_grid(images["t1"]), "t2": images["t2"]}
     with pytest.warns(UserWarning, match="t1 was resampled from its own grid to that of t2"):
-        found = model.segment(thick)
-    assert found.to_nifti().shape == images["t2"].shape  # the finer one
-    assert found.warnings
-    assert np.allclose(found.affine, images["t2"].affine)
+        result = model.segment(thick)
+    assert result.to_nifti().shape == images["t2"].shape  # the finer one
+    assert result.warnings
+    assert np.allclose(result.affine, images["t2"].affine)
 
 
 def test_resampling_puts_every_point_where_it_belongs():
@@ -112,15 +112,15 @@ def test_resampling_puts_every_point_where_it_belongs():
     target = plane(
         (30, 30, 30), np.diag([1.1, 1.2, 1.0, 1.0]) + [[0, 0, 0, t] for t in (0, 1, 2, 0)]
     )
-    found = on_one_grid({"t1": source, "t2": target}, reference="t2").images["t1"]
-    inside = np.asarray(found.dataobj) != 0
+    resampled = on_one_grid({"t1": source, "t2": target}, reference="t2").images["t1"]
+    inside = np.asarray(resampled.dataobj) != 0
     assert inside.mean() > 0.5
     np.testing.assert_allclose(
-        np.asarray(found.dataobj)[inside], np.asarray(target.dataobj)[inside], atol=0.9
+        np.asarray(resampled.dataobj)[inside], np.asarray(target.dataobj)[inside], atol=0.9
     )
     deep = ndimage.binary_erosion(inside, iterations=3)  # the border extrapolates by half a voxel
     np.testing.assert_allclose(
-        np.asarray(found.dataobj)[deep], np.asarray(target.dataobj)[deep], atol=1e-2
+        np.asarray(resampled.dataobj)[deep], np.asarray(target.dataobj)[deep], atol=1e-2
     )
 
 
@@ -134,8 +134,8 @@ def test_the_reference_can_be_chosen_and_resampling_refused(model, images):
     with pytest.raises(InputError, match=r"(shape|affines).*--strict"):
         model.segment(thick, SegmentSettings(strict=True))
     with pytest.warns(UserWarning, match="t2 was resampled"):
-        found = model.segment(thick, SegmentSettings(reference="t1"))
-    assert found.to_nifti().shape == thick["t1"].shape
+        result = model.segment(thick, SegmentSettings(reference="t1"))
+    assert result.to_nifti().shape == thick["t1"].shape
     with pytest.raises(InputError, match="reference 'flair'"):
         model.segment(thick, SegmentSettings(reference="flair"))
 
@@ -144,9 +144,9 @@ def test_the_result_has_the_axes_of_the_reference(model, images):
     start = nib.io_orientation(images["t2"].affine)
     turn = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(tuple("SAR")))
     mixed = {"t1": images["t1"], "t2": images["t2"].as_reoriented(turn)}
-    found = model.segment(mixed, SegmentSettings(reference="t2")).to_nifti()
-    assert nib.aff2axcodes(found.affine) == tuple("SAR")
-    back = nib.as_closest_canonical(found)
+    labels = model.segment(mixed, SegmentSettings(reference="t2")).to_nifti()
+    assert nib.aff2axcodes(labels.affine) == tuple("SAR")
+    back = nib.as_closest_canonical(labels)
     plain = nib.as_closest_canonical(model.segment({m: images[m] for m in mixed}).to_nifti())
     assert np.array_equal(back.dataobj, plain.dataobj)
 
@@ -325,9 +325,9 @@ def test_real_scans_pass_and_damaged_ones_are_named(real_root, number):
         ("flair", _mirror, "mirrored left-right"),
     ):
         damaged = {**scans, modality: changed(scans[modality], change)}
-        (found,) = judge(canonicalise(damaged, None, BRATS), BRATS).findings
-        assert found.startswith(f"{modality} does not seem to lie on ")
-        assert says in found
+        (finding,) = judge(canonicalise(damaged, None, BRATS), BRATS).findings
+        assert finding.startswith(f"{modality} does not seem to lie on ")
+        assert says in finding
 
 
 @pytest.mark.real

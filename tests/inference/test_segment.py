@@ -48,13 +48,13 @@ def test_segment_of_files_equals_test_of_the_case(
     seen = set()
     for combination in combinations:
         images = {m: cases[0].images[m] for m in combination}
-        found = module.segment(images, SegmentSettings(dtype=dtype), codes=cases[0].codes)
-        assert found.combination == combination
-        assert np.array_equal(found.classes, expected[combination].labels())
+        result = module.segment(images, SegmentSettings(dtype=dtype), codes=cases[0].codes)
+        assert result.combination == combination
+        assert np.array_equal(result.classes, expected[combination].labels())
         np.testing.assert_allclose(
-            found.probabilities, expected[combination].source_probabilities(), atol=1e-5
+            result.probabilities, expected[combination].source_probabilities(), atol=1e-5
         )
-        seen |= set(np.unique(found.labels).tolist())
+        seen |= set(np.unique(result.labels).tolist())
     assert len(seen) > 1
     assert seen <= {0, 1, 2, 4}
 
@@ -84,12 +84,12 @@ def whole(model, images):
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SAR", "IPL"])
 def test_orientation_of_the_file_changes_no_voxel(model, images, whole, axcodes):
     turned = {m: reoriented(i, tuple(axcodes)) for m, i in images.items()}
-    found = model.segment(turned).to_nifti()
-    assert "research use only" in str(found.header["descrip"])
-    assert found.header.get_xyzt_units()[0] == "mm"
-    assert nib.aff2axcodes(found.affine) == tuple(axcodes)
-    assert found.shape == turned["t1"].shape
-    back = reoriented(found, nib.aff2axcodes(images["t1"].affine))
+    labels = model.segment(turned).to_nifti()
+    assert "research use only" in str(labels.header["descrip"])
+    assert labels.header.get_xyzt_units()[0] == "mm"
+    assert nib.aff2axcodes(labels.affine) == tuple(axcodes)
+    assert labels.shape == turned["t1"].shape
+    back = reoriented(labels, nib.aff2axcodes(images["t1"].affine))
     assert np.array_equal(back.dataobj, whole.to_nifti().dataobj)
     np.testing.assert_allclose(back.affine, images["t1"].affine, atol=1e-4)
 
@@ -99,8 +99,8 @@ def test_compressed_or_not_is_the_same(model, case, images, whole, tmp_path):
         nib.save(image, tmp_path / f"x_{name}.nii")
     plain = model.segment({m: tmp_path / f"x_{m}.nii" for m in images})
     packed = model.segment({m: str(p) for m, p in case.images.items()})
-    for found in (plain, packed):
-        assert np.array_equal(found.classes, whole.classes)
+    for source in (plain, packed):
+        assert np.array_equal(source.classes, whole.classes)
 
 
 def test_four_dimensional_file(model, images, whole, tmp_path):
@@ -108,8 +108,8 @@ def test_four_dimensional_file(model, images, whole, tmp_path):
     stacked = np.stack([np.asarray(images[m].dataobj) for m in order], axis=-1)
     path = tmp_path / "all.nii.gz"
     nib.save(nib.Nifti1Image(stacked, images["t1"].affine), path)
-    found = model.segment({m: (path, i) for i, m in enumerate(order)})
-    assert np.array_equal(found.classes, whole.classes)
+    result = model.segment({m: (path, i) for i, m in enumerate(order)})
+    assert np.array_equal(result.classes, whole.classes)
 
 
 def test_mirroring_averages_the_eight_answers(model, images, whole):
@@ -138,9 +138,9 @@ def test_overlap_and_window_are_used(model, images, whole):
 
 
 def test_post_processing_is_used_and_recorded(model, images, whole):
-    found = model.segment(images, SegmentSettings(postprocess=["largest_component"]))
-    assert found.settings["postprocess"] == ["largest_component"]
-    assert 0 < (found.classes > 0).sum() <= (whole.classes > 0).sum()
+    result = model.segment(images, SegmentSettings(postprocess=["largest_component"]))
+    assert result.settings["postprocess"] == ["largest_component"]
+    assert 0 < (result.classes > 0).sum() <= (whole.classes > 0).sum()
 
 
 def test_volumes_entropy_and_probabilities_by_hand(whole):

@@ -18,12 +18,12 @@ class Glance(Backbone):
 
     def __init__(self, modalities=BRATS.modalities, num_classes=4, width=3):
         super().__init__(modalities, num_classes, [width], [4])
-        self.look = nn.ModuleList(nn.Conv3d(1, width, 5, 4, padding=2) for _ in modalities)
+        self.strided = nn.ModuleList(nn.Conv3d(1, width, 5, 4, padding=2) for _ in modalities)
         self.norm = nn.InstanceNorm3d(width, affine=True)
         self.head = nn.Conv3d(width, num_classes, 1)
 
     def encode(self, image, present):
-        features = [look(image[:, m : m + 1]) for m, look in enumerate(self.look)]
+        features = [conv(image[:, m : m + 1]) for m, conv in enumerate(self.strided)]
         return Latents([torch.stack(features, 1)], self.modalities, [present])
 
     def decode(self, latents):

@@ -34,8 +34,8 @@ def test_alignment_equals_a_loop(m, b, seed):
     torch.nn.init.normal_(anchor.scores)
     dirty = [torch.where(encoded[:, :, None, None, None, None], f, torch.nan) for f in fs]
     latents = latents_of(dirty, encoded)
-    got = AlignmentLoss("nmse", [2, 3], NAMES[:m], [0, 1])(latents, anchor, present, acquired)
-    want = torch.zeros(())
+    actual = AlignmentLoss("nmse", [2, 3], NAMES[:m], [0, 1])(latents, anchor, present, acquired)
+    expected = torch.zeros(())
     for level, f in enumerate(fs):
         cells = [f[i, j].flatten(1) for i in range(b) for j in range(m) if encoded[i, j]]
         if not cells:
@@ -47,8 +47,8 @@ def test_alignment_equals_a_loop(m, b, seed):
             a = [j for j in s if present[i, j]]
             p = sum(w[j] * f[i, j] for j in s) / sum(w[j] for j in s) if s else 0
             for j in a:
-                want += ((f[i, j] - p) ** 2).mean() / 2 / denominator / len(a) / b
-    assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
+                expected += ((f[i, j] - p) ** 2).mean() / 2 / denominator / len(a) / b
+    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_levels_are_summed_and_can_be_negative():
@@ -118,8 +118,8 @@ def test_detach_says_what_moves(detach):
     f = values([1.0], [4.0]).requires_grad_()
     align(f, "mse", ModalityAnchor("flair"), detach=detach).backward()
     # L = ½·½·(f₂ - f₁)²: dL/df₂ = (f₂ - f₁)/2 as latent, dL/df₁ = -(f₂ - f₁)/2 as anchor.
-    want = {"none": [-1.5, 1.5], "anchor": [0.0, 1.5], "features": [-1.5, 0.0]}[detach]
-    assert f.grad.flatten().tolist() == pytest.approx(want)
+    expected = {"none": [-1.5, 1.5], "anchor": [0.0, 1.5], "features": [-1.5, 0.0]}[detach]
+    assert f.grad.flatten().tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", [name for name in DISTANCES if name != "mmd"])
@@ -236,10 +236,10 @@ def test_float32_inside_autocast(name):
     anchor = anchor_for(name)
     every = torch.ones(2, 4, dtype=torch.bool)
     alignment = AlignmentLoss(name, [3], NAMES, [0], "linear")
-    want = alignment(latents_of(f.bfloat16().float()), anchor, every, every)
+    expected = alignment(latents_of(f.bfloat16().float()), anchor, every, every)
     with torch.autocast("cpu", torch.bfloat16):
-        got = alignment(latents_of(f.bfloat16()), anchor, every, every)
-    assert got.dtype == torch.float32 and got == want
+        actual = alignment(latents_of(f.bfloat16()), anchor, every, every)
+    assert actual.dtype == torch.float32 and actual == expected
 
 
 # Options --------------------------------------------------------------------------------------
@@ -251,11 +251,11 @@ def test_projections_start_as_the_identity_and_belong_to_a_modality():
     assert align(f, "nmse", projection="linear").item() == pytest.approx(align(f, "nmse").item())
     alignment = AlignmentLoss("mse", [3], NAMES, [0], "linear")
     weight = torch.nn.init.normal_(alignment.projections["0"].weight.data)
-    got = alignment(latents_of(f), anchor_for("mse"), *[torch.ones(2, 4, dtype=torch.bool)] * 2)
+    actual = alignment(latents_of(f), anchor_for("mse"), *[torch.ones(2, 4, dtype=torch.bool)] * 2)
     convolved = [
         torch.nn.functional.conv3d(f[:, m], weight[m][..., None, None, None]) for m in range(4)
     ]
-    assert got.item() == pytest.approx(align(torch.stack(convolved, 1), "mse").item(), rel=1e-5)
+    assert actual.item() == pytest.approx(align(torch.stack(convolved, 1), "mse").item(), rel=1e-5)
 
 
 def test_sampling_reparametrises_the_aligned_levels():

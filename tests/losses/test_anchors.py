@@ -114,15 +114,15 @@ def test_mixture_equals_a_loop_over_samples(modalities, samples, seed, shared):
     f = torch.randn(samples, modalities, 2, 2, 1, 3)
     subset = torch.rand(samples, modalities) < 0.6
     hidden = torch.where(subset[:, :, None, None, None, None], f, torch.nan)
-    got = anchor(hidden, subset, 2)
+    actual = anchor(hidden, subset, 2)
     row = anchor.scores.detach().view(-1, modalities)[0 if shared else 2]
     for b in range(samples):
         chosen = subset[b].nonzero().flatten().tolist()
-        want = torch.zeros(2, 2, 1, 3)
+        expected = torch.zeros(2, 2, 1, 3)
         total = sum(math.exp(row[m]) for m in chosen)
         for m in chosen:
-            want += math.exp(row[m]) / total * f[b, m]
-        assert torch.allclose(got[b], want, atol=1e-5)
+            expected += math.exp(row[m]) / total * f[b, m]
+        assert torch.allclose(actual[b], expected, atol=1e-5)
 
 
 ANCHORS = [

@@ -31,8 +31,8 @@ def test_two_patients_by_hand():
     assert disagree.item() == pytest.approx(math.log(1 + math.exp(2)) / math.log(2))
     # With m in the anchor, the larger latent agrees with the mean, whatever the other says.
     leaking = align(samples([2, -4], [-2, 4]), exact(leave_out=False))
-    want = (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-2))) / 2 / math.log(2)
-    assert leaking.item() == pytest.approx(want)
+    expected = (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-2))) / 2 / math.log(2)
+    assert leaking.item() == pytest.approx(expected)
     # A temperature divides the cosines; scale and offset of the latents change nothing.
     colder = align(7 + 3 * samples([2, 4], [-2, -4]), exact(temperature=0.5))
     assert colder.item() == pytest.approx(math.log(1 + math.exp(-4)) / math.log(2))
@@ -88,9 +88,9 @@ def test_it_equals_a_loop_with_ragged_masks(leave_out):
     subset = flags([1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0])
     shown = flags([1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0])
     distance = exact(temperature=0.3, leave_out=leave_out, points=10**6)
-    got = loss_of(distance, features, brain, present=shown, acquired=subset)
-    want = reference(features, brain, shown, subset, 0.3, leave_out)
-    assert got.item() == pytest.approx(float(want), rel=1e-6)
+    actual = loss_of(distance, features, brain, present=shown, acquired=subset)
+    expected = reference(features, brain, shown, subset, 0.3, leave_out)
+    assert actual.item() == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("leave_out", [True, False])

@@ -49,10 +49,10 @@ def test_dice_and_cross_entropy_by_hand():
     # Foreground: 2·0.6 / (0.8 + 1); background: 2·0.8 / (1.2 + 1); CE: -(ln 0.8 + ln 0.6)/2.
     dice = 1 - (1.2 / 1.8 + 1.6 / 2.2) / 2
     ce = -(math.log(0.8) + math.log(0.6)) / 2
-    got = DiceCE()(output(logits), batch(label), 0)
-    assert got.item() == pytest.approx(dice + ce, abs=2e-5)
-    got = DiceCE(include_background=False, ce_weight=0.0)(output(logits), batch(label), 0)
-    assert got.item() == pytest.approx(1 - 1.2 / 1.8, abs=2e-5)
+    actual = DiceCE()(output(logits), batch(label), 0)
+    assert actual.item() == pytest.approx(dice + ce, abs=2e-5)
+    actual = DiceCE(include_background=False, ce_weight=0.0)(output(logits), batch(label), 0)
+    assert actual.item() == pytest.approx(1 - 1.2 / 1.8, abs=2e-5)
 
 
 def test_deep_supervision_weights_are_powers_of_one_half_and_normalised():
@@ -60,11 +60,11 @@ def test_deep_supervision_weights_are_powers_of_one_half_and_normalised():
     coarse = torch.zeros(1, 2, 1, 1, 1)  # p = 1/2 against the fraction 1/2
     criterion = DiceCE(dice_weight=0.0)
     fine = -(math.log(0.8) + math.log(0.6)) / 2
-    got = criterion(
+    actual = criterion(
         output(logits, ds1=coarse, ds2=coarse, other=coarse * torch.nan), batch(label), 0
     )
-    want = (fine + 0.5 * math.log(2) + 0.25 * math.log(2)) / 1.75
-    assert got.item() == pytest.approx(want, rel=1e-6)
+    expected = (fine + 0.5 * math.log(2) + 0.25 * math.log(2)) / 1.75
+    assert actual.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_soft_labels_reach_the_dice_term():
@@ -72,9 +72,9 @@ def test_soft_labels_reach_the_dice_term():
     logits, label = two_voxels(0.2, 0.6)
     criterion = DiceCE(ce_weight=0.0, deep_supervision_decay=1.0)
     fine = 1 - (1.2 / 1.8 + 1.6 / 2.2) / 2
-    got = criterion(output(logits, ds1=coarse), batch(label), 0)
+    actual = criterion(output(logits, ds1=coarse), batch(label), 0)
     # 2·½·½ / (½ + ½) = ½ for both classes.
-    assert got.item() == pytest.approx((fine + 0.5) / 2, abs=2e-5)
+    assert actual.item() == pytest.approx((fine + 0.5) / 2, abs=2e-5)
 
 
 def test_batch_dice_joins_samples_and_says_so():
@@ -111,10 +111,10 @@ def test_gradients_are_right():
 def test_area_fractions_are_means_of_one_hot(classes, stride, seed):
     label = torch.randint(0, classes, (2, 4, 8, 4), generator=torch.Generator().manual_seed(seed))
     shape = [s // stride for s in label.shape[1:]]
-    got = area_fractions(label, classes, shape)
+    actual = area_fractions(label, classes, shape)
     onehot = torch.nn.functional.one_hot(label, classes).float()
-    want = onehot.reshape(2, shape[0], stride, shape[1], stride, shape[2], stride, classes)
-    assert torch.allclose(got, want.mean((2, 4, 6)).movedim(-1, 1), atol=1e-6)
+    expected = onehot.reshape(2, shape[0], stride, shape[1], stride, shape[2], stride, classes)
+    assert torch.allclose(actual, expected.mean((2, 4, 6)).movedim(-1, 1), atol=1e-6)
 
 
 def test_a_grid_that_does_not_divide_is_refused():

@@ -34,8 +34,8 @@ def test_mse_by_hand():
 def test_four_modalities_give_the_one_eighth_of_the_snippet():
     f = torch.randn(1, 4, 2, 2, 2, 2, dtype=torch.float64)
     p = f.mean(1, keepdim=True)
-    want = sum(((f[:, m] - p[:, 0]) ** 2).mean() for m in range(4)) / 8
-    assert align(f).item() == pytest.approx(want.item())
+    expected = sum(((f[:, m] - p[:, 0]) ** 2).mean() for m in range(4)) / 8
+    assert align(f).item() == pytest.approx(expected.item())
 
 
 def test_nmse_by_hand():
@@ -46,8 +46,8 @@ def test_nmse_by_hand():
     # but its two latents enter the variance. Values 1 2 3 6 | 0 0 0 4: mean 2, variance
     # (1 + 0 + 1 + 16 + 4 + 4 + 4 + 4)/8 = 4.25. Sample 2: A = {t1ce}, P = (0, 2), D = ½·(0 + 4)/2.
     both = torch.cat([f, values([0.0, 0.0], [0.0, 4.0])])
-    got = align(both, NMSE(epsilon=0.0), present=flags([1, 1], [0, 1]))
-    assert got.item() == pytest.approx((1.25 + 1.0) / 4.25 / 2)
+    actual = align(both, NMSE(epsilon=0.0), present=flags([1, 1], [0, 1]))
+    assert actual.item() == pytest.approx((1.25 + 1.0) / 4.25 / 2)
     # Two channels: the denominator is the mean of the two variances.
     f = values([1.0, 2.0, 10.0, 10.0], [3.0, 6.0, 10.0, 10.0], channels=2)
     assert align(f, NMSE(epsilon=0.0)).item() == pytest.approx((1.25 / 2) / (3.5 / 2))
@@ -56,9 +56,9 @@ def test_nmse_by_hand():
 def test_smooth_l1_by_hand():
     # Mean 3, sd s = √3.5; P̂ - f̂ = ±1/s, ±2/s = 0.5345 (quadratic), 1.0690 (linear).
     s = math.sqrt(3.5)
-    want = (0.5 / s**2 + (2 / s - 0.5)) / 2
+    expected = (0.5 / s**2 + (2 / s - 0.5)) / 2
     f = values([1.0, 2.0], [3.0, 6.0])
-    assert align(f, SmoothL1(epsilon=0.0)).item() == pytest.approx(want)
+    assert align(f, SmoothL1(epsilon=0.0)).item() == pytest.approx(expected)
 
 
 def test_cosine_by_hand():
@@ -70,8 +70,8 @@ def test_cosine_by_hand():
 
 def test_kl_of_gaussians_by_hand():
     # KL(N(1, 2) ‖ N(3, 4)) = ½ (ln 2 + (2 + 4)/4 - 1)
-    got = gaussian_kl(*map(torch.tensor, (1.0, math.log(2), 3.0, math.log(4))))
-    assert got.item() == pytest.approx(0.5 * (math.log(2) + 0.5))
+    actual = gaussian_kl(*map(torch.tensor, (1.0, math.log(2), 3.0, math.log(4))))
+    assert actual.item() == pytest.approx(0.5 * (math.log(2) + 0.5))
 
 
 def test_kl_starts_as_unit_gaussians():
@@ -79,14 +79,14 @@ def test_kl_starts_as_unit_gaussians():
     # N(f, 1) to N(0, 1): ½ f².
     assert align(f, "kl", NormalAnchor()).item() == pytest.approx(6.25)
     # To the moment-matched mixture: voxel 1: μ_P = 2, σ_P² = 1 + 1; voxel 2: μ_P = 4, σ_P² = 1 + 4.
-    want = (
+    expected = (
         0.5 * (math.log(2) + (1 + 1) / 2 - 1) + 0.5 * (math.log(5) + (1 + 4) / 5 - 1)
     ) / 2  # the same for both modalities
-    assert align(f, "kl").item() == pytest.approx(want)
+    assert align(f, "kl").item() == pytest.approx(expected)
     # Product with the prior: precision 3, μ_P = (1 + 3)/3 and 8/3.
     terms = [(x, y) for x, y in ((1, 4 / 3), (3, 4 / 3), (2, 8 / 3), (6, 8 / 3))]
-    want = sum(0.5 * (-math.log(3) + 3 * (1 + (x - y) ** 2) - 1) for x, y in terms) / 4
-    assert align(f, "kl", ProductAnchor()).item() == pytest.approx(want)
+    expected = sum(0.5 * (-math.log(3) + 3 * (1 + (x - y) ** 2) - 1) for x, y in terms) / 4
+    assert align(f, "kl", ProductAnchor()).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("raw", [-1e4, 1e4])
@@ -95,9 +95,9 @@ def test_kl_heads_keep_the_log_variance_within_six(raw):
     alignment = AlignmentLoss(distance, [1], NAMES[:1], [0])
     distance.log_variances["0"].bias.data.fill_(raw)
     every = flags([1])
-    got = alignment(latents_of(values([2.0])), bound(NormalAnchor(), NAMES[:1]), every, every)
+    actual = alignment(latents_of(values([2.0])), bound(NormalAnchor(), NAMES[:1]), every, every)
     log_variance = math.copysign(6, raw)
-    assert got.item() == pytest.approx(0.5 * (math.exp(log_variance) + 4 - 1 - log_variance))
+    assert actual.item() == pytest.approx(0.5 * (math.exp(log_variance) + 4 - 1 - log_variance))
 
 
 @pytest.mark.parametrize("anchor", [MixtureAnchor(weights="uniform"), NormalAnchor()])
@@ -125,10 +125,10 @@ def test_kl_reads_variational_encoders():
     latents = latents_of(f, log_variance=[lv])
     every = flags([1, 1])
     alignment = AlignmentLoss(KL(heads=False), [1], NAMES[:2], [0])
-    got = alignment(latents, bound(NormalAnchor(), NAMES[:2]), every, every)
+    actual = alignment(latents, bound(NormalAnchor(), NAMES[:2]), every, every)
     # log σ² = 40 is clamped to 6.
-    want = (0.5 * (-math.log(2) + 2 + 1 - 1) + 0.5 * (-6 + math.exp(6) + 9 - 1)) / 2
-    assert got.item() == pytest.approx(want) and not list(alignment.parameters())
+    expected = (0.5 * (-math.log(2) + 2 + 1 - 1) + 0.5 * (-6 + math.exp(6) + 9 - 1)) / 2
+    assert actual.item() == pytest.approx(expected) and not list(alignment.parameters())
     with pytest.raises(InputError, match="log-variance"):
         align(f, KL(heads=False))
 
@@ -142,10 +142,10 @@ def test_vid_by_hand():
     alignment = AlignmentLoss(raw, [1], NAMES[:2], [0])
     raw.means["0"].data.fill_(2.0), raw.raw_variances["0"].data.fill_(0.0)
     variance = math.log(2) + 0.01
-    want = 0.5 * ((1 + 0 + 1 + 16) / 4 / variance + math.log(variance))
+    expected = 0.5 * ((1 + 0 + 1 + 16) / 4 / variance + math.log(variance))
     every = flags([1, 1])
-    got = alignment(latents_of(f), bound(NormalAnchor(), NAMES[:2]), every, every)
-    assert got.item() == pytest.approx(want)
+    actual = alignment(latents_of(f), bound(NormalAnchor(), NAMES[:2]), every, every)
+    assert actual.item() == pytest.approx(expected)
     assert raw_of_unit_variance() == pytest.approx(math.log(math.exp(0.99) - 1))
 
 
@@ -206,8 +206,8 @@ def test_sets_are_compared_whatever_the_order_of_voxels():
     f = torch.randn(1, 2, 3, 4, 4, 4, dtype=torch.float64)
     f[:, 1] = f[:, 0].flatten(2)[..., torch.randperm(64)].view(1, 3, 4, 4, 4)
     for distance in ("mmd", "sliced_wasserstein"):
-        got = align(f, distance, anchor=ModalityAnchor("flair")).item()
-        assert got == pytest.approx(0.0, abs=1e-12)
+        actual = align(f, distance, anchor=ModalityAnchor("flair")).item()
+        assert actual == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("make", [MMD, SlicedWasserstein])
@@ -276,8 +276,8 @@ def test_whitened_by_hand():
     first, second = g.movedim(2, 0).flatten(1)
     total = torch.cov(torch.stack([first, second]), correction=0)
     apart = torch.tensor([[1.0, 0], [2.0, 0], [1.0, 0], [2.0, 0]], dtype=torch.float64)
-    want = 0.5 * (torch.linalg.inv(total) @ (apart.T @ apart / 4)).trace() / 2
-    assert align(g, Whitened(epsilon=0.0)).item() == pytest.approx(float(want), rel=1e-6)
+    expected = 0.5 * (torch.linalg.inv(total) @ (apart.T @ apart / 4)).trace() / 2
+    assert align(g, Whitened(epsilon=0.0)).item() == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_whitened_equals_a_loop_with_ragged_masks():
@@ -285,9 +285,9 @@ def test_whitened_equals_a_loop_with_ragged_masks():
     total = torch.cov(rows(features, brain, SUBSET)[0].T, correction=0)
     ridge = 0.01 * total.diagonal().mean() * torch.eye(3, dtype=torch.float64)
     inverse = torch.linalg.inv(total + ridge)
-    want = mean_of_slots(features, brain, lambda x: 0.5 * x @ inverse @ x / 3)
-    got = loss_of(Whitened(epsilon=0.01), features, brain, present=SHOWN, acquired=SUBSET)
-    assert got.item() == pytest.approx(float(want), rel=1e-6)
+    expected = mean_of_slots(features, brain, lambda x: 0.5 * x @ inverse @ x / 3)
+    actual = loss_of(Whitened(epsilon=0.01), features, brain, present=SHOWN, acquired=SUBSET)
+    assert actual.item() == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_whitened_does_not_change_under_an_invertible_linear_map_where_nmse_does():
@@ -316,8 +316,8 @@ def test_vic_by_hand():
     f = values([1.0, 2.0], [3.0, 6.0])
     assert align(f, VIC(epsilon=0.0)).item() == pytest.approx(2.5 / 3.5)
     # A tenth of it: the same difference, and 1 - √(1.25)/10 for the deviation.
-    want = 2.5 / 3.5 + 1 - math.sqrt(1.25) / 10
-    assert align(0.1 * f, VIC(epsilon=0.0)).item() == pytest.approx(want)
+    expected = 2.5 / 3.5 + 1 - math.sqrt(1.25) / 10
+    assert align(0.1 * f, VIC(epsilon=0.0)).item() == pytest.approx(expected)
     # Two equal channels: R = 1 twice, 4/C² · 2 = 2.
     twice = torch.cat([f, f], 2)
     assert align(twice, VIC(epsilon=0.0)).item() == pytest.approx(2.5 / 3.5 + 2)
@@ -327,7 +327,7 @@ def test_vic_equals_a_loop_with_ragged_masks():
     features, brain = ragged()
     features = 0.5 * features
     variance = rows(features, brain, SUBSET)[0].var(0, correction=0)
-    want = mean_of_slots(features, brain, lambda x: (x.square() / variance).mean())
+    expected = mean_of_slots(features, brain, lambda x: (x.square() / variance).mean())
     vectors, modality = rows(features, brain, SHOWN)
     for m in range(4):
         if (modality == m).any():
@@ -337,8 +337,8 @@ def test_vic_equals_a_loop_with_ragged_masks():
     relation = covariance / deviation[:, None] / deviation
     guard = 4 / 9 * (relation - torch.diag(relation.diagonal())).square().sum()
     guard += (1 - deviation).clamp_min(0).mean()
-    got = loss_of(VIC(epsilon=0.0), features, brain, present=SHOWN, acquired=SUBSET)
-    assert got.item() == pytest.approx(float(want + guard), rel=1e-6)
+    actual = loss_of(VIC(epsilon=0.0), features, brain, present=SHOWN, acquired=SUBSET)
+    assert actual.item() == pytest.approx(float(expected + guard), rel=1e-6)
 
 
 def test_vic_pays_for_a_collapse_that_nmse_rewards():

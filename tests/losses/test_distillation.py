@@ -102,9 +102,9 @@ def test_gradients_are_right(make):
         ) * (t.argmax(1) == batch["label"])
         soft = -(F.softmax(t / 10, 1) * F.log_softmax(s / 10, 1)).sum(1)
         held = (weight * soft).sum() / weight.sum()
-        (want,) = torch.autograd.grad(held, logits)
-        (got,) = torch.autograd.grad(loss(*leaves), logits)
-        assert torch.allclose(got, want) and want.abs().max() > 0
+        (expected,) = torch.autograd.grad(held, logits)
+        (actual,) = torch.autograd.grad(loss(*leaves), logits)
+        assert torch.allclose(actual, expected) and expected.abs().max() > 0
         return
     assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in leaves])
 
@@ -118,12 +118,12 @@ def test_the_teacher_gets_no_gradient_and_autocast_changes_nothing(make):
     term = make()
     term.bind(net, net)
     batch = batch_of(labels())
-    want = term(output(s, fs), output(t, ft), batch)
-    want.backward()
+    expected = term(output(s, fs), output(t, ft), batch)
+    expected.backward()
     assert all(x.grad is None for x in (t, *ft))
     with torch.autocast("cpu", torch.bfloat16):
-        got = term(output(s, fs), output(t, ft), batch)
-    assert got == want and got.dtype == torch.float32
+        actual = term(output(s, fs), output(t, ft), batch)
+    assert actual == expected and actual.dtype == torch.float32
 
 
 @pytest.mark.parametrize("make", [LatentMatch, LatentPrototypeMatch, GramMatch, VariationalMatch])
@@ -268,11 +268,11 @@ def test_background_of_a_patch_has_no_influence(make):
         )
         return term(student, teacher, batch_of(label, flags([1, 0], [1, 1]))).item()
 
-    want = value(10, 1)
-    assert want > 0
-    assert value(10, 2) == pytest.approx(want, rel=1e-5)
+    expected = value(10, 1)
+    assert expected > 0
+    assert value(10, 2) == pytest.approx(expected, rel=1e-5)
     if "lambda" not in make.__name__:  # SMU-Net's own normalisation divides by the sides
-        assert value(5, 3) == pytest.approx(want, rel=1e-5)
+        assert value(5, 3) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("make", LATENT)

@@ -27,12 +27,12 @@ from tests.losses.scenes import batch_of, flags, labels, network, output, scene,
 def test_logit_kl_by_hand():
     # T = 2: p = softmax(ln 3, 0) = (¾, ¼), q = (½, ½): KL = ¾ ln 1.5 + ¼ ln ½.
     t, s = voxel(2 * math.log(3), 0.0), voxel(0.0, 0.0)
-    want = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     plain = LogitKL(temperature=2, squared=False)
-    assert plain(output(s), output(t), batch_of(label)).item() == pytest.approx(want)
+    assert plain(output(s), output(t), batch_of(label)).item() == pytest.approx(expected)
     assert LogitKL(temperature=2)(output(s), output(t), batch_of(label)).item() == pytest.approx(
-        4 * want
+        4 * expected
     )
 
 
@@ -58,9 +58,9 @@ def test_weighted_soft_ce_by_hand():
     # At T = 2: p = (a, b) = (√3, 1)/(√3 + 1). q is (½, ½) in voxel 1 and (b, a) in voxel 4.
     a, b = math.sqrt(3) / (math.sqrt(3) + 1), 1 / (math.sqrt(3) + 1)
     first, fourth = math.log(2), -(a * math.log(b) + b * math.log(a))
-    want = (math.log(1.5) * first + ln3 * fourth) / (math.log(1.5) + ln3)
-    got = WeightedSoftCE(temperature=2)(output(s), output(t), batch_of(label))
-    assert got.item() == pytest.approx(want, rel=1e-5)
+    expected = (math.log(1.5) * first + ln3 * fourth) / (math.log(1.5) + ln3)
+    actual = WeightedSoftCE(temperature=2)(output(s), output(t), batch_of(label))
+    assert actual.item() == pytest.approx(expected, rel=1e-5)
     # A student that is never behind has nothing to learn; the mean over no voxel is 0.
     s = t.clone().requires_grad_()
     nothing = WeightedSoftCE()(output(s), output(t), batch_of(label))
@@ -71,8 +71,8 @@ def test_weighted_soft_ce_by_hand():
 def test_probability_mse_by_hand():
     t, s = voxel(math.log(3), 0.0), voxel(0.0, 0.0)
     label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-    got = ProbabilityMSE()(output(s), output(t), batch_of(label))
-    assert got.item() == pytest.approx(0.0625)
+    actual = ProbabilityMSE()(output(s), output(t), batch_of(label))
+    assert actual.item() == pytest.approx(0.0625)
 
 
 def test_probability_mse_over_the_foreground_and_its_ramp_by_hand():
@@ -80,8 +80,8 @@ def test_probability_mse_over_the_foreground_and_its_ramp_by_hand():
     t, s = voxel(math.log(2), 0.0, 0.0), voxel(0.0, 0.0, 0.0)
     label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     loss = ProbabilityMSE(10.0, over="foreground", ramp_epochs=20)
-    got = loss(output(s), output(t), batch_of(label))
-    assert got.item() == pytest.approx(2 / 144)
+    actual = loss(output(s), output(t), batch_of(label))
+    assert actual.item() == pytest.approx(2 / 144)
     # 10·exp(-5 (1 - e/20)²): e⁻⁵, e^(-5/4), then 1 for ever.
     strengths = [loss.strength(epoch) for epoch in (0, 10, 20, 200)]
     assert strengths == pytest.approx([math.exp(-5), math.exp(-1.25), 1.0, 1.0])
@@ -152,8 +152,8 @@ def test_same_leaves_out_what_the_teacher_was_not_shown():
     term = LatentMatch(target="same", epsilon=0.0)
     term.bind(two, two)
     # a alone: (1 + 4)/2 over its variance 4.
-    got = term(student, teacher, batch_of(label, flags([1, 1]))).item()
-    assert got == pytest.approx(2.5 / 4)
+    actual = term(student, teacher, batch_of(label, flags([1, 1]))).item()
+    assert actual == pytest.approx(2.5 / 4)
 
 
 def test_latent_match_uses_the_teachers_anchor_if_it_has_features():
@@ -225,8 +225,8 @@ def test_variational_match_by_hand():
     batch = batch_of(label, flags([1]))
     assert term(student, teacher, batch).item() == pytest.approx(0.5 * (4 + 1) / 2)
     term.raw_variances["1"].data.fill_(-30.0)  # σ² stops at 0.01
-    want = 0.5 * (2.5 / 0.01 + math.log(0.01))
-    assert term(student, teacher, batch).item() == pytest.approx(want, rel=1e-5)
+    expected = 0.5 * (2.5 / 0.01 + math.log(0.01))
+    assert term(student, teacher, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_contrastive_match_by_hand():
@@ -246,8 +246,8 @@ def test_contrastive_match_by_hand():
     assert term(*arguments, batch_of(label, every)).item() == pytest.approx(apart, rel=1e-5)
     # Two patches of one case: all four pairs are the same case.
     joined = 0.5 * ((1 + 2) / 2 + (2 - math.sqrt(3) + 0) / 2) / 2
-    got = term(*arguments, batch_of(label, every, ["x", "x"])).item()
-    assert got == pytest.approx(joined, rel=1e-5)
+    actual = term(*arguments, batch_of(label, every, ["x", "x"])).item()
+    assert actual == pytest.approx(joined, rel=1e-5)
 
 
 def test_prototype_match_by_hand():
@@ -266,8 +266,8 @@ def test_prototype_match_by_hand():
     # All of one class: prototypes (1, ½) and (½, ½), and one class to divide by.
     batch["label"] = torch.zeros_like(label)
     mine, theirs = (2 / math.sqrt(5), 3 / math.sqrt(10)), (1 / math.sqrt(2),) * 2
-    want = sum((x - y) ** 2 for x, y in zip(mine, theirs, strict=True)) / 2
-    assert term(*arguments, batch).item() == pytest.approx(want, abs=1e-5)
+    expected = sum((x - y) ** 2 for x, y in zip(mine, theirs, strict=True)) / 2
+    assert term(*arguments, batch).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_class_counts_from_a_mass_of_one_voxel():
@@ -313,8 +313,8 @@ def test_self_distillation_by_hand():
     # A sample that lacks the modality counts as 0.
     two = [torch.cat([x, x]) for x in (s, t)]
     batch = batch_of(torch.cat([label, label]), flags([1], [0]))
-    got = loss(output(two[0]), output(two[1]), batch).item()
-    assert got == pytest.approx(0.5 * divergence / 2)
+    actual = loss(output(two[0]), output(two[1]), batch).item()
+    assert actual == pytest.approx(0.5 * divergence / 2)
 
 
 def test_self_distillation_is_what_passion_computes():
@@ -324,7 +324,7 @@ def test_self_distillation_is_what_passion_computes():
     s, t = ([3 * torch.randn(1, 4, n, n, n, dtype=torch.float64) for n in sides] for _ in range(2))
     label = torch.randint(0, 4, (1, 8, 8, 8))
     weights = (1, 0.5, 0.25, 0.125, 0.0625)
-    want = 0.0
+    expected = 0.0
     for mine, theirs, weight in zip(s, t, weights, strict=True):
         probabilities = []
         for logits in (mine, theirs):
@@ -332,13 +332,13 @@ def test_self_distillation_is_what_passion_computes():
             up = F.interpolate(p, (8, 8, 8), mode="trilinear", align_corners=True)
             probabilities.append(up.clamp(0.005, 1))
         q, p = probabilities
-        want += weight * (16 * p * (p / q).log()).mean()
+        expected += weight * (16 * p * (p / q).log()).mean()
     prototypes = PrototypeMatch()(output(s[0]), output(t[0]), batch_of(label))
     student, teacher = output(s[0]), output(t[0])
     student.extras = {f"ds{k}": each for k, each in enumerate(s[1:], 1)}
     teacher.extras = {f"ds{k}": each for k, each in enumerate(t[1:], 1)}
-    got = SelfDistillation()(student, teacher, batch_of(label))
-    assert got.item() == pytest.approx((0.5 * want + 0.1 * prototypes).item())
+    actual = SelfDistillation()(student, teacher, batch_of(label))
+    assert actual.item() == pytest.approx((0.5 * expected + 0.1 * prototypes).item())
 
 
 def test_prototypes_of_the_decoder_are_those_of_the_literature():

@@ -70,9 +70,9 @@ def test_by_hand_for_two_modalities():
     a = torch.tensor([1, 1, 1, 1, -1, -1, -1, -1.0])
     b = torch.tensor([1, 1, 1, -1, 1, -1, -1, -1.0])
     z = torch.stack([a, b]).double().view(1, 2, 1, 1, 1, 8)
-    want = 0.5 * (28 / 15 - 2 + math.log(15 / 16) - math.log(3 / 4)) / 2
-    got = joint(z, NormalAnchor(), correlation=0.25, ridge=1e-12)
-    assert got.item() == pytest.approx(want, abs=1e-5)
+    expected = 0.5 * (28 / 15 - 2 + math.log(15 / 16) - math.log(3 / 4)) / 2
+    actual = joint(z, NormalAnchor(), correlation=0.25, ridge=1e-12)
+    assert actual.item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("anchor", [MixtureAnchor("uniform"), NormalAnchor()])
@@ -87,8 +87,8 @@ def test_independent_modalities_cost_what_the_factorised_loss_does(anchor):
     else:
         mean_p = mean.mean()
         variance_p = (variance + (mean - mean_p) ** 2).mean()
-    want = gaussian_kl(mean, variance.log(), mean_p, variance_p.log()).mean()
-    assert joint(z, anchor, correlation=0.0).item() == pytest.approx(want.item(), rel=1e-9)
+    expected = gaussian_kl(mean, variance.log(), mean_p, variance_p.log()).mean()
+    assert joint(z, anchor, correlation=0.0).item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 @given(st.integers(0, 100), st.integers(2, 6), st.floats(0, 0.95))
@@ -102,8 +102,8 @@ def test_identity_1_dependence_is_charged_as_total_correlation(seed, m, rho):
     individual = gaussian_kl(mean, variance.log(), mean_p, variance_p.log()).sum(1)
     dependence = dependence_of(covariance)
     assert (dependence > -1e-12).all()
-    want = ((individual + dependence) / m).mean()
-    assert joint(z, correlation=0.0).item() == pytest.approx(want.item(), rel=1e-8)
+    expected = ((individual + dependence) / m).mean()
+    assert joint(z, correlation=0.0).item() == pytest.approx(expected.item(), rel=1e-8)
 
 
 def test_closed_form_equals_torch():
@@ -111,11 +111,11 @@ def test_closed_form_equals_torch():
     root = torch.randn(2, 5, 4, 4, generator=generator, dtype=torch.float64)
     covariances = root @ root.mT + torch.eye(4)
     shift = torch.randn(5, 4, generator=generator, dtype=torch.float64)
-    got = gaussian_divergences(shift, covariances[0], covariances[1])
+    actual = gaussian_divergences(shift, covariances[0], covariances[1])
     for k in range(5):
         q = MultivariateNormal(shift[k], covariances[0, k])
         p = MultivariateNormal(torch.zeros_like(shift[k]), covariances[1, k])
-        assert got[k].item() == pytest.approx(kl_divergence(q, p).item())
+        assert actual[k].item() == pytest.approx(kl_divergence(q, p).item())
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.3, 0.8])
@@ -136,8 +136,8 @@ def test_descent_brings_the_modalities_to_the_anchor_s_correlation():
         optimizer.zero_grad()
         joint(z, correlation=0.8).backward()
         optimizer.step()
-    found = torch.corrcoef(z.detach()[0, :, 0].flatten(1))
-    off = found[~torch.eye(3, dtype=torch.bool)]
+    correlations = torch.corrcoef(z.detach()[0, :, 0].flatten(1))
+    off = correlations[~torch.eye(3, dtype=torch.bool)]
     assert off.min() > 0.7 and off.max() < 0.9
     assert z.var() > 0.5  # nothing shrank
 

@@ -42,13 +42,13 @@ def test_july_gradients_by_hand():
     anchor, f, latents = july()
     July2025Alignment()(latents, anchor, EVERY, EVERY).backward()
     # dL/df_m = ¼ [(f_m - P) - w_m Σ(f_j - P)], Σ(f_j - P) = 12 - 15.2 = -3.2.
-    want = [0.25 * ((x - 3.8) + 3.2 * w) for x, w in zip(VALUES, WEIGHTS, strict=True)]
-    assert f.grad.flatten().tolist() == pytest.approx(want)
-    assert want[0] == pytest.approx(-0.62)
+    expected = [0.25 * ((x - 3.8) + 3.2 * w) for x, w in zip(VALUES, WEIGHTS, strict=True)]
+    assert f.grad.flatten().tolist() == pytest.approx(expected)
+    assert expected[0] == pytest.approx(-0.62)
     # dL/dw_m = 0.8 f_m; through the softmax 0.8 w_m (f_m - P).
-    want = [0.8 * w * (x - 3.8) for x, w in zip(VALUES, WEIGHTS, strict=True)]
-    assert anchor.scores.grad.tolist() == pytest.approx(want)
-    assert want[0] == pytest.approx(-0.224)
+    expected = [0.8 * w * (x - 3.8) for x, w in zip(VALUES, WEIGHTS, strict=True)]
+    assert anchor.scores.grad.tolist() == pytest.approx(expected)
+    assert expected[0] == pytest.approx(-0.224)
 
 
 def test_july_counts_hidden_modalities_and_the_default_does_not():
@@ -122,8 +122,8 @@ def test_april_loss_and_gradients_by_hand():
     loss.backward()
     assert z.grad.flatten().tolist() == pytest.approx([0.5 * (x - 4.125) for x in VALUES])
     # dL/dP = -½ Σ(z - P) = 2.25; dP/da_k = (z_k - P)/8.
-    want = [2.25 * (x - 4.125) / 8 for x in VALUES]
-    assert alignment.scores.grad.tolist() == pytest.approx(want)
+    expected = [2.25 * (x - 4.125) / 8 for x in VALUES]
+    assert alignment.scores.grad.tolist() == pytest.approx(expected)
 
 
 def test_april_weights_may_be_negative():

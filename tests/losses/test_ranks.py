@@ -135,8 +135,8 @@ def test_two_processes_equal_one(tmp_path):
     values = model(make_batch())
     values.sum().backward()
     mean = (ranks[0]["values"] + ranks[1]["values"]) / 2
-    for name, got, want in zip([*DISTANCES, *TERMS], mean, values, strict=True):
-        assert torch.allclose(got, want, rtol=1e-10), name
+    for name, actual, expected in zip([*DISTANCES, *TERMS], mean, values, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-10), name
     for name, p in model.named_parameters():
         for rank in ranks:
             assert torch.allclose(rank["gradients"][name], p.grad, rtol=1e-8, atol=1e-12), name

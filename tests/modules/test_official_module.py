@@ -46,8 +46,8 @@ def test_a_training_step_fills_hidden_slots_with_a_mixture_that_saw_them(module,
     for b in range(2):
         mixed = sum(w[j] * f[b, j] for j in range(4))
         for m in range(4):
-            want = f[b, m] if present[b, m] else mixed
-            torch.testing.assert_close(latents.features[0][b, m], want)
+            expected = f[b, m] if present[b, m] else mixed
+            torch.testing.assert_close(latents.features[0][b, m], expected)
     assert latents.usable[0].all()
     assert torch.equal(latents.usable[1], present)
 
@@ -60,8 +60,8 @@ def test_at_test_every_slot_is_times_its_unnormalised_weight(module, batch):
     f, w = encoded.features[0], module.anchor.scores.softmax(0)
     mixed = (w[0] * f[:, 0] + w[2] * f[:, 2]) / (w[0] + w[2])
     for m in range(4):
-        want = w[m] * (f[:, m] if m in (0, 2) else mixed)
-        torch.testing.assert_close(latents.features[0][:, m], want)
+        expected = w[m] * (f[:, m] if m in (0, 2) else mixed)
+        torch.testing.assert_close(latents.features[0][:, m], expected)
 
 
 def test_the_term_is_the_sum_of_mse_over_eight_and_reaches_w(module, batch):
@@ -70,11 +70,11 @@ def test_the_term_is_the_sum_of_mse_over_eight_and_reaches_w(module, batch):
     module.add_term("align", term, TermWeight(1.0))
     f = module.encode(batch["image"], batch["acquired"]).features[0]
     mixed = torch.einsum("m,bmcdhw->bcdhw", module.anchor.scores.softmax(0), f)
-    want = sum((f[:, m] - mixed).square().mean() for m in range(4)) / 8
+    expected = sum((f[:, m] - mixed).square().mean() for m in range(4)) / 8
     output = module(batch["image"], batch["acquired"])
-    found = term(output, {**batch, "present": batch["acquired"]})
-    torch.testing.assert_close(found, want)
-    found.backward()
+    loss = term(output, {**batch, "present": batch["acquired"]})
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
     assert module.anchor.scores.grad.abs().sum() > 0
 
 

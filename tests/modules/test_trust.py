@@ -69,14 +69,14 @@ def foreign(tmp_path, monkeypatch):
 
 
 PLACES = {
-    "criterion": lambda thing: {"criterion": thing},
-    "sampler": lambda thing: {"sampler": thing},
-    "optimizer": lambda thing: {"optimizer": thing},
-    "scheduler": lambda thing: {"scheduler": thing},
-    "a network in the backbone": lambda thing: {"backbone": early(thing)},
-    "an argument of that": lambda thing: {
+    "criterion": lambda named: {"criterion": named},
+    "sampler": lambda named: {"sampler": named},
+    "optimizer": lambda named: {"optimizer": named},
+    "scheduler": lambda named: {"scheduler": named},
+    "a network in the backbone": lambda named: {"backbone": early(named)},
+    "an argument of that": lambda named: {
         "backbone": early(
-            {"class_path": "monai.networks.nets.SegResNet", "init_args": {"act": thing}}
+            {"class_path": "monai.networks.nets.SegResNet", "init_args": {"act": named}}
         )
     },
 }
@@ -260,12 +260,12 @@ def run(command, path, *flags):
     TrainingCLI([command, f"--ckpt_path={path}", *flags])
 
 
-@pytest.mark.parametrize("thing", ["touch", "foreign"])
+@pytest.mark.parametrize("origin", ["touch", "foreign"])
 @pytest.mark.parametrize("command", ["test", "validate", "predict", "segment", "export"])
 def test_no_command_runs_what_a_checkpoint_names(
-    write, touch, foreign, phantom_root, phantom_store, tmp_path, capsys, command, thing
+    write, touch, foreign, phantom_root, phantom_store, tmp_path, capsys, command, origin
 ):
-    named = touch if thing == "touch" else {"class_path": f"{FOREIGN}.Mine", "init_args": {}}
+    named = touch if origin == "touch" else {"class_path": f"{FOREIGN}.Mine", "init_args": {}}
     path = str(write(criterion=named))
     case = next(phantom_root.rglob("*_flair.nii.gz"))
     rest = {
@@ -280,9 +280,9 @@ def test_no_command_runs_what_a_checkpoint_names(
     assert FOREIGN not in sys.modules
 
 
-@pytest.mark.parametrize("thing", ["touch", "foreign"])
-def test_a_teachers_checkpoint_is_no_exception(write, touch, foreign, thing):
-    named = touch if thing == "touch" else {"class_path": f"{FOREIGN}.Mine", "init_args": {}}
+@pytest.mark.parametrize("origin", ["touch", "foreign"])
+def test_a_teachers_checkpoint_is_no_exception(write, touch, foreign, origin):
+    named = touch if origin == "touch" else {"class_path": f"{FOREIGN}.Mine", "init_args": {}}
     teacher = Distillation(teacher=str(write(criterion=named)), weight=1.0)
     with pytest.raises(InputError, match="--import"):
         teacher.load_teacher()

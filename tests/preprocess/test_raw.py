@@ -128,20 +128,20 @@ def module():
 
 def test_sequences_are_registered_within_a_millimetre_and_a_degree(patient, ready):
     centre, other = (ready.transforms[m] for m in ("t1ce", "flair"))
-    found = register(*(ready.sources[m] for m in ("t1ce", "flair")))
+    transform = register(*(ready.sources[m] for m in ("t1ce", "flair")))
     truth = patient["truth"]
     expected = sitk.Euler3DTransform()
     matrices = {m: np.reshape(t.GetMatrix(), (3, 3)) for m, t in truth.items()}
     expected.SetMatrix((matrices["flair"] @ matrices["t1ce"].T).ravel().tolist(), 1e-6)
     origin = truth["flair"].TransformPoint(truth["t1ce"].GetInverse().TransformPoint((0, 0, 0)))
     expected.SetTranslation(origin)
-    shift, turn = difference(found, expected)
+    shift, turn = difference(transform, expected)
     assert shift < 1.0
     assert turn < 1.0
     # What is kept joins the same two steps: scan to scan goes through the atlas and out again.
     point = (100.0, -130.0, 60.0)
     there = other.TransformPoint(centre.GetInverse().TransformPoint(point))
-    assert np.linalg.norm(np.subtract(there, found.TransformPoint(point))) < 1e-3
+    assert np.linalg.norm(np.subtract(there, transform.TransformPoint(point))) < 1e-3
 
 
 def test_the_atlas_grid_is_that_of_brats_and_the_background_is_0(ready):

@@ -296,7 +296,9 @@ def test_mixing_by_region(layout, slab, monkeypatch):
         return torch.einsum("oq,bqdhw->bodhw", weight, inside) + bias[:, None, None, None]
 
     inputs = (x, mixing, weight, bias)
-    given = [t.contiguous(memory_format=layout) for t in (x, regions)]
-    close_gradients(mix_regions(given[0], mixing, given[1], weight, bias), plain(), inputs)
+    contiguous = [t.contiguous(memory_format=layout) for t in (x, regions)]
+    close_gradients(
+        mix_regions(contiguous[0], mixing, contiguous[1], weight, bias), plain(), inputs
+    )
     monkeypatch.setattr(regions_module, "runs_lean", lambda x: False)
     close_gradients(mix_regions(x, mixing, regions, weight, bias), plain(), inputs)

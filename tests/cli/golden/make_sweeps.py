@@ -44,7 +44,7 @@ def expand(path: Path) -> dict:
         if run is None:
             break
         runs.append(observed(len(runs), run.config))
-    found = {"sweep": raw, "runs": [run.config for run in runs]}
+    expanded = {"sweep": raw, "runs": [run.config for run in runs]}
     if "early_terminate" in raw:
         poor = sweeps.SweepRun(
             name="poor",
@@ -61,15 +61,15 @@ def expand(path: Path) -> dict:
             )
             for k in range(5)
         ]
-        found["stopped"] = [run.name for run in sweeps.stop_runs(config, [*good, poor])]
-    return found
+        expanded["stopped"] = [run.name for run in sweeps.stop_runs(config, [*good, poor])]
+    return expanded
 
 
 def main() -> None:
     """Write the golden file."""
-    found = {path.name: expand(path) for path in sorted(FOLDER.glob("*-*.yaml"))}
-    found["engine"] = "sweeps 0.3.0"
-    (HERE / "sweeps.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    golden = {path.name: expand(path) for path in sorted(FOLDER.glob("*-*.yaml"))}
+    golden["engine"] = "sweeps 0.3.0"
+    (HERE / "sweeps.json").write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

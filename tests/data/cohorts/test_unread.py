@@ -34,9 +34,9 @@ def test_a_folder_that_was_renamed(touch):
     one, two = "BraTS2021_00001", "BraTS2021_00002"
     moved = [f"anna/{name.split('/')[1]}" for name in brats_files(two)]
     root = touch(*brats_files(one), *moved)
-    found = problems(root)
-    assert found[one] is None
-    assert f"for their folder is not named '{two}'; rename it" in found["anna"]
+    problem_of = problems(root)
+    assert problem_of[one] is None
+    assert f"for their folder is not named '{two}'; rename it" in problem_of["anna"]
     with pytest.raises(
         InputError, match=f"would have {two}_flair.nii.gz in a folder named '{two}'"
     ):

@@ -93,8 +93,8 @@ def test_decodability_equals_a_loop():
             slope = torch.inverse(gram) @ design.T @ (b[:, r] - b[:, r].mean())
             predicted = ((x[held, 0] - mean) / scale) @ slope + b[:, r].mean()
             missed[r] += (y[held, r] - predicted).square().sum()
-    want = 1 - missed / (y - y.mean(0)).square().sum(0)
-    torch.testing.assert_close(decodability(x, y, cases), want)
+    expected = 1 - missed / (y - y.mean(0)).square().sum(0)
+    torch.testing.assert_close(decodability(x, y, cases), expected)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,6 @@ def test_jensen_shannon_is_bounded_symmetric_and_zero_for_equals():
     x = torch.linspace(-30, 30, 200_001, dtype=torch.float64)
     q = [torch.distributions.Normal(m, s).log_prob(x) for m, s in ((0.0, 1.0), (2.0, 3.0))]
     mixed = torch.logsumexp(torch.stack(q), 0) - math.log(2)
-    want = sum(torch.trapezoid(p.exp() * (p - mixed), x).item() for p in q) / 2
+    expected = sum(torch.trapezoid(p.exp() * (p - mixed), x).item() for p in q) / 2
     pair = torch.tensor([[0.0], [2.0]]), torch.tensor([[[1.0]], [[9.0]]])
-    assert jensen_shannon(*pair, samples=200_000) == pytest.approx(want, abs=3e-3)
+    assert jensen_shannon(*pair, samples=200_000) == pytest.approx(expected, abs=3e-3)

@@ -168,7 +168,7 @@ def test_window_is_around_the_brain_and_padded():
 
 
 @pytest.mark.parametrize(
-    ("anchor", "want"),
+    ("anchor", "expected"),
     [
         (None, [0.25] * 4),
         (NormalAnchor(), [0.25] * 4),
@@ -176,19 +176,20 @@ def test_window_is_around_the_brain_and_padded():
         (ModalityAnchor("t1"), [0, 0, 1, 0]),
     ],
 )
-def test_vectors_are_those_of_the_encoder_and_the_anchor_s_weights_are_found(anchor, want):
+def test_vectors_are_those_of_the_encoder_and_the_anchor_s_weights_are_found(anchor, expected):
     torch.manual_seed(0)
     net = MultiEncoderUNet(BRATS.modalities, 4, width=4, levels=2).eval()
     if anchor is not None:
         anchor.bind(BRATS.modalities, 2)
     image = torch.randn(4, 8, 8, 8)
     sample = sample_latents(net, [image], (8, 8, 8), anchor, [1], points=10**6)[1]
-    assert sample.weights.tolist() == pytest.approx(want)
+    assert sample.weights.tolist() == pytest.approx(expected)
     encoded = net.encode(image[None], torch.ones(1, 4, dtype=torch.bool)).features[1]
     assert sample.vectors.shape == (64, 4, 8)
     assert sample.vectors.sum().item() == pytest.approx(encoded.double().sum().item(), rel=1e-4)
     assert sample.targets.mean().item() == pytest.approx(
-        torch.einsum("m,bmcdhw->bcdhw", torch.tensor(want).float(), encoded).mean().item(), rel=1e-4
+        torch.einsum("m,bmcdhw->bcdhw", torch.tensor(expected).float(), encoded).mean().item(),
+        rel=1e-4,
     )
     few = sample_latents(net, [image, image], (8, 8, 8), anchor, [0, 1], points=20)
     assert len(few[0].vectors) == len(few[1].vectors) == 20

@@ -102,8 +102,8 @@ def test_surface_dice_agrees_at_any_tolerance(tolerance):
             spacing=spacing,
             use_subvoxels=True,
         ).item()
-        got = score(prediction, truth, spacing, nsd_tolerance_mm=tolerance)["nsd"]
-        assert got == pytest.approx(1.0 if math.isnan(expected) else expected, abs=1e-5), name
+        actual = score(prediction, truth, spacing, nsd_tolerance_mm=tolerance)["nsd"]
+        assert actual == pytest.approx(1.0 if math.isnan(expected) else expected, abs=1e-5), name
 
 
 def test_surface_distance_package_gave_these_numbers():

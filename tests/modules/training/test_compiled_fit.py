@@ -27,7 +27,7 @@ class Tracer(Callback):
 
     def setup(self, trainer, module, stage):
         torch.compiler.reset()
-        torch.compile = lambda f, mode=None, **given: COMPILE(f, backend="eager", **given)
+        torch.compile = lambda f, mode=None, **options: COMPILE(f, backend="eager", **options)
 
     def on_train_batch_end(self, trainer, module, *args):
         assert module._step is None or module._step.compiled is not None, "the compiler failed"

@@ -44,10 +44,11 @@ def test_weights_of_another_type_are_refused_before_anything_runs(
         raise AssertionError("the network ran")
 
     monkeypatch.setattr(StudentModule, "encode", ran)
-    given = [] if command == "fit" else [f"--ckpt_path={checkpoint}"]
     flags = [f"--run={tmp_path}", f"--data.store={phantom_store}", "--data.patch_size=16"]
     flags += ["--trainer.accelerator=cpu", f"--trainer.precision={precision}"]
-    assert main([command, *given, *flags]) == 1
+    if command != "fit":
+        flags.append(f"--ckpt_path={checkpoint}")
+    assert main([command, *flags]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"pmixseg: --trainer.precision {precision} turns the weights")
     assert "use 32-true, or bf16-mixed and 16-mixed" in said

@@ -75,8 +75,8 @@ def train(phantom_store):
         terms = [PmixAlignment(weight=0.1, anchor=anchor)] if align else []
         if teacher is not None:
             # Latents of early fusion have no slots to match, so the logits alone teach it.
-            given = {"logit": LogitKL()} if name == "dynunet" else None
-            terms.append(Distillation(str(teacher), weight=1.0, terms=given))
+            losses = {"logit": LogitKL()} if name == "dynunet" else None
+            terms.append(Distillation(str(teacher), weight=1.0, terms=losses))
         trainer = Trainer(
             max_epochs=1,
             accelerator="cpu",

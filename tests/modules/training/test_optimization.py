@@ -125,12 +125,12 @@ def test_a_schedule_starts_from_the_rate_that_was_found(tmp_path):
     finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
     trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[finder, seen])
     trainer.fit(module, many())
-    found = finder.optimal_lr.suggestion()
-    assert module.lr == found != 1e-3
-    assert seen.seen[-40:] == pytest.approx([found * (1 - step / 40) for step in range(40)])
+    rate = finder.optimal_lr.suggestion()
+    assert module.lr == rate != 1e-3
+    assert seen.seen[-40:] == pytest.approx([rate * (1 - step / 40) for step in range(40)])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = read_checkpoint(tmp_path / "a.ckpt")
-    assert checkpoint["pmixseg"]["init_args"]["optimizer"]["init_args"]["lr"] == found
+    assert checkpoint["pmixseg"]["init_args"]["optimizer"]["init_args"]["lr"] == rate
     assert "hyper_parameters" not in checkpoint
 
 

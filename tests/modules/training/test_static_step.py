@@ -158,7 +158,7 @@ def test_a_step_is_one_graph_compiled_once_for_every_pattern_and_epoch(row, monk
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda f, mode=None, **given: compiled(f, backend=counter, **given)
+        torch, "compile", lambda f, mode=None, **options: compiled(f, backend=counter, **options)
     )
     module._step = CompiledStep(module.losses, Plan(cuda_graphs=False, whole=True), module)
     for epoch, pattern in enumerate(PATTERNS):
@@ -203,17 +203,17 @@ def test_a_failure_of_the_compiler_is_one_sentence_and_leaves_no_trace(monkeypat
 
     compiled = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda f, mode=None, **given: compiled(f, backend=broken, **given)
+        torch, "compile", lambda f, mode=None, **options: compiled(f, backend=broken, **options)
     )
     torch.compiler.reset()
     batch = batch_of("unet", 0)
     torch.manual_seed(3)
-    wanted = module.training_step(batch, 0), torch.rand(1)
+    expected = module.training_step(batch, 0), torch.rand(1)
     module._step = CompiledStep(module.losses, Plan(cuda_graphs=False, whole=True), module)
     torch.manual_seed(3)
     with pytest.warns(UserWarning, match=r"could not be compiled .*; model.compile: false spares"):
-        found = module.training_step(batch, 0), torch.rand(1)
-    torch.testing.assert_close(found, wanted)
+        actual = module.training_step(batch, 0), torch.rand(1)
+    torch.testing.assert_close(actual, expected)
     assert module._step.compiled is None
 
 
@@ -223,7 +223,7 @@ def test_channels_last_is_another_order_of_the_same_numbers(monkeypatch):
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     compiled = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda f, mode=None, **given: compiled(f, backend="eager", **given)
+        torch, "compile", lambda f, mode=None, **options: compiled(f, backend="eager", **options)
     )
     torch.compiler.reset()
     batch = batch_of("unet", 0)
@@ -281,9 +281,9 @@ def test_a_fused_optimizer_takes_one_operation_per_group_and_the_same_steps(make
         fused = other.configure_optimizers()
     assert {g["fused"] for g in plain.param_groups} == {None}
     assert {g["fused"] for g in fused.param_groups} == {True}
-    expected, found = stepped(one, plain), stepped(other, fused)
+    expected, weights = stepped(one, plain), stepped(other, fused)
     for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(weights[name], weight, rtol=1e-6, atol=1e-7)
     with Kernels() as counted:
         fused.step()
     assert sum("fused" in name for name in counted.names) == len(fused.param_groups) == 2

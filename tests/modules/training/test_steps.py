@@ -276,9 +276,9 @@ def test_compiled_is_the_same_network_with_the_same_keys(batch, monkeypatch):
     with torch.no_grad():
         expected = plain.decode(plain.encode(batch["image"], present)).logits
         assert not graphs
-        found = compiled.decode(compiled.encode(batch["image"], present)).logits
+        logits = compiled.decode(compiled.encode(batch["image"], present)).logits
     assert len(graphs) >= 2, "encode and decode are compiled apart"
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_pytorch_schedule_given_by_name_is_stepped_per_epoch_and_survives_a_checkpoint(batch):
@@ -287,8 +287,8 @@ def test_a_pytorch_schedule_given_by_name_is_stepped_per_epoch_and_survives_a_ch
         "init_args": {"T_max": 4},
     }
     module = StudentModule(backbone=tiny(), scheduler=cosine)
-    for given in (module, StudentModule(**describe(module)["init_args"])):
-        made = given.configure_optimizers()
+    for student in (module, StudentModule(**describe(module)["init_args"])):
+        made = student.configure_optimizers()
         scheduler = made["lr_scheduler"]["scheduler"]
         assert isinstance(scheduler, torch.optim.lr_scheduler.CosineAnnealingLR)
         assert "interval" not in made["lr_scheduler"]
@@ -326,9 +326,9 @@ def test_a_separate_decoder_runs_once_in_a_step(batch, monkeypatch, taught):
     """Not again in the teacher's pass on filled slots, nor in a lesson of the student's own."""
     calls = []
 
-    def counted(*given):
+    def counted(*arguments):
         calls.append(1)
-        return decode_slots(*given)
+        return decode_slots(*arguments)
 
     monkeypatch.setattr(rfnet, "decode_slots", counted)
     module = (StudentModule if taught else TeacherModule)(backbone=RFNet(width=4)).train()

@@ -97,8 +97,8 @@ def test_the_logged_dice_is_the_mean_over_combinations_then_over_cases(phantom_s
         use_distributed_sampler=False,
         default_root_dir=tmp_path,
     )
-    found = trainer.validate(module, data, verbose=False)[0]
-    assert set(found) == {"val/dice", "val/dice/WT", "val/dice/TC", "val/dice/ET"}
+    logged = trainer.validate(module, data, verbose=False)[0]
+    assert set(logged) == {"val/dice", "val/dice/WT", "val/dice/TC", "val/dice/ET"}
     module.eval()
     means = []
     for item in data.val_dataloader():
@@ -108,7 +108,7 @@ def test_the_logged_dice_is_the_mean_over_combinations_then_over_cases(phantom_s
             scores.append(region_dice(prediction.on_grid(), item["label"], BRATS)["WT"])
         means.append(sum(scores) / len(scores))
         assert len(scores) == 5
-    assert found["val/dice/WT"] == pytest.approx(sum(means) / len(means), rel=1e-5)
+    assert logged["val/dice/WT"] == pytest.approx(sum(means) / len(means), rel=1e-5)
 
 
 @pytest.mark.parametrize("regions", [["lesion"], ["lesion", "core"]])
