@@ -24,6 +24,11 @@ Scalar = Float[Tensor, ""]
 Brain = Bool[Tensor, "b d h w"]
 
 
+def full_precision(value: Tensor) -> Tensor:
+    """``value`` in float32, or in float64 if it has it."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 class Batch(TypedDict):
     """Training samples. ``present`` is drawn by the module, never by the data module.
 

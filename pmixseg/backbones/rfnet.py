@@ -42,7 +42,7 @@ from pmixseg.backbones.slots import (
     side_by_side,
 )
 from pmixseg.task import BRATS
-from pmixseg.types import Image, Latents, Presence, SegOutput
+from pmixseg.types import Image, Latents, Presence, SegOutput, full_precision
 
 HIDDEN = 128
 """Hidden units of the network that weighs modalities in a region."""
@@ -213,7 +213,7 @@ class RegionAwareFusion(nn.Module):
         x = side_by_side(latents, level)
         flags = latents.usable[level]
         regions = regions.detach().to(x.dtype)
-        mean = regions.float().mean((2, 3, 4))[:, :, None] + 1e-7
+        mean = full_precision(regions).mean((2, 3, 4))[:, :, None] + 1e-7
         inside = masked_weight(_region_means(x, regions), flags) / mean
         weights = weigh(torch.cat([inside, mean], 2), list(self.modal_fusion))
         mixing = masked_weight(self._spread(weights), flags)

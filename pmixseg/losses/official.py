@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide
-from pmixseg.types import Latents, Presence, Scalar
+from pmixseg.types import Latents, Presence, Scalar, full_precision
 
 INITIAL_DEVIATION = 0.1
 """Standard deviation of the normal distribution that both snippets' weights start from."""
@@ -102,7 +102,7 @@ class July2025Alignment(OfficialAlignment):
         raw = latents.features[0]
         subset = latents.usable[0] & acquired.to(raw.device)
         with torch.autocast(raw.device.type, enabled=False):
-            features = hide(raw.to(torch.promote_types(raw.dtype, torch.float32)), subset)
+            features = hide(full_precision(raw), subset)
             mixed = anchor(features, subset, 0)[:, None]
             errors = (features - mixed).square().mean((2, 3, 4, 5))
             return torch.where(subset, errors, 0.0).sum(1).mean() / (2 * subset.shape[1])
@@ -184,7 +184,7 @@ class April2025Alignment(OfficialAlignment):
                 "with a network whose first latent has one channel per modality."
             )
         with torch.autocast(features.device.type, enabled=False):
-            z = features[:, 0].to(torch.promote_types(features.dtype, torch.float32))
+            z = full_precision(features[:, 0])
             weights = (self.scores / self.scores.sum()).to(z.dtype)
             mixed = torch.einsum("c,bcdhw->bdhw", weights, z.detach())
             return (z - mixed[:, None]).square().mean()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pmixseg.errors import InputError
 from pmixseg.execution import runs_static
 from pmixseg.losses.segmentation import DEEP_SUPERVISION, Criterion
-from pmixseg.types import Batch, Label, Scalar, SegOutput
+from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
 
 LEAST_PROBABILITY = 0.005
 """Probabilities are clamped here before the logarithm; below it they get no gradient."""
@@ -151,7 +151,7 @@ def _separate_loss(output: SegOutput, label: Label) -> Tensor:
 
 def _probabilities(logits: Tensor) -> Tensor:
     # Sums over a million voxels do not fit half precision.
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+    return full_precision(logits).softmax(1)
 
 
 def _enlarged(probabilities: Tensor, label: Label) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
 from pmixseg.execution import runs_static
-from pmixseg.types import Batch, Label, Scalar, SegOutput
+from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
 
 DEEP_SUPERVISION = re.compile(r"ds([1-9]\d*)")
 """Names of the auxiliary logits that deep supervision reads: ``ds1`` is the finest of them."""
@@ -171,7 +171,7 @@ class DiceCE(Criterion):
 
     def _loss(self, logits: Tensor, label: Label) -> Tensor:
         # Sums over a million voxels do not fit half precision.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = full_precision(logits)
         loss: Tensor
         if runs_static(logits):
             loss = self._static_loss(logits, label)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pmixseg.losses.segmentation import Criterion, DiceCE, refuse_negative
-from pmixseg.types import Batch, Scalar, SegOutput
+from pmixseg.types import Batch, Scalar, SegOutput, full_precision
 
 
 class ShaSpecCriterion(Criterion):
@@ -46,11 +46,11 @@ class ShaSpecCriterion(Criterion):
         if "shared" not in output.extras:
             return total
         encoded = output.extras["encoded"]
-        logits = output.extras["modality"].float()
+        logits = full_precision(output.extras["modality"])
         truth = torch.arange(encoded.shape[1], device=encoded.device).expand_as(encoded)
         entropy = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none")
         entropy = _mean_of(entropy.view_as(truth), encoded)
-        shared = _ring(output.extras["shared"].float(), encoded)
+        shared = _ring(full_precision(output.extras["shared"]), encoded)
         return total + self.shared_weight * shared + self.specific_weight * entropy
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pmixseg.errors import InputError
 from pmixseg.losses.segmentation import Criterion, DiceCE, refuse_negative
-from pmixseg.types import Batch, Scalar, SegOutput
+from pmixseg.types import Batch, Scalar, SegOutput, full_precision
 
 
 class UHVEDCriterion(Criterion):
@@ -46,8 +46,8 @@ class UHVEDCriterion(Criterion):
         total = self.segmentation(output, batch, epoch)
         if "reconstruction" not in output.extras:
             return total
-        rebuilt, image = output.extras["reconstruction"], batch["image"].float()
-        rebuilt = rebuilt.to(torch.promote_types(rebuilt.dtype, torch.float32))
+        rebuilt = full_precision(output.extras["reconstruction"])
+        image = full_precision(batch["image"])
         if rebuilt.shape != image.shape:
             raise InputError(
                 f"UHVEDCriterion: the network rebuilds {rebuilt.shape[1]} of {image.shape[1]} "

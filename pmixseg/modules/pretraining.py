@@ -17,7 +17,7 @@ from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.student import StudentModule
 from pmixseg.task import Combination
-from pmixseg.types import Batch, Image, Keys, Scalar, SegOutput
+from pmixseg.types import Batch, Image, Keys, Scalar, SegOutput, full_precision
 
 NAME = "reconstruct"
 """Of the term, in log and checkpoint."""
@@ -54,7 +54,8 @@ class Reconstruction(Term):
         if self.whole is None:
             raise RuntimeError("Reconstruction needs the whole image; set `whole` before the step.")
         # Sums over a million voxels do not fit half precision.
-        error = (self.head(output.logits).float() - self.whole.float()).square().mean((2, 3, 4))
+        rebuilt, whole = full_precision(self.head(output.logits)), full_precision(self.whole)
+        error = (rebuilt - whole).square().mean((2, 3, 4))
         acquired = batch["acquired"].to(error.dtype)
         mean: Tensor = ((error * acquired).sum(1) / acquired.sum(1).clamp_min(1)).mean()
         return mean

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmixseg.backbones import (
     UHVED,
@@ -26,7 +27,18 @@ from pmixseg.backbones.slots import (
     join_slots,
 )
 from pmixseg.errors import InputError
+from pmixseg.execution import as_on_gpu
 from pmixseg.types import Latents
+
+MMFORMER = {"width": 4, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
+DOUBLE = {
+    "unet": lambda: MultiEncoderUNet(width=4, levels=2),
+    "rfnet": lambda: RFNet(width=4),
+    "mmformer": lambda: MMFormer(**MMFORMER),
+    "uhved": lambda: UHVED(width=4),
+    "shaspec": lambda: ShaSpec(width=4, levels=2),
+    "demoseg": lambda: DeMoSeg(width=4, levels=3),
+}
 
 
 class Counting(nn.Module):
@@ -248,3 +260,28 @@ def test_segresnet_decodes_as_its_own_decode_does():
     image = torch.randn(1, 4, 16, 16, 16)
     output = net(image, torch.ones(1, 4, dtype=torch.bool))
     torch.testing.assert_close(output.logits, net.network(image))
+
+
+class Types(TorchDispatchMode):
+    """Collects the types of real numbers that operations return, and which operations those are."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(part, torch.Tensor) and part.is_floating_point() and part.numel() > 1:
+                self.of.setdefault(part.dtype, []).append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("name", "side"), [(n, 32 if n == "mmformer" else 16) for n in DOUBLE])
+def test_a_network_in_double_precision_computes_in_it_throughout(name, side, gpu):
+    net = DOUBLE[name]().double().train()
+    image = torch.randn(1, 4, side, side, side, dtype=torch.float64)
+    with as_on_gpu(gpu), Types() as types:
+        net(image, torch.tensor([[True, False, True, True]]))
+    assert set(types.of) == {torch.float64}, types.of.get(torch.float32)

@@ -20,6 +20,7 @@ from pmixseg.backbones.layers.lean import (
     voxel_sum,
 )
 from pmixseg.execution import runs_lean
+from pmixseg.types import full_precision
 
 EPSILON = 1e-5
 """Added to a variance before its root."""
@@ -85,7 +86,7 @@ def norm_act(
 
 
 def _formula(x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    exact = full_precision(x)
     variance, mean = torch.var_mean(exact, (2, 3, 4), correction=0, keepdim=True)
     y = (exact - mean) * (variance + EPSILON).rsqrt()
     if weight is not None:
@@ -216,7 +217,7 @@ class _SmallNormAct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        rows = voxel_rows(x).to(torch.promote_types(x.dtype, torch.float32))
+        rows = full_precision(voxel_rows(x))
         hat = rows - rows.mean(1, keepdim=True)
         rstd = (hat.square().mean(1, keepdim=True) + EPSILON).rsqrt()
         hat *= rstd

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pmixseg.errors import InputError
 from pmixseg.task import Task
+from pmixseg.types import full_precision
 
 BINS = 15
 TEMPERATURE_RANGE = (0.05, 20.0)
@@ -180,7 +181,7 @@ def tempered(probabilities: Float[Tensor, "c ..."], temperature: float) -> Float
     """
     if temperature == 1.0:
         return probabilities
-    exact = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
+    exact = full_precision(probabilities)
     # A probability of 0 has no logarithm; the smallest number stands for it.
     return exact.clamp_min(torch.finfo(exact.dtype).tiny).log_().div_(temperature).softmax(0)
 

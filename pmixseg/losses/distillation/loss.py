@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
@@ -135,8 +135,3 @@ class DistillationLoss(nn.Module, Described, ABC):
         """Typed call of :meth:`forward`."""
         loss: Scalar = super().__call__(*args, **kwargs)
         return loss
-
-
-def full_precision(value: Tensor) -> Tensor:
-    """``value`` in float32, or in float64 if it has it."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))

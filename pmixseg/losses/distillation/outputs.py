@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from pmixseg.errors import InputError
-from pmixseg.losses.distillation.loss import DistillationLoss, full_precision
+from pmixseg.losses.distillation.loss import DistillationLoss
 from pmixseg.losses.ranks import sum_over_ranks
-from pmixseg.types import Batch, Scalar, SegOutput
+from pmixseg.types import Batch, Scalar, SegOutput, full_precision
 
 
 def check_temperature(owner: object, temperature: float) -> None:

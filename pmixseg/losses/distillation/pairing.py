@@ -22,9 +22,9 @@ from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide, weighted_sum
 from pmixseg.losses.distances import PerSlot, mean_over_shown
 from pmixseg.losses.distillation.brain import brain_of
-from pmixseg.losses.distillation.loss import DistillationLoss, Network, full_precision
+from pmixseg.losses.distillation.loss import DistillationLoss, Network
 from pmixseg.losses.projections import SlotLinear
-from pmixseg.types import Batch, Brain, Features, Presence, Scalar, SegOutput
+from pmixseg.types import Batch, Brain, Features, Presence, Scalar, SegOutput, full_precision
 
 
 class Pair(NamedTuple):

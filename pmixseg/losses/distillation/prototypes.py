@@ -11,10 +11,10 @@ from torch import Tensor
 from pmixseg.errors import InputError
 from pmixseg.losses.distances import mean_over_shown
 from pmixseg.losses.distillation.brain import brain_of
-from pmixseg.losses.distillation.loss import DistillationLoss, full_precision
+from pmixseg.losses.distillation.loss import DistillationLoss
 from pmixseg.losses.distillation.pairing import LatentLoss, Pair
 from pmixseg.losses.segmentation import area_fractions
-from pmixseg.types import Batch, Brain, Features, Scalar, SegOutput
+from pmixseg.types import Batch, Brain, Features, Scalar, SegOutput, full_precision
 
 
 def similarity_maps(features: Features, fractions: Tensor, epsilon: float = 1e-6) -> Tensor:

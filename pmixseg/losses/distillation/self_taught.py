@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
-from pmixseg.losses.distillation.loss import DistillationLoss, Network, full_precision
+from pmixseg.losses.distillation.loss import DistillationLoss, Network
 from pmixseg.losses.distillation.outputs import check_temperature
 from pmixseg.losses.distillation.prototypes import PrototypeMatch
 from pmixseg.losses.segmentation import DEEP_SUPERVISION
-from pmixseg.types import Batch, Scalar, SegOutput
+from pmixseg.types import Batch, Scalar, SegOutput, full_precision
 
 FLOOR = 0.005
 """Smallest probability in the published divergence; it also keeps the logarithm finite."""
