@@ -27,7 +27,7 @@ MAX_SHARE = 0.5
 
 A label map that was resampled has many values, but most voxels still hold one of its labels."""
 
-SAMPLE = 100_000
+SAMPLE = 20_000
 """At most about twice as many voxels are looked at to count intensities."""
 
 JUDGED_ML = 200.0

@@ -41,7 +41,7 @@ BINS = 16
 TOGETHER = 9
 """Moves that are tried in one call: numpy's calls cost more than so few voxels."""
 
-LABEL_SAMPLE = 2000
+LABEL_SAMPLE = 1000
 """At most about twice as many voxels of a label are moved."""
 
 LABEL_GAIN, LEAST_EVIDENCE = 1.5, 500.0
@@ -211,16 +211,31 @@ def mirrored_label(
         shape: of the grid.
         overview: of the scans.
     """
-    sample = tumour[:: 1 + len(tumour) // LABEL_SAMPLE]
-    if len(sample) == 0:
+    if len(tumour) == 0:
         return []
+    sample = tumour[:: 1 + len(tumour) // LABEL_SAMPLE]
     weight = len(tumour) / len(sample) / math.prod(overview.blocks)
-    here = _evidence(sample, weight, overview)
+    codes = np.stack(list(overview.codes.values()))
+    everything = np.stack([np.bincount(c.ravel(), minlength=BINS + 1)[1:] for c in codes])
+
+    def evidence(points: npt.NDArray[np.intp]) -> float:
+        """What being one of these voxels tells about all scans, in blocks times nats."""
+        place = points // overview.blocks
+        place = place[((place >= 0) & (place < codes.shape[1:])).all(axis=1)]
+        there = codes[:, place[:, 0], place[:, 1], place[:, 2]]
+        inside = np.stack([np.bincount(t, minlength=BINS + 1)[1:] for t in there]) * weight
+        table = np.stack([inside, np.maximum(everything - inside, 0)])
+        count = np.maximum(table.sum(axis=(0, 2)), 1.0)
+        p = table / count[:, None]
+        own = entr(p.sum(axis=0)).sum(axis=1) + entr(p.sum(axis=2)).sum(axis=0)
+        return float(count @ (own - entr(p).sum(axis=(0, 2))))
+
+    here = evidence(sample)
     best, words = LEAST_EVIDENCE * COARSE_MM**3 / math.prod(overview.zooms), ""
     for points, how in _elsewhere(sample + first, shape):
-        evidence = _evidence(points - first, weight, overview)
-        if evidence > max(best, LABEL_GAIN * here):
-            best, words = evidence, how
+        there = evidence(points - first)
+        if there > max(best, LABEL_GAIN * here):
+            best, words = there, how
     return [f"its label does not seem to lie on the scans: {words} it would fit"] if words else []
 
 
@@ -241,23 +256,6 @@ def _elsewhere(
         if words:
             turned = points[:, order]
             yield np.where(flips, np.array(shape) - 1 - turned, turned), ", ".join(words)
-
-
-def _evidence(points: npt.NDArray[np.intp], weight: float, overview: Overview) -> float:
-    """Information that being one of these voxels shares with all scans, in blocks times nats."""
-    codes = np.stack(list(overview.codes.values()))
-    place = points // overview.blocks
-    place = place[((place >= 0) & (place < codes.shape[1:])).all(axis=1)]
-    there = codes[:, place[:, 0], place[:, 1], place[:, 2]]
-    shared = 0.0
-    for own, at in zip(codes, there, strict=True):
-        labelled = np.bincount(at, minlength=BINS + 1)[1:] * weight
-        everything = np.bincount(own.ravel(), minlength=BINS + 1)[1:]
-        table = np.stack([labelled, np.maximum(everything - labelled, 0)])
-        count = max(table.sum(), 1.0)
-        p = table / count
-        shared += count * (entr(p.sum(0)).sum() + entr(p.sum(1)).sum() - entr(p).sum())
-    return float(shared)
 
 
 def _gains(

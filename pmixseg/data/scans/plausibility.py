@@ -8,6 +8,7 @@ gross mistakes and prove nothing: what passes may still be wrong.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,26 +42,33 @@ LARGEST_SHARE = 0.5
 """Largest credible share of a brain that is tumour; the largest of 72 real cases has 0.16."""
 
 
-def misfit_label(case: CanonicalCase) -> list[str]:
-    """Suspect a label that is of other scans, or marks the brain rather than a tumour.
+def misfit_label(case: CanonicalCase, overview: Overview) -> list[str]:
+    """Suspect a label that is of other scans, is mirrored, or marks the brain, not a tumour.
 
     Args:
         case: with or without a label.
+        overview: of its scans.
     """
-    if case.label is None:
-        return []
-    tumour = np.flatnonzero(case.label > 0)
+    tumour = np.flatnonzero(case.label) if case.label is not None else np.zeros(0, np.intp)
     total = case.label_beyond + len(tumour)
     if total == 0:
         return []
+    # The overview tells roughly, for exact counts of all scans take their time.
+    rough = max(np.count_nonzero(c) for c in overview.codes.values()) * math.prod(overview.blocks)
+    extents = [_extent(scan) for scan in case.image] if total > LARGEST_SHARE / 2 * rough else []
+    whole = bool(extents) and all(total > LARGEST_SHARE * extent for extent in extents)
+    voxels = np.stack(np.unravel_index(tumour, case.image.shape[1:]), axis=1)
+    box, shape = case.geometry.box(), case.geometry.grid_shape
+    if not whole and (mirrored := mirrored_label(voxels, box.lo, shape, overview)):
+        return mirrored
     scans = case.image.reshape(len(case.image), -1)
     inside = np.count_nonzero((scans[:, tumour] != 0).any(axis=0))
     if total - inside >= max(MIN_OUTSIDE, MAX_OUTSIDE * total):
         share = 1 - inside / total
         return [f"{share:.0%} of its label lies where no scan has signal, as that of other scans"]
-    if all(total > LARGEST_SHARE * _extent(scan) for scan in scans):
-        brain = max(_extent(scan) for scan in scans)
-        return [f"its label covers {total / brain:.0%} of the brain, more than a tumour takes"]
+    if whole:
+        share = total / max(extents)
+        return [f"its label covers {share:.0%} of the brain, more than a tumour takes"]
     return []
 
 
@@ -124,7 +132,7 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
     pairs = zip(task.modalities, case.image, case.acquired, strict=True)
     scans = {name: scan for name, scan, there in pairs if there}
     overview = Overview.of(scans, case.geometry.grid_spacing)
-    label = _mirrored_label(case, overview) or misfit_label(case)
+    label = misfit_label(case, overview)
     findings = [*case.doubts, *too_short(case), *copies(overview), *label] or misplaced(overview)
     if odd_one_out and not case.oriented:
         findings.append(f"{SILENT}, where other cases of the cohort do")
@@ -184,11 +192,3 @@ def exchanged(overview: Overview) -> list[str]:
             why = words.format("what enhances is bright in the first alone")
             remarks.append(f"{names['t1']} and {names['t1ce']} {why}")
     return remarks
-
-
-def _mirrored_label(case: CanonicalCase, overview: Overview) -> list[str]:
-    voxels = np.flatnonzero(case.label) if case.label is not None else np.zeros(0, np.intp)
-    if len(voxels) > LARGEST_SHARE * max(_extent(scan) for scan in case.image):
-        return []  # it is no tumour, wherever it lies
-    tumour = np.stack(np.unravel_index(voxels, case.image.shape[1:]), axis=1)
-    return mirrored_label(tumour, case.geometry.box().lo, case.geometry.grid_shape, overview)
