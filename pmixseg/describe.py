@@ -15,14 +15,50 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from pmixseg.errors import InputError
 from pmixseg.old_paths import current_path
 
 
+class Range(NamedTuple):
+    """The numbers that an argument may be.
+
+    Args:
+        least: the smallest of them.
+        greatest: the largest.
+        open: the smallest itself is none of them.
+
+    Example:
+        >>> 0 in POSITIVE, str(POSITIVE), str(Range(1)), str(Range(0, 1))
+        (False, 'a number above 0', '1 or more', '0 to 1')
+    """
+
+    least: float
+    greatest: float = math.inf
+    open: bool = False
+
+    def __contains__(self, number: object) -> bool:
+        if not isinstance(number, int | float):
+            return False
+        return self.least <= number <= self.greatest and not (self.open and number == self.least)
+
+    def __str__(self) -> str:
+        if self.open:
+            return f"a number above {self.least:g}"
+        above = f"{self.least:g} or more"
+        return above if self.greatest == math.inf else f"{self.least:g} to {self.greatest:g}"
+
+
+POSITIVE = Range(0, open=True)
+NOT_NEGATIVE = Range(0)
+COUNT = Range(1)
+
+
 class Described:
     """Base of classes whose instances remember their constructor's arguments.
+
+    A class names in ``ranges`` what numbers its arguments may be; every number must be finite.
 
     Example:
         >>> class Ball(Described):
@@ -30,6 +66,8 @@ class Described:
         >>> Ball(2).init_args
         {'size': 2}
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -86,7 +124,7 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
             object.__setattr__(self, "_init_args", arguments)
         names = list(signature.parameters)[1:]
         for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            _check_argument(type(self).__name__, name, value, choices.get(name))
+            _check_argument(type(self), name, value, choices.get(name))
         init(self, *args, **kwargs)
 
     return remember
@@ -108,13 +146,23 @@ def _choices(annotation: str) -> tuple[str, ...] | None:
     return tuple(words) or None
 
 
-def _check_argument(owner: str, name: str, value: Any, choices: tuple[str, ...] | None) -> None:
-    """Refuse a word that an argument does not know, and NaN, before anything is made of it."""
+def _check_argument(
+    cls: type[Described], name: str, value: Any, choices: tuple[str, ...] | None
+) -> None:
+    """Refuse a word or number that an argument does not know, before anything is made of it."""
+    owner = cls.__name__
     if isinstance(value, str) and choices is not None and value not in choices:
         raise InputError(f"{owner}: {name} is '{value}'; use {' or '.join(choices)}.")
-    numbers = value if isinstance(value, list | tuple) else (value,)
-    if any(isinstance(number, float) and math.isnan(number) for number in numbers):
+    parts = value if isinstance(value, list | tuple) else (value,)
+    numbers = [part for part in parts if isinstance(part, int | float)]
+    if any(math.isnan(number) for number in numbers):
         raise InputError(f"{owner}: {name} is {value}; give a number.")
+    every = (vars(base).get("ranges", {}) for base in cls.__mro__)
+    known: Range | None = next((ranges[name] for ranges in every if name in ranges), None)
+    if known is not None and not all(number in known for number in numbers):
+        raise InputError(f"{owner}: {name} is {value}; give {known}.")
+    if any(math.isinf(number) for number in numbers):
+        raise InputError(f"{owner}: {name} is {value}; give a finite number.")
 
 
 def describe(value: Any, where: str = "value") -> Any:

@@ -113,7 +113,7 @@ def test_wrong_names_and_arguments_are_sentences():
         (lambda: LatentMatch(target="ancor"), "target is 'ancor'; use anchor or same or fused"),
         (lambda: PmixAlignment(detach="all"), "detach is 'all'; use anchor or none or features"),
         (lambda: PmixAlignment(weight=math.nan), "weight is nan; give a number"),
-        (lambda: PmixAlignment(weight=math.inf), "weight is inf; give a number"),
+        (lambda: PmixAlignment(weight=math.inf), "weight is inf; give a finite number"),
         (lambda: PmixAlignment(ratio=math.nan), "ratio is nan"),
         (lambda: LogitKL(temperature=math.nan), "temperature is nan"),
         (lambda: DiceCE(dice_weight=math.inf), "dice_weight is inf"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,17 +31,9 @@ class GradientRatio:
         ratio: r.
         steps: how many steps are measured, in which the term has the weight 0.
         name: of the term, for messages.
-
-    Raises:
-        InputError: a ratio that is not above 0, or no step.
     """
 
     def __init__(self, ratio: float, steps: int, name: str) -> None:
-        if not 0 < ratio < math.inf or steps < 1:
-            raise InputError(
-                f"{name}.ratio is {ratio} over {steps} steps; give a ratio above 0 and 1 step or "
-                "more, or leave it out."
-            )
         self.ratio, self.steps, self.name = ratio, steps, name
         self.squares: list[Tensor] = []
         self.pending: Tensor | None = None

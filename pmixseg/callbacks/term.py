@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
-from pmixseg.describe import Described
+from pmixseg.describe import COUNT, NOT_NEGATIVE, POSITIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.base import SegmentationModule
@@ -31,11 +32,15 @@ class TermCallback(Callback, Described, ABC):
         InputError: a negative weight.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("weight", "start_epoch", "warmup_epochs"), NOT_NEGATIVE),
+        "ratio": POSITIVE,
+        "ratio_steps": COUNT,
+    }
+
     def __init__(
         self, name: str, weight: float, start_epoch: int = 0, warmup_epochs: int = 0
     ) -> None:
-        if not 0 <= weight < math.inf:
-            raise InputError(f"{name}.weight is {weight}; give a number that is 0 or more.")
         self.name = name
         self.weight = weight
         self.start_epoch = start_epoch

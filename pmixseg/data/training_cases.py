@@ -58,13 +58,29 @@ class TrainingCases:
     earlier: Mapping[str, Scans] = field(default_factory=dict)
 
     def after(self, before: TrainingCases | None) -> TrainingCases:
-        """Return the same, with the cases of a training that this one builds on."""
+        """Return the same, with the cases of a training that this one builds on.
+
+        A name that had other scans then is known by both.
+        """
         if before is None:
             return self
         own = set(self.train) | set(self.val)
         seen = {name: before.scans.get(name, ()) for name in (*before.train, *before.val)}
         every = {**self.earlier, **before.earlier, **seen}
-        return replace(self, earlier={k: v for k, v in every.items() if k not in own})
+        both = {k: (*v, *every.get(k, ())) for k, v in self.scans.items()}
+        return replace(
+            self,
+            scans={k: tuple(sorted(set(v))) for k, v in both.items()},
+            earlier={k: v for k, v in every.items() if k not in own},
+        )
+
+    def replaced(self, before: TrainingCases) -> list[str]:
+        """Names of cases that have no scan in common with the case of that name before."""
+        return [
+            name
+            for name, scans in self.scans.items()
+            if before.scans.get(name) and not {*scans} & {*before.scans[name]}
+        ]
 
     def seen(
         self, cases: Mapping[str, Scans], parts: Iterable[str] = ("training", "validation")

@@ -24,12 +24,13 @@ convolutions before it mix them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pmixseg.describe import Described
+from pmixseg.describe import COUNT, NOT_NEGATIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide
 from pmixseg.types import Latents, Presence, Scalar, full_precision
@@ -157,6 +158,7 @@ class April2025Alignment(OfficialAlignment):
     """
 
     fused = True
+    ranges: ClassVar[Mapping[str, Range]] = {"modalities": COUNT, "level": NOT_NEGATIVE}
 
     def __init__(self, modalities: int = 4, level: int = 0) -> None:
         super().__init__()

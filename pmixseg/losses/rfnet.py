@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmixseg.errors import InputError
 from pmixseg.execution import runs_static
 from pmixseg.losses.segmentation import DEEP_SUPERVISION, Criterion
 from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
@@ -66,10 +65,6 @@ class RFNetCriterion(Criterion):
 
     def __init__(self, fusion_start_epoch: int = 0) -> None:
         super().__init__()
-        if fusion_start_epoch < 0:
-            raise InputError(
-                f"RFNetCriterion: fusion_start_epoch is {fusion_start_epoch}; use 0 or more."
-            )
         self.fusion_start_epoch = fusion_start_epoch
 
     def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:

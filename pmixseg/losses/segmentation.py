@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pmixseg.describe import Described
-from pmixseg.errors import InputError
+from pmixseg.describe import NOT_NEGATIVE, Described, Range
 from pmixseg.execution import runs_static
 from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
 
@@ -36,6 +34,12 @@ class Criterion(nn.Module, Described, ABC):
     """
 
     couples_samples: bool = False
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("dice_weight", "ce_weight", "deep_supervision_decay"), NOT_NEGATIVE),
+        **dict.fromkeys(("shared_weight", "specific_weight"), NOT_NEGATIVE),
+        **dict.fromkeys(("kl_weight", "reconstruction_weight"), NOT_NEGATIVE),
+        "fusion_start_epoch": NOT_NEGATIVE,
+    }
 
     @abstractmethod
     def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
@@ -88,21 +92,6 @@ def area_fractions(label: Label, num_classes: int, shape: Sequence[int]) -> Tens
     return torch.stack(pooled, 1)
 
 
-def refuse_negative(criterion: str, weights: Mapping[str, float]) -> None:
-    """Check the weights of a criterion's terms.
-
-    Args:
-        criterion: its name, for the message.
-        weights: argument -> value.
-
-    Raises:
-        InputError: a value below 0.
-    """
-    for name, value in weights.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{criterion}: {name} is {value}; use a number that is 0 or more.")
-
-
 class DiceCE(Criterion):
     r"""Compute soft Dice plus cross-entropy (MONAI's ``DiceCELoss``), with deep supervision.
 
@@ -137,12 +126,6 @@ class DiceCE(Criterion):
         deep_supervision_decay: float = 0.5,
     ) -> None:
         super().__init__()
-        weights = {
-            "dice_weight": dice_weight,
-            "ce_weight": ce_weight,
-            "deep_supervision_decay": deep_supervision_decay,
-        }
-        refuse_negative("DiceCE", weights)
         self.couples_samples = batch_dice
         self.dice_weight, self.ce_weight = dice_weight, ce_weight
         self.first = 0 if include_background else 1

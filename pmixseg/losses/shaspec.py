@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmixseg.losses.segmentation import Criterion, DiceCE, refuse_negative
+from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.types import Batch, Scalar, SegOutput, full_precision
 
 
@@ -35,8 +35,6 @@ class ShaSpecCriterion(Criterion):
 
     def __init__(self, shared_weight: float = 0.1, specific_weight: float = 0.02) -> None:
         super().__init__()
-        weights = {"shared_weight": shared_weight, "specific_weight": specific_weight}
-        refuse_negative("ShaSpecCriterion", weights)
         self.shared_weight, self.specific_weight = shared_weight, specific_weight
         self.segmentation = DiceCE()
 

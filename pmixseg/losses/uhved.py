@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pmixseg.errors import InputError
-from pmixseg.losses.segmentation import Criterion, DiceCE, refuse_negative
+from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.types import Batch, Scalar, SegOutput, full_precision
 
 
@@ -36,8 +36,6 @@ class UHVEDCriterion(Criterion):
 
     def __init__(self, kl_weight: float = 0.1, reconstruction_weight: float = 0.1) -> None:
         super().__init__()
-        weights = {"kl_weight": kl_weight, "reconstruction_weight": reconstruction_weight}
-        refuse_negative("UHVEDCriterion", weights)
         self.kl_weight, self.reconstruction_weight = kl_weight, reconstruction_weight
         self.segmentation = DiceCE()
 

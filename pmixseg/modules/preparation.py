@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.normalisation import NORMALISATIONS
 from pmixseg.data.training_cases import (
     SeenCase,
@@ -18,6 +19,7 @@ from pmixseg.data.training_cases import (
 )
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.plurals import count_of
 
 SAID_BY_DATA = ("spacing", "normalisation", "patch_size", "split_name")
 """Attributes of a data module that a model reads."""
@@ -125,6 +127,12 @@ class Preparation:
             rank_zero_info(
                 f"The split is {self.split}, the checkpoint had {trained.split}; no test scores "
                 "the training and validation cases of either."
+            )
+        if self.cases and trained.cases and (others := self.cases.replaced(trained.cases)):
+            rank_zero_info(
+                f"{count_of(len(others), 'case')} ({listed(others)}) of {self.cases.store} "
+                f"{'has' if len(others) == 1 else 'have'} other scans than in the checkpoint's "
+                f"training, which read {trained.cases.store}."
             )
         cases = trained.cases if self.cases is None else self.cases.after(trained.cases)
         return replace(self, cases=cases)

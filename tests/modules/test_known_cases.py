@@ -16,6 +16,7 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.records.records import Records
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, write_checkpoint
+from pmixseg.modules.preparation import Preparation
 from pmixseg.task import BRATS
 from tests.evaluation.made_up import figures_left_empty
 
@@ -246,3 +247,20 @@ def test_lists_that_are_of_another_cohort(store):
         SplitLists(["x"], test=["y"], source="a.ckpt").split(cohort)
     with pytest.raises(InputError, match="names 1 of 2 cases that the cohort lacks: x"):
         SplitLists(["x"], test=[cohort[0].case_id]).split(cohort)
+
+
+def test_another_cohort_under_the_same_names_is_told_and_both_are_known(capfd, caplog):
+    before = TrainingCases("a", ("x",), ("v",), scans={"x": ("1", "2"), "v": ("5",)})
+    now = TrainingCases("b", ("x",), ("v",), scans={"x": ("3",), "v": ("4", "5")})
+    assert now.replaced(before) == ["x"] and now.replaced(now) == []
+    with caplog.at_level("INFO"):
+        after = Preparation(cases=now).after(Preparation(cases=before)).cases
+    assert "1 case (x) of b has other scans than in the checkpoint's training, which read a." in (
+        capfd.readouterr().err + caplog.text
+    )
+    known = after.seen({"other name": ("1",), "third": ("3",), "x": ("9",), "new": ("7",)})
+    assert [str(case) for case in known] == [
+        "other name (training, its scans are those of x)",
+        "third (training, its scans are those of x)",
+        "x (training)",
+    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
 from pmixseg.losses.distances.moments import unit
@@ -71,8 +70,6 @@ class CaseNCE(Distance):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise InputError(f"CaseNCE: temperature is {temperature}; give a number above 0.")
         self.temperature, self.leave_out = temperature, leave_out
         self.points, self.epsilon, self.seed = points, epsilon, seed
 

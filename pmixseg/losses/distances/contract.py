@@ -12,7 +12,7 @@ Sources: docs/method/alignment.md; Liu et al., Mind the Gap (arXiv 2409.19366).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pmixseg.describe import Described
+from pmixseg.describe import COUNT, NOT_NEGATIVE, POSITIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, NormalAnchor, ProductAnchor
 from pmixseg.losses.ranks import SharedSums
@@ -80,6 +80,11 @@ class Distance(nn.Module, Described, ABC):
     couples_samples: bool = False
     smallest_batch: int = 1
     compares_directions: bool = False
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("temperature", "ridge", "beta"), POSITIVE),
+        **dict.fromkeys(("points", "projections"), COUNT),
+        **dict.fromkeys(("epsilon", "covariance_weight", "variance_weight"), NOT_NEGATIVE),
+    }
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -70,10 +70,10 @@ class JointKL(Distance):
     def __init__(self, correlation: float | Literal["matched"] = 0.5, ridge: float = 1e-2) -> None:
         super().__init__()
         known = correlation == "matched" if isinstance(correlation, str) else 0 <= correlation < 1
-        if not known or ridge <= 0:
+        if not known:
             raise InputError(
                 f"JointKL: correlation {correlation!r} must be at least 0 and below 1, or "
-                f"'matched', and ridge {ridge} above 0; correct them."
+                "'matched'; correct it."
             )
         self.correlation, self.ridge = correlation, ridge
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
 
-from pmixseg.describe import Described
+from pmixseg.describe import NOT_NEGATIVE, POSITIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.types import Batch, Presence, Scalar, SegOutput
@@ -63,11 +63,14 @@ class DistillationLoss(nn.Module, Described, ABC):
     pupils: Literal["shown", "single"] = "shown"
     reads_extras: bool = False
     compares_cases: bool = False
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("weight", "logit_weight", "prototype_weight"), NOT_NEGATIVE),
+        **dict.fromkeys(("ramp_epochs", "epsilon"), NOT_NEGATIVE),
+        **dict.fromkeys(("temperature", "margin"), POSITIVE),
+    }
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        if not 0 <= weight < math.inf:
-            raise InputError(f"{type(self).__name__}: weight is {weight}; use 0 or more.")
         self.weight = weight
 
     def strength(self, epoch: int) -> float:

@@ -8,22 +8,9 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from pmixseg.errors import InputError
 from pmixseg.losses.distillation.loss import DistillationLoss
 from pmixseg.losses.ranks import sum_over_ranks
 from pmixseg.types import Batch, Scalar, SegOutput, full_precision
-
-
-def check_temperature(owner: object, temperature: float) -> None:
-    """Refuse temperatures that are not positive.
-
-    Raises:
-        InputError: temperature 0 or less.
-    """
-    if temperature <= 0:
-        raise InputError(
-            f"{type(owner).__name__}: temperature is {temperature}; use a number above 0."
-        )
 
 
 class LogitKL(DistillationLoss):
@@ -48,7 +35,6 @@ class LogitKL(DistillationLoss):
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0, squared: bool = True) -> None:
         super().__init__(weight)
-        check_temperature(self, temperature)
         self.temperature, self.squared = temperature, squared
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
@@ -81,7 +67,6 @@ class WeightedSoftCE(DistillationLoss):
 
     def __init__(self, weight: float = 0.5, temperature: float = 10.0) -> None:
         super().__init__(weight)
-        check_temperature(self, temperature)
         self.temperature = temperature
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
@@ -133,10 +118,6 @@ class ProbabilityMSE(DistillationLoss):
         ramp_epochs: int = 0,
     ) -> None:
         super().__init__(weight)
-        if over not in ("mean", "foreground"):
-            raise InputError(f"ProbabilityMSE: over is '{over}'; use 'mean' or 'foreground'.")
-        if ramp_epochs < 0:
-            raise InputError(f"ProbabilityMSE: ramp_epochs is {ramp_epochs}; use 0 or more.")
         self.over, self.ramp_epochs = over, ramp_epochs
 
     def strength(self, epoch: int) -> float:

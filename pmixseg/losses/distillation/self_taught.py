@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distillation.loss import DistillationLoss, Network
-from pmixseg.losses.distillation.outputs import check_temperature
 from pmixseg.losses.distillation.prototypes import PrototypeMatch
 from pmixseg.losses.segmentation import DEEP_SUPERVISION
 from pmixseg.types import Batch, Scalar, SegOutput, full_precision
@@ -92,9 +91,6 @@ class SelfDistillation(DistillationLoss):
         pupils: Literal["single", "shown"] = "single",
     ) -> None:
         super().__init__(weight)
-        check_temperature(self, temperature)
-        if pupils not in ("single", "shown"):
-            raise InputError(f"SelfDistillation: pupils is '{pupils}'; use 'single' or 'shown'.")
         self.logit_weight, self.temperature = logit_weight, temperature
         self.prototype = PrototypeMatch(prototype_weight)
         self.deep = self.reads_extras = deep

@@ -7,7 +7,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from pmixseg.describe import Described, build, find_class, is_description
+from pmixseg.describe import NOT_NEGATIVE, Described, Range, build, find_class, is_description
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
 
@@ -25,6 +25,11 @@ VALIDATION = "val/dice"
 
 class Schedule(Described, ABC):
     """Schedule the learning rate over a whole training; the module says how many steps."""
+
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("power", "warmup_steps"), NOT_NEGATIVE),
+        "warmup_fraction": Range(0, 1),
+    }
 
     @abstractmethod
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:

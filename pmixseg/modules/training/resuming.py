@@ -145,6 +145,19 @@ def pending_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(values[name]) for name in watched if name in values}
 
 
+def _say_what_is_left_out(trainer: Trainer) -> None:
+    """Say so if ``max_steps`` had ended an epoch early; Lightning goes on with the next one."""
+    loop: Any = trainer.fit_loop
+    batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress.current
+    if batches.current.completed and not batches.is_last_batch and epochs.processed == epochs.ready:
+        rank_zero_warn(
+            f"the checkpoint's training ended after "
+            f"{count_of(batches.current.completed, 'batch', 'batches')} of epoch "
+            f"{epochs.ready - 1}; the rest of it is left out, and this training goes on with the "
+            "next epoch."
+        )
+
+
 class Resuming:
     """Give a resumed training the settings that it was told, in place of the checkpoint's.
 
@@ -177,6 +190,8 @@ class Resuming:
             InputError: the learning-rate schedule ends before the step that was reached.
         """
         self._goes_on = True
+        if self.pending is not None:
+            _say_what_is_left_out(trainer)
         if self._settings is not None and self.pending is not None:
             self._settings.apply(trainer, self.pending)
 

@@ -22,7 +22,7 @@ from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 
-def train_store(store, folder, *, epochs, stop_after=None, resume=None, workers=0):
+def train_store(store, folder, *, epochs, steps=-1, stop_after=None, resume=None, workers=0):
     torch.manual_seed(5)
     net = MultiEncoderUNet(BRATS.modalities, BRATS.num_classes, width=4, levels=2, dropout=0.3)
     module = StudentModule(backbone=net, scheduler=Polynomial())
@@ -38,6 +38,7 @@ def train_store(store, folder, *, epochs, stop_after=None, resume=None, workers=
 
     trainer = Trainer(
         max_epochs=epochs,
+        max_steps=steps,
         accelerator="cpu",
         callbacks=[PmixAlignment(weight=0.5, warmup_epochs=2), Stop(folder)],
         logger=False,
@@ -242,6 +243,13 @@ def test_a_schedule_that_is_over_is_one_sentence(tmp_path):
     with pytest.warns(UserWarning, match=r"nothing was trained: .* made \d+ steps in 2 epochs"):
         rows, _ = train(tmp_path, sgd(), OneCycle(), epochs=2, resume=last)
     assert rows == []
+
+
+def test_the_rest_of_an_epoch_that_max_steps_ended_is_left_out(phantom_store, tmp_path):
+    train_store(phantom_store, tmp_path, epochs=-1, steps=4)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.warns(UserWarning, match="ended after 1 batch of epoch 1; the rest of it is left"):
+        train_store(phantom_store, tmp_path, epochs=3, resume=last)
 
 
 def test_nested_schedules_go_on(tmp_path):
