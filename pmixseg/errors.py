@@ -24,8 +24,10 @@ _SHARED = re.compile(
 )
 """What PyTorch says where the system ended a process that reads data, or refused it a buffer."""
 
-_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory|start new thread")
-"""What PyTorch and Python say where memory or processes are used up."""
+_MEMORY = re.compile(
+    r"not enough memory|can't allocate memory|out of memory|start new thread|failed to map segment"
+)
+"""What PyTorch, Python and the loader of libraries say where memory or processes are used up."""
 
 _TORCH = re.compile(r"PytorchStreamWriter|inline_container\S* \. unexpected pos|iostream error")
 """What PyTorch says where it could not write all of a file."""
@@ -148,7 +150,7 @@ def memory_error(error: BaseException) -> InputError | None:
             "larger /dev/shm."
         )
     known = isinstance(error, MemoryError) or code == errno.ENOMEM
-    if known or (isinstance(error, RuntimeError) and _MEMORY.search(str(error))):
+    if known or (isinstance(error, RuntimeError | ImportError) and _MEMORY.search(str(error))):
         return InputError(
             f"there is too little memory ({reason or 'Python could not get any'}); use smaller "
             "batches, patches or windows, fewer workers, or a larger voxel spacing."

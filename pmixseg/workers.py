@@ -151,29 +151,37 @@ def _context(preload: Sequence[str]) -> BaseContext:
 
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, *preload])
-    with _interrupted_by(signal.SIG_IGN):  # the server is deaf to it, also while it imports
+    with _interrupted_by(
+        signal.SIG_IGN, signal.SIGINT
+    ):  # the server is deaf to it, also while it imports
         forkserver.ensure_running()
     return context
 
 
 @contextmanager
-def _interrupted_by(handler: Any) -> Iterator[None]:
-    """Another handler of Ctrl-C for a moment; only the main thread may choose one."""
+def _interrupted_by(handler: Any, *numbers: int) -> Iterator[None]:
+    """Another handler of signals for a moment; only the main thread may choose one."""
     if current_thread() is not main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block: a pool that is half made cannot be closed."""
+    """Let Ctrl-C and SIGTERM wait for the end of the block: half a pool cannot be closed.
+
+    A SIGTERM that would end this process at once still does.
+    """
     told: list[int] = []
-    with _interrupted_by(lambda signum, frame: told.append(signum)):
+    both = (signal.SIGINT, signal.SIGTERM)
+    raising = [n for n in both if n == signal.SIGINT or callable(signal.getsignal(n))]
+    with _interrupted_by(lambda signum, frame: told.append(signum), *raising):
         yield
     if told:
         signal.raise_signal(told[0])

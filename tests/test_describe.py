@@ -1,5 +1,8 @@
 import functools
+import importlib
+import inspect
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -141,3 +144,41 @@ def test_unknown_words_and_numbers_that_are_none_are_refused_in_python(make, sen
 def test_an_argument_that_does_not_exist_is_told_with_its_class():
     with pytest.raises(TypeError, match=r"Outer.__init__\(\) got an unexpected.*'colour'"):
         Outer(colour="red")
+
+
+REQUIRED = {"modality": "t1", "path": "x", "rates": 0.5, "combinations": ["t1"], "transforms": []}
+
+ANY_NUMBER = {"seed", "index"}
+"""Arguments of which -1 means something."""
+
+
+def described(cls):
+    """Every class of the package whose constructor a file of settings may call."""
+    for room in ("", ".losses", ".callbacks", ".data", ".modules", ".backbones"):
+        package = importlib.import_module(f"pmixseg{room}")
+        assert all(hasattr(package, name) for name in package.__all__)  # imported by that
+    for below in cls.__subclasses__():
+        yield from described(below)
+        if below.__module__.startswith("pmixseg.") and not inspect.isabstract(below):
+            yield below
+
+
+def test_numbers_that_mean_nothing_are_refused_by_every_class():
+    asked = 0
+    for cls in {*described(Described)}:
+        parameters = inspect.signature(cls).parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind == 1]
+        if not {*needed} <= {*REQUIRED}:
+            continue
+        base = {name: REQUIRED[name] for name in needed}
+        for p in parameters:
+            if not re.search(r"^(int|float)\b", str(p.annotation)):
+                continue
+            for value in (-1, math.nan, math.inf):
+                if p.name in ANY_NUMBER and value == -1:
+                    continue
+                asked += 1
+                with pytest.raises(InputError):
+                    cls(**{**base, p.name: value})
+                    pytest.fail(f"{cls.__name__}({p.name}={value}) is taken")
+    assert asked > 200

@@ -117,6 +117,7 @@ def test_the_command_line_prints_the_sentence_of_a_worker(monkeypatch, capsys):
         (MemoryError(), "smaller batches"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "smaller batches"),
         (RuntimeError("can't start new thread"), "fewer workers"),
+        (ImportError("x.so: failed to map segment from shared object"), "too little memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "smaller"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "num_workers 0"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "num_workers 0"),

@@ -1,6 +1,7 @@
 """Workers end with this process, and one that is killed is told in a sentence."""
 
 import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 import pmixseg
 from pmixseg.errors import InputError
-from pmixseg.workers import results
+from pmixseg.workers import _interrupted_later, results
 
 
 def square(folder, number):
@@ -57,3 +58,18 @@ def test_nobody_makes_processes_of_another_kind():
         if "ProcessPoolExecutor" in path.read_text(encoding="utf-8")
     ]
     assert users == ["workers.py"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_the_pool_is_made(number):
+    heard = []
+    before = signal.signal(number, lambda *_: heard.append(number))
+    try:
+        with _interrupted_later():
+            signal.raise_signal(number)
+            assert not heard
+        assert heard == [number]
+        signal.raise_signal(number)
+        assert heard == [number] * 2
+    finally:
+        signal.signal(number, before)

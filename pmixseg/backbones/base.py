@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import nn
 
-from pmixseg.describe import Described
+from pmixseg.describe import COUNT, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -41,6 +41,10 @@ class Backbone(nn.Module, Described, ABC):
     shares_encoding: bool = True
     fillable: bool = True
     needs_acquired: bool = False
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("num_classes", "width", "levels", "heads", "hidden"), COUNT),
+        "dropout": Range(0, 1),
+    }
 
     def __init__(
         self,

@@ -245,6 +245,9 @@ def complaint(error: BaseException) -> InputError | None:
     It is deliberate where the library's own code raises it; an error that only passes through the
     library is a fault of the program, and ``None`` is returned.
     """
+    if type(error).__module__ == "pydantic_core._pydantic_core":  # of wandb's settings
+        lines = [line.partition(" [type=")[0].strip() for line in str(error).splitlines()[1:3]]
+        return InputError(f"Wandb refuses: {': '.join(lines)}; correct it, or its WANDB_ variable.")
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -13,15 +13,15 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.dealing import SplittableCase, deal, leave_none_empty
 from pmixseg.data.keys import make_key
-from pmixseg.describe import Described
+from pmixseg.describe import NOT_NEGATIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 
@@ -199,6 +199,8 @@ class SplitJson(SplitPlan):
         fold: which entry, where the file holds a list.
         missing: ``skip`` goes on with the cases that are there, and records how many are not.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"fold": NOT_NEGATIVE}
 
     def __init__(self, path: str | Path, fold: int = 0, missing: Missing = "refuse") -> None:
         self.path, self.fold, self.missing = Path(path), fold, missing
