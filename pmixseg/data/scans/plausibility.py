@@ -64,8 +64,8 @@ def misfit_label(case: CanonicalCase, overview: Overview) -> list[str]:
     scans = case.image.reshape(len(case.image), -1)
     inside = np.count_nonzero((scans[:, tumour] != 0).any(axis=0))
     if total - inside >= max(MIN_OUTSIDE, MAX_OUTSIDE * total):
-        share = 1 - inside / total
-        return [f"{share:.0%} of its label lies where no scan has signal, as that of other scans"]
+        outside = 1 - inside / total
+        return [f"{outside:.0%} of its label lies where no scan has signal, as that of other scans"]
     if whole:
         share = total / max(extents)
         return [f"its label covers {share:.0%} of the brain, more than a tumour takes"]
