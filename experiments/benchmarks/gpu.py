@@ -265,7 +265,8 @@ def test(bench: Bench) -> None:
 def _cohort(bench: Bench) -> None:
     """``pmixseg test`` of a few phantoms: seconds, and the share in which the card works.
 
-    The network is trained a little first: distances between the surfaces of noise take minutes.
+    The network is trained a little first: distances between the surfaces of noise take minutes. A
+    test of one case goes before, so that the first kernels are not part of the time.
     """
     with phantom_store(bench) as store:
         settings = EvaluationSettings(window=None, examples=0)
@@ -280,6 +281,10 @@ def _cohort(bench: Bench) -> None:
             module, training
         )
         data = BraTSDataModule(store, patch_size=patch, split=WholeCohort())
+        torch.backends.cudnn.benchmark = False  # as in `pmixseg test`: batches differ in size
+        trainer_of(bench, store.parent, precision, limit_test_batches=1).test(
+            module, data, verbose=False
+        )
         trainer = trainer_of(bench, store.parent, precision, limit_test_batches=limit)
         with bench.turn():
             start = time.perf_counter()
