@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,9 @@ from pmixseg.plurals import count_of
 
 Scans = tuple[str, ...]
 """Hashes of the scans of one case, sorted."""
+
+OTHER_VOXEL = 1.3
+"""Ratio of sides from which voxels are others than those of the training."""
 
 HASH_DIGITS = 16
 """Hexadecimal digits that are kept of a scan's SHA-256: a cohort of 10^5 scans has no collision."""
@@ -168,6 +172,54 @@ def training_cases(data: Any) -> TrainingCases | None:
         parts.val,
         parts.test,
         {name: scans_of(store.read(name)) for name in seen},
+    )
+
+
+def voxel_sizes(data: Any, part: str) -> tuple[float, float] | None:
+    """Least and largest voxel of a part of the split, each as the side of a cube of its volume.
+
+    Args:
+        data: a data module; ``None`` is returned for one that has no store and split.
+        part: ``train``, ``val`` or ``test``.
+    """
+    names, store = getattr(getattr(data, "parts", None), part, ()), getattr(data, "store", None)
+    if not names or store is None:
+        return None
+    sides = [voxel_side(store.read(name).geometry.grid_spacing) for name in names]
+    return min(sides), max(sides)
+
+
+def voxel_side(spacing: Iterable[float]) -> float:
+    """Side in mm of a cube with the volume of a voxel.
+
+    Example:
+        >>> voxel_side((1, 1, 8))
+        2.0
+    """
+    return round(math.prod(spacing) ** (1 / 3), 3)
+
+
+def other_voxels(
+    trained: tuple[float, float] | None, met: tuple[float, float] | None
+) -> str | None:
+    """Say that a network meets voxels of another size than it was trained on.
+
+    Args:
+        trained: least and largest side, see :func:`voxel_sizes`; ``None``: not known.
+        met: the same of what it is to segment.
+
+    Returns:
+        A phrase, or ``None`` where they are alike.
+    """
+    if trained is None or met is None:
+        return None
+    if trained[0] / OTHER_VOXEL <= met[0] and met[1] <= trained[1] * OTHER_VOXEL:
+        return None
+    sizes = [f"{a:.3g}" if b - a < 0.01 else f"{a:.3g} to {b:.3g}" for a, b in (met, trained)]
+    return (
+        f"voxels of {sizes[0]} mm meet a model that was trained on voxels of {sizes[1]} mm and "
+        "brings scans to no spacing of its own; expect wrong results, or resample the scans, or "
+        "train on a store that was prepared with --spacing"
     )
 
 

@@ -294,6 +294,7 @@ class SegmentationNetwork(LightningModule, Described):
             self.preparation.normalisation or NORMALISATION,
             self.device,
             self.loaded_from,
+            self.preparation.voxels,
         )
         with evaluating(self):
             return segment_scans(

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.normalisation import NORMALISATIONS
 from pmixseg.data.training_cases import (
     SeenCase,
     TrainingCases,
+    other_voxels,
     scans_of,
     training_cases,
+    voxel_sizes,
 )
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
@@ -38,6 +40,8 @@ class Preparation:
             augmentation, missingness) of that training, as far as known.
         dtype: rounding of the normalised intensities; ``None``: not known.
         cases: the split of that training, and what tells its cases; ``None``: not known.
+        voxels: least and largest voxel of the training cases, as the side of a cube of its volume
+            in mm; ``None``: not known.
     """
 
     spacing: tuple[float, ...] | None = None
@@ -47,6 +51,7 @@ class Preparation:
     seed: Mapping[str, int] | None = None
     dtype: str | None = None
     cases: TrainingCases | None = None
+    voxels: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives, as a checkpoint holds them."""
@@ -58,6 +63,7 @@ class Preparation:
             "split": self.split,
             "seed": None if self.seed is None else dict(self.seed),
             "cases": None if self.cases is None else self.cases.to_dict(),
+            "voxels": None if self.voxels is None else list(self.voxels),
         }
 
     @classmethod
@@ -68,7 +74,10 @@ class Preparation:
             InputError: a value that is none of its kind.
         """
         spacing, patch, seed, cases = (raw.get(k) for k in ("spacing", "patch", "seed", "cases"))
-        sizes = _are(spacing, (int, float)) and _are(patch, int)
+        voxels = raw.get("voxels")
+        sizes = (
+            _are(spacing, (int, float)) and _are(patch, int) and _are(voxels, (int, float), count=2)
+        )
         texts = all(isinstance(raw.get(k), str | None) for k in ("normalisation", "dtype", "split"))
         if not (sizes and texts and isinstance(seed, Mapping | None)):
             raise InputError(f"{where} does not say how its data were prepared; it is damaged.")
@@ -80,6 +89,7 @@ class Preparation:
             split=raw.get("split"),
             seed=None if seed is None else dict(seed),
             cases=None if cases is None else TrainingCases.from_dict(cases, where),
+            voxels=None if voxels is None else (float(voxels[0]), float(voxels[1])),
         )
 
     def merge(self, data: Any, evaluation: EvaluationSettings, *, fitting: bool) -> Preparation:
@@ -104,11 +114,12 @@ class Preparation:
             split=data.split_name if fitting else self.split,
             seed=_seeds(data) if fitting else self.seed,
             cases=self._cases_of(data) if fitting else self.cases,
+            voxels=voxel_sizes(data, "train" if fitting else "test"),
         )
         if fitting or self.normalisation is None:
             return theirs
         self.refuse_other(theirs)
-        return self
+        return self.on(theirs)
 
     def on(self, data: Preparation) -> Preparation:
         """Return the preparation of a trained model that meets data.
@@ -118,8 +129,10 @@ class Preparation:
         """
         if data.normalisation is None:
             return self
+        if other := other_voxels(self.voxels, data.voxels):
+            rank_zero_warn(f"In the test cases {other}.")
         # What was taken from data to be tested on cannot know these.
-        return replace(data, split=self.split, seed=self.seed, cases=self.cases)
+        return replace(data, split=self.split, seed=self.seed, cases=self.cases, voxels=self.voxels)
 
     def after(self, trained: Preparation) -> Preparation:
         """Return the preparation of a training that goes on from another one."""
@@ -192,13 +205,13 @@ class Preparation:
         return self.spacing[0], self.spacing[1], self.spacing[2]
 
 
-def _are(value: Any, kinds: type[int] | tuple[type[int], type[float]]) -> bool:
-    """Whether a value is three positive numbers, or nothing."""
+def _are(value: Any, kinds: type[int] | tuple[type[int], type[float]], count: int = 3) -> bool:
+    """Whether a value is so many positive numbers, or nothing."""
     if value is None:
         return True
     return (
         isinstance(value, list)
-        and len(value) == 3
+        and len(value) == count
         and all(isinstance(v, kinds) and not isinstance(v, bool) and v > 0 for v in value)
     )
 

@@ -1,5 +1,6 @@
 """A checkpoint meets data, a task or a network that it does not belong to."""
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -66,6 +67,30 @@ def test_data_at_another_spacing_are_refused_however_the_model_was_made(
         Trainer(max_epochs=2, default_root_dir=tmp_path, **QUIET).fit(
             student(), data_of(store), ckpt_path=trained, weights_only=True
         )
+
+
+def test_voxels_of_another_size_than_in_training_are_told(trained, phantom_root, tmp_path):
+    """Both keep the scans' own spacing, so nothing brings one to the other."""
+    side = load(trained).preparation.voxels[0]
+    cohort = tmp_path / "cohort"
+    for case in find_cases(phantom_root, BRATS):
+        own = cohort / case.case_id
+        own.mkdir(parents=True)
+        for path in (*case.images.values(), case.label):
+            image = nib.load(path)
+            finer = image.affine @ np.diag([0.7, 0.7, 0.7, 1])
+            nib.save(nib.Nifti1Image(np.asarray(image.dataobj), finer), own / path.name)
+    sentence = (
+        rf"voxels of {0.7 * side:.3g} mm meet a model that was trained on voxels of {side:.3g}"
+    )
+    with pytest.warns(UserWarning, match=sentence):
+        load(trained).segment(find_cases(cohort, BRATS)[0].images)
+    store = another_store(cohort, tmp_path / "st")
+    trainer = Trainer(default_root_dir=tmp_path, limit_test_batches=1, **QUIET)
+    for module, path in ((load(trained), None), (student(), trained)):
+        module.force = True  # the cases are those of the training
+        with pytest.warns(UserWarning, match=f"In the test cases {sentence}"):
+            trainer.test(module, data_of(store), ckpt_path=path, weights_only=True)
 
 
 def test_a_training_resumes_with_its_own_network_and_task_only(trained, phantom_store, tmp_path):

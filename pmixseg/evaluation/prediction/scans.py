@@ -21,6 +21,7 @@ from pmixseg.data.scans.nifti import Source
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.outputs import code_table
 from pmixseg.data.scans.plausibility import LARGEST_SHARE, judge
+from pmixseg.data.training_cases import other_voxels, voxel_side
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
 from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
@@ -100,6 +101,8 @@ class Recipe:
         normalisation: name of the one that the model was trained on.
         device: where the network is.
         checkpoint: file that the weights came from.
+        voxels: least and largest voxel it was trained on, as the side of a cube of its volume in
+            mm; ``None``: not known.
     """
 
     task: Task
@@ -110,6 +113,7 @@ class Recipe:
     normalisation: str
     device: torch.device
     checkpoint: str | None = None
+    voxels: tuple[float, float] | None = None
 
 
 def segment_scans(
@@ -160,6 +164,9 @@ def segment_scans(
         where=where,
     )
     notes = [f"{where}: {note}." for note in grid.notes] + _doubts(case, task, settings, where)
+    side = voxel_side(case.geometry.grid_spacing)
+    if other := other_voxels(recipe.voxels, (side, side)):
+        notes.append(f"{where}: {other}.")
     for note in notes:
         warnings.warn(note, stacklevel=3)
     voxel = math.prod(case.geometry.grid_spacing) / 1000
