@@ -25,8 +25,9 @@ from rich.console import Console
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.patches import PatchDataset
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.data.store.arrays import OpenMaps
 from pmixseg.data.store.store import Store, prepare
-from pmixseg.data.store.stored import OpenMaps, seal, unseal
+from pmixseg.data.store.stored import seal, unseal
 from pmixseg.task import BRATS
 
 

@@ -24,8 +24,8 @@ import torch
 from isal import igzip, isal_zlib
 
 from pmixseg.data.cohorts.layouts import Case, find_cases
+from pmixseg.data.store.arrays import copy_box
 from pmixseg.data.store.store import Store, StoredCase, prepare
-from pmixseg.data.store.stored import copy_box
 from pmixseg.task import BRATS
 
 PATCH = 80

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pmixseg.losses.anchors import Anchor, MixtureAnchor, NormalAnchor
+from pmixseg.losses.anchors import Anchor, NormalAnchor
 from pmixseg.losses.distances import KL, NMSE, VID, Distance
 from pmixseg.modules.base import SegmentationModule
 
@@ -54,15 +54,9 @@ def inert_settings(
 
 def unmoved_weights(name: str, module: SegmentationModule) -> str | None:
     """Say that the learned weights of the model's anchor stayed uniform in a training."""
-    anchor = module.anchor
-    if not isinstance(anchor, MixtureAnchor) or not anchor.learned:
-        return None
+    weights = list(module.learned_weights.values())
     count = len(module.backbone.slots)
-    everything = torch.ones(1, count, dtype=torch.bool, device=module.device)
-    filled = module.fill_levels
-    levels = range(len(module.backbone.channels)) if filled is None else filled
-    weights = torch.stack([anchor.weights(everything, level, detach=True)[0] for level in levels])
-    if count < 2 or float((weights - 1 / count).abs().max()) >= UNIFORM:
+    if not weights or count < 2 or float((torch.stack(weights) - 1 / count).abs().max()) >= UNIFORM:
         return None
     return (
         f"the learned weights of the anchor stayed uniform (within {UNIFORM:g}), so {name} used a "

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
         UniformCombinations,
         UniformSizes,
     )
+    from pmixseg.data.parts import Split
     from pmixseg.data.patches import CaseDataset, CaseItem, PatchDataset, PatchTransform
     from pmixseg.data.splits import (
         Fractions,
         KFold,
-        Split,
         SplitFiles,
         SplitJson,
         SplitLists,
@@ -51,11 +51,11 @@ _HOME = {
         "UniformCombinations",
         "UniformSizes",
     ),
+    "parts": ("Split",),
     "patches": ("CaseDataset", "CaseItem", "PatchDataset", "PatchTransform"),
     "splits": (
         "Fractions",
         "KFold",
-        "Split",
         "SplitFiles",
         "SplitJson",
         "SplitLists",

@@ -18,6 +18,7 @@ from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.keys import make_key, number_of
 from pmixseg.data.masks import CaseMasks, Flags, MaskFile
+from pmixseg.data.parts import Split
 from pmixseg.data.patches import (
     CaseDataset,
     CaseItem,
@@ -30,7 +31,7 @@ from pmixseg.data.patches import (
 )
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, FirstEpoch
 from pmixseg.data.source import CohortSource, spacing_of
-from pmixseg.data.splits import Fractions, Split, SplitPlan, divided_patients
+from pmixseg.data.splits import Fractions, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.describe import build
 from pmixseg.errors import InputError

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pmixseg.data.keys import make_key, number_of, uniform
 from pmixseg.data.masks import Flags
+from pmixseg.data.store.arrays import copy_box
 from pmixseg.data.store.store import Store, StoredCase
-from pmixseg.data.store.stored import copy_box
 from pmixseg.describe import Described
 from pmixseg.types import Batch
 

@@ -1,104 +1,30 @@
 """Split a cohort into training, validation and test cases.
 
-A :class:`Split` is three lists of case ids; a :class:`SplitPlan` makes one from a cohort: from
-files, from JSON, by k-fold or by fractions. What is drawn here is stratified by grade, keeps the
-time points of a patient together, and depends on the seed and on names alone: not on the order of
-the cases, nor on the version of a library.
+A :class:`SplitPlan` makes a :class:`~pmixseg.data.Split`, three lists of case ids, from a cohort:
+from files, from JSON, by k-fold or by fractions. What is drawn here is stratified by grade, keeps
+the time points of a patient together, and depends on the seed and on names alone: not on the order
+of the cases, nor on the version of a library.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pmixseg.data.cohorts.problems import listed
-from pmixseg.data.dealing import SplittableCase, deal, leave_none_empty
 from pmixseg.data.keys import make_key
+from pmixseg.data.parts import PARTS, Split, SplittableCase, deal, leave_none_empty
 from pmixseg.describe import NOT_NEGATIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 
-PUBLISHED = {
-    ("d7026e1360bb60bb", "994e6cb358f1b6d1", "c1f15e644e377caf"): "BraTS 2018 split 1 (199/29/57)",
-    ("6963c1eaa36db378", "c0bdaa61e01d1e2d", "5f73831414ae06f7"): "BraTS 2018 split 2 (199/29/57)",
-    ("8e934ea4ced264fa", "14f05f1ab069f1f8", "43899d5b257b7603"): "BraTS 2018 split 3 (199/29/57)",
-}
-"""Hashes (train, val, test) of the splits of U-HVED that RFNet, mmFormer, M3AE and others use."""
-
-
-PARTS = ("train", "val", "test")
-
 Missing = Literal["refuse", "skip"]
 """What to do about cases that a split file names and the cohort lacks."""
-
-
-def hash_cases(cases: Iterable[str]) -> str:
-    """First 16 hexadecimal digits of SHA-256 over the sorted ids, joined by newlines.
-
-    Example:
-        >>> hash_cases(["b", "a"]) == hash_cases(["a", "b"])
-        True
-    """
-    return hashlib.sha256("\n".join(sorted(cases)).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Hold the case ids of the three parts of a cohort.
-
-    Args:
-        train: cases to train on.
-        val: cases to validate on.
-        test: cases to test on.
-        lacking: cases that a split file names and the cohort lacks, left out because the user
-            said so.
-
-    Raises:
-        InputError: a case is named twice, in one part or in two.
-    """
-
-    train: tuple[str, ...] = ()
-    val: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    lacking: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        seen: dict[str, str] = {}
-        for part in PARTS:
-            for case in getattr(self, part):
-                if case in seen:
-                    both = f"in {seen[case]} and again in {part}"
-                    place = f"twice in {part}" if seen[case] == part else both
-                    raise InputError(f"split: case '{case}' is {place}; name it once.")
-                seen[case] = part
-
-    @property
-    def hashes(self) -> tuple[str, str, str]:
-        """:func:`hash_cases` of train, val and test."""
-        return hash_cases(self.train), hash_cases(self.val), hash_cases(self.test)
-
-    @property
-    def hash(self) -> str:
-        """One hash of the three, independent of the order within a part."""
-        return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()[:16]
-
-    @property
-    def published(self) -> str | None:
-        """Name of the published split that this is, if it is one."""
-        return PUBLISHED.get(self.hashes)
-
-    @property
-    def name(self) -> str:
-        """The published name, or the hash; and how many cases of it were left out."""
-        name = self.published or self.hash
-        return f"{name}, {count_of(len(self.lacking), 'case')} lacking" if self.lacking else name
 
 
 class SplitPlan(Described, ABC):

@@ -21,15 +21,18 @@ from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.execution import static_on
-from pmixseg.losses.anchors import Anchor, MixtureAnchor
+from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
+from pmixseg.modules.fill import learned_weights
 from pmixseg.modules.scoring import ScoredNetwork
 from pmixseg.modules.training.compilation import Compile, CompiledStep, Losses, plan
 from pmixseg.modules.training.loss_log import EpochMeans, FiniteLoss, LateValue
 from pmixseg.modules.training.optimization import (
     Schedule,
     callable_from,
+    complete_gradients,
+    every_parameter,
     fuse,
     parameter_groups,
     rate_of,
@@ -135,7 +138,11 @@ class SegmentationModule(ScoredNetwork):
         losses = self.losses if self._step is None or eager else self._step
         total, values, names = losses(batch, self.current_epoch, weights)
         self._watch(dict(zip(names[:-1], values[:-1].unbind(), strict=True)))  # not the sum
-        self._log_losses(total, values, names, len(batch["image"]))
+        samples = len(batch["image"])
+        self._means.add(names, values, samples)
+        late = self._late_loss.put(total)
+        if late is not None and self._trainer is not None:
+            self.log("loss", late, prog_bar=True, logger=False, batch_size=samples)
         return total
 
     def losses(
@@ -175,8 +182,8 @@ class SegmentationModule(ScoredNetwork):
                 parts[f"{name}/{part}"] = number
             cast(Term, term).parts = {}  # nothing of a step outlives it
             total = total + weights[name] * value
-        if self._several_processes():
-            total = total + self._touch_every_parameter()
+        if self._trainer is not None and self.trainer.world_size > 1:
+            total = total + every_parameter(self)
         parts["loss"] = total
         values = torch.stack([part.detach().float() for part in parts.values()])
         return total, values, tuple(parts)
@@ -225,32 +232,9 @@ class SegmentationModule(ScoredNetwork):
         """Add a further loss on the same encoding, already weighted; 0 here."""
         return latents.features[0].new_zeros((), dtype=torch.float32)
 
-    def _several_processes(self) -> bool:
-        return self._trainer is not None and self.trainer.world_size > 1
-
-    def _touch_every_parameter(self) -> Tensor:
-        # DDP waits for the gradient of every parameter on every rank, and ranks skip different
-        # encoders, fills and outputs. Adding 0·Σp keeps all of them in every step's graph.
-        sums = [p.sum(dtype=torch.float32) for p in self.parameters() if p.requires_grad]
-        return torch.stack(sums).sum() * 0.0
-
     def on_after_backward(self) -> None:
-        """Give parameters that this step did not use a gradient of 0.
-
-        Optimizers pass over a parameter without one: its momentum and weight decay would wait for
-        the next step that uses it, and a training would depend on which encoders are skipped.
-        """
-        for parameter in self.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
-    def _log_losses(
-        self, total: Tensor, values: Tensor, names: tuple[str, ...], samples: int
-    ) -> None:
-        self._means.add(names, values, samples)
-        late = self._late_loss.put(total)
-        if late is not None and self._trainer is not None:
-            self.log("loss", late, prog_bar=True, logger=False, batch_size=samples)
+        """Give parameters that this step did not use a gradient of 0."""
+        complete_gradients(self)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from (seed, rank, epoch, step): a resumed run repeats the same randomness."""
@@ -272,16 +256,17 @@ class SegmentationModule(ScoredNetwork):
         self._finite.check(self.lr)
         means = self._means.settle()
         self.log_dict({f"train/{name}": mean for name, mean in means.items()}, sync_dist=True)
-        if not isinstance(self.anchor, MixtureAnchor) or not self.anchor.learned:
-            return
-        everything = torch.ones(1, len(self.backbone.slots), dtype=torch.bool, device=self.device)
+        for level, weights in self.learned_weights.items():
+            for name, weight in zip(self.backbone.slots, weights, strict=True):
+                self.log(f"anchor/level{level}/{name}", weight, sync_dist=True)
+
+    @property
+    def learned_weights(self) -> dict[int, Tensor]:
+        """The weights that the anchor has learned, per level that is filled."""
         levels = (
             range(len(self.backbone.channels)) if self.fill_levels is None else self.fill_levels
         )
-        for level in levels[:1] if self.anchor.shared else levels:
-            weights = self.anchor.weights(everything, level, detach=True)[0]
-            for name, weight in zip(self.backbone.slots, weights, strict=True):
-                self.log(f"anchor/level{level}/{name}", weight, sync_dist=True)
+        return learned_weights(self.anchor, len(self.backbone.slots), levels)
 
     # ---------------------------------------------------------------- terms
 

@@ -5,13 +5,14 @@ The method: docs/method/filling.md.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from pmixseg.errors import InputError
 from pmixseg.execution import runs_static
-from pmixseg.losses.anchors import Anchor
+from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.types import Latents
 
 
@@ -49,3 +50,22 @@ def fill_with_anchor(
         features[level] = torch.where(latents.flags(level), raw, mixed)
         flags[level] = torch.ones_like(present)
     return latents.with_features(features, flags)
+
+
+def learned_weights(anchor: Anchor | None, slots: int, levels: Sequence[int]) -> dict[int, Tensor]:
+    """Return the weights that an anchor has learned where every modality is shown.
+
+    Args:
+        anchor: of a model.
+        slots: how many modalities M there are.
+        levels: levels that it fills.
+
+    Returns:
+        Level -> ``[M]``, without gradient; the first level alone where all share their weights, and
+        nothing for an anchor that learns none.
+    """
+    if not isinstance(anchor, MixtureAnchor) or not anchor.learned:
+        return {}
+    everything = torch.ones(1, slots, dtype=torch.bool, device=anchor.scores.device)
+    own = levels[:1] if anchor.shared else levels
+    return {level: anchor.weights(everything, level, detach=True)[0] for level in own}

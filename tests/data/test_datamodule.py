@@ -8,15 +8,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pmixseg.data import splits
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.keys import make_key
 from pmixseg.data.masks import RandomMasks
+from pmixseg.data.parts import PUBLISHED, Split
 from pmixseg.data.patches import CaseDataset, PatchDataset, collate_patches
 from pmixseg.data.sampling import EpochSampler
-from pmixseg.data.splits import Fractions, KFold, Split, SplitJson, WholeCohort
+from pmixseg.data.splits import Fractions, KFold, SplitJson, WholeCohort
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.data.torchio_transform import TorchIOTransform
 from pmixseg.errors import InputError
@@ -300,7 +300,7 @@ def test_a_published_split_is_named_in_the_log(phantom_store, tmp_path, monkeypa
     path = tmp_path / "split.json"
     path.write_text(json.dumps({"train": cases[:5], "val": cases[5:6], "test": cases[6:]}))
     split = Split(cases[:5], cases[5:6], cases[6:])
-    monkeypatch.setitem(splits.PUBLISHED, split.hashes, "the phantom's split")
+    monkeypatch.setitem(PUBLISHED, split.hashes, "the phantom's split")
     data = BraTSDataModule(phantom_store, split=SplitJson(path))
     with caplog.at_level("INFO"):
         data.setup("fit")

@@ -7,17 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmixseg.data.parts import PUBLISHED, Split, deal, hash_cases
 from pmixseg.data.splits import (
-    PUBLISHED,
     Fractions,
     KFold,
-    Split,
     SplitFiles,
     SplitJson,
     WholeCohort,
-    deal,
     divided_patients,
-    hash_cases,
 )
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pmixseg.data.store.arrays import OpenMaps
 from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.report import PrepareReport
 from pmixseg.data.store.stored import (
     CASES,
     FORMAT,
     STORE_JSON,
-    OpenMaps,
     StoredCase,
     read_meta,
     unseal,

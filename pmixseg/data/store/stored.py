@@ -16,12 +16,8 @@ another name on the same disk, which is then renamed.
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
-import io
 import json
-import math
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,13 +26,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from isal.isal_zlib import crc32
 
 from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.canonical import CanonicalCase
 from pmixseg.data.scans.geometry import Geometry
-from pmixseg.errors import InputError
+from pmixseg.data.store.arrays import OpenMaps, damaged, write_array
 from pmixseg.files import beside
 
 FORMAT = 2
@@ -47,9 +42,6 @@ STORE_JSON, CASES = "store.json", "cases"
 
 IMAGE, LABEL, NATIVE, META = "image.npy", "label.npy", "label_native.npy", "meta.json"
 ORIGIN = "origin.txt"
-
-MAX_MAPS = 30_000
-"""Arrays of a store that are mapped at a time: under half of the 65,530 maps that Linux allows."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ class StoredCase:
         """
         meta = read_meta(folder)
         if meta is None:
-            raise _damaged(folder, "no complete prepared case")
+            raise damaged(folder, "no complete prepared case")
         return cls(
             case_id=meta["case_id"],
             acquired=tuple(name in meta["geometry"]["boxes"] for name in meta["modalities"]),
@@ -154,86 +146,6 @@ class StoredCase:
 
     def __reduce__(self) -> tuple[Callable[[Path], StoredCase], tuple[Path]]:
         return StoredCase.open, (self.folder,)
-
-
-class OpenMaps:
-    """Memory maps of a store's arrays, at most ``limit`` at a time; the oldest is let go first.
-
-    An array that is still in use keeps its own map open.
-
-    Args:
-        limit: how many.
-    """
-
-    def __init__(self, limit: int = MAX_MAPS) -> None:
-        self.limit = limit
-        self._maps: OrderedDict[Path, npt.NDArray[Any]] = OrderedDict()
-
-    def get(self, path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """A read-only map of an array.
-
-        Args:
-            path: a ``.npy`` file.
-            dtype: that it must have.
-            shape: that it must have.
-
-        Raises:
-            InputError: the file is missing, or is not this array.
-        """
-        made = self._maps.get(path)
-        if made is None:
-            made = self._maps[path] = _mapped(path, dtype, shape)
-            if len(self._maps) > self.limit:
-                self._maps.popitem(last=False)
-        else:
-            self._maps.move_to_end(path)
-        return made
-
-
-def copy_box(box: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A contiguous copy of a box sliced from a stored array.
-
-    Its rows are moved as one item each, which takes two thirds to four fifths of the time of
-    ``box.copy()``: numpy's loop over many short rows costs more than the bytes.
-
-    Args:
-        box: a slice, without steps, of an array that is contiguous along its last axis.
-    """
-    if box.size == 0:
-        return box.copy()
-    rows = box.view(f"V{box.shape[-1] * box.itemsize}")
-    return rows.copy().view(box.dtype)
-
-
-def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """A read-only map of a file, by torch: a map of Python's holds the file open as long as it is.
-
-    What the file must begin with is known, so nothing has to be parsed that may be damaged.
-    """
-    head = _head(dtype, shape)
-    size = len(head) + math.prod(shape) * np.dtype(dtype).itemsize
-    try:
-        raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-    except RuntimeError as error:
-        why = str(error).partition("\n")[0]
-        raise _damaged(path, f"no readable array ({why})") from error
-    if raw[: len(head)].tobytes() != head:
-        raise _damaged(path, f"another array than the {dtype} of {shape} that was written")
-    raw.flags.writeable = False
-    return raw[len(head) :].view(dtype).reshape(shape)
-
-
-@functools.cache
-def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The header of a ``.npy`` file, version 1, in C order."""
-    head = io.BytesIO()
-    facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(head, facts)
-    return head.getvalue()
-
-
-def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path} holds {what}; run `pmixseg prepare` on its store again.")
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
@@ -330,7 +242,7 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origi
         NATIVE: case.label_native,
     }
     with beside(folder) as temporary:
-        files = {n: _write_array(temporary / n, a) for n, a in arrays.items() if a is not None}
+        files = {n: write_array(temporary / n, a) for n, a in arrays.items() if a is not None}
         full = {
             "format": FORMAT,
             **meta,
@@ -365,23 +277,6 @@ def remove_case(folder: Path) -> None:
     """
     with beside(folder) as aside, suppress(FileNotFoundError):  # another process was quicker
         folder.replace(aside)
-
-
-def _write_array(path: Path, array: npt.NDArray[Any]) -> dict[str, int]:
-    """A .npy file by plain writes: ``tofile`` hides errno, a memory map dies of a full disk.
-
-    Returns:
-        Its size and its checksum.
-    """
-    array = np.ascontiguousarray(array)
-    head = _head(array.dtype.str, array.shape)
-    with path.open("wb") as file:
-        file.write(head)
-        file.write(array.data)
-    checksum = crc32(head)
-    if array.size:
-        checksum = crc32(array.data, checksum)
-    return {"bytes": path.stat().st_size, "crc32": checksum}
 
 
 def _publish(temporary: Path, folder: Path) -> None:

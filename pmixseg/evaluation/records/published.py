@@ -14,7 +14,7 @@ from importlib.resources import files
 
 import pandas as pd
 
-from pmixseg.data.splits import PUBLISHED, hash_cases
+from pmixseg.data.parts import PUBLISHED, hash_cases
 from pmixseg.evaluation.records.records import Records
 from pmixseg.task import BRATS, Task, format_combination, parse_combination
 

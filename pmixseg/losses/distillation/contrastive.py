@@ -10,8 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from pmixseg.losses.distances import mean_over_shown
-from pmixseg.losses.distillation.brain import brain_of, mean_vector
-from pmixseg.losses.distillation.pairing import LatentLoss, Pair, mean_latent
+from pmixseg.losses.distillation.pairing import LatentLoss, Pair, brain_of, mean_latent, mean_vector
 from pmixseg.losses.ranks import gather_constants
 from pmixseg.types import Batch, Brain, Features, Scalar, SegOutput
 

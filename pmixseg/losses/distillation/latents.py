@@ -12,9 +12,15 @@ from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances import PerSlot, mean_over_brain, mean_over_shown
 from pmixseg.losses.distances.gaussian import floored_variance, raw_of_unit_variance
-from pmixseg.losses.distillation.brain import brain_of, latent_variance
 from pmixseg.losses.distillation.loss import Network
-from pmixseg.losses.distillation.pairing import LatentLoss, Pair, SlotwiseLoss, mean_latent
+from pmixseg.losses.distillation.pairing import (
+    LatentLoss,
+    Pair,
+    SlotwiseLoss,
+    brain_of,
+    latent_variance,
+    mean_latent,
+)
 from pmixseg.types import Batch, Brain, Features, Scalar, SegOutput
 
 

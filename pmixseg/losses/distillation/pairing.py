@@ -5,7 +5,8 @@ channels to the teacher's. The teacher's side is, by default, its anchor
 :math:`P^t = \sum_m w_m^t f_m^t` over everything acquired: privileged information that no single
 latent of the student's own modalities carries. Each modality of the student is compared on its
 own, and the mean over the modalities it was shown is taken, as in the alignment loss. Only brain
-voxels count.
+voxels count: background is half of a patch and more, and no network means anything there. Shapes
+do not depend on the masks.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from pmixseg.borrowed import Borrowed
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide, weighted_sum
-from pmixseg.losses.distances import PerSlot, mean_over_shown
-from pmixseg.losses.distillation.brain import brain_of
+from pmixseg.losses.distances import PerSlot, mean_over_shown, pooled_moments
 from pmixseg.losses.distillation.loss import DistillationLoss, Network
 from pmixseg.losses.projections import SlotLinear
+from pmixseg.losses.ranks import SharedSums
 from pmixseg.types import Batch, Brain, Features, Presence, Scalar, SegOutput, full_precision
 
 
@@ -175,3 +177,41 @@ def mean_latent(features: Features, shown: Presence) -> Features:
     """Mean over the shown slots, ``[B, 1, C, D, H, W]``; 0 where none is shown."""
     weights = (shown / shown.sum(1, keepdim=True).clamp_min(1)).to(features.dtype)
     return weighted_sum(features, weights, shown)[:, None]
+
+
+def brain_of(output: SegOutput, level: int) -> Brain:
+    """Return which voxels of a level hold brain, ``[B, D, H, W]``.
+
+    Args:
+        output: whose latents know it; where they do not, every voxel counts.
+        level: which level of its network.
+    """
+    latents = output.latents
+    if latents.brain is not None:
+        return latents.brain[level]
+    features = latents.features[level]
+    shape = (len(features), *features.shape[3:])
+    return torch.ones(shape, dtype=torch.bool, device=features.device)
+
+
+def mean_vector(features: Features, brain: Brain) -> Float[Tensor, "b m c"]:
+    """Mean of every channel over brain voxels; 0 for a sample without any."""
+    total = torch.where(brain[:, None, None], features, 0.0).sum((3, 4, 5))
+    return total / brain.sum((1, 2, 3)).clamp_min(1)[:, None, None]
+
+
+@torch.no_grad()
+def latent_variance(features: Features, usable: Presence, brain: Brain) -> Scalar:
+    """Mean over channels of the variance of latents: the yardstick of their distances.
+
+    Every brain voxel of every usable slot of all samples, and of all processes, is one point.
+
+    Args:
+        features: ``[B, M, C, D, H, W]``, finite in every slot.
+        usable: slots that count, ``[B, M]``.
+        brain: ``[B, D, H, W]``.
+
+    Returns:
+        One number, 0 where no voxel counts; no gradient flows through it.
+    """
+    return pooled_moments(features, usable, SharedSums(), brain)[1].mean()

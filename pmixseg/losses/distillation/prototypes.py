@@ -10,9 +10,8 @@ from torch import Tensor
 
 from pmixseg.errors import InputError
 from pmixseg.losses.distances import mean_over_shown
-from pmixseg.losses.distillation.brain import brain_of
 from pmixseg.losses.distillation.loss import DistillationLoss
-from pmixseg.losses.distillation.pairing import LatentLoss, Pair
+from pmixseg.losses.distillation.pairing import LatentLoss, Pair, brain_of
 from pmixseg.losses.segmentation import area_fractions
 from pmixseg.types import Batch, Brain, Features, Scalar, SegOutput, full_precision
 

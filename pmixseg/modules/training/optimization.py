@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -302,3 +303,30 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     return groups
+
+
+def every_parameter(module: nn.Module) -> Tensor:
+    """Return 0, with every trainable parameter in its graph.
+
+    DDP waits for the gradient of every parameter on every rank, and ranks skip different encoders,
+    fills and outputs. Adding 0·Σp keeps all of them in every step's graph.
+
+    Args:
+        module: whose parameters.
+    """
+    sums = [p.sum(dtype=torch.float32) for p in module.parameters() if p.requires_grad]
+    return torch.stack(sums).sum() * 0.0
+
+
+def complete_gradients(module: nn.Module) -> None:
+    """Give parameters that a step did not use a gradient of 0.
+
+    Optimizers pass over a parameter without one: its momentum and weight decay would wait for the
+    next step that uses it, and a training would depend on which encoders are skipped.
+
+    Args:
+        module: whose parameters.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

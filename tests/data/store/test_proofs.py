@@ -16,8 +16,9 @@ import pytest
 
 from pmixseg.cli import main
 from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.store.arrays import OpenMaps
 from pmixseg.data.store.store import Store, prepare
-from pmixseg.data.store.stored import OpenMaps, read_meta, seal, unseal
+from pmixseg.data.store.stored import read_meta, seal, unseal
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 

@@ -17,8 +17,8 @@ from pmixseg.cli import main
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.scans.canonical import canonicalise
 from pmixseg.data.store import stored as storing
+from pmixseg.data.store.arrays import copy_box
 from pmixseg.data.store.store import Store, StoredCase, prepare
-from pmixseg.data.store.stored import copy_box
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task
 
@@ -244,8 +244,8 @@ def test_interrupted_or_full_leaves_no_half_case(cohort, out, monkeypatch, at, s
 
         return work
 
-    write, text = storing._write_array, storing.Path.write_text
-    monkeypatch.setattr(storing, "_write_array", break_at(lambda a: a[0], write))
+    write, text = storing.write_array, storing.Path.write_text
+    monkeypatch.setattr(storing, "write_array", break_at(lambda a: a[0], write))
     monkeypatch.setattr(
         storing.Path, "write_text", lambda *a, **k: break_at(lambda b: b[0], text)(*a)
     )

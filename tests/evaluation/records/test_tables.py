@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from pmixseg.data.splits import PUBLISHED, hash_cases
+from pmixseg.data.parts import PUBLISHED, hash_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.comparison.compare import compare
 from pmixseg.evaluation.records import published

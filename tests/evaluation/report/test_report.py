@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from pmixseg.data.splits import PUBLISHED, hash_cases
+from pmixseg.data.parts import PUBLISHED, hash_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records import published
 from pmixseg.evaluation.records.curves import read_curves
