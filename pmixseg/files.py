@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -80,6 +81,39 @@ def beside(folder: Path) -> Iterator[Path]:
         yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def hold(folder: Path) -> int | None:
+    """Keep a folder from other processes that ask for it, until this descriptor is closed.
+
+    A process that ends, however it does, lets go of it.
+
+    Args:
+        folder: it is made.
+
+    Returns:
+        ``None`` where the system or the disk knows no such locks.
+
+    Raises:
+        InputError: another process, or another part of this one, holds it.
+    """
+    try:
+        import fcntl
+
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows; whoever writes there says what is wrong
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise InputError(
+            f"another training writes into {folder}; wait for its end, or choose another --run."
+        ) from error
+    return descriptor
 
 
 def inside(folder: Path, name: str, what: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pmixseg.errors import InputError
-from pmixseg.files import whole
+from pmixseg.files import hold, whole
 from pmixseg.modules.checkpoint import write_checkpoint
 
 Kept: TypeAlias = Literal["none", "before", "all"]
@@ -187,11 +188,21 @@ class RunCheckpoint(ModelCheckpoint):
             save_last=True,
             enable_version_counter=False,
         )
+        self._folder = Path(run) / "checkpoints"
+        self._held: int | None = None
         self._to_compare = False
         self._kept_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the latest checkpoint alone where nothing is validated; write each one whole."""
+        """Keep the latest checkpoint alone where nothing is validated; write each one whole.
+
+        Raises:
+            InputError: another training writes into the run folder.
+        """
+        writes = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set in Trainer.__init__
+        if writes and self._held is None:
+            # Not the run folder: a test of its best checkpoint may write records there meanwhile.
+            self._held = hold(self._folder)
         data = getattr(trainer, "datamodule", None)
         validated = trainer.limit_val_batches and (data is None or data.parts.val)
         if not validated:
@@ -215,6 +226,23 @@ class RunCheckpoint(ModelCheckpoint):
             loop.epoch_loop.reset_restart_stage()
             loop._restarting = False  # the setter refuses with max_steps
             loop.epoch_loop.restarting = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let others write into the run folder."""
+        super().teardown(trainer, pl_module, stage)
+        self._let_go()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let others write into the run folder."""
+        super().on_exception(trainer, pl_module, exception)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare with the best, or leave that to the end of the epoch if this is its end.

@@ -10,6 +10,7 @@ from typing import Any
 from pmixseg.cli.arguments import option
 from pmixseg.data.training_cases import TrainingCases
 from pmixseg.describe import describe
+from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules.checkpoint import describing, read_checkpoint
 from pmixseg.modules.payload import Payload
@@ -56,10 +57,18 @@ def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, A
         cases: of the training.
         args: of the command line.
         path: of the checkpoint.
+
+    Raises:
+        InputError: the store is gone, and no other is named.
     """
     data: dict[str, Any] = {}
     files = ("-c", "--config", "--data=", "--data.root", "--data.store")
-    if cases.store and Path(cases.store).is_dir() and not any(a.startswith(files) for a in args):
+    if cases.store and not any(a.startswith(files) for a in args):
+        if not Path(cases.store).is_dir():
+            raise InputError(
+                f"{path} was trained on the store {cases.store}, which is not there; say where it "
+                "is with --data.store."
+            )
         data["store"] = cases.store
     if (cases.train or cases.test) and not any(a.startswith("--data.split") for a in args):
         lists = {part: list(getattr(cases, part)) for part in ("train", "val", "test")}

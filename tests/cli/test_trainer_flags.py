@@ -1,5 +1,6 @@
 """Flags of a training: they work, win over a checkpoint when it is resumed, or are one sentence."""
 
+import os
 from typing import Optional, Union
 
 import pytest
@@ -9,6 +10,7 @@ from pmixseg.cli import main
 from pmixseg.cli.training import TrainingCLI
 from pmixseg.cli.training_parser import whole_numbers_first
 from pmixseg.errors import InputError
+from pmixseg.files import hold
 from pmixseg.modules.checkpoint import read_checkpoint
 from tests.cli.presets import last_of_each
 from tests.cli.test_training import TINY
@@ -98,6 +100,20 @@ def test_another_rate_is_said_stored_and_used(phantom_store, tmp_path, capsys):
     for told in (checkpoint["pmixseg"]["init_args"], config):
         assert told["optimizer"]["init_args"]["lr"] == 1e-6
         assert told["optimizer"]["init_args"]["weight_decay"] == 0.5
+
+
+def test_two_trainings_do_not_share_a_run_folder(phantom_store, tmp_path, capsys):
+    held = hold(tmp_path / "checkpoints")
+    assert fit(phantom_store, tmp_path) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        f"pmixseg: another training writes into {tmp_path}/checkpoints; wait for its end"
+    )
+    assert not [*(tmp_path / "checkpoints").iterdir()]
+    os.close(held)
+    one = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+    assert fit(phantom_store, tmp_path, *one) == 0
+    os.close(hold(tmp_path / "checkpoints"))  # let go of
 
 
 def test_a_plateau_is_told_as_it_is(phantom_store, tmp_path):

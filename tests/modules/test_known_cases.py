@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.cli import main
+from pmixseg.cli.checkpoint_settings import data_of
 from pmixseg.data import BraTSDataModule, SplitLists, WholeCohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.store.store import Store, prepare
@@ -264,3 +265,10 @@ def test_another_cohort_under_the_same_names_is_told_and_both_are_known(capfd, c
         "third (training, its scans are those of x)",
         "x (training)",
     ]
+
+
+def test_a_store_that_was_moved_is_named(tmp_path):
+    cases = TrainingCases(str(tmp_path / "gone"), ("a",), test=("b",))
+    with pytest.raises(InputError, match=r"x.ckpt was trained on the store .*gone, which is not"):
+        data_of(cases, ["test", "--ckpt_path=x.ckpt"], "x.ckpt")
+    assert "store" not in data_of(cases, ["test", "--data.store=s"], "x.ckpt")
