@@ -39,7 +39,8 @@ def store(tmp_path_factory):
         label[19, tumour.start, tumour.start] = 4
         nib.save(nib.Nifti1Image(label, np.eye(4)), root / name / f"{name}_seg.nii.gz")
     out = tmp_path_factory.mktemp("store")
-    assert not prepare(find_cases(root, BRATS), out, BRATS, progress=False).failed
+    # By force: no head has a brain of 6 mm.
+    assert not prepare(find_cases(root, BRATS), out, BRATS, force=True, progress=False).failed
     return Store.open(out)
 
 
