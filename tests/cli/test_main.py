@@ -144,7 +144,7 @@ def test_differences_are_named_by_their_path():
     stored = {"a": 1, "b": {"class_path": "X", "init_args": {"w": 8}}, "task": 1}
     current = {"a": 1, "b": {"class_path": "X", "init_args": {"w": 4}}, "c": 2, "task": 2}
     weights = "model.b.init_args.w is 4, the checkpoint had 8"
-    other = {**given, "b": {"class_path": "Y", "init_args": {"v": 1}}}
+    other = {**current, "b": {"class_path": "Y", "init_args": {"v": 1}}}
     assert differences(stored, other) == ["model.b is Y, the checkpoint had X"]
     # What the checkpoint does not state has its default, unless a flag names it.
     assert differences(stored, current) == [weights]
