@@ -70,9 +70,11 @@ class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run folder, and into the logger as hyper-parameters."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: another training may hold the run folder, which a later ``setup`` sees."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Only a training describes the run; testing it later must not overwrite that."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the configuration into the run's folder and the logger.
