@@ -15,7 +15,7 @@ from pmixseg.callbacks.inert import inert_settings, unmoved_weights
 from pmixseg.callbacks.term import TermCallback
 from pmixseg.describe import build
 from pmixseg.errors import InputError
-from pmixseg.losses.alignment import AlignmentLoss
+from pmixseg.losses.alignment import AlignmentLoss, resolve_levels
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances import DISTANCES, KL, Distance
 from pmixseg.losses.official import OfficialAlignment
@@ -123,9 +123,13 @@ class PmixAlignment(TermCallback):
             InputError: see :class:`TermCallback`; or too few samples in a step.
         """
         super().setup(trainer, pl_module, stage)
-        if stage != "fit" or not self.active:
+        if stage != "fit":
             return
         module = cast(SegmentationModule, pl_module)
+        if not self.active:
+            if self.levels is not None:  # a wrong one is told where the weight is 0, too
+                resolve_levels(self.levels, len(module.backbone.channels))
+            return
         term = cast(AlignmentTerm, module.terms[self.name])
         self._check_batch(trainer, term)
         for sentence in term.inert(self.name, module):

@@ -254,6 +254,9 @@ def complaint(error: BaseException) -> InputError | None:
     if trace is None:
         return None
     module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    if module == "torch.optim.lr_scheduler" and isinstance(error, ArithmeticError):
+        schedule = type(trace.tb_frame.f_locals.get("self")).__name__
+        return InputError(f"{schedule} cannot be stepped ({error}); correct its arguments.")
     line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
     ours = not any(module == name or module.startswith(f"{name}.") for name in LIBRARIES)
     if ours or not line.strip().startswith("raise"):

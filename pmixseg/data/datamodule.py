@@ -110,6 +110,8 @@ class BraTSDataModule(LightningDataModule):
         super().__init__()
         if mask_file is not None and masks is not None:
             raise InputError("both mask_file and masks are given; name one of them.")
+        if val_cases is not None and val_cases < 1:
+            raise InputError(f"val_cases is {val_cases}; give 1 or more, or null for all of them.")
         if min(patches_per_case, batch_size) < 1 or num_workers < 0 or not 0 <= foreground <= 1:
             raise InputError(
                 f"patches_per_case {patches_per_case} and batch_size {batch_size} must be 1 or "

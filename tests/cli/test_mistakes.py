@@ -251,6 +251,19 @@ def test_a_wrong_plain_command(capsys, args, sentence):
         (["--trainer.val_check_interval=100"], "Lightning refuses: `val_check_interval` (100)"),
         (["--model.optimizer=SGD", "--model.optimizer.lr=-1"], "Invalid learning rate"),
         (
+            ["--model.scheduler=StepLR", "--model.scheduler.step_size=0"],
+            "StepLR cannot be stepped (integer modulo by zero); correct its arguments.",
+        ),
+        (["--align.levels=[9]"], "levels [9] are not different levels of a network with 2"),
+        (["--data.val_cases=-1"], "val_cases is -1; give 1 or more"),
+        (
+            [
+                *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/dice"),
+                *("--trainer.callbacks.mode=max", "--trainer.callbacks.patience=-1"),
+            ],
+            "EarlyStopping has patience -1; give 0 or more.",
+        ),
+        (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
             "watches val_loss, which this training does not log",
         ),
@@ -260,6 +273,8 @@ def test_what_lightning_complains_of(phantom_store, tmp_path, capsys, flags, sen
     command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
     if "gpu" in flags[0]:
         command.remove("--trainer.accelerator=cpu")
+    if "val_cases" in flags[0]:
+        command.remove("--data.val_cases=1")
     code = main([*command, "--trainer.limit_train_batches=2", *flags])
     last = capsys.readouterr().err.splitlines()[-1]
     assert code == 1

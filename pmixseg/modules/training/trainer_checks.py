@@ -114,6 +114,8 @@ def check_trainer(trainer: Trainer) -> None:
                 "checkpoint is written, so no checkpoint holds them; use "
                 "lightning.pytorch.callbacks.EMAWeightAveraging, whose checkpoints do."
             )
+        if isinstance(callback, EarlyStopping) and callback.patience < 0:
+            raise InputError(f"EarlyStopping has patience {callback.patience}; give 0 or more.")
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or callback.monitor is None:
             continue
         if getattr(callback, "strict", True):
