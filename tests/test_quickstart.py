@@ -18,7 +18,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     for name, value in {
-        "CASES": 7,
+        "CASES": 5,
         "SPACING": 6.0,
         "WORKERS": 0,
         "PATCH": (32, 40, 32),  # one window holds a whole brain

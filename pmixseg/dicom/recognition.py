@@ -107,8 +107,10 @@ def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
 
 
 def _told(series: Series, modalities: Sequence[str], said: str | None) -> Recognised:
+    """Recognise one series: what the user said, else its description and times together."""
     if said is not None:
         return Recognised(series, said, "said by --series")
+    # What is no structural scan is left out, whatever it is called.
     computed = sorted(NO_SCANS & set(series.kind))
     if series.slices < FEWEST_SLICES:
         return Recognised(series, None, f"only {series.slices} slices")
@@ -116,11 +118,13 @@ def _told(series: Series, modalities: Sequence[str], said: str | None) -> Recogn
         return Recognised(series, None, f"image type {computed[0]}")
     if series.diffusion:
         return Recognised(series, None, "diffusion-weighted")
+    # What the description says, by the plain name of the sequence that the task has.
     plain = {name: read_name(name, modalities).modality for name in ("t1", "t1ce", "t2", "flair")}
     reading = read_name(series.description, modalities)
     if reading.kind in ("foreign", "label"):
         return Recognised(series, None, f"its description: {reading.doubt or 'no scan'}")
     by_name = next((k for k, m in plain.items() if m and m == reading.modality), None)
+    # What echo, repetition and inversion time say; T1 and T1ce look alike to them.
     by_times, times = weighting(series)
     if by_name is None and by_times is None:
         return Recognised(series, None, f"neither its description nor its times tell ({times})")
@@ -128,6 +132,7 @@ def _told(series: Series, modalities: Sequence[str], said: str | None) -> Recogn
     if by_name and by_times and family != by_times:
         reason = f"its description says {by_name}, its times say {by_times} ({times})"
         return Recognised(series, None, reason, doubtful=True)
+    # Both agree, or only one of them speaks. Contrast agent is told by its own header field.
     kind = by_name or by_times or ""
     witnesses = [w for w in ("description" if by_name else "", times if by_times else "") if w]
     if kind == "t1" and series.agent:

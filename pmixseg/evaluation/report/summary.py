@@ -227,7 +227,12 @@ def additions(records: Records, count: int = 6) -> Additions:
 
 def remarks(runs: Sequence[Records]) -> list[str]:
     """What a reader must know before comparing anything on the page, one sentence each."""
-    task = runs[0].task
+    regions = [text for name in runs[0].task.regions for text in _about_region(runs[0], name)]
+    return [*_about_cases(runs), *_about_settings(runs), *regions, *_about_origin(runs)]
+
+
+def _about_cases(runs: Sequence[Records]) -> list[str]:
+    """How many cases there are, and whether all runs have them and all sequences of them."""
     cautions: list[str] = []
     sets = [frozenset(one.table["case"]) for one in runs]
     count = min(len(s) for s in sets)
@@ -238,6 +243,18 @@ def remarks(runs: Sequence[Records]) -> list[str]:
             "The runs were scored on different cases. Best values are marked, and ranks given, "
             "only for combinations in which all runs share the same cases."
         )
+    lacking = [run_name(one) for one in runs if _has_gaps(one)]
+    if lacking:
+        cautions.append(
+            f"Not every case has every sequence ({', '.join(lacking)}): combinations with a "
+            "missing sequence are averaged over fewer cases."
+        )
+    return cautions
+
+
+def _about_settings(runs: Sequence[Records]) -> list[str]:
+    """In what the runs differ beside their method."""
+    cautions: list[str] = []
     if len(runs) > 1:
         cautions.append(
             "Differences between single trainings mix the method with the luck of its seed: for a "
@@ -249,25 +266,23 @@ def remarks(runs: Sequence[Records]) -> list[str]:
             cautions.append(
                 f"The runs differ in their {_spell(name, values)}: do not compare them."
             )
-    for region in task.regions:
-        cautions += _about_region(runs[0], region)
-    lacking = [run_name(one) for one in runs if _has_gaps(one)]
-    if lacking:
-        cautions.append(
-            f"Not every case has every sequence ({', '.join(lacking)}): combinations with a "
-            "missing sequence are averaged over fewer cases."
-        )
-    for one in runs:
-        if one.altered:
-            cautions.append(f"The table of {run_name(one)} was changed after it was written.")
-        if "source" in one.sidecar.conventions:
-            cautions.append(f"{run_name(one)} does not state its conventions.")
     heated = [_temperatures(one) for one in runs]
     if any(t != heated[0] for t in heated):
         cautions.append(
             "The runs differ in the temperatures of their probabilities, which ECE and Brier score "
             "depend on and nothing else does."
         )
+    return cautions
+
+
+def _about_origin(runs: Sequence[Records]) -> list[str]:
+    """Whether the tables are as they were written, and by which code."""
+    cautions: list[str] = []
+    for one in runs:
+        if one.altered:
+            cautions.append(f"The table of {run_name(one)} was changed after it was written.")
+        if "source" in one.sidecar.conventions:
+            cautions.append(f"{run_name(one)} does not state its conventions.")
     dirty = [run_name(r) for r in runs if r.sidecar.git and r.sidecar.git.get("dirty")]
     if dirty:
         cautions.append(f"Made from a checkout with uncommitted changes: {', '.join(dirty)}.")
