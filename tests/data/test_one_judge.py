@@ -428,6 +428,11 @@ def test_a_label_whose_axes_are_not_those_of_the_scans(phantom_root, tmp_path, t
     assert "its label does not seem to lie on the scans" in problems[0] and words in problems[0]
 
 
+def test_sequences_of_tumours_that_do_not_enhance_are_not_taken_for_exchanged(phantom_root):
+    inspection = inspect_cohort(phantom_root, BRATS)
+    assert not any(case.notes or case.problems for case in inspection.cases)
+
+
 @pytest.mark.parametrize(("one", "other"), [("flair", "t2"), ("t1", "t1ce")])
 def test_exchanged_sequences_are_told(phantom_root, tmp_path, one, other):
     scans, label = scans_of(phantom_root, 0)
