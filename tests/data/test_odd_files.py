@@ -1,4 +1,4 @@
-"""Files that are not what their name or size says, and cohorts whose labels have own names."""
+"""Files that are not what their name or size says, labels of other names and codings."""
 
 import gzip
 import json
@@ -156,3 +156,65 @@ def test_another_place_or_a_small_angle_in_the_qform_is_no_conflict():
     other[:2, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
     image.set_qform(other, 1)
     assert np.array_equal(read_header(image.to_bytes()).affine, np.eye(4))
+
+
+def dashed(make_case, save, tmp_path, name, label, codes):
+    """A case with names as of 2023, its label in the given codes."""
+    case = make_case()
+    folder = tmp_path / "new" / name
+    for modality, suffix in {"flair": "t2f", "t1ce": "t1c", "t1": "t1n", "t2": "t2w"}.items():
+        image = nib.load(case.images[modality])
+        save(folder / f"{name}-{suffix}.nii.gz", np.asarray(image.dataobj), image.affine)
+    table = np.zeros(5, np.uint8)
+    for old, new in codes.items():
+        table[old] = new
+    save(folder / f"{name}-seg.nii.gz", table[label])
+    return name
+
+
+NEW, OLD = {1: 1, 2: 2, 4: 3}, {1: 1, 2: 2, 4: 4}
+
+
+def test_mixed_codings_are_judged_case_by_case(make_case, save, tmp_path, label):
+    ids = [
+        dashed(make_case, save, tmp_path, f"BraTS-GLI-{k:05d}-000", label, NEW if k % 2 else OLD)
+        for k in range(4)
+    ]
+    root = tmp_path / "new"
+    inspection = inspect_cohort(root, BRATS)
+    report = prepare(find_cases(root, BRATS), tmp_path / "store", BRATS, progress=False)
+    assert sorted(report.failed) == [ids[0], ids[2]] and report.prepared == [ids[1], ids[3]]
+    assert inspection.problems == list(report.failed.values())
+    for sentence in inspection.problems:
+        assert "holds the label value 4 and no 3" in sentence and "--layout brats2024" in sentence
+    stored = Store.open(tmp_path / "store").read(ids[1]).native_label()
+    assert (stored == 3).sum() == (label == 4).sum() > 0
+
+
+def test_a_cavity_is_ignored_counted_and_shown(make_case, save, tmp_path, label):
+    both = label.copy()
+    both[30:34, 30:34, 30:33] = 3  # 48 voxels of cavity, coded 4 below
+    for k in range(3):
+        dashed(make_case, save, tmp_path, f"BraTS-GLI-{k:05d}-000", both, {**NEW, 3: 4})
+    root = tmp_path / "new"
+    line = "label value 4 is ignored, it becomes background: 144 voxels in 3 cases"
+    inspection = inspect_cohort(root, BRATS)
+    assert inspection.problems == [] and line in inspection.summary()
+    for _ in range(2):  # also of what is up to date
+        report = prepare(find_cases(root, BRATS), tmp_path / "store", BRATS, progress=False)
+        assert not report.failed and line in report.summary()
+
+
+def test_scans_after_treatment_have_cavities_without_a_doubt(make_case, save, tmp_path, label):
+    name = dashed(make_case, save, tmp_path, "BraTS-GLI-00001-101", label, OLD)
+    report = prepare(find_cases(tmp_path / "new", BRATS), tmp_path / "s", BRATS, progress=False)
+    assert report.prepared == [name] and report.ignored == {name: {4: (label == 4).sum()}}
+
+
+def test_a_named_layout_ends_the_doubt(make_case, save, tmp_path, label):
+    dashed(make_case, save, tmp_path, "BraTS-GLI-00001-000", label, OLD)
+    cases = find_cases(tmp_path / "new", BRATS, "brats2024")
+    assert not prepare(cases, tmp_path / "s", BRATS, progress=False).failed
+    cases = find_cases(tmp_path / "new", BRATS, "brats2023")
+    report = prepare(cases, tmp_path / "s", BRATS, progress=False)
+    assert "label values 4, but its layout knows 0, 1, 2, 3" in next(iter(report.failed.values()))
