@@ -18,8 +18,8 @@ def square(folder, number):
     if number < 0:
         os._exit(9)
     begun = folder / f"begun-{number}"
-    begun.touch()
     try:
+        begun.touch()  # whoever sees it may stop this process at once
         if number == 0:
             time.sleep(250)
     finally:
