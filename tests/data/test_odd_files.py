@@ -218,3 +218,10 @@ def test_a_named_layout_ends_the_doubt(make_case, save, tmp_path, label):
     cases = find_cases(tmp_path / "new", BRATS, "brats2023")
     report = prepare(cases, tmp_path / "s", BRATS, progress=False)
     assert "label values 4, but its layout knows 0, 1, 2, 3" in next(iter(report.failed.values()))
+
+
+def test_a_label_map_of_a_channel_per_class_is_told_what_to_do(make_case, save, label):
+    case = make_case()
+    save(case.label, np.stack([label == code for code in (1, 2, 4)], -1).astype(np.uint8))
+    (problem,) = inspect_cohort(case.label.parents[1], BRATS).problems
+    assert problem.endswith("is needed; make one map of numbers of its channels.")

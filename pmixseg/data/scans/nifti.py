@@ -119,11 +119,11 @@ class ScanReader:
         """
         if isinstance(source, tuple):
             path, channel = Path(source[0]), source[1]
-            return self._channel(self._file(path, role), channel)
+            return self._channel(self._file(path, role), channel, role)
         if isinstance(source, Path | str):
-            return self._channel(self._file(Path(source), role), None)
+            return self._channel(self._file(Path(source), role), None, role)
         name = source.get_filename() or "an image in memory"
-        return self._channel(_opened(source, str(name)), None)
+        return self._channel(_opened(source, str(name)), None, role)
 
     def frame(self, source: Source) -> Frame | None:
         """Where a volume lies, from its header alone; ``None`` if there is no usable one.
@@ -252,7 +252,7 @@ class ScanReader:
                 f"{_advice(path)}."
             ) from error
 
-    def _channel(self, scan: Scan, channel: int | None) -> Scan:
+    def _channel(self, scan: Scan, channel: int | None, role: str) -> Scan:
         data = scan.data
         if data.ndim == 5 and data.shape[3] == 1:
             data = data[:, :, :, 0]  # ITK writes the channels of a volume behind a time axis of 1
@@ -260,9 +260,12 @@ class ScanReader:
             while data.ndim > 3 and data.shape[-1] == 1:
                 data = data[..., 0]
             if data.ndim != 3:
+                advice = "name a channel, or split the file"
+                if role == "label":
+                    advice = "make one map of numbers of its channels"
                 raise InputError(
                     f"{self.where}: {scan.name} has shape {scan.data.shape}, but one volume of "
-                    "three axes is needed; name a channel, or split the file."
+                    f"three axes is needed; {advice}."
                 )
         elif data.ndim != 4 or not 0 <= channel < data.shape[3]:
             raise InputError(
