@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.backbones import Backbone, MultiEncoderUNet
 from pmixseg.errors import InputError
 from pmixseg.testing import check_backbone
 
@@ -65,5 +65,8 @@ def test_widths_and_strides():
 
 
 def test_a_network_without_channels_is_refused():
-    with pytest.raises(InputError, match="MultiEncoderUNet: a level would have 0 channels; make"):
+    with pytest.raises(InputError, match="MultiEncoderUNet: width is 0; give 1 or more"):
         MultiEncoderUNet(width=0)
+    own = MultiEncoderUNet.__new__(MultiEncoderUNet)  # of a class that computes its channels
+    with pytest.raises(InputError, match="MultiEncoderUNet: a level would have 0 channels; make"):
+        Backbone.__init__(own, ("t1",), 2, channels=(4, 0), strides=(1, 2))
