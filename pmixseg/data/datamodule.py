@@ -33,6 +33,7 @@ from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, FirstE
 from pmixseg.data.source import CohortSource, spacing_of
 from pmixseg.data.splits import Fractions, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase
+from pmixseg.data.training_cases import shared_scans
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
@@ -342,6 +343,13 @@ class BraTSDataModule(LightningDataModule):
                 f"{has} cases in more than one part of the split ({listed(divided)}): scores on "
                 "patients that a training has seen are too good; put all cases of a patient "
                 "into one part."
+            )
+        if pairs := shared_scans(parts, cases.values()):
+            rank_zero_warn(
+                f"{count_of(len(pairs), 'pair')} of cases in different parts of the split "
+                f"{'holds' if len(pairs) == 1 else 'hold'} the same scan ({listed(pairs)}): scores "
+                "on scans that a training has seen are too good, and a test refuses them; leave "
+                "one of a pair out, or put both into one part."
             )
 
     def _warn_of_padding(self, shapes: Sequence[Sequence[int]]) -> None:

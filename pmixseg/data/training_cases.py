@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pmixseg.data.parts import PARTS, Split
 from pmixseg.data.store.store import StoredCase
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
@@ -158,6 +159,29 @@ def scans_of(case: StoredCase) -> Scans:
     if len(checks) > 1:  # 32 bits alone would meet by chance
         hashes.add("".join(checks))
     return tuple(sorted(hashes))
+
+
+def shared_scans(split: Split, cases: Iterable[StoredCase]) -> list[str]:
+    """Pairs of cases, under different names in different parts of a split, that share a scan.
+
+    Args:
+        split: of the cohort.
+        cases: the cohort.
+
+    Returns:
+        Phrases such as ``a and b``.
+    """
+    part_of = {case: part for part in PARTS for case in getattr(split, part)}
+    owner: dict[str, str] = {}
+    pairs = set()
+    for case in cases:
+        if case.case_id not in part_of:
+            continue
+        for scan in scans_of(case):
+            first = owner.setdefault(scan, case.case_id)
+            if part_of[first] != part_of[case.case_id]:
+                pairs.add(f"{first} and {case.case_id}")
+    return sorted(pairs)
 
 
 def training_cases(data: Any) -> TrainingCases | None:

@@ -272,3 +272,21 @@ def test_a_store_that_was_moved_is_named(tmp_path):
     with pytest.raises(InputError, match=r"x.ckpt was trained on the store .*gone, which is not"):
         data_of(cases, ["test", "--ckpt_path=x.ckpt"], "x.ckpt")
     assert "store" not in data_of(cases, ["test", "--data.store=s"], "x.ckpt")
+
+
+def test_one_patient_under_two_names_in_two_parts_is_told(phantom_root, tmp_path, recwarn):
+    first, second = sorted(phantom_root.glob("*/*_1"))[:2]
+    for name, source in (("one", first), ("again", first), ("other", second)):
+        for scan in sorted(source.iterdir()):
+            copy = tmp_path / "cohort" / name / scan.name.replace(source.name, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(scan, copy)
+    store = tmp_path / "store"
+    assert not prepare(find_cases(tmp_path / "cohort", BRATS), store, BRATS, progress=False).failed
+    together = {"train": ["one", "again"], "test": ["other"]}
+    for lists, number in ((together, 0), ({"train": ["one", "other"], "test": ["again"]}, 1)):
+        BraTSDataModule(store, patch_size=16, split=SplitLists(**lists)).setup("fit")
+        told = [str(w.message) for w in recwarn if "the same scan" in str(w.message)]
+        assert len(told) == number
+    assert "1 pair of cases in different parts" in told[0]
+    assert "(again and one)" in told[0]
