@@ -45,6 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         check_ranks(os.environ)
         check_folder()
+        check_words(words)
         words, modules = import_modules(words)
         if words and words[0] in TRAINING:
             from pmixseg.cli.training import TrainingCLI  # Lightning takes seconds to import
@@ -91,6 +92,35 @@ def check_ranks(environment: Mapping[str, str]) -> None:
                 f"the environment variable {name} is '{value}', but must be 0 or more; correct or "
                 "unset it."
             )
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse an empty word: as a path it would be the working folder, which nobody has named.
+
+    Args:
+        words: of a command line.
+
+    Raises:
+        UsageError: there is one.
+
+    Example:
+        >>> check_words(["phantom", "."])
+        >>> check_words(["fit", "--data.store="])
+        Traceback (most recent call last):
+        ...
+        pmixseg.cli.mistakes.UsageError: --data.store is empty, as of a shell variable that is not set; give it a value.
+    """  # noqa: E501  # the sentence is what is shown
+    for place, word in enumerate(words):
+        if not word:
+            before = words[place - 1] if place else ""
+            name = before if before.startswith("-") else f"argument {place + 1}"
+        elif word.startswith("--") and word.endswith("=") and word.count("=") == 1:
+            name = word[:-1]
+        else:
+            continue
+        raise UsageError(
+            f"{name} is empty, as of a shell variable that is not set; give it a value."
+        )
 
 
 def check_folder() -> None:

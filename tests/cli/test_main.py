@@ -346,3 +346,22 @@ def test_ctrl_c_in_an_import_is_130_and_no_signal(tmp_path, module):
     child = phantom_with(module, tmp_path)
     assert (child.returncode, child.stderr) == (130, "pmixseg: stopped.\n")
     assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["phantom", ""], "argument 2"),
+        (["segment", "model.ckpt", "case", "-o", ""], "-o"),
+        (["report", "", "runs/b"], "argument 2"),
+        (["fit", "--run=", "--data.store=store"], "--run"),
+        (["fit", "--data.store="], "--data.store"),
+    ],
+)
+def test_an_unset_shell_variable_is_not_the_working_folder(
+    words, name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"pmixseg: {name} is empty")
+    assert not list(tmp_path.iterdir())
