@@ -151,9 +151,8 @@ def _context(preload: Sequence[str]) -> BaseContext:
 
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, *preload])
-    with _interrupted_by(
-        signal.SIG_IGN, signal.SIGINT
-    ):  # the server is deaf to it, also while it imports
+    # The server is deaf to Ctrl-C, also while it imports.
+    with _interrupted_by(signal.SIG_IGN, signal.SIGINT):
         forkserver.ensure_running()
     return context
 

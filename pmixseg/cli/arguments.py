@@ -13,9 +13,6 @@ import yaml
 
 from pmixseg.errors import InputError
 
-PARTS = ("train", "val", "test")
-"""Of a split."""
-
 SETTINGS = (".yaml", ".yml", ".json")
 """Endings of files that hold settings."""
 
@@ -183,7 +180,9 @@ def split_class(arguments: Mapping[str, Any]) -> str:
         >>> split_class({"train": "0.8"}), split_class({"fold": 1})
         ('pmixseg.data.Fractions', 'pmixseg.data.KFold')
     """
-    from pmixseg.data import splits  # takes a while, and other commands need none
+    # These take a while, and other commands need none.
+    from pmixseg.data import splits
+    from pmixseg.data.parts import PARTS
 
     parts = [value for name, value in arguments.items() if name in PARTS]
     if all(_is_number(value) for value in parts):

@@ -29,6 +29,13 @@ MIN_LENGTH_MM, USUAL_LENGTH_MM = 20.0, 100.0
 """Least length of what the scans show. 64 brains have 156 to 186 mm, a newborn's has 110; a header
 in centimetres that calls them millimetres makes 19 of 186. Between the two it is told."""
 
+WRONG_UNIT = "so the voxel size in its headers is not in mm, or not that of its voxels"
+PERHAPS_A_PART = (
+    "shorter than a whole one; if the voxel size in its headers is not that of its voxels, volumes "
+    "and distances are wrong"
+)
+"""What a length below each of the two means; phrases."""
+
 LEAST_LIKENESS = -0.15
 """Least difference of correlation with T1, of FLAIR and of T2; 64 real cases have 0.09 and more."""
 
@@ -135,33 +142,30 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
     scans = {name: scan for name, scan, there in pairs if there}
     overview = Overview.of(scans, case.geometry.grid_spacing)
     label = misfit_label(case, overview)
-    findings = [*case.doubts, *too_short(case), *copies(overview), *label] or misplaced(overview)
+    findings = [
+        *case.doubts,
+        *shorter(case, MIN_LENGTH_MM, WRONG_UNIT),
+        *copies(overview),
+        *label,
+    ] or misplaced(overview)
     if odd_one_out and not case.oriented:
         findings.append(f"{SILENT}, where other cases of the cohort do")
-    remarks = [] if findings else [*short(case), *exchanged(overview)]
+    remarks = (
+        [] if findings else [*shorter(case, USUAL_LENGTH_MM, PERHAPS_A_PART), *exchanged(overview)]
+    )
     return Verdict(tuple(findings), case.oriented, tuple(remarks))
 
 
-def too_short(case: CanonicalCase) -> list[str]:
-    """Suspect a header whose voxel size is in another unit than it says."""
-    length = max(case.extent)
-    if length >= MIN_LENGTH_MM:
-        return []
-    return [
-        f"its brain is {length:.3g} mm long, so the voxel size in its headers is not in mm, or not "
-        "that of its voxels"
-    ]
+def shorter(case: CanonicalCase, least: float, meaning: str) -> list[str]:
+    """Suspect the voxel size in the headers of a brain that is shorter than brains are.
 
-
-def short(case: CanonicalCase) -> list[str]:
-    """Remark on a brain that is shorter than any; it may be a part of one."""
+    Args:
+        case: a canonical case.
+        least: length in mm below which it is told.
+        meaning: what follows from such a length.
+    """
     length = max(case.extent)
-    if length >= USUAL_LENGTH_MM:
-        return []
-    return [
-        f"its brain is {length:.3g} mm long, shorter than a whole one; if the voxel size in its "
-        "headers is not that of its voxels, volumes and distances are wrong"
-    ]
+    return [f"its brain is {length:.3g} mm long, {meaning}"] if length < least else []
 
 
 def _tails(values: npt.NDArray[np.float32], low: float) -> tuple[float, float]:
