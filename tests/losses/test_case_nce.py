@@ -80,17 +80,28 @@ def reference(features, brain, shown, subset, temperature, leave_out):
     return total
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1e6])
 @pytest.mark.parametrize("leave_out", [True, False])
-def test_it_equals_a_loop_with_ragged_masks(leave_out):
+def test_it_equals_a_loop_with_ragged_masks(leave_out, temperature):
     torch.manual_seed(0)
     features = torch.randn(3, 4, 3, 2, 2, 3, dtype=torch.float64)
     brain = torch.rand(3, 2, 2, 3) < 0.7
     subset = flags([1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0])
     shown = flags([1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0])
-    distance = exact(temperature=0.3, leave_out=leave_out, points=10**6)
+    distance = exact(temperature=temperature, leave_out=leave_out, points=10**6)
     actual = loss_of(distance, features, brain, present=shown, acquired=subset)
-    expected = reference(features, brain, shown, subset, 0.3, leave_out)
+    expected = reference(features, brain, shown, subset, temperature, leave_out)
     assert actual.item() == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_target_that_does_not_exist_is_no_candidate_however_cold_it_is():
+    # The mean is 0. The targets of flair are -3 of two patients, opposite to it and alike: chance.
+    # The third patient has flair alone, so no target; he counts as 0.
+    features = samples([3, -3], [3, -3], [0, 0])
+    shown, acquired = flags([1, 0], [1, 0], [1, 0]), flags([1, 1], [1, 1], [1, 0])
+    for temperature in (1.0, 1e-6):
+        value = align(features, exact(temperature=temperature), present=shown, acquired=acquired)
+        assert value.item() == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("leave_out", [True, False])

@@ -1,6 +1,5 @@
 """Two processes compute the losses and gradients of one process on the joined batch."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,10 @@ from pmixseg.losses.distillation import (
     LatentMatch,
     LatentPrototypeMatch,
     LogitKL,
+    ProbabilityMSE,
     PrototypeMatch,
+    SelfDistillation,
+    SubsetMatch,
     VariationalMatch,
     WeightedSoftCE,
 )
@@ -35,6 +37,9 @@ TERMS = (
     ContrastiveMatch,
     PrototypeMatch,
     LatentPrototypeMatch,
+    ProbabilityMSE,
+    SelfDistillation,
+    SubsetMatch,
 )
 
 
@@ -62,7 +67,7 @@ class AllLosses(nn.Module):
     def forward(self, batch):
         features = torch.einsum("moc,bmcdhw->bmodhw", self.encoders, batch["features"])
         acquired = batch["acquired"]
-        latents = Latents([features], NAMES, [acquired])
+        latents = Latents([features], NAMES, [acquired], brain=[batch["brain"]])
         values = []
         for name, alignment in self.alignments.items():
             anchor = NormalAnchor() if name == "vid" else MixtureAnchor("uniform")
@@ -70,7 +75,7 @@ class AllLosses(nn.Module):
             values.append(alignment(latents, anchor, batch["present"], acquired))
         logits = torch.einsum("oc,bcdhw->bodhw", self.head, latents.masked(0).sum(1))
         taught = Latents([batch["features"]], NAMES, [acquired])
-        student = SegOutput(logits, replace(latents, brain=[batch["brain"]]), {}, [logits])
+        student = SegOutput(logits, latents, {}, [logits])
         total = batch["features"].sum(1)
         teacher = SegOutput(total, taught, {}, [total])
         values += [term(student, teacher, batch) for term in self.terms]
@@ -78,13 +83,19 @@ class AllLosses(nn.Module):
 
 
 def make_batch():
-    """Four samples; the first two lack t1 altogether, the last two lack t2."""
+    """Four samples; the first two lack t1 altogether, the last two lack t2.
+
+    The processes have unequal numbers of brain voxels and of shown sequences, and a sample of the
+    second has no brain at all.
+    """
     generator = torch.Generator().manual_seed(1)
     rows = [[1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 1, 0], [0, 1, 1, 0]]
     shown = [[1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 0], [0, 1, 0, 0]]
+    features = torch.randn(4, 4, 3, 2, 2, 3, generator=generator, dtype=torch.float64)
+    shares = torch.tensor([0.9, 0.7, 0.4, 0.0])[:, None, None, None]
     return {
-        "features": torch.randn(4, 4, 3, 2, 2, 3, generator=generator, dtype=torch.float64),
-        "brain": torch.rand(4, 2, 2, 3, generator=generator) < 0.6,
+        "features": features,
+        "brain": torch.rand(4, 2, 2, 3, generator=generator) < shares,
         "acquired": torch.tensor(rows, dtype=torch.bool),
         "present": torch.tensor(shown, dtype=torch.bool),
         "label": torch.randint(0, 3, (4, 2, 2, 3), generator=generator),

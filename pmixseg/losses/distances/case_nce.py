@@ -12,10 +12,6 @@ from pmixseg.losses.distances.points import brain_points, take
 from pmixseg.losses.ranks import gather_constants, world_size
 from pmixseg.types import Presence
 
-NO_CANDIDATE = -1e4
-"""Logit of a target that does not exist: e to this is 0 in float32."""
-
-
 class CaseNCE(Distance):
     r"""Contrast each modality's latent with the anchor at the same place: ``case_nce``.
 
@@ -91,7 +87,9 @@ class CaseNCE(Distance):
         # [B, M, P, G, P]: voxels of this process against those of all, modality by modality.
         logits = torch.einsum("bmcp,gmcq->bmpgq", a, others) / self.temperature
         allowed = candidate.transpose(0, 1)[None, :, None]
-        logits = torch.where(allowed, logits, NO_CANDIDATE).flatten(3)
+        # Finite, so that a row without any candidate has finite gradients.
+        never = torch.finfo(logits.dtype).min / 4
+        logits = torch.where(allowed, logits, never).flatten(3)
         number = candidate.sum((0, 2)).to(own)[None, :, None]
         loss = (logits.logsumexp(3) - own) / number.clamp_min(2).log()
         counts = known & (number > 1)

@@ -175,7 +175,7 @@ class SlotwiseLoss(LatentLoss):
 
 def mean_latent(features: Features, shown: Presence) -> Features:
     """Mean over the shown slots, ``[B, 1, C, D, H, W]``; 0 where none is shown."""
-    weights = (shown / shown.sum(1, keepdim=True).clamp_min(1)).to(features.dtype)
+    weights = shown.to(features.dtype) / shown.sum(1, keepdim=True).clamp_min(1)
     return weighted_sum(features, weights, shown)[:, None]
 
 
