@@ -16,11 +16,12 @@ from pmixseg.callbacks.term import TermCallback
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.losses.alignment import AlignmentLoss, resolve_levels
-from pmixseg.losses.anchors import Anchor
+from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.distances import DISTANCES, KL, Distance
 from pmixseg.losses.official import OfficialAlignment
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.training.loss_log import gradient_scaler
 from pmixseg.types import Batch, Latents, Scalar, SegOutput
 
 
@@ -150,6 +151,27 @@ class PmixAlignment(TermCallback):
             raise InputError(
                 f"the distance of {self.name} compares patients, but a step has {size} sample; use "
                 f"--data.batch_size {least} or more, or another distance."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to align to learned weights that nothing trains.
+
+        Raises:
+            InputError: a level that is aligned and not filled, with weights of its own.
+        """
+        module = cast(SegmentationModule, pl_module)
+        anchor = module.anchor
+        borrowed = self.active and self.official is None and self.anchor is None
+        if not borrowed or not isinstance(anchor, MixtureAnchor) or anchor.shared:
+            return
+        levels = cast(AlignmentTerm, module.terms[self.name]).aligned_levels
+        untrained = [level for level in levels if level not in module.learned_weights]
+        if anchor.learned and untrained:
+            raise InputError(
+                f"{self.name} aligns the levels {list(levels)}, but {untrained} are not filled "
+                f"(fill_levels: {module.fill_levels}), so that no segmentation loss trains the "
+                "learned weights of the anchor there; fill them too, or give an anchor with "
+                "weights: uniform or shared: true."
             )
 
     def on_train_batch_start(
@@ -313,5 +335,5 @@ class AlignmentTerm(Term):
             ratio, module = self.measured
             features = [latents.features[level] for level in self.aligned_levels]
             loss = module.value.segmentation_loss(output, batch, module.value.current_epoch)
-            ratio.measure(loss, value, features)
+            ratio.measure(loss, value, features, gradient_scaler(module.value.trainer))
         return value

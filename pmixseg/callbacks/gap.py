@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from pmixseg.borrowed import evaluating
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
-from pmixseg.evaluation.gap.guards import low_guards
+from pmixseg.evaluation.gap.guards import FEWEST_CASES, low_guards
 from pmixseg.evaluation.gap.latents import (
     LatentSample,
     centre_window,
@@ -53,12 +53,13 @@ class GapMonitor(Callback, Described):
 
     Args:
         levels: which levels; all if not given.
-        cases: at most so many validation cases, those with every modality.
+        cases: at most so many validation cases, those with every modality; with fewer than five
+            the decodability is logged and not judged.
         points: voxels per level.
         every: measure after every n-th validation.
         reference: run folder of the same network trained *without* alignment: collapse is a rank
-            within a modality under half, or a decodability under 0.8 (with five cases or more), of
-            its last. By default of this run's own last measurement before anything was aligned.
+            within a modality under half, or a decodability under 0.8, of its last. By default of
+            this run's own last measurement before anything was aligned.
         pictures: draw the latents.
 
     Raises:
@@ -70,7 +71,7 @@ class GapMonitor(Callback, Described):
     def __init__(
         self,
         levels: Sequence[int] | None = None,
-        cases: int = 4,
+        cases: int = FEWEST_CASES,
         points: int = 1024,
         every: int = 1,
         reference: str | Path | None = None,

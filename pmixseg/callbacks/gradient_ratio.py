@@ -47,21 +47,37 @@ class GradientRatio:
         """Forget the measurements of an earlier training."""
         self.squares, self.pending = [], None
 
-    def measure(self, segmentation: Scalar, term: Scalar, latents: Sequence[Tensor]) -> None:
-        """Keep the squared gradients of a step at the latents; asks the device for nothing."""
+    def measure(
+        self,
+        segmentation: Scalar,
+        term: Scalar,
+        latents: Sequence[Tensor],
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Keep the squared gradients of a step at the latents; asks the device for nothing.
+
+        Args:
+            segmentation: the loss of the segmentation.
+            term: the loss whose weight is to be found.
+            latents: of the aligned levels.
+            scaler: of a training in float16, in which gradients at latents are too small to be
+                held without it; it scales both losses alike, and cancels.
+        """
         both = []
         for loss in (segmentation, term):
+            scaled = loss if scaler is None else scaler.scale(loss)
             gradients = torch.autograd.grad(
-                loss, list(latents), retain_graph=True, allow_unused=True
+                scaled, list(latents), retain_graph=True, allow_unused=True
             )
             squares = [g.float().square().sum() for g in gradients if g is not None]
             both.append(torch.stack(squares).sum() if squares else loss.detach().float() * 0)
         self.pending = torch.stack(both)
 
     def end_step(self) -> None:
-        """Join what the processes measured in a step."""
+        """Join what the processes measured in a step; one in which float16 overflows is empty."""
         if self.pending is not None:
-            self.squares.append(sum_over_ranks(self.pending))
+            squares = sum_over_ranks(self.pending)
+            self.squares.append(torch.where(squares.isfinite().all(), squares, 0.0))
             self.pending = None
 
     def weight(self) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pmixseg.losses.anchors import Anchor, NormalAnchor
+from pmixseg.losses.anchors import Anchor, NormalAnchor, WeightedAnchor
 from pmixseg.losses.distances import KL, NMSE, VID, Distance
 from pmixseg.modules.base import SegmentationModule
 
@@ -31,6 +31,11 @@ def inert_settings(
         module: what is trained.
         sample: whether the decoder reads samples of the distance's Gaussians.
     """
+    if len(module.backbone.slots) == 1 and isinstance(anchor, WeightedAnchor):
+        yield (
+            f"{name} aligns the one sequence of this {type(module).__name__} to itself, which "
+            "changes nothing; leave it out, or align the teacher."
+        )
     if (
         isinstance(distance, VID)
         and distance.standardised

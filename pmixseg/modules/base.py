@@ -27,7 +27,7 @@ from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.fill import learned_weights
 from pmixseg.modules.scoring import ScoredNetwork
 from pmixseg.modules.training.compilation import Compile, CompiledStep, Losses, plan
-from pmixseg.modules.training.loss_log import EpochMeans, FiniteLoss, LateValue
+from pmixseg.modules.training.loss_log import EpochMeans, FiniteLoss, LateValue, gradient_scaler
 from pmixseg.modules.training.optimization import (
     Schedule,
     callable_from,
@@ -197,8 +197,7 @@ class SegmentationModule(ScoredNetwork):
 
     def _watch(self, parts: dict[str, Tensor]) -> None:
         """Notice a loss that is not finite; on a CPU at once, elsewhere without waiting for it."""
-        scaler = self._trainer and getattr(self.trainer.precision_plugin, "scaler", None)
-        if self._trainer is None or scaler is not None:
+        if self._trainer is None or gradient_scaler(self.trainer) is not None:
             return  # a gradient scaler skips such a step and goes on
         self._finite.see(parts, self.global_step)
         if self.device.type == "cpu":
@@ -326,8 +325,9 @@ class SegmentationModule(ScoredNetwork):
         if self.anchor is not None and self.anchor.learned and not self.anchor_gets_gradient():
             raise InputError(
                 f"the learned weights of the anchor get no gradient from the segmentation loss of "
-                f"this {type(self).__name__} (fill: {self.fill}), so they would stay uniform; use "
-                "fill: anchor with missing modalities, or an anchor with weights: uniform."
+                f"this {type(self).__name__} (fill: {self.fill}, fill_levels: {self.fill_levels}), "
+                "so they would stay uniform; use fill: anchor with missing modalities, or weights: "
+                "uniform."
             )
         check_parameters(self, self.trainer)
         self.repairs = repair_gradients(self)
@@ -359,7 +359,7 @@ class SegmentationModule(ScoredNetwork):
 
     def anchor_gets_gradient(self) -> bool:
         """Whether the segmentation loss reaches the anchor's weights."""
-        return self.fill == "anchor" and self.shows_subsets
+        return self.fill == "anchor" and self.shows_subsets and self.fill_levels != []
 
     @property
     def lr(self) -> float:

@@ -42,6 +42,17 @@ def test_the_weight_by_hand():
     assert again.weight() == pytest.approx(3 * ratio.weight())
 
 
+def test_float16_neither_loses_small_gradients_nor_counts_those_that_overflow():
+    z = torch.tensor([1.0, 2.0], dtype=torch.float16, requires_grad=True)
+    ratio = GradientRatio(0.1, steps=3, name="align")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    # Slopes of 3e-9 and 2e-9 are 0 in float16, whose smallest number is 6e-8; 2 · 2¹⁶ is infinite.
+    for slope in (1e-9, 1.0, 1e-9):
+        ratio.measure(slope * 3 * z.float().sum(), slope * 2 * z.float().sum(), [z], scaler)
+        ratio.end_step()
+    assert ratio.weight() == pytest.approx(0.15, rel=1e-3)
+
+
 class Watch(Callback):
     """The weight of the alignment in every step, and the gradients by backpropagation."""
 
@@ -224,6 +235,12 @@ def test_inert_settings_are_one_sentence_at_the_start(tmp_path, make, arguments,
     warned = sentences(tmp_path, make(backbone=tiny(), anchor=fixed()), **arguments)
     assert len(warned) == (match is not None), warned
     assert match is None or match in warned[0]
+
+
+def test_one_sequence_has_nothing_to_be_aligned_to(tmp_path):
+    alone = StudentModule(backbone=tiny(), combination="t1ce")
+    (sentence,) = sentences(tmp_path, alone, anchor=fixed())
+    assert "aligns the one sequence of this StudentModule to itself" in sentence
 
 
 def test_weights_that_stay_uniform_are_one_sentence_at_the_end(tmp_path):

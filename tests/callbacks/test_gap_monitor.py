@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 
 import matplotlib.image
 import pandas as pd
@@ -27,6 +28,7 @@ from tests.processes import spread
 pytestmark = pytest.mark.long
 
 MEASURES = 14  # ten of the gap, decodability of three regions and their mean
+GUARDS = ("ratio", "whitened", "rank_within", "decodability", "collapsed")
 COMBINATIONS = 10  # of two or three of four modalities
 DRAWN = EvaluationSettings(window=(32, 40, 32), validation="drawn")
 
@@ -154,6 +156,19 @@ def test_collapse_is_declared_against_the_start_or_a_reference(phantom_store, tm
     assert read_gap_changes(tmp_path / "c")[0].collapsed
 
 
+def test_a_monitor_of_the_default_judges_both_guards():
+    monitor = GapMonitor()
+    monitor._images = [torch.zeros(0)] * monitor.cases
+    good = {"gap/level1/rank_within": 8.0, "gap/level1/decodability": 0.6}
+    monitor._guard = good
+    for lost in (*good, None):
+        values = {name: value / 3 if name == lost else value for name, value in good.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            said = monitor._collapses(values, {1: None})
+        assert said == {"gap/level1/collapsed": float(lost is not None)}
+
+
 def test_tensorboard_gets_numbers_and_pictures(phantom_store, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -161,7 +176,7 @@ def test_tensorboard_gets_numbers_and_pictures(phantom_store, tmp_path):
     train(phantom_store, tmp_path, GapMonitor(cases=1), logger=logger)
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
-    assert "gap/level1/ratio" in events.Tags()["scalars"]
+    assert {f"gap/level1/{name}" for name in GUARDS} <= set(events.Tags()["scalars"])
     assert set(events.Tags()["images"]) == {"gap/before", "gap/after"}
     assert not (tmp_path / "gap").exists()
 
@@ -173,7 +188,7 @@ def test_wandb_gets_numbers_and_pictures(phantom_store, tmp_path, monkeypatch):
     train(phantom_store, tmp_path, GapMonitor(cases=1), logger=[logger, RunLogger(tmp_path)])
     summary = dict(logger.experiment.summary)
     logger.experiment.finish()
-    assert math.isfinite(summary["gap/level1/ratio"])
+    assert all(math.isfinite(summary[f"gap/level1/{name}"]) for name in GUARDS)
     assert summary["gap/after"]["_type"] == "images/separated"
     assert len(list(tmp_path.rglob("media/images/gap/*.png"))) == 2
     assert (tmp_path / "gap" / "after.png").is_file()

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from pmixseg.callbacks import PmixAlignment
+from pmixseg.errors import InputError
+from pmixseg.losses.anchors import MixtureAnchor
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import read_checkpoint
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
@@ -86,6 +88,17 @@ def test_levels_follow_what_is_aligned(tmp_path, callbacks, levels):
 
 
 def test_levels_that_were_named_stay(tmp_path):
-    module = student(fill_levels=[0, 2])
+    module = student(fill_levels=[0, 2], anchor=MixtureAnchor("uniform"))
     fit(tmp_path, module, PmixAlignment(weight=0.1, levels=[1]))
     assert module.fill_levels == [0, 2] and filled(module) == [0, 2]
+
+
+def test_learned_weights_of_a_level_that_nothing_fills_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"levels \[1, 2\], but \[2\] are not filled"):
+        fit(tmp_path, student(fill_levels=[1]), PmixAlignment(weight=0.1))
+    with pytest.raises(InputError, match=r"get no gradient .* fill_levels: \[\]"):
+        fit(tmp_path, student(fill_levels=[]))
+    shared = student(fill_levels=[1], anchor=MixtureAnchor(shared=True))
+    fit(tmp_path, shared, PmixAlignment(weight=0.1))
+    own = PmixAlignment(weight=0.1, anchor=MixtureAnchor("uniform"))
+    fit(tmp_path, student(fill_levels=[1]), own)

@@ -12,6 +12,7 @@ from pmixseg.losses.distances.points import brain_points, take
 from pmixseg.losses.ranks import gather_constants, world_size
 from pmixseg.types import Presence
 
+
 class CaseNCE(Distance):
     r"""Contrast each modality's latent with the anchor at the same place: ``case_nce``.
 

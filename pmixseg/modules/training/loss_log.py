@@ -10,9 +10,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from pmixseg.errors import InputError
+
+
+def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """What keeps gradients in the range of float16, in a training that needs it."""
+    scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler
 
 
 class EpochMeans:
