@@ -7,8 +7,10 @@ import inspect
 import linecache
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
@@ -16,6 +18,9 @@ from pmixseg.cli.arguments import config_files, flag_name, nearest, options
 from pmixseg.cli.settings_files import arguments_of, broken_file, wrong_class
 from pmixseg.describe import find_class
 from pmixseg.errors import InputError
+
+_OF = r"given class_path '([^']+)':\s+"
+"""What jsonargparse says before the reason why a class could not be made."""
 
 LIBRARIES = ("lightning", "lightning_fabric", "jsonargparse", "torch.optim", "wandb")
 """Packages whose deliberate complaints are about what a person asked for."""
@@ -98,6 +103,11 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
         return next(filter(None, broken), None) or " ".join(message.split())
     if lost := re.search(r"File does not exist: '([^']+)'", message):
         return f"the file {lost[1]} does not exist; correct its path."
+    if inside := re.search(rf"{_OF}unrecognized arguments: --([\w.]+)", message):
+        return _unknown_inside(inside[1], inside[2].split("."), _keys(message), args)
+    if inside := re.search(rf"{_OF}Group '(\S+)' does not accept option '([^']+)'", message):
+        own = [*inside[2].split("."), *inside[3].split(".")]
+        return _unknown_inside(inside[1], own, [*_keys(message), *own], args)
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         flag = unknown[1].partition("=")[0]
         if not flag.startswith("-"):
@@ -116,19 +126,60 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
     return next(filter(None, wrong), None) or _value_sentence(message, args)
 
 
-def _value_sentence(message: str, args: Sequence[str]) -> str:
+def _keys(message: str) -> list[str]:
+    """Names of the setting that a message is about, the outermost first."""
     path = [key for key in re.findall(r'Parser key "([^"]+)"', message) if key != "config"]
     nested = re.findall(r"NestedArg\(key='([^']+)'", message)
     if nested and path:  # the outermost one is told last
         path = [path[0], *nested[-1].split(".")]
-    keys = ".".join(path).replace("init_args.", "").split(".")
+    elif "Unable to load config" in message:
+        path.pop()  # it stands twice
+    return ".".join(path).replace("init_args.", "").split(".")
+
+
+def _unknown_inside(
+    class_path: str, own: Sequence[str], keys: Sequence[str], args: Sequence[str]
+) -> str:
+    """Say that an argument which is a group of settings has no such key.
+
+    Args:
+        class_path: of the class that has the argument.
+        own: the argument, and the key below it.
+        keys: names of the setting, the outermost first.
+        args: the command line.
+    """
+    group: Any = find_class(class_path)
+    for key in own[:-1]:
+        hints: dict[str, Any] = {}
+        for base in reversed(group.__mro__):
+            with suppress(NameError, TypeError):  # names that only a type checker imports
+                hints |= get_type_hints(base.__init__)
+        kinds = [hints.get(key), *get_args(hints.get(key))]
+        group = next((kind for kind in kinds if is_dataclass(kind)), type(None))
+    known, kind = list(inspect.signature(group).parameters), group.__name__
+    if list(keys[:2]) == ["model", "task"]:  # which is linked to that of the data
+        keys = ["data", *keys[1:]]
+    return f"{where(keys, args)}: {_takes_no(kind, own[-1], known)}"
+
+
+def _takes_no(kind: str, name: str, known: Sequence[str]) -> str:
+    hint = nearest(name, known) or f"it takes {', '.join(known) or 'no arguments'}."
+    return f"{kind} takes no '{name}'; {hint}"
+
+
+def _value_sentence(message: str, args: Sequence[str]) -> str:
+    keys = _keys(message)
+    if lost := re.search(r"Unable to load config '(.*?)'\s", message):
+        return (
+            f"{subject(keys, args)} is {lost[1]}, which is no file; name a YAML file, or its "
+            "settings one by one."
+        )
     refused = re.findall(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
     if refused:
         cls, name = refused[-1]
         if keys[-1] != name:
             keys.append(name)
-        hint = nearest(name, arguments_of(cls)) or f"it takes {', '.join(arguments_of(cls))}."
-        return f"{where(keys, args)}: {cls.rpartition('.')[2]} takes no '{name}'; {hint}"
+        return f"{where(keys, args)}: {_takes_no(cls.rpartition('.')[2], name, arguments_of(cls))}"
     names = re.findall(r"dot import path string: (\S+)", message)
     names += re.findall(r"given class_path '([^']+)':\s+(?:module .* has no|No module)", message)
     number = r"^( *)- Expected a <class '(?:int|float|bool)'>\n\1- Expected a dot import path"
@@ -139,7 +190,8 @@ def _value_sentence(message: str, args: Sequence[str]) -> str:
     expected = [
         (len(space), words(kind))
         for space, kind in re.findall(
-            r"^( *)(?:- )?Expected an? (?!path but|dot import)(.+?)(?:\. Got value: .*)?$",
+            r"^( *)(?:- )?(?:Not a valid (?=subclass)|Expected (?:an? )?(?!path but|dot import))"
+            r"(.+?)(?:\. Got value: .*)?$",
             message,
             re.MULTILINE,
         )
@@ -176,6 +228,9 @@ def words(kind: str) -> str:
         return "one of " + literal[1].replace("'", "")
     if plain := re.match(r"<class '([^']+)'>", kind):
         return {"NoneType": "null"}.get(plain[1], plain[1].rpartition(".")[2])
+    if below_it := re.match(r"subclass of (\w+)|instantiatable class, but (\S+) is abstract", kind):
+        name = below_it[1] or below_it[2].rpartition(".")[2]
+        return f"a {name}" if below_it[1] else f"a {name}, by its class_path"
     return kind
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 OURS = ("model", "data", "align", "distill")
 """Keys of a file whose classes write no files: what they name must be there."""
+
+GROUPS: Mapping[str, Any] = {
+    **dict.fromkeys(("trainer", "data"), dict),
+    # A path of a further file stands for settings, too.
+    **dict.fromkeys(("align", "distill", "data.task"), dict | str),
+    **dict.fromkeys(("model.init_args.task", "model.init_args.evaluation.conventions"), dict | str),
+}
+"""Keys of a file that hold settings -> what may stand there."""
 
 MAX_VALUES = 100_000
 """Values of a file, with all that its aliases repeat."""
@@ -99,11 +107,12 @@ def broken_file(path: Path) -> str | None:
         return f"{path} cannot be read ({' '.join(str(error).split())}); correct it."
     if not isinstance(content, dict):
         return f"{path} holds no settings, but a {type(content).__name__}; write `key: value`."
-    for key in ("trainer", "data"):
-        if not isinstance(content.get(key, {}), dict):
+    for keys, kinds in GROUPS.items():
+        value = _at(content, keys)
+        if not isinstance(value, kinds):
             return (
-                f"{path}: {key} is {content[key]}, but must hold settings; write them below it, "
-                "`key: value`, or remove it."
+                f"{path}: {keys.replace('init_args.', '')} is {value}, but must hold settings; "
+                "write them below it, `key: value`, or remove it."
             )
     for value in _values(yaml.compose(text, yaml.SafeLoader), OURS):
         if value.value.endswith(SETTINGS) and not any(
@@ -114,6 +123,14 @@ def broken_file(path: Path) -> str | None:
                 "correct its path."
             )
     return None
+
+
+def _at(content: Mapping[str, Any], keys: str) -> Any:
+    """What stands below some keys with dots between; an empty mapping where there are none."""
+    value: Any = content
+    for key in keys.split("."):
+        value = value.get(key, {}) if isinstance(value, Mapping) else {}
+    return value
 
 
 def _values(root: yaml.Node | None, keys: Sequence[str]) -> Iterator[yaml.ScalarNode]:

@@ -39,7 +39,7 @@ from pmixseg.modules.training.optimization import (
     schedule_from,
     scheduled,
 )
-from pmixseg.modules.training.resuming import PENDING, Resuming, pending_metrics
+from pmixseg.modules.training.resuming import Resuming
 from pmixseg.modules.training.trainer_checks import (
     check_loaders,
     check_parameters,
@@ -387,7 +387,7 @@ class SegmentationModule(ScoredNetwork):
         """Write what :func:`pmixseg.load` needs, and what a resumed training does."""
         super().on_save_checkpoint(checkpoint)
         if self.is_fitting:
-            checkpoint[PENDING] = pending_metrics(self.trainer)
+            self._resuming.write(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume with the same terms; test, validate and predict without any.
@@ -397,4 +397,4 @@ class SegmentationModule(ScoredNetwork):
         """
         super().on_load_checkpoint(checkpoint)
         if self.is_fitting:
-            self._resuming.pending = dict(checkpoint.get(PENDING, {}))
+            self._resuming.read(checkpoint)

@@ -62,7 +62,16 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--trainer.callbacks=EarlyStoping", "did you mean EarlyStopping?"),
         ("--data.patch_size=[1,2]", "--data.patch_size is [1, 2], but must be int or tuple with 3"),
         ("--distill.terms.logit.temp=4", "LogitKL takes no 'temp'; did you mean temperature?"),
-        ("--model.task=foo", "--model.task: Unable to load config 'foo'"),
+        ("--model.task=foo", "--model.task is foo, which is no file; name a YAML file, or its s"),
+        ("--data.task=foo", "--data.task is foo, which is no file; name a YAML file, or its setti"),
+        (
+            "--model.evaluation.conventions=-1",
+            "--model.evaluation.conventions is -1, which is no file; name a YAML file, or its set",
+        ),
+        (
+            "--model.evaluation.conventions.hd95_empty=one",
+            "--model.evaluation.conventions.hd95_empty: Conventions takes no 'hd95_empty'; it tak",
+        ),
         ("extra", "'extra' is no flag; flags begin with --"),
         ("--data.store=other", "--data.store is given more than once; keep one of them."),
         ("--model.task=lost.yaml", "--model.task: the file lost.yaml does not exist; correct its"),
@@ -206,6 +215,27 @@ BOMB = "a: &a [1, 1]\n" + "".join(
             "line 5: 'clas_path' is no key here; did you mean class_path?",
         ),
         ("data: {split: {trian: a.txt}}\n", "no split of data.split takes trian"),
+        ("align: 5\ndata: {store: x}\n", "align is 5, but must hold settings; write them below"),
+        ("distill:\ndata: {store: x}\n", "distill is None, but must hold settings; write them"),
+        ("data: {task: 5}\n", "data.task is 5, but must hold settings; write them below it"),
+        (
+            "model:\n  class_path: StudentModule\n  init_args:\n"
+            "    evaluation: {conventions: [1]}\n",
+            "model.evaluation.conventions is [1], but must hold settings; write them below it",
+        ),
+        (
+            "model:\n  class_path: StudentModule\n  init_args:\n    evaluation:\n"
+            "      conventions: {hd95_empty: one}\n",
+            "line 5: Conventions takes no 'hd95_empty'; it takes hd95, percentile, nsd",
+        ),
+        ("data:\n  task: {modality: [a]}\n", "line 2: Task takes no 'modality'; did you mean mod"),
+        ("data:\n  split: 5\n", "line 2: data.split is 5, but must be a SplitPlan or null."),
+        (
+            "data:\n  masks: {x: 1}\n",
+            "line 2: data.masks is {'x': 1}, but must be a CaseMasks, by its class_path or null.",
+        ),
+        ("distill:\n  terms: a\n", "line 2: distill.terms is a, but must be dict or null."),
+        ("trainer:\n  callbacks: {x: 1}\n", "Callback takes no 'x'; it takes no arguments."),
     ],
 )
 def test_a_wrong_file(tmp_path, capsys, content, sentence):

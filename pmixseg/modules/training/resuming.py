@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -24,6 +24,13 @@ PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
 PENDING = "pending_metrics"
 """Entry of a checkpoint: values that a plateau schedule had not yet seen when it was written."""
+
+CIRCUMSTANCES = "circumstances"
+"""Entry of a checkpoint: see :func:`circumstances`."""
+
+OF_DATA = ("batch_size", "patches_per_case", "foreground", "seed")
+OF_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "world_size")
+"""Settings beside model and optimizer that the steps of a training depend on."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,39 @@ def pending_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(values[name]) for name in watched if name in values}
 
 
+def circumstances(trainer: Trainer) -> dict[str, Any]:
+    """What the steps of a training depend on, beside its model, optimizer and cases; primitives.
+
+    Args:
+        trainer: of the training.
+
+    Returns:
+        Setting, by its name on the command line -> value; without those that it does not know.
+    """
+    data = getattr(trainer, "datamodule", None)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+    varies = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks)
+    told = {f"data.{name}": getattr(data, name, None) for name in OF_DATA}
+    told |= {f"trainer.{name}": getattr(trainer, name, None) for name in OF_TRAINER}
+    if varies:
+        del told["trainer.accumulate_grad_batches"]
+    return {name: value for name, value in told.items() if isinstance(value, str | int | float)}
+
+
+def _say_what_changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Say in which settings a training is not the one that it goes on from."""
+    changes = [
+        f"{name} is {now.get(name)}, the checkpoint had {earlier.get(name)}"
+        for name in dict.fromkeys([*earlier, *now])
+        if earlier and now.get(name) != earlier.get(name)
+    ]
+    if changes:
+        rank_zero_info(
+            f"{'; '.join(changes)}: the training goes on with the settings of this call, and not "
+            "as it would have without the interruption."
+        )
+
+
 def _say_what_is_left_out(trainer: Trainer) -> None:
     """Say so if ``max_steps`` had ended an epoch early; Lightning goes on with the next one."""
     loop: Any = trainer.fit_loop
@@ -168,7 +208,10 @@ class Resuming:
     """
 
     pending: Mapping[str, float] | None = None
-    """See :data:`PENDING`; set where a checkpoint is restored."""
+    """See :data:`PENDING`; known where a checkpoint is restored."""
+
+    earlier: Mapping[str, Any] = {}
+    """See :func:`circumstances`; of the training that the checkpoint is of."""
 
     def __init__(self, trainer: Trainer | None = None) -> None:
         # A checkpoint restores the patience of these callbacks before the training begins.
@@ -176,6 +219,17 @@ class Resuming:
         self._patience = [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
         self._settings: TrainingSettings | None = None
         self._goes_on = False
+
+    @staticmethod
+    def write(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Note in a checkpoint what a training needs that goes on from it."""
+        checkpoint[PENDING] = pending_metrics(trainer)
+        checkpoint[CIRCUMSTANCES] = circumstances(trainer)
+
+    def read(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take it from a checkpoint that is restored; an older one may know less."""
+        self.pending = dict(checkpoint.get(PENDING, {}))
+        self.earlier = dict(checkpoint.get(CIRCUMSTANCES, {}))
 
     def begin(self, trainer: Trainer) -> None:
         """Read what optimizers and schedules were told."""
@@ -191,6 +245,7 @@ class Resuming:
         """
         self._goes_on = True
         if self.pending is not None:
+            _say_what_changed(self.earlier, circumstances(trainer))
             _say_what_is_left_out(trainer)
         if self._settings is not None and self.pending is not None:
             self._settings.apply(trainer, self.pending)

@@ -245,6 +245,32 @@ def test_a_schedule_that_is_over_is_one_sentence(tmp_path):
     assert rows == []
 
 
+def test_another_batch_size_precision_or_seed_is_told(tmp_path, caplog):
+    """They change what continues, and no flag of the model or the data's preparation shows it."""
+
+    def go_on(folder, batch_size, epochs, resume=None, seed=0, **arguments):
+        data = MemoryData(batch_size=batch_size)
+        data.seed = seed
+        keep = {"enable_checkpointing": True, "callbacks": [RunCheckpoint(folder)]}
+        trainer = quiet_trainer(folder, max_epochs=epochs, limit_val_batches=0, **keep, **arguments)
+        module = StudentModule(backbone=tiny(levels=2))
+        with caplog.at_level("INFO"):
+            caplog.clear()
+            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        return [line for line in caplog.messages if "the checkpoint had" in line]
+
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert go_on(tmp_path, 2, 1) == []
+    assert go_on(tmp_path, 2, 2, last) == []
+    (line,) = go_on(tmp_path, 4, 3, last, 7, precision="bf16-mixed", accumulate_grad_batches=2)
+    assert line == (
+        "data.batch_size is 4, the checkpoint had 2; data.seed is 7, the checkpoint had 0; "
+        "trainer.precision is bf16-mixed, the checkpoint had 32-true; "
+        "trainer.accumulate_grad_batches is 2, the checkpoint had 1: the training goes on with the "
+        "settings of this call, and not as it would have without the interruption."
+    )
+
+
 def test_the_rest_of_an_epoch_that_max_steps_ended_is_left_out(phantom_store, tmp_path):
     train_store(phantom_store, tmp_path, epochs=-1, steps=4)
     last = tmp_path / "checkpoints" / "last.ckpt"
