@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -87,6 +88,7 @@ class GapMonitor(Callback, Described):
         self.reference, self.pictures = reference, pictures
         self._guard: dict[str, float] = {}
         self._warned: set[str] = set()
+        self._samples: dict[int, LatentSample] = {}
         self._images: list[torch.Tensor] = []
         self._regions: list[torch.Tensor] | None = None
         self._validations = 0
@@ -95,7 +97,18 @@ class GapMonitor(Callback, Described):
     # ---------------------------------------------------------------- Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier training; what a resumed one had measured is read after this."""
+        """Forget an earlier training; what a resumed one had measured is read after this.
+
+        Raises:
+            InputError: a callback that would take averaged weights out before they are measured.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+        for other in callbacks[: callbacks.index(self)]:
+            if isinstance(other, WeightAveraging):
+                raise InputError(
+                    f"{type(other).__name__} would take averaged weights out of the model before "
+                    f"{type(self).__name__} measures them; list it after."
+                )
         if stage == "fit" and not trainer.global_step:
             self._guard, self._warned = {}, set()
             self._validations, self._last_step = 0, -1
@@ -112,8 +125,9 @@ class GapMonitor(Callback, Described):
         """Measure before the first step; a resumed training has done so."""
         if trainer.global_step:
             return
-        values = self._measure(trainer, _checked(pl_module), picture="before")
-        _log(trainer, {**values, "epoch": -1.0}, step=0)
+        module = _checked(pl_module)
+        _log(trainer, {**self._measure(trainer, module), "epoch": -1.0}, step=0)
+        self._draw(trainer, module, "before")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure beside the validation's Dice."""
@@ -127,11 +141,13 @@ class GapMonitor(Callback, Described):
         pl_module.log_dict(values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the latents, and measure if the last validation did not."""
-        values = self._measure(trainer, _checked(pl_module), picture="after")
-        if self._last_step != trainer.global_step:
-            step = trainer.global_step
+        """Draw the latents, and measure them if the last validation did not."""
+        module, step = _checked(pl_module), trainer.global_step
+        if self._last_step != step:
+            values = self._measure(trainer, module)
             _log(trainer, {**values, "epoch": float(trainer.current_epoch - 1)}, step=step)
+        self._draw(trainer, module, "after")
+        self._samples = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What the collapse guard compares with."""
@@ -148,20 +164,16 @@ class GapMonitor(Callback, Described):
         count = len(module.backbone.channels)
         return resolve_levels(range(count) if self.levels is None else self.levels, count)
 
-    def _measure(
-        self, trainer: Trainer, module: SegmentationModule, picture: str | None = None
-    ) -> dict[str, float]:
+    def _measure(self, trainer: Trainer, module: SegmentationModule) -> dict[str, float]:
         """All values on every process, measured by the first."""
         values: dict[str, float] = {}
         if trainer.is_global_zero:
-            samples = self._sample(module)
-            values = gap_values(samples, module.backbone.slots, list(module.task.regions))
+            self._samples = self._sample(module)
+            values = gap_values(self._samples, module.backbone.slots, list(module.task.regions))
             if self.reference is None and not (self._guard and is_aligned(module)):
                 guarded = [n for n in values if n.rsplit("/", 1)[-1] in GUARDED]
                 self._guard = {name: values[name] for name in guarded}
-            values |= self._collapses(values, samples)
-            if picture and self.pictures:
-                self._draw(trainer, module, samples, picture)
+            values |= self._collapses(values)
         shared: dict[str, float] = trainer.strategy.broadcast(values)
         return shared
 
@@ -181,11 +193,9 @@ class GapMonitor(Callback, Described):
                 None if self._regions is None else [r.to(module.device) for r in self._regions],
             )
 
-    def _collapses(
-        self, values: dict[str, float], samples: dict[int, LatentSample]
-    ) -> dict[str, float]:
+    def _collapses(self, values: dict[str, float]) -> dict[str, float]:
         collapsed = {}
-        for level in samples:
+        for level in self._samples:
             prefix = f"gap/level{level}/"
             now, before = _of_level(values, prefix), _of_level(self._guard, prefix)
             low = low_guards(now, before, len(self._images))
@@ -200,15 +210,12 @@ class GapMonitor(Callback, Described):
                 )
         return collapsed
 
-    def _draw(
-        self,
-        trainer: Trainer,
-        module: SegmentationModule,
-        samples: dict[int, LatentSample],
-        when: str,
-    ) -> None:
+    def _draw(self, trainer: Trainer, module: SegmentationModule, when: str) -> None:
+        """Draw what was measured last, in the process that measured."""
+        if not self.pictures or not self._samples:
+            return
         names = [module.task.show(name) for name in module.backbone.slots]
-        figure = projection_figure(samples, names, f"Latents {when} training")
+        figure = projection_figure(self._samples, names, f"Latents {when} training")
         written = False
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
@@ -158,15 +159,25 @@ def test_collapse_is_declared_against_the_start_or_a_reference(phantom_store, tm
 
 def test_a_monitor_of_the_default_judges_both_guards():
     monitor = GapMonitor()
-    monitor._images = [torch.zeros(0)] * monitor.cases
+    monitor._images, monitor._samples = [torch.zeros(0)] * monitor.cases, {1: None}
     good = {"gap/level1/rank_within": 8.0, "gap/level1/decodability": 0.6}
     monitor._guard = good
     for lost in (*good, None):
         values = {name: value / 3 if name == lost else value for name, value in good.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            said = monitor._collapses(values, {1: None})
+            said = monitor._collapses(values)
         assert said == {"gap/level1/collapsed": float(lost is not None)}
+
+
+def test_averaged_weights_are_measured_where_they_are_scored(phantom_store, tmp_path):
+    with pytest.raises(InputError, match=r"EMAWeightAveraging .* list it after"):
+        train(phantom_store, tmp_path, EMAWeightAveraging(), GapMonitor(cases=1))
+    # A decay of 1 keeps the weights of the first step: every validation scores and measures these.
+    train(phantom_store, tmp_path, GapMonitor(cases=1), EMAWeightAveraging(decay=1.0), epochs=2)
+    table = pd.read_csv(tmp_path / "metrics.csv").dropna(subset=["gap/ratio"])
+    before, *scored = table["gap/ratio"].tolist()
+    assert scored[0] == scored[1] != before
 
 
 def test_tensorboard_gets_numbers_and_pictures(phantom_store, tmp_path):
