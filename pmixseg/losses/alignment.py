@@ -14,7 +14,6 @@ docs/method/alignment.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -127,10 +126,9 @@ class AlignmentLoss(nn.Module):
         values: dict[int, Tensor] = {}
         with torch.autocast(device.type, enabled=False):
             for level in self.levels:
-                sums = SharedSums()
-                seen = replace(self._view(latents, level, present, acquired), sums=sums)
+                seen = self._view(latents, level, present, acquired)
                 distances = self.distance(seen, anchor, self.detach)
-                values[level] = sums.settle(mean_over_shown(distances, seen.shown))
+                values[level] = seen.sums.settle(mean_over_shown(distances, seen.shown))
         return values
 
     def sample(self, latents: Latents, generator: torch.Generator | None = None) -> Latents:
@@ -187,6 +185,7 @@ class AlignmentLoss(nn.Module):
             brain,
             level,
             None if log_variance is None else hide(log_variance[level].to(dtype), subset),
+            SharedSums(),  # a compiler cannot follow a dataclass's default factory
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Scalar:

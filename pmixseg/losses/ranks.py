@@ -18,7 +18,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
         value: any shape, the same on all processes.
     """
     total = value.detach().clone()
-    if _several():
+    if world_size() > 1:
         dist.all_reduce(total)
     return total
 
@@ -42,7 +42,7 @@ class SharedSums:
 
     def add(self, own: Tensor) -> Tensor:
         """Sum of ``own`` over all processes; ``own`` itself where there is only one."""
-        if not _several():
+        if world_size() == 1:
             return own
         total = sum_over_ranks(own)
         if torch.is_grad_enabled():
@@ -58,9 +58,9 @@ class SharedSums:
         Returns:
             ``[B * processes, ...]``.
         """
-        if not _several():
+        if world_size() == 1:
             return own
-        places: list[Tensor] = [torch.zeros_like(own)] * dist.get_world_size()
+        places: list[Tensor] = [torch.zeros_like(own)] * world_size()
         places[dist.get_rank()] = own
         return self.add(torch.cat(places))
 
@@ -93,17 +93,13 @@ def gather_constants(value: Tensor) -> Tensor:
         ``[B * processes, ...]``.
     """
     value = value.detach()
-    if not _several():
+    if world_size() == 1:
         return value
-    gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    gathered = [torch.empty_like(value) for _ in range(world_size())]
     dist.all_gather(gathered, value.contiguous())
     return torch.cat(gathered)
 
 
-def world_size(sums: SharedSums | None) -> int:
-    """Processes whose samples are taken together; 1 where nothing is shared."""
-    return 1 if sums is None or not _several() else dist.get_world_size()
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def world_size() -> int:
+    """Processes of the training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -95,7 +95,7 @@ def test_independent_modalities_cost_what_the_factorised_loss_does(anchor):
 def test_identity_1_dependence_is_charged_as_total_correlation(seed, m, rho):
     """ρ = 0: the joint divergence is the factorised one plus TC, for every sample and channel."""
     z = correlated(2, m, 3, rho, voxels=50, seed=seed) + torch.arange(m).view(1, m, 1, 1, 1, 1)
-    mean, covariance = slot_moments(z, every(2, m), 1e-2)
+    mean, covariance = slot_moments(z, every(2, m), 1e-2, torch.ones_like(z[:, 0, 0]) > 0)
     variance = covariance.diagonal(dim1=-2, dim2=-1).mT
     mean_p = mean.mean(1, keepdim=True)
     variance_p = (variance + (mean - mean_p) ** 2).mean(1, keepdim=True)
@@ -162,7 +162,8 @@ def test_matched_with_modalities_missing_is_a_correlation_matrix():
     z = torch.randn(3, 3, 2, 2, 2, 2)
     acquired = torch.tensor([[True, True, False], [False, True, True], [True, False, True]])
     term = JointKL("matched")
-    _, covariance = slot_moments(z * acquired[:, :, None, None, None, None], acquired, 1e-2)
+    shown = z * acquired[:, :, None, None, None, None]
+    _, covariance = slot_moments(shown, acquired, 1e-2, torch.ones(3, 2, 2, 2) > 0)
     matrix = term._correlations(covariance, acquired)
     assert torch.allclose(matrix.diagonal(), torch.ones(3))
     assert (torch.linalg.eigvalsh(matrix) > 0).all()

@@ -81,10 +81,8 @@ class CaseNCE(Distance):
         a, b = unit(residuals, self.epsilon), unit(target, self.epsilon)
         own = (a * b).sum(2) / self.temperature  # [B, M, P]
         known = exists[:, :, None] & inside[:, None]
-        others, candidate = b, known
-        if latents.sums is not None:
-            others = gather_constants(b) if detach == "anchor" else latents.sums.gather(b)
-            candidate = gather_constants(known)
+        others = gather_constants(b) if detach == "anchor" else latents.sums.gather(b)
+        candidate = gather_constants(known)
         # [B, M, P, G, P]: voxels of this process against those of all, modality by modality.
         logits = torch.einsum("bmcp,gmcq->bmpgq", a, others) / self.temperature
         allowed = candidate.transpose(0, 1)[None, :, None]
@@ -108,15 +106,15 @@ class CaseNCE(Distance):
         lent = torch.where(latents.shown[:, :, None, None], flat, flat.detach())
         weight = (latents.subset[:, :, None] & brain[:, None]).to(flat)  # [B, M, V]
         samples = (latents.subset.any(1)[:, None] & brain).to(flat).sum(0)
-        constants = latents.over_ranks(torch.stack([weight.sum((0, 1)), samples])).detach()
+        constants = latents.sums.add(torch.stack([weight.sum((0, 1)), samples])).detach()
         count, samples = constants.unbind()
-        centre = latents.over_ranks((lent * weight[:, :, None]).sum((0, 1))) / count.clamp_min(1)
+        centre = latents.sums.add((lent * weight[:, :, None]).sum((0, 1))) / count.clamp_min(1)
         compared = brain & (samples > 1)
         weight = weight * compared[:, None]
         squares = ((lent - centre).square() * weight[:, :, None]).sum((0, 1, 3))
-        total = latents.over_ranks(weight.sum().view(1)).detach().clamp_min(1)
-        scale = (latents.over_ranks(squares) / total + self.epsilon).rsqrt()
-        share = max(self.points // (len(flat) * world_size(latents.sums)), 1)
+        total = latents.sums.add(weight.sum().view(1)).detach().clamp_min(1)
+        scale = (latents.sums.add(squares) / total + self.epsilon).rsqrt()
+        share = max(self.points // (len(flat) * world_size()), 1)
         places, inside = brain_points(
             compared.view(latents.brain.shape), share, self.seed * 1000 + latents.level
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,8 +48,7 @@ class LevelLatents:
         brain: voxels that count, ``[B, D, H, W]``.
         level: which level of the network.
         log_variance: of variational encoders, shaped and cleaned like ``features``.
-        sums: statistics are taken over all processes by these, and whoever gave them settles the
-            loss; ``None``: over this process's samples alone.
+        sums: statistics are taken over all processes by these, and settle the loss in the end.
     """
 
     features: Features
@@ -58,11 +57,7 @@ class LevelLatents:
     brain: Brain
     level: int
     log_variance: Features | None = None
-    sums: SharedSums | None = None
-
-    def over_ranks(self, own: Tensor) -> Tensor:
-        """Sum of ``own`` over all processes, with its gradient."""
-        return own if self.sums is None else self.sums.add(own)
+    sums: SharedSums = field(default_factory=SharedSums)
 
 
 class Distance(nn.Module, Described, ABC):

@@ -133,7 +133,7 @@ class JointKL(Distance):
 
 
 def slot_moments(
-    features: Features, subset: Presence, ridge: float, brain: Brain | None = None
+    features: Features, subset: Presence, ridge: float, brain: Brain
 ) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b c m m"]]:
     """Means over brain voxels, and covariances between modalities, of every sample and channel.
 
@@ -141,15 +141,14 @@ def slot_moments(
         features: ``[B, M, C, D, H, W]``, 0 outside ``subset``.
         subset: slots that count, ``[B, M]``.
         ridge: see :class:`JointKL`.
-        brain: voxels that count, ``[B, D, H, W]``; ``None``: all.
+        brain: voxels that count, ``[B, D, H, W]``.
 
     Returns:
         Mean ``[B, M, C]`` and covariance ``[B, C, M, M]``, positive definite; slots outside the
         subset have mean 0 and variance :data:`SMALLEST_VARIANCE` and more.
     """
     flat = features.flatten(3)
-    everywhere = flat.new_ones(len(flat), flat.shape[3])
-    inside = everywhere if brain is None else brain.flatten(1).to(flat)
+    inside = brain.flatten(1).to(flat)
     share = (inside / inside.sum(1, keepdim=True).clamp_min(1))[:, None, None]  # [B, 1, 1, N]
     mean = (flat * share).sum(3)
     centred = (flat - mean[..., None]).transpose(1, 2)  # [B, C, M, N]

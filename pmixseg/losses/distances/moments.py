@@ -27,10 +27,7 @@ def mean_over_brain(values: Float[Tensor, "b m d h w"], brain: Brain) -> Float[T
 
 
 def pooled_moments(
-    features: Features,
-    subset: Presence,
-    sums: SharedSums | None = None,
-    brain: Brain | None = None,
+    features: Features, subset: Presence, brain: Brain, sums: SharedSums
 ) -> tuple[Tensor, Tensor]:
     """Mean and population variance per channel, over samples, modalities and brain voxels.
 
@@ -39,34 +36,28 @@ def pooled_moments(
     Args:
         features: ``[B, M, C, D, H, W]``, finite in every slot.
         subset: slots that count, ``[B, M]``.
-        sums: takes them over all processes; ``None``: over this one's samples.
-        brain: voxels that count, ``[B, D, H, W]``; ``None``: all.
+        brain: voxels that count, ``[B, D, H, W]``.
+        sums: takes them over all processes.
 
     Returns:
         Two tensors ``[C]``; 0 where nothing counts.
     """
     flat = features.flatten(3)
-    everywhere = flat.new_ones(flat.shape[0], flat.shape[3])
-    inside = everywhere if brain is None else brain.flatten(1).to(flat)
+    inside = brain.flatten(1).to(flat)
     voxels = inside.sum(1)
     share = (inside / voxels.clamp_min(1)[:, None])[:, None, :, None]  # [B, 1, V, 1]
     # Per slot first, then between slots: no difference of large sums.
     mean = (flat @ share)[..., 0]
     within = ((flat - mean.detach()[..., None]).square() @ share)[..., 0]
     counts = (subset * voxels[:, None])[:, :, None]
-    over_all = _as_it_is if sums is None else sums.add
-    totals = over_all(torch.cat([counts.sum().view(1), (counts * mean).sum((0, 1))]))
+    totals = sums.add(torch.cat([counts.sum().view(1), (counts * mean).sum((0, 1))]))
     number = totals[0].detach().clamp_min(1)
     centre = totals[1:] / number
     # A sum of squares is least at the mean, so no gradient is lost by holding it still; that
     # between the slots' means carries theirs.
     apart = (mean - centre.detach()).square()
-    spread = over_all((counts * (within + apart)).sum((0, 1)))
+    spread = sums.add((counts * (within + apart)).sum((0, 1)))
     return centre, spread / number
-
-
-def _as_it_is(own: Tensor) -> Tensor:
-    return own
 
 
 @dataclass(frozen=True)
@@ -88,8 +79,8 @@ def shared_moments(latents: LevelLatents, epsilon: float) -> SharedMoments:
     """Moments of S in value, of A in gradient; see the head of this file."""
     features, brain = latents.features, latents.brain
     with torch.no_grad():
-        centre, variance = pooled_moments(features, latents.subset, latents.sums, brain)
-    own_centre, own_variance = pooled_moments(features, latents.shown, latents.sums, brain)
+        centre, variance = pooled_moments(features, latents.subset, brain, latents.sums)
+    own_centre, own_variance = pooled_moments(features, latents.shown, brain, latents.sums)
     variance = variance + epsilon
     # Relative changes are those of A's variance; where it is 0, there is nothing to change.
     still = own_variance.detach() + epsilon
@@ -118,7 +109,7 @@ def pooled_covariance(
     features: Features,
     slots: Presence,
     brain: Brain,
-    sums: SharedSums | None,
+    sums: SharedSums,
     within: bool = False,
 ) -> Float[Tensor, "c c"]:
     """Population covariance of the channels over samples, modalities and brain voxels.
@@ -127,25 +118,24 @@ def pooled_covariance(
         features: ``[B, M, C, D, H, W]``, finite in every slot.
         slots: that count, ``[B, M]``.
         brain: voxels that count, ``[B, D, H, W]``.
-        sums: takes sums over all processes; ``None``: over this one's samples.
+        sums: takes sums over all processes.
         within: around the mean of each modality, instead of the mean of all.
 
     Returns:
         Positive semidefinite; 0 where nothing counts.
     """
-    over_all = _as_it_is if sums is None else sums.add
     flat = features.flatten(3)
     weight = (slots[:, :, None] & brain.flatten(1)[:, None]).to(flat)[:, :, None]  # [B, M, 1, V]
     # Around the mean of this process's latents first: no difference of large sums.
     totals = (flat * weight).sum((0, 3))
     counts = weight.sum((0, 2, 3))
-    together = over_all(torch.cat([counts[:, None], totals], 1)).detach()
+    together = sums.add(torch.cat([counts[:, None], totals], 1)).detach()
     if not within:
         together = together.sum(0, keepdim=True)
     centre = together[:, 1:] / together[:, :1].clamp_min(1)
     # As above, the mean may be held still.
     apart = ((flat - centre[None, :, :, None]) * weight).transpose(0, 2).flatten(1)  # [C, M·B·V]
-    return over_all(apart @ apart.mT) / together[:, 0].sum().clamp_min(1)
+    return sums.add(apart @ apart.mT) / together[:, 0].sum().clamp_min(1)
 
 
 def unit(vectors: Tensor, epsilon: float) -> Tensor:

@@ -214,4 +214,4 @@ def latent_variance(features: Features, usable: Presence, brain: Brain) -> Scala
     Returns:
         One number, 0 where no voxel counts; no gradient flows through it.
     """
-    return pooled_moments(features, usable, SharedSums(), brain)[1].mean()
+    return pooled_moments(features, usable, brain, SharedSums())[1].mean()
