@@ -84,16 +84,16 @@ class GradientRatio:
         """The weight, once all steps are measured.
 
         Raises:
-            InputError: the term does not move the latents at all.
+            InputError: one of the losses does not move the latents at all.
         """
         segmentation, term = (
             torch.stack([s.double().cpu() for s in self.squares]).sqrt().sum(0).tolist()
         )
-        if not term > INERT * segmentation:
+        if not term > INERT * segmentation > 0:
             raise InputError(
                 f"{self.name}.ratio cannot be reached: at the latents, the gradient of {self.name} "
                 f"is {term:.1e}, that of the segmentation loss {segmentation:.1e}, so no weight "
-                "would make it act; use another distance or anchor."
+                f"gives it that share; use another distance or anchor, or {self.name}.weight."
             )
         return self.ratio * float(segmentation) / float(term)
 

@@ -53,6 +53,16 @@ def test_float16_neither_loses_small_gradients_nor_counts_those_that_overflow():
     assert ratio.weight() == pytest.approx(0.15, rel=1e-3)
 
 
+@pytest.mark.parametrize("slopes", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_a_loss_without_a_gradient_gives_no_weight(slopes):
+    z = torch.ones(2, requires_grad=True)
+    ratio = GradientRatio(0.1, steps=1, name="align")
+    ratio.measure(slopes[0] * z.sum(), slopes[1] * z.sum(), [z])
+    ratio.end_step()
+    with pytest.raises(InputError, match=r"align\.ratio cannot be reached"):
+        ratio.weight()
+
+
 class Watch(Callback):
     """The weight of the alignment in every step, and the gradients by backpropagation."""
 
