@@ -20,6 +20,9 @@ from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import load
 from pmixseg.types import Batch, Scalar, SegOutput
 
+SECOND_DRAW = 0x5DEECE66D
+"""Turns a sample's key into that of a second draw."""
+
 
 class Distillation(TermCallback):
     """Teach a student what a frozen teacher knows, by a weighted sum of losses.
@@ -233,13 +236,28 @@ class DistillationTerm(Term):
             total = total + loss.weight * strength * value
         return total
 
+    @torch.no_grad()
     def _lesson(self, batch: Batch, own: bool, which: str, with_extras: bool) -> SegOutput:
-        if own:
-            teacher = self._student.value
-        else:
-            assert self.teacher is not None  # build_term() loads one if a loss needs it
-            teacher = self.teacher
-        return _lesson(teacher, batch, drawn=which == "drawn", with_extras=with_extras)
+        """What a teacher makes of everything acquired, or of a combination drawn apart.
+
+        As at test: auxiliary decoders do not run, and nothing in it is random. With extras it is as
+        in training, but for the auxiliary decoders of single modalities.
+
+        Args:
+            batch: of the step.
+            own: whether the student is the teacher.
+            which: ``acquired`` or ``drawn``.
+            with_extras: see above.
+        """
+        teacher = self._student.value if own else self.teacher
+        assert teacher is not None  # build_term() loads one if a loss needs it
+        whole = batch.get("of_task", batch)
+        image = teacher.columns(whole["image"])
+        seen = teacher.columns(batch["drawn"] if which == "drawn" else whole["acquired"])
+        if with_extras:
+            return teacher.decode(teacher.encode(image, seen).slots_only())
+        with evaluating(teacher.backbone):
+            return teacher.decode(teacher.encode(image, seen))
 
     def _pupils(
         self, output: SegOutput, batch: Batch, loss: DistillationLoss
@@ -258,25 +276,3 @@ class DistillationTerm(Term):
             readable = torch.where(alone.any(1, keepdim=True), alone, acquired)
             decoded = self._student.value.decode(latents.restrict(readable))
             yield decoded, cast(Batch, {**batch, "present": alone})
-
-
-SECOND_DRAW = 0x5DEECE66D
-"""Turns a sample's key into that of a second draw."""
-
-
-@torch.no_grad()
-def _lesson(
-    teacher: SegmentationModule, batch: Batch, *, drawn: bool, with_extras: bool
-) -> SegOutput:
-    """What a module makes of everything acquired, or of a combination drawn apart.
-
-    As at test: auxiliary decoders do not run, and nothing in it is random. With extras it is as in
-    training, but for the auxiliary decoders of single modalities.
-    """
-    whole = batch.get("of_task", batch)
-    image = teacher.columns(whole["image"])
-    seen = teacher.columns(batch["drawn"] if drawn else whole["acquired"])
-    if with_extras:
-        return teacher.decode(teacher.encode(image, seen).slots_only())
-    with evaluating(teacher.backbone):
-        return teacher.decode(teacher.encode(image, seen))

@@ -130,10 +130,9 @@ def fill_july_2025(
     """
     hidden = latents.restrict(present)
     raw, shown = latents.features[0], hidden.usable[0]
-    if training:
-        filled = torch.where(hidden.flags(0), raw, anchor(raw, latents.usable[0], 0)[:, None])
-    else:
-        filled = torch.where(hidden.flags(0), raw, anchor(raw, shown, 0)[:, None])
+    mixed = anchor(raw, latents.usable[0] if training else shown, 0)[:, None]
+    filled = torch.where(hidden.flags(0), raw, mixed)
+    if not training:
         weights = anchor.weights(torch.ones_like(shown), 0).to(raw.dtype)
         filled = filled * weights[:, :, None, None, None, None]
     return hidden.with_features(
