@@ -18,7 +18,7 @@ from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings
 from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.grouped import result_table
-from pmixseg.evaluation.records.records import Records, gather_rows
+from pmixseg.evaluation.records.records import Records, gather_rows, mean_over_cases
 from pmixseg.evaluation.records.sidecar import Sidecar, checkpoint_identity
 from pmixseg.modules.preparation import Preparation
 from pmixseg.plurals import count_of
@@ -106,7 +106,8 @@ class Recording:
             seen: test cases that the model was trained or selected with.
 
         Returns:
-            ``test/dice`` and ``test/dice/<region>``, averaged over cases and combinations.
+            ``test/dice`` and ``test/dice/<region>``: see
+            :func:`~pmixseg.evaluation.records.records.mean_over_cases`.
 
         Raises:
             InputError: no test case has a label.
@@ -132,9 +133,9 @@ class Recording:
         ).stamped()
         records = Records.from_rows(every, self.folder.resolve().name, sidecar)
         self._publish(records)
-        means = records.table.groupby("region", sort=False)["dice"].mean()
-        by_region = {f"test/dice/{region}": float(value) for region, value in means.items()}
-        return {"test/dice": float(means.mean()), **by_region}
+        regions = records.table.groupby("region", sort=False)
+        by_region = {f"test/dice/{region}": mean_over_cases(part) for region, part in regions}
+        return {"test/dice": mean_over_cases(records.table), **by_region}
 
     @rank_zero_only
     def _publish(self, records: Records) -> None:

@@ -61,6 +61,24 @@ TEXT_COLUMNS = ("run", "case", "combination", "region")
 Row = dict[str, Any]
 
 
+def mean_over_cases(table: pd.DataFrame, column: str = "dice") -> float:
+    """Average a measure over cases, each case's combinations and regions first.
+
+    The primary endpoint of every comparison, and the one mean of a run: a case that lacks a
+    sequence has fewer combinations, and counts as much as a complete one.
+
+    Args:
+        table: rows with ``case`` and the column; where it is NaN, a row is left out.
+        column: the measure.
+
+    Example:
+        >>> table = pd.DataFrame({"case": ["a", "a", "b"], "dice": [0.9, 0.7, 0.2]})
+        >>> mean_over_cases(table)
+        0.5
+    """
+    return float(table.groupby("case", sort=False, observed=True)[column].mean().mean())
+
+
 @dataclass
 class Records:
     """Hold the results of one run: a row per case, combination and region.

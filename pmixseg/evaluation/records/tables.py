@@ -14,10 +14,13 @@ from rich.text import Text
 
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import DICE, Measure
-from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.task import Combination, Task, format_combination
 
 SHOWN, HIDDEN = "●", "○"
+
+OWN_MEANS = "mean: of each case's own mean, for some cases lack a sequence"
+"""What stands below a table whose means are not those of its columns."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Line:
         run: name of the run.
         region: name of the region.
         values: scaled mean over cases per combination; NaN where no case has it.
-        mean: mean of ``values``, the "average" column of the papers; NaN entries are left out.
+        mean: the "average" column of the papers, by :func:`mean_over_cases`: the mean of ``values``
+            where every case has every combination.
         cases: number of cases per combination.
         best: per combination, and last for the mean, whether no other run is better.
     """
@@ -69,6 +73,11 @@ class Tabulation:
     def title(self) -> str:
         """Measure and unit."""
         return f"{self.measure.title} ({self.measure.unit})"
+
+    @property
+    def caption(self) -> str | None:
+        """What the last column is, where some cases lack a combination."""
+        return OWN_MEANS if any(len(set(line.cases)) > 1 for line in self.lines) else None
 
     def by_region(self) -> list[tuple[str, list[Line]]]:
         """Lines of each region."""
@@ -129,7 +138,9 @@ class Tabulation:
         ]
 
     def _wide(self, several: bool) -> Table:
-        table = Table(title=self.title, box=HORIZONTALS, padding=0, header_style="")
+        table = Table(
+            title=self.title, caption=self.caption, box=HORIZONTALS, padding=0, header_style=""
+        )
         table.add_column("\n".join(self.task.show(m) for m in self.task.modalities), no_wrap=True)
         for combination in self.combinations:
             table.add_column("\n".join(dots(combination, self.task)), justify="right", min_width=5)
@@ -142,7 +153,9 @@ class Tabulation:
         return table
 
     def _long(self, several: bool) -> Table:
-        table = Table(title=self.title, box=HORIZONTALS, padding=0, header_style="")
+        table = Table(
+            title=self.title, caption=self.caption, box=HORIZONTALS, padding=0, header_style=""
+        )
         for modality in self.task.modalities:
             table.add_column(self.task.show(modality), justify="center")
         for line in self.lines:
@@ -210,7 +223,7 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
     combinations = tuple(task.combinations())
     names = [format_combination(c) for c in combinations]
     # Per run and region: the mean of every combination, and the cases that it is over.
-    means: dict[tuple[str, str], pd.Series[float]] = {}
+    means: dict[tuple[str, str], list[float]] = {}
     cases: dict[tuple[str, str], list[frozenset[str]]] = {}
     for one in runs:
         if measure.name not in one.table:
@@ -222,7 +235,10 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
             part = one.table[one.table["region"] == region]
             by = part.groupby("combination")
             key = (region, run_name(one))
-            means[key] = by[measure.name].mean().reindex(names) * measure.scale
+            columns = by[measure.name].mean().reindex(names)
+            means[key] = [
+                measure.scale * v for v in (*columns, mean_over_cases(part, measure.name))
+            ]
             ids = {str(name): frozenset(group["case"]) for name, group in by}
             cases[key] = [ids.get(n, frozenset()) for n in names]
     # The best of a column is marked only where all runs were scored on the same cases.
@@ -232,10 +248,9 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
         keys = [(region, run_name(one)) for one in runs]
         same = [len(set(column)) == 1 for column in zip(*(cases[k] for k in keys), strict=True)]
         comparable[region] = tuple(same)
-        full = {k: [*means[k], means[k].mean()] for k in keys}
-        marks = best_of(list(full.values()), [*same, all(same)], measure)
+        marks = best_of([means[k] for k in keys], [*same, all(same)], measure)
         for key, best in zip(keys, marks, strict=True):
-            *values, mean = full[key]
+            *values, mean = means[key]
             sizes = tuple(len(ids) for ids in cases[key])
             lines.append(Line(key[1], region, tuple(values), mean, sizes, best))
     return Tabulation(measure, task, combinations, tuple(lines), comparable)

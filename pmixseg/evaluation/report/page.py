@@ -21,7 +21,7 @@ from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.grouped import MOST_COLUMNS, group_by_size
 from pmixseg.evaluation.records.measures import BRIER, DICE, ECE, HD95
 from pmixseg.evaluation.records.published import recognised_split, references
-from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.evaluation.records.spreadsheets import inert
 from pmixseg.evaluation.records.tables import Tabulation, check_together, run_name, tabulate
 from pmixseg.evaluation.report.figures import (
@@ -96,8 +96,8 @@ class Run:
 
     @property
     def mean_dice(self) -> float:
-        """Mean over cases, combinations and regions, in percent."""
-        return 100 * float(self.records.table["dice"].mean())
+        """Mean Dice in percent, each case's combinations and regions first."""
+        return 100 * mean_over_cases(self.records.table)
 
 
 def write_report(runs: Sequence[Path], out: Path, images: bool = True) -> Path:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pmixseg.evaluation.comparison.monotonicity import added_modalities
 from pmixseg.evaluation.records.measures import BRIER, ECE
-from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.evaluation.records.tables import run_name, tabulate
 from pmixseg.plurals import count_of
 from pmixseg.task import format_combination
@@ -29,12 +29,12 @@ class RegionSummary:
         run: name of the run.
         region: name of the region.
         cases: number of cases.
-        dice: mean over combinations of the mean over cases.
+        dice: mean over cases of the case's mean over combinations.
         spread: standard deviation over cases of the case's mean over combinations; NaN for one.
         full: mean Dice with every modality; NaN if no case has all.
         lowest: lowest mean Dice of a combination.
         lowest_at: that combination.
-        hd95: mean over all rows, penalties included.
+        hd95: mean over cases of the case's mean over combinations, penalties included.
         hd95_median: median over all rows, penalties included.
         penalised: rows in which exactly one mask is empty, so that HD95 is a penalty; ``None`` if
             the records do not say.
@@ -88,12 +88,12 @@ def _summary(records: Records, region: str) -> RegionSummary:
         run=run_name(records),
         region=region,
         cases=part["case"].nunique(),
-        dice=float(means.mean()),
+        dice=100 * mean_over_cases(part),
         spread=float(by_case.std()) if len(by_case) > 1 else float("nan"),
         full=float(means.get(everything, np.nan)),
         lowest=float(means.min()),
         lowest_at=str(means.idxmin()) if means.notna().any() else "",
-        hd95=float(hd95.mean()),
+        hd95=mean_over_cases(part, "hd95"),
         hd95_median=float(hd95.median()),
         penalised=int((truth_empty ^ prediction_empty).sum()) if says_empty else None,
         invented=int((truth_empty & ~prediction_empty).sum()) if says_empty else None,

@@ -24,13 +24,15 @@ from pmixseg.evaluation.records.published import (
     recognised_split,
     references,
 )
-from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.evaluation.records.tables import dots, tabulate
-from pmixseg.evaluation.report.page import write_report
+from pmixseg.evaluation.report.page import Run, write_report
+from pmixseg.evaluation.report.summary import region_summaries
 from pmixseg.evaluation.scores.conventions import Conventions
 from pmixseg.evaluation.scores.metrics import CaseMetrics
-from pmixseg.task import BRATS, Task
+from pmixseg.inference.publish import results_of
+from pmixseg.task import BRATS, Task, format_combination
 from tests.evaluation.made_up import made_up_rows, plain_report
 
 TWO = Task("two", ("a", "b"), ("x", "y"), {"R": ("x", "y"), "S": ("y",)}, {"a": "A_1"})
@@ -58,7 +60,7 @@ def test_means_by_hand():
     r, s = table.lines
     assert r.values == pytest.approx((60, 20, 85))
     assert r.cases == (2, 1, 2)
-    assert r.mean == pytest.approx(55)  # of combinations, not of rows
+    assert r.mean == pytest.approx(65)  # of 50 and 80, the cases' own means: not of columns or rows
     assert s.values[0] == pytest.approx(10)
     assert math.isnan(s.values[1])
     assert s.mean == pytest.approx(10)
@@ -66,6 +68,26 @@ def test_means_by_hand():
     assert hd95.values[0] == 15
     assert math.isnan(hd95.values[1])
     assert hd95.values[2] == 2
+
+
+def test_every_mean_of_a_run_is_one_number(tmp_path):
+    """One complete case at 0.9, one that has FLAIR alone at 0.1: their own means count alike."""
+    rows = [
+        {"case": case, "combination": format_combination(c), "region": region, "dice": dice}
+        for case, dice, modalities in (("whole", 0.9, BRATS.modalities), ("part", 0.1, ("flair",)))
+        for c in BRATS.combinations()
+        if set(c) <= set(modalities)
+        for region in BRATS.regions
+    ]
+    run = Records.from_rows(rows, "r", Sidecar(BRATS))
+    assert mean_over_cases(run.table) == pytest.approx(0.5)
+    assert [line.mean for line in tabulate([run]).lines] == pytest.approx([50] * 3)
+    assert [line.dice for line in region_summaries([run])] == pytest.approx([50] * 3)
+    assert Run(tmp_path, run, [], {}).mean_dice == pytest.approx(50)
+    other = Records.from_rows(rows, "s", Sidecar(BRATS))
+    assert compare([run.table], [other.table]).mean_a == pytest.approx(0.5)
+    every = [r for r in results_of(run, BRATS) if r.combination == "mean of all"]
+    assert [r.mean for r in every] == pytest.approx([50] * 3)
 
 
 def test_a_terminal_shows_circles_in_task_order(records):
@@ -76,9 +98,10 @@ def test_a_terminal_shows_circles_in_task_order(records):
     assert lines[2] == "FLAIR ● ○ ○ ○ ● ● ● ○ ○ ○ ● ● ● ○ ●"
     assert lines[3] == "T1ce ○ ● ○ ○ ● ○ ○ ● ● ○ ● ● ○ ● ●"
     assert lines[5].endswith("● mean")
-    mean = records.table[records.table["region"] == "WT"].groupby("combination")["dice"].mean()
+    mean = records.table[records.table["region"] == "WT"].groupby("case")["dice"].mean()
     assert lines[7].split()[0] == "WT"
     assert float(lines[7].split()[-1]) == pytest.approx(100 * mean.mean(), abs=0.051)
+    assert "each case's own mean" in lines[-1]  # one case lacks a sequence
     assert len(lines[7].split()) == 17
 
 
@@ -105,7 +128,7 @@ def test_latex_golden():
         "A\\_1 & $\\bullet$ & $\\circ$ & $\\bullet$ &  \\\\\n"
         "b & $\\circ$ & $\\bullet$ & $\\bullet$ & Mean \\\\\n"
         "\\midrule\n"
-        "R & 60.00 & 20.00 & 85.00 & 55.00 \\\\\n"
+        "R & 60.00 & 20.00 & 85.00 & 65.00 \\\\\n"
         "S & 10.00 & -- & -- & 10.00 \\\\\n"
         "\\bottomrule\n"
         "\\end{tabular}\n"
@@ -163,7 +186,7 @@ def test_frame_is_the_table():
     frame = tabulate([records(FIRST)]).frame()
     assert list(frame.columns) == ["region", "run", "a", "b", "a+b", "mean", "cases"]
     pd.testing.assert_series_equal(
-        frame["mean"], pd.Series([55.0, 10.0], name="mean"), check_exact=False
+        frame["mean"], pd.Series([65.0, 10.0], name="mean"), check_exact=False
     )
     assert frame["cases"].tolist() == [1, 1]
 
