@@ -33,8 +33,10 @@ class Comparison:
         bootstrap: interval of the same difference, drawing runs and cases anew.
         wins: cases where A is better, where B is, and where they are equal (means over runs).
         measure: what the exploratory table compares.
-        exploratory: one row per region and combination: ``difference``, ``low``, ``high`` (95 %,
-            bootstrap), ``cases``, ``wins``, ``losses``, ``p`` (Wilcoxon over cases), ``p_holm``.
+        exploratory: one row per region and combination: ``difference``, ``low``, ``high`` (95 %),
+            ``cases``, ``wins``, ``losses`` (means over runs), ``p``, ``p_holm``. Interval and p are
+            those of the paired t over runs; with one run a side there is no p, and the interval is
+            a bootstrap over cases.
         violations_a: combinations in which A gets worse by seeing more, see
             :func:`pmixseg.evaluation.comparison.monotonicity.violations`.
         violations_b: the same for B.
@@ -111,14 +113,22 @@ def _range(interval: Interval) -> str:
     return f"{interval[0]:+.4f} to {interval[1]:+.4f}"
 
 
+def _probability(p: float) -> str:
+    return "–" if math.isnan(p) else f"{p:.2g}"
+
+
 def _exploratory(comparison: Comparison) -> Table:
     table = Table(
         box=HORIZONTALS,
         padding=0,  # the table fits 80 characters
         show_edge=False,
         title=f"\nEXPLORATORY: {comparison.measure} per region and combination, A - B",
-        caption="p: Wilcoxon over cases, for these trained networks; Holm: corrected for all rows. "
-        "They generate hypotheses and prove none.",
+        caption=(
+            "p: paired t over runs; Holm: corrected for all rows. "
+            if comparison.of_methods
+            else "Intervals over cases, of these two networks alone; one run a side has no test. "
+        )
+        + "They generate hypotheses and prove none.",
         title_justify="left",
         caption_justify="left",
     )
@@ -135,8 +145,8 @@ def _exploratory(comparison: Comparison) -> Table:
             str(row.cases),
             str(row.wins),
             str(row.losses),
-            f"{row.p:.2g}",
-            f"{row.p_holm:.2g}" + ("*" if row.p_holm < LEVEL else ""),
+            _probability(row.p),
+            _probability(row.p_holm) + ("*" if row.p_holm < LEVEL else ""),
         )
     return table
 

@@ -18,7 +18,6 @@ Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
 LEVEL = 0.05
-MOST_EXACT = 50
 NOWHERE: Interval = (math.nan, math.nan)
 
 
@@ -47,7 +46,8 @@ def paired_t(differences: Array) -> PairedTest:
     """Test whether the methods differ: t over the runs' mean differences.
 
     The unit is a training, not a case: cases of one training share its luck, and a test over
-    cases calls that luck an effect (METHOD: 56 % false positives with one run a side).
+    cases calls that luck an effect, with one run a side in 56 % of studies
+    (docs/method/evidence.md).
 
     Args:
         differences: ``[runs, cases]``.
@@ -99,43 +99,6 @@ def _weights(count: int, repeats: int, seed: int) -> Array:
     """Share of each of ``count`` things in ``repeats`` draws with replacement."""
     draw = np.random.default_rng(seed)
     return draw.multinomial(count, np.full(count, 1 / count), size=repeats) / count
-
-
-def signed_rank(differences: Array) -> float:
-    """Two-sided p of the Wilcoxon signed-rank test; cases without a difference are left out.
-
-    Exact for up to 50 cases, ties included (scipy enumerates 2^n signs for ties, which takes
-    seconds for a table; here the sums are counted); the normal approximation beyond.
-
-    Args:
-        differences: one per case, ``[cases]``.
-    """
-    changed = differences[differences != 0]
-    if not len(changed):
-        return 1.0
-    if len(changed) > MOST_EXACT:
-        return float(stats.wilcoxon(changed, method="asymptotic").pvalue)
-    # Mean ranks of ties are halves, so twice the ranks are whole numbers.
-    ranks = np.rint(2 * stats.rankdata(np.abs(changed))).astype(np.int64)
-    probability = np.zeros(int(ranks.sum()) + 1)
-    probability[0] = 1.0
-    for rank in ranks:
-        moved = np.zeros_like(probability)
-        moved[rank:] = probability[: len(probability) - rank]
-        probability = (probability + moved) / 2
-    observed = int(ranks[changed > 0].sum())
-    tails = probability[: observed + 1].sum(), probability[observed:].sum()
-    return float(min(1.0, 2 * min(tails)))
-
-
-def smallest_signed_rank_p(cases: int) -> float:
-    """The least p that the two-sided signed-rank test can reach: all cases on one side.
-
-    Example:
-        >>> smallest_signed_rank_p(5)
-        0.0625
-    """
-    return min(1.0, 2.0 ** (1 - cases))
 
 
 def holm(p: Array) -> Array:

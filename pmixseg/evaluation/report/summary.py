@@ -198,7 +198,7 @@ class Additions:
         run: name of the run.
         pairs: (region, combination, added modality) that were looked at.
         hurt: how many of them lowered the mean.
-        clear: how many of those by more than the bootstrap interval over cases.
+        clear: how many of those by a test, see there.
         worst: rows of :func:`~pmixseg.evaluation.comparison.monotonicity.added_modalities` that
             lowered it, the worst first.
     """

@@ -101,19 +101,24 @@ def test_a_page_loads_nothing(written, name):
 def test_only_clear_losses_are_bold(tmp_path):
     dice = {"flair": 0.6, "t1": 0.3, "t2": 0.5, "flair+t1": 0.4}
     rows = [
-        {"case": str(i), "combination": c, "region": "WT", "dice": d + 0.01 * i}
+        {"case": str(i), "combination": c, "region": "WT", "dice": d * (1 + 0.02 * i)}
         for i in range(6)
         for c, d in dice.items()
     ]
     # A loss of 0.5 points on average, from +10, -15 and +3.5.
     changes = (0.1, -0.15, 0.035) * 2
     rows += [
-        {"case": str(i), "combination": "flair+t2", "region": "WT", "dice": 0.6 + 0.01 * i + change}
+        {
+            "case": str(i),
+            "combination": "flair+t2",
+            "region": "WT",
+            "dice": 0.6 * (1 + 0.02 * i) + change,
+        }
         for i, change in enumerate(changes)
     ]
     run = make_run(tmp_path, "r", rows, pictures=(), course=False)
     source = Page(plain_report([run], tmp_path)).source
-    assert "<b>−20.0</b>" in source
+    assert "<b>−21.0</b>" in source
     assert "<td>−0.5</td>" in source
 
 
@@ -293,7 +298,7 @@ def test_worst_cases_by_hand():
 
 def test_additions_that_hurt_by_hand():
     rows = [
-        {"case": case, "combination": c, "region": "WT", "dice": d + 0.01 * int(case)}
+        {"case": case, "combination": c, "region": "WT", "dice": d * (1 + 0.01 * int(case))}
         for case in "123456"
         for c, d in (("flair", 0.6), ("t1", 0.3), ("flair+t1", 0.5))
     ]
@@ -301,7 +306,7 @@ def test_additions_that_hurt_by_hand():
     assert (effects.pairs, effects.hurt, effects.clear) == (2, 1, 1)
     (row,) = effects.worst
     assert (row["combination"], row["added"], row["cases"]) == ("flair", "t1", 6)
-    assert row["change"] == pytest.approx(-0.1)
+    assert row["change"] == pytest.approx(-0.1 * 1.035)
 
 
 def test_remarks_say_what_differs():
