@@ -44,6 +44,9 @@ def test_phantom_then_again_from_the_same_store(tmp_path, capsys, monkeypatch):
     page = (out / "report.html").read_text()
     assert "student-aligned" in page and "student-unaligned" in page
     assert not re.search(r"(src|href)=[\"']https?://", page), "the page loads something"
+    section = page[page.index("Gap between sequences") :].partition("</section>")[0]
+    for text in ("student-aligned", "student-unaligned", "Rank within", "Decodability"):
+        assert text in section, text
     for arm in ("aligned", "unaligned"):
         table = Records.read(out / "runs" / f"student-{arm}").table
         assert table.combination.nunique() == 15 and set(table.region) == {"WT", "TC", "ET"}
