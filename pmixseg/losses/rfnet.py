@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pmixseg.execution import runs_static
-from pmixseg.losses.segmentation import DEEP_SUPERVISION, Criterion
+from pmixseg.losses.segmentation import DEEP_SUPERVISION, Criterion, enlarged
 from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
 
 LEAST_PROBABILITY = 0.005
@@ -78,7 +77,7 @@ class RFNetCriterion(Criterion):
             else float(epoch >= self.fusion_start_epoch)
         )
         single = [
-            _enlarged(_probabilities(logits), label)
+            enlarged(_probabilities(logits), label)
             for name, logits in output.extras.items()
             if DEEP_SUPERVISION.fullmatch(name)
         ]
@@ -147,10 +146,3 @@ def _separate_loss(output: SegOutput, label: Label) -> Tensor:
 def _probabilities(logits: Tensor) -> Tensor:
     # Sums over a million voxels do not fit half precision.
     return full_precision(logits).softmax(1)
-
-
-def _enlarged(probabilities: Tensor, label: Label) -> Tensor:
-    size = label.shape[1:]
-    if probabilities.shape[2:] == size:
-        return probabilities
-    return F.interpolate(probabilities, list(size), mode="trilinear", align_corners=True)

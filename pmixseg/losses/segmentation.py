@@ -92,6 +92,14 @@ def area_fractions(label: Label, num_classes: int, shape: Sequence[int]) -> Tens
     return torch.stack(pooled, 1)
 
 
+def enlarged(probabilities: Tensor, label: Label) -> Tensor:
+    """Draw probabilities up to the grid of a label, trilinearly, as RFNet and PASSION do."""
+    size = label.shape[1:]
+    if probabilities.shape[2:] == size:
+        return probabilities
+    return F.interpolate(probabilities, list(size), mode="trilinear", align_corners=True)
+
+
 class DiceCE(Criterion):
     r"""Compute soft Dice plus cross-entropy (MONAI's ``DiceCELoss``), with deep supervision.
 

@@ -13,15 +13,15 @@ from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distillation.loss import DistillationLoss, Network
 from pmixseg.losses.distillation.prototypes import PrototypeMatch
-from pmixseg.losses.segmentation import DEEP_SUPERVISION
-from pmixseg.types import Batch, Scalar, SegOutput, full_precision
+from pmixseg.losses.segmentation import DEEP_SUPERVISION, enlarged
+from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
 
 FLOOR = 0.005
 """Smallest probability in the published divergence; it also keeps the logarithm finite."""
 
 
 def pixel_divergence(
-    student: Tensor, teacher: Tensor, temperature: float, size: torch.Size
+    student: Tensor, teacher: Tensor, temperature: float, label: Label
 ) -> Float[Tensor, " b"]:
     r"""KL divergence of softened probabilities, the mean over voxels *and classes*.
 
@@ -35,19 +35,13 @@ def pixel_divergence(
         student: logits ``[B, C, d, h, w]``.
         teacher: logits of the same shape; no gradient flows into them.
         temperature: T.
-        size: spatial shape of the label.
+        label: ``[B, D, H, W]``; its grid is meant.
     """
     q, p = (
-        _enlarge(F.softmax(full_precision(logits) / temperature, 1), size).clamp_min(FLOOR)
+        enlarged(F.softmax(full_precision(logits) / temperature, 1), label).clamp_min(FLOOR)
         for logits in (student, teacher.detach())
     )
     return temperature**2 * (p * (p.log() - q.log())).mean((1, 2, 3, 4))
-
-
-def _enlarge(probabilities: Tensor, size: torch.Size) -> Tensor:
-    if probabilities.shape[2:] == size:
-        return probabilities
-    return F.interpolate(probabilities, list(size), mode="trilinear", align_corners=True)
 
 
 class SelfDistillation(DistillationLoss):
@@ -111,11 +105,11 @@ class SelfDistillation(DistillationLoss):
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:
         """Return the losses of all levels; a sample that shows nothing counts as 0."""
-        size = batch["label"].shape[1:]
-        value = pixel_divergence(student.logits, teacher.logits, self.temperature, size)
+        label = batch["label"]
+        value = pixel_divergence(student.logits, teacher.logits, self.temperature, label)
         for k, name in enumerate(self._deep_maps(student, teacher), 1):
             maps = student.extras[name], teacher.extras[name]
-            value = value + 0.5**k * pixel_divergence(*maps, self.temperature, size)
+            value = value + 0.5**k * pixel_divergence(*maps, self.temperature, label)
         total = self.logit_weight * value
         if self.prototype.weight:
             prototype = self.prototype.per_sample(student, teacher, batch)
