@@ -22,7 +22,6 @@ from pmixseg.evaluation.gap.latents import (
     named_subsets,
     sample_latents,
 )
-from pmixseg.evaluation.gap.measure import Gap
 from pmixseg.evaluation.records.curves import read_log
 from pmixseg.evaluation.report.figures import projection_figure, save_png
 from pmixseg.losses.alignment import resolve_levels
@@ -250,21 +249,24 @@ def gap_values(
     """Names of the log and their numbers; see :class:`GapMonitor`."""
     values: dict[str, float] = {}
     for level, sample in samples.items():
-        gap: Gap = sample.gap()
-        values |= {f"gap/level{level}/{k}": v for k, v in gap.to_dict().items()}
-        shares = sample.decodability()
-        if shares is not None:
-            by_region = {r: float(v) for r, v in zip(regions, shares, strict=True) if v.isfinite()}
-            values |= {f"gap/level{level}/decodability/{r}": v for r, v in by_region.items()}
-            if by_region:
-                values[f"gap/level{level}/decodability"] = sum(by_region.values()) / len(by_region)
+        measured = {**sample.gap().to_dict(), **_decodability(sample, regions)}
         for combination in named_subsets(names):
             slots = [list(names).index(name) for name in combination]
-            title = f"gap/level{level}/ratio/{format_combination(combination)}"
-            values[title] = sample.ratio(slots)
+            measured[f"ratio/{format_combination(combination)}"] = sample.ratio(slots)
+        values |= {f"gap/level{level}/{name}": value for name, value in measured.items()}
     ratios = [values[f"gap/level{level}/ratio"] for level in samples]
     values["gap/ratio"] = sum(ratios) / len(ratios)
     return values
+
+
+def _decodability(sample: LatentSample, regions: Sequence[str]) -> dict[str, float]:
+    """Of each region that occurs, and their mean; nothing without labels."""
+    shares = sample.decodability()
+    if shares is None:
+        return {}
+    by_region = {r: float(v) for r, v in zip(regions, shares, strict=True) if v.isfinite()}
+    mean = {"decodability": sum(by_region.values()) / len(by_region)} if by_region else {}
+    return mean | {f"decodability/{region}": value for region, value in by_region.items()}
 
 
 def complete_cases(
