@@ -17,7 +17,7 @@ from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.losses.alignment import AlignmentLoss, resolve_levels
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
-from pmixseg.losses.distances import DISTANCES, KL, Distance
+from pmixseg.losses.distances import KL, Distance, distance_named
 from pmixseg.losses.official import OfficialAlignment
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
@@ -101,12 +101,8 @@ class PmixAlignment(TermCallback):
         self.official: OfficialAlignment | None = build(official)
         self.anchor: Anchor | None = build(anchor)
         self.distance = distance if isinstance(distance, str) else build(distance)
-        if isinstance(self.distance, str) and self.distance not in DISTANCES:
-            # Found before anything is trained, and where the weight is 0, too.
-            raise InputError(
-                f"{name}.distance: there is no distance '{distance}'; use one of "
-                f"{', '.join(DISTANCES)}."
-            )
+        if isinstance(self.distance, str):
+            distance_named(self.distance, name)  # a wrong one is told where the weight is 0, too
         self.levels = levels
         self.projection = projection
         self.detach = detach

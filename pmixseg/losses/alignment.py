@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, hide
 from pmixseg.losses.distances import (
-    DISTANCES,
     KL,
     Detach,
     Distance,
     LevelLatents,
+    distance_named,
     mean_over_shown,
 )
 from pmixseg.losses.projections import SlotLinear
@@ -72,23 +72,17 @@ class AlignmentLoss(nn.Module):
         detach: Detach = "anchor",
     ) -> None:
         super().__init__()
-        if isinstance(distance, str):
-            if distance not in DISTANCES:
-                raise InputError(
-                    f"alignment: there is no distance '{distance}'; use one of {list(DISTANCES)}."
-                )
-            distance = DISTANCES[distance]()
         if projection not in (None, "linear"):
             raise InputError(f"alignment: projection is '{projection}'; use 'linear' or none.")
         if detach not in ("anchor", "none", "features"):
             raise InputError(
                 f"alignment: detach is '{detach}'; use 'anchor', 'none' or 'features'."
             )
-        self.distance = distance
+        self.distance = distance_named(distance) if isinstance(distance, str) else distance
         self.modalities = tuple(modalities)
         self.levels = resolve_levels(levels, len(channels))
         self.detach: Detach = detach
-        distance.bind(channels, self.modalities, self.levels)
+        self.distance.bind(channels, self.modalities, self.levels)
         self.projections = nn.ModuleDict()
         for level in self.levels if projection else ():
             width = channels[level]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pmixseg.cli import main
-from pmixseg.losses.alignment import DISTANCES
+from pmixseg.losses.distances import DISTANCES
 from tests.cli.presets import SMALL_UNET, fit, metrics
 from tests.evaluation.made_up import figures_left_empty
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
-from pmixseg.losses.alignment import DISTANCES, AlignmentLoss, resolve_levels
+from pmixseg.losses.alignment import AlignmentLoss, resolve_levels
 from pmixseg.losses.anchors import (
     MixtureAnchor,
     ModalityAnchor,
@@ -17,7 +17,7 @@ from pmixseg.losses.anchors import (
     ProductAnchor,
     weighted_sum,
 )
-from pmixseg.losses.distances import NMSE
+from pmixseg.losses.distances import DISTANCES, NMSE
 from tests.losses.scenes import NAMES, align, anchor_for, bound, flags, latents_of, values
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pmixseg.losses.alignment import DISTANCES, AlignmentLoss
+from pmixseg.losses.alignment import AlignmentLoss
+from pmixseg.losses.distances import DISTANCES
 from pmixseg.types import Latents
 from tests.losses.scenes import NAMES, anchor_for, flags
 

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pmixseg.losses.alignment import DISTANCES, AlignmentLoss
+from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
+from pmixseg.losses.distances import DISTANCES
 from pmixseg.losses.distillation import (
     ContrastiveMatch,
     GramMatch,

@@ -17,6 +17,7 @@ from pmixseg.losses.distances.contract import (
     Distance,
     LevelLatents,
     PerSlot,
+    distance_named,
     mean_over_shown,
     point_and_target,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "SlicedWasserstein",
     "SmoothL1",
     "Whitened",
+    "distance_named",
     "mean_over_brain",
     "mean_over_shown",
     "point_and_target",

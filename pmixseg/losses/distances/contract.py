@@ -125,6 +125,23 @@ class Distance(nn.Module, Described, ABC):
         return distance
 
 
+def distance_named(name: str, owner: str = "alignment") -> Distance:
+    """Make a distance of :data:`DISTANCES` with its default arguments.
+
+    Args:
+        name: of the distance.
+        owner: whose argument it is, for the error.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in DISTANCES:
+        raise InputError(
+            f"{owner}.distance: there is no distance '{name}'; use one of {', '.join(DISTANCES)}."
+        )
+    return DISTANCES[name]()
+
+
 def point_and_target(
     latents: LevelLatents, anchor: Anchor, detach: Detach
 ) -> tuple[Tensor, Tensor]:
