@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from pmixseg.dicom.packages import highdicom, pydicom
 from pmixseg.errors import InputError
+from pmixseg.plurals import count_of
 
 HEADER = (
     "SOPClassUID",
@@ -35,6 +36,23 @@ HEADER = (
     "NumberOfFrames",
 )
 """What is read of every file before it is known which files are needed."""
+
+PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+"""What says where a slice lies."""
+
+UNPACK = (
+    "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or unpack the series, for one "
+    "with gdcmconv --raw"
+)
+"""What helps where voxels are compressed in a way that pydicom alone cannot read; a phrase."""
+
+_SAME_PLACE = 0.01
+"""Slices nearer than this, in mm, lie at one place."""
+
+_MISSING = 1.5
+"""So many times the usual step between slices is one that lacks a slice."""
+
+_SHORTEST_SERIES = 2
 
 _UID = re.compile(r"\d+(\.\d+){4,}")
 _SHORTEST_NAME = 2
@@ -94,19 +112,58 @@ class Series:
         Raises:
             InputError: slices that are missing, of several sizes, or not parallel.
         """
+        datasets = []
         try:
             datasets = self.datasets()
             with discreet():
                 if len(datasets) == 1 and "NumberOfFrames" in datasets[0]:
                     return highdicom.Image.from_dataset(datasets[0]).get_volume(dtype=np.float32)
                 return highdicom.get_volume_from_series(datasets, dtype=np.float32)
-        except (RuntimeError, ValueError, AttributeError, KeyError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            reason = _UID.sub("…", reason)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+            reason, advice = _why_no_volume(datasets, error)
             raise InputError(
-                f"{self.label} cannot be put together as a volume ({reason}); check that all of "
-                "its slices are there."
+                f"{self.label} cannot be put together as a volume ({reason}); {advice}."
             ) from error
+
+
+def _why_no_volume(slices: Sequence[Any], error: Exception) -> tuple[str, str]:
+    """Say why a library could not put slices together, and what helps; it names one cause of many.
+
+    Args:
+        slices: of the series; none where their files cannot be read.
+        error: of the library.
+
+    Returns:
+        Two phrases, without anything that tells the patient.
+    """
+    lacking = [name for name in PLACE if any(name not in header for header in slices)]
+    if lacking and not any("NumberOfFrames" in header for header in slices):
+        return f"its slices do not say their {', '.join(lacking)}", "export the series again"
+    if re.search(r"decod|decompress", str(error)) and "plugin" in str(error):
+        coding = slices[0].file_meta.TransferSyntaxUID.name
+        return f"its voxels are compressed as {coding}, or damaged", UNPACK
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    told = _UID.sub("…", reason), "check that all of its slices are there"
+    if lacking or len(slices) < _SHORTEST_SERIES:
+        return told
+    try:
+        places = np.array([[float(v) for v in s.ImagePositionPatient] for s in slices])
+        rows = np.array([float(v) for v in slices[0].ImageOrientationPatient]).reshape(2, 3)
+    except (TypeError, ValueError):
+        return "the places of its slices are no numbers", "export the series again"
+    depths = places @ np.cross(rows[0], rows[1])
+    steps = np.diff(np.sort(depths))
+    if twice := int((steps < _SAME_PLACE).sum()):
+        what = f"{count_of(twice, 'slice')} of its {len(slices)} lie where others do"
+        return what, "keep one copy of each, or one time point"
+    if steps.max() > _MISSING * np.median(steps):
+        what = f"its slices lie {np.median(steps):.3g} mm apart, but once {steps.max():.3g} mm"
+        return what, "see that all of its slices are there"
+    aside = np.diff(places[np.argsort(depths)] @ rows.T, axis=0)
+    if np.abs(aside).max() > _SAME_PLACE:
+        what = "each of its slices is shifted against the next, as with a tilted gantry"
+        return what, "convert it to NIfTI, for one with dcm2niix, and give that"
+    return told
 
 
 @contextmanager
@@ -139,7 +196,9 @@ def read_folder(folder: Path) -> list[Series]:
     headers = [(path, header) for path in _dicom_files(folder) if (header := _header(path))]
     images = [(path, h) for path, h in headers if str(h.get("Modality", "")) == "MR"]
     if not images:
-        raise InputError(f"{folder} holds no MR images in DICOM; give the folder of a study.")
+        raise InputError(
+            f"{folder} holds no MR images in DICOM that can be read; give the folder of a study."
+        )
     for tag, what in (("PatientID", "patients"), ("StudyInstanceUID", "studies")):
         values = {str(h.get(tag, "")) for _, h in images}
         if len(values) > 1:
@@ -168,9 +227,10 @@ def _header(path: Path) -> Any:
     try:
         tags = [*HEADER, "SharedFunctionalGroupsSequence", "AcquisitionContrast"]
         with discreet():
-            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            header: Any = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
     except (pydicom.errors.InvalidDicomError, OSError, ValueError, AttributeError, KeyError):
         return None  # damaged: its series then lacks a slice, which its volume tells
+    return header if header.get("SeriesInstanceUID") else None  # as where a file is cut off
 
 
 def _series(uid: str, group: Sequence[tuple[Path, Any]]) -> Series:
@@ -200,15 +260,18 @@ def _without_patient(text: str, header: Any) -> str:
     for part in (*names, str(header.get("PatientID") or "")):
         if len(part) >= _SHORTEST_NAME:
             text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "…", text, flags=re.IGNORECASE)
-    return text
+    return "".join(letter for letter in text if letter.isprintable())  # a terminal would obey it
 
 
 def _number(header: Any, *names: str) -> float | None:
     for name in names:
         value = _value(header, name)
         if value not in (None, ""):
-            single = value[0] if isinstance(value, list | tuple) else value
-            return float(single)
+            several = (
+                value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            )
+            with suppress(ValueError, TypeError, IndexError):  # a header may hold anything
+                return float(several[0])
     return None
 
 

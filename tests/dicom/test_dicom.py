@@ -9,8 +9,10 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pydicom.uid import generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, generate_uid
 
 from pmixseg.cli import main
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
@@ -204,13 +206,53 @@ def test_patients_and_studies_are_not_mixed(scans, tmp_path):
         read_folder(tmp_path / "none")
 
 
-def test_a_missing_slice_is_told(study, tmp_path):
-    for path in study.glob("4_*.dcm"):
-        if not path.name.endswith("_010.dcm"):
-            (tmp_path / path.name).symlink_to(path)
+def tilt(header):
+    x, y, z = map(float, header.ImagePositionPatient)
+    header.ImagePositionPatient = decimals([x, y + 0.3 * z, z])
+
+
+def spoil(header):
+    header.PixelData = encapsulate([b"\xff\x4f\xff\x51" + bytes(60)])
+    header.file_meta.TransferSyntaxUID = JPEG2000Lossless
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (None, r"\(its slices lie 4 mm apart, but once 8 mm\); see that all of its slices are th"),
+        ("copy", r"\(1 slice of its 40 lie where others do\); keep one copy of each, or one ti"),
+        (tilt, r"\(each of its slices is shifted against .* gantry\); convert it to NIfTI"),
+        (lambda h: delattr(h, "ImagePositionPatient"), r"\(its slices do not say their ImagePosit"),
+        (lambda h: delattr(h, "PixelSpacing"), r"do not say their PixelSpacing\); export the ser"),
+        (spoil, r"compressed as JPEG 2000 .*, or damaged\); pip install pylibjpeg"),
+    ],
+)
+def test_slices_that_make_no_volume_say_why(study, tmp_path, change, sentence):
+    paths = sorted(study.glob("4_*.dcm"))
+    for path in paths:
+        header = pydicom.dcmread(path)
+        if callable(change):
+            change(header)
+        if change is not None or path != paths[10]:
+            header.save_as(tmp_path / path.name)
+    if change == "copy":
+        header.save_as(tmp_path / "again.dcm")
     (one,) = read_folder(tmp_path)
-    with pytest.raises(InputError, match="all of its slices"):
+    with pytest.raises(InputError, match=sentence):
         one.volume()
+
+
+def test_times_and_descriptions_may_hold_anything(study, tmp_path):
+    (path,) = sorted(study.glob("4_*.dcm"))[:1]
+    header = pydicom.dcmread(path)
+    header.EchoTime, header.SeriesDescription = [10, 90], "t2 \x1b[31m red"
+    header[0x00180080] = DataElement(0x00180080, "LO", "short")
+    header.save_as(tmp_path / path.name, implicit_vr=False, little_endian=True)
+    (one,) = read_folder(tmp_path)
+    assert (one.echo, one.repetition, one.told) == (10.0, None, "t2 [31m red")
+    (tmp_path / path.name).write_bytes(path.read_bytes()[:400])
+    with pytest.raises(InputError, match="no MR images in DICOM that can be read"):
+        read_folder(tmp_path)
 
 
 def test_a_segmentation_lies_on_its_series(study, model, tmp_path):
