@@ -36,6 +36,7 @@ from pmixseg.modules.training.optimization import (
     fuse,
     parameter_groups,
     rate_of,
+    regroup,
     schedule_from,
     scheduled,
 )
@@ -375,7 +376,7 @@ class SegmentationModule(ScoredNetwork):
             self._rate_changed = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer, which spares vectors from weight decay, and its schedule."""
+        """Make the optimizer, which shrinks weights alone, and its schedule."""
         optimizer = self.make_optimizer(parameter_groups(self))
         if static_on(self.device):
             fuse(optimizer)
@@ -398,3 +399,5 @@ class SegmentationModule(ScoredNetwork):
         super().on_load_checkpoint(checkpoint)
         if self.is_fitting:
             self._resuming.read(checkpoint)
+            for state in checkpoint.get("optimizer_states", ()):
+                regroup(state, self)

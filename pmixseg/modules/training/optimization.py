@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, cast
@@ -19,6 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLR
 from pmixseg.describe import NOT_NEGATIVE, Described, Range, build, find_class, is_description
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
+
+SPARED = re.compile(r"bias|(^|_)pos|token")
+"""Names of parameters without weight decay, whatever their shape: ``bias``, ``pos_embed``, …"""
 
 VALIDATION = "val/dice"
 """The metric that schedules and checkpoints follow where nothing else is said."""
@@ -289,20 +293,60 @@ def place_steps(optimizer: Optimizer) -> None:
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: weights with decay, vectors and scalars without.
+    """Return trainable parameters in two groups: weights with decay, everything else without.
 
-    Biases, affine normalisation parameters and anchor weights have no direction for which
-    shrinking towards zero would mean "simpler". Parameters shared by two modules count once.
+    Biases, affine normalisation parameters, anchor weights, positions and tokens have no direction
+    for which shrinking towards zero would mean "simpler". A parameter of one dimension is one of
+    them whatever it is called, one of more dimensions by its name (:data:`SPARED`). Parameters
+    shared by two modules count once.
     """
-    trainable = [p for _, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim > 1]
-    vectors = [p for p in trainable if p.ndim <= 1]
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trainable if decays(name, p)]
+    vectors = [p for name, p in trainable if not decays(name, p)]
     groups: list[dict[str, Any]] = []
     if matrices:
         groups.append({"params": matrices})
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     return groups
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Tell whether weight decay shrinks a parameter.
+
+    Args:
+        name: as ``named_parameters`` has it.
+        parameter: of that name.
+
+    Example:
+        >>> [decays(n, torch.ones(2, 2, 1)) for n in ("maps.8.weight", "maps.8.bias", "a.pos")]
+        [True, False, False]
+    """
+    return parameter.ndim > 1 and not SPARED.search(name.rpartition(".")[2])
+
+
+def regroup(state: dict[str, Any], module: nn.Module) -> None:
+    """Bring the state of an optimizer that spared fewer parameters into today's groups.
+
+    Checkpoints up to 0.1 told weights from the rest by their dimensions alone. A state in today's
+    groups, or of other parameters, stays what it is.
+
+    Args:
+        state: of one optimizer, of :func:`parameter_groups` of ``module``; changed in place.
+        module: whose training goes on.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    now = sorted(range(len(named)), key=lambda i: not decays(*named[i]))
+    before = sorted(range(len(named)), key=lambda i: named[i][1].ndim <= 1)
+    matrices = sum(p.ndim > 1 for _, p in named)
+    groups = state["param_groups"]
+    if [len(group["params"]) for group in groups] != [matrices, len(named) - matrices]:
+        return
+    numbers = [number for group in groups for number in group["params"]]
+    of_parameter = {i: state["state"].get(n) for i, n in zip(before, numbers, strict=True)}
+    state["state"] = {n: of_parameter[i] for n, i in enumerate(now) if of_parameter[i] is not None}
+    weights = sum(decays(name, p) for name, p in named)
+    groups[0]["params"], groups[1]["params"] = [*range(weights)], [*range(weights, len(named))]
 
 
 def every_parameter(module: nn.Module) -> Tensor:

@@ -1,6 +1,8 @@
 """Learning rates, optimizers and schedules, and the metrics that schedules watch."""
 
 import functools
+import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +19,18 @@ from lightning.pytorch.tuner import Tuner
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pmixseg import backbones, losses
+from pmixseg.backbones import Backbone
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.losses import AlignmentLoss, DistillationLoss
+from pmixseg.losses.distances import DISTANCES
+from pmixseg.losses.projections import SlotLinear
 from pmixseg.modules import OneCycle, Polynomial, StudentModule
 from pmixseg.modules.checkpoint import read_checkpoint
+from pmixseg.modules.training.optimization import parameter_groups, regroup
+from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 
@@ -235,3 +244,75 @@ def test_averaged_weights_are_those_of_the_checkpoint(tmp_path):
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)
     own = trainer.lightning_module.state_dict()
     assert all(torch.equal(state["state_dict"][name], own[name]) for name in own)
+
+
+BACKBONES = {
+    "MMFormer": {"width": 4, "patch_size": 16, "embedding": 8, "heads": 2, "hidden": 8},
+    "EarlyFusion": {
+        "network": {
+            "class_path": "monai.networks.nets.SwinUNETR",
+            "init_args": {"in_channels": 4, "out_channels": 4, "feature_size": 12},
+        }
+    },
+}
+
+
+def modules_with_parameters():
+    """Every backbone, every distance and every distillation loss, by listing."""
+    for name in backbones.__all__:
+        cls = getattr(backbones, name)
+        if issubclass(cls, Backbone) and not inspect.isabstract(cls):
+            yield name, cls(**BACKBONES.get(name, {}))
+    for name in DISTANCES:
+        yield name, AlignmentLoss(name, [3], BRATS.modalities, [0], "linear")
+    slots = BRATS.modalities
+    net = SimpleNamespace(modalities=slots, slots=slots, channels=(3,), strides=(1,), num_classes=4)
+    for name in losses.__all__:
+        cls = getattr(losses, name)
+        if (
+            inspect.isclass(cls)
+            and issubclass(cls, DistillationLoss)
+            and cls is not DistillationLoss
+        ):
+            term = cls()
+            term.bind(net, net)
+            yield name, term
+
+
+def test_weights_decay_and_nothing_else_does():
+    biases = 0
+    for name, module in modules_with_parameters():
+        decayed, spared = set(), set()
+        for group in parameter_groups(module):
+            (spared if "weight_decay" in group else decayed).update(group["params"])
+        trained = {key: p for key, p in module.named_parameters() if p.requires_grad}
+        assert decayed | spared == set(trained.values())
+        for key, parameter in trained.items():
+            last = key.rpartition(".")[2]
+            kept = "bias" in last or last in ("pos", "scores") or parameter.ndim == 1
+            biases += parameter.ndim > 1 and "bias" in last
+            assert (parameter in spared) == kept, f"{name}: {key} {tuple(parameter.shape)}"
+    assert biases > 3
+
+
+def test_a_training_goes_on_whose_biases_had_weight_decay():
+    def stepped(groups):
+        optimizer = torch.optim.AdamW(groups, lr=0.1)
+        for index, parameter in enumerate(module.parameters()):
+            parameter.grad = torch.full_like(parameter, index + 1.0)
+        optimizer.step()
+        return optimizer
+
+    module = torch.nn.ModuleList([SlotLinear(2, 3, 3, bias=True), torch.nn.Conv3d(1, 2, 1)])
+    every = list(module.parameters())
+    old = [p for p in every if p.ndim > 1], [p for p in every if p.ndim <= 1]
+    before = stepped([{"params": old[0]}, {"params": old[1], "weight_decay": 0.0}])
+    averages = {p: before.state[p]["exp_avg"].clone() for p in every}
+    state = before.state_dict()
+    for _ in range(2):  # a state in today's groups stays what it is
+        regroup(state, module)
+        after = torch.optim.AdamW(parameter_groups(module))
+        after.load_state_dict(state)
+        for parameter in every:
+            assert torch.equal(after.state[parameter]["exp_avg"], averages[parameter])
+        state = after.state_dict()
