@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pmixseg.cli import TRAINING, import_modules, parse_plain, segment
 from pmixseg.cli.training import TrainingCLI
@@ -200,3 +201,14 @@ def test_the_check_is_the_quickstart():
     assert "pmixseg quickstart" in page
     jobs = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert "docker build -t pmixseg ." in jobs and "apptainer test pmixseg.sif" in jobs
+
+
+def test_every_slow_test_is_run_by_one_part_of_the_weekly_job():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    (command,) = (step["run"] for step in jobs["slow"]["steps"] if "pytest" in step.get("run", ""))
+    assert "-m slow" in command
+    parts = [part["paths"].split() for part in jobs["slow"]["strategy"]["matrix"]["include"]]
+    ignored = [word.removeprefix("--ignore=") for word in parts[-1] if word.startswith("--")]
+    assert [word for word in parts[-1] if not word.startswith("--")] == ["tests", "pmixseg"]
+    assert sorted(itertools.chain(*parts[:-1])) == sorted(ignored)
+    assert all((ROOT / name).is_dir() for name in ignored)
