@@ -65,7 +65,7 @@ _HOMES = {
 }
 """Where each public name lives; a test keeps it equal to ``__all__`` and the typed imports."""
 
-ROOMS = (
+PACKAGES = (
     *("backbones", "callbacks", "data", "evaluation", "inference", "losses", "modules"),
     *("task", "testing"),
 )
@@ -77,7 +77,7 @@ sys.meta_path.append(MovedModules())
 
 def __getattr__(name: str) -> Any:
     """Import a public name (PEP 562)."""
-    if name in ROOMS:
+    if name in PACKAGES:
         return importlib.import_module(f"pmixseg.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'pmixseg' has no attribute '{name}'")
@@ -88,4 +88,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Public names and submodules, for completion."""
-    return sorted({*globals(), *__all__, *ROOMS})
+    return sorted({*globals(), *__all__, *PACKAGES})

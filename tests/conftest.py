@@ -1,4 +1,4 @@
-"""Fixtures that every room may use: a small phantom cohort and its store, made once."""
+"""Fixtures that every folder may use: a small phantom cohort and its store, made once."""
 
 import gc
 import os
@@ -13,8 +13,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 SPACING = 6.0
 
-# Rooms have a conftest each; as modules for doctests they would get into each other's way where
-# several rooms are named in one call.
+# Folders have a conftest each; as modules for doctests they would get into each other's way where
+# several folders are named in one call.
 collect_ignore_glob = ["*/conftest.py"]
 
 

@@ -154,8 +154,8 @@ ANY_NUMBER = {"seed", "index"}
 
 def described(cls):
     """Every class of the package whose constructor a file of settings may call."""
-    for room in ("", ".losses", ".callbacks", ".data", ".modules", ".backbones"):
-        package = importlib.import_module(f"pmixseg{room}")
+    for part in ("", ".losses", ".callbacks", ".data", ".modules", ".backbones"):
+        package = importlib.import_module(f"pmixseg{part}")
         assert all(hasattr(package, name) for name in package.__all__)  # imported by that
     for below in cls.__subclasses__():
         yield from described(below)
