@@ -138,7 +138,7 @@ class SegmentationModule(ScoredNetwork):
         eager = any(cast(Term, term).eager for term in self.terms.values())
         losses = self.losses if self._step is None or eager else self._step
         total, values, names = losses(batch, self.current_epoch, weights)
-        self._watch(dict(zip(names[:-1], values[:-1].unbind(), strict=True)))  # not the sum
+        self._watch(names[:-1], values[:-1])  # not the sum
         samples = len(batch["image"])
         self._means.add(names, values, samples)
         late = self._late_loss.put(total)
@@ -196,11 +196,11 @@ class SegmentationModule(ScoredNetwork):
             return True
         return any(cast(Term, term).needs_acquired for term in self.terms.values())
 
-    def _watch(self, parts: dict[str, Tensor]) -> None:
+    def _watch(self, names: tuple[str, ...], values: Tensor) -> None:
         """Notice a loss that is not finite; on a CPU at once, elsewhere without waiting for it."""
         if self._trainer is None or gradient_scaler(self.trainer) is not None:
             return  # a gradient scaler skips such a step and goes on
-        self._finite.see(parts, self.global_step)
+        self._finite.see(names, values, self.global_step)
         if self.device.type == "cpu":
             self._finite.check(self.lr)
 

@@ -193,11 +193,11 @@ def test_the_first_step_is_known_although_nobody_asked_before():
     """As on a GPU, where a step asks for no value."""
     loss = FiniteLoss()
     for step, (seg, align) in enumerate([(1, 1), (1, np.nan), (np.inf, 1), (1, 1)]):
-        loss.see({"seg": torch.tensor(float(seg)), "align": torch.tensor(float(align))}, step)
+        loss.see(("seg", "align"), torch.tensor([float(seg), float(align)]), step)
     with pytest.raises(InputError, match=r"since step 1 \(align\)"):
         loss.check(0.1)
     loss.check(0.1)
-    loss.see({"seg": torch.tensor(2.0)}, 5)
+    loss.see(("seg",), torch.tensor([2.0]), 5)
     loss.check(0.1)
 
 

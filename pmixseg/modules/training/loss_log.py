@@ -7,7 +7,7 @@ finite: such a training ends, and says since when and what to try.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Trainer
@@ -98,16 +98,16 @@ class FiniteLoss:
         self._names: tuple[str, ...] = ()
         self._first: Tensor | None = None
 
-    def see(self, parts: Mapping[str, Tensor], step: int) -> None:
+    def see(self, names: tuple[str, ...], values: Tensor, step: int) -> None:
         """Look at the parts of the loss of one step.
 
         Args:
-            parts: name -> value; the same names in every step.
+            names: of the parts; the same in every step.
+            values: one vector, detached.
             step: number of the optimizer step.
         """
-        values = torch.stack([value.detach().float() for value in parts.values()])
-        if self._first is None or tuple(parts) != self._names:
-            self._names = tuple(parts)
+        if self._first is None or names != self._names:
+            self._names = names
             self._first = torch.full(values.shape, NEVER, device=values.device)
         now = torch.where(values.isfinite(), NEVER, step)
         self._first = torch.minimum(self._first, now)
