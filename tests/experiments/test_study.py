@@ -9,9 +9,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from experiments.study import training as one_training
@@ -235,12 +235,40 @@ def test_what_has_ended_is_not_repeated(ran, plan_file, capsys):
     assert "small: 10 of 10 ended" in capsys.readouterr().out
 
 
-def test_the_seed_decides_everything(ran):
-    results = StudyResults.read(ran / "results" / "small")
-    dice = {s: results.run(f"few_alone_s{s}")["dice"].to_numpy() for s in (1, 2)}
-    loss = results.trainings.set_index("run")["train/loss"]
-    assert not np.array_equal(dice[1], dice[2])
-    assert loss["few_alone_s1"] != loss["few_alone_s2"]
+class Begun(Exception):
+    """A training would begin with this module and these data."""
+
+
+def test_the_seed_drives_weights_batches_augmentation_and_missingness(ran, plan_file, monkeypatch):
+    def begin(trainer, module, data):
+        raise Begun(module, data)
+
+    monkeypatch.setattr(one_training.Trainer, "fit", begin)
+    plan = read_plan(plan_file, {"groups": {"few": None}, "training.data.batch_size": 4})
+    trainings = {(t.arm, t.seed): t for t in plan.trainings}
+
+    def beginning(arm, seed):
+        with pytest.raises(Begun) as begun:
+            one_training.train(trainings[arm, seed], plan.cohort, ran / "work" / "small")
+        module, data = begun.value.args
+        data.setup("fit")
+        batch = next(iter(data.train_dataloader()))
+        # A patch, its augmentation and what is hidden of it are functions of its key.
+        shown = module.draw_present(batch)
+        weights = torch.cat([p.detach().flatten() for p in module.backbone.parameters()])
+        return {
+            "weights": weights,
+            "order": torch.tensor([int(case[-3:]) for case in batch["case_id"]]),
+            "keys": batch["key"],
+            "missingness": shown,
+        }
+
+    first, again, arm, other = (
+        beginning(*which) for which in [("alone", 1), ("alone", 1), ("aligned", 1), ("alone", 2)]
+    )
+    for name, value in first.items():
+        assert torch.equal(value, again[name]) and torch.equal(value, arm[name]), name
+        assert not torch.equal(value, other[name]), name
 
 
 def descendants(process):
