@@ -40,10 +40,11 @@ def turn_batch(
     """
     device, size = image.device, image.shape[2:]
     flipped, moved = image, label
+    rows = [[*(f and not t.resamples for f in t.flips), t.resamples] for t in turns]
+    flags = torch.tensor(rows).to(device, non_blocking=True)
     for axis in range(3):
-        flags = [turn.flips[axis] and not turn.resamples for turn in turns]
-        if any(flags):
-            where = torch.tensor(flags).to(device, non_blocking=True)
+        if any(row[axis] for row in rows):
+            where = flags[:, axis]
             flipped = torch.where(_beside(where, 5), flipped.flip(axis + 2), flipped)
             moved = torch.where(_beside(where, 4), moved.flip(axis + 1), moved)
     if not any(turn.resamples for turn in turns):
@@ -57,7 +58,7 @@ def turn_batch(
     turned = F.grid_sample(image, grid.to(image.dtype), align_corners=True)
     # In float64, so that no voxel's nearest neighbour is a matter of rounding.
     nearest = F.grid_sample(label[:, None].double(), grid, mode="nearest", align_corners=True)
-    where = torch.tensor([turn.resamples for turn in turns]).to(device, non_blocking=True)
+    where = flags[:, 3]
     return (
         torch.where(_beside(where, 5), turned, flipped),
         torch.where(_beside(where, 4), nearest[:, 0].to(label.dtype), moved),

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from pmixseg.data.augment import Augmentation
@@ -135,7 +134,6 @@ class BraTSDataModule(LightningDataModule):
         self._parts: Split | None = None
         self._allowed: dict[str, Flags] = {}
         self._voxel = (1.0, 1.0, 1.0)
-        self._keys: Tensor | None = None
 
     # ---------------------------------------------------------------- what others ask
 
@@ -312,21 +310,29 @@ class BraTSDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Move tensors; the stored case of an item stays what it is."""
-        moved = {k: v for k, v in batch.items() if k != "stored"}
-        # Kept back for the augmentation: reading keys off a GPU would wait for it.
-        self._keys = batch["key"]
-        moved = super().transfer_batch_to_device(moved, device, dataloader_idx)
-        return {**moved, **{k: v for k, v in batch.items() if k == "stored"}}
+        """Move tensors, but keys: a CPU draws from them, and reading off a GPU would wait for it.
+
+        Training batches are moved with what the module has drawn to be shown.
+        """
+        show = getattr(self.trainer and self.trainer.lightning_module, "show", None)
+        if show is not None and self._trains:
+            batch = show(batch)
+        kept = {k: batch[k] for k in ("key", "stored") if k in batch}
+        moved = {k: v for k, v in batch.items() if k not in kept}
+        return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **kept}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment training batches, and only those."""
-        training = self.trainer is not None and self.trainer.training
-        if not training or not isinstance(self.augmentation, Augmentation):
+        if not self._trains or not isinstance(self.augmentation, Augmentation):
             return batch
-        return self.augmentation(cast(Batch, batch), self._keys, self._voxel)
+        return self.augmentation(cast(Batch, batch), spacing=self._voxel)
 
     # ---------------------------------------------------------------- inside
+
+    @property
+    def _trains(self) -> bool:
+        """Whether batches are those of a training, not of its validation."""
+        return self.trainer is not None and bool(self.trainer.training)
 
     @property
     def _overfits(self) -> bool:

@@ -7,17 +7,19 @@ so nothing depends on the order of calls, the worker, the rank or the device.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pmixseg.types import Keys
 
-_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_SIGN = 1 << 64
 
 
 def make_key(seed: int, epoch: int | None, index: int) -> int:
@@ -51,11 +53,12 @@ def uniform(keys: Keys, stream: str, n: int) -> Float[Tensor, "b n"]:
         stream: name of the draw; different names are independent.
         n: numbers per key.
     """
-    keys = keys.reshape(-1, 1)
-    state = _mix(keys ^ _hash63(stream))
-    position = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)
-    bits = _mix(state + position * _GAMMA)
-    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+    if keys.device.type != "cpu":
+        return _uniform_there(keys, stream, n)
+    # NumPy has an unsigned shift, and starts each of these small operations sooner than torch.
+    column = keys.reshape(-1, 1).numpy().view(np.uint64)
+    states = _mixed(column ^ np.uint64(_hash63(stream)))
+    return torch.from_numpy((_mixed(states + _positions(n)) >> np.uint64(11)) * 2.0**-53)
 
 
 def number_of(name: str) -> int:
@@ -86,15 +89,35 @@ def generator(key: int, stream: str, device: torch.device | str = "cpu") -> torc
     return made
 
 
+@functools.lru_cache(maxsize=1024)
 def _hash63(text: str) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
+@functools.lru_cache(maxsize=64)
+def _positions(n: int) -> npt.NDArray[np.uint64]:
+    return np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+
+
+def _mixed(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser; arithmetic of arrays wraps, which is what it needs."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
+    return z ^ (z >> np.uint64(31))
+
+
+def _uniform_there(keys: Keys, stream: str, n: int) -> Float[Tensor, "b n"]:
+    """The same numbers in torch's own operations, for keys that lie on a GPU."""
+    state = _mix(keys.reshape(-1, 1) ^ _hash63(stream))
+    position = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)
+    bits = _mix(state + position * (_GAMMA - _SIGN))
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser; int64 arithmetic wraps, which is what it needs."""
-    z = (z ^ _shift_right(z, 30)) * _MIX_1
-    z = (z ^ _shift_right(z, 27)) * _MIX_2
+    z = (z ^ _shift_right(z, 30)) * (_MIX_1 - _SIGN)
+    z = (z ^ _shift_right(z, 27)) * (_MIX_2 - _SIGN)
     return z ^ _shift_right(z, 31)
 
 

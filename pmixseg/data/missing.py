@@ -54,7 +54,7 @@ class UniformCombinations(MissingnessSampler):
         # The combinations of n acquired modalities are the binary numbers 1 .. 2^n - 1, one
         # digit for each of them.
         number = acquired.sum(1, keepdim=True)
-        u = uniform(keys, _STREAM, 1).to(acquired.device)
+        u = uniform(keys, _STREAM, 1).to(acquired.device, non_blocking=True)
         code = 1 + (u * (2.0**number - 1)).long()
         digit = acquired.long().cumsum(1) - 1
         return acquired & ((code >> digit.clamp(min=0)) & 1).bool()
@@ -70,7 +70,7 @@ class UniformSizes(MissingnessSampler):
 
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
         """Draw the modalities to show, ``[B, M]``, never empty and within ``acquired``."""
-        u = uniform(keys, _STREAM, 1 + len(modalities)).to(acquired.device)
+        u = uniform(keys, _STREAM, 1 + len(modalities)).to(acquired.device, non_blocking=True)
         size = 1 + (u[:, :1] * acquired.sum(1, keepdim=True)).long()
         order = torch.where(acquired, u[:, 1:], 2.0)
         rank = order.argsort(1).argsort(1)
@@ -94,8 +94,8 @@ class Bernoulli(MissingnessSampler):
 
     def draw(self, keys: Keys, acquired: Presence, modalities: Sequence[str]) -> Presence:
         """Draw the modalities to show, ``[B, M]``, never empty and within ``acquired``."""
-        rates = rate_row(self.rates, modalities, "Bernoulli").to(acquired.device)
-        u = uniform(keys, _STREAM, len(modalities)).to(acquired.device)
+        rates = rate_row(self.rates, modalities, "Bernoulli").to(acquired.device, non_blocking=True)
+        u = uniform(keys, _STREAM, len(modalities)).to(acquired.device, non_blocking=True)
         return bernoulli_not_empty(u, rates.expand_as(u), acquired)
 
 
@@ -286,7 +286,7 @@ def _draw_weighted(
     weights = torch.where(shown.any(2), weights, 0.0)
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]
-    u = uniform(keys, _STREAM, 1).to(acquired.device)
+    u = uniform(keys, _STREAM, 1).to(acquired.device, non_blocking=True)
     # Rounding may lift u * total to the total itself; then the last possible candidate is meant.
     last = (weights > 0).long().mul(torch.arange(weights.shape[1], device=weights.device)).amax(1)
     chosen = torch.minimum((cumulative <= u * total).sum(1), last)

@@ -100,12 +100,12 @@ class PatchDataset(Dataset[Sample]):
         acquired = self.allowed.get(stored.case_id, stored.acquired)
         key = make_key(self.seed, epoch, index)
         start = self._start(stored, acquired, key)
-        image = torch.zeros(len(acquired), *self.patch_size)
+        image, volumes = torch.zeros(len(acquired), *self.patch_size), stored.image
         for m in np.flatnonzero(acquired):
-            _read(stored.image[m], start, image[m])
-        label = torch.zeros(self.patch_size, dtype=torch.int64)
-        assert stored.label is not None
-        _read(stored.label, start, label)
+            _read(volumes[m], start, image[m])
+        label, classes = torch.zeros(self.patch_size, dtype=torch.int64), stored.label
+        assert classes is not None
+        _read(classes, start, label)
         if self.transform is not None:
             image, label = self.transform(image, label, key)
             image[~torch.tensor(acquired)] = 0.0
@@ -146,7 +146,7 @@ class PatchDataset(Dataset[Sample]):
             return None
         of_class = voxels[int(u * len(voxels))]
         flat = of_class[int(v * len(of_class))]
-        return [int(i) for i in np.unravel_index(flat, stored.image.shape[1:])]
+        return [int(i) for i in np.unravel_index(flat, stored.geometry.box().shape)]
 
 
 class CaseDataset(Dataset[CaseItem]):
@@ -175,9 +175,10 @@ class CaseDataset(Dataset[CaseItem]):
     def __getitem__(self, index: int) -> CaseItem:
         stored = self.store.read(self.cases[index])
         acquired = self.allowed.get(stored.case_id, stored.acquired)
-        image = torch.zeros(stored.image.shape)
+        volumes = stored.image
+        image = torch.zeros(volumes.shape)
         for m in np.flatnonzero(acquired):
-            _read(stored.image[m], [0, 0, 0], image[m])
+            _read(volumes[m], [0, 0, 0], image[m])
         number = number_of(stored.case_id)
         item: CaseItem = {
             "image": image,
@@ -186,8 +187,9 @@ class CaseDataset(Dataset[CaseItem]):
             "key": torch.tensor(make_key(self.seed, None, number)),
             "stored": stored,
         }
-        if stored.label is not None:
-            item["label"] = torch.from_numpy(stored.label.astype(np.int64))
+        label = stored.label
+        if label is not None:
+            item["label"] = torch.from_numpy(label.astype(np.int64))
         return item
 
 

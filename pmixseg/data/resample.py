@@ -46,13 +46,13 @@ class Turn:
         first, second = self.plane
         sign = [-1.0 if flipped else 1.0 for flipped in self.flips]
         cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
-        matrix = torch.zeros(3, 3, dtype=torch.float64)
-        matrix[self.axis, self.axis] = sign[self.axis] / self.zoom
-        matrix[first, first] = sign[first] * cos / self.zoom
-        matrix[first, second] = sign[first] * sin / self.zoom * spacing[second] / spacing[first]
-        matrix[second, first] = -sign[second] * sin / self.zoom * spacing[first] / spacing[second]
-        matrix[second, second] = sign[second] * cos / self.zoom
-        return matrix
+        rows = [[0.0] * 3 for _ in range(3)]
+        rows[self.axis][self.axis] = sign[self.axis] / self.zoom
+        rows[first][first] = sign[first] * cos / self.zoom
+        rows[first][second] = sign[first] * sin / self.zoom * spacing[second] / spacing[first]
+        rows[second][first] = -sign[second] * sin / self.zoom * spacing[first] / spacing[second]
+        rows[second][second] = sign[second] * cos / self.zoom
+        return torch.tensor(rows, dtype=torch.float64)
 
     @property
     def plane(self) -> tuple[int, int]:

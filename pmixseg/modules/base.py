@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.layers.bf16_gradients import repair_gradients
@@ -20,17 +21,18 @@ from pmixseg.data.missing import MissingnessSampler
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
-from pmixseg.execution import static_on
+from pmixseg.execution import seed_device, static_on
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.fill import learned_weights
 from pmixseg.modules.scoring import ScoredNetwork
 from pmixseg.modules.training.compilation import Compile, CompiledStep, Losses, plan
-from pmixseg.modules.training.loss_log import EpochMeans, FiniteLoss, LateValue, gradient_scaler
+from pmixseg.modules.training.loss_log import LossLog
 from pmixseg.modules.training.optimization import (
     Schedule,
     callable_from,
+    clip_norm,
     complete_gradients,
     every_parameter,
     fuse,
@@ -41,11 +43,7 @@ from pmixseg.modules.training.optimization import (
     scheduled,
 )
 from pmixseg.modules.training.resuming import Resuming
-from pmixseg.modules.training.trainer_checks import (
-    check_loaders,
-    check_parameters,
-    check_trainer,
-)
+from pmixseg.modules.training.trainer_checks import check_loaders, check_parameters, check_trainer
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch, Latents, Presence, Scalar, SegOutput
 
@@ -106,11 +104,9 @@ class SegmentationModule(ScoredNetwork):
         self.terms = nn.ModuleDict()
         self.term_weights: dict[str, TermWeight] = {}
         self._step: CompiledStep | None = None
-        self._means, self._late_loss = EpochMeans(), LateValue()
+        self._loss_log = LossLog(seldom=False)
         self._lent: dict[str, bool] = {}
-        self._resuming = Resuming()
-        self._rate_changed = False
-        self._finite = FiniteLoss()
+        self._resuming, self._rate_changed = Resuming(), False
         self.save_hyperparameters(describe(self.init_args))
 
     # ---------------------------------------------------------------- training
@@ -129,21 +125,27 @@ class SegmentationModule(ScoredNetwork):
         """Compute the segmentation loss in float32, on the network's main output."""
         return self.criterion(output, batch, epoch)
 
+    def show(self, batch: Batch) -> Batch:
+        """Return a training batch with ``present``, drawn unless it has been.
+
+        The data module asks for it before it moves a batch: a GPU would start forty operations.
+        """
+        drawn = {} if "present" in batch else {"present": self.draw_present(batch)}
+        return cast(Batch, {**batch, **drawn})
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw what the network is shown, then compute the loss."""
-        batch = self.own_batch(cast(Batch, {**batch, "present": self.draw_present(batch)}))
+        batch = self.own_batch(self.show(batch))
         for term in self.terms.values():
             batch = cast(Term, term).prepare(batch)
         weights = {name: w.at(self.current_epoch) for name, w in self.term_weights.items()}
         eager = any(cast(Term, term).eager for term in self.terms.values())
         losses = self.losses if self._step is None or eager else self._step
         total, values, names = losses(batch, self.current_epoch, weights)
-        self._watch(names[:-1], values[:-1])  # not the sum
         samples = len(batch["image"])
-        self._means.add(names, values, samples)
-        late = self._late_loss.put(total)
-        if late is not None and self._trainer is not None:
-            self.log("loss", late, prog_bar=True, logger=False, batch_size=samples)
+        shown = self._loss_log.see(names, values, samples, batch_idx, self)
+        if shown is not None:
+            self.log("loss", shown, prog_bar=True, logger=False, batch_size=samples)
         return total
 
     def losses(
@@ -196,14 +198,6 @@ class SegmentationModule(ScoredNetwork):
             return True
         return any(cast(Term, term).needs_acquired for term in self.terms.values())
 
-    def _watch(self, names: tuple[str, ...], values: Tensor) -> None:
-        """Notice a loss that is not finite; on a CPU at once, elsewhere without waiting for it."""
-        if self._trainer is None or gradient_scaler(self.trainer) is not None:
-            return  # a gradient scaler skips such a step and goes on
-        self._finite.see(names, values, self.global_step)
-        if self.device.type == "cpu":
-            self._finite.check(self.lr)
-
     def on_validation_start(self) -> None:
         """End a training whose loss is no longer finite before it is validated.
 
@@ -212,7 +206,7 @@ class SegmentationModule(ScoredNetwork):
         """
         super().on_validation_start()
         if self.trainer.state.fn == "fit":
-            self._finite.check(self.lr)
+            self._loss_log.finite.check(lambda: self.lr)
 
     def own_batch(self, batch: Batch) -> Batch:
         """Bring a batch of the task into the order of this module's slots, once per step.
@@ -234,12 +228,20 @@ class SegmentationModule(ScoredNetwork):
 
     def on_after_backward(self) -> None:
         """Give parameters that this step did not use a gradient of 0."""
-        complete_gradients(self)
+        complete_gradients(self, () if self._trainer is None else self.trainer.optimizers)
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *how: Any, **named: Any) -> None:
+        """Clip as the trainer says; on a GPU the norm in a few operations."""
+        most = self.trainer.gradient_clip_val
+        if most and self.trainer.gradient_clip_algorithm != "value" and static_on(self.device):
+            clip_norm(optimizer, most)
+        else:
+            super().configure_gradient_clipping(optimizer, *how, **named)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from (seed, rank, epoch, step): a resumed run repeats the same randomness."""
         key = make_key(self.seed, self.current_epoch, batch_idx)
-        torch.manual_seed((key + self.global_rank) % (1 << 63))
+        seed_device(self.device, (key + self.global_rank) % (1 << 63))
 
     @property
     def seed(self) -> int:
@@ -253,8 +255,8 @@ class SegmentationModule(ScoredNetwork):
         Raises:
             InputError: the loss was not finite; no checkpoint of this epoch is written.
         """
-        self._finite.check(self.lr)
-        means = self._means.settle()
+        self._loss_log.finite.check(lambda: self.lr)
+        means = self._loss_log.means.settle()
         self.log_dict({f"train/{name}": mean for name, mean in means.items()}, sync_dist=True)
         for level, weights in self.learned_weights.items():
             for name, weight in zip(self.backbone.slots, weights, strict=True):
@@ -311,7 +313,6 @@ class SegmentationModule(ScoredNetwork):
         super().setup(stage)
         if stage == "fit":
             self._return_terms()
-            self._finite = FiniteLoss()
             self.follow_levels(self.aligned_levels())
             check_trainer(self.trainer)
             self._resuming, self._rate_changed = Resuming(self.trainer), False
@@ -332,7 +333,7 @@ class SegmentationModule(ScoredNetwork):
             )
         check_parameters(self, self.trainer)
         self.repairs = repair_gradients(self)
-        self._means, self._late_loss = EpochMeans(), LateValue()
+        self._loss_log = LossLog(seldom=static_on(self.device))
         how = plan(self.compile_setting, self.device, self.trainer)
         self._step = None if how is None else CompiledStep(self.losses, how, self)
         if self._rate_changed:  # by LearningRateFinder, which does not know the schedule

@@ -85,7 +85,7 @@ def hide_blocks(image: Image, keys: Keys, block: int, share: float) -> Image:
     drawn = uniform(keys, "blocks", modalities * cubes).view(-1, modalities, cubes)
     # Ranks of distinct numbers: exactly so many cubes, whatever was drawn.
     shown = drawn.argsort(2).argsort(2) >= int(share * cubes)
-    mask = shown.view(-1, modalities, *grid).to(image.device)
+    mask = shown.view(-1, modalities, *grid).to(image.device, non_blocking=True)
     for axis, side in enumerate(image.shape[2:], start=2):
         mask = mask.repeat_interleave(block, axis).narrow(axis, 0, side)
     return image * mask

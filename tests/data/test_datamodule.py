@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from pmixseg.data.store.store import Store, prepare
 from pmixseg.data.torchio_transform import TorchIOTransform
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
+
+META = torch.device("meta")
 
 REAL = Path(__file__).parents[2] / "../shared/data/brats2021"
 SMALL = {"patch_size": 16, "patches_per_case": 2, "batch_size": 2}
@@ -213,9 +216,28 @@ def test_moving_to_a_device_leaves_the_stored_case_alone(phantom_store):
     data = BraTSDataModule(phantom_store, **SMALL)
     data.setup("test")
     item = next(iter(data.test_dataloader()))
-    moved = data.transfer_batch_to_device(item, torch.device("meta"), 0)
+    moved = data.transfer_batch_to_device(item, META, 0)
     assert moved["image"].device.type == moved["label"].device.type == "meta"
     assert moved["stored"] is item["stored"]
+    assert moved["key"] is item["key"]  # a CPU draws from it
+
+
+def test_training_batches_reach_a_gpu_with_what_is_shown(phantom_store):
+    """Drawn on the CPU: on the device it would be forty operations, and a wait for the key."""
+    data, shown = BraTSDataModule(phantom_store, **SMALL), []
+
+    def show(batch):
+        shown.append(batch["acquired"].device.type)
+        return {**batch, "present": batch["acquired"]}
+
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(show=show), training=True)
+    data.setup("fit")
+    moved = data.transfer_batch_to_device(next(iter(data.train_dataloader())), META, 0)
+    assert moved["present"].device == moved["acquired"].device == META
+    assert shown == ["cpu"]
+    data.trainer.training = False
+    item = next(iter(data.val_dataloader()))
+    assert "present" not in data.transfer_batch_to_device(item, META, 0)
 
 
 def test_validation_cases_are_few_and_always_the_same(phantom_store):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmixseg.data.keys import generator, make_key, uniform
+from pmixseg.data.keys import _uniform_there, generator, make_key, uniform
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler
 from pmixseg.errors import InputError
 
@@ -102,6 +102,7 @@ def test_uniform_is_splitmix64_in_plain_integers(key, stream):
     stream_hash = int.from_bytes(digest, "little") >> 1
     expected = slow_uniform(key, stream_hash, 4)
     assert uniform(torch.tensor([key]), stream, 4)[0].tolist() == expected
+    assert _uniform_there(torch.tensor([key]), stream, 4)[0].tolist() == expected
 
 
 def test_splitmix64_reference_value():

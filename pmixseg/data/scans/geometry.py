@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -149,7 +150,15 @@ class Geometry:
         Raises:
             InputError: a modality that was not acquired, or none.
         """
-        names = list(self.boxes) if combination is None else list(combination)
+        if combination is None:
+            return self._whole
+        return self._union(list(combination))
+
+    @functools.cached_property
+    def _whole(self) -> Box:
+        return self._union(list(self.boxes))
+
+    def _union(self, names: list[str]) -> Box:
         missing = [n for n in names if n not in self.boxes]
         if missing or not names:
             raise InputError(

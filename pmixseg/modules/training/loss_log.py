@@ -7,13 +7,66 @@ finite: such a training ends, and says since when and what to try.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from pmixseg.errors import InputError
+
+SHOWN_EVERY = 10
+"""Steps of a GPU for one loss on the progress bar: Lightning takes most of a millisecond for it."""
+
+
+class LossLog:
+    """What a training says of its losses, and when.
+
+    Args:
+        seldom: on a GPU. Nothing is waited for, and one loss in :data:`SHOWN_EVERY` steps is shown,
+            besides that of an epoch's last step.
+    """
+
+    def __init__(self, seldom: bool) -> None:
+        self.seldom = seldom
+        self.means, self.finite = EpochMeans(), FiniteLoss()
+        self._late = LateValue()
+
+    def see(
+        self,
+        names: tuple[str, ...],
+        values: Tensor,
+        samples: int,
+        batch_idx: int,
+        module: LightningModule,
+    ) -> Tensor | None:
+        """Take in the losses of one step.
+
+        Args:
+            names: of the parts; the last is their sum.
+            values: one vector, detached.
+            samples: in the batch.
+            batch_idx: of the step in its epoch.
+            module: that is trained, by a trainer or by itself.
+
+        Returns:
+            The loss to show, if any.
+
+        Raises:
+            InputError: some part is not finite, and that is known without waiting.
+        """
+        self.means.add(names, values, samples)
+        if module._trainer is None:
+            return None
+        trainer = module.trainer
+        # A gradient scaler skips a step that is not finite, and goes on.
+        if gradient_scaler(trainer) is None:
+            self.finite.see(names[:-1], values[:-1], trainer.global_step)
+            if not self.seldom:
+                self.finite.check(lambda: float(module.lr))  # type: ignore[arg-type]  # a module of ours
+        if self.seldom and batch_idx % SHOWN_EVERY and not trainer.is_last_batch:
+            return None
+        return self._late.put(values[-1])
 
 
 def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
@@ -112,11 +165,11 @@ class FiniteLoss:
         now = torch.where(values.isfinite(), NEVER, step)
         self._first = torch.minimum(self._first, now)
 
-    def check(self, rate: float) -> None:
+    def check(self, rate: Callable[[], float]) -> None:
         """Ask for the values.
 
         Args:
-            rate: learning rate of the training, for the advice.
+            rate: tells the learning rate of the training, for the advice.
 
         Raises:
             InputError: some part was not finite.
@@ -130,6 +183,6 @@ class FiniteLoss:
         guilty = [n for n, s in zip(self._names, steps, strict=True) if s == min(steps)]
         raise InputError(
             f"the loss is not finite since step {min(steps)} ({', '.join(guilty)}), so the "
-            f"training ends; try a lower learning rate than {rate:g}, "
+            f"training ends; try a lower learning rate than {rate():g}, "
             "--trainer.gradient_clip_val=1, or a lower weight of that term."
         )

@@ -3,16 +3,18 @@
 import copy
 import functools
 import itertools
+import sys
 
 import pytest
 import torch
 import torch._dynamo.testing
+from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmixseg import backbones
 from pmixseg.backbones import MultiEncoderUNet, RFNet
 from pmixseg.callbacks import Distillation, PmixAlignment
-from pmixseg.execution import as_on_gpu
+from pmixseg.execution import as_on_gpu, seed_device
 from pmixseg.losses import DiceCE, LogitKL, MixtureAnchor
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.shaspec import ShaSpecCriterion
@@ -20,7 +22,8 @@ from pmixseg.losses.term import TermWeight
 from pmixseg.losses.uhved import UHVEDCriterion
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.modules.training.compilation import CompiledStep, Plan
-from pmixseg.modules.training.optimization import fuse, place_steps
+from pmixseg.modules.training.optimization import clip_norm, fuse, place_steps
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 pytestmark = pytest.mark.long
 
@@ -323,3 +326,92 @@ def test_the_number_of_operations_of_a_step_is_bounded(make, criterion, most):
         output = network(torch.randn(1, 4, 16, 16, 16), shown)
         criterion()(output, batch, 0).backward()
     assert len(counted.names) <= most
+
+
+class HostCalls(Callback):
+    """Counts calls of Python functions from the end of one step to the end of the next.
+
+    Those of the loss and of the backward pass are left out: a compiled step does not make them.
+    """
+
+    def __init__(self):
+        self.calls, self.measures = 0, False
+
+    def on_train_start(self, trainer, module):
+        for name in ("losses", "backward"):
+            monitored = functools.partial(self.paused, getattr(module, name))
+            setattr(module, name, monitored)
+
+    def paused(self, function, *args, **kwargs):
+        sys.setprofile(None)
+        result = function(*args, **kwargs)
+        sys.setprofile(self.see if self.measures else None)
+        return result
+
+    def see(self, frame, event, argument):
+        self.calls += event == "call"
+
+    def on_train_batch_end(self, trainer, *args):
+        self.measures = trainer.global_step == 2
+        sys.setprofile(self.see if self.measures else None)
+
+
+def host_calls(folder, levels):
+    """Calls outside the loss in a step of a training on a GPU, and tensors that it trains."""
+    counter = HostCalls()
+    terms = [PmixAlignment(weight=0.1, distance="nmse"), counter]
+    trainer = quiet_trainer(folder, callbacks=terms, gradient_clip_val=1.0)
+    trained = StudentModule(backbone=tiny(levels))
+    with as_on_gpu():
+        trainer.fit(trained, MemoryData([[True] * 4] * 4, batch_size=1))
+    return counter.calls, len(list(trained.parameters()))
+
+
+def test_the_host_s_work_does_not_grow_with_the_number_of_parameters(tmp_path):
+    """A walk over a module's parameters, in every step, takes longer than the fused optimizer."""
+    few, parameters = host_calls(tmp_path, 2)
+    more, others = host_calls(tmp_path, 3)
+    assert others > parameters + 20
+    assert more - few <= 3 * (others - parameters)  # torch's own optimizer makes two
+    assert few < 1700  # 1,400, nine tenths of them Lightning's
+
+
+@pytest.mark.parametrize("most", [0.5, 1e6])
+def test_clipping_gives_torch_s_numbers_in_eight_operations(most):
+    one, generator = module(), torch.Generator().manual_seed(1)
+    other = copy.deepcopy(one)
+    pairs = list(zip(one.parameters(), other.parameters(), strict=True))
+    for parameter, same in pairs[1:]:  # the first has no gradient
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        same.grad = parameter.grad.clone()
+    torch.nn.utils.clip_grad_norm_(other.parameters(), most)
+    optimizer = torch.optim.AdamW(one.parameters())
+    with Kernels() as counted:
+        clip_norm(optimizer, most)
+    assert len(counted.names) <= 8
+    for parameter, same in pairs[1:]:
+        torch.testing.assert_close(parameter.grad, same.grad, rtol=0, atol=0)
+    clip_norm(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), most)  # none has one
+
+
+def test_one_device_is_seeded_as_all_are():
+    torch.manual_seed(7)
+    expected = torch.rand(2)
+    seed_device(torch.device("cpu"), 7)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_gpu_shows_one_loss_in_ten_and_the_last(tmp_path):
+    steps = []
+
+    class Shown(StudentModule):
+        def log(self, name, value, **arguments):
+            if name == "loss":
+                steps.append(self.global_step)
+
+    for static, shown in ((True, [0, 10, 11]), (False, list(range(12)))):
+        steps.clear()
+        trained = Shown(backbone=tiny(2))
+        with as_on_gpu(static):
+            quiet_trainer(tmp_path).fit(trained, MemoryData([[True] * 4] * 12, batch_size=1))
+        assert steps == shown
