@@ -310,8 +310,11 @@ class AlignmentTerm(Term):
         anchor = self._anchor.value
         if isinstance(self.alignment, OfficialAlignment) or anchor is None:
             return []
-        distance = self.alignment.distance
-        return list(inert_settings(name, distance, anchor, module, sample=self.sample))
+        distance, detach = self.alignment.distance, self.alignment.detach
+        sentences = inert_settings(
+            name, distance, anchor, module, detach=detach, sample=self.sample
+        )
+        return list(sentences)
 
     def decoded(self, latents: Latents) -> Latents:
         """Samples of the aligned levels, where asked for."""

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from pmixseg.losses.anchors import Anchor, NormalAnchor, WeightedAnchor
-from pmixseg.losses.distances import KL, NMSE, VID, Distance
+from pmixseg.losses.distances import KL, NMSE, VIC, VID, Detach, Distance, SmoothL1, Whitened
 from pmixseg.modules.base import SegmentationModule
+
+BLIND_TO_SCALE = (NMSE, SmoothL1, VIC, Whitened)
+"""Distances that divide latents by their own deviations before they look at the anchor."""
 
 UNIFORM = 1e-3
 """Weights of an anchor that differ from 1/M by less have not left uniform."""
@@ -20,6 +23,7 @@ def inert_settings(
     anchor: Anchor,
     module: SegmentationModule,
     *,
+    detach: Detach,
     sample: bool,
 ) -> Iterator[str]:
     """Say what will do nothing in a training that begins.
@@ -29,6 +33,7 @@ def inert_settings(
         distance: what it measures.
         anchor: what it aligns to.
         module: what is trained.
+        detach: what the alignment holds still.
         sample: whether the decoder reads samples of the distance's Gaussians.
     """
     if len(module.backbone.slots) == 1 and isinstance(anchor, WeightedAnchor):
@@ -50,10 +55,16 @@ def inert_settings(
             f"{name}.distance kl trains heads that can meet the loss without the latents moving; "
             f"use --{name}.sample true, or another distance."
         )
-    if isinstance(distance, NMSE) and isinstance(anchor, NormalAnchor):
+    if isinstance(distance, BLIND_TO_SCALE) and isinstance(anchor, NormalAnchor):
         yield (
-            f"{name}.distance nmse to a NormalAnchor only pushes the mean of the latents to 0, "
-            "since it does not see their scale; use another anchor, or the distance mse."
+            f"{name}.distance {distance.name} to a NormalAnchor pushes at most the mean of the "
+            "latents to 0, since it does not see their scale; use another anchor, or the distance "
+            "mse."
+        )
+    if detach == "features" and isinstance(anchor, NormalAnchor):
+        yield (
+            f"{name}.detach features holds the latents still, and a NormalAnchor does not move, so "
+            "nothing is aligned; leave it out, or use another anchor."
         )
 
 

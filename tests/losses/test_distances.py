@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pmixseg.callbacks.inert import BLIND_TO_SCALE
 from pmixseg.errors import InputError
 from pmixseg.gaussians import gaussian_kl
 from pmixseg.losses.alignment import AlignmentLoss
@@ -158,6 +159,18 @@ def test_standardised_vid_does_not_move_complete_samples():
     f.grad = None
     align(f, VID(), NormalAnchor(), present=flags([1, 0, 0, 0], [0, 1, 1, 0])).backward()
     assert f.grad.abs().max() > 1e-4
+
+
+def test_to_a_normal_anchor_only_some_distances_see_the_scale():
+    """What ``inert_settings`` warns of: with the mean at 0, no gradient along the deviations."""
+    torch.manual_seed(0)
+    f = 3 * torch.randn(2, 4, 3, 4, 4, 4, dtype=torch.float64)
+    f = (f - f.mean((0, 1, 3, 4, 5), keepdim=True)).requires_grad_()
+    blind = {distance.name for distance in BLIND_TO_SCALE}
+    for name in ("mse", "kl", "mmd", "sliced_wasserstein", "joint", *blind):
+        (slope,) = torch.autograd.grad(align(f, name, NormalAnchor()), f)
+        along = (slope * f).sum().abs() / f.square().sum()
+        assert (along < 1e-8) == (name in blind), name
 
 
 def test_mmd_by_hand():
