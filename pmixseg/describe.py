@@ -7,7 +7,6 @@ jsonargparse and of every YAML file here.
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 import inspect
@@ -17,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from pmixseg.argument_checks import argument_check
 from pmixseg.errors import InputError
 from pmixseg.old_paths import current_path
 
@@ -103,7 +103,7 @@ def _takes(cls: type, name: str) -> bool:
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(init)
-    choices = {p.name: _choices(str(p.annotation)) for p in signature.parameters.values()}
+    check = argument_check(init)
 
     @functools.wraps(init)
     def remember(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -122,47 +122,10 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
                     arguments[name] = value
             # nn.Module.__setattr__ is not ready before super().__init__().
             object.__setattr__(self, "_init_args", arguments)
-        names = list(signature.parameters)[1:]
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            _check_argument(type(self), name, value, choices.get(name))
+        check(self, args, kwargs)
         init(self, *args, **kwargs)
 
     return remember
-
-
-def _choices(annotation: str) -> tuple[str, ...] | None:
-    """List the words that an annotation allows; ``None`` where it allows any or none.
-
-    Example:
-        >>> _choices('Literal["zero", "anchor"] | None')
-        ('zero', 'anchor')
-        >>> _choices('str | Literal["auto"]')
-    """
-    tree = ast.walk(ast.parse(annotation, mode="eval")) if "Literal[" in annotation else ()
-    nodes = list(tree)
-    if any(isinstance(node, ast.Name) and node.id == "str" for node in nodes):
-        return None
-    words = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    return tuple(words) or None
-
-
-def _check_argument(
-    cls: type[Described], name: str, value: Any, choices: tuple[str, ...] | None
-) -> None:
-    """Refuse a word or number that an argument does not know, before anything is made of it."""
-    owner = cls.__name__
-    if isinstance(value, str) and choices is not None and value not in choices:
-        raise InputError(f"{owner}: {name} is '{value}'; use {' or '.join(choices)}.")
-    parts = value if isinstance(value, list | tuple) else (value,)
-    numbers = [part for part in parts if isinstance(part, int | float)]
-    if any(math.isnan(number) for number in numbers):
-        raise InputError(f"{owner}: {name} is {value}; give a number.")
-    every = (vars(base).get("ranges", {}) for base in cls.__mro__)
-    known: Range | None = next((ranges[name] for ranges in every if name in ranges), None)
-    if known is not None and not all(number in known for number in numbers):
-        raise InputError(f"{owner}: {name} is {value}; give {known}.")
-    if any(math.isinf(number) for number in numbers):
-        raise InputError(f"{owner}: {name} is {value}; give a finite number.")
 
 
 def describe(value: Any, where: str = "value") -> Any:
@@ -297,6 +260,9 @@ def build(value: Any, **extra: Any) -> Any:
             f"{value!r} stands where an object belongs; give the object itself, as in RFNet() and "
             "not 'RFNet', or its class as {'class_path': 'RFNet', 'init_args': {...}}."
         )
+    if inspect.isclass(value) and issubclass(value, Described):
+        name = value.__name__
+        raise InputError(f"{name} is a class; give an object of it, as in {name}().")
     if not is_description(value):
         return value
     cls = find_class(value["class_path"])

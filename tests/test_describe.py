@@ -5,17 +5,21 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from pmixseg import BraTSDataModule, Distillation, PmixAlignment, StudentModule
 from pmixseg.backbones import MultiEncoderUNet
+from pmixseg.callbacks import TermCallback
 from pmixseg.data import Augmentation, Fractions
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.losses import DiceCE, LatentMatch, LogitKL, MixtureAnchor
 
 
@@ -139,6 +143,78 @@ def test_wrong_names_and_arguments_are_sentences():
 def test_unknown_words_and_numbers_that_are_none_are_refused_in_python(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()
+
+
+class Plain(nn.Module):
+    """No backbone."""
+
+
+class Own(StudentModule):
+    def build_backbone(self):
+        return Plain()
+
+
+class OwnTerm(TermCallback):
+    def build_term(self, module):
+        return Plain()
+
+
+def data(**arguments):
+    return BraTSDataModule(**{"store": "s", **arguments})
+
+
+def student(**arguments):
+    return StudentModule(backbone=MultiEncoderUNet(width=2, levels=2), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: data(batch_size="2"), "BraTSDataModule: batch_size is '2'; give a whole number."),
+        (lambda: data(batch_size=2.5), "batch_size is 2.5; give a whole number."),
+        (lambda: data(num_workers=None), "num_workers is None; give a whole number."),
+        (lambda: data(seed="a"), "seed is 'a'; give a whole number."),
+        (lambda: data(spacing=2.0), "spacing is 2.0; give a list or null."),
+        (lambda: data(predict_part="tets"), "predict_part is 'tets'; use train or val or test or"),
+        (lambda: data(layout=5), "layout is 5; give a text or a path or null."),
+        (
+            lambda: data(task="brats"),
+            "task is 'brats'; give a pmixseg.Task, such as pmixseg.BRATS.",
+        ),
+        (lambda: data(split=Fractions), "Fractions is a class; give an object of it, as in Fracti"),
+        (
+            lambda: StudentModule(backbone=MultiEncoderUNet),
+            "MultiEncoderUNet is a class; give an ob",
+        ),
+        (lambda: student(fill_levels=0), "StudentModule: fill_levels is 0; give a list or null."),
+        (lambda: student(evaluation="x"), "evaluation is 'x'; give EvaluationSettings, or a map"),
+        (lambda: student(evaluation={"window": 16}), "EvaluationSettings: window is 16; give a li"),
+        (lambda: student(evaluation={"overlap": "x"}), "overlap is 'x'; give a number."),
+        (lambda: PmixAlignment(weight="1"), "PmixAlignment: weight is '1'; give a number."),
+        (lambda: PmixAlignment(levels=0), "PmixAlignment: levels is 0; give a list or null."),
+        (lambda: Distillation(5), "Distillation: teacher is 5; give a text or null."),
+        (lambda: SegmentSettings(tta="yes"), "SegmentSettings: tta is 'yes'; give true or false."),
+        (
+            lambda: student().segment({}, "strict"),
+            "settings is 'strict'; give SegmentSettings(...).",
+        ),
+        (Own, "the network of this Own is a Plain, and no pmixseg.backbones.Backbone; derive it"),
+        (
+            lambda: OwnTerm("own", 1.0).setup(Trainer(logger=False), student(), "fit"),
+            "OwnTerm.build_term made a Plain; let it return a pmixseg.losses.term.Term.",
+        ),
+    ],
+)
+def test_values_of_another_kind_are_one_sentence(make, sentence, monkeypatch):
+    monkeypatch.setattr(OwnTerm, "_check_neighbours", lambda *_: None)
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        make()
+
+
+def test_kinds_that_fit_are_taken():
+    data(batch_size=2.0, spacing=np.ones(3), seed=np.int64(3), store=Path("s"))
+    PmixAlignment(weight=np.float32(0.5), levels=(0, 1))
+    assert describe(student(fill_levels=[0]))["init_args"]["fill_levels"] == [0]
 
 
 def test_an_argument_that_does_not_exist_is_told_with_its_class():

@@ -116,11 +116,10 @@ class Distillation(TermCallback):
 
     def load_teacher(self) -> SegmentationModule:
         """The teacher, frozen and in eval mode."""
-        teacher = self.teacher
-        if isinstance(teacher, str | Path):
-            module = load(teacher, modules=self.modules)
-        else:
-            module = cast(Any, teacher)
+        teacher: Any = self.teacher
+        module = load(teacher, modules=self.modules) if isinstance(teacher, str | Path) else teacher
+        if not isinstance(module, SegmentationModule):
+            raise InputError(f"{self.name}.teacher is {teacher!r}; name a checkpoint, or load it.")
         return module.eval().requires_grad_(False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

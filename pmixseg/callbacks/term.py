@@ -76,6 +76,11 @@ class TermCallback(Callback, Described, ABC):
             )
         self._check_neighbours(trainer)
         term = self.build_term(pl_module)
+        if not isinstance(term, Term):
+            raise InputError(
+                f"{type(self).__name__}.build_term made a {type(term).__name__}; let it return a "
+                "pmixseg.losses.term.Term."
+            )
         self.schedule = TermWeight(self.weight, self.start_epoch, self.warmup_epochs)
         pl_module.add_term(self.name, term, self.schedule, lent=True)
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, SequentialSampler
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.cohorts.shares import Share
@@ -85,6 +86,7 @@ class BraTSDataModule(LightningDataModule):
             out of range.
     """
 
+    @checked
     def __init__(
         self,
         store: str | Path | None = None,
@@ -108,6 +110,8 @@ class BraTSDataModule(LightningDataModule):
         predict_part: Literal["train", "val", "test", "all"] = "test",
     ) -> None:
         super().__init__()
+        if not isinstance(task, Task):
+            raise InputError(f"task is {task!r}; give a pmixseg.Task, such as pmixseg.BRATS.")
         if mask_file is not None and masks is not None:
             raise InputError("both mask_file and masks are given; name one of them.")
         if val_cases is not None and val_cases < 1:

@@ -99,6 +99,12 @@ class SegmentationNetwork(LightningModule, Described):
     def _fit_backbone(self, backbone: Backbone | None) -> Backbone:
         needs = {"modalities": list(self.modalities), "num_classes": self.task.num_classes}
         net = self.build_backbone() if backbone is None else backbone
+        if not isinstance(net, Backbone):
+            raise InputError(
+                f"the network of this {type(self).__name__} is a {type(net).__name__}, and no "
+                "pmixseg.backbones.Backbone; derive it from that, or put a network of MONAI into "
+                "an EarlyFusion."
+            )
         if (net.modalities, net.num_classes) == (self.modalities, self.task.num_classes):
             return net
         if backbone is None:
@@ -284,6 +290,8 @@ class SegmentationNetwork(LightningModule, Described):
             InputError: see :func:`pmixseg.evaluation.prediction.scans.segment_scans`.
         """
         settings = settings or SegmentSettings()
+        if not isinstance(settings, SegmentSettings):
+            raise InputError(f"settings is {settings!r}; give SegmentSettings(...).")
         evaluation = self._of_one_shape(settings.over(self.evaluation))
         recipe = Recipe(
             self.task,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from pmixseg.argument_checks import check_fields
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.geometry import Geometry
@@ -80,6 +81,7 @@ class EvaluationSettings:
     temperatures: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_windows(self.window, self.overlap, self.batch_size, self.blend)
         check_names(self.postprocess)
         if self.validation not in get_args(Validation):
@@ -114,6 +116,8 @@ class EvaluationSettings:
             return cls()
         if isinstance(settings, EvaluationSettings):
             return settings
+        if not isinstance(settings, Mapping):
+            raise InputError(f"evaluation is {settings!r}; give EvaluationSettings, or a mapping.")
         values = dict(settings)
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pmixseg.argument_checks import check_fields
 from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
 from pmixseg.data.scans.geometry import Geometry, Spacing
 from pmixseg.data.scans.grids import CommonGrid, on_one_grid
@@ -66,6 +67,7 @@ class SegmentSettings:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for what, value, allowed in (
             ("precision", self.precision, ("fp32", "bf16")),
             ("dtype", self.dtype, (None, "float16", "float32")),
