@@ -226,7 +226,6 @@ def trainer(run: Path, **arguments: Any) -> Trainer:
     return Trainer(
         default_root_dir=run,
         accelerator="auto",
-        use_distributed_sampler=False,
         enable_model_summary=False,
         log_every_n_steps=1,
         **arguments,

@@ -216,7 +216,6 @@ def trainer_of(bench: Bench, folder: Path, precision: str, **settings: Any) -> T
         precision=precision,
         default_root_dir=folder,
         enable_model_summary=False,
-        use_distributed_sampler=False,
         **quiet,
         **settings,
     )

@@ -112,11 +112,7 @@ class TrainingCLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             # One case shows before a training whether validation works; a second shows no more.
-            trainer_defaults={
-                "use_distributed_sampler": False,
-                "max_epochs": 100,
-                "num_sanity_val_steps": 1,
-            },
+            trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": 1},
             parser_class=TrainingParser,
             args=with_checkpoint_defaults(self.words, modules),
             load_from_checkpoint_support=False,  # our modules describe themselves

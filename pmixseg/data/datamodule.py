@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 from pmixseg.argument_checks import checked
 from pmixseg.data.augment import Augmentation
@@ -29,7 +29,7 @@ from pmixseg.data.patches import (
     collate_case,
     collate_patches,
 )
-from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, FirstEpoch
+from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, SameOrder
 from pmixseg.data.source import CohortSource, spacing_of
 from pmixseg.data.splits import Fractions, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase
@@ -267,7 +267,7 @@ class BraTSDataModule(LightningDataModule):
         return EpochLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=FirstEpoch(order) if self._overfits else order,
+            sampler=SameOrder(order) if self._overfits else order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -383,9 +383,10 @@ class BraTSDataModule(LightningDataModule):
         if not cases:
             raise InputError(f"the split has no case in '{part}'; use another split or part.")
         dataset = CaseDataset(self.store, cases, self.seed, self._allowed)
+        order = CaseSampler(len(cases))
         return CaseLoader(
             dataset,
-            sampler=SequentialSampler(dataset) if self._overfits else CaseSampler(len(cases)),
+            sampler=SameOrder(order) if self._overfits else order,
             collate_fn=collate_case,
         )
 

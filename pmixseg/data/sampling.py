@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -77,26 +77,29 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         self.epoch = epoch
 
 
-class FirstEpoch(SequentialSampler):
-    """Yields the samples of the first epoch in every epoch: training that is to overfit.
+class SameOrder(SequentialSampler, DistributedSampler[Any]):
+    """Yields the same samples in every epoch: training that is to overfit.
 
     Lightning puts a :class:`~torch.utils.data.SequentialSampler` in the place of any other sampler
-    when ``overfit_batches`` is set, and that one yields no epoch.
+    when ``overfit_batches`` is set, and a ``DistributedSampler`` of its own in the place of any
+    other where there are several processes. Ours have dealt the samples to the processes already.
 
     Args:
-        order: of the first epoch.
+        samples: what another sampler yields in its first epoch.
     """
 
-    def __init__(self, order: EpochSampler) -> None:
-        super().__init__(range(len(order)))
-        order.set_epoch(0)
-        self.samples = list(order)
+    def __init__(self, samples: Iterable[Any]) -> None:
+        self.samples = list(samples)
+        super().__init__(self.samples)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: every epoch is the same."""
 
 
 class EpochLoader(DataLoader[Any]):
@@ -149,4 +152,4 @@ class CaseSampler(DistributedSampler[int]):
         return iter(self.indices)
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: the order of evaluation never changes."""
+        """Do nothing: the order of evaluation never changes."""

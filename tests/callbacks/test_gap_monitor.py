@@ -51,7 +51,6 @@ def train(
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=folder,
     )
     trainer.fit(module, BraTSDataModule(store, **settings), ckpt_path=resume, weights_only=True)
@@ -263,7 +262,6 @@ def test_two_processes_log_what_one_does(phantom_store, tmp_path):
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            use_distributed_sampler=False,
             default_root_dir=folder,
             **spread(processes),
         )

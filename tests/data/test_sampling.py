@@ -8,7 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.data_connector import _resolve_overfit_batches
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
 
+from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.keys import _uniform_there, generator, make_key, uniform
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler
 from pmixseg.errors import InputError
@@ -181,3 +186,28 @@ def test_a_script_that_a_worker_reads_anew_ends_where_it_would_start_workers(mon
     with pytest.raises(SystemExit):
         next(iter(EpochLoader([0], num_workers=1)))
     assert next(iter(EpochLoader([0]))) == 0
+
+
+@pytest.mark.parametrize("overfit", [0, 1])
+def test_lightning_leaves_every_sampler_alone_where_there_are_several_processes(
+    phantom_store, overfit
+):
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", logger=False, overfit_batches=overfit
+    )
+    data = BraTSDataModule(phantom_store, patch_size=16)
+    data.trainer = trainer
+    data.setup("fit")
+    for make, stage in (
+        (data.train_dataloader, RunningStage.TRAINING),
+        (data.val_dataloader, RunningStage.VALIDATING),
+        (data.test_dataloader, RunningStage.TESTING),
+    ):
+        loader = make()
+        kept = trainer._data_connector._prepare_dataloader(loader, shuffle=True, mode=stage)
+        assert kept is loader, stage
+        combined = CombinedLoader([loader])
+        if overfit and stage is not RunningStage.TESTING:
+            _resolve_overfit_batches(combined, stage)
+            assert combined.flattened == [loader], stage
+            assert list(loader.sampler) == list(loader.sampler)

@@ -87,7 +87,6 @@ def train(phantom_store):
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            use_distributed_sampler=False,
             default_root_dir=folder,
         )
         data = BraTSDataModule(phantom_store, patch_size=patch, batch_size=2)

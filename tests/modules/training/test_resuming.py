@@ -45,7 +45,6 @@ def train_store(store, folder, *, epochs, steps=-1, stop_after=None, resume=None
         limit_val_batches=0,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=folder,
     )
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)

@@ -94,7 +94,6 @@ def test_the_logged_dice_is_the_mean_over_combinations_then_over_cases(phantom_s
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
-        use_distributed_sampler=False,
         default_root_dir=tmp_path,
     )
     logged = trainer.validate(module, data, verbose=False)[0]
