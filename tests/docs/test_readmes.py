@@ -116,7 +116,7 @@ def test_the_python_block_of_the_readme(folder, monkeypatch, capsys):
     """Networks, patches and training are made small by the defaults that the block leaves alone."""
     assert main(["prepare", "BraTS2018/MICCAI_BraTS_2018_Data_Training", "store"]) == 0
     # Two trainings of one step, each with a validation.
-    few = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1}
+    few = {"max_steps": 1, "limit_train_batches": 1, "limit_val_batches": 1}
     short = functools.partialmethod(lightning.Trainer.__init__, **few)
     monkeypatch.setattr(lightning.Trainer, "__init__", short)
     narrow = functools.partialmethod(MultiEncoderUNet.__init__, width=2, levels=2)
