@@ -4,18 +4,23 @@
 
 A GPU waits for the host, which needs some 10 to 50 microseconds to start an operation, so where
 volumes are small their number is the time of a step. Counted by a dispatch mode: everything that
-reaches a kernel or makes a view, in the forward pass, the loss and the backward pass.
+reaches a kernel or makes a view, in the forward pass, the loss and the backward pass. Where the
+loss is one compiled graph, calls of Python functions around it are left: they are counted, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+from card import Bench, phantom_store, trainer_of
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +36,9 @@ from pmixseg.backbones import (
 )
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.data.augment import Augmentation
+from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.patches import PatchDataset
+from pmixseg.data.splits import Fractions
 from pmixseg.evaluation.prediction.windows import predict_combinations
 from pmixseg.execution import as_on_gpu
 from pmixseg.losses.rfnet import RFNetCriterion
@@ -147,6 +155,68 @@ def count_fit(side: int = 32) -> dict[str, int]:
     return counts
 
 
+class HostCalls(Callback):
+    """Counts calls of Python functions from the end of one step to the end of the next.
+
+    Args:
+        step: after which it begins.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step, self.calls, self.counts = step, 0, False
+
+    def without(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, with what it calls left out."""
+
+        @functools.wraps(function)
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            sys.setprofile(None)
+            made = function(*args, **kwargs)
+            sys.setprofile(self._see if self.counts else None)
+            return made
+
+        return paused
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out what a compiled step does not do in Python."""
+        for name in ("losses", "backward"):
+            setattr(pl_module, name, self.without(getattr(pl_module, name)))
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Begin, or end."""
+        self.counts = trainer.global_step == self.step
+        sys.setprofile(self._see if self.counts else None)
+
+    def _see(self, frame: object, event: str, argument: object) -> None:
+        self.calls += event == "call"
+
+
+def count_host(*levels: int) -> list[tuple[int, int]]:
+    """Calls of Python functions in a step of ``pmixseg fit``, besides its loss and its loader.
+
+    Args:
+        levels: of each MultiEncoderUNet, filled, aligned and clipped, as in :func:`count_fit`.
+
+    Returns:
+        For each the calls, and how many tensors are trained.
+    """
+    bench, counted = Bench(torch.device("cpu"), rehearse=True), []
+    settings: dict[str, Any] = {"gradient_clip_val": 1.0, "limit_val_batches": 0, "max_steps": 4}
+    with phantom_store(bench) as store, as_on_gpu():
+        for number in levels:
+            counter = HostCalls(2)
+            module = StudentModule(backbone=MultiEncoderUNet(width=2, levels=number))
+            terms = [PmixAlignment(weight=0.1, distance="nmse"), counter]
+            split = Fractions(1.0, 0.0, 0.0)
+            data = BraTSDataModule(store, patch_size=16, patches_per_case=4, split=split)
+            trainer = trainer_of(bench, store.parent, "32-true", callbacks=terms, **settings)
+            read = counter.without(PatchDataset.__getitem__)  # by workers, elsewhere
+            with mock.patch.object(PatchDataset, "__getitem__", read):
+                trainer.fit(module, data)
+            counted.append((counter.calls, len(list(module.parameters()))))
+    return counted
+
+
 def count_augmentation(side: int = 32, samples: int = 2) -> int:
     """Operations on volumes of augmenting a batch in which everything is drawn."""
     batch = one_batch(side, samples)
@@ -187,6 +257,8 @@ def main(words: list[str] | None = None) -> int:
     print("\n| a step of `fit`, batch 2, filled and aligned | without views |\n|---|---|")
     for part, number in count_fit(args.side).items():
         print(f"| {part} | {number} |", flush=True)
+    ((calls, tensors),) = count_host(4)
+    print(f"| Python functions called around the loss of {tensors} tensors | {calls} |", flush=True)
     for samples in (2, 8):
         number = count_augmentation(args.side, samples)
         print(f"| augmentation of {samples} patches, everything drawn | {number} |")

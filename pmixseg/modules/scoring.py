@@ -126,7 +126,8 @@ class ScoredNetwork(SegmentationNetwork):
             return score_case(predictions, item, settings)
 
         predictions = self.predict_item(item, self.test_combinations(item))
-        self._scores.add(score, predictions, apart=static_on(item["image"].device))
+        device = item["image"].device
+        self._scores.add(score, predictions, apart=static_on(device), device=device)
 
     @property
     def records(self) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ def gpu(monkeypatch):
 def test_without_a_card_it_counts_operations(gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu.operations, "STEPS", {})
+    monkeypatch.setattr(gpu.operations, "count_host", lambda levels: [(1234, 56)])
     sides = []
     monkeypatch.setattr(gpu.operations, "count_fit", lambda side: sides.append(side) or {"all": 7})
     assert gpu.main([]) == 0
@@ -28,6 +29,7 @@ def test_without_a_card_it_counts_operations(gpu, monkeypatch, capsys):
     assert printed.startswith("No card here: operations that one would start.")
     assert sides == [32]
     assert "| all | 7 |" in printed
+    assert "| Python functions called around the loss of 56 tensors | 1234 |" in printed
     assert "| 36 windows | 34 |" in printed
 
 
@@ -42,6 +44,14 @@ def test_rows_are_rehearsed_and_one_that_fails_is_said(gpu, monkeypatch, capsys)
     assert sum("convolution 64-64" in row for row in rows) == 4
     assert any(row.startswith("| augmenting a batch | s ") for row in rows)
     assert rows[-1] == "| several failed | RuntimeError: no such thing |"
+
+
+def test_the_host_s_work_does_not_grow_with_the_number_of_parameters(gpu):
+    """A walk over a module's parameters, in every step, takes longer than the fused optimizer."""
+    (few, tensors), (more, others) = gpu.operations.count_host(2, 3)
+    assert others > tensors + 20
+    assert more - few <= 3 * (others - tensors)  # torch's own optimizer makes two
+    assert few < 1900  # nine tenths of them Lightning's
 
 
 def test_a_step_of_fit_stays_below_its_bound(gpu):

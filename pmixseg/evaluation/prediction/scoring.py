@@ -6,6 +6,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +28,14 @@ class CaseRows:
         self._coming: deque[Future[Rows]] = deque()
         self._pool: ThreadPoolExecutor | None = None
 
-    def add(self, score: Score, predictions: Iterable[CasePrediction], *, apart: bool) -> None:
+    def add(
+        self,
+        score: Score,
+        predictions: Iterable[CasePrediction],
+        *,
+        apart: bool,
+        device: torch.device | None = None,
+    ) -> None:
         """Score a case.
 
         Args:
@@ -35,6 +43,7 @@ class CaseRows:
             predictions: of one case; the network runs while they are iterated over, here.
             apart: score in a thread; the rows come later, and so does an error. On a CPU it would
                 take the time of the network.
+            device: where the predictions lie.
         """
         if not apart:
             self._rows += score(predictions)
@@ -44,7 +53,7 @@ class CaseRows:
         while len(self._coming) > 1:
             self._rows += self._coming.popleft().result()
         ready: queue.Queue[CasePrediction | None] = queue.Queue(WAITING)
-        coming = self._pool.submit(_scored, score, iter(ready.get, None))
+        coming = self._pool.submit(_scored, score, iter(ready.get, None), device)
         self._coming.append(coming)
         try:
             for prediction in predictions:
@@ -67,8 +76,16 @@ class CaseRows:
         return self._rows
 
 
-def _scored(score: Score, predictions: Iterator[CasePrediction]) -> Rows:
-    with torch.inference_mode():  # of each thread its own; predictions were made in it
+def _scored(
+    score: Score, predictions: Iterator[CasePrediction], device: torch.device | None
+) -> Rows:
+    beside: AbstractContextManager[Any] = nullcontext()
+    if device is not None and device.type == "cuda":
+        # In the network's own stream, every number would come after all that waits there. What is
+        # read is whole: its sum has been asked for.
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
+        beside = torch.cuda.stream(stream)
+    with beside, torch.inference_mode():  # of each thread its own; predictions were made in it
         return score(predictions)
 
 

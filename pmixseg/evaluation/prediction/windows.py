@@ -240,9 +240,9 @@ def _add(
     try:
         for group in _probabilities(predictor, stack, flags, max(at_once // len(windows), 1)):
             group = group.to(sums.device)
-            for into, probabilities in zip(sums[done : done + len(group)], group, strict=True):
-                for window, one in zip(windows, probabilities, strict=True):
-                    into[(slice(None), *window)].addcmul_(one, weight)
+            into = sums[done : done + len(group)]
+            for window, one in zip(windows, group.unbind(1), strict=True):
+                into[(slice(None), slice(None), *window)].addcmul_(one, weight)
             done += len(group)
         return at_once
     except torch.OutOfMemoryError as error:

@@ -3,12 +3,10 @@
 import copy
 import functools
 import itertools
-import sys
 
 import pytest
 import torch
 import torch._dynamo.testing
-from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmixseg import backbones
@@ -326,54 +324,6 @@ def test_the_number_of_operations_of_a_step_is_bounded(make, criterion, most):
         output = network(torch.randn(1, 4, 16, 16, 16), shown)
         criterion()(output, batch, 0).backward()
     assert len(counted.names) <= most
-
-
-class HostCalls(Callback):
-    """Counts calls of Python functions from the end of one step to the end of the next.
-
-    Those of the loss and of the backward pass are left out: a compiled step does not make them.
-    """
-
-    def __init__(self):
-        self.calls, self.measures = 0, False
-
-    def on_train_start(self, trainer, module):
-        for name in ("losses", "backward"):
-            monitored = functools.partial(self.paused, getattr(module, name))
-            setattr(module, name, monitored)
-
-    def paused(self, function, *args, **kwargs):
-        sys.setprofile(None)
-        result = function(*args, **kwargs)
-        sys.setprofile(self.see if self.measures else None)
-        return result
-
-    def see(self, frame, event, argument):
-        self.calls += event == "call"
-
-    def on_train_batch_end(self, trainer, *args):
-        self.measures = trainer.global_step == 2
-        sys.setprofile(self.see if self.measures else None)
-
-
-def host_calls(folder, levels):
-    """Calls outside the loss in a step of a training on a GPU, and tensors that it trains."""
-    counter = HostCalls()
-    terms = [PmixAlignment(weight=0.1, distance="nmse"), counter]
-    trainer = quiet_trainer(folder, callbacks=terms, gradient_clip_val=1.0)
-    trained = StudentModule(backbone=tiny(levels))
-    with as_on_gpu():
-        trainer.fit(trained, MemoryData([[True] * 4] * 4, batch_size=1))
-    return counter.calls, len(list(trained.parameters()))
-
-
-def test_the_host_s_work_does_not_grow_with_the_number_of_parameters(tmp_path):
-    """A walk over a module's parameters, in every step, takes longer than the fused optimizer."""
-    few, parameters = host_calls(tmp_path, 2)
-    more, others = host_calls(tmp_path, 3)
-    assert others > parameters + 20
-    assert more - few <= 3 * (others - parameters)  # torch's own optimizer makes two
-    assert few < 1700  # 1,400, nine tenths of them Lightning's
 
 
 @pytest.mark.parametrize("most", [0.5, 1e6])
