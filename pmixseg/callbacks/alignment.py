@@ -310,11 +310,7 @@ class AlignmentTerm(Term):
         anchor = self._anchor.value
         if isinstance(self.alignment, OfficialAlignment) or anchor is None:
             return []
-        distance, detach = self.alignment.distance, self.alignment.detach
-        sentences = inert_settings(
-            name, distance, anchor, module, detach=detach, sample=self.sample
-        )
-        return list(sentences)
+        return list(inert_settings(name, self.alignment, anchor, module, self.sample))
 
     def decoded(self, latents: Latents) -> Latents:
         """Samples of the aligned levels, where asked for."""

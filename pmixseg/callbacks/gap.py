@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.borrowed import evaluating
+from pmixseg.callbacks.term import listed_before
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
 from pmixseg.evaluation.gap.guards import FEWEST_CASES, low_guards
@@ -101,8 +102,7 @@ class GapMonitor(Callback, Described):
         Raises:
             InputError: a callback that would take averaged weights out before they are measured.
         """
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
-        for other in callbacks[: callbacks.index(self)]:
+        for other in listed_before(self, trainer):
             if isinstance(other, WeightAveraging):
                 raise InputError(
                     f"{type(other).__name__} would take averaged weights out of the model before "

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import Anchor, NormalAnchor, WeightedAnchor
-from pmixseg.losses.distances import KL, NMSE, VIC, VID, Detach, Distance, SmoothL1, Whitened
+from pmixseg.losses.distances import KL, NMSE, VIC, VID, SmoothL1, Whitened
 from pmixseg.modules.base import SegmentationModule
 
 BLIND_TO_SCALE = (NMSE, SmoothL1, VIC, Whitened)
@@ -18,24 +19,18 @@ UNIFORM = 1e-3
 
 
 def inert_settings(
-    name: str,
-    distance: Distance,
-    anchor: Anchor,
-    module: SegmentationModule,
-    *,
-    detach: Detach,
-    sample: bool,
+    name: str, alignment: AlignmentLoss, anchor: Anchor, module: SegmentationModule, sample: bool
 ) -> Iterator[str]:
     """Say what will do nothing in a training that begins.
 
     Args:
         name: of the alignment, for messages.
-        distance: what it measures.
+        alignment: the loss.
         anchor: what it aligns to.
         module: what is trained.
-        detach: what the alignment holds still.
         sample: whether the decoder reads samples of the distance's Gaussians.
     """
+    distance = alignment.distance
     if len(module.backbone.slots) == 1 and isinstance(anchor, WeightedAnchor):
         yield (
             f"{name} aligns the one sequence of this {type(module).__name__} to itself, which "
@@ -61,7 +56,7 @@ def inert_settings(
             "latents to 0, since it does not see their scale; use another anchor, or the distance "
             "mse."
         )
-    if detach == "features" and isinstance(anchor, NormalAnchor):
+    if alignment.detach == "features" and isinstance(anchor, NormalAnchor):
         yield (
             f"{name}.detach features holds the latents still, and a NormalAnchor does not move, so "
             "nothing is aligned; leave it out, or use another anchor."

@@ -85,8 +85,7 @@ class TermCallback(Callback, Described, ABC):
         pl_module.add_term(self.name, term, self.schedule, lent=True)
 
     def _check_neighbours(self, trainer: Trainer) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
-        for other in callbacks[: callbacks.index(self)]:
+        for other in listed_before(self, trainer):
             if isinstance(other, WeightAveraging):
                 raise InputError(
                     f"{type(other).__name__} would copy the model before {type(self).__name__} "
@@ -96,3 +95,9 @@ class TermCallback(Callback, Described, ABC):
                 raise InputError(
                     f"two terms are called '{self.name}'; give one of the callbacks another name."
                 )
+
+
+def listed_before(callback: Callback, trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a trainer whose hooks run before those of one of them."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+    return callbacks[: callbacks.index(callback)]
