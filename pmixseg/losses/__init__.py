@@ -8,7 +8,7 @@
 * :mod:`~pmixseg.losses.official`: the authors' public snippets to the letter, for comparison.
 
 Losses that couple the samples of a batch sum or gather over processes (``ranks``), so that DDP
-equals one process; only ``DiceCE(batch_dice=True)`` is exempt.
+equals one process.
 """
 
 from pmixseg.losses.alignment import AlignmentLoss, resolve_levels

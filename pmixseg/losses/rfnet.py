@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pmixseg.execution import runs_static
+from pmixseg.losses.ranks import SharedSums, world_size
 from pmixseg.losses.segmentation import DEEP_SUPERVISION, Criterion, enlarged
 from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
 
@@ -48,7 +49,8 @@ class RFNetCriterion(Criterion):
 
     ``L = [epoch ≥ fusion_start_epoch]·L(logits) + Σ_m L(separate_m) + Σ_k L(ds_k)``, where
     ``ds_k`` (RFNet's region maps, mmFormer's deep supervision) are upsampled as probabilities to
-    the label's grid. A modality that only some samples have counts by their share of the batch.
+    the label's grid. A modality that only some samples have counts by their share of the batch. The
+    sums of the Dice term run over the batches of all processes.
 
     Args:
         fusion_start_epoch: before it, the fused output's loss is multiplied by 0, so that encoders
@@ -60,18 +62,17 @@ class RFNetCriterion(Criterion):
     Source: Ding et al., RFNet (ICCV 2021), section 3.4 and published code.
     """
 
-    couples_samples = True
-
     def __init__(self, fusion_start_epoch: int = 0) -> None:
         super().__init__()
         self.fusion_start_epoch = fusion_start_epoch
 
     def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
         """Sum over all outputs; of the fused one alone in eval mode, which has no others."""
-        label = batch["label"]
-        if not output.extras:
+        label, sums = batch["label"], SharedSums()
+        several = world_size() > 1
+        if not output.extras and not several:
             return weighted_ce_dice(_probabilities(output.logits), label)
-        fused = (
+        fused: float | Tensor = (
             (epoch >= self.fusion_start_epoch).float()
             if isinstance(epoch, Tensor)
             else float(epoch >= self.fusion_start_epoch)
@@ -81,8 +82,10 @@ class RFNetCriterion(Criterion):
             for name, logits in output.extras.items()
             if DEEP_SUPERVISION.fullmatch(name)
         ]
-        if runs_static(label):
-            return _static_loss(output, single, label, fused)
+        if not output.extras:
+            fused = 1.0
+        if several or runs_static(label):
+            return sums.settle(_static_loss(output, single, label, fused, sums))
         total = fused * weighted_ce_dice(_probabilities(output.logits), label)
         for probabilities in single:
             total = total + weighted_ce_dice(probabilities, label)
@@ -92,29 +95,36 @@ class RFNetCriterion(Criterion):
 
 
 def _static_loss(
-    output: SegOutput, single: Sequence[Tensor], label: Label, fused: float | Tensor
+    output: SegOutput,
+    single: Sequence[Tensor],
+    label: Label,
+    fused: float | Tensor,
+    sums: SharedSums,
 ) -> Tensor:
-    """All outputs in one go, whatever was encoded."""
+    """All outputs in one go, whatever was encoded, so that all processes share the same sums."""
     outputs = [_probabilities(output.logits), *single]
     count = len(outputs)
     rows = torch.ones(count, len(label), dtype=torch.bool, device=label.device)
     if "separate" in output.extras:
         outputs += _probabilities(output.extras["separate"].transpose(1, 2)).unbind(2)
         rows = torch.cat([rows, output.extras["separate_slots"].t()])
-    losses = stacked_ce_dice(torch.stack(outputs), label, rows)
-    return losses[0] * fused + losses[1:count].sum() + (losses * rows.float().mean(1))[count:].sum()
+    losses = stacked_ce_dice(torch.stack(outputs), label, rows, sums)
+    return losses[0] * fused + losses[1:].sum()
 
 
-def stacked_ce_dice(probabilities: Tensor, label: Label, rows: Tensor) -> Tensor:
-    """:func:`weighted_ce_dice` of several outputs, each over the samples that it has.
+def stacked_ce_dice(
+    probabilities: Tensor, label: Label, rows: Tensor, sums: SharedSums | None = None
+) -> Tensor:
+    """:func:`weighted_ce_dice` of several outputs, times the share of the samples that have each.
 
     Args:
         probabilities: ``[N, B, C, D, H, W]``.
         label: ``[B, D, H, W]``.
         rows: ``[N, B]``; what the others hold is not read, but must be finite.
+        sums: take the Dice over the samples of all processes; whoever gave them settles the loss.
 
     Returns:
-        ``[N]``; for an output without samples anything finite.
+        ``[N]``; 0 for an output without samples.
     """
     classes = torch.arange(probabilities.shape[2], device=label.device)
     flat, p = label.flatten(1), probabilities.flatten(3)
@@ -124,12 +134,16 @@ def stacked_ce_dice(probabilities: Tensor, label: Label, rows: Tensor) -> Tensor
     weight = ((1 - volumes / flat.shape[1])[:, :, None] * hits).sum(1)
     shown = rows.to(p.dtype)
     entropy = -(weight * of_label.clamp(min=LEAST_PROBABILITY).log()).mean(2)
-    entropy = (entropy * shown).sum(1) / shown.sum(1).clamp(min=1)
+    entropy = (entropy * shown).mean(1)
     # [N, B, C]: sums over voxels, then over the samples that count.
     overlap = (of_label[:, :, None] * hits).sum(3)
     total = p.sum(3) + volumes
     overlap, total = ((shown[:, :, None] * part).sum(1) for part in (overlap, total))
-    return entropy + 1 - (2 * overlap / (total + EPSILON)).mean(1)
+    share = shown.mean(1)
+    if sums is not None:
+        overlap, total = sums.add(overlap), sums.add(total)
+        share = sums.add(share) / world_size()
+    return entropy + share * (1 - (2 * overlap / (total + EPSILON)).mean(1))
 
 
 def _separate_loss(output: SegOutput, label: Label) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pmixseg.describe import NOT_NEGATIVE, Described, Range
 from pmixseg.execution import runs_static
+from pmixseg.losses.ranks import SharedSums, world_size
 from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
 
 DEEP_SUPERVISION = re.compile(r"ds([1-9]\d*)")
@@ -29,8 +30,9 @@ class Criterion(nn.Module, Described, ABC):
     ``output.extras``, which is empty in eval mode.
 
     Attributes:
-        couples_samples: the loss of a batch is not the mean over its samples, so two processes
-            do not reproduce one process on the joined batch.
+        couples_samples: the loss of a batch is not the mean over its samples, and is not summed
+            over processes (:class:`~pmixseg.losses.ranks.SharedSums`), so two processes do not
+            reproduce one process on the joined batch. A fit of several processes says so.
     """
 
     couples_samples: bool = False
@@ -115,8 +117,8 @@ class DiceCE(Criterion):
         include_background: count class 0 in the Dice term.
         dice_weight: :math:`\lambda_\mathrm{dice}`.
         ce_weight: :math:`\lambda_\mathrm{ce}`.
-        batch_dice: sum intersections over the batch before dividing (nnU-Net, MONAI's ``batch``).
-            It couples the samples of a batch and is exempt from "DDP equals one process".
+        batch_dice: sum intersections over the batch, of all processes, before dividing (nnU-Net,
+            MONAI's ``batch``).
         deep_supervision_decay: weight of ``ds<k>`` is this to the power k.
 
     Raises:
@@ -134,7 +136,7 @@ class DiceCE(Criterion):
         deep_supervision_decay: float = 0.5,
     ) -> None:
         super().__init__()
-        self.couples_samples = batch_dice
+        self.batch_dice = batch_dice
         self.dice_weight, self.ce_weight = dice_weight, ce_weight
         self.first = 0 if include_background else 1
         self.decay = deep_supervision_decay
@@ -150,22 +152,22 @@ class DiceCE(Criterion):
 
     def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
         """Weighted mean of the losses of ``logits`` and of every ``ds<k>``; see the class."""
-        label = batch["label"]
-        total = self._loss(output.logits, label)
+        label, sums = batch["label"], SharedSums()
+        total = self._loss(output.logits, label, sums)
         weights = 1.0
         for name, logits in output.extras.items():
             if match := DEEP_SUPERVISION.fullmatch(name):
                 weight = self.decay ** int(match[1])
-                total = total + weight * self._loss(logits, label)
+                total = total + weight * self._loss(logits, label, sums)
                 weights += weight
-        return total / weights
+        return sums.settle(total / weights)
 
-    def _loss(self, logits: Tensor, label: Label) -> Tensor:
+    def _loss(self, logits: Tensor, label: Label, sums: SharedSums) -> Tensor:
         # Sums over a million voxels do not fit half precision.
         logits = full_precision(logits)
         loss: Tensor
-        if runs_static(logits):
-            loss = self._static_loss(logits, label)
+        if runs_static(logits) or (self.batch_dice and world_size() > 1):
+            loss = self._static_loss(logits, label, sums)
         elif logits.shape[2:] == label.shape[1:]:
             loss = self.hard(logits, label[:, None])
         else:
@@ -173,7 +175,7 @@ class DiceCE(Criterion):
             loss = self.soft(logits, target.to(logits.dtype))
         return loss
 
-    def _static_loss(self, logits: Tensor, label: Label) -> Tensor:
+    def _static_loss(self, logits: Tensor, label: Label, sums: SharedSums) -> Tensor:
         """MONAI's formula in few operations, none of which asks for a tensor's value."""
         shares = logits.log_softmax(1)
         if logits.shape[2:] == label.shape[1:]:
@@ -182,9 +184,11 @@ class DiceCE(Criterion):
         else:
             target = area_fractions(label, logits.shape[1], logits.shape[2:]).to(logits.dtype)
         entropy = -(target * shares).sum(1).mean()
-        axes = (0, 2, 3, 4) if self.couples_samples else (2, 3, 4)
+        axes = (0, 2, 3, 4) if self.batch_dice else (2, 3, 4)
         probabilities, target = shares.exp()[:, self.first :], target[:, self.first :]
         overlap = (probabilities * target).sum(axes)
         total = probabilities.sum(axes) + target.sum(axes)
+        if self.batch_dice:
+            overlap, total = sums.add(overlap), sums.add(total)
         dice = 1 - ((2 * overlap + SMOOTH) / (total + SMOOTH)).mean()
         return self.dice_weight * dice + self.ce_weight * entropy

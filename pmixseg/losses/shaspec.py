@@ -19,8 +19,10 @@ class ShaSpecCriterion(Criterion):
               + \lambda_s \operatorname{mean}_{(m, n)} \operatorname{mean} |s_m - s_n|
               + \lambda_c \operatorname{mean}_m \mathrm{CE}(\mathrm{classifier}(p_m), m)
 
-    over neighbours (m, n) in the ring of the modalities that a sample was encoded with. Outputs
-    without these extras (eval mode) are scored on the segmentation alone.
+    over neighbours (m, n) in the ring of the modalities that a sample was encoded with, then the
+    mean over samples: the published code has one sample in a batch. A sample with one modality has
+    no neighbours, and 0. Outputs without these extras (eval mode) are scored on the segmentation
+    alone.
 
     Args:
         shared_weight: λ_s, 0.1 in the published code.
@@ -47,17 +49,14 @@ class ShaSpecCriterion(Criterion):
         logits = full_precision(output.extras["modality"])
         truth = torch.arange(encoded.shape[1], device=encoded.device).expand_as(encoded)
         entropy = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none")
-        entropy = _mean_of(entropy.view_as(truth), encoded)
+        entropy = torch.where(encoded, entropy.view_as(truth), 0.0).sum(1)
+        entropy = (entropy / encoded.sum(1).clamp(min=1)).mean()
         shared = _ring(full_precision(output.extras["shared"]), encoded)
         return total + self.shared_weight * shared + self.specific_weight * entropy
 
 
-def _mean_of(values: Tensor, flags: Tensor) -> Tensor:
-    return torch.where(flags, values, 0.0).sum() / flags.sum().clamp(min=1)
-
-
 def _ring(shared: Tensor, encoded: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours; 0 if no sample has two modalities."""
+    """Mean absolute difference of neighbours, then over samples."""
     slots = encoded.shape[1]
     total = shared.new_zeros(len(shared))
     for m, n in combinations(range(slots), 2):
@@ -68,5 +67,4 @@ def _ring(shared: Tensor, encoded: Tensor) -> Tensor:
             for between in arc:
                 neighbours = neighbours & ~encoded[:, between]
             total = total + difference * neighbours
-    several = encoded.sum(1)
-    return _mean_of(total / several.clamp(min=1), several > 1)
+    return (total / encoded.sum(1).clamp(min=1)).mean()

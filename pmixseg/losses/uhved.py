@@ -18,7 +18,8 @@ class UHVEDCriterion(Criterion):
               + \mathrm{KL}(q^l_A \| \mathcal N(0, I))\right]
               + \lambda_\mathrm{rec} \operatorname{mean}_m \|x_m - \hat x_m\|^2
 
-    A is what the sample was shown, "all" what was acquired, q the product of Gaussians of level l.
+    A is what the sample was shown, "all" what was acquired, q the product of Gaussians of level l;
+    the mean over m is one per sample, then over samples (the published code has one in a batch).
     The published code sums the divergences over all 14 smaller combinations and divides by 14 (15
     for the prior); the drawn A is one sample of that mean, under the sampler's weights. Outputs
     without these extras (eval mode, ``reconstruct=False``) are scored on the segmentation alone.
@@ -53,6 +54,6 @@ class UHVEDCriterion(Criterion):
             )
         errors = (rebuilt - image).square().mean((2, 3, 4))
         rebuilt_slots = output.extras["reconstruction_slots"]
-        error = torch.where(rebuilt_slots, errors, 0.0).sum() / rebuilt_slots.sum().clamp(min=1)
-        total = total + self.reconstruction_weight * error
+        error = torch.where(rebuilt_slots, errors, 0.0).sum(1) / rebuilt_slots.sum(1).clamp(min=1)
+        total = total + self.reconstruction_weight * error.mean()
         return total + self.kl_weight * output.extras["divergence"].mean()

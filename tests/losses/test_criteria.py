@@ -77,12 +77,11 @@ def test_soft_labels_reach_the_dice_term():
     assert actual.item() == pytest.approx((fine + 0.5) / 2, abs=2e-5)
 
 
-def test_batch_dice_joins_samples_and_says_so():
+def test_batch_dice_joins_samples():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 4, 4, 4)
     label = torch.randint(0, 3, (2, 4, 4, 4))
     apart, joined = DiceCE(ce_weight=0), DiceCE(ce_weight=0, batch_dice=True)
-    assert not apart.couples_samples and joined.couples_samples
     long = logits.movedim(1, 0).reshape(1, 3, 8, 4, 4), label.reshape(1, 8, 4, 4)
     assert joined(output(logits), batch(label), 0).item() == pytest.approx(
         apart(output(long[0]), batch(long[1]), 0).item(), rel=1e-4
@@ -126,7 +125,7 @@ def test_negative_weights_are_refused_and_arguments_survive_a_description():
     with pytest.raises(InputError, match="dice_weight"):
         DiceCE(dice_weight=-1)
     again = build(describe(DiceCE(batch_dice=True, ce_weight=0.5)))
-    assert again.init_args["ce_weight"] == 0.5 and again.couples_samples
+    assert again.init_args["ce_weight"] == 0.5 and again.batch_dice
 
 
 def reference(probabilities, label):
@@ -307,5 +306,5 @@ def test_stacked_losses_are_those_of_the_samples_that_count():
     rows = torch.tensor([[True, True, True], [False, True, False]])
     losses = stacked_ce_dice(probabilities, label, rows)
     expected = [weighted_ce_dice(probabilities[0], label)]
-    expected.append(weighted_ce_dice(probabilities[1, 1:2], label[1:2]))
+    expected.append(weighted_ce_dice(probabilities[1, 1:2], label[1:2]) / 3)
     torch.testing.assert_close(losses, torch.stack(expected))

@@ -1,5 +1,7 @@
 """Two processes compute the losses and gradients of one process on the joined batch."""
 
+import importlib
+import pkgutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import pmixseg
 from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.distances import DISTANCES
@@ -25,6 +28,11 @@ from pmixseg.losses.distillation import (
     WeightedSoftCE,
 )
 from pmixseg.losses.ranks import SharedSums, gather_constants, sum_over_ranks
+from pmixseg.losses.rfnet import RFNetCriterion
+from pmixseg.losses.segmentation import Criterion, DiceCE
+from pmixseg.losses.shaspec import ShaSpecCriterion
+from pmixseg.losses.uhved import UHVEDCriterion
+from pmixseg.modules.training.trainer_checks import name_coupled_losses
 from pmixseg.types import Latents, SegOutput
 from tests.processes import run_two
 
@@ -109,6 +117,57 @@ def part(batch, rank):
     return {key: value[rows] for key, value in batch.items()}
 
 
+CRITERIA = {
+    DiceCE: ({}, {"batch_dice": True}, {"batch_dice": True, "include_background": False}),
+    RFNetCriterion: ({}, {"fusion_start_epoch": 5}),
+    ShaSpecCriterion: ({},),
+    UHVEDCriterion: ({},),
+}
+"""Every criterion of the package, under arguments that change how it joins samples."""
+
+
+def subclasses(cls):
+    for below in cls.__subclasses__():
+        yield below
+        yield from subclasses(below)
+
+
+def criteria(rows):
+    """Value of every criterion on some of four samples, and its gradient by what it reads."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape):
+        return torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+
+    read = {"logits": draw(3, 4, 4, 4), "ds1": draw(3, 4, 4, 4), "ds2": draw(3, 2, 2, 2)}
+    read |= {"separate": draw(4, 3, 4, 4, 4), "reconstruction": draw(4, 4, 4, 4)}
+    read |= {"shared": draw(4, 2, 2, 2, 2), "modality": draw(4, 4), "divergence": draw()}
+    image, label = draw(4, 4, 4, 4), torch.randint(0, 3, (4, 4, 4, 4), generator=generator)
+    # The third modality is on no process, the second on one alone; one sample has one modality.
+    slots = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 1]]).bool()
+    read = {name: value[rows].requires_grad_() for name, value in read.items()}
+    flags = dict.fromkeys(("separate_slots", "encoded", "reconstruction_slots"), slots[rows])
+    extras = {**read, **flags}
+    output = SegOutput(extras.pop("logits"), Latents([], NAMES, []), extras)
+    results = {}
+    for cls, settings in CRITERIA.items():
+        for arguments in settings:
+            loss = cls(**arguments)(output, {"image": image[rows], "label": label[rows]}, 0)
+            slopes = torch.autograd.grad(loss, list(read.values()), materialize_grads=True)
+            named = dict(zip(read, slopes, strict=True))
+            results[f"{cls.__name__} {arguments}"] = (loss.detach(), named)
+    return results
+
+
+def test_every_criterion_is_tried_on_several_processes():
+    for module in pkgutil.walk_packages(pmixseg.__path__, "pmixseg."):
+        if module.name.startswith(("pmixseg.losses", "pmixseg.backbones", "pmixseg.modules")):
+            importlib.import_module(module.name)
+    own = {cls for cls in subclasses(Criterion) if cls.__module__.startswith("pmixseg.")}
+    assert set(CRITERIA) == own
+    assert not any(cls.couples_samples for cls in own)
+
+
 def run(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -127,6 +186,7 @@ def run(rank, folder):
         "total": total.detach(),
         "slope": own.grad,
         "gathered": gather_constants(own),
+        "criteria": criteria(slice(2 * rank, 2 * rank + 2)),
     }
     torch.save(results, f"{folder}/{rank}.pt")
     # torch 2.13 may wait for ever where DDP's reducer is the last to let go of a gloo group: it
@@ -152,6 +212,12 @@ def test_two_processes_equal_one(tmp_path):
     for name, p in model.named_parameters():
         for rank in ranks:
             assert torch.allclose(rank["gradients"][name], p.grad, rtol=1e-8, atol=1e-12), name
+    for name, (loss, slopes) in criteria(slice(0, 4)).items():
+        apart = [rank["criteria"][name] for rank in ranks]
+        torch.testing.assert_close((apart[0][0] + apart[1][0]) / 2, loss, msg=name)
+        for read, slope in slopes.items():
+            halves = torch.cat([part[1][read] for part in apart]) / 2  # the mean that DDP takes
+            torch.testing.assert_close(halves, slope, msg=f"{name}: {read}")
 
 
 def test_one_process_passes_values_through():
@@ -161,3 +227,16 @@ def test_one_process_passes_values_through():
     assert SharedSums().settle(loss) is loss
     assert torch.equal(sum_over_ranks(value), value) and not sum_over_ranks(value).requires_grad
     assert torch.equal(gather_constants(value), value) and not gather_constants(value).requires_grad
+
+
+def test_a_fit_of_several_processes_names_a_loss_that_is_another_there(recwarn):
+    class Coupled(DiceCE):
+        couples_samples = True
+
+    one = SimpleNamespace(world_size=1)
+    name_coupled_losses(nn.ModuleList([DiceCE(batch_dice=True), Coupled()]), one)
+    assert not recwarn
+    name_coupled_losses(nn.ModuleList([DiceCE(), RFNetCriterion()]), SimpleNamespace(world_size=2))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="^Coupled: .*each of 2 processes"):
+        name_coupled_losses(nn.ModuleList([DiceCE(), Coupled()]), SimpleNamespace(world_size=2))

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from pmixseg.data.patches import CaseDataset, PatchDataset
@@ -103,6 +104,7 @@ def check_trainer(trainer: Trainer) -> None:
         InputError: weights that are averaged after the last checkpoint is written; a metric
             that is watched in the wrong direction; or a number of the trainer that makes no sense.
     """
+    name_coupled_losses(trainer.lightning_module, trainer)
     for name, least in LEAST.items():
         value = getattr(trainer, name)
         if value is not None and value < least:
@@ -161,6 +163,22 @@ def check_parameters(module: nn.Module, trainer: Trainer) -> None:
         raise InputError(
             f"{len(lost)} trainable parameters are in no optimizer ({', '.join(lost[:3])}, …); "
             "create them in __init__ or a callback's setup, before configure_optimizers."
+        )
+
+
+def name_coupled_losses(module: nn.Module, trainer: Trainer) -> None:
+    """Warn of losses that several processes compute otherwise than one.
+
+    Args:
+        module: with its criterion and its terms.
+        trainer: of the training.
+    """
+    coupled = {type(p).__name__ for p in module.modules() if getattr(p, "couples_samples", False)}
+    if coupled and trainer.world_size > 1:
+        rank_zero_warn(
+            f"{', '.join(sorted(coupled))}: the loss of a sample depends on the others of its "
+            f"batch, and each of {trainer.world_size} processes sees its own batch alone, so this "
+            "training is not that of one process."
         )
 
 
