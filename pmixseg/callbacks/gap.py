@@ -102,13 +102,15 @@ class GapMonitor(Callback, Described):
         Raises:
             InputError: a callback that would take averaged weights out before they are measured.
         """
+        if stage != "fit":
+            return
         for other in listed_before(self, trainer):
             if isinstance(other, WeightAveraging):
                 raise InputError(
                     f"{type(other).__name__} would take averaged weights out of the model before "
                     f"{type(self).__name__} measures them; list it after."
                 )
-        if stage == "fit" and not trainer.global_step:
+        if not trainer.global_step:
             self._guard, self._warned = {}, set()
             self._validations, self._last_step = 0, -1
 
