@@ -100,7 +100,8 @@ class CaseCalibration:
         self._truth = truth.cpu()
         self._where = torch.ones_like(self._truth, dtype=torch.bool) if where is None else where
         self._chosen: dict[Any, tuple[Tensor, dict[str, NDArray[np.int64]]]] = {}
-        self._inside = {r: torch.isin(self._truth, self._members(r)) for r in task.regions}
+        members = {r: torch.tensor(task.region_classes(r)) for r in task.regions}
+        self._inside = {r: torch.isin(self._truth, own) for r, own in members.items()}
         self._voxels = int(self._where.sum())
         self._positive = {r: int(m[self._where].sum()) for r, m in self._inside.items()}
 
@@ -117,10 +118,15 @@ class CaseCalibration:
         """
         index, positives = self._choose(box)
         columns = index.to(probabilities.device)
-        chosen = probabilities.flatten(1).index_select(1, columns).double().cpu()
+        chosen = probabilities.flatten(1).index_select(1, columns).double().cpu().numpy()
         by_region = {}
         for region, members in positives.items():
-            p = chosen[self._members(region)].sum(0).clamp_(0, 1).numpy()
+            # Row by row: a sum over the first axis takes five times as long.
+            first, *others = self.task.region_classes(region)
+            p = chosen[first].copy()
+            for other in others:
+                p += chosen[other]
+            np.clip(p, 0, 1, out=p)
             bin_of = np.minimum((p * self.bins).astype(np.int64), self.bins - 1)
             count = np.bincount(bin_of, minlength=self.bins)
             confidence = np.bincount(bin_of, weights=p, minlength=self.bins).astype(np.float64)
@@ -133,9 +139,6 @@ class CaseCalibration:
             squared = float(p @ p) + float((1 - 2 * p[members]).sum()) + unreached
             by_region[region] = Reliability(count, confidence, positive, squared)
         return by_region
-
-    def _members(self, region: str) -> Tensor:
-        return torch.tensor(self.task.region_classes(region))
 
     def _choose(
         self, box: tuple[slice, slice, slice] | None
