@@ -43,6 +43,7 @@ import pandas as pd
 import torch.distributed as dist
 from pandas.api.types import is_numeric_dtype
 
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import MEASURES
 from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
@@ -141,9 +142,10 @@ class Records:
                 f"of records begins with {', '.join(FIRST_COLUMNS)}."
             )
         if "run" in table and table["run"].nunique() > 1:
+            runs = sorted(table["run"].unique())
             raise InputError(
-                f"{path}: holds rows of the runs {sorted(table['run'].unique())}; give each run a "
-                "file of its own."
+                f"{path}: holds rows of {len(runs)} runs ({listed(runs)}); give each run a file of "
+                "its own."
             )
         _check_values(table, str(path))
         if raw is None:
@@ -220,8 +222,9 @@ def read_comparable(paths: Iterable[Path | str]) -> list[Records]:
         differ = [d for d in one.sidecar.differences(pairs[0][1].sidecar) if d != "checkpoint"]
         if differ:
             raise InputError(
-                f"{path}: was scored with another {' and another '.join(differ)} than {pairs[0][0]}"
-                "; test the runs again in the same way, or compare others."
+                f"{path} and {pairs[0][0]} were scored in different ways ({', '.join(differ)}), or "
+                "one has no records.json that says so; test the runs again in the same way, or "
+                "compare others."
             )
     return [one for _, one in pairs]
 
@@ -325,8 +328,8 @@ def _tidy(table: pd.DataFrame, task: Task, where: str) -> pd.DataFrame:
     strange = sorted(set(table["region"]) - set(task.regions))
     if strange:
         raise InputError(
-            f"{where}: regions {strange} are not among {list(task.regions)} of task '{task.name}'; "
-            "read it with its own task."
+            f"{where}: regions {listed(strange)} are not among {list(task.regions)} of task "
+            f"'{task.name}'; read it with its own task."
         )
     # One spelling of each combination.
     table["n_present"] = table["combination"].map({t: len(c) for t, c in names.items()})

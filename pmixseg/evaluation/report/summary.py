@@ -127,8 +127,8 @@ class WorstCase:
 
 
 def worst_cases(records: Records, count: int = 5) -> list[WorstCase]:
-    """Cases with the lowest mean Dice, the worst first."""
-    table = records.table
+    """Cases with the lowest mean Dice, the worst first; without those that have none."""
+    table = records.table.dropna(subset="dice")
     worst = []
     for case, mean in table.groupby("case")["dice"].mean().nsmallest(count).items():
         rows = table[table["case"] == case]

@@ -20,6 +20,7 @@ from pmixseg.data.store.arrays import OpenMaps
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.data.store.stored import read_meta, seal, unseal
 from pmixseg.errors import InputError
+from pmixseg.modules.checkpoint import read_checkpoint
 from pmixseg.task import BRATS
 
 
@@ -116,6 +117,25 @@ def test_a_cohort_of_2000_cases_is_read_with_few_open_files(store, case):
         data.setup("fit")
         batches = sum(len(batch["case_id"]) for batch in data.train_dataloader())
         assert batches >= 1400 and len(data.cases) == 2001
+        assert len(list(Path("/proc/self/fd").iterdir())) - before <= 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_training_needs_fewer_open_files_than_cases(store, case):
+    many_cases(store, case, 200)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        flags = ["--data.patch_size=8", "--data.batch_size=80", "--data.augmentation=false"]
+        flags += ["--model.backbone=MultiEncoderUNet", "--model.backbone.width=1"]
+        flags += ["--model.backbone.levels=2", "--trainer.max_epochs=1", "--data.val_cases=1"]
+        flags += ["--trainer.accelerator=cpu", "--trainer.limit_val_batches=0"]
+        flags += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        assert main(["fit", f"--data.store={store}", f"--run={store.parent}/run", *flags]) == 0
+        made = read_checkpoint(store.parent / "run" / "checkpoints" / "last.ckpt")["global_step"]
+        assert made == 2  # so every training case was read, and 400 arrays
         assert len(list(Path("/proc/self/fd").iterdir())) - before <= 8
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -254,7 +254,7 @@ def test_a_bare_table_of_any_code_is_read(tmp_path):
         (
             "records.csv",
             "run,case,combination,region,dice\nr,1,t1,WT,1\ns,1,t1,WT,1\n",
-            r"several|runs \['r', 's'\]",
+            r"holds rows of 2 runs \(r, s\); give each",
         ),
         ("records.csv", "case,combination,region,dice\n1,t1,WT,good\n", r"\['dice'\] hold other"),
     ],
@@ -321,8 +321,11 @@ def test_runs_that_were_scored_in_other_ways_are_not_compared(tmp_path):
     made(row(), about=replace(about, checkpoint={"sha256": "2"})).write(paths[1])
     made(row(), about=replace(about, postprocess=("fill_holes",))).write(paths[2])
     assert len(read_comparable(paths[:2])) == 2
-    with pytest.raises(InputError, match=r"c: was scored with another postprocess than .*a;"):
+    with pytest.raises(InputError, match=r"c and .*a were scored in different ways \(postp"):
         read_comparable(paths)
+    (paths[1] / "records.json").unlink()
+    with pytest.raises(InputError, match=r"ways \(conventions\), or one has no records.json"):
+        read_comparable(paths[:2])
 
 
 def test_gathering_alone_drops_repeats():

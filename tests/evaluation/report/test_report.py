@@ -294,6 +294,8 @@ def test_worst_cases_by_hand():
         0,
     )
     assert second.case == "2"
+    without = [{**r, "dice": np.nan} if r["case"] == "2" else r for r in summary_rows()]
+    assert [w.case for w in worst_cases(Records.from_rows(without, "r", Sidecar(BRATS)))] == ["1"]
 
 
 def test_additions_that_hurt_by_hand():
@@ -340,6 +342,11 @@ def test_curves_are_grouped_by_name(tmp_path):
     assert list(charts["val/dice"]) == ["mean", "WT"]
     (run / "metrics.csv").write_text("")
     assert read_curves(run) == []
+    damaged = {b"epoch,train/loss\n0,x\n": "hold other things", b"\xff\xfe\n": "cannot be read"}
+    for content, words in damaged.items():
+        (run / "metrics.csv").write_bytes(content)
+        with pytest.raises(InputError, match=f"metrics.csv.* {words}"):
+            read_curves(run)
     (run / "metrics.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"metrics\.csv"):
         read_curves(run)
