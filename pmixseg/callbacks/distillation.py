@@ -158,7 +158,8 @@ class Distillation(TermCallback):
         """Number the cases, where a loss tells them apart: names cannot enter a compiled step."""
         term = self._term(pl_module)
         if term is not None and any(loss.compares_cases for loss in self.terms.values()):
-            batch["case"] = case_numbers(batch["case_id"]).to(batch["label"].device)
+            numbers, device = case_numbers(batch["case_id"]), batch["label"].device
+            batch["case"] = numbers.to(device, non_blocking=True)
 
     def _term(self, module: LightningModule) -> DistillationTerm | None:
         """This callback's term in the module in training; ``None`` where its weight is 0."""
