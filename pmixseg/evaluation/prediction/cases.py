@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
+from scipy.special import entr
 from torch import Tensor
 
 from pmixseg.argument_checks import check_fields
@@ -284,10 +286,9 @@ def entropy_of(probabilities: Float[np.ndarray, "c x y z"]) -> Float[np.ndarray,
     Args:
         probabilities: they sum to 1 over the first axis.
     """
-    total = np.zeros(probabilities.shape[1:], dtype=np.float32)
-    for one in probabilities:
-        total -= one * np.log(np.maximum(one, np.finfo(np.float32).tiny))
-    return np.maximum(total, 0)
+    # One class at a time: the terms of all are as large as the probabilities.
+    total: Float[np.ndarray, "x y z"] = functools.reduce(np.add, map(entr, probabilities))
+    return total.clip(min=0)
 
 
 def score_case(
