@@ -9,7 +9,7 @@ from pathlib import Path
 from pmixseg.interrupt import (
     STOPPED,
     exit_on_interrupt,
-    finish_in_peace,
+    ignore_interrupt_at_exit,
     say_stopped,
     stopping_code,
 )
@@ -42,7 +42,7 @@ def warn_in_one_line() -> None:
 def main() -> int:
     """Run one command in a process that is the command's alone; see :func:`pmixseg.cli.main`."""
     exit_on_interrupt()
-    finish_in_peace()
+    ignore_interrupt_at_exit()
     sys.unraisablehook = _without_loaders
     try:
         from pmixseg import cli  # after the line above: this import takes a while

@@ -30,7 +30,7 @@ def exit_on_interrupt() -> None:
         signal.signal(number, _exit)
 
 
-def finish_in_peace() -> None:
+def ignore_interrupt_at_exit() -> None:
     """Let Ctrl-C do nothing once Python closes down, where it would end by the signal, wordless."""
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 

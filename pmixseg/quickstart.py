@@ -20,7 +20,7 @@ from rich.console import Console
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, GapMonitor, PmixAlignment, RunCheckpoint, RunLogger
-from pmixseg.callbacks.calm import calm
+from pmixseg.callbacks.silence import silence_lightning
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
@@ -92,7 +92,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
         InputError: an unusable cohort.
     """
     say, began = Console(highlight=False, markup=False, soft_wrap=True), time.monotonic()
-    calm()
+    silence_lightning()
     out.mkdir(parents=True, exist_ok=True)
     root = data or out / "cohort"
     if data is None:

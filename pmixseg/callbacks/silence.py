@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 
-CHATTER = re.compile(
+UNHELPFUL = re.compile(
     r"\W*(?:rank: \d+\] )?(Tip:|"
     r"(GPU|TPU|HPU|IPU) available|Seed set to|`Trainer\.\w+` (stopped|already)|"
     r"`Trainer\(\w+=.*\)` was configured|Loading `train_dataloader` to estimate|"
@@ -15,7 +15,7 @@ CHATTER = re.compile(
 )
 """How messages begin that tell a person nothing about what they asked for."""
 
-ARRANGED = (
+EXPECTED = (
     r".*LeafSpec",
     r".*does not have many workers",
     r".*smaller than the logging interval",
@@ -33,13 +33,13 @@ ARRANGED = (
 """Warnings about what this package sets itself, or about Lightning's own inside."""
 
 
-class _NoChatter(logging.Filter):
+class _Unhelpful(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return CHATTER.match(record.getMessage()) is None
+        return UNHELPFUL.match(record.getMessage()) is None
 
 
-def calm() -> None:
-    """Silence what Lightning says to nobody's use, for the rest of the process."""
+def silence_lightning() -> None:
+    """Silence messages of Lightning that help no user, for the rest of the process."""
     for name in (
         "lightning.pytorch",
         "lightning.fabric",
@@ -48,9 +48,9 @@ def calm() -> None:
         "lightning.fabric.utilities.seed",
     ):
         logger = logging.getLogger(name)
-        if not any(isinstance(f, _NoChatter) for f in logger.filters):
-            logger.addFilter(_NoChatter())
-    for message in ARRANGED:
+        if not any(isinstance(f, _Unhelpful) for f in logger.filters):
+            logger.addFilter(_Unhelpful())
+    for message in EXPECTED:
         warnings.filterwarnings("ignore", message=message)
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"lightning|jsonargparse|torch")

@@ -24,10 +24,10 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.utilities import rank_zero_only
 
 from pmixseg.callbacks.alignment import PmixAlignment
-from pmixseg.callbacks.calm import calm
 from pmixseg.callbacks.distillation import Distillation
 from pmixseg.callbacks.predictions import PredictionWriter
 from pmixseg.callbacks.run import RunCheckpoint, RunLogger
+from pmixseg.callbacks.silence import silence_lightning
 from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.cli.arguments import (
     config_files,
@@ -102,7 +102,7 @@ class TrainingCLI(LightningCLI):
             raise UsageError(f"{lost[0]}: the file {lost[1]} does not exist; correct its path.")
         words = with_files(words)
         self.words, self.modules = with_split_class(with_checkpoint_path(words)), list(modules)
-        calm()
+        silence_lightning()
         super().__init__(
             SegmentationModule,
             BraTSDataModule,

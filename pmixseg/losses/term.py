@@ -53,7 +53,7 @@ class Term(nn.Module, ABC):
         return batch
 
     def decoded(self, latents: Latents) -> Latents:
-        """What the decoder reads instead of ``latents`` in a training step; they themselves here.
+        """Return the latents that the decoder reads in a training step; unchanged in this class.
 
         Terms are given the latents of the encoders all the same.
         """

@@ -318,7 +318,7 @@ class SegmentationModule(ScoredNetwork):
             self._resuming, self._rate_changed = Resuming(self.trainer), False
 
     def on_fit_start(self) -> None:
-        """Make the training's step, unless something would silently not be trained.
+        """Build the training step, and refuse a training that would leave parameters untrained.
 
         Raises:
             InputError: a trainable parameter that no optimizer has, or learned anchor weights

@@ -122,7 +122,7 @@ class Preparation:
         return self.on(theirs)
 
     def on(self, data: Preparation) -> Preparation:
-        """Return the preparation of a trained model that meets data.
+        """Return the preparation of data that a trained model meets, with the model's own split.
 
         Args:
             data: of the data; unknown where there are none yet.
@@ -135,7 +135,7 @@ class Preparation:
         return replace(data, split=self.split, seed=self.seed, cases=self.cases, voxels=self.voxels)
 
     def after(self, trained: Preparation) -> Preparation:
-        """Return the preparation of a training that goes on from another one."""
+        """Return the preparation of a training that continues from a checkpoint."""
         if self.split and trained.split and self.split != trained.split:
             rank_zero_info(
                 f"The split is {self.split}, the checkpoint had {trained.split}; no test scores "

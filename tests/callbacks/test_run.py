@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import RunCheckpoint, RunLogger
-from pmixseg.callbacks.calm import calm
+from pmixseg.callbacks.silence import silence_lightning
 from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import write_checkpoint
@@ -196,7 +196,7 @@ def test_a_writer_of_ones_own_is_kept(tmp_path):
     ],
 )
 def test_chatter_of_any_rank(message, kept):
-    calm()
+    silence_lightning()
     logger = logging.getLogger("lightning.fabric.utilities.seed")
     record = logger.makeRecord(logger.name, logging.INFO, "", 0, message, (), None)
     assert bool(logger.filter(record)) == kept
@@ -206,7 +206,7 @@ def test_chatter_of_any_rank(message, kept):
 def test_advice_to_average_what_is_a_mean_of_all_processes_already(name, kept):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        calm()
+        silence_lightning()
         advice = "when logging on epoch level in distributed setting"
         warnings.warn(
             f"It is recommended to use `self.log('{name}', ..., sync_dist=True)` {advice}.",

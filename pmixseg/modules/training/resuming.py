@@ -50,7 +50,7 @@ class TrainingSettings:
 
     @classmethod
     def of(cls, trainer: Trainer) -> TrainingSettings:
-        """Read them from the optimizers and schedules of a training that is about to begin."""
+        """Read the settings of a training that is about to begin, before it is restored."""
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])  # the reference of a plateau
@@ -199,7 +199,7 @@ def _say_what_is_left_out(trainer: Trainer) -> None:
 
 
 class Resuming:
-    """Give a resumed training the settings that it was told, in place of the checkpoint's.
+    """Give a resumed training the settings of its new call, in place of the checkpoint's.
 
     A checkpoint is restored between :meth:`begin` and :meth:`apply`.
 
@@ -232,13 +232,13 @@ class Resuming:
         self.earlier = dict(checkpoint.get(CIRCUMSTANCES, {}))
 
     def begin(self, trainer: Trainer) -> None:
-        """Read what optimizers and schedules were told."""
+        """Read the settings of the new call from its optimizers and schedules."""
         self._settings = TrainingSettings.of(trainer)
         for callback, patience in self._patience:
             callback.patience = patience
 
     def apply(self, trainer: Trainer) -> None:
-        """Tell it to the restored optimizers and schedules again.
+        """Give the settings of the new call to the restored optimizers and schedules.
 
         Raises:
             InputError: the learning-rate schedule ends before the step that was reached.
