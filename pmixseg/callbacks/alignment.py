@@ -212,7 +212,7 @@ class PmixAlignment(TermCallback):
             self.schedule.weight = self.ratio.weight()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured, so that a resumed training has the same weight."""
+        """Return what was measured, so that a resumed training has the same weight."""
         return {} if self.ratio is None else self.ratio.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -115,7 +115,7 @@ class Distillation(TermCallback):
             )
 
     def load_teacher(self) -> SegmentationModule:
-        """The teacher, frozen and in eval mode."""
+        """Load the teacher, frozen and in eval mode."""
         teacher: Any = self.teacher
         module = load(teacher, modules=self.modules) if isinstance(teacher, str | Path) else teacher
         if not isinstance(module, SegmentationModule):

@@ -81,7 +81,7 @@ class GradientRatio:
             self.pending = None
 
     def weight(self) -> float:
-        """The weight, once all steps are measured.
+        """Return the weight, once all steps are measured.
 
         Raises:
             InputError: one of the losses does not move the latents at all.
@@ -98,9 +98,9 @@ class GradientRatio:
         return self.ratio * float(segmentation) / float(term)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed training needs, in primitives."""
+        """Return what a resumed training needs, in primitives."""
         return {"ratio": self.ratio, "squares": [s.tolist() for s in self.squares]}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on with the measurements of a checkpoint; the ratio is that of this training."""
+        """Take over the measurements of a checkpoint; the ratio is that of this training."""
         self.squares = [torch.tensor(s) for s in state["squares"]][: self.steps]

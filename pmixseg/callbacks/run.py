@@ -50,7 +50,7 @@ class RunLogger(Logger):
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Return the path of ``metrics.csv``."""
         return self._run / "metrics.csv"
 
     @property
@@ -70,11 +70,11 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kw: Any) -> None:
-        """Nothing: ``config.yaml`` stands beside the file."""
+        """Do nothing: ``config.yaml`` in the same folder has the hyper-parameters."""
 
     @rank_zero_only
     def log_graph(self, model: Module, input_array: Tensor | None = None) -> None:
-        """No graph: this is where Lightning lets a logger see what begins, before any metric."""
+        """Choose which earlier rows stay; no graph. Lightning calls this before any metric."""
         if not isinstance(model, LightningModule):
             return
         trainer = model.trainer

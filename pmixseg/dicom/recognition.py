@@ -65,7 +65,7 @@ def recognise(
                 f"study the series {', '.join(map(str, sorted(numbers)))}."
             )
     by_user = {number: modality for modality, number in (chosen or {}).items()}
-    recognised = [_told(s, modalities, by_user.get(s.number)) for s in series]
+    recognised = [_recognise_one(s, modalities, by_user.get(s.number)) for s in series]
     # What the user chose takes the place of every other candidate.
     return [
         Recognised(r.series, None, f"another series was chosen as {r.modality}")
@@ -106,7 +106,7 @@ def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
     return chosen
 
 
-def _told(series: Series, modalities: Sequence[str], said: str | None) -> Recognised:
+def _recognise_one(series: Series, modalities: Sequence[str], said: str | None) -> Recognised:
     """Recognise one series: what the user said, else its description and times together."""
     if said is not None:
         return Recognised(series, said, "said by --series")

@@ -118,7 +118,7 @@ def test_latent_match_by_hand():
     assert value([0, 1], target="fused") == pytest.approx(10 / 5)
 
 
-def test_the_yardstick_is_the_same_for_an_aligned_and_an_unaligned_teacher():
+def test_the_scale_is_the_same_for_an_aligned_and_an_unaligned_teacher():
     """The same error against the mean weighs the same, however far apart the latents are."""
     two = network(("a", "b"), (1,), (1,), 2)
     logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)

@@ -120,10 +120,10 @@ def write_report(runs: Sequence[Path], out: Path, images: bool = True) -> Path:
     out = out if out.suffix in (".html", ".htm") else out / "report.html"
     read_runs = [Run.read(Path(folder)) for folder in runs]
     check_together([run.records for run in read_runs])
-    beside = out.with_name(f"{out.stem}_files")
-    with writing(beside):
-        beside.mkdir(parents=True, exist_ok=True)
-        page = _page(read_runs, beside, images)
+    assets = out.with_name(f"{out.stem}_files")
+    with writing(assets):
+        assets.mkdir(parents=True, exist_ok=True)
+        page = _page(read_runs, assets, images)
     with whole(out) as part:
         part.write_text(page, encoding="utf-8")
     return out
@@ -136,7 +136,7 @@ def html_table(table: Tabulation) -> str:
     return str(markup)
 
 
-def _page(runs: list[Run], beside: Path, images: bool) -> str:
+def _page(runs: list[Run], assets: Path, images: bool) -> str:
     records = [run.records for run in runs]
     task = records[0].task
     # What is measured, and what may stand beside it.
@@ -145,10 +145,10 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
     pictures = _pictures(runs) if images else []
     named = references(records[0]) if _same_references(records) else []
     # Figures, tables and pictures lie in a folder beside the page.
-    charts = _write_figures(beside, _figures(runs, dice, hd95))
-    _write_tables(beside, [t for t in (dice, hd95) if t is not None], records)
+    charts = _write_figures(assets, _figures(runs, dice, hd95))
+    _write_tables(assets, [t for t in (dice, hd95) if t is not None], records)
     for k, shown in enumerate(pictures):
-        save_png(case_figure(shown.examples, task), beside / f"case_{k + 1}.png")
+        save_png(case_figure(shown.examples, task), assets / f"case_{k + 1}.png")
     # The template gets values alone; it computes nothing.
     loader = _environment()
     template = loader.get_template("report.html.j2")
@@ -190,7 +190,7 @@ def _page(runs: list[Run], beside: Path, images: bool) -> str:
         cases=sorted({str(case) for one in records for case in one.table["case"]}),
         written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
         version=__version__,
-        files=beside.name,
+        files=assets.name,
         style=_source(loader, "report.css"),
         script=_source(loader, "viewer.js"),
     )
@@ -337,28 +337,28 @@ def _ranks(dice: Tabulation, hd95: Tabulation | None) -> list[tuple[str, pd.Data
     return [(title, frame) for title, frame in ranked if frame["columns"].max() > 0]
 
 
-def _write_figures(beside: Path, figures: dict[str, Figure]) -> dict[str, Markup]:
+def _write_figures(assets: Path, figures: dict[str, Figure]) -> dict[str, Markup]:
     """Save each figure as SVG and PNG; what the page shows of it."""
     shown = {}
     for name, figure in figures.items():
         svg = as_svg(figure)
-        with whole(beside / f"{name}.svg") as part:
+        with whole(assets / f"{name}.svg") as part:
             part.write_text(svg, encoding="utf-8")
-        save_png(figure, beside / f"{name}.png")
+        save_png(figure, assets / f"{name}.png")
         shown[name] = themed(svg)
     return shown
 
 
-def _write_tables(beside: Path, tables: list[Tabulation], records: list[Records]) -> None:
+def _write_tables(assets: Path, tables: list[Tabulation], records: list[Records]) -> None:
     rules = [f"{k}: {v}" for k, v in records[0].sidecar.conventions.items()]
     comment = "\n".join([f"cases: {records[0].table['case'].nunique()}", *rules])
     others = [tabulate(records, m) for m in (ECE, BRIER) if _measured(records, m.name)]
     for table in (*tables, *others):
         stem = f"table_{table.measure.name}"
-        with whole(beside / f"{stem}.csv") as part:
+        with whole(assets / f"{stem}.csv") as part:
             inert(table.frame()).to_csv(part, index=False)
-        with whole(beside / f"{stem}.tex") as part:
+        with whole(assets / f"{stem}.tex") as part:
             part.write_text(table.latex(comment), encoding="utf-8")
     summaries = [vars(s) for s in region_summaries(records)]
-    with whole(beside / "summary.csv") as part:
+    with whole(assets / "summary.csv") as part:
         inert(pd.DataFrame(summaries)).to_csv(part, index=False)

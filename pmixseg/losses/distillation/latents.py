@@ -32,7 +32,7 @@ class LatentMatch(LatentLoss):
                    {\operatorname{sg}\operatorname{mean}_c \operatorname{Var}_c(f^t)}
 
     the mean over brain voxels; the variance over brain voxels, samples and all latents that the
-    teacher was shown (and all processes). The yardstick is the teacher's *latents*, not its
+    teacher was shown (and all processes). The scale is that of the teacher's *latents*, not its
     anchor: where latents differ between modalities their mean has less variance than they (0.28
     of it in an unaligned teacher that we measured, 1.0 in an aligned one), so that one λ would
     mean 3.6 times as much for the one teacher as for the other.
@@ -105,8 +105,8 @@ class LatentMatch(LatentLoss):
             features, shown = mean_latent(features, shown), shown.any(1, keepdim=True)
         brain = brain_of(student, pair.student)
         squared = (self.to_teacher(features, pair) - target).square().mean(2)
-        yardstick = latent_variance(latents, usable, brain) + self.epsilon
-        return mean_over_shown(mean_over_brain(squared, brain) / yardstick, shown)
+        scale = latent_variance(latents, usable, brain) + self.epsilon
+        return mean_over_shown(mean_over_brain(squared, brain) / scale, shown)
 
 
 class SubsetMatch(LatentLoss):
@@ -151,8 +151,8 @@ class SubsetMatch(LatentLoss):
         brain = brain_of(student, pair.student)
         difference = mean_latent(features, shown) - mean_latent(latents, usable)
         distances = mean_over_brain(difference.square().mean(2), brain)
-        yardstick = latent_variance(latents, usable, brain) + self.epsilon
-        return mean_over_shown(distances / yardstick, shown.any(1, keepdim=True))
+        scale = latent_variance(latents, usable, brain) + self.epsilon
+        return mean_over_shown(distances / scale, shown.any(1, keepdim=True))
 
 
 class VariationalMatch(SlotwiseLoss):

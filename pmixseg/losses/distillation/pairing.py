@@ -202,7 +202,7 @@ def mean_vector(features: Features, brain: Brain) -> Float[Tensor, "b m c"]:
 
 @torch.no_grad()
 def latent_variance(features: Features, usable: Presence, brain: Brain) -> Scalar:
-    """Mean over channels of the variance of latents: the yardstick of their distances.
+    """Mean over channels of the variance of latents: the scale of their distances.
 
     Every brain voxel of every usable slot of all samples, and of all processes, is one point.
 
