@@ -142,6 +142,13 @@ def memory_error(error: BaseException) -> InputError | None:
             f"too many files are open at once ({reason}); allow more (ulimit -n), or use fewer "
             "workers."
         )
+    if code == errno.EAGAIN and any(
+        _raised_in(error, p) for p in ("multiprocessing", "subprocess")
+    ):
+        return InputError(
+            f"the system starts no more processes ({reason}); allow more (ulimit -u), or use fewer "
+            "workers."
+        )
     shared = isinstance(error, RuntimeError) and _SHARED.search(str(error))
     if shared or (code in _FULL and _raised_in(error, "multiprocessing")):  # of its semaphores
         return InputError(

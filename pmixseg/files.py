@@ -27,7 +27,7 @@ def whole(path: Path) -> Iterator[Path]:
         path: the file to write.
 
     Raises:
-        InputError: the disk is full or read-only, or the path cannot be written.
+        InputError: the disk is full or read-only, or the path cannot be written, or is a device.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -38,6 +38,8 @@ def whole(path: Path) -> Iterator[Path]:
         3 False a,b
     """
     part: Path | None = None
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is a device or pipe, which a file would replace; name a file.")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

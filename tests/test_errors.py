@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import os
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -145,6 +146,20 @@ def test_a_semaphore_that_shared_memory_does_not_hold_is_no_full_disk(monkeypatc
         multiprocessing.get_context("spawn").Lock()
     assert "/dev/shm" in str(memory_error(full.value))
     with pytest.raises(OSError, match="No space left") as full:
+        refused()
+    assert memory_error(full.value) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_may_not_be_started(monkeypatch):
+    def refused():
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("os.fork", refused)
+    with pytest.raises(OSError, match="temporarily") as full:
+        multiprocessing.get_context("fork").Process(target=print).start()
+    assert "allow more (ulimit -u), or use fewer workers." in str(memory_error(full.value))
+    with pytest.raises(OSError, match="temporarily") as full:
         refused()
     assert memory_error(full.value) is None
 

@@ -11,7 +11,8 @@ UNHELPFUL = re.compile(
     r"(GPU|TPU|HPU|IPU) available|Seed set to|`Trainer\.\w+` (stopped|already)|"
     r"`Trainer\(\w+=.*\)` was configured|Loading `train_dataloader` to estimate|"
     r"Restor(ing|ed) |Loaded model weights|Using (16bit|bfloat16|double)|"
-    r"Detected KeyboardInterrupt|You are using a CUDA device .* Tensor Cores|LOCAL_RANK)"
+    r"Detected KeyboardInterrupt|Received SIGTERM|LOCAL_RANK|"
+    r"You are using a CUDA device .* Tensor Cores)"
 )
 """How messages begin that tell a person nothing about what they asked for."""
 
@@ -43,6 +44,7 @@ def silence_lightning() -> None:
     for name in (
         "lightning.pytorch",
         "lightning.fabric",
+        "lightning.pytorch.trainer.connectors.signal_connector",
         "lightning.pytorch.utilities.rank_zero",
         "lightning.fabric.utilities.rank_zero",
         "lightning.fabric.utilities.seed",
