@@ -85,8 +85,8 @@ def beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def hold(folder: Path) -> int | None:
-    """Keep a folder from other processes that ask for it, until this descriptor is closed.
+def lock_folder(folder: Path) -> int | None:
+    """Lock a folder against other processes that ask for it, until the descriptor is closed.
 
     A process that ends, however it does, lets go of it.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pmixseg.errors import InputError
-from pmixseg.files import hold, whole
+from pmixseg.files import lock_folder, whole
 from pmixseg.modules.checkpoint import write_checkpoint
 
 Kept: TypeAlias = Literal["none", "before", "all"]
@@ -202,7 +202,7 @@ class RunCheckpoint(ModelCheckpoint):
         writes = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set in Trainer.__init__
         if writes and self._held is None:
             # Not the run folder: a test of its best checkpoint may write records there meanwhile.
-            self._held = hold(self._folder)
+            self._held = lock_folder(self._folder)
         data = getattr(trainer, "datamodule", None)
         validated = trainer.limit_val_batches and (data is None or data.parts.val)
         if not validated:

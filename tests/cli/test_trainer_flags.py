@@ -10,7 +10,7 @@ from pmixseg.cli import main
 from pmixseg.cli.training import TrainingCLI
 from pmixseg.cli.training_parser import whole_numbers_first
 from pmixseg.errors import InputError
-from pmixseg.files import hold
+from pmixseg.files import lock_folder
 from pmixseg.modules.checkpoint import read_checkpoint
 from tests.cli.presets import last_of_each
 from tests.cli.test_training import TINY
@@ -103,7 +103,7 @@ def test_another_rate_is_said_stored_and_used(phantom_store, tmp_path, capsys):
 
 
 def test_two_trainings_do_not_share_a_run_folder(phantom_store, tmp_path, capsys):
-    held = hold(tmp_path / "checkpoints")
+    held = lock_folder(tmp_path / "checkpoints")
     assert fit(phantom_store, tmp_path) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
@@ -113,7 +113,7 @@ def test_two_trainings_do_not_share_a_run_folder(phantom_store, tmp_path, capsys
     os.close(held)
     one = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
     assert fit(phantom_store, tmp_path, *one) == 0
-    os.close(hold(tmp_path / "checkpoints"))  # let go of
+    os.close(lock_folder(tmp_path / "checkpoints"))  # let go of
 
 
 def test_a_plateau_is_told_as_it_is(phantom_store, tmp_path):

@@ -27,7 +27,7 @@ from pmixseg.task import Task
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StoreSettings:
     """What all cases of a store are prepared with.
 
     Args:
@@ -62,37 +62,37 @@ class Outcome:
     labelled: bool = True
 
 
-def prepare_case(recipe: Recipe, case: Case) -> Outcome | InputError:
+def prepare_case(settings: StoreSettings, case: Case) -> Outcome | InputError:
     """Bring one case up to date; a bad one is an outcome, a bad disk is an exception.
 
     A case that was kept by force stays, as long as its files are the same.
 
     Args:
-        recipe: what it is prepared with.
+        settings: what it is prepared with.
         case: where its files lie.
 
     Raises:
         OSError: the store cannot be written.
     """
-    own = recipe.cases / case.case_id
+    own = settings.cases / case.case_id
     where = f"case '{case.case_id}'"
     try:
         if case.problem is not None:
             raise InputError(case.problem)
         check_name(case.case_id)
-        meta = _asked(recipe, case)
+        meta = _asked(settings, case)
         current = _current(own, case, meta, where)
         if current is not None:
             return current
-        ready = _canonical(recipe, case, where)
-        verdict = judge(ready, recipe.task, odd_one_out=case.case_id in recipe.odd)
-        if verdict.findings and not recipe.force:
+        ready = _canonical(settings, case, where)
+        verdict = judge(ready, settings.task, odd_one_out=case.case_id in settings.odd)
+        if verdict.findings and not settings.force:
             raise InputError(verdict.refusal(where))
     except InputError as error:
         # A copy of what the sources were before they broke must not stay in use.
         shutil.rmtree(own, ignore_errors=True)
         return error
-    ready = normalised(ready, recipe.parameters["normalisation"], recipe.parameters["dtype"])
+    ready = normalised(ready, settings.parameters["normalisation"], settings.parameters["dtype"])
     made = {
         "findings": list(verdict.findings),
         "oriented": verdict.oriented,
@@ -122,21 +122,21 @@ def _outcome(
     return Outcome(state, tuple(notes), ignored, case.label is not None and not voxels)
 
 
-def _asked(recipe: Recipe, case: Case) -> dict[str, Any]:
+def _asked(settings: StoreSettings, case: Case) -> dict[str, Any]:
     """What a stored copy must have been made with to be up to date."""
     return {
         "case_id": case.case_id,
         "patient": case.patient or case.case_id,
         "grade": case.grade,
         "layout": case.layout,
-        "modalities": list(recipe.task.modalities),
+        "modalities": list(settings.task.modalities),
         "codes": dict(case.codes),
         "ignored": list(case.ignored),
         "doubtful": list(case.doubtful),
         "witness": case.witness,
         "also": {str(number): label for number, label in case.also.items()},
-        "odd_one_out": case.case_id in recipe.odd,
-        "parameters": dict(recipe.parameters),
+        "odd_one_out": case.case_id in settings.odd,
+        "parameters": dict(settings.parameters),
         # Only where there are some: stores that know no such key stay up to date.
         **({"unannotated": list(case.unannotated)} if case.unannotated else {}),
     }
@@ -160,15 +160,15 @@ def _current(own: Path, case: Case, meta: Mapping[str, Any], where: str) -> Outc
     return _outcome("kept", case, verdict.notes(where), ignored)
 
 
-def _canonical(recipe: Recipe, case: Case, where: str) -> CanonicalCase:
-    spacing = recipe.parameters["spacing"]
+def _canonical(settings: StoreSettings, case: Case, where: str) -> CanonicalCase:
+    spacing = settings.parameters["spacing"]
     return canonicalise(
         case.images,
         case.label,
-        recipe.task,
-        case.coding(recipe.task),
+        settings.task,
+        case.coding(settings.task),
         None if spacing is None else tuple(spacing),
-        dtype=computed_dtype(recipe.parameters["normalisation"], recipe.parameters["dtype"]),
+        dtype=computed_dtype(settings.parameters["normalisation"], settings.parameters["dtype"]),
         where=where,
     )
 

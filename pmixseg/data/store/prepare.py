@@ -20,7 +20,7 @@ from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.scans.canonical import BOX_MULTIPLE, NORMALISATION, STORE_DTYPE
 from pmixseg.data.scans.geometry import Spacing, check_spacing
 from pmixseg.data.scans.normalisation import check_normalisation
-from pmixseg.data.store.one_case import Outcome, Recipe, prepare_case
+from pmixseg.data.store.one_case import Outcome, StoreSettings, prepare_case
 from pmixseg.data.store.report import PrepareReport
 from pmixseg.data.store.stored import (
     CASES,
@@ -90,8 +90,8 @@ def prepare(
     report = PrepareReport(out)
     try:
         _open_store(out, task, parameters)
-        recipe = Recipe(out / CASES, task, parameters, force, odd_ones_out(cases))
-        work = partial(prepare_case, recipe)
+        settings = StoreSettings(out / CASES, task, parameters, force, odd_ones_out(cases))
+        work = partial(prepare_case, settings)
         mine = cases if share is None else share.of(cases, lambda case: case.case_id)
         outcomes = results(work, mine, workers, where=out, preload=[prepare_case.__module__])
         for case, outcome in _watched(outcomes, len(mine), progress):
