@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import multiprocessing.synchronize  # before a test replaces what it is made of
 import os
 
 import pytest
