@@ -129,7 +129,7 @@ def _check_kind(owner: str, name: str, value: Any, kinds: list[tuple[Any, str]])
         return
     text = isinstance(value, str)
     for kind, _ in kinds:
-        whole = kind is Integral and isinstance(value, Real) and value == round(value)
+        whole = kind is Integral and isinstance(value, Real) and float(value).is_integer()
         if whole or (isinstance(value, kind) and (kind is not Collection or not text)):
             return
     words = list(dict.fromkeys(words for _, words in kinds))

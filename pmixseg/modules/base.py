@@ -175,12 +175,10 @@ class SegmentationModule(ScoredNetwork):
         else:
             decoded = self.decode(decoder_input)
         output = replace(decoded, latents=latents)
-
         parts: dict[str, Tensor] = {"seg": self.segmentation_loss(output, batch, epoch)}
         total = parts["seg"] + self.extra_loss(latents, batch, epoch, parts)
         for name, term in self.terms.items():
-            value = term(output, batch)
-            parts[name] = value
+            value = parts[name] = term(output, batch)
             for part, number in cast(Term, term).parts.items():
                 parts[f"{name}/{part}"] = number
             cast(Term, term).parts = {}  # nothing of a step outlives it
@@ -188,15 +186,13 @@ class SegmentationModule(ScoredNetwork):
         if self._trainer is not None and self.trainer.world_size > 1:
             total = total + every_parameter(self)
         parts["loss"] = total
-        values = torch.stack([part.detach().float() for part in parts.values()])
-        return total, values, tuple(parts)
+        return total, torch.stack([part.detach().float() for part in parts.values()]), tuple(parts)
 
     @property
     def needs_hidden(self) -> bool:
         """Whether training reads latents of what is acquired and not shown."""
-        if self.encodes_hidden or self.backbone.needs_acquired:
-            return True
-        return any(cast(Term, term).needs_acquired for term in self.terms.values())
+        by_term = any(cast(Term, term).needs_acquired for term in self.terms.values())
+        return self.encodes_hidden or self.backbone.needs_acquired or by_term
 
     def on_validation_start(self) -> None:
         """End a training whose loss is no longer finite before it is validated.
@@ -232,8 +228,10 @@ class SegmentationModule(ScoredNetwork):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *how: Any, **named: Any) -> None:
         """Clip as the trainer says; on a GPU the norm in a few operations."""
-        most = self.trainer.gradient_clip_val
-        if most and self.trainer.gradient_clip_algorithm != "value" and static_on(self.device):
+        most, algorithm = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
+        # One that was made fused may hold gradients that float16's scaler has still to divide.
+        made_fused = optimizer.defaults.get("fused")
+        if most and algorithm != "value" and static_on(self.device) and not made_fused:
             clip_norm(optimizer, most)
         else:
             super().configure_gradient_clipping(optimizer, *how, **named)
@@ -265,9 +263,8 @@ class SegmentationModule(ScoredNetwork):
     @property
     def learned_weights(self) -> dict[int, Tensor]:
         """The weights that the anchor has learned, per level that is filled."""
-        levels = (
-            range(len(self.backbone.channels)) if self.fill_levels is None else self.fill_levels
-        )
+        every = range(len(self.backbone.channels))
+        levels = every if self.fill_levels is None else self.fill_levels
         return learned_weights(self.anchor, len(self.backbone.slots), levels)
 
     # ---------------------------------------------------------------- terms
@@ -286,10 +283,9 @@ class SegmentationModule(ScoredNetwork):
         """
         self.terms[name] = term
         self.term_weights[name] = weight
+        self._lent.pop(name, None)
         if lent:
             self._lent[name] = True
-        else:
-            self._lent.pop(name, None)
 
     def _return_terms(self) -> None:
         """Remove what callbacks of an earlier training have lent, and this one's have not."""

@@ -129,7 +129,7 @@ def check_windows(
         raise InputError(f"window is {list(window)}; give three voxel counts of at least 1.")
     if overlap is not None and not 0 <= overlap < 1:
         raise InputError(f"overlap is {overlap}; give a share of at least 0 and below 1.")
-    if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise InputError(f"batch_size is {batch_size}; give at least 1 window, or auto.")
     if blend not in get_args(Blend):
         raise InputError(f"blend '{blend}' is unknown; use {' or '.join(get_args(Blend))}.")

@@ -3,10 +3,12 @@
 import copy
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 import torch._dynamo.testing
+from lightning.pytorch import LightningModule, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmixseg import backbones
@@ -342,6 +344,19 @@ def test_clipping_gives_torch_s_numbers_in_eight_operations(most):
     for parameter, same in pairs[1:]:
         torch.testing.assert_close(parameter.grad, same.grad, rtol=0, atol=0)
     clip_norm(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), most)  # none has one
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_an_optimizer_that_was_made_fused_is_left_to_lightning(fused):
+    """Its gradients may still be scaled: in float16 Lightning refuses to clip them."""
+    one = module()
+    optimizer = torch.optim.AdamW(one.parameters(), fused=fused)
+    for parameter in one.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    one.trainer = Trainer(gradient_clip_val=1e-3, logger=False, enable_checkpointing=False)
+    with as_on_gpu(), mock.patch.object(LightningModule, "configure_gradient_clipping") as theirs:
+        one.configure_gradient_clipping(optimizer, 1e-3, "norm")
+    assert theirs.called is bool(fused)
 
 
 def test_one_device_is_seeded_as_all_are():
