@@ -32,6 +32,8 @@ SEAMS = {
         "computing constants outside the mode that traces an export",
     ),
     "_dynamo": (torch, "DDP's cutting of graphs is switched off where a step is one graph"),
+    "_foreach_mul_": (torch, "gradients are clipped in a few operations"),
+    "_foreach_norm": (torch, "gradients are clipped in a few operations"),
     "_get": (LightningCLI, "a value of the configuration, under a subcommand or not"),
     "_instantiate_trainer": (LightningCLI, "a trainer with callbacks that depend on the flags"),
     "_last_checkpoint_saved": (ModelCheckpoint(), "whether the best was written in this epoch"),

@@ -190,8 +190,8 @@ def _value_sentence(message: str, args: Sequence[str]) -> str:
     expected = [
         (len(space), words(kind))
         for space, kind in re.findall(
-            r"^( *)(?:- )?(?:Not a valid (?=subclass)|Expected (?:an? )?(?!path but|dot import))"
-            r"(.+?)(?:\. Got value: .*)?$",
+            r"^( *)(?:- )?(?:Not a valid (?=subclass)|"
+            r"Expected (?!an? path but|a dot import)(?:an? )?)(.+?)(?:\. Got value: .*)?$",
             message,
             re.MULTILINE,
         )

@@ -48,11 +48,10 @@ def test_criterion_by_hand():
     a, b, c = output.extras["shared"][0, [0, 2, 3]]
     ring = torch.stack([(a - c).abs(), (b - a).abs(), (c - b).abs()]).mean()
     logits = output.extras["modality"]
-    entropy = F.cross_entropy(
-        torch.stack([logits[0, 0], logits[0, 2], logits[0, 3], logits[1, 2]]),
-        torch.tensor([0, 2, 3, 2]),
-    )
-    expected = DiceCE()(output, batch, 0) + 0.1 * ring + 0.02 * entropy
+    several = F.cross_entropy(logits[0, [0, 2, 3]], torch.tensor([0, 2, 3]))
+    alone = F.cross_entropy(logits[1, [2]], torch.tensor([2]))
+    # The mean over samples: the second shows one modality, which has no neighbour.
+    expected = DiceCE()(output, batch, 0) + 0.1 * ring / 2 + 0.02 * (several + alone) / 2
     torch.testing.assert_close(ShaSpecCriterion()(output, batch, 0), expected)
     torch.testing.assert_close(
         ShaSpecCriterion(0.0, 0.0)(net.eval()(torch.zeros(2, 4, 8, 8, 8), present), batch, 0),

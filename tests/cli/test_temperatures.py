@@ -122,7 +122,7 @@ def test_post_processing_is_recorded_and_not_compared_with_none(run, phantom_sto
     assert main(command("test", run / "raw.ckpt", phantom_store, run, f"--run={run / 'no'}")) == 0
     assert list(Records.read(run / "no").sidecar.postprocess) == []
     assert main(["compare", "--a", str(run / "post"), "--b", str(run / "no")]) == 1
-    assert "another postprocess" in capsys.readouterr().err
+    assert "in different ways (postprocess)" in capsys.readouterr().err
 
 
 def test_only_validation_cases_are_fitted_on(run, phantom_store, capsys):

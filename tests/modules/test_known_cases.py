@@ -173,7 +173,10 @@ def test_force_goes_on_and_records_and_report_say_so(trained, score, tmp_path, c
     assert json.loads((tmp_path / "r" / "records.json").read_text())["seen"] == [cases.train[0]]
     with figures_left_empty():
         assert main(["report", str(tmp_path / "r"), "-o", str(tmp_path / "page.html")]) == 0
-    assert main(["compare", "--a", str(tmp_path / "r"), "--b", str(tmp_path / "r")]) == 0
+    other = Records.read(tmp_path / "r")
+    other.table["dice"] /= 2
+    other.write(tmp_path / "other" / "records.csv")
+    assert main(["compare", "--a", str(tmp_path / "r"), "--b", str(tmp_path / "other")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "r: 1 of its test cases were used to train or select the model" in said
     page = " ".join((tmp_path / "page.html").read_text().split())
