@@ -239,7 +239,12 @@ class Begun(Exception):
     """A training would begin with this module and these data."""
 
 
-def test_the_seed_drives_weights_batches_augmentation_and_missingness(ran, plan_file, monkeypatch):
+def test_the_seed_drives_weights_batches_augmentation_and_missingness(
+    ran, plan_file, monkeypatch, caplog
+):
+    # A training silences Lightning for its process; caplog takes that back at the end.
+    caplog.set_level("INFO", logger="lightning.pytorch")
+
     def begin(trainer, module, data):
         raise Begun(module, data)
 
