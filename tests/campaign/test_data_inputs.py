@@ -35,7 +35,7 @@ def write_case(folder: Path) -> None:
             data = np.zeros(SHAPE, np.int16)
             data[5:9, 5:9, 4:8] = random.integers(0, 3, (4, 4, 4))
             data[6, 6, 5] = 4
-        nib.save(nib.Nifti1Image(data, np.diag([-1.0, -1, 1, 1])), folder / f"{NAME}_{role}.nii.gz")
+        nib.save(nib.Nifti1Image(data, np.diag([-3.0, -3, 3, 1])), folder / f"{NAME}_{role}.nii.gz")
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +219,13 @@ def check(tally: Tally, keep: Path) -> None:
 def test_what_is_not_damaged_is_taken(tmp_path, generator):
     (tmp_path / f"input{generator.suffix}").write_text(generator.text)
     assert generator.use(tmp_path) == Answer(0, "")
+
+
+def test_a_case_that_is_not_damaged_is_taken(healthy, tmp_path):
+    """Else every damage would be refused for the same reason, and a campaign would try nothing."""
+    scans = Scans(healthy)
+    shutil.copytree(healthy, tmp_path / "c" / NAME)
+    assert scans.use(tmp_path) == Answer(0, "\n") and scans.is_right(tmp_path)
 
 
 @pytest.mark.slow
