@@ -28,6 +28,7 @@ from pmixseg.data.patches import (
     Size,
     collate_case,
     collate_patches,
+    warn_of_padding,
 )
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, SameOrder
 from pmixseg.data.source import CohortSource, spacing_of
@@ -41,9 +42,6 @@ from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch
 
 Part = Literal["train", "val", "test"]
-
-MOSTLY_PADDING = 4
-"""Times as large as every case: a patch of that size is told, since it takes memory for nothing."""
 
 
 class BraTSDataModule(LightningDataModule):
@@ -242,7 +240,9 @@ class BraTSDataModule(LightningDataModule):
         if stage == "fit" and parts.train:
             voxels = [cases[name].geometry.grid_spacing for name in parts.train]
             self._voxel = spacing_of(np.median(voxels, axis=0).tolist())
-            self._warn_of_padding([cases[name].geometry.box().shape for name in parts.train])
+            shapes = [cases[name].geometry.box().shape for name in parts.train]
+            volumes = self.batch_size * self.task.num_modalities
+            warn_of_padding(self.patch_size, shapes, self.batch_size, volumes)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of patches, in an order that (seed, epoch) fix.
@@ -318,9 +318,9 @@ class BraTSDataModule(LightningDataModule):
 
         Training batches are moved with what the module has drawn to be shown.
         """
-        show = getattr(self.trainer and self.trainer.lightning_module, "show", None)
-        if show is not None and self._trains:
-            batch = show(batch)
+        draw = getattr(self.trainer and self.trainer.lightning_module, "with_present", None)
+        if draw is not None and self._trains:
+            batch = draw(batch)
         kept = {k: batch[k] for k in ("key", "stored") if k in batch}
         moved = {k: v for k, v in batch.items() if k not in kept}
         return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **kept}
@@ -361,19 +361,6 @@ class BraTSDataModule(LightningDataModule):
                 "on scans that a training has seen are too good, and a test refuses them; leave "
                 "one of a pair out, or put both into one part."
             )
-
-    def _warn_of_padding(self, shapes: Sequence[Sequence[int]]) -> None:
-        largest = np.max(shapes, axis=0)
-        times = np.prod(self.patch_size) / np.prod(largest)
-        if times < MOSTLY_PADDING:
-            return
-        values = self.batch_size * self.task.num_modalities * np.prod(self.patch_size)
-        rank_zero_warn(
-            f"a patch of {' × '.join(map(str, self.patch_size))} voxels is {times:,.0f} times as "
-            f"large as any training case ({' × '.join(map(str, largest))}): most of it is padding, "
-            f"and a batch of {self.batch_size} takes {4e-9 * values:.2g} GB; use a smaller "
-            "patch_size."
-        )
 
     def _apply_masks(self, cases: Mapping[str, StoredCase]) -> None:
         if self.masks is not None:

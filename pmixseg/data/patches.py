@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int64
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -22,6 +23,9 @@ from pmixseg.describe import Described
 from pmixseg.types import Batch
 
 Size = tuple[int, int, int]
+
+MOSTLY_PADDING = 4
+"""Times as large as every case: a patch of that size is told, since it takes memory for nothing."""
 
 _FOREGROUND_KEPT = 2048
 """Tumour voxels remembered per case and class: enough to centre patches on, few enough to keep."""
@@ -246,3 +250,25 @@ def _voxels_by_class(stored: StoredCase) -> list[npt.NDArray[np.int64]]:
         chosen = np.linspace(0, len(voxels) - 1, min(len(voxels), _FOREGROUND_KEPT))
         kept.append(voxels[chosen.round().astype(np.int64)])
     return kept
+
+
+def warn_of_padding(
+    patch: Size, shapes: Sequence[Sequence[int]], batch_size: int, volumes: int
+) -> None:
+    """Warn of patches that are far larger than every case.
+
+    Args:
+        patch: voxels of a patch.
+        shapes: voxels of the training cases.
+        batch_size: patches in a batch.
+        volumes: patches of a batch times sequences of each.
+    """
+    largest = np.max(shapes, axis=0)
+    times = np.prod(patch) / np.prod(largest)
+    if times >= MOSTLY_PADDING:
+        rank_zero_warn(
+            f"a patch of {' × '.join(map(str, patch))} voxels is {times:,.0f} times as large as "
+            f"any training case ({' × '.join(map(str, largest))}): most of it is padding, and a "
+            f"batch of {batch_size} takes {4e-9 * volumes * np.prod(patch):.2g} GB; use a smaller "
+            "patch_size."
+        )

@@ -125,7 +125,7 @@ class SegmentationModule(ScoredNetwork):
         """Compute the segmentation loss in float32, on the network's main output."""
         return self.criterion(output, batch, epoch)
 
-    def show(self, batch: Batch) -> Batch:
+    def with_present(self, batch: Batch) -> Batch:
         """Return a training batch with ``present``, drawn unless it has been.
 
         The data module asks for it before it moves a batch: a GPU would start forty operations.
@@ -135,7 +135,7 @@ class SegmentationModule(ScoredNetwork):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw what the network is shown, then compute the loss."""
-        batch = self.own_batch(self.show(batch))
+        batch = self.own_batch(self.with_present(batch))
         for term in self.terms.values():
             batch = cast(Term, term).prepare(batch)
         weights = {name: w.at(self.current_epoch) for name, w in self.term_weights.items()}

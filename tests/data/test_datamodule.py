@@ -230,7 +230,9 @@ def test_training_batches_reach_a_gpu_with_what_is_shown(phantom_store):
         shown.append(batch["acquired"].device.type)
         return {**batch, "present": batch["acquired"]}
 
-    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(show=show), training=True)
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(with_present=show), training=True
+    )
     data.setup("fit")
     moved = data.transfer_batch_to_device(next(iter(data.train_dataloader())), META, 0)
     assert moved["present"].device == moved["acquired"].device == META
@@ -395,12 +397,3 @@ def test_real_scans(tmp_path):
     assert set(batch["label"].unique().tolist()) <= {0, 1, 2, 3}
     brain = batch["image"][batch["image"] != 0]
     assert abs(brain.mean()) < 1 and 0.3 < brain.std() < 2
-
-
-def test_a_patch_far_larger_than_every_case_is_told(phantom_store, recwarn):
-    BraTSDataModule(phantom_store, patch_size=16).setup("fit")
-    assert not [w for w in recwarn if "padding" in str(w.message)]
-    large = BraTSDataModule(phantom_store, patch_size=(100, 100, 250), batch_size=2)
-    told = r"of 100 × 100 × 250 voxels is [\d,]+ times as large .* a batch of 2 takes 0\.08 GB"
-    with pytest.warns(UserWarning, match=told):  # 2 x 4 sequences x 2.5 million voxels x 4 bytes
-        large.setup("fit")

@@ -103,3 +103,12 @@ def test_data_that_does_not_fit(phantom_store, tmp_path):
     only_train = BraTSDataModule(phantom_store, split=WholeCohort("train"))
     with pytest.raises(InputError, match="no case in 'test'"):
         only_train.test_dataloader()
+
+
+def test_a_patch_far_larger_than_every_case_is_told(phantom_store, recwarn):
+    BraTSDataModule(phantom_store, patch_size=16).setup("fit")
+    assert not [w for w in recwarn if "padding" in str(w.message)]
+    large = BraTSDataModule(phantom_store, patch_size=(100, 100, 250), batch_size=2)
+    told = r"of 100 × 100 × 250 voxels is [\d,]+ times as large .* a batch of 2 takes 0\.08 GB"
+    with pytest.warns(UserWarning, match=told):  # 2 x 4 sequences x 2.5 million voxels x 4 bytes
+        large.setup("fit")
