@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from pmixseg.cli import main
+from pmixseg.cli.arguments import nearest, split_class, with_split_class
 from pmixseg.cli.training import TrainingCLI
 from pmixseg.cli.training_parser import whole_numbers_first
 from pmixseg.errors import InputError
@@ -123,3 +124,62 @@ def test_a_plateau_is_told_as_it_is(phantom_store, tmp_path):
     assert checkpoint["lr_schedulers"][0]["mode"] == "max"
     # Written before the schedule is told of this epoch; a resumed training tells it.
     assert 0 <= checkpoint["pending_metrics"]["val/dice"] <= 1
+
+
+def test_without_model_a_student_is_trained(phantom_store, tmp_path):
+    flags = [f for f in TINY if "window" not in f]
+    command = ["fit", f"--data.store={phantom_store}", "--trainer.fast_dev_run=true"]
+    window = "--model.evaluation.window=[32,40,32]"
+    assert main([*command, f"--run={tmp_path}/a", *flags, window]) == 0
+    only = ["--model.backbone=MultiEncoderUNet", "--model.backbone.width=4"]
+    rest = [f for f in flags if not f.startswith("--model")]
+    assert main([*command, f"--run={tmp_path}/b", *only, *rest, window]) == 0
+
+
+def test_a_split_class_is_guessed_from_its_arguments():
+    flags = ["fit", "--data.split.train=a.txt", "--data.split.val", "b.txt"]
+    split = "--data.split=pmixseg.data.SplitFiles"
+    assert with_split_class(flags) == ["fit", split, *flags[1:]]
+    assert split_class({"train": 0.5, "val": 0.5, "test": 0}) == "pmixseg.data.Fractions"
+    assert split_class({"path": "a.json", "fold": 1}) == "pmixseg.data.SplitJson"
+    assert split_class({"folds": 3}) == "pmixseg.data.KFold"
+    assert split_class({"train": "a.txt", "missing": "skip"}) == "pmixseg.data.SplitFiles"
+    assert split_class({"path": "a.json", "missing": "skip"}) == "pmixseg.data.SplitJson"
+    assert split_class({"train": ["a"], "test": ["b"]}) == "pmixseg.data.SplitLists"
+    assert split_class({"part": "val"}) == "pmixseg.data.WholeCohort"
+    named = ["fit", "--data.split=KFold", "--data.split.fold=1"]
+    assert with_split_class(named) == named
+    with pytest.raises(InputError, match="did you mean train"):
+        split_class({"trian": "a.txt"})
+    assert nearest("abc", ["xyz"]) == ""
+
+
+@pytest.mark.parametrize("how", ["flags", "file"])
+def test_a_split_is_spelt_the_same_with_or_without_a_file(phantom_store, tmp_path, how):
+    names = sorted(p.name for p in (phantom_store / "cases").iterdir())
+    for part, cases in {"train": names[:2], "val": names[2:3], "test": names[3:4]}.items():
+        (tmp_path / f"{part}.txt").write_text("\n".join(cases))
+    split = [f"--data.split.{part}={tmp_path}/{part}.txt" for part in ("train", "val", "test")]
+    if how == "file":
+        text = "data:\n  split:\n" + "".join(
+            f"    {part}: {tmp_path}/{part}.txt\n" for part in ("train", "val", "test")
+        )
+        (tmp_path / "a.yaml").write_text(text)
+        split = ["-c", str(tmp_path / "a.yaml")]
+    command = ["fit", f"--run={tmp_path}/r", f"--data.store={phantom_store}", *split, *TINY]
+    quick = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+    assert main([*command, *quick]) == 0
+    assert "SplitFiles" in (tmp_path / "r" / "config.yaml").read_text()
+
+
+def test_a_checkpoint_of_a_run_by_name(phantom_store, tmp_path, capsys):
+    run = tmp_path / "r"
+    command = ["fit", f"--run={run}", f"--data.store={phantom_store}", *TINY]
+    assert main([*command, "--trainer.limit_train_batches=1"]) == 0
+    for name in ("last", "best"):
+        test = ["test", f"--ckpt_path={name}", f"--data.store={phantom_store}"]
+        assert main([*test, f"--run={run}", "--trainer.limit_test_batches=1"]) == 0
+        (run / "records.csv").unlink()
+    capsys.readouterr()
+    assert main(test) == 1
+    assert "say which one with --run" in capsys.readouterr().err

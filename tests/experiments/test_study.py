@@ -25,69 +25,51 @@ from pmixseg.errors import InputError
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
-SMALL = {
-    "name": "small",
-    "title": "A small study",
-    "cohort": {"train": 4, "val": 1, "test": 2, "seed": 5, "spacing": 6.0, "shape": [16, 16, 16]},
-    "seeds": [1, 2],
-    "training": {
-        "steps": 2,
-        "module": {
-            "class_path": "pmixseg.StudentModule",
-            "init_args": {
-                "backbone": {
-                    "class_path": "pmixseg.backbones.MultiEncoderUNet",
-                    "init_args": {"width": 4, "levels": 2, "stem": 2},
-                },
-                "fill": "zero",
-                "evaluation": {"window": [16, 16, 16]},
-            },
-        },
-        "data": {"patch_size": [16, 16, 16], "batch_size": 2, "foreground": 0.0},
-        "gap": {"cases": 1, "points": 32},
-    },
-    "groups": {"few": {"cases": {"count": 2}}},
-    "arms": {
-        "alone": None,
-        "aligned": {
-            "align": {
-                "ratio": 0.1,
-                "ratio_steps": 1,
-                "anchor": {
-                    "class_path": "pmixseg.losses.MixtureAnchor",
-                    "init_args": {"weights": "uniform"},
-                },
-            }
-        },
-        "teacher": {
-            "module.class_path": "pmixseg.TeacherModule",
-            "gap": None,
-        },
-        "taught": {
-            "needs": "teacher",
-            "gap": None,
-            "distill": {
-                "weight": 1.0,
-                "terms": {"logit": {"class_path": "pmixseg.losses.LogitKL", "init_args": {}}},
-            },
-            "each": {"module.init_args.combination": ["t1", "flair"]},
-        },
-    },
-    "tables": [
-        {"title": "Arms", "kind": "arms", "group": "few", "arms": ["alone", "aligned", "taught"]},
-        {"title": "Test", "kind": "tests", "group": "few", "contrasts": [["aligned", "alone"]]},
-        {"title": "Cases", "kind": "cases", "group": "few", "arms": ["alone", "aligned"]},
-        {
-            "title": "Gap",
-            "kind": "gap",
-            "group": "few",
-            "arms": ["alone", "aligned"],
-            "measures": ["ratio", "rank_within", "decodability", "decodability/WT"],
-            "references": {"aligned": "alone"},
-        },
-        {"title": "Cost", "kind": "figures", "group": "few", "columns": ["cpu_seconds"]},
-    ],
-}
+SMALL = yaml.safe_load("""
+name: small
+title: A small study
+cohort: {train: 4, val: 1, test: 2, seed: 5, spacing: 6.0, shape: [16, 16, 16]}
+seeds: [1, 2]
+training:
+  steps: 2
+  module:
+    class_path: pmixseg.StudentModule
+    init_args:
+      backbone:
+        class_path: pmixseg.backbones.MultiEncoderUNet
+        init_args: {width: 4, levels: 2, stem: 2}
+      fill: zero
+      evaluation: {window: [16, 16, 16]}
+  data: {patch_size: [16, 16, 16], batch_size: 2, foreground: 0.0}
+  gap: {cases: 1, points: 32}
+groups: {few: {cases: {count: 2}}}
+arms:
+  alone: null
+  aligned:
+    align:
+      ratio: 0.1
+      ratio_steps: 1
+      anchor: {class_path: pmixseg.losses.MixtureAnchor, init_args: {weights: uniform}}
+  teacher: {module.class_path: pmixseg.TeacherModule, gap: null}
+  taught:
+    needs: teacher
+    gap: null
+    distill:
+      weight: 1.0
+      terms: {logit: {class_path: pmixseg.losses.LogitKL, init_args: {}}}
+    each: {module.init_args.combination: [t1, flair]}
+tables:
+- {title: Arms, kind: arms, group: few, arms: [alone, aligned, taught]}
+- {title: Test, kind: tests, group: few, contrasts: [[aligned, alone]]}
+- {title: Cases, kind: cases, group: few, arms: [alone, aligned]}
+- title: Gap
+  kind: gap
+  group: few
+  arms: [alone, aligned]
+  measures: [ratio, rank_within, decodability, decodability/WT]
+  references: {aligned: alone}
+- {title: Cost, kind: figures, group: few, columns: [cpu_seconds]}
+""")
 
 
 @pytest.fixture(scope="module")

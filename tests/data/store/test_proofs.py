@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,27 +108,31 @@ def many_cases(store, case, count):
         (folder / "meta.json").write_text(seal(facts))
 
 
-def test_a_cohort_of_2000_cases_is_read_with_few_open_files(store, case):
-    many_cases(store, case, 2000)
+@contextmanager
+def few_open_files(most):
+    """A limit of the system within, of which hardly any is left open behind."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
     try:
-        before = len(list(Path("/proc/self/fd").iterdir()))
-        data = BraTSDataModule(store=store, patch_size=8, batch_size=4, augmentation=False)
-        data.setup("fit")
-        batches = sum(len(batch["case_id"]) for batch in data.train_dataloader())
-        assert batches >= 1400 and len(data.cases) == 2001
+        yield
         assert len(list(Path("/proc/self/fd").iterdir())) - before <= 8
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_a_cohort_of_2000_cases_is_read_with_few_open_files(store, case):
+    many_cases(store, case, 2000)
+    with few_open_files(1024):
+        data = BraTSDataModule(store=store, patch_size=8, batch_size=4, augmentation=False)
+        data.setup("fit")
+        batches = sum(len(batch["case_id"]) for batch in data.train_dataloader())
+        assert batches >= 1400 and len(data.cases) == 2001
+
+
 def test_a_training_needs_fewer_open_files_than_cases(store, case):
     many_cases(store, case, 200)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
-    try:
-        before = len(list(Path("/proc/self/fd").iterdir()))
+    with few_open_files(256):
         flags = ["--data.patch_size=8", "--data.batch_size=80", "--data.augmentation=false"]
         flags += ["--model.backbone=MultiEncoderUNet", "--model.backbone.width=1"]
         flags += ["--model.backbone.levels=2", "--trainer.max_epochs=1", "--data.val_cases=1"]
@@ -136,9 +141,6 @@ def test_a_training_needs_fewer_open_files_than_cases(store, case):
         assert main(["fit", f"--data.store={store}", f"--run={store.parent}/run", *flags]) == 0
         made = read_checkpoint(store.parent / "run" / "checkpoints" / "last.ckpt")["global_step"]
         assert made == 2  # so every training case was read, and 400 arrays
-        assert len(list(Path("/proc/self/fd").iterdir())) - before <= 8
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_an_array_outlives_its_place_among_the_open_maps(store, case):
