@@ -66,7 +66,7 @@ def _new_file(path: Path) -> Path:
 
 
 @contextmanager
-def beside(folder: Path) -> Iterator[Path]:
+def hidden_folder_near(folder: Path) -> Iterator[Path]:
     """Make a hidden, empty folder on the same disk as ``folder``, to be renamed to it when full.
 
     What has not been renamed by the end of the block is removed.

@@ -114,16 +114,16 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
                 PmixAlignment(weight=arm.alignment, distance=DISTANCE, levels=ALIGNED),
             )
         with stage(say, f"fit: student of the {arm.name} teacher"):
-            lesson = teacher / "checkpoints" / "last.ckpt"
-            pupil = StudentModule(**network(STUDENT_RATE))
+            checkpoint = teacher / "checkpoints" / "last.ckpt"
+            module = StudentModule(**network(STUDENT_RATE))
             # Born with its teacher's weights, it needs a fraction of the steps.
-            restore(pupil, read_checkpoint(lesson))
+            restore(module, read_checkpoint(checkpoint))
             train(
-                pupil,
+                module,
                 cohort(out / "store", seed),
                 student,
                 STUDENT_STEPS,
-                Distillation(str(lesson), weight=DISTILLATION),
+                Distillation(str(checkpoint), weight=DISTILLATION),
             )
         with stage(say, "test: every combination of sequences"):
             test(student, cohort(out / "store", seed))

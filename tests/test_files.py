@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pmixseg.errors import InputError
-from pmixseg.files import beside, file_hash, inside, whole
+from pmixseg.files import file_hash, hidden_folder_near, inside, whole
 
 
 def test_a_file_is_there_when_it_is_whole(tmp_path):
@@ -117,10 +117,10 @@ def test_the_longest_name_of_a_disk_can_be_written(tmp_path):
 
 
 def test_a_folder_beside_another_is_gone_unless_it_was_renamed(tmp_path):
-    with beside(tmp_path / "case") as part:
+    with hidden_folder_near(tmp_path / "case") as part:
         (part / "x").write_text("x")
         part.rename(tmp_path / "case")
-    with beside(tmp_path / "other") as part:
+    with hidden_folder_near(tmp_path / "other") as part:
         (part / "x").write_text("x")
     assert [p.name for p in tmp_path.iterdir()] == ["case"]
 

@@ -30,7 +30,7 @@ class April2025Network(nn.Module):
         in_channels: number of modalities.
         out_channels: softmax classes.
         network: class of the network behind, by its dotted path.
-        arguments: its arguments beside ``spatial_dims``, ``in_channels`` and ``out_channels``.
+        arguments: its arguments besides ``spatial_dims``, ``in_channels`` and ``out_channels``.
 
     Source: docs/method/snippets.md.
 

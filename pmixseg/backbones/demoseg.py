@@ -41,13 +41,15 @@ class ChannelOrder(nn.Module):
     Args:
         width: channels.
         descending: largest weight first.
-        beside: the same of all encoders that may run together with this one, itself included.
+        all_descending: the same of all encoders that may run together with this one, and of it.
     """
 
-    def __init__(self, width: int, descending: bool = False, beside: Sequence[bool] = ()) -> None:
+    def __init__(
+        self, width: int, descending: bool = False, all_descending: Sequence[bool] = ()
+    ) -> None:
         super().__init__()
         self.width = width
-        self.descending, self.beside = descending, tuple(beside)
+        self.descending, self.all_descending = descending, tuple(all_descending)
         self.conv = LeanConv3d(width, width, 3, 1, "zeros", bias=False)
         hidden = max(width // 4, 1)
         self.weigh = nn.Sequential(
@@ -75,7 +77,7 @@ class ChannelOrder(nn.Module):
         """Channels by their weights, ``[b, C]``, or ``[b, M·C]`` of M encoders together."""
         if weights.shape[1] == self.width:
             return weights.argsort(1, descending=self.descending)
-        signs = [-1.0 if descending else 1.0 for descending in self.beside]
+        signs = [-1.0 if descending else 1.0 for descending in self.all_descending]
         sign = weights.new_tensor(signs)[:, None]
         own = (weights.view(len(weights), -1, self.width) * sign).argsort(2)
         first = torch.arange(0, weights.shape[1], self.width, device=weights.device)
@@ -85,8 +87,10 @@ class ChannelOrder(nn.Module):
 class Stem(nn.Sequential, Groupable):
     """First features of one modality, as a list of one level."""
 
-    def __init__(self, width: int, descending: bool, beside: Sequence[bool]) -> None:
-        super().__init__(conv_block(1, width, 1, 0.0), ChannelOrder(width, descending, beside))
+    def __init__(self, width: int, descending: bool, all_descending: Sequence[bool]) -> None:
+        super().__init__(
+            conv_block(1, width, 1, 0.0), ChannelOrder(width, descending, all_descending)
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``[b, 1, D, H, W]`` to ``[b, C, D, H, W]``."""

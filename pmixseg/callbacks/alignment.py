@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.borrowed import Borrowed
 from pmixseg.callbacks.gradient_ratio import GradientRatio
-from pmixseg.callbacks.inert import inert_settings, unmoved_weights
 from pmixseg.callbacks.term import TermCallback
+from pmixseg.callbacks.without_effect import settings_without_effect, unmoved_weights
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.losses.alignment import AlignmentLoss, resolve_levels
@@ -129,7 +129,7 @@ class PmixAlignment(TermCallback):
             return
         term = cast(AlignmentTerm, module.terms[self.name])
         self._check_batch(trainer, term)
-        for sentence in term.inert(self.name, module):
+        for sentence in term.settings_without_effect(self.name, module):
             rank_zero_warn(sentence)
         if self.ratio is not None:
             if not term.aligned_levels:
@@ -305,12 +305,12 @@ class AlignmentTerm(Term):
         self.aligned_levels = alignment.levels
         self.measured: tuple[GradientRatio, Borrowed[SegmentationModule]] | None = None
 
-    def inert(self, name: str, module: SegmentationModule) -> list[str]:
+    def settings_without_effect(self, name: str, module: SegmentationModule) -> list[str]:
         """Return a sentence for each setting that does nothing."""
         anchor = self._anchor.value
         if isinstance(self.alignment, OfficialAlignment) or anchor is None:
             return []
-        return list(inert_settings(name, self.alignment, anchor, module, self.sample))
+        return list(settings_without_effect(name, self.alignment, anchor, module, self.sample))
 
     def decoded(self, latents: Latents) -> Latents:
         """Samples of the aligned levels, where asked for."""

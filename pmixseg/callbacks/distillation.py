@@ -188,7 +188,7 @@ class DistillationTerm(Term):
     ) -> None:
         super().__init__()
         self.terms = nn.ModuleDict(dict(terms))
-        self.needs_acquired = any(loss.pupils == "single" for loss in terms.values())
+        self.needs_acquired = any(loss.student_sees == "single" for loss in terms.values())
         self._teacher, self._student = Borrowed(teacher), Borrowed(student)
         # A tensor, since a number that changes would have a compiled step compiled again.
         self.register_buffer("strengths", torch.ones(len(terms)), persistent=False)
@@ -216,7 +216,7 @@ class DistillationTerm(Term):
         whole = batch.get("of_task", batch)
         if self.teacher is not None and self.teacher.device != whole["image"].device:
             self.teacher.to(whole["image"].device)
-        if not any(loss.lesson == "drawn" for loss in self._losses().values()):
+        if not any(loss.teacher_sees == "drawn" for loss in self._losses().values()):
             return batch
         key = whole["key"] ^ SECOND_DRAW
         drawn = self._student.value.draw_present(cast(Batch, {**whole, "key": key}))
@@ -224,20 +224,20 @@ class DistillationTerm(Term):
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
         """Return the weighted sum of the losses between student and teacher."""
-        lessons: dict[tuple[bool, str, bool], SegOutput] = {}
+        targets: dict[tuple[bool, str, bool], SegOutput] = {}
         total: Tensor = output.logits.new_zeros((), dtype=torch.float32)
         for (name, loss), strength in zip(self._losses().items(), self.strengths, strict=True):
-            kind = (loss.self_taught, loss.lesson, loss.self_taught and loss.reads_extras)
-            if kind not in lessons:
-                lessons[kind] = self._lesson(batch, *kind)
-            pupils = self._pupils(output, batch, loss)
-            value = torch.stack([loss(out, lessons[kind], of) for out, of in pupils]).sum()
+            kind = (loss.self_taught, loss.teacher_sees, loss.self_taught and loss.reads_extras)
+            if kind not in targets:
+                targets[kind] = self._teach(batch, *kind)
+            outputs = self._student_outputs(output, batch, loss)
+            value = torch.stack([loss(out, targets[kind], of) for out, of in outputs]).sum()
             self.parts[name] = value.detach()
             total = total + loss.weight * strength * value
         return total
 
     @torch.no_grad()
-    def _lesson(self, batch: Batch, own: bool, which: str, with_extras: bool) -> SegOutput:
+    def _teach(self, batch: Batch, own: bool, which: str, with_extras: bool) -> SegOutput:
         """What a teacher makes of everything acquired, or of a combination drawn apart.
 
         As at test: auxiliary decoders do not run, and nothing in it is random. With extras it is as
@@ -259,11 +259,11 @@ class DistillationTerm(Term):
         with evaluating(teacher.backbone):
             return teacher.decode(teacher.encode(image, seen))
 
-    def _pupils(
+    def _student_outputs(
         self, output: SegOutput, batch: Batch, loss: DistillationLoss
     ) -> Iterator[tuple[SegOutput, Batch]]:
-        """The outputs that are compared with the lesson, each with the batch as it was shown."""
-        if loss.pupils == "shown":
+        """The outputs that are compared with the teacher's, each with the batch as it was shown."""
+        if loss.student_sees == "shown":
             yield output, batch
             return
         latents = output.latents.slots_only()

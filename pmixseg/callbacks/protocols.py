@@ -17,7 +17,7 @@ from pmixseg.data.missing import MissingnessSampler
 from pmixseg.describe import Described, build
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.records import Row, gather_rows
-from pmixseg.evaluation.records.spreadsheets import inert
+from pmixseg.evaluation.records.spreadsheets import quote_formulas
 from pmixseg.files import whole
 from pmixseg.modules.scoring import ScoredNetwork
 from pmixseg.task import Combination, format_combination, parse_combination, presence
@@ -113,6 +113,6 @@ def _write(table: pd.DataFrame, path: Path) -> None:
     columns: list[Any] = ["protocol", "region", "dice", "cases"]
     try:
         with whole(path) as part:
-            inert(table[columns]).to_csv(part, index=False)
+            quote_formulas(table[columns]).to_csv(part, index=False)
     except InputError as error:  # the records, still unwritten, hold all of it
         rank_zero_warn(str(error))

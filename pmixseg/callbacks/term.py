@@ -82,7 +82,7 @@ class TermCallback(Callback, Described, ABC):
                 "pmixseg.losses.term.Term."
             )
         self.schedule = TermWeight(self.weight, self.start_epoch, self.warmup_epochs)
-        pl_module.add_term(self.name, term, self.schedule, lent=True)
+        pl_module.add_term(self.name, term, self.schedule, of_callback=True)
 
     def _check_neighbours(self, trainer: Trainer) -> None:
         for other in listed_before(self, trainer):

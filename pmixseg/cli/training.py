@@ -279,14 +279,14 @@ class TrainingCLI(LightningCLI):
         """Start from given weights; say where flags differ from the checkpoint.
 
         Raises:
-            InputError: a checkpoint without what Lightning writes beside weights.
+            InputError: a checkpoint without what Lightning writes besides weights.
         """
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint:
             content = read_checkpoint(checkpoint)
             if "pytorch-lightning_version" not in content:
                 raise InputError(
-                    f"{checkpoint} holds weights without what Lightning writes beside them; save "
+                    f"{checkpoint} holds weights without what Lightning writes besides them; save "
                     "them with Trainer.save_checkpoint, or start a training with --init_from."
                 )
             raw = content["pmixseg"]

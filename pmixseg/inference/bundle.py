@@ -14,7 +14,7 @@ from monai.data import load_net_with_metadata, save_net_with_metadata
 from torch import Tensor
 
 from pmixseg.errors import InputError
-from pmixseg.files import beside
+from pmixseg.files import hidden_folder_near
 
 MODEL = "models/model.ts"
 FORMAT_VERSION = "0.1.0"
@@ -72,7 +72,7 @@ def write_bundle(traced: torch.jit.ScriptModule, folder: Path, facts: Mapping[st
     folder.parent.mkdir(parents=True, exist_ok=True)
     packed = BytesIO()  # PyTorch's own writer aborts the process where a disk is full
     save_net_with_metadata(traced, packed, meta_values=dict(facts))
-    with beside(folder) as part:
+    with hidden_folder_near(folder) as part:
         for name in ("models", "configs", "docs"):
             (part / name).mkdir()
         (part / MODEL).write_bytes(packed.getbuffer())

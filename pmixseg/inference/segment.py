@@ -63,9 +63,9 @@ def segment_files(
     """
     called = name or common_name(images)
     files = [p for s in images.values() if (p := _path_of(s)) is not None]
-    beside = _codes_beside(module.task, files)
-    outputs.check(called, files, of_cohort=beside is not None)
-    codes = codes or beside
+    folder_codes = _codes_beside(module.task, files)
+    outputs.check(called, files, of_cohort=folder_codes is not None)
+    codes = codes or folder_codes
     segmentation = module.segment(images, settings, codes=codes, name=called, progress=progress)
     warnings = [*notes, *_contradicted(module, images, called)]
     if called == UNNAMED and len(files) > 1:
@@ -132,13 +132,12 @@ def segment_folder(
     cases = cohort.cases if share is None else share.of(cohort.cases, lambda case: case.case_id)
     for done, case in enumerate(cases):
         try:
-            beside = strays.get(case.case_id, [])
             yield segment_case(
                 module,
                 case,
                 outputs,
                 settings,
-                notes=notes_on_strays(case, beside, module.task),
+                notes=notes_on_strays(case, strays.get(case.case_id, []), module.task),
                 progress=_slice(progress, done, len(cases)),
             )
         except InputError as error:

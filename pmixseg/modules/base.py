@@ -105,7 +105,7 @@ class SegmentationModule(ScoredNetwork):
         self.term_weights: dict[str, TermWeight] = {}
         self._step: CompiledStep | None = None
         self._loss_log = LossLog(seldom=False)
-        self._lent: dict[str, bool] = {}
+        self._callback_terms: dict[str, bool] = {}
         self._resuming, self._rate_changed = Resuming(), False
         self.save_hyperparameters(describe(self.init_args))
 
@@ -269,7 +269,9 @@ class SegmentationModule(ScoredNetwork):
 
     # ---------------------------------------------------------------- terms
 
-    def add_term(self, name: str, term: Term, weight: TermWeight, *, lent: bool = False) -> None:
+    def add_term(
+        self, name: str, term: Term, weight: TermWeight, *, of_callback: bool = False
+    ) -> None:
         """Add a term to the loss, before optimizers exist.
 
         A term of an earlier training under the same name is replaced.
@@ -278,20 +280,20 @@ class SegmentationModule(ScoredNetwork):
             name: key in log and checkpoint.
             term: a differentiable scalar of a training step.
             weight: its factor in each epoch.
-            lent: the term belongs to a callback, which adds it in ``setup``: a training without
+            of_callback: it belongs to a callback, which adds it in ``setup``: a training without
                 that callback does not have it.
         """
         self.terms[name] = term
         self.term_weights[name] = weight
-        self._lent.pop(name, None)
-        if lent:
-            self._lent[name] = True
+        self._callback_terms.pop(name, None)
+        if of_callback:
+            self._callback_terms[name] = True
 
-    def _return_terms(self) -> None:
-        """Remove what callbacks of an earlier training have lent, and this one's have not."""
-        for name in [name for name, new in self._lent.items() if not new]:
-            del self.terms[name], self.term_weights[name], self._lent[name]
-        self._lent = dict.fromkeys(self._lent, False)
+    def _drop_earlier_terms(self) -> None:
+        """Remove terms that a callback of an earlier training added, and none of this one."""
+        for name in [name for name, new in self._callback_terms.items() if not new]:
+            del self.terms[name], self.term_weights[name], self._callback_terms[name]
+        self._callback_terms = dict.fromkeys(self._callback_terms, False)
 
     def aligned_levels(self) -> list[int] | None:
         """List the levels whose latents some term aligns; ``None`` where none does."""
@@ -308,7 +310,7 @@ class SegmentationModule(ScoredNetwork):
         """
         super().setup(stage)
         if stage == "fit":
-            self._return_terms()
+            self._drop_earlier_terms()
             self.follow_levels(self.aligned_levels())
             check_trainer(self.trainer)
             self._resuming, self._rate_changed = Resuming(self.trainer), False
@@ -391,7 +393,7 @@ class SegmentationModule(ScoredNetwork):
         """Resume with the same terms; test, validate and predict without any.
 
         Raises:
-            InputError: see :meth:`adopt`.
+            InputError: see :meth:`take_over`.
         """
         super().on_load_checkpoint(checkpoint)
         if self.is_fitting:

@@ -92,7 +92,7 @@ def load(
     restored: the module alone reproduces its predictions.
 
     Args:
-        path: a ``.ckpt`` file, or what :func:`read_checkpoint` takes beside it: a published
+        path: a ``.ckpt`` file, or what :func:`read_checkpoint` takes besides it: a published
             folder, a name, ``hf://owner/repository``, an https address.
         modules: Python modules to import and trust, for classes outside pmixseg, MONAI and
             PyTorch (the command line's ``--import``); those of ``__main__`` need none.
@@ -170,7 +170,7 @@ def restore(module: SegmentationModule, checkpoint: Mapping[str, Any]) -> None:
     """Copy the weights of a checkpoint into a module, terms left out.
 
     Raises:
-        InputError: see :meth:`~pmixseg.SegmentationModule.adopt`.
+        InputError: see :meth:`~pmixseg.SegmentationModule.take_over`.
     """
-    module.load_state_dict(module.adopt(checkpoint, fitting=False))
+    module.load_state_dict(module.take_over(checkpoint, fitting=False))
     module.preparation = Payload.from_dict(checkpoint["pmixseg"]).preparation

@@ -336,7 +336,7 @@ class SegmentationNetwork(LightningModule, Described):
             fill_levels=None if self.fill_levels is None else tuple(self.fill_levels),
         )
 
-    def adopt(self, checkpoint: Mapping[str, Any], *, fitting: bool) -> dict[str, Tensor]:
+    def take_over(self, checkpoint: Mapping[str, Any], *, fitting: bool) -> dict[str, Tensor]:
         """Take over the preparation of a checkpoint, and return its weights for this module.
 
         Resuming needs exactly the same terms. Anything else (test, predict, plain loading) needs
@@ -383,9 +383,9 @@ class SegmentationNetwork(LightningModule, Described):
         """Resume with the same terms; test, validate and predict without any.
 
         Raises:
-            InputError: see :meth:`adopt`.
+            InputError: see :meth:`take_over`.
         """
-        checkpoint["state_dict"] = self.adopt(checkpoint, fitting=self.is_fitting)
+        checkpoint["state_dict"] = self.take_over(checkpoint, fitting=self.is_fitting)
 
     @property
     def is_fitting(self) -> bool:

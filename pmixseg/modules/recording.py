@@ -143,8 +143,8 @@ class Recording:
         records.write(self.path)
         console = Console(highlight=False, markup=False, soft_wrap=True)
         console.print(result_table(records, width=console.width))
-        beside = self.path.with_suffix(".json").name
-        console.print(f"{count_of(cases, 'case')}; {self.path}, conventions in {beside}")
+        sidecar = self.path.with_suffix(".json").name
+        console.print(f"{count_of(cases, 'case')}; {self.path}, conventions in {sidecar}")
 
 
 def warn_without_label(item: CaseItem) -> None:

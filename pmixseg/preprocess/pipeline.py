@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pmixseg.data.scans.outputs import write_json
 from pmixseg.errors import InputError, writing
-from pmixseg.files import beside, inside
+from pmixseg.files import hidden_folder_near, inside
 from pmixseg.preprocess.atlas import mni152, read_atlas, read_volume
 from pmixseg.preprocess.brain import brain_mask
 from pmixseg.preprocess.itk import sitk, write_image
@@ -84,7 +84,7 @@ class Preprocessed:
         names = {what: f"{self.name}_{what}.nii.gz" for what in images}
         with writing(home):
             folder.mkdir(parents=True, exist_ok=True)
-            with beside(home) as part:
+            with hidden_folder_near(home) as part:
                 for what, image in images.items():
                     write_image(image, inside(part, names[what], "case"))
                 for modality, transform in self.transforms.items():

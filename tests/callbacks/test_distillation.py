@@ -1,4 +1,4 @@
-"""What the distillation callback does around its losses: lessons, pupils, ramps, the teacher."""
+"""What the distillation callback does around its losses: what both see, ramps, the teacher."""
 
 import pytest
 import torch
@@ -75,8 +75,8 @@ def test_single_modalities_are_decoded_one_by_one_and_summed():
         for slot in row["acquired"][0].nonzero().flatten().tolist():
             alone = torch.zeros(1, 4, dtype=torch.bool)
             alone[0, slot] = True
-            pupil = module.decode(module.encode(row["image"], alone))
-            expected += loss(pupil, teacher, {**row, "present": alone}) / 2
+            single = module.decode(module.encode(row["image"], alone))
+            expected += loss(single, teacher, {**row, "present": alone}) / 2
     assert actual.item() == pytest.approx(expected.item(), rel=1e-4)
     actual.backward()
     assert all(p.grad is not None for p in module.backbone.encoders.parameters())
@@ -152,7 +152,7 @@ def test_cases_are_numbered_for_losses_that_tell_them_apart(tmp_path):
     assert case_numbers(["a", "b", "a"]).tolist()[0] == case_numbers(["a"]).item()
 
 
-def test_a_lesson_leaves_every_part_in_its_mode(tmp_path):
+def test_a_teacher_leaves_every_part_in_its_mode(tmp_path):
     module = student().train()
     module.backbone.heads[0].eval()
     loss = SubsetMatch()

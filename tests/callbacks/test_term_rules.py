@@ -263,11 +263,11 @@ def test_learned_anchor_moves_and_is_logged(tmp_path):
     ("combination", "term", "refused"),
     [
         ("flair+t1", SubsetMatch(), True),
-        ("flair+t1", SelfDistillation(pupils="shown"), True),
+        ("flair+t1", SelfDistillation(student_sees="shown"), True),
         ("flair+t1", SelfDistillation(), False),
         ("t1", SelfDistillation(), True),
         (None, SubsetMatch(), False),
-        (None, SelfDistillation(pupils="shown"), False),
+        (None, SelfDistillation(student_sees="shown"), False),
         ("teacher", SubsetMatch(), True),
         ("teacher", SelfDistillation(), False),
     ],

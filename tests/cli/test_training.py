@@ -318,4 +318,4 @@ def test_weights_without_what_lightning_adds_are_refused(phantom_store, tmp_path
     path = save(tiny_student(), tmp_path / "bare.ckpt")
     words = [command, f"--ckpt_path={path}", f"--data.store={phantom_store}"]
     assert main([*words, "--data.split=WholeCohort"]) == 1
-    assert "holds weights without what Lightning writes beside them" in capsys.readouterr().err
+    assert "holds weights without what Lightning writes besides them" in capsys.readouterr().err

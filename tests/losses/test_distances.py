@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pmixseg.callbacks.inert import BLIND_TO_SCALE
+from pmixseg.callbacks.without_effect import BLIND_TO_SCALE
 from pmixseg.errors import InputError
 from pmixseg.gaussians import gaussian_kl
 from pmixseg.losses.alignment import AlignmentLoss
@@ -103,7 +103,7 @@ def test_kl_heads_keep_the_log_variance_within_six(raw):
 
 @pytest.mark.parametrize("anchor", [MixtureAnchor(weights="uniform"), NormalAnchor()])
 def test_kl_heads_alone_meet_the_loss_where_no_sample_is_decoded(anchor):
-    """What ``inert_settings`` warns of: the latents stay where they are, and the loss is gone."""
+    """It is warned of: the latents stay where they are, and the loss is gone."""
     torch.manual_seed(0)
     frozen = torch.randn(2, 2, 3, 4, 4, 4) + torch.tensor([0.0, 4.0])[:, None, None, None, None]
     distance, every = KL(), flags([1, 1], [1, 1])
@@ -162,7 +162,7 @@ def test_standardised_vid_does_not_move_complete_samples():
 
 
 def test_to_a_normal_anchor_only_some_distances_see_the_scale():
-    """What ``inert_settings`` warns of: with the mean at 0, no gradient along the deviations."""
+    """It is warned of: with the mean at 0, no gradient along the deviations."""
     torch.manual_seed(0)
     f = 3 * torch.randn(2, 4, 3, 4, 4, 4, dtype=torch.float64)
     f = (f - f.mean((0, 1, 3, 4, 5), keepdim=True)).requires_grad_()

@@ -211,15 +211,15 @@ def test_wrong_options_are_refused():
         ProbabilityMSE(ramp_epochs=-1)
     with pytest.raises(InputError, match="normalisation"):
         GramMatch(normalisation="other")
-    with pytest.raises(InputError, match="pupils"):
-        SelfDistillation(pupils="all")
+    with pytest.raises(InputError, match="student_sees"):
+        SelfDistillation(student_sees="all")
 
 
 def test_single_modalities_of_early_fusion_cannot_be_decoded():
     fused = network(NAMES, slots=("fused",))
     with pytest.raises(InputError, match="mixes modalities at the input"):
         SelfDistillation().bind(fused, fused)
-    SelfDistillation(pupils="shown").bind(fused, fused)
+    SelfDistillation(student_sees="shown").bind(fused, fused)
 
 
 def test_a_network_without_decoder_maps_or_with_others_is_one_sentence():
@@ -321,4 +321,4 @@ def test_preset_constants():
     assert VariationalMatch().weight == 0.5
     self_taught = SelfDistillation()
     assert (self_taught.logit_weight, self_taught.prototype.weight) == (0.5, 0.1)
-    assert self_taught.temperature == 4.0 and self_taught.pupils == "single"
+    assert self_taught.temperature == 4.0 and self_taught.student_sees == "single"

@@ -186,15 +186,15 @@ def test_subset_match_by_hand():
     term = SubsetMatch(epsilon=0.0)
     term.bind(two, two)
     # Shown: a, (0, 4). The second draw: both, (1, 6): (1 + 4)/2. The variance of 0 4 2 8 is 8.75.
-    lesson = output(logits, features, ("a", "b"))
+    teacher_output = output(logits, features, ("a", "b"))
     student = output(logits, features, ("a", "b"))
     batch = batch_of(torch.zeros(1, 2, 1, 1, dtype=torch.int64), flags([1, 0]))
-    assert term(student, lesson, batch).item() == pytest.approx(2.5 / 8.75)
+    assert term(student, teacher_output, batch).item() == pytest.approx(2.5 / 8.75)
     # The second draw: b alone, (2, 8) with variance 9; what a holds is not read.
     features = [features[0].clone()]
     features[0][0, 0] = math.nan
-    lesson = output(logits, features, ("a", "b"), flags([0, 1]))
-    assert term(student, lesson, batch).item() == pytest.approx((4 + 16) / 2 / 9)
+    teacher_output = output(logits, features, ("a", "b"), flags([0, 1]))
+    assert term(student, teacher_output, batch).item() == pytest.approx((4 + 16) / 2 / 9)
     assert list(term.parameters()) == []
 
 

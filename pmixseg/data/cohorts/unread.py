@@ -40,8 +40,8 @@ def with_unread(cohort: Cohort, tree: Tree, task: Task, *, recognised: bool) -> 
     remarks = (*cohort.remarks, f"{files} to no case: {names}.")
     if not recognised:
         return replace(cohort, remarks=remarks)
-    beside = strays_of(cohort)
-    cases = [_with_lost_scan(case, beside.get(case.case_id, []), task) for case in cohort.cases]
+    strays = strays_of(cohort)
+    cases = [_with_lost_scan(case, strays.get(case.case_id, []), task) for case in cohort.cases]
     homes = {path.parent for case in cases for path in files_of(case)}
     lost = [path for path in cohort.stray if path.parent not in homes]
     return replace(cohort, cases=[*cases, *_lost_cases(lost, cases, tree, task)], remarks=remarks)

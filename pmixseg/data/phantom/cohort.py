@@ -27,7 +27,7 @@ from pmixseg.data.phantom.anatomy import Deformation, Grid, refine, stream
 from pmixseg.data.phantom.contrast import CONTRASTS, Contrast, Pathology, Scanner, Shared, scan
 from pmixseg.data.phantom.tumour import GROWTH_GRID, displacement, grow
 from pmixseg.errors import InputError
-from pmixseg.files import beside, whole
+from pmixseg.files import hidden_folder_near, whole
 from pmixseg.task import BRATS
 from pmixseg.workers import results
 
@@ -48,7 +48,7 @@ class PhantomSettings:
         spacing: isotropic voxel size in mm, 1 to 6.
         shape: voxels per axis, centred on the 240×240×155 mm of a BraTS volume; default: all of it.
         modalities: sequences to make; each needs a contrast.
-        contrasts: name -> contrast, for sequences beside or instead of
+        contrasts: name -> contrast, for sequences besides or instead of
             :data:`~pmixseg.data.phantom.contrast.CONTRASTS`.
         scanner: noise, bias field, thick slices, private signal and dependence of modalities.
         high_grade: share of high-grade cases.
@@ -317,7 +317,7 @@ def _write_case(out: Path, seed: int, settings: PhantomSettings, index: int) -> 
     case = make_case(seed, index, settings)
     final = out / case.grade / name
     final.parent.mkdir(parents=True, exist_ok=True)
-    with beside(out / name) as folder:
+    with hidden_folder_near(out / name) as folder:
         codes = np.array([0, *LABEL_CODES.values()], dtype=np.int16)
         files = {**case.images, "seg": codes[case.label]}
         for kind, values in files.items():

@@ -33,7 +33,7 @@ class StoreSettings:
     Args:
         cases: the store's folder of cases.
         task: modalities in channel order, labels in class order.
-        parameters: what every case depends on beside its sources; primitives.
+        parameters: what every case depends on besides its sources; primitives.
         force: keep cases that the judge finds implausible.
         odd: cases without an orientation among others that have theirs.
     """

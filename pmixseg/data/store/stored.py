@@ -32,7 +32,7 @@ from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.canonical import CanonicalCase
 from pmixseg.data.scans.geometry import Geometry
 from pmixseg.data.store.arrays import OpenMaps, damaged, write_array
-from pmixseg.files import beside
+from pmixseg.files import hidden_folder_near
 
 FORMAT = 2
 """Version of the store's files; a case of another version is prepared anew."""
@@ -228,7 +228,7 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origi
         folder: the case's folder, inside a folder that exists.
         case: the arrays.
         meta: what is known beside them: ``case_id``, ``patient``, ``grade``, ``layout``,
-            ``codes``, ``modalities``, ``parameters`` (what the result depends on beside the
+            ``codes``, ``modalities``, ``parameters`` (what the result depends on besides the
             sources) and ``sources`` (role -> file name, channel, SHA-256). ``format``,
             ``geometry``, ``label_box`` and ``files`` (name -> size, checksum) are added.
         origin: path of one of the sources, see :func:`origin_of`.
@@ -241,7 +241,7 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origi
         LABEL: case.label,
         NATIVE: case.label_native,
     }
-    with beside(folder) as temporary:
+    with hidden_folder_near(folder) as temporary:
         files = {n: write_array(temporary / n, a) for n, a in arrays.items() if a is not None}
         full = {
             "format": FORMAT,
@@ -275,7 +275,10 @@ def remove_case(folder: Path) -> None:
     Raises:
         OSError: the store cannot be written.
     """
-    with beside(folder) as aside, suppress(FileNotFoundError):  # another process was quicker
+    with (
+        hidden_folder_near(folder) as aside,
+        suppress(FileNotFoundError),
+    ):  # another process was quicker
         folder.replace(aside)
 
 

@@ -79,13 +79,13 @@ class CaseRows:
 def _scored(
     score: Score, predictions: Iterator[CasePrediction], device: torch.device | None
 ) -> Rows:
-    beside: AbstractContextManager[Any] = nullcontext()
+    own_stream: AbstractContextManager[Any] = nullcontext()
     if device is not None and device.type == "cuda":
         # In the network's own stream, every number would come after all that waits there. What is
         # read is whole: its sum has been asked for.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
-        beside = torch.cuda.stream(stream)
-    with beside, torch.inference_mode():  # of each thread its own; predictions were made in it
+        own_stream = torch.cuda.stream(stream)
+    with own_stream, torch.inference_mode():  # of each thread its own; predictions were made in it
         return score(predictions)
 
 

@@ -112,7 +112,7 @@ def references(records: Records) -> list[Reference]:
     if split is None or records.sidecar.phantom or records.task.to_dict() != BRATS.to_dict():
         return []
     table = published_dice()
-    beside = []
+    published = []
     for (name, dataset), source in SOURCES.items():
         if split not in source.splits:
             continue
@@ -121,8 +121,8 @@ def references(records: Records) -> list[Reference]:
             part = rows[rows["region"] == region]
             for method in part["method"].unique():
                 one = part[part["method"] == method].set_index("combination")["dice_percent"]
-                beside.append(_reference(str(method), region, one, source, records.task))
-    return beside
+                published.append(_reference(str(method), region, one, source, records.task))
+    return published
 
 
 def _reference(

@@ -47,7 +47,7 @@ from pmixseg.data.cohorts.problems import listed
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import MEASURES
 from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
-from pmixseg.evaluation.records.spreadsheets import inert, original
+from pmixseg.evaluation.records.spreadsheets import quote_formulas, unquote_formulas
 from pmixseg.files import file_hash, whole
 from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task, format_combination, parse_combination
@@ -132,8 +132,8 @@ class Records:
             InputError: missing, not a table of records, or of a newer format.
         """
         path = find_records(Path(path))
-        beside = path.with_suffix(".json")
-        raw = read_sidecar(beside) if beside.is_file() else None
+        sidecar_path = path.with_suffix(".json")
+        raw = read_sidecar(sidecar_path) if sidecar_path.is_file() else None
         table = _read_table(path)
         lacking = [c for c in (*KEY, "dice") if c not in table]
         if lacking or table.empty:
@@ -151,7 +151,7 @@ class Records:
         if raw is None:
             guess = task or _guess_task(table)
             raw = {"format": 0, "task": guess.to_dict()}
-        sidecar = Sidecar.from_dict(raw, str(beside))
+        sidecar = Sidecar.from_dict(raw, str(sidecar_path))
         if "run" not in table:
             table["run"] = path.parent.name or path.stem
         written = _table_of(raw).get("sha256")
@@ -180,7 +180,7 @@ class Records:
             if suffix == ".parquet":
                 _parquet(lambda: self.table.to_parquet(to, index=False))
             else:
-                inert(self.table).to_csv(to, index=False)
+                quote_formulas(self.table).to_csv(to, index=False)
 
         digest = _replace(path, save)
         content = self.sidecar.to_dict()
@@ -278,7 +278,7 @@ def _read_table(path: Path) -> pd.DataFrame:
             na_values={c: ["", "nan", "NaN"] for c in columns if c not in TEXT_COLUMNS},
             float_precision="round_trip",
         )
-        return original(table)
+        return unquote_formulas(table)
     except InputError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:  # pandas reads its own notes

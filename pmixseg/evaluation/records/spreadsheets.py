@@ -21,11 +21,12 @@ def _acts(text: str) -> bool:
     return False
 
 
-def inert(table: pd.DataFrame) -> pd.DataFrame:
+def quote_formulas(table: pd.DataFrame) -> pd.DataFrame:
     """Put an apostrophe before text that a spreadsheet would take for a formula.
 
     Example:
-        >>> inert(pd.DataFrame({"run": ["=1+1", "-x", "a"], "dice": [-1.0, 2.0, 3.0]})).run.tolist()
+        >>> table = pd.DataFrame({"run": ["=1+1", "-x", "a"], "dice": [-1.0, 2.0, 3.0]})
+        >>> quote_formulas(table).run.tolist()
         ["'=1+1", "'-x", 'a']
     """
 
@@ -35,12 +36,12 @@ def inert(table: pd.DataFrame) -> pd.DataFrame:
     return table.map(quoted)
 
 
-def original(table: pd.DataFrame) -> pd.DataFrame:
-    """Take away the apostrophes of :func:`inert`.
+def unquote_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """Take away the apostrophes of :func:`quote_formulas`.
 
     Example:
         >>> names = pd.DataFrame({"run": ["=1+1", "'=1+1", "'a", "-7", "-"]})
-        >>> original(inert(names)).equals(names)
+        >>> unquote_formulas(quote_formulas(names)).equals(names)
         True
     """
 

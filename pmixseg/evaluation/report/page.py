@@ -22,7 +22,7 @@ from pmixseg.evaluation.records.grouped import MOST_COLUMNS, group_by_size
 from pmixseg.evaluation.records.measures import BRIER, DICE, ECE, HD95
 from pmixseg.evaluation.records.published import recognised_split, references
 from pmixseg.evaluation.records.records import Records, mean_over_cases
-from pmixseg.evaluation.records.spreadsheets import inert
+from pmixseg.evaluation.records.spreadsheets import quote_formulas
 from pmixseg.evaluation.records.tables import Tabulation, check_together, run_name, tabulate
 from pmixseg.evaluation.report.figures import (
     COLOURS,
@@ -356,9 +356,9 @@ def _write_tables(assets: Path, tables: list[Tabulation], records: list[Records]
     for table in (*tables, *others):
         stem = f"table_{table.measure.name}"
         with whole(assets / f"{stem}.csv") as part:
-            inert(table.frame()).to_csv(part, index=False)
+            quote_formulas(table.frame()).to_csv(part, index=False)
         with whole(assets / f"{stem}.tex") as part:
             part.write_text(table.latex(comment), encoding="utf-8")
     summaries = [vars(s) for s in region_summaries(records)]
     with whole(assets / "summary.csv") as part:
-        inert(pd.DataFrame(summaries)).to_csv(part, index=False)
+        quote_formulas(pd.DataFrame(summaries)).to_csv(part, index=False)

@@ -253,7 +253,7 @@ def _about_cases(runs: Sequence[Records]) -> list[str]:
 
 
 def _about_settings(runs: Sequence[Records]) -> list[str]:
-    """In what the runs differ beside their method."""
+    """In what the runs differ besides their method."""
     cautions: list[str] = []
     if len(runs) > 1:
         cautions.append(

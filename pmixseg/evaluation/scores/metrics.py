@@ -68,7 +68,7 @@ class CaseMetrics:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Names that a scored row holds beside ``region``, in order."""
+        """Names that a scored row holds besides ``region``, in order."""
         return REGION_MEASURES + (LESION_MEASURES if self.conventions.lesion != "none" else ())
 
     def score(

@@ -102,16 +102,16 @@ class CaseNCE(Distance):
         """
         flat = latents.features.flatten(3)
         brain = latents.brain.flatten(1)
-        # A slot that is not shown lends the statistics its value, but no gradient.
-        lent = torch.where(latents.shown[:, :, None, None], flat, flat.detach())
+        # A slot that is not shown enters the statistics by its value, without a gradient.
+        values = torch.where(latents.shown[:, :, None, None], flat, flat.detach())
         weight = (latents.subset[:, :, None] & brain[:, None]).to(flat)  # [B, M, V]
         samples = (latents.subset.any(1)[:, None] & brain).to(flat).sum(0)
         constants = latents.sums.add(torch.stack([weight.sum((0, 1)), samples])).detach()
         count, samples = constants.unbind()
-        centre = latents.sums.add((lent * weight[:, :, None]).sum((0, 1))) / count.clamp_min(1)
+        centre = latents.sums.add((values * weight[:, :, None]).sum((0, 1))) / count.clamp_min(1)
         compared = brain & (samples > 1)
         weight = weight * compared[:, None]
-        squares = ((lent - centre).square() * weight[:, :, None]).sum((0, 1, 3))
+        squares = ((values - centre).square() * weight[:, :, None]).sum((0, 1, 3))
         total = latents.sums.add(weight.sum().view(1)).detach().clamp_min(1)
         scale = (latents.sums.add(squares) / total + self.epsilon).rsqrt()
         share = max(self.points // (len(flat) * world_size()), 1)

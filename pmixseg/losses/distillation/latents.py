@@ -134,7 +134,7 @@ class SubsetMatch(LatentLoss):
 
     mapped = False
     self_taught = True
-    lesson = "drawn"
+    teacher_sees = "drawn"
 
     def __init__(
         self, weight: float = 0.2, strides: Sequence[int] | None = None, epsilon: float = 1e-5

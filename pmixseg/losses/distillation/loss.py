@@ -43,13 +43,12 @@ class DistillationLoss(nn.Module, Described, ABC):
         couples_samples: see :class:`~pmixseg.losses.distances.Distance`.
         self_taught: the teacher is the student network itself.
         needs_subsets: some part of a self-taught loss is 0 where nothing is hidden in training.
-        lesson: what the teacher is shown: everything ``acquired``, or a combination ``drawn``
-            by the student's own sampler, apart from the student's draw (only if self-taught).
-        pupils: what the student's output is: that of the step, on what it was ``shown``, or of
-            ``single`` modalities, one after the other; the loss is then summed over them, and a
-            sample that lacks the modality must count as 0.
-        reads_extras: auxiliary outputs are compared, so a self-taught lesson is made in training
-            mode: in eval mode a backbone has none.
+        teacher_sees: everything ``acquired``, or a combination ``drawn`` by the student's own
+            sampler, apart from the student's draw (only if self-taught).
+        student_sees: what the step has ``shown`` it, or ``single`` modalities, one after the other;
+            the loss is then summed over them, and a sample that lacks one must count as 0.
+        reads_extras: auxiliary outputs are compared, so a student that teaches itself does so in
+            training mode: in eval mode a backbone has none.
         compares_cases: the loss tells cases apart, and reads ``batch["case"]`` where it is given.
 
     Raises:
@@ -59,8 +58,8 @@ class DistillationLoss(nn.Module, Described, ABC):
     couples_samples: bool = False
     self_taught: bool = False
     needs_subsets: bool = True
-    lesson: Literal["acquired", "drawn"] = "acquired"
-    pupils: Literal["shown", "single"] = "shown"
+    teacher_sees: Literal["acquired", "drawn"] = "acquired"
+    student_sees: Literal["shown", "single"] = "shown"
     reads_extras: bool = False
     compares_cases: bool = False
     ranges: ClassVar[Mapping[str, Range]] = {

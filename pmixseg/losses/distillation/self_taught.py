@@ -62,13 +62,13 @@ class SelfDistillation(DistillationLoss):
         prototype_weight: of the prototypes.
         temperature: T.
         deep: whether auxiliary maps are compared.
-        pupils: ``single`` modalities, or the combination that the step ``shown``: one pass, and
-            what the module hides in training.
+        student_sees: ``single`` modalities, or the combination that the step has ``shown`` it: one
+            pass, and what the module hides in training.
 
     Preset ``passion``: 0.5, 0.1, T = 4; without their preference weights.
 
     Raises:
-        InputError: temperature 0 or less, or other pupils.
+        InputError: temperature 0 or less, or another word for what the student sees.
 
     Source: Shi et al., PASSION (ACM MM 2024).
     """
@@ -82,14 +82,14 @@ class SelfDistillation(DistillationLoss):
         prototype_weight: float = 0.1,
         temperature: float = 4.0,
         deep: bool = True,
-        pupils: Literal["single", "shown"] = "single",
+        student_sees: Literal["single", "shown"] = "single",
     ) -> None:
         super().__init__(weight)
         self.logit_weight, self.temperature = logit_weight, temperature
         self.prototype = PrototypeMatch(prototype_weight)
         self.deep = self.reads_extras = deep
-        self.pupils = pupils
-        self.needs_subsets = pupils == "shown"
+        self.student_sees = student_sees
+        self.needs_subsets = student_sees == "shown"
 
     def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
         """Refuse a network of which single modalities cannot be decoded.
@@ -97,10 +97,10 @@ class SelfDistillation(DistillationLoss):
         Raises:
             InputError: early fusion under ``single``.
         """
-        if self.pupils == "single" and tuple(student.slots) != tuple(student.modalities):
+        if self.student_sees == "single" and tuple(student.slots) != tuple(student.modalities):
             raise InputError(
                 "SelfDistillation: this backbone mixes modalities at the input, so single ones "
-                "cannot be decoded from one encoding; use pupils: shown."
+                "cannot be decoded from one encoding; use student_sees: shown."
             )
 
     def compare(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Scalar:

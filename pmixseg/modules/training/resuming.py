@@ -30,7 +30,7 @@ CIRCUMSTANCES = "circumstances"
 
 OF_DATA = ("batch_size", "patches_per_case", "foreground", "seed")
 OF_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "world_size")
-"""Settings beside model and optimizer that the steps of a training depend on."""
+"""Settings besides model and optimizer that the steps of a training depend on."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def pending_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def circumstances(trainer: Trainer) -> dict[str, Any]:
-    """What the steps of a training depend on, beside its model, optimizer and cases; primitives.
+    """What the steps of a training depend on, besides its model, optimizer and cases; primitives.
 
     Args:
         trainer: of the training.

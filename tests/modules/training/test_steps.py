@@ -323,7 +323,7 @@ def test_a_foreign_network_gets_whole_gradients_in_bf16_on_a_cpu(batch):
 
 @pytest.mark.parametrize("taught", [False, True])
 def test_a_separate_decoder_runs_once_in_a_step(batch, monkeypatch, taught):
-    """Not again in the teacher's pass on filled slots, nor in a lesson of the student's own."""
+    """Not again in the teacher's pass on filled slots, nor where the student teaches itself."""
     calls = []
 
     def counted(*arguments):
@@ -333,8 +333,8 @@ def test_a_separate_decoder_runs_once_in_a_step(batch, monkeypatch, taught):
     monkeypatch.setattr(rfnet, "decode_slots", counted)
     module = (StudentModule if taught else TeacherModule)(backbone=RFNet(width=4)).train()
     if taught:
-        lessons = Distillation(weight=1.0, terms={"self": SelfDistillation()})
-        module.add_term("distill", lessons.build_term(module), TermWeight(1.0))
+        distillation = Distillation(weight=1.0, terms={"self": SelfDistillation()})
+        module.add_term("distill", distillation.build_term(module), TermWeight(1.0))
     step(module, batch).backward()
     assert len(calls) == 1
     assert all(part.training for part in module.modules())

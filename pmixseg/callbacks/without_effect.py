@@ -18,7 +18,7 @@ UNIFORM = 1e-3
 """Weights of an anchor that differ from 1/M by less have not left uniform."""
 
 
-def inert_settings(
+def settings_without_effect(
     name: str, alignment: AlignmentLoss, anchor: Anchor, module: SegmentationModule, sample: bool
 ) -> Iterator[str]:
     """Say what will do nothing in a training that begins.
