@@ -10,7 +10,7 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from pmixseg.data.scans.outputs import write_labels, write_volume
+from pmixseg.data.formats.outputs import write_labels, write_volume
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction
 from pmixseg.files import inside

@@ -217,7 +217,7 @@ def _compare(subparsers: Any) -> None:
     parser.add_argument("-o", "--out", type=Path, help="also write everything as JSON")
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.data.scans.outputs import write_json
+        from pmixseg.data.formats.outputs import write_json
         from pmixseg.evaluation.comparison.compare import compare, matching_notes
         from pmixseg.evaluation.records.records import find_records, read_comparable
 

@@ -20,7 +20,7 @@ from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task, format_combination
 
 if TYPE_CHECKING:
-    from pmixseg.data.scans.nifti import Source
+    from pmixseg.data.formats.nifti import Source
     from pmixseg.dicom import Recognised
     from pmixseg.evaluation.prediction.scans import SegmentSettings
     from pmixseg.inference.outputs import CaseResult, Outputs

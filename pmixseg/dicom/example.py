@@ -9,9 +9,8 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 from numpy.typing import NDArray
-
-from pmixseg.dicom.packages import pydicom
 
 CLASSIC_MR = "1.2.840.10008.5.1.4.1.1.4"
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import highdicom
 import numpy as np
+import pydicom
 from numpy.typing import NDArray
 
-from pmixseg.dicom.packages import highdicom, pydicom
 from pmixseg.dicom.series import Series, discreet
 from pmixseg.errors import InputError
 from pmixseg.files import whole

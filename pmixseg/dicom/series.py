@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import highdicom
 import numpy as np
+import pydicom
 
-from pmixseg.dicom.packages import highdicom, pydicom
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pmixseg.data.scans.nifti import Source
+from pmixseg.data.formats.nifti import Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.files import inside, not_among, not_beside

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
+from pmixseg.data.formats.colours import class_colours
+from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.boxes import Box, bounds
-from pmixseg.data.scans.colours import class_colours
 from pmixseg.data.scans.geometry import Geometry
-from pmixseg.data.scans.nifti import ScanReader, Source
 from pmixseg.evaluation.prediction.segmentation import NOTICE
 from pmixseg.evaluation.report.figures import drawing
 from pmixseg.files import whole

@@ -9,8 +9,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from pmixseg.data.scans.colours import write_tables
-from pmixseg.data.scans.outputs import write_labels
+from pmixseg.data.formats.colours import write_tables
+from pmixseg.data.formats.outputs import write_labels
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
 from pmixseg.files import inside

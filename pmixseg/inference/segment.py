@@ -10,7 +10,7 @@ from pmixseg.data.cohorts.cases import stem_of
 from pmixseg.data.cohorts.layouts import Case, Layout, search
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.cohorts.unread import strays_of
-from pmixseg.data.scans.nifti import ScanReader, Source
+from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.sequences import modality_of
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.unet import MultiEncoderUNet
 from pmixseg.borrowed import evaluating
+from pmixseg.data.formats.nifti import Source
 from pmixseg.data.missing import MissingnessSampler, UniformCombinations
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.scans.canonical import NORMALISATION, STORE_DTYPE
-from pmixseg.data.scans.nifti import Source
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import (

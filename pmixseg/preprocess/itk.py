@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from pmixseg.data.scans.itk import affine_of
-from pmixseg.data.scans.outputs import write_volume
+from pmixseg.data.formats.itk import affine_of
+from pmixseg.data.formats.outputs import write_volume
 from pmixseg.errors import InputError
 
 try:

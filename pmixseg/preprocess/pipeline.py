@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pmixseg.data.scans.outputs import write_json
+from pmixseg.data.formats.outputs import write_json
 from pmixseg.errors import InputError, writing
 from pmixseg.files import hidden_folder_near, inside
 from pmixseg.preprocess.atlas import mni152, read_atlas, read_volume

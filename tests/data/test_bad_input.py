@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pmixseg.data.cohorts.layouts import find_cases
-from pmixseg.data.scans.nifti import ScanReader
+from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS

@@ -16,7 +16,7 @@ from pmixseg.cli.commands import console
 from pmixseg.data.cohorts.inspection import inspect_cohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.scans.headers import BadHeader, read_header
+from pmixseg.data.formats.headers import BadHeader, read_header
 from pmixseg.data.splits import WholeCohort
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError

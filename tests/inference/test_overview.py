@@ -5,7 +5,7 @@ import pytest
 from matplotlib.image import imread
 
 from pmixseg.cli import main
-from pmixseg.data.scans.colours import class_colours
+from pmixseg.data.formats.colours import class_colours
 from pmixseg.inference.outputs import Outputs
 from pmixseg.inference.overview import overview, scans_on_grid
 from pmixseg.inference.segment import segment_files

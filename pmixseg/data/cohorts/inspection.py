@@ -19,8 +19,8 @@ from rich.text import Text
 
 from pmixseg.data.cohorts.layouts import Case, LabelNames, Layout, search
 from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
+from pmixseg.data.formats.nifti import Scan, ScanReader
 from pmixseg.data.scans.canonical import STORE_DTYPE, add_label, join
-from pmixseg.data.scans.nifti import Scan, ScanReader
 from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.scans.volumes import (
     LabelMap,

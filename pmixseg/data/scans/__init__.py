@@ -1,1 +1,1 @@
-"""Scans: reading NIfTI, geometry, common grids, orientation, plausibility, results."""
+"""Scans: geometry, common grids, orientation, normalisation, names of sequences, plausibility."""

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.geometry import BOX_MULTIPLE, Geometry, Spacing
-from pmixseg.data.scans.nifti import ScanReader, Source
 from pmixseg.data.scans.volumes import (
     Coding,
     LabelMap,

@@ -10,8 +10,8 @@ import numpy as np
 from nibabel.processing import resample_from_to
 from nibabel.spatialimages import SpatialImage
 
+from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.geometry import Geometry
-from pmixseg.data.scans.nifti import ScanReader, Source
 from pmixseg.data.scans.volumes import Place, same_grid
 from pmixseg.errors import InputError
 

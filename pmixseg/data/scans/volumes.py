@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pmixseg.data.formats.nifti import Scan
 from pmixseg.data.scans.boxes import Box, bounds, memory_order
 from pmixseg.data.scans.brains import not_a_brain
 from pmixseg.data.scans.geometry import Geometry, Spacing
-from pmixseg.data.scans.nifti import Scan
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 

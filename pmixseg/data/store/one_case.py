@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pmixseg.data.cohorts.cases import Case, check_name
+from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
-from pmixseg.data.scans.nifti import ScanReader
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.plausibility import Verdict, judge
 from pmixseg.data.store.stored import (

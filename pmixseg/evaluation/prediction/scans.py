@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pmixseg.argument_checks import check_fields
+from pmixseg.data.formats.nifti import Source
+from pmixseg.data.formats.outputs import code_table
 from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
 from pmixseg.data.scans.geometry import Geometry, Spacing
 from pmixseg.data.scans.grids import CommonGrid, on_one_grid
-from pmixseg.data.scans.nifti import Source
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
-from pmixseg.data.scans.outputs import code_table
 from pmixseg.data.scans.plausibility import LARGEST_SHARE, judge
 from pmixseg.data.training_cases import other_voxels, voxel_side
 from pmixseg.errors import InputError

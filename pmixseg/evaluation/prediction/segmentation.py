@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
-from pmixseg.data.scans.colours import write_tables
-from pmixseg.data.scans.outputs import (
+from pmixseg.data.formats.colours import write_tables
+from pmixseg.data.formats.outputs import (
     code_table,
     nifti_image,
     write_json,

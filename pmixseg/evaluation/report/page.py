@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from pmixseg.data.scans.colours import class_colours
+from pmixseg.data.formats.colours import class_colours
 from pmixseg.errors import writing
 from pmixseg.evaluation.gap.changes import GapChange, read_gap_changes
 from pmixseg.evaluation.records.curves import Chart, read_curves

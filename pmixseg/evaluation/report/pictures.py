@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
-from pmixseg.data.scans.colours import class_colours
+from pmixseg.data.formats.colours import class_colours
 from pmixseg.evaluation.records.examples import Example
 from pmixseg.evaluation.report.figures import drawing
 from pmixseg.task import Combination, Task, format_combination

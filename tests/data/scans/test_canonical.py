@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.scans.canonical import BOX_MULTIPLE, canonicalise
-from pmixseg.data.scans.nifti import ScanReader
 from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task, all_combinations

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pmixseg.data.scans.colours import class_colours
+from pmixseg.data.formats.colours import class_colours
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.report.pictures import (

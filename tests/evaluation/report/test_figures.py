@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pmixseg.data.scans.colours import class_colours
+from pmixseg.data.formats.colours import class_colours
 from pmixseg.evaluation.records.curves import Chart
 from pmixseg.evaluation.records.measures import HD95
 from pmixseg.evaluation.records.records import Records

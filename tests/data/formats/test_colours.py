@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pmixseg.data.scans.colours import class_colours, slicer_table, snap_table, write_tables
+from pmixseg.data.formats.colours import class_colours, slicer_table, snap_table, write_tables
 from pmixseg.task import BRATS, Task
 
 ODD = Task(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
-from pmixseg.data.scans.headers import (
+from pmixseg.data.formats.headers import (
     HEAD,
     MAX_BYTES,
     BadHeader,
@@ -24,8 +24,8 @@ from pmixseg.data.scans.headers import (
     read_header,
     unit_of,
 )
-from pmixseg.data.scans.itk import ITK_ENDINGS, read_itk
-from pmixseg.data.scans.packed import DAMAGED, TooLong, first_bytes, is_packed, unpack
+from pmixseg.data.formats.itk import ITK_ENDINGS, read_itk
+from pmixseg.data.formats.packed import DAMAGED, TooLong, first_bytes, is_packed, unpack
 from pmixseg.errors import InputError
 
 Source: TypeAlias = Path | str | tuple[Path | str, int] | SpatialImage

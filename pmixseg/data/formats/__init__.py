@@ -1,0 +1,1 @@
+"""Image files: read NIfTI, MetaImage and NRRD; write label maps and colours."""
