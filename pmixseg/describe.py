@@ -147,27 +147,17 @@ def describe(value: Any, where: str = "value") -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Described):
-        inner = {k: describe(v, f"{where}.{k}") for k, v in value.init_args.items()}
-        return {"class_path": _path_of(type(value), where), "init_args": inner}
-    if isinstance(value, functools.partial):
-        # jsonargparse wraps the class of an OptimizerCallable behind its own functions.
-        made = [f for f in (value.func, *value.args) if inspect.isclass(f)]
-        if len(made) == 1:
-            inner = {k: describe(v, f"{where}.{k}") for k, v in value.keywords.items()}
-            return {"class_path": _path_of(made[0], where), "init_args": inner}
     if isinstance(value, Mapping):
         return {str(k): describe(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [describe(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    to_dict = getattr(value, "to_dict", None)
-    if callable(to_dict):
-        from torch import nn  # not above: the command line answers --help without torch
-
-        if not isinstance(value, nn.Module):
-            return describe(to_dict(), where)
-    if inspect.isclass(value):
-        return {"class_path": _path_of(value, where), "init_args": {}}
+    made = _class_and_arguments(value)
+    if made is not None:
+        cls, arguments = made
+        inner = {k: describe(v, f"{where}.{k}") for k, v in arguments.items()}
+        return {"class_path": _path_of(cls, where), "init_args": inner}
+    if callable(getattr(value, "to_dict", None)) and not _is_module(value):
+        return describe(value.to_dict(), where)
     if inspect.isroutine(value) or isinstance(value, functools.partial):
         raise InputError(
             f"{where}: a function cannot be written to a checkpoint; give a class, or "
@@ -178,6 +168,26 @@ def describe(value: Any, where: str = "value") -> Any:
         f"{where}: a {type(value).__module__}.{type(value).__qualname__} cannot be written to a "
         "checkpoint; give it as {'class_path': ..., 'init_args': {...}} instead of an instance."
     )
+
+
+def _class_and_arguments(value: Any) -> tuple[type, Mapping[str, Any]] | None:
+    """Say what a value can be made from; ``None`` if that is not known."""
+    if isinstance(value, Described):
+        return type(value), value.init_args
+    if inspect.isclass(value):
+        return value, {}
+    if isinstance(value, functools.partial):
+        # jsonargparse wraps the class of an OptimizerCallable behind its own functions.
+        classes = [f for f in (value.func, *value.args) if inspect.isclass(f)]
+        if len(classes) == 1:
+            return classes[0], value.keywords
+    return None
+
+
+def _is_module(value: Any) -> bool:
+    from torch import nn  # not above: the command line answers --help without torch
+
+    return isinstance(value, nn.Module)
 
 
 def _path_of(obj: Any, where: str) -> str:

@@ -97,6 +97,13 @@ class Stem(nn.Sequential, Groupable):
         return [self[1](self[0](x))]
 
 
+def _draw_weights(part: nn.Module) -> None:
+    if isinstance(part, nn.Conv3d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(part.weight, a=SLOPE)
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
 class DeMoSeg(Backbone):
     """Segment with DeMoSeg, for any modalities, classes and patches.
 
@@ -134,13 +141,8 @@ class DeMoSeg(Backbone):
         order: Sequence[str] | None = None,
     ) -> None:
         super().__init__(modalities, num_classes, [width], [1])
-        known = [m for m in PUBLISHED_ORDER if m in self.modalities]
-        usual = [*known, *(m for m in self.modalities if m not in known)]
-        places = usual if order is None else list(order)
-        if sorted(places) != sorted(self.modalities):
-            raise InputError(
-                f"DeMoSeg: order is {places}; name each of {list(self.modalities)} once."
-            )
+        places = self._places(order)
+        # As many groups as modalities, or the next power of 2: ``place ^ j`` stays below it.
         self.groups = 1 << (len(places) - 1).bit_length()
         if width % self.groups:
             raise InputError(
@@ -150,12 +152,14 @@ class DeMoSeg(Backbone):
         if levels < 2:
             raise InputError(f"DeMoSeg: levels is {levels}; use 2 or more.")
         self.places = [self.modalities.index(m) for m in places]
-        widths = [min(width * 2**k, WIDEST) for k in range(levels)]
         # T1 sorts its channels upwards, the others downwards, as the published code does.
         descending = [m != "t1" for m in self.modalities]
         self.stems = nn.ModuleList(Stem(width, own, descending) for own in descending)
+        # One group per place goes on; with 3 modalities of 4 groups that is fewer channels.
         fused = len(places) * (width // self.groups)
         self.join = nn.Identity() if fused == width else LeanConv3d(fused, width, 1)
+        # A U-Net over the joined places.
+        widths = [min(width * 2**k, WIDEST) for k in range(levels)]
         self.downs = nn.ModuleList(
             nn.Sequential(conv_block(inside, outside, 2, 0.0), ChannelOrder(outside))
             for inside, outside in pairwise(widths)
@@ -169,11 +173,22 @@ class DeMoSeg(Backbone):
         self.heads = nn.ModuleList(
             LeanConv3d(w, num_classes, 1, bias=False) for w in widths[: max(levels - 2, 1)]
         )
-        for part in self.modules():
-            if isinstance(part, nn.Conv3d | nn.ConvTranspose3d):
-                nn.init.kaiming_normal_(part.weight, a=SLOPE)
-                if part.bias is not None:
-                    nn.init.zeros_(part.bias)
+        self.apply(_draw_weights)
+
+    def _places(self, order: Sequence[str] | None) -> list[str]:
+        """Return the modalities in the order of their places.
+
+        Raises:
+            InputError: an order of other modalities.
+        """
+        if order is None:
+            published = [m for m in PUBLISHED_ORDER if m in self.modalities]
+            return [*published, *(m for m in self.modalities if m not in published)]
+        if sorted(order) != sorted(self.modalities):
+            raise InputError(
+                f"DeMoSeg: order is {list(order)}; name each of {list(self.modalities)} once."
+            )
+        return list(order)
 
     def encode(self, image: Image, present: Presence) -> Latents:
         """Encode every modality, each by itself."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pmixseg.data.scans.sequences import read_name
+from pmixseg.data.scans.sequences import Reading, read_name
 from pmixseg.dicom.series import Series, names_of
 from pmixseg.errors import InputError
 
@@ -110,40 +110,44 @@ def _recognise_one(series: Series, modalities: Sequence[str], said: str | None) 
     """Recognise one series: what the user said, else its description and times together."""
     if said is not None:
         return Recognised(series, said, "said by --series")
-    # What is no structural scan is left out, whatever it is called.
-    computed = sorted(NO_SCANS & set(series.kind))
-    if series.slices < FEWEST_SLICES:
-        return Recognised(series, None, f"only {series.slices} slices")
-    if computed:
-        return Recognised(series, None, f"image type {computed[0]}")
-    if series.diffusion:
-        return Recognised(series, None, "diffusion-weighted")
-    # What the description says, by the plain name of the sequence that the task has.
-    plain = {name: read_name(name, modalities).modality for name in ("t1", "t1ce", "t2", "flair")}
     reading = read_name(series.description, modalities)
-    if reading.kind in ("foreign", "label"):
-        return Recognised(series, None, f"its description: {reading.doubt or 'no scan'}")
-    by_name = next((k for k, m in plain.items() if m and m == reading.modality), None)
-    # What echo, repetition and inversion time say; T1 and T1ce look alike to them.
+    if reason := _why_no_scan(series, reading):
+        return Recognised(series, None, reason)
+    # The names that the task gives the common sequences, and the one that the description means.
+    named = {kind: read_name(kind, modalities).modality for kind in ("t1", "t1ce", "t2", "flair")}
+    by_name = next((k for k, m in named.items() if m and m == reading.modality), None)
     by_times, times = weighting(series)
     if by_name is None and by_times is None:
         return Recognised(series, None, f"neither its description nor its times tell ({times})")
-    family = {"t1ce": "t1"}.get(by_name or "", by_name)
-    if by_name and by_times and family != by_times:
+    # T1 and T1ce look alike to the times.
+    if by_name and by_times and by_name.removesuffix("ce") != by_times:
         reason = f"its description says {by_name}, its times say {by_times} ({times})"
         return Recognised(series, None, reason, doubtful=True)
-    # Both agree, or only one of them speaks. Contrast agent is told by its own header field.
+    # Both agree, or only one of them speaks; a contrast agent has a header field of its own.
     kind = by_name or by_times or ""
-    witnesses = [w for w in ("description" if by_name else "", times if by_times else "") if w]
+    reasons = [*["description"] * bool(by_name), *[times] * bool(by_times)]
     if kind == "t1" and series.agent:
-        kind, witnesses = "t1ce", [*witnesses, "a contrast agent in the header"]
+        kind, reasons = "t1ce", [*reasons, "a contrast agent in the header"]
     elif kind == "t1" and by_name is None:
         reason = f"T1-weighted ({times}), but nothing tells whether with contrast agent"
         return Recognised(series, None, reason, doubtful=True)
-    modality = plain.get(kind)
-    if modality is None:
+    if named[kind] is None:
         return Recognised(series, None, f"{kind}, which this task does not have")
-    return Recognised(series, modality, ", ".join(witnesses))
+    return Recognised(series, named[kind], ", ".join(reasons))
+
+
+def _why_no_scan(series: Series, reading: Reading) -> str:
+    """Say why a series is no structural scan of the task; nothing if it may be one."""
+    computed = sorted(NO_SCANS & set(series.kind))
+    if series.slices < FEWEST_SLICES:
+        return f"only {series.slices} slices"
+    if computed:
+        return f"image type {computed[0]}"
+    if series.diffusion:
+        return "diffusion-weighted"
+    if reading.kind in ("foreign", "label"):
+        return f"its description: {reading.doubt or 'no scan'}"
+    return ""
 
 
 def weighting(series: Series) -> tuple[str | None, str]:

@@ -83,27 +83,39 @@ def coding_by_names(
         rest = {n for several in numbers.values() for n in several} - used - {0}
         return _coding(chosen, tuple(sorted(rest)))
     # Labels that are no part of the tumour: what nobody annotated, and cavities.
-    open_ = [name for name in numbers if _plain(name) == _NOT_ANNOTATED]
-    unannotated = tuple(n for name in open_ for n in numbers[name])
-    outside = {name for name in numbers if _plain(name) in _OUTSIDE}.union(open_)
-    ignored = tuple(n for name in numbers if name in outside for n in numbers[name])
+    unannotated = [name for name in numbers if _plain(name) == _NOT_ANNOTATED]
+    outside = [name for name in numbers if name in unannotated or _plain(name) in _OUTSIDE]
     inside = {name: several for name, several in numbers.items() if name not in outside}
-    # Are they the labels of the task, one for one?
+    matched = _by_labels(inside, task) or _by_regions(inside, task)
+    if matched is None:
+        raise InputError(
+            f"{where}: its labels {list(numbers)} cannot be matched to the labels "
+            f"{list(task.labels)} or regions {list(task.regions)} of task '{task.name}'; say which "
+            f"is which, such as --labels {task.labels[0]}={next(iter(numbers), 'NAME')} … "
+            "(data.labels in YAML), or write a layout file."
+        )
+    return _coding(matched, _numbers_of(outside, numbers), _numbers_of(unannotated, numbers))
+
+
+def _by_labels(inside: Mapping[str, Numbers], task: Task) -> dict[str, Numbers] | None:
+    """Numbers of each label, where the cohort's are those of the task, one for one."""
     single = {_matching(name, task.labels): several for name, several in inside.items()}
-    if set(single) == set(task.labels) and len(single) == len(inside):
-        return _coding({label: single[label] for label in task.labels}, ignored, unannotated)
-    # Or its regions, from which each label is cut?
+    if set(single) != set(task.labels) or len(single) != len(inside):
+        return None
+    return {label: single[label] for label in task.labels}
+
+
+def _by_regions(inside: Mapping[str, Numbers], task: Task) -> dict[str, Numbers] | None:
+    """Numbers of each label, where the cohort's are regions, from which each label is cut."""
     regions = {_matching(name, task.regions): set(n) for name, n in inside.items()}
-    if set(regions) == set(task.regions) and len(regions) == len(inside):
-        parts = {label: _part(label, regions, task) for label in task.labels}
-        if all(parts.values()):
-            return _coding(parts, ignored, unannotated)
-    raise InputError(
-        f"{where}: its labels {list(numbers)} cannot be matched to the labels {list(task.labels)} "
-        f"or regions {list(task.regions)} of task '{task.name}'; say which is which, such as "
-        f"--labels {task.labels[0]}={next(iter(numbers), 'NAME')} … (data.labels in YAML), or "
-        "write a layout file."
-    )
+    if set(regions) != set(task.regions) or len(regions) != len(inside):
+        return None
+    parts = {label: _part(label, regions, task) for label in task.labels}
+    return parts if all(parts.values()) else None
+
+
+def _numbers_of(names: Iterable[str], numbers: Mapping[str, Numbers]) -> Numbers:
+    return tuple(n for name in names for n in numbers[name])
 
 
 def coding_by_numbers(labels: Mapping[str, Any], task: Task, where: str) -> NamedCoding:

@@ -7,7 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, check_name
@@ -84,9 +84,10 @@ class Tree:
         hidden: list[Path] = []
         for folder, inner, names in os.walk(root, onerror=remember, followlinks=True):
             here = Path(folder)
-            deep = len(here.relative_to(root).parts) >= _MAX_DEPTH
             dotted = [n for n in inner if _is_hidden(n)]
             hidden += [here / n for n in dotted if _holds_scans(here / n)]
+            # What is left in ``inner`` is walked through next.
+            deep = len(here.relative_to(root).parts) >= _MAX_DEPTH
             further = (n for n in inner if n not in dotted and not _leads_back(here / n))
             inner[:] = [] if deep else sorted(further)
             # Archives made on a Mac hold a hidden "._" twin of every file.
@@ -95,9 +96,10 @@ class Tree:
             raise InputError(
                 f"{root} cannot be read ({unreadable[root]}); check the folder's permissions."
             )
+        files.sort()
         good = [path for path in files if _is_text(path)]
-        odd = [path for path in files if not _is_text(path)]
-        return cls(root, sorted(good), unreadable, tuple(sorted(hidden)), tuple(sorted(odd)))
+        odd = tuple(path for path in files if not _is_text(path))
+        return cls(root, good, unreadable, tuple(sorted(hidden)), odd)
 
     def remarks(self) -> Iterator[str]:
         """Sentences about what was not looked into."""
@@ -139,81 +141,106 @@ def _holds_scans(folder: Path) -> bool:
         return False
 
 
+@dataclass
+class _CaseFiles:
+    """What was sorted into one case so far.
+
+    Args:
+        case_id: its name.
+        files: role -> rank of the pattern that was met, and the file.
+        fields: what the fields of the patterns stand for; the first file that has one names it.
+        problem: why nobody can use the case.
+    """
+
+    case_id: str
+    files: dict[str, tuple[int, ImageFile]] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+
+    def add(self, role: str, rank: int, source: ImageFile, *, ranked: bool) -> None:
+        """Take a file for a role; of two the one of lower rank stays.
+
+        Args:
+            role: modality, or ``label``.
+            rank: of the pattern.
+            source: the file.
+            ranked: the user wrote the patterns in this order; otherwise two files that differ are a
+                problem, for which of them is right is not known.
+        """
+        if role not in self.files:
+            self.files[role] = (rank, source)
+            return
+        before, other = self.files[role]
+        if rank < before:
+            self.files[role] = (rank, source)
+        if other == source:
+            return
+        if before == rank or not (ranked or _equal(_path_of(other), _path_of(source))):
+            self.problem = (
+                f"case '{self.case_id}': {_path_of(other)} and {_path_of(source)} are both its "
+                f"{role}; remove or rename one."
+            )
+
+    def to_case(self, layout: Layout) -> Case:
+        """Make the case, with the first problem that it has."""
+        case_id = self.case_id
+        images = {r: self.files[r][1] for r in layout.images if r in self.files}
+        problem = self.problem
+        if problem is None and not images:
+            problem = f"case '{case_id}' has a label but no image; add an image or remove it."
+        try:
+            check_name(case_id)
+        except InputError as error:
+            problem = problem or str(error)
+        return Case(
+            case_id=case_id,
+            images=images,
+            label=_path_of(self.files["label"][1]) if "label" in self.files else None,
+            codes=layout.codes,
+            grade=self.fields.get("grade"),
+            patient=self.fields.get("patient") or patient_of(case_id, layout.patient),
+            layout=layout.name,
+            ignored=layout.ignored,
+            also=layout.also,
+            unannotated=layout.unannotated,
+            problem=problem,
+        )
+
+
 def match(tree: Tree, layout: Layout) -> Cohort:
     """Sort the files of a tree into cases by a layout's patterns."""
     expressions = layout.expressions()
-    slots: dict[str, dict[str, tuple[int, ImageFile]]] = {}
-    facts: dict[str, dict[str, str]] = {}
-    problems: dict[str, str] = {}
+    sorted_files: dict[str, _CaseFiles] = {}
     stray = []
-    # Every file meets every pattern; of two files for one role, the lower rank stays, and which of
-    # them is right is not known, unless the user wrote the patterns in that order.
+    # Every file meets every pattern, for one file may have several roles.
     for path, text in _texts(tree, layout):
         hits = [(r, k, c, m) for r, k, c, e in expressions if (m := e.fullmatch(text))]
         if not hits:
             stray.append(path)
         for role, rank, channel, hit in hits:
-            groups = {k: v for k, v in hit.groupdict().items() if v is not None}
-            case_id = layout.case.format(**groups)
-            chosen = slots.setdefault(case_id, {})
+            fields = {k: v for k, v in hit.groupdict().items() if v is not None}
+            case_id = layout.case.format(**fields)
+            files = sorted_files.setdefault(case_id, _CaseFiles(case_id))
             source: ImageFile = path if channel is None else (path, channel)
-            before = chosen.get(role)
-            if before is None or rank < before[0]:
-                chosen[role] = (rank, source)
-            if (
-                before is not None
-                and before[1] != source
-                and (
-                    before[0] == rank
-                    or (layout.name in LAYOUTS and not _equal(_path_of(before[1]), path))
-                )
-            ):
-                problems[case_id] = (
-                    f"case '{case_id}': {_path_of(before[1])} and {path} are both its {role}; "
-                    "remove or rename one."
-                )
-            for name, value in groups.items():
-                facts.setdefault(case_id, {}).setdefault(name, value)
-    # What was sorted into one name becomes a case, or a case with a problem.
-    cases = []
-    for case_id, chosen in sorted(slots.items()):
-        images = {r: chosen[r][1] for r in layout.images if r in chosen}
-        if not images:
-            problems.setdefault(
-                case_id, f"case '{case_id}' has a label but no image; add an image or remove it."
-            )
-        try:
-            check_name(case_id)
-        except InputError as error:
-            problems.setdefault(case_id, str(error))
-        named = facts[case_id]
-        cases.append(
-            Case(
-                case_id=case_id,
-                images=images,
-                label=_path_of(chosen["label"][1]) if "label" in chosen else None,
-                codes=layout.codes,
-                grade=named.get("grade"),
-                patient=named.get("patient") or patient_of(case_id, layout.patient),
-                layout=layout.name,
-                ignored=layout.ignored,
-                also=layout.also,
-                unannotated=layout.unannotated,
-                problem=problems.get(case_id),
-            )
-        )
-    # Folders and names that cannot be read are cases that nobody can use.
+            files.add(role, rank, source, ranked=layout.name not in LAYOUTS)
+            files.fields = {**fields, **files.fields}
+    cases = [files.to_case(layout) for _, files in sorted(sorted_files.items())]
+    cases += _unreadable_cases(tree, layout)
+    remarks = (*tree.remarks(), *_remark_on_patients(cases, layout.tells_patients()))
+    return Cohort(cases, stray, remarks)
+
+
+def _unreadable_cases(tree: Tree, layout: Layout) -> Iterator[Case]:
+    """Make a case with a problem of every folder or name that cannot be read."""
     for folder, reason in tree.unreadable.items():
         sentence = f"case '{folder.name}': {folder} cannot be read ({reason}); check permissions."
-        cases.append(Case(folder.name, {}, None, layout.codes, problem=sentence))
+        yield Case(folder.name, {}, None, layout.codes, problem=sentence)
     for odd, names in _by_folder(tree.misnamed).items():
         sentence = (
             f"case '{odd}': {listed(names)} are no UTF-8 (bytes that are no letters stand as "
             "\\x..), so they cannot be written down; rename them."
         )
-        cases.append(Case(odd, {}, None, layout.codes, problem=sentence))
-    remarks = (*tree.remarks(), *_remark_on_patients(cases, layout.tells_patients()))
-    return Cohort(cases, stray, remarks)
+        yield Case(odd, {}, None, layout.codes, problem=sentence)
 
 
 def _by_folder(paths: Iterable[Path]) -> dict[str, list[str]]:

@@ -63,6 +63,9 @@ _LABELS = frozenset(
 )
 """Words of files that are no scan; the last two are files that ``pmixseg segment`` writes."""
 
+_NEVER = {"inversion": ("t1", "t2"), "t2star": ("t2",)}
+"""Kind of a word -> sequences that an image with such a word in its name is not."""
+
 _SHOWN = {"t1": "T1", "t2": "T2", "flair": "FLAIR", "t1ce": "contrast-enhanced T1"}
 
 
@@ -260,40 +263,33 @@ def _sequence(pieces: Sequence[_Piece]) -> tuple[str | None, str]:
     if odd:
         return None, f"'{odd[0]}' is no known sequence"
     kinds = {pieces[i].kind for i in base}
-    between = [pieces[k] for i, j in pairwise(base) for k in range(i + 1, j)]
-    if (
-        len(base) > len(kinds)  # "T1 to T1ce" may be either
-        or kinds not in ({"t1"}, {"t2"}, {"flair"}, {"t2", "flair"})
-        or any(p.kind not in ("neutral", "inversion") for p in between)
-    ):
+    between = {pieces[k].kind for i, j in pairwise(base) for k in range(i + 1, j)}
+    # "T1 to T1ce" may be either; FLAIR is a T2 that is named twice.
+    once = len(base) == len(kinds) and (len(kinds) == 1 or kinds == {"t2", "flair"})
+    if not once or not between <= {"neutral", "inversion"}:
         return None, "it names more than one sequence"
     sequence = "flair" if "flair" in kinds else kinds.pop()
     first = pieces[base[0]].word
+    other = {"other"} | {k for k, shown in _NEVER.items() if sequence in shown}
     for piece in pieces:
-        if (
-            piece.kind == "other"
-            or (piece.kind == "derived" and piece.word >= first)
-            or (piece.kind == "inversion" and sequence != "flair")
-            or (piece.kind == "t2star" and sequence == "t2")
-        ):
+        if piece.kind in other or (piece.kind == "derived" and piece.word >= first):
             return None, f"'{piece.text}' makes it another image than {_SHOWN[sequence]}"
     return _with_contrast(pieces, sequence, first)
 
 
 def _with_contrast(pieces: Sequence[_Piece], sequence: str, first: int) -> tuple[str | None, str]:
     """Tell contrast-enhanced from plain, or say why that cannot be told."""
-    agents = [
-        p.text for p in pieces if p.kind == "contrast" or (p.kind == "after" and p.word >= first)
-    ]
-    if any(p.kind == "minus" for p in pieces):
+    # A word such as "post" means contrast agent behind the sequence; before it, perhaps not.
+    behind = [p for p in pieces if p.kind == "after" and p.word >= first]
+    kinds = {p.kind for p in pieces}
+    agents = [p.text for p in pieces if p.kind == "contrast" or p in behind]
+    unsure = [p.text for p in pieces if p.kind in ("doubtful", "after") and p not in behind]
+    if "minus" in kinds:
         return None, "its hyphen may mean 'without contrast agent'"
     if agents and sequence != "t1":
         return None, f"'{agents[0]}' makes it a contrast-enhanced {_SHOWN[sequence]}"
-    if agents and any(p.kind == "without" for p in pieces):
+    if agents and "without" in kinds:
         return None, "it says both with and without contrast agent"
-    unsure = [
-        p.text for p in pieces if p.kind == "doubtful" or (p.kind == "after" and p.word < first)
-    ]
     if unsure and sequence == "t1" and not agents:
         return None, f"'{unsure[0]}' may mean contrast agent"
     return ("t1ce" if agents else sequence), ""

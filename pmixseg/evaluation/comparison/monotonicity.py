@@ -7,8 +7,10 @@ would have to withhold a scan from it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from pmixseg.errors import InputError
@@ -39,37 +41,44 @@ def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
     names: dict[frozenset[str], str] = {}
     for text in (str(t) for run in runs for t in run["combination"].unique()):
         names.setdefault(frozenset(text.split("+")), text)
-    modalities = list(dict.fromkeys(m for text in names.values() for m in text.split("+")))
-    regions = list(dict.fromkeys(str(r) for r in runs[0]["region"]))
-    # (region, combination) -> Dice per run and case, ``[runs, cases]``.
-    tables = [_by_case(run, names) for run in runs]
-    cases = tables[0].index
-    column = {
-        key: np.stack([t[key].reindex(cases).to_numpy(dtype=np.float64) for t in tables])
-        for key in tables[0].columns
-        if all(key in t.columns for t in tables)
-    }
+    modalities = dict.fromkeys(m for text in names.values() for m in text.split("+"))
+    regions = dict.fromkeys(str(r) for r in runs[0]["region"])
+    dice = _dice_of_every_run([_by_case(run, names) for run in runs])
+    steps = (
+        ((region, before), added, (region, names.get(shown | {added})))
+        for region in regions
+        for shown, before in names.items()
+        for added in modalities
+        if added not in shown
+    )
     rows = []
-    for region in regions:
-        for shown, before in names.items():
-            for added in (m for m in modalities if m not in shown):
-                pair = (region, before), (region, names.get(shown | {added}))
-                if not all(key in column for key in pair):
-                    continue
-                # Cases that lack the sequence in some run say nothing.
-                changes = column[pair[1]] - column[pair[0]]
-                changes = changes[:, np.isfinite(changes).all(0)]
-                if not changes.size:
-                    continue
-                low, high = two_way_bootstrap(changes, 1000)
-                by_case = changes.mean(0)
-                change, hurt = float(by_case.mean()), int((by_case < 0).sum())
-                row = (region, before, added, change, low, high, len(by_case), hurt)
-                rows.append((*row, paired_t(by_case[:, None]).p))
+    for before, added, after in steps:
+        if before not in dice or after not in dice:
+            continue
+        # Cases that lack the sequence in some run say nothing.
+        changes = dice[after] - dice[before]
+        changes = changes[:, np.isfinite(changes).all(0)]
+        if not changes.size:
+            continue
+        low, high = two_way_bootstrap(changes, 1000)
+        by_case = changes.mean(0)
+        change, hurt = float(by_case.mean()), int((by_case < 0).sum())
+        p = paired_t(by_case[:, None]).p
+        rows.append((*before, added, change, low, high, len(by_case), hurt, p))
     table = pd.DataFrame(rows, columns=COLUMNS)
     significant = holm(table["clear"].to_numpy(dtype=np.float64)) < LEVEL
     table["clear"] = significant & (table["change"] < 0)
     return table.sort_values("change", kind="stable").reset_index(drop=True)
+
+
+def _dice_of_every_run(tables: Sequence[pd.DataFrame]) -> dict[Any, npt.NDArray[np.float64]]:
+    """Dice ``[runs, cases]`` of each (region, combination) that all runs have."""
+    cases = tables[0].index
+    return {
+        key: np.stack([t[key].reindex(cases).to_numpy(dtype=np.float64) for t in tables])
+        for key in tables[0].columns
+        if all(key in t.columns for t in tables)
+    }
 
 
 def _by_case(run: pd.DataFrame, names: Mapping[frozenset[str], str]) -> pd.DataFrame:
