@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -163,44 +164,43 @@ def segmented(
         plain=options.nnunet,
     )
     share = share_of(options.part)
-    cohort = source is not None and source.is_dir() and not options.raw and not holds_dicom(source)
-    if share is not None and not cohort:
+    folder = source if source is not None and source.is_dir() else None
+    study = folder is not None and holds_dicom(folder)
+    if share is not None and (options.raw or study or folder is None):
         raise InputError("--part divides a cohort of registered scans; leave it out for a patient.")
-    if source is not None and source.is_dir() and holds_dicom(source):
+    if study:
         yield segmented_study(module, options, settings, outputs, progress)
-        return
-    if options.raw:
+    elif options.raw:
         yield segmented_raw(module, options, scans, settings, outputs, progress)
-        return
-    if source is not None and source.is_dir():
+    elif folder is not None:
         if options.channels or options.name or options.codes:
             raise InputError(
                 "--channels, --name and --codes are for single files; a folder's layout tells them."
             )
+        layout = options.layout
         yield from segment_folder(
-            module,
-            source,
-            outputs,
-            settings,
-            layout=options.layout,
-            share=share,
-            progress=progress,
+            module, folder, outputs, settings, layout=layout, share=share, progress=progress
         )
-        return
-    if source is not None:
-        if not source.exists():
-            raise InputError(f"{source} does not exist; give a case folder, cohort, or 4-D file.")
-        if not options.channels:
-            raise InputError(
-                f"{source} is a file; say which modality it is ("
-                f"{', '.join(f'--{m} {source.name}' for m in module.task.modalities[:2])}, …), or "
-                "name the channels of a 4-D file with --channels."
-            )
-        scans = channels_of(source, options.channels, module)
-    codes = None if options.codes is None else codes_of(options.codes)
-    yield segment_files(
-        module, scans, outputs, settings, codes=codes, name=options.name, progress=progress
-    )
+    else:
+        if source is not None:
+            check_channels(source, options.channels, module.task)
+            scans = channels_of(source, options.channels, module)
+        codes = codes_of(options.codes)
+        yield segment_files(
+            module, scans, outputs, settings, codes=codes, name=options.name, progress=progress
+        )
+
+
+def check_channels(source: Path, channels: str | None, task: Task) -> None:
+    """Refuse a file that is not there, or whose channels are not named."""
+    if not source.exists():
+        raise InputError(f"{source} does not exist; give a case folder, cohort, or 4-D file.")
+    if not channels:
+        raise InputError(
+            f"{source} is a file; say which modality it is ("
+            f"{', '.join(f'--{m} {source.name}' for m in task.modalities[:2])}, …), or "
+            "name the channels of a 4-D file with --channels."
+        )
 
 
 def holds_dicom(folder: Path) -> bool:
@@ -265,13 +265,11 @@ def series_of(flags: Sequence[str]) -> dict[str, int]:
 
 def series_table(recognised: Sequence[Recognised]) -> Table:
     """Return a table of series: what each was taken for, and why."""
-    table = Table(title="series", title_justify="left")
-    for column in ("number", "description", "slices", "taken for", "because"):
-        table.add_column(column)
+    columns = ("number", "description", "slices", "taken for", "because")
+    table = Table(*columns, title="series", title_justify="left")
     for r in recognised:
         verdict = "not certain" if r.doubtful else r.modality or "not used"
-        row = (str(r.series.number), r.series.told, str(r.series.slices), verdict, r.reason)
-        table.add_row(*row)
+        table.add_row(str(r.series.number), r.series.told, str(r.series.slices), verdict, r.reason)
     return table
 
 
@@ -291,12 +289,12 @@ def segmented_raw(
     from pmixseg.inference.folders import scans_in
     from pmixseg.inference.raw import RawSettings, segment_raw
 
-    images = {m: Path(str(path)) for m, path in scans.items()}
     source: Path | None = options.input
-    if source is not None:
-        images = {}
-        if source.is_dir():
-            images = dict(scans_in(source, module.task, force=options.force).images)
+    if source is None:
+        images = {m: Path(str(path)) for m, path in scans.items()}
+    else:
+        folder = scans_in(source, module.task, force=options.force) if source.is_dir() else None
+        images = dict(folder.images) if folder else {}
         if not images:
             raise InputError(
                 f"{source}: --raw takes one patient, a folder of files named by sequence or one "
@@ -304,7 +302,7 @@ def segmented_raw(
             )
     images = {m: path for m, path in images.items() if m in module.modalities}
     raw = RawSettings(options.brain, options.atlas, onto=options.reference)
-    codes = None if options.codes is None else codes_of(options.codes)
+    codes = codes_of(options.codes)
     inner = replace(settings, reference=None)
     return segment_raw(
         module, images, outputs, inner, raw, codes=codes, name=options.name, progress=progress
@@ -326,8 +324,8 @@ def settings_of(options: argparse.Namespace) -> SegmentSettings:
     )
 
 
-def codes_of(text: str) -> dict[str, int]:
-    """Read ``NCR=1,ED=2,ET=4``.
+def codes_of(text: str | None) -> dict[str, int] | None:
+    """Read ``NCR=1,ED=2,ET=4``; ``None`` where the flag was not given.
 
     Raises:
         InputError: not of this form.
@@ -336,6 +334,8 @@ def codes_of(text: str) -> dict[str, int]:
         >>> codes_of("ED=2, ET=4")
         {'ED': 2, 'ET': 4}
     """
+    if text is None:
+        return None
     try:
         pairs = (item.split("=") for item in text.split(","))
         return {name.strip(): int(number) for name, number in pairs}
@@ -368,15 +368,8 @@ def report(results: Sequence[CaseResult], task: Task) -> None:
         return
     done = [r for r in results if r.problem is None]
     if done:
-        table = Table(title="volumes in ml, research use only", title_justify="left")
-        table.add_column("case", no_wrap=True)
-        table.add_column("scans")
-        for region in task.regions:
-            table.add_column(task.show(region), justify="right")
-        for result in done:
-            volumes = (f"{result.volumes[region]:.2f}" for region in task.regions)
-            table.add_row(result.name, format_combination(result.combination), *volumes)
-        console.print(table)
+        console.print(volume_table(done, task))
+    # Cohorts of several layouts have several codings; each is said once.
     kinds = {tuple(sorted(r.codes.items(), key=lambda item: item[1])): r.name for r in done}
     for codes, name in kinds.items():
         numbers = ", ".join(f"{number} {label}" for label, number in codes)
@@ -387,9 +380,21 @@ def report(results: Sequence[CaseResult], task: Task) -> None:
             console.print(f"warning: {sentence}")
         if result.problem:
             console.print(f"problem: {result.problem}")
-    folders: dict[Any, int] = {}
+    folders: Counter[Path] = Counter()
     for result in done:
-        folder = next(iter(result.files.values())).parent
-        folders[folder] = folders.get(folder, 0) + len(result.files)
+        folders[next(iter(result.files.values())).parent] += len(result.files)
     for folder, count in folders.items():
         console.print(f"{count_of(count, 'file')} in {folder}")
+
+
+def volume_table(results: Sequence[CaseResult], task: Task) -> Table:
+    """Return a table of the regions' volumes, a row per case."""
+    table = Table(title="volumes in ml, research use only", title_justify="left")
+    table.add_column("case", no_wrap=True)
+    table.add_column("scans")
+    for region in task.regions:
+        table.add_column(task.show(region), justify="right")
+    for result in results:
+        volumes = (f"{result.volumes[region]:.2f}" for region in task.regions)
+        table.add_row(result.name, format_combination(result.combination), *volumes)
+    return table
