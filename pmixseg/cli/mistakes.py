@@ -168,53 +168,92 @@ def _takes_no(kind: str, name: str, known: Sequence[str]) -> str:
 
 
 def _value_sentence(message: str, args: Sequence[str]) -> str:
+    """Say what is wrong with the value of a setting; each kind of message in its turn."""
     keys = _keys(message)
-    if lost := re.search(r"Unable to load config '(.*?)'\s", message):
-        return (
-            f"{subject(keys, args)} is {lost[1]}, which is no file; name a YAML file, or its "
-            "settings one by one."
-        )
-    refused = re.findall(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
-    if refused:
-        cls, name = refused[-1]
-        if keys[-1] != name:
-            keys.append(name)
-        return f"{where(keys, args)}: {_takes_no(cls.rpartition('.')[2], name, arguments_of(cls))}"
-    names = re.findall(r"dot import path string: (\S+)", message)
-    names += re.findall(r"given class_path '([^']+)':\s+(?:module .* has no|No module)", message)
-    number = r"^( *)- Expected a <class '(?:int|float|bool)'>\n\1- Expected a dot import path"
-    if names and not re.search(number, message, re.MULTILINE):
-        hint = nearest(names[0].rpartition(".")[2], classes_for(message))
-        hint = hint or "name a class by its path, package.Class, and --import its module if need be"
-        return f"{where(keys, args)}: no class '{names[0]}' is known; {hint.rstrip('.')}"
-    expected = [
-        (len(space), words(kind))
-        for space, kind in re.findall(
-            r"^( *)(?:- )?(?:Not a valid (?=subclass)|"
-            r"Expected (?!an? path but|a dot import)(?:an? )?)(.+?)(?:\. Got value: .*)?$",
-            message,
-            re.MULTILINE,
-        )
-    ]
-    kinds = [kind for depth, kind in expected if depth == max(expected)[0]]  # of the value itself
-    value = re.search(
-        r"(?:Got|Given) value: (?!NestedArg)(.*?)(?:\. Got value: .*)?$", message, re.M
-    )
-    if (other := re.search(r"does not correspond to a subclass of (\w+)", message)) and value:
-        base = re.search(rf"<class '([\w.]+\.{other[1]})'>", message)
-        classes = below(find_class(base[1])) if base else iter(())
-        fitting = ", ".join(cls.__name__ for cls in classes if not inspect.isabstract(cls))
-        return f"{subject(keys, args)} is {value[1]}, but must be a {other[1]}: {fitting}."
-    if kinds and value:
-        several = sorted(set(kinds), key=lambda word: (word == "null", kinds.index(word)))
-        return f"{subject(keys, args)} is {value[1]}, but must be {' or '.join(several)}."
-    if re.search(r"Expected an instantiatable class, but \S+ is abstract", message) and keys[1:]:
-        flag = "--" + ".".join(keys[:-1])
-        return f"{subject(keys, args)} belongs to a class that is not named; add {flag} CLASS."
+    kinds = (_no_file, _no_argument, _no_class, _no_subclass, _wrong_kind, _no_class_named)
+    for sentence in kinds:
+        if said := sentence(message, keys, args):
+            return said
+    # Whatever else jsonargparse says: its first line that is no frame around another.
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     frame = r"Parser key .*:$|Does not validate|Errors:|Subtypes:|Problem with|Expected an? <class"
     reasons = [line for line in lines if not re.match(frame, line)]
     return f"{where(keys, args)}: {' '.join((reasons or lines)[0].split())}; correct it."
+
+
+def _no_file(message: str, keys: list[str], args: Sequence[str]) -> str | None:
+    """Say that a text stands where settings belong: it was taken for the name of a file."""
+    lost = re.search(r"Unable to load config '(.*?)'\s", message)
+    return lost and (
+        f"{subject(keys, args)} is {lost[1]}, which is no file; name a YAML file, or its "
+        "settings one by one."
+    )
+
+
+def _no_argument(message: str, keys: list[str], args: Sequence[str]) -> str | None:
+    """Say that a class takes no such argument."""
+    refused = re.findall(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
+    if not refused:
+        return None
+    cls, name = refused[-1]
+    path = keys if keys[-1] == name else [*keys, name]
+    return f"{where(path, args)}: {_takes_no(cls.rpartition('.')[2], name, arguments_of(cls))}"
+
+
+def _no_class(message: str, keys: list[str], args: Sequence[str]) -> str | None:
+    """Say that a name belongs to no class, unless a number could be meant as well."""
+    names = re.findall(r"dot import path string: (\S+)", message)
+    names += re.findall(r"given class_path '([^']+)':\s+(?:module .* has no|No module)", message)
+    number = r"^( *)- Expected a <class '(?:int|float|bool)'>\n\1- Expected a dot import path"
+    if not names or re.search(number, message, re.MULTILINE):
+        return None
+    hint = nearest(names[0].rpartition(".")[2], classes_for(message))
+    hint = hint or "name a class by its path, package.Class, and --import its module if need be"
+    return f"{where(keys, args)}: no class '{names[0]}' is known; {hint.rstrip('.')}"
+
+
+def _no_subclass(message: str, keys: list[str], args: Sequence[str]) -> str | None:
+    """Say that a class is of another kind than the setting asks for."""
+    other, value = re.search(r"does not correspond to a subclass of (\w+)", message), _got(message)
+    if not other or value is None:
+        return None
+    base = re.search(rf"<class '([\w.]+\.{other[1]})'>", message)
+    classes = below(find_class(base[1])) if base else iter(())
+    fitting = ", ".join(cls.__name__ for cls in classes if not inspect.isabstract(cls))
+    return f"{subject(keys, args)} is {value}, but must be a {other[1]}: {fitting}."
+
+
+def _wrong_kind(message: str, keys: list[str], args: Sequence[str]) -> str | None:
+    """Say which types a setting may have; inner types stand further to the right."""
+    expected = re.findall(
+        r"^( *)(?:- )?(?:Not a valid (?=subclass)|"
+        r"Expected (?!an? path but|a dot import)(?:an? )?)(.+?)(?:\. Got value: .*)?$",
+        message,
+        re.MULTILINE,
+    )
+    value = _got(message)
+    if not expected or value is None:
+        return None
+    deepest = max(len(space) for space, _ in expected)
+    kinds = dict.fromkeys(words(kind) for space, kind in expected if len(space) == deepest)
+    several = sorted(kinds, key=lambda word: word == "null")  # last; the others in their order
+    return f"{subject(keys, args)} is {value}, but must be {' or '.join(several)}."
+
+
+def _no_class_named(message: str, keys: list[str], args: Sequence[str]) -> str | None:
+    """Say that a setting belongs to a class that is not named."""
+    abstract = r"Expected an instantiatable class, but \S+ is abstract"
+    if not re.search(abstract, message) or not keys[1:]:
+        return None
+    flag = "--" + ".".join(keys[:-1])
+    return f"{subject(keys, args)} belongs to a class that is not named; add {flag} CLASS."
+
+
+def _got(message: str) -> str | None:
+    """Return the value that a message complains of."""
+    pattern = r"(?:Got|Given) value: (?!NestedArg)(.*?)(?:\. Got value: .*)?$"
+    value = re.search(pattern, message, re.MULTILINE)
+    return value and value[1]
 
 
 def words(kind: str) -> str:

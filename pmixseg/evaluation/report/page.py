@@ -137,63 +137,84 @@ def html_table(table: Tabulation) -> str:
 
 
 def _page(runs: list[Run], assets: Path, images: bool) -> str:
+    """Write the figures, tables and pictures beside the page, and return the page."""
     records = [run.records for run in runs]
     task = records[0].task
-    # What is measured, and what may stand beside it.
     dice = tabulate(records, DICE)
     hd95 = tabulate(records, HD95) if _measured(records, "hd95") else None
     pictures = _pictures(runs) if images else []
-    named = references(records[0]) if _same_references(records) else []
-    # Figures, tables and pictures lie in a folder beside the page.
     charts = _write_figures(assets, _figures(runs, dice, hd95))
     _write_tables(assets, [t for t in (dice, hd95) if t is not None], records)
     for k, shown in enumerate(pictures):
         save_png(case_figure(shown.examples, task), assets / f"case_{k + 1}.png")
     # The template gets values alone; it computes nothing.
     loader = _environment()
-    template = loader.get_template("report.html.j2")
-    return template.render(
+    return loader.get_template("report.html.j2").render(
         task=task,
         runs=runs,
         several=len(runs) > 1,
-        dice=dice,
-        hd95=hd95,
-        group=group_by_size,
-        most_columns=MOST_COLUMNS,
-        colours=dict(zip([r.name for r in runs], COLOURS * len(runs), strict=False)),
-        summaries=region_summaries(records),
-        calibration=calibration_summaries(records),
-        temperatures=[
-            (one.sidecar.config.get("evaluation") or {}).get("temperatures") for one in records
-        ],
-        remarks=remarks(records),
-        worst=[case for one in records for case in worst_cases(one, 5 if len(runs) == 1 else 3)],
-        additions=[additions(one) for one in records] if task.num_modalities > 1 else [],
-        ranks=_ranks(dice, hd95) if len(runs) > 1 else [],
-        references=named,
-        split=recognised_split(records[0]),
-        figures=charts,
-        training=_training(runs, charts),
-        pictures=[(p.case, p.note, panels(p.examples, task)) for p in pictures],
-        viewer=_viewer(pictures, task) if pictures else None,
-        legend=list(zip(task.labels, class_colours(len(task.labels)), strict=True)),
-        errors=[
-            ("missed", MISSED),
-            ("predicted, not there", INVENTED),
-            ("another class", CONFUSED),
-        ],
-        phantom=[one.sidecar.phantom for one in records],
-        known=[(run.name, n) for run in runs if (n := len(run.records.sidecar.seen))],
-        synthetic=all(one.sidecar.phantom for one in records),
-        penalty=_penalty(records),
         images=images,
-        cases=sorted({str(case) for one in records for case in one.table["case"]}),
         written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
         version=__version__,
         files=assets.name,
         style=_source(loader, "report.css"),
         script=_source(loader, "viewer.js"),
+        figures=charts,
+        training=_training(runs, charts),
+        **_results(records, dice, hd95),
+        **_provenance(records),
+        **_shown_cases(pictures, task),
     )
+
+
+def _results(
+    records: Sequence[Records], dice: Tabulation, hd95: Tabulation | None
+) -> dict[str, Any]:
+    """Return the numbers of the page: tables, summaries, calibration, the worst cases."""
+    several = len(records) > 1
+    return {
+        "dice": dice,
+        "hd95": hd95,
+        "group": group_by_size,
+        "most_columns": MOST_COLUMNS,
+        "colours": dict(zip(map(run_name, records), COLOURS * len(records), strict=False)),
+        "summaries": region_summaries(records),
+        "calibration": calibration_summaries(records),
+        "temperatures": [
+            (one.sidecar.config.get("evaluation") or {}).get("temperatures") for one in records
+        ],
+        "worst": [case for one in records for case in worst_cases(one, 3 if several else 5)],
+        "additions": [additions(one) for one in records] if dice.task.num_modalities > 1 else [],
+        "ranks": _ranks(dice, hd95) if several else [],
+        "references": references(records[0]) if _same_references(records) else [],
+        "penalty": _penalty(records),
+    }
+
+
+def _provenance(records: Sequence[Records]) -> dict[str, Any]:
+    """Return what the page says about the data: split, phantoms, cases that were trained on."""
+    return {
+        "split": recognised_split(records[0]),
+        "remarks": remarks(records),
+        "phantom": [one.sidecar.phantom for one in records],
+        "synthetic": all(one.sidecar.phantom for one in records),
+        "known": [(run_name(one), n) for one in records if (n := len(one.sidecar.seen))],
+        "cases": sorted({str(case) for one in records for case in one.table["case"]}),
+    }
+
+
+def _shown_cases(pictures: list[PicturedCase], task: Task) -> dict[str, Any]:
+    """Return the pictures of cases, what the viewer reads, and the legend of both."""
+    return {
+        "pictures": [(p.case, p.note, panels(p.examples, task)) for p in pictures],
+        "viewer": _viewer(pictures, task) if pictures else None,
+        "legend": list(zip(task.labels, class_colours(len(task.labels)), strict=True)),
+        "errors": [
+            ("missed", MISSED),
+            ("predicted, not there", INVENTED),
+            ("another class", CONFUSED),
+        ],
+    }
 
 
 def _environment() -> Environment:
