@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.training_cases import SeenCase, say_seen
 from pmixseg.errors import InputError
-from pmixseg.evaluation.prediction.cases import CasePrediction, score_case
-from pmixseg.evaluation.prediction.scoring import CaseRows
+from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows, score_case
+from pmixseg.evaluation.prediction.scoring import CaseRows, scorers
 from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.execution import static_on
@@ -109,7 +109,7 @@ class ScoredNetwork(SegmentationNetwork):
 
     def on_test_epoch_start(self) -> None:
         """Start with no records and no pictures of an earlier test."""
-        self._scores = CaseRows()
+        self._scores = CaseRows(scorers(self.trainer.num_devices))
         self.recording.check_place()
         self.recording.forget_examples()
 
@@ -120,17 +120,17 @@ class ScoredNetwork(SegmentationNetwork):
             return
         recording, settings = self.recording, self.evaluation
 
-        def score(predictions: Iterable[CasePrediction]) -> list[dict[str, Any]]:
+        def score(predictions: Iterable[CasePrediction], each: Each) -> Rows:
             if batch_idx < settings.examples:
                 predictions = recording.keep_example(predictions, item)
-            return score_case(predictions, item, settings)
+            return score_case(predictions, item, settings, each)
 
         predictions = self.predict_item(item, self.test_combinations(item))
         device = item["image"].device
         self._scores.add(score, predictions, apart=static_on(device), device=device)
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> Rows:
         """Rows of the cases that were tested; see :func:`score_case`."""
         return self._scores.rows
 

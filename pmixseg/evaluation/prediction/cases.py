@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -218,6 +219,11 @@ class CasePrediction:
         return postprocess(labels, self.steps, self.task, self.geometry.source_affine)
 
 
+Rows = list[dict[str, Any]]
+Each = Callable[[Callable[[CasePrediction], Rows], Iterable[CasePrediction]], Iterable[Rows]]
+"""How a function is applied to all predictions of a case, in their order."""
+
+
 def predict_case(
     predictor: Predictor,
     image: Float[Tensor, "m d h w"],
@@ -292,45 +298,67 @@ def entropy_of(probabilities: Float[np.ndarray, "c x y z"]) -> Float[np.ndarray,
 
 
 def score_case(
-    predictions: Iterable[CasePrediction], item: CaseItem, settings: EvaluationSettings
-) -> list[dict[str, Any]]:
+    predictions: Iterable[CasePrediction],
+    item: CaseItem,
+    settings: EvaluationSettings,
+    each: Each = map,
+) -> Rows:
     """Score predictions in the native grid, in mm.
 
     Calibration (``ece``, ``brier``) is measured in the prepared grid, where probabilities live,
     over the voxels in which any sequence of the case has signal: the same for every combination.
 
+    Args:
+        predictions: of one case.
+        item: the case.
+        settings: conventions, and whether calibration is measured.
+        each: how a function is applied to all predictions, in their order; several threads may.
+
     Returns:
         One row per combination and region; none where the case has no label.
     """
-    stored = item["stored"]
-    truth = stored.native_label()
-    if truth is None:
-        return []  # nothing is predicted either: the iterator is not consumed
-    metrics: CaseMetrics | None = None
-    calibration: CaseCalibration | None = None
-    whole = stored.geometry.box()
-    rows: list[dict[str, Any]] = []
-    for prediction in predictions:
-        if metrics is None:
-            spacing = stored.geometry.source_zooms
-            metrics = CaseMetrics(truth, prediction.task, spacing, settings.conventions)
-            if settings.calibration:
-                brain = (item["image"] != 0).any(0).cpu()
-                calibration = CaseCalibration(item["label"], prediction.task, brain)
+    truth = item["stored"].native_label()
+    coming = iter(predictions)
+    # Without a label nothing is predicted either.
+    first = None if truth is None else next(coming, None)
+    if truth is None or first is None:
+        return []
+    scores = _CaseScores(truth, first.task, item, settings)
+    return [row for rows in each(scores.rows, itertools.chain([first], coming)) for row in rows]
+
+
+class _CaseScores:
+    """What all predictions of a case are compared with."""
+
+    def __init__(
+        self,
+        truth: UInt8[np.ndarray, "x y z"],
+        task: Task,
+        item: CaseItem,
+        settings: EvaluationSettings,
+    ) -> None:
+        geometry = item["stored"].geometry
+        self.case, self.whole = item["case_id"], geometry.box()
+        self.metrics = CaseMetrics(truth, task, geometry.source_zooms, settings.conventions)
+        self.calibration: CaseCalibration | None = None
+        if settings.calibration:
+            brain = (item["image"] != 0).any(0).cpu()
+            self.calibration = CaseCalibration(item["label"], task, brain)
+
+    def rows(self, prediction: CasePrediction) -> Rows:
+        """One row per region."""
         bins = {}
-        if calibration is not None:
-            bins = calibration.score(
-                prediction.calibrated, prediction.box.relative_to(whole).slices
-            )
-        for row in metrics.score(prediction.labels()):
+        if self.calibration is not None:
+            place = prediction.box.relative_to(self.whole).slices
+            bins = self.calibration.score(prediction.calibrated, place)
+        named = {
+            "case": self.case,
+            "combination": format_combination(prediction.combination),
+            "n_present": len(prediction.combination),
+        }
+        rows = []
+        for row in self.metrics.score(prediction.labels()):
             if row["region"] in bins:
                 row |= {"ece": bins[row["region"]].ece, "brier": bins[row["region"]].brier}
-            rows.append(
-                {
-                    "case": item["case_id"],
-                    "combination": format_combination(prediction.combination),
-                    "n_present": len(prediction.combination),
-                    **row,
-                }
-            )
-    return rows
+            rows.append(named | row)
+        return rows

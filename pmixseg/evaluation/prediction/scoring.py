@@ -1,32 +1,53 @@
-"""Score a finished case in a thread while a GPU predicts the next one."""
+"""Score a finished case in threads while a GPU predicts the next one."""
 
 from __future__ import annotations
 
+import functools
+import os
 import queue
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from typing import Protocol, TypeVar
 
 import torch
 
-from pmixseg.evaluation.prediction.cases import CasePrediction
+from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows
 
-Rows = list[dict[str, Any]]
-Score = Callable[[Iterable[CasePrediction]], Rows]
+Work = TypeVar("Work")
+
+
+class Score(Protocol):
+    """Makes rows of the predictions of one case."""
+
+    def __call__(self, predictions: Iterable[CasePrediction], each: Each) -> Rows:
+        """Rows of all predictions, each of which is scored by ``each``."""
+
 
 WAITING = 16
 """Predictions that wait for their scores, at most: each holds the probabilities of a case."""
+MOST_SCORERS = 8
+"""Threads that score the predictions of a case; one score takes longer than a GPU's prediction."""
+
+
+def scorers(processes: int) -> int:
+    """Threads that score at a time, where so many processes share the machine."""
+    return max(1, min(MOST_SCORERS, (os.cpu_count() or 1) // max(processes, 1)))
 
 
 class CaseRows:
-    """Rows of all cases of a test, in the order in which the cases came."""
+    """Rows of all cases of a test, in the order in which the cases came.
 
-    def __init__(self) -> None:
+    Args:
+        threads: how many score at a time, where scores are made apart from the network.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
         self._rows: Rows = []
         self._coming: deque[Future[Rows]] = deque()
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads = threads
+        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
     def add(
         self,
@@ -46,14 +67,26 @@ class CaseRows:
             device: where the predictions lie.
         """
         if not apart:
-            self._rows += score(predictions)
+            self._rows += score(predictions, map)
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="scores")
+        if self._pools is None:
+            # One thread takes the cases in their order, the others its predictions.
+            self._pools = (
+                ThreadPoolExecutor(1, thread_name_prefix="case"),
+                ThreadPoolExecutor(self._threads, thread_name_prefix="scores"),
+            )
         while len(self._coming) > 1:
             self._rows += self._coming.popleft().result()
         ready: queue.Queue[CasePrediction | None] = queue.Queue(WAITING)
-        coming = self._pool.submit(_scored, score, iter(ready.get, None), device)
+        one, many = self._pools
+
+        def each(
+            function: Callable[[CasePrediction], Rows], some: Iterable[CasePrediction]
+        ) -> Iterable[Rows]:
+            return many.map(_beside_network(function, device), some)
+
+        whole = _beside_network(functools.partial(score, each=each), device)
+        coming = one.submit(whole, iter(ready.get, None))
         self._coming.append(coming)
         try:
             for prediction in predictions:
@@ -70,23 +103,28 @@ class CaseRows:
         """
         while self._coming:
             self._rows += self._coming.popleft().result()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None  # a module with a thread could not be copied
+        for pool in self._pools or ():
+            pool.shutdown()
+        self._pools = None  # a module with a thread could not be copied
         return self._rows
 
 
-def _scored(
-    score: Score, predictions: Iterator[CasePrediction], device: torch.device | None
-) -> Rows:
-    own_stream: AbstractContextManager[Any] = nullcontext()
-    if device is not None and device.type == "cuda":
-        # In the network's own stream, every number would come after all that waits there. What is
-        # read is whole: its sum has been asked for.
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
-        own_stream = torch.cuda.stream(stream)
-    with own_stream, torch.inference_mode():  # of each thread its own; predictions were made in it
-        return score(predictions)
+def _beside_network(
+    function: Callable[[Work], Rows], device: torch.device | None
+) -> Callable[[Work], Rows]:
+    """A function that does not wait for what the network has been asked for since.
+
+    In the network's own stream, every number would come after all that waits there. What is read is
+    whole: its sum has been asked for.
+    """
+    on_card = device is not None and device.type == "cuda"
+
+    def apart(work: Work) -> Rows:
+        stream = torch.cuda.stream(torch.cuda.Stream(device)) if on_card else nullcontext()  # type: ignore[no-untyped-call]  # untyped in torch
+        with stream, torch.inference_mode():  # of each thread its own; predictions were made in it
+            return function(work)
+
+    return apart
 
 
 def _put(

@@ -14,7 +14,7 @@ from pmixseg.data.splits import WholeCohort
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction import cases
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
-from pmixseg.evaluation.prediction.scoring import CaseRows
+from pmixseg.evaluation.prediction.scoring import CaseRows, scorers
 from pmixseg.evaluation.prediction.windows import FULL_CARD, predict_combinations
 from pmixseg.evaluation.records.examples import examples_of
 from pmixseg.evaluation.records.records import Records
@@ -133,13 +133,13 @@ def test_repeated_latents_are_blocks_and_one_block_is_itself():
     assert twice.cache == {}
 
 
-def counted(predictions):
-    return [{"row": p} for p in predictions]
+def counted(predictions, each):
+    return [row for rows in each(lambda p: [{"row": p}], predictions) for row in rows]
 
 
-def test_rows_come_in_order_from_here_and_from_a_thread():
-    for apart in (False, True):
-        rows = CaseRows()
+def test_rows_come_in_order_from_here_and_from_threads():
+    for apart, threads in ((False, 1), (True, 1), (True, 3)):
+        rows = CaseRows(threads)
         for case in range(4):
             rows.add(counted, (10 * case + k for k in range(30)), apart=apart)
         assert [r["row"] for r in rows.rows] == [10 * c + k for c in range(4) for k in range(30)]
@@ -147,7 +147,7 @@ def test_rows_come_in_order_from_here_and_from_a_thread():
 
 
 def test_an_error_of_a_score_is_raised_and_stops_the_case():
-    def fails(predictions):
+    def fails(predictions, each):
         next(iter(predictions))
         raise InputError("a damaged label")
 
@@ -166,6 +166,22 @@ def test_an_error_of_a_score_is_raised_and_stops_the_case():
     assert rows.rows == [{"row": 1}]
 
 
+def test_the_scores_of_one_case_are_made_at_the_same_time():
+    meeting = threading.Barrier(3, timeout=20)
+
+    def meets(predictions, each):
+        return [{"row": r} for r in each(lambda p: meeting.wait() >= 0 and p, predictions)]
+
+    rows = CaseRows(3)
+    rows.add(meets, iter(range(6)), apart=True)
+    assert [r["row"] for r in rows.rows] == list(range(6))
+
+
+def test_processes_share_the_threads_of_a_machine(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    assert [scorers(p) for p in (1, 2, 4, 100)] == [8, 6, 3, 1]
+
+
 @pytest.fixture(scope="module")
 def student():
     torch.manual_seed(1)  # no voxel has two classes that are equal but for rounding
@@ -180,6 +196,7 @@ def records_of(student, folder, store, limit=2):
 
 
 def test_records_and_examples_are_equal(student, tmp_path, phantom_store, monkeypatch):
+    monkeypatch.setattr("pmixseg.modules.scoring.scorers", lambda processes: 3)
     scored_in = []
     score = cases.CaseMetrics.score
     monkeypatch.setattr(
@@ -191,7 +208,7 @@ def test_records_and_examples_are_equal(student, tmp_path, phantom_store, monkey
     with as_on_gpu():
         apart = records_of(student, tmp_path / "gpu", phantom_store)
     assert set(scored_in[:30]) == {"MainThread"}
-    assert set(scored_in[30:]) == {"scores_0"}
+    assert set(scored_in[30:]) == {"scores_0", "scores_1", "scores_2"}
     assert len(apart) == 2 * 15 * 3
     pd.testing.assert_frame_equal(apart, here, check_exact=False, rtol=0, atol=1e-6)
     assert examples_of(tmp_path / "gpu").keys() == examples_of(tmp_path / "cpu").keys()
