@@ -1,7 +1,7 @@
 """Refuse an argument whose value is of another kind than its annotation, in one sentence.
 
-Only plain annotations are read: numbers, texts, words, lists of them. What is more is left to the
-class that takes it.
+Only plain annotations are read: numbers, texts, words, lists and mappings of them; of a function
+classes as well. What is more is left to whoever takes it.
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ import ast
 import functools
 import inspect
 import math
-import re
-from collections.abc import Callable, Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from pmixseg.errors import InputError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def checked(init: Callable[..., None]) -> Callable[..., None]:
-    """Let a constructor refuse, in a sentence, a value of another kind than its annotation.
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function or constructor refuse, in a sentence, a value of another kind.
 
     A :class:`~pmixseg.describe.Described` class does so without it.
 
     Args:
-        init: ``__init__`` of a class; an argument whose annotation is more than numbers, texts,
-            words and lists of them is left to the class.
+        function: its annotations say what is taken. An object may stand for an argument of a
+            constructor, but not for one of another function.
 
     Example:
         >>> class Box:
@@ -38,14 +41,18 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
         ...
         pmixseg.errors.InputError: Box: size is '3'; give a whole number.
     """
-    check = argument_check(init)
+    check = argument_check(function)
+    bound = next(iter(inspect.signature(function).parameters), "") in _BOUND
 
-    @functools.wraps(init)
-    def checking(self: Any, *args: Any, **kwargs: Any) -> None:
-        check(self, args, kwargs)
-        init(self, *args, **kwargs)
+    @functools.wraps(function)
+    def checking(*args: P.args, **kwargs: P.kwargs) -> R:
+        check(args[0] if bound and args else None, args[bound:], kwargs)
+        return function(*args, **kwargs)
 
     return checking
+
+
+_BOUND = ("self", "cls")
 
 
 def check_fields(made: Any) -> None:
@@ -57,83 +64,183 @@ def check_fields(made: Any) -> None:
     Raises:
         InputError: a value of another kind than its annotation.
     """
+    module = type(made).__module__
     for field in fields(made):
-        value, kinds = getattr(made, field.name), _kinds(str(field.type))
+        value, kinds = getattr(made, field.name), _kinds_in(module, str(field.type))
         if kinds and value is not field.default:
             _check_kind(type(made).__name__, field.name, value, kinds)
 
 
 def argument_check(
-    init: Callable[..., None],
+    function: Callable[..., Any],
 ) -> Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]:
-    """Make a function that checks the arguments of a call of ``init``.
+    """Make a function that checks the arguments of a call of another.
 
     Args:
-        init: ``__init__`` of a class.
+        function: ``__init__`` of a class, another method, or a function.
 
     Returns:
         A function of the instance, the positional arguments after it, and those by name.
     """
-    parameters = dict(list(inspect.signature(init).parameters.items())[1:])
-    choices = {name: _choices(str(p.annotation)) for name, p in parameters.items()}
-    kinds = {name: _kinds(str(p.annotation)) for name, p in parameters.items()}
+    making = function.__name__ == "__init__"
+    parameters = dict(inspect.signature(function).parameters)
+    first = next(iter(parameters), "")
+    if bound := first in _BOUND:
+        del parameters[first]
+
+    @functools.cache  # at the first call, when all names of the module exist
+    def expected() -> dict[str, tuple[tuple[str, ...] | None, list[Kind]]]:
+        names = {} if making else function.__globals__
+        texts = {name: str(p.annotation) for name, p in parameters.items()}
+        return {name: (_choices(text), _kinds(text, names)) for name, text in texts.items()}
 
     def check(self: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        of = self if inspect.isclass(self) else type(self)
+        method = f"{of.__name__}.{function.__name__}" if bound else function.__name__
+        owner = of.__name__ if making else method
+        classes = type(self).__mro__ if making else ()
         for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
-            _check_argument(type(self), name, value, choices.get(name))
-            if kinds.get(name) and value is not parameters[name].default:
-                _check_kind(type(self).__name__, name, value, kinds[name])
+            choices, kinds = expected().get(name, (None, []))
+            _check_argument(owner, classes, name, value, choices)
+            # An object may stand for its description; what names a file is none.
+            plain = isinstance(value, _PLAIN) or not making or _KINDS["Path"] in kinds
+            if kinds and plain and value is not parameters[name].default:
+                _check_kind(owner, name, value, kinds)
 
     return check
 
 
-_KINDS: Mapping[str, tuple[Any, str]] = {
-    "int": (Integral, "a whole number"),
-    "float": (Real, "a number"),
-    "str": (str, "a text"),
-    "bool": (bool, "true or false"),
-    "Path": (PathLike, "a path"),
-    "None": (type(None), "null"),
-}
-"""Annotation -> what it takes, and how a sentence says it."""
+class Kind(NamedTuple):
+    """One of the kinds of values that an annotation names.
 
+    Args:
+        types: of the values.
+        words: how a sentence says it.
+        inside: of a list or mapping, the kinds of what it holds; empty where that is not checked.
+        keys: likewise, of a mapping.
+    """
+
+    types: Any
+    words: str
+    inside: tuple[Kind, ...] = ()
+    keys: tuple[Kind, ...] = ()
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value is of this kind; 2.0 is a whole number, and a text no list."""
+        if self.types is Integral and isinstance(value, Real):
+            return float(value).is_integer()
+        listed = self.types in (Collection, Iterable)
+        return isinstance(value, self.types) and not (listed and isinstance(value, str | bytes))
+
+
+_KINDS: Mapping[str, Kind] = {
+    "int": Kind(Integral, "a whole number"),
+    "float": Kind(Real, "a number"),
+    "str": Kind(str, "a text"),
+    "bool": Kind(bool, "true or false"),
+    "Path": Kind(PathLike, "a path"),
+    "None": Kind(type(None), "null"),
+    "NoneType": Kind(type(None), "null"),
+}
+"""Annotation -> what it takes."""
+
+_CONTAINERS = {
+    **dict.fromkeys(("Collection", "Sequence", "list", "tuple"), Kind(Collection, "a list")),
+    "Iterable": Kind(Iterable, "a list"),
+    **dict.fromkeys(("Mapping", "dict"), Kind(Mapping, "a mapping")),
+}
+
+_NAMED = {
+    "Task": "a pmixseg.Task, such as pmixseg.BRATS",
+    "SegmentSettings": "SegmentSettings(...)",
+}
+"""Class -> how a sentence asks for an object of it."""
 
 _PLAIN = (str, bytes, Real, type(None), list, tuple, set, Mapping)
-"""Values that are judged."""
+"""Values that are judged where an object may stand for its description."""
 
 
-def _kinds(annotation: str) -> list[tuple[Any, str]]:
-    """What an annotation takes; nothing where it takes more than plain values and lists of them.
+def _kinds(annotation: str, names: Mapping[str, Any] | None = None) -> list[Kind]:
+    """What an annotation takes; nothing where it takes more than is known here.
+
+    Args:
+        annotation: as it is written.
+        names: what further names in it stand for.
 
     Example:
-        >>> [words for _, words in _kinds('int | Literal["auto"] | None')]
+        >>> [kind.words for kind in _kinds('int | Literal["auto"] | None')]
         ['a whole number', 'a text', 'null']
         >>> _kinds("Backbone | None")
         []
     """
-    kinds: list[tuple[Any, str]] = []
-    for part in re.split(r"\s*\|\s*", annotation):
-        if part in _KINDS:
-            kinds.append(_KINDS[part])
-        elif re.fullmatch(r"(Sequence|list|tuple)\[[\w, .]+\]", part):
-            kinds.append((Collection, "a list"))
-        elif re.fullmatch(r"Literal\[\"[^\]]*\"\]", part):
-            kinds.append(_KINDS["str"])
-        else:
-            return []
-    return kinds
+    try:
+        return _kinds_of(ast.parse(annotation, mode="eval").body, names or {})
+    except (SyntaxError, LookupError):
+        return []
 
 
-def _check_kind(owner: str, name: str, value: Any, kinds: list[tuple[Any, str]]) -> None:
-    if not isinstance(value, _PLAIN):  # an object may stand for its description
-        return
-    text = isinstance(value, str)
-    for kind, _ in kinds:
-        whole = kind is Integral and isinstance(value, Real) and float(value).is_integer()
-        if whole or (isinstance(value, kind) and (kind is not Collection or not text)):
-            return
-    words = list(dict.fromkeys(words for _, words in kinds))
-    raise InputError(f"{owner}: {name} is {value!r:.60}; give {' or '.join(words)}.")
+@functools.cache
+def _kinds_in(module: str, annotation: str) -> list[Kind]:
+    return _kinds(annotation, vars(sys.modules[module]))
+
+
+def _kinds_of(node: ast.expr, names: Mapping[str, Any]) -> list[Kind]:
+    """What a part of an annotation takes.
+
+    Raises:
+        LookupError: more than is known here.
+    """
+    if isinstance(node, ast.BinOp):
+        return [*_kinds_of(node.left, names), *_kinds_of(node.right, names)]
+    if isinstance(node, ast.Subscript):
+        name = ast.unparse(node.value).rpartition(".")[2]
+        if name == "Callable":
+            return [Kind(Callable, "a function")]
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        if name == "Literal":
+            values = [part.value for part in parts if isinstance(part, ast.Constant)]
+            return [_KINDS[type(value).__name__] for value in values]
+        texts = [ast.unparse(part) for part in parts if ast.unparse(part) != "..."]
+        kinds = [tuple(_kinds(text, names)) for text in texts]
+        if name in ("Mapping", "dict"):
+            if not all(kinds):
+                raise LookupError(name)
+            # A checkpoint writes numbers as texts where they are keys.
+            keys = kinds[0] if kinds[0] == (_KINDS["str"],) else ()
+            return [_CONTAINERS[name]._replace(keys=keys, inside=kinds[1])]
+        inside = [kind for several in kinds for kind in several] if all(kinds) else []
+        if name == "Union" and inside:
+            return inside
+        return [_CONTAINERS[name]._replace(inside=tuple(inside))]
+    first, *further = ast.unparse(node).split(".")
+    name = (first, *further)[-1]
+    if name in _KINDS:
+        return [_KINDS[name]]
+    meant = functools.reduce(lambda owner, part: vars(owner)[part], further, names[first])
+    if inspect.isclass(meant) and not getattr(meant, "_is_protocol", False):
+        return [Kind(meant, _NAMED.get(name, f"an object of {name}"))]
+    if inspect.isclass(meant) or not (other := _kinds(str(meant))):
+        raise LookupError(name)
+    return other  # a name for another annotation
+
+
+def _check_kind(owner: str, name: str, value: Any, kinds: Iterable[Kind]) -> None:
+    kind = next((kind for kind in kinds if kind.takes(value)), None)
+    if kind is None:
+        words = list(dict.fromkeys(kind.words for kind in kinds))
+        raise InputError(f"{owner}: {name} is {value!r:.60}; give {' or '.join(words)}.")
+    if isinstance(value, Mapping):
+        _check_inside(owner, name, value.values(), kind.inside)
+        _check_inside(owner, name, value, kind.keys)
+    elif isinstance(value, Collection):  # whatever can be gone through once is left alone
+        _check_inside(owner, name, value, kind.inside)
+
+
+def _check_inside(owner: str, name: str, parts: Iterable[Any], kinds: tuple[Kind, ...]) -> None:
+    for part in parts if kinds else ():
+        if isinstance(part, _PLAIN) and not any(kind.takes(part) for kind in kinds):
+            words = " or ".join(dict.fromkeys(kind.words for kind in kinds))
+            raise InputError(f"{owner}: {name} holds {part!r:.60}; give {words} there.")
 
 
 def _choices(annotation: str) -> tuple[str, ...] | None:
@@ -152,16 +259,21 @@ def _choices(annotation: str) -> tuple[str, ...] | None:
     return tuple(words) or None
 
 
-def _check_argument(cls: type[Any], name: str, value: Any, choices: tuple[str, ...] | None) -> None:
+def _check_argument(
+    owner: str,
+    classes: Iterable[type[Any]],
+    name: str,
+    value: Any,
+    choices: tuple[str, ...] | None,
+) -> None:
     """Refuse a word or number that an argument does not know, before anything is made of it."""
-    owner = cls.__name__
     if isinstance(value, str) and choices is not None and value not in choices:
         raise InputError(f"{owner}: {name} is '{value}'; use {' or '.join(choices)}.")
     parts = value if isinstance(value, list | tuple) else (value,)
     numbers = [part for part in parts if isinstance(part, int | float)]
     if any(math.isnan(number) for number in numbers):
         raise InputError(f"{owner}: {name} is {value}; give a number.")
-    every = (vars(base).get("ranges", {}) for base in cls.__mro__)
+    every = (vars(base).get("ranges", {}) for base in classes)
     known: Any = next((ranges[name] for ranges in every if name in ranges), None)
     if known is not None and not all(number in known for number in numbers):
         raise InputError(f"{owner}: {name} is {value}; give {known}.")

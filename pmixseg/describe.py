@@ -107,7 +107,8 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def remember(self: Any, *args: Any, **kwargs: Any) -> None:
-        if "_init_args" not in self.__dict__:
+        outermost = "_init_args" not in self.__dict__
+        if outermost:
             try:
                 bound = signature.bind(self, *args, **kwargs)
             except TypeError:
@@ -123,9 +124,38 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
             # nn.Module.__setattr__ is not ready before super().__init__().
             object.__setattr__(self, "_init_args", arguments)
         check(self, args, kwargs)
-        init(self, *args, **kwargs)
+        self.__dict__.setdefault("_made", set()).add(remember)
+        try:
+            init(self, *args, **kwargs)
+        except AttributeError as error:
+            own = error.obj is self or "before Module.__init__() call" in str(error)
+            if own and (fault := _not_whole(self)) is not None:
+                raise fault from error
+            raise
+        if outermost and (fault := _not_whole(self)) is not None:
+            raise fault
+        if outermost:
+            del self.__dict__["_made"]
 
     return remember
+
+
+def _not_whole(made: Any) -> InputError | None:
+    """An object of which a constructor was left out, as a sentence."""
+    last = type(made)
+    for base in type(made).__mro__:
+        if issubclass(base, Described) and "__init__" in vars(base):
+            if vars(base)["__init__"] not in made.__dict__["_made"]:
+                break
+            last = base
+    else:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(made, torch.nn.Module) or "_modules" in made.__dict__:
+            return None
+    return InputError(
+        f"{type(made).__name__}: {last.__name__}.__init__ does not call super().__init__(...); let "
+        "it do so before anything else."
+    )
 
 
 def describe(value: Any, where: str = "value") -> Any:
@@ -265,7 +295,8 @@ def build(value: Any, **extra: Any) -> Any:
         InputError: the class cannot be found or does not take the arguments; or a word, list or
             other mapping stands where an object belongs.
     """
-    if isinstance(value, str | list | tuple | Mapping) and not is_description(value):
+    plain = isinstance(value, str | list | tuple | int | float | Mapping)
+    if plain and not isinstance(value, bool) and not is_description(value):
         raise InputError(
             f"{value!r} stands where an object belongs; give the object itself, as in RFNet() and "
             "not 'RFNet', or its class as {'class_path': 'RFNet', 'init_args': {...}}."

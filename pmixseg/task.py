@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations as subsets_of_size
 from typing import Any
 
@@ -40,6 +40,8 @@ class Task:
     display: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InputError(f"task: name is {self.name!r}; give a text.")
         for what in ("regions", "display"):
             value = getattr(self, what)
             if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
@@ -93,7 +95,15 @@ class Task:
         return len(self.labels) + 1
 
     def region_classes(self, region: str) -> tuple[int, ...]:
-        """Return the class indices whose union is ``region``."""
+        """Return the class indices whose union is ``region``.
+
+        Raises:
+            InputError: the task has no such region.
+        """
+        if region not in self.regions:
+            raise InputError(
+                f"task '{self.name}' has no region {region!r}; use one of {list(self.regions)}."
+            )
         return tuple(self.labels.index(name) + 1 for name in self.regions[region])
 
     def show(self, name: str) -> str:
@@ -113,7 +123,15 @@ class Task:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Task:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: not what that writes.
+        """
+        names = [field.name for field in fields(cls)]
+        lacking = [n for n in names[:-1] if n not in raw] if isinstance(raw, Mapping) else names
+        if lacking or set(raw) - set(names):
+            raise InputError(f"a task is a mapping of {', '.join(names)}, not {raw!r:.80}.")
         return cls(**raw)
 
 

@@ -3,6 +3,7 @@ import importlib
 import inspect
 import math
 import re
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,24 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
-from pmixseg import BraTSDataModule, Distillation, PmixAlignment, StudentModule
+import pmixseg
+from pmixseg import (
+    BRATS,
+    BraTSDataModule,
+    Distillation,
+    GapMonitor,
+    PmixAlignment,
+    StudentModule,
+    Task,
+)
+from pmixseg.argument_checks import argument_check
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import TermCallback
-from pmixseg.data import Augmentation, Fractions
+from pmixseg.data import Augmentation, Fractions, Store, find_cases, prepare
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.inference.outputs import Outputs
 from pmixseg.losses import DiceCE, LatentMatch, LogitKL, MixtureAnchor
 
 
@@ -196,7 +208,7 @@ def student(**arguments):
         (lambda: SegmentSettings(tta="yes"), "SegmentSettings: tta is 'yes'; give true or false."),
         (
             lambda: student().segment({}, "strict"),
-            "settings is 'strict'; give SegmentSettings(...).",
+            "StudentModule.segment: settings is 'strict'; give SegmentSettings(...) or null.",
         ),
         (Own, "the network of this Own is a Plain, and no pmixseg.backbones.Backbone; derive it"),
         (
@@ -209,6 +221,126 @@ def test_values_of_another_kind_are_one_sentence(make, sentence, monkeypatch):
     monkeypatch.setattr(OwnTerm, "_check_neighbours", lambda *_: None)
     with pytest.raises(InputError, match=re.escape(sentence)):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: pmixseg.load(None), "load: path is None; give a text or a path."),
+        (lambda: pmixseg.load("a", modules="b"), "load: modules is 'b'; give a list."),
+        (lambda: pmixseg.load("a", modules=[".b"]), "module '.b' cannot be imported"),
+        (lambda: pmixseg.load("a", map_location=5), "map_location is 5; give a text or an object"),
+        (
+            lambda: find_cases(".", "brats"),
+            "task is 'brats'; give a pmixseg.Task, such as pmixseg.B",
+        ),
+        (
+            lambda: find_cases(".", BRATS, labels="NCR=1"),
+            "labels is 'NCR=1'; give a mapping",
+        ),
+        (lambda: find_cases(".", BRATS, labels={1: "x"}), "labels holds 1; give a text there."),
+        (lambda: prepare([], "s", BRATS, workers="2"), "prepare: workers is '2'; give a whole num"),
+        (
+            lambda: prepare(["a"], "s", BRATS),
+            "cases holds 'a'; give an object of Case there.",
+        ),
+        (lambda: prepare([], "s", BRATS, spacing=2), "prepare: spacing is 2; give a list or null."),
+        (lambda: Store.open(5), "Store.open: root is 5; give a path or a text."),
+        (
+            lambda: student().segment({}, codes="NCR=1"),
+            "StudentModule.segment: codes is 'NCR=1'; give a mapping or null.",
+        ),
+        (lambda: student().segment({}, progress=5), "progress is 5; give a function or null."),
+        (lambda: Outputs("o"), "Outputs: folder is 'o'; give a path."),
+        (lambda: student(anchor=5), "5 stands where an object belongs"),
+        (lambda: data(store=student()), "store is StudentModule("),
+        (lambda: MultiEncoderUNet([]), "MultiEncoderUNet: modalities is []; give one or more"),
+        (lambda: BRATS.region_classes("NET"), "task 'brats' has no region 'NET'; use one of ['WT'"),
+        (lambda: Task.from_dict({"name": "x"}), "a task is a mapping of name, modalities, labels,"),
+    ],
+)
+def test_values_of_another_kind_in_a_call(make, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        make()
+
+
+def _functions():
+    """Every function and method of the package that checks its arguments."""
+    package = Path(pmixseg.__file__).parent
+    for path in package.rglob("*.py"):
+        if "@checked\n" not in path.read_text() or path.name == "argument_checks.py":
+            continue
+        name = ".".join(["pmixseg", *path.relative_to(package).with_suffix("").parts])
+        module = importlib.import_module(name)
+        owners = [module, *(c for c in vars(module).values() if inspect.isclass(c))]
+        for owner in (o for o in owners if getattr(o, "__module__", name) == name):
+            for member in vars(owner).values():
+                function = getattr(member, "__func__", member)
+                mine = getattr(function, "__module__", None) == name
+                if mine and getattr(function, "__code__", None) is CHECKING:
+                    yield function
+
+
+CHECKING = find_cases.__code__
+
+
+def test_every_argument_of_a_checked_function_refuses_what_it_cannot_take():
+    unchecked = {}
+    for function in _functions():
+        inner = function.__wrapped__
+        if inner.__name__ == "__init__":
+            continue
+        names = [n for n in inspect.signature(inner).parameters if n not in ("self", "cls")]
+        for name in names:
+            try:
+                argument_check(inner)(None, (), {name: unittest.mock.sentinel.anything})
+            except InputError:
+                continue
+            unchecked.setdefault(inner.__qualname__, []).append(name)
+    assert unchecked == {
+        # Told with what is in them.
+        "SegmentationNetwork.segment": ["images"],
+        "segment_files": ["images"],
+    }
+
+
+class NoBase(MultiEncoderUNet):
+    def __init__(self, width=2):
+        self.width = width
+
+
+class LateBase(StudentModule):
+    def __init__(self):
+        self.setting = self.task.name
+        super().__init__()
+
+
+class NoData(BraTSDataModule):
+    def __init__(self):
+        self.mine = 1
+
+
+class Monitor(GapMonitor):
+    def __init__(self):
+        self.mine = 1
+
+
+@pytest.mark.parametrize("own", [NoBase, LateBase, NoData, Monitor])
+def test_a_subclass_that_forgets_its_base_is_told(own):
+    words = f"{own.__name__}: {own.__name__}.__init__ does not call super().__init__(...); let it"
+    with pytest.raises(InputError, match=re.escape(words)):
+        own()
+
+
+class Broken(StudentModule):
+    def __init__(self):
+        super().__init__(backbone=MultiEncoderUNet(width=2, levels=2))
+        self.nothing  # noqa: B018  # it fails
+
+
+def test_other_mistakes_of_a_subclass_keep_their_error():
+    with pytest.raises(AttributeError, match="nothing"):
+        Broken()
 
 
 def test_kinds_that_fit_are_taken():

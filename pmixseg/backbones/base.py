@@ -58,6 +58,11 @@ class Backbone(nn.Module, Described, ABC):
                 f"{type(self).__name__}: a level would have {min(channels)} channels; make the "
                 "network wider."
             )
+        if not modalities or len(set(modalities)) < len(modalities):
+            raise InputError(
+                f"{type(self).__name__}: modalities is {list(modalities)}; give one or more, each "
+                "once."
+            )
         super().__init__()
         self.modalities = tuple(modalities)
         self.num_classes = num_classes

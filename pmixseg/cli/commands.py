@@ -303,6 +303,8 @@ def read_task(path: Path | None) -> Task:
         check_settings(text)
         raw = yaml.safe_load(text)
         return Task.from_dict(raw.get("task", raw))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not a task ({error}); give name, modalities, labels and regions."

@@ -12,7 +12,6 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from pmixseg.argument_checks import checked
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.cohorts.shares import Share
@@ -35,7 +34,7 @@ from pmixseg.data.source import CohortSource, spacing_of
 from pmixseg.data.splits import Fractions, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.data.training_cases import shared_scans
-from pmixseg.describe import build
+from pmixseg.describe import Described, build
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task
@@ -44,7 +43,7 @@ from pmixseg.types import Batch
 Part = Literal["train", "val", "test"]
 
 
-class BraTSDataModule(LightningDataModule):
+class BraTSDataModule(LightningDataModule, Described):
     """Load a prepared cohort: split it, read patches, augment them on the device.
 
     Nothing here is particular to BraTS but the default task. Batches hold what
@@ -84,7 +83,6 @@ class BraTSDataModule(LightningDataModule):
             out of range.
     """
 
-    @checked
     def __init__(
         self,
         store: str | Path | None = None,

@@ -15,6 +15,7 @@ import highdicom
 import numpy as np
 import pydicom
 
+from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 
@@ -180,6 +181,7 @@ def is_dicom_folder(folder: Path) -> bool:
     return next(_dicom_files(folder), None) is not None
 
 
+@checked
 def read_folder(folder: Path) -> list[Series]:
     """Read the headers of every MR series under a folder.
 

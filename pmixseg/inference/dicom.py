@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from pmixseg.argument_checks import checked
 from pmixseg.dicom import Recognised, Series, read_folder, recognise, write_segmentation
 from pmixseg.dicom.recognition import choose
 from pmixseg.errors import InputError
@@ -37,9 +38,10 @@ class StudyResult:
     recognised: tuple[Recognised, ...]
 
 
+@checked
 def segment_study(
     module: SegmentationModule,
-    folder: Path,
+    folder: str | Path,
     outputs: Outputs,
     settings: SegmentSettings | None = None,
     raw: RawSettings | None = None,
@@ -67,7 +69,7 @@ def segment_study(
             and what is said of other scans.
     """
     called = name or UNNAMED
-    recognised = recognise(read_folder(folder), module.task.modalities, chosen)
+    recognised = recognise(read_folder(Path(folder)), module.task.modalities, chosen)
     if tell is not None:
         tell(recognised)
     series = {m: s for m, s in choose(recognised).items() if m in module.modalities}

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.scans.normalisation import JOINT_MASK
 from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.segmentation import NOTICE
@@ -57,6 +58,7 @@ class Exported:
     difference: float
 
 
+@checked
 def export(
     module: SegmentationModule,
     path: str | Path,

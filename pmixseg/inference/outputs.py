@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pmixseg.argument_checks import check_fields
 from pmixseg.data.formats.nifti import Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.segmentation import Segmentation
@@ -31,7 +32,7 @@ class Outputs:
             of a folder for one.
 
     Raises:
-        InputError: probabilities or entropy beside plain names.
+        InputError: probabilities or entropy beside plain names, or a value of another kind.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Outputs:
     plain: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.plain and (self.probabilities or self.entropy):
             raise InputError(
                 "nnU-Net takes every volume of a folder for a label map; leave out probabilities "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from pmixseg.argument_checks import check_fields, checked
 from pmixseg.errors import InputError
 from pmixseg.evaluation.comparison.paired_tests import two_way_bootstrap
 from pmixseg.evaluation.records.records import Records, find_records
@@ -38,6 +39,9 @@ class Facts:
     citation: str = "Liu et al.: Mind the Gap. arXiv 2409.19366"
     limits: str = ""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -60,8 +64,12 @@ class Result:
     cases: int
 
 
+@checked
 def publish(
-    checkpoint: str | Path, out: Path, facts: Facts | None = None, records: Path | None = None
+    checkpoint: str | Path,
+    out: str | Path,
+    facts: Facts | None = None,
+    records: str | Path | None = None,
 ) -> Path:
     """Write a model as three files that cannot run code, to be put on a server as they are.
 
@@ -81,7 +89,7 @@ def publish(
     content = read_checkpoint(source)
     task = Task.from_dict(content["pmixseg"]["task"])
     tensors = {n: t for n, t in content["state_dict"].items() if not n.startswith("terms.")}
-    table = None if records is None else _records_of(records, source)
+    table = None if records is None else _records_of(Path(records), source)
     results = [] if table is None else results_of(table, task)
     about: dict[str, Any] = {
         "title": facts.title
@@ -100,7 +108,8 @@ def publish(
     return write_published(Path(out), tensors, description, about, card)
 
 
-def as_checkpoint(source: str | Path, out: Path) -> Path:
+@checked
+def as_checkpoint(source: str | Path, out: str | Path) -> Path:
     """Turn a published model back into a checkpoint that Lightning's commands take.
 
     Args:
@@ -113,7 +122,7 @@ def as_checkpoint(source: str | Path, out: Path) -> Path:
     folder = local_copy(source)
     if not folder.is_dir():
         raise InputError(f"{source} is no folder of a published model; see `pmixseg publish`.")
-    not_among(out, folder.iterdir())
+    not_among(Path(out), folder.iterdir())
     return write_checkpoint(read_published(folder), out)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmixseg.argument_checks import checked
 from pmixseg.backbones import Backbone, MMFormer, RFNet
 from pmixseg.data.scans.normalisation import JOINT_MASK
 from pmixseg.errors import InputError
@@ -95,6 +96,7 @@ class Imported:
         return write_checkpoint(checkpoint, path)
 
 
+@checked
 def import_official(kind: str, path: str | Path, task: Task = BRATS) -> Imported:
     """Read a checkpoint of the published code.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from pmixseg.argument_checks import check_fields, checked
 from pmixseg.data.formats.colours import write_tables
 from pmixseg.data.formats.outputs import write_labels
 from pmixseg.errors import InputError
@@ -40,7 +41,11 @@ class RawSettings:
     centre: str | None = None
     onto: str | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
 
+
+@checked
 def segment_raw(
     module: SegmentationModule,
     images: Mapping[str, Path],

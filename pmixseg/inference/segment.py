@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.cases import stem_of
 from pmixseg.data.cohorts.layouts import Case, Layout, search
 from pmixseg.data.cohorts.shares import Share
@@ -13,7 +14,7 @@ from pmixseg.data.cohorts.unread import strays_of
 from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.sequences import modality_of
 from pmixseg.errors import InputError
-from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.evaluation.prediction.scans import SegmentSettings, check_scans
 from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.inference.folders import (
     FolderScans,
@@ -34,6 +35,7 @@ UNUSED_CHANNEL = "-"
 """Stands for a channel of a 4-D file that is not read."""
 
 
+@checked
 def segment_files(
     module: SegmentationModule,
     images: Mapping[str, Source],
@@ -61,6 +63,7 @@ def segment_files(
     Raises:
         InputError: see :meth:`~pmixseg.SegmentationModule.segment`, and :meth:`Outputs.check`.
     """
+    check_scans(images, f"case '{name or UNNAMED}'")
     called = name or common_name(images)
     files = [p for s in images.values() if (p := _path_of(s)) is not None]
     folder_codes = _codes_beside(module.task, files)
@@ -79,6 +82,7 @@ def segment_files(
     return _result(segmentation, outputs.write(segmentation, images))
 
 
+@checked
 def segment_folder(
     module: SegmentationModule,
     root: str | Path,
@@ -144,6 +148,7 @@ def segment_folder(
             yield CaseResult(case.case_id, problem=str(error))
 
 
+@checked
 def segment_case(
     module: SegmentationModule,
     case: Case,

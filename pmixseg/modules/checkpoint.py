@@ -13,8 +13,9 @@ from zlib import error
 
 import torch
 
+from pmixseg.argument_checks import checked
 from pmixseg.describe import build, describe, find_class
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, memory_error
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.scores.calibration import Temperatures
 from pmixseg.files import whole
@@ -26,6 +27,7 @@ from pmixseg.weights import local_copy, read_published
 from pmixseg.weights.published import WEIGHTS
 
 
+@checked
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file without running any code from it.
 
@@ -83,6 +85,7 @@ def _refuse_damaged(path: Path) -> None:
         )
 
 
+@checked
 def load(
     path: str | Path, *, modules: Sequence[str] = (), map_location: str | torch.device = "cpu"
 ) -> SegmentationModule:
@@ -107,7 +110,7 @@ def load(
     for name in modules:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:  # '.x' and '' are no names
             raise InputError(f"module '{name}' cannot be imported ({error}).") from error
     path = local_copy(path)
     checkpoint = read_checkpoint(path)
@@ -128,7 +131,16 @@ def load(
         ) from fault
     restore(module, checkpoint)
     module.loaded_from = str(path / WEIGHTS if path.is_dir() else path)
-    return module.to(map_location).eval()
+    try:
+        return module.to(map_location).eval()
+    except (RuntimeError, AssertionError, TypeError) as fault:
+        if (lack := memory_error(fault)) is not None:
+            raise lack from fault
+        reason = str(fault).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"map_location is '{map_location}', and the weights cannot be brought there "
+            f"({reason}); name a device that there is, such as cpu or cuda:0."
+        ) from fault
 
 
 def describing(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +148,7 @@ def describing(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {key: payload.get(key) for key in ("class_path", "init_args")}
 
 
+@checked
 def write_temperatures(source: str | Path, temperatures: Temperatures, out: str | Path) -> Path:
     """Write a checkpoint that equals another but for the temperatures of its probabilities.
 

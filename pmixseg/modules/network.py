@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from pmixseg.argument_checks import checked
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.unet import MultiEncoderUNet
 from pmixseg.borrowed import evaluating
@@ -265,6 +266,7 @@ class SegmentationNetwork(LightningModule, Described):
             return settings
         return replace(settings, batch_size=1)
 
+    @checked
     def segment(
         self,
         images: Mapping[str, Source],
@@ -290,8 +292,6 @@ class SegmentationNetwork(LightningModule, Described):
             InputError: see :func:`pmixseg.evaluation.prediction.scans.segment_scans`.
         """
         settings = settings or SegmentSettings()
-        if not isinstance(settings, SegmentSettings):
-            raise InputError(f"settings is {settings!r}; give SegmentSettings(...).")
         evaluation = self._of_one_shape(settings.over(self.evaluation))
         recipe = Recipe(
             self.task,

@@ -36,10 +36,10 @@ class Done:
 
 def preprocess_cohort(
     cases: Sequence[Case],
-    out: Path,
+    out: str | Path,
     *,
     brain: str = "atlas",
-    atlas: Path | None = None,
+    atlas: str | Path | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Done]:
@@ -59,6 +59,7 @@ def preprocess_cohort(
     Raises:
         InputError: a worker was killed, most likely for lack of memory.
     """
+    out, atlas = Path(out), None if atlas is None else Path(atlas)
     one = partial(preprocess_case, out=out, brain=brain, atlas=atlas)
     outcomes = results(one, cases, workers, where=out, preload=[__name__])
     for count, (_, done) in enumerate(outcomes, 1):

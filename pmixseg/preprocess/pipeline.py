@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.formats.outputs import write_json
 from pmixseg.errors import InputError, writing
 from pmixseg.files import hidden_folder_near, inside
@@ -107,12 +108,13 @@ class Preprocessed:
         return {m: home / names[m] for m in self.scans}
 
 
+@checked
 def preprocess_scans(
-    images: Mapping[str, Path],
+    images: Mapping[str, str | Path],
     name: str = "scan",
     *,
     brain: str | Path = "atlas",
-    atlas: Path | None = None,
+    atlas: str | Path | None = None,
     centre: str | None = None,
 ) -> Preprocessed:
     """Register one patient's raw scans, bring them to atlas space and cut out the brain.
@@ -137,8 +139,8 @@ def preprocess_scans(
     middle = centre or _centre_of(list(images))
     if middle not in images:
         raise InputError(f"case '{name}': --centre {middle} is not among {sorted(images)}.")
-    space = mni152() if atlas is None else read_atlas(atlas)
-    sources = {m: read_volume(path, f"case '{name}', {m}") for m, path in images.items()}
+    space = mni152() if atlas is None else read_atlas(Path(atlas))
+    sources = {m: read_volume(Path(path), f"case '{name}', {m}") for m, path in images.items()}
     to_centre = {m: _to(sources[middle], scan, m == middle) for m, scan in sources.items()}
     poses = place_in_atlas(space.template, space.brain, sources[middle])
     transforms = {m: _joined(poses[0], own) for m, own in to_centre.items()}

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pmixseg.argument_checks import checked
 from pmixseg.backbones.base import Backbone
 from pmixseg.testing import mechanics
 from pmixseg.testing.findings import TOLERANCE, difference, expect, first_few, run_rules
@@ -16,6 +17,7 @@ from pmixseg.testing.probe import NOISE, Probe, default_size
 from pmixseg.types import Latents, SegOutput
 
 
+@checked
 def check_backbone(
     net: Backbone,
     size: int | Sequence[int] | None = None,

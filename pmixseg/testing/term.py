@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pmixseg.argument_checks import checked
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.unet import MultiEncoderUNet
 from pmixseg.testing.findings import TOLERANCE, difference, expect, run_rules
@@ -111,6 +112,7 @@ class Stage:
         return self.example(present, self.flags([everything, everything[:-1] or [0]]), bf16=bf16)
 
 
+@checked
 def check_term(
     term: nn.Module | Callable[[], nn.Module],
     backbone: Backbone | None = None,

@@ -19,6 +19,7 @@ from urllib.request import Request, urlopen
 
 from platformdirs import user_cache_path
 
+from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError
 from pmixseg.files import file_hash
 from pmixseg.weights.catalogue import CATALOGUE
@@ -37,6 +38,7 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else user_cache_path("pmixseg") / "models"
 
 
+@checked
 def local_copy(source: str | Path) -> Path:
     """Return the local file or folder of a model, fetched first where it is not there yet.
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as packed
 from torch import Tensor
 
+from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError
 from pmixseg.files import file_hash, whole
 
@@ -129,6 +130,7 @@ def check_weights(folder: Path) -> PublishedModel:
     return about
 
 
+@checked
 def read_published(folder: Path) -> dict[str, Any]:
     """Read a published model as the checkpoint that it was made from, less the optimizer.
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pmixseg.argument_checks import check_fields
 from pmixseg.data.cohorts.patients import check_pattern
 from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError
@@ -67,6 +68,9 @@ class Case:
     also: Mapping[int, str] = field(default_factory=dict)
     unannotated: tuple[int, ...] = ()
     problem: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def coding(self, task: Task) -> Coding:
         """What the numbers of the label file mean.
@@ -129,6 +133,7 @@ class Layout:
     described: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.patient:
             check_pattern(self.patient, f"layout '{self.name}'")
         needed = set(_field_names(self.case))

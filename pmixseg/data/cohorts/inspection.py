@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.layouts import Case, LabelNames, Layout, search
 from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
 from pmixseg.data.formats.nifti import Scan, ScanReader
@@ -182,6 +183,7 @@ class Inspection:
         yield Text(self.summary(), no_wrap=True, overflow="ignore")
 
 
+@checked
 def inspect_cohort(
     root: Path | str,
     task: Task,

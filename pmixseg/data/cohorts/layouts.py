@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, Pattern
 from pmixseg.data.cohorts.codings import coding_by_numbers
 from pmixseg.data.cohorts.dataset_json import described_layout
@@ -45,6 +46,7 @@ LabelNames = Mapping[str, str | int | list[str | int]]
 """Label of a task -> its name or number(s) in a cohort."""
 
 
+@checked
 def find_cases(
     root: Path | str,
     task: Task,
@@ -98,6 +100,7 @@ def search(
     return with_unread(cohort, tree, task, recognised=False)
 
 
+@checked
 def load_layout(source: str | Path) -> Layout:
     """A preset by name, or a layout from a YAML file.
 

@@ -117,11 +117,16 @@ class ScanReader:
         Raises:
             InputError: the file is missing, unreadable, truncated, not NIfTI, or not a volume.
         """
-        if isinstance(source, tuple):
+        if isinstance(source, tuple) and len(source) == 2:
             path, channel = Path(source[0]), source[1]
             return self._channel(self._file(path, role), channel, role)
         if isinstance(source, Path | str):
             return self._channel(self._file(Path(source), role), None, role)
+        if not isinstance(source, SpatialImage):
+            raise InputError(
+                f"{self.where}: {role} is {source!r:.60}; give a file, (4-D file, channel) or an "
+                "image of nibabel."
+            )
         name = source.get_filename() or "an image in memory"
         return self._channel(_opened(source, str(name)), None, role)
 

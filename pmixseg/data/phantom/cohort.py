@@ -23,6 +23,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from pmixseg.argument_checks import check_fields, checked
 from pmixseg.data.phantom.anatomy import Deformation, Grid, refine, stream
 from pmixseg.data.phantom.contrast import CONTRASTS, Contrast, Pathology, Scanner, Shared, scan
 from pmixseg.data.phantom.tumour import GROWTH_GRID, displacement, grow
@@ -73,6 +74,7 @@ class PhantomSettings:
     elastic: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "modalities", tuple(self.modalities))
         contrasts = {**CONTRASTS, **self.contrasts}
         unknown = [m for m in self.modalities if m not in contrasts]
@@ -156,6 +158,7 @@ def case_name(index: int) -> str:
     return f"Brats18_PHANTOM_{index:03d}_1"
 
 
+@checked
 def make_case(seed: int, index: int, settings: PhantomSettings | None = None) -> PhantomCase:
     """Make case ``index`` of cohort ``seed``; it depends on nothing else.
 
@@ -238,8 +241,9 @@ def _around_brain(grid: Grid) -> tuple[Grid, list[tuple[int, int]]]:
     return Grid((shape[0], shape[1], shape[2]), grid.spacing), margins
 
 
+@checked
 def write_cohort(
-    out: Path,
+    out: Path | str,
     cases: int,
     seed: int = 0,
     settings: PhantomSettings | None = None,

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.inspection import odd_ones_out
 from pmixseg.data.cohorts.layouts import Case
 from pmixseg.data.cohorts.shares import Share
@@ -40,6 +41,7 @@ _STALE_SECONDS = 3600
 """A temporary folder untouched for this long belongs to a process that was killed."""
 
 
+@checked
 def prepare(
     cases: Sequence[Case],
     out: Path | str,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.store.arrays import OpenMaps
 from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.report import PrepareReport
@@ -48,6 +49,7 @@ class Store:
         self._maps = OpenMaps()
 
     @classmethod
+    @checked
     def open(cls, root: Path | str) -> Store:
         """Open a store and list its cases.
 
@@ -82,6 +84,7 @@ class Store:
         names = tuple(n for n, m in metas.items() if m and m["parameters"] == parameters)
         return cls(root, description, names)
 
+    @checked
     def read(self, case_id: str) -> StoredCase:
         """Open one case; opening it again is free.
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError
 from pmixseg.evaluation.comparison.comparison import Comparison
 from pmixseg.evaluation.comparison.monotonicity import violations
@@ -84,6 +85,7 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
     ]
 
 
+@checked
 def compare(
     a: Sequence[pd.DataFrame],
     b: Sequence[pd.DataFrame],

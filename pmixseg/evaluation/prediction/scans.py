@@ -170,7 +170,7 @@ def segment_scans(
     if other := other_voxels(recipe.voxels, (side, side)):
         notes.append(f"{where}: {other}.")
     for note in notes:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=4)
     voxel = math.prod(case.geometry.grid_spacing) / 1000
     brain = float((case.image != 0).any(0).sum()) * voxel
     case = normalised(case, recipe.normalisation, dtype)
@@ -185,7 +185,7 @@ def segment_scans(
     made = Segmentation(name, prediction, codes, inputs, facts, identity, tuple(notes))
     doubts = _doubts_of_result(made, brain, where)
     for note in doubts:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=4)
     return replace(made, warnings=(*made.warnings, *doubts))
 
 
@@ -213,18 +213,31 @@ def _doubts_of_result(made: Segmentation, brain: float, where: str) -> list[str]
     return []
 
 
-def _choose(
-    images: Mapping[str, Source], task: Task, inputs: Sequence[str], where: str
-) -> Combination:
+def check_scans(images: object, where: str) -> None:
+    """Refuse scans that are not named by their modality.
+
+    Args:
+        images: modality -> scan, or something else.
+        where: how messages name the case.
+
+    Raises:
+        InputError: something else.
+    """
     if not isinstance(images, Mapping):
         raise InputError(
             f"{where}: a {type(images).__name__} was given; give a scan for each modality, as in "
             '{"flair": "f.nii.gz"} (`pmixseg segment` takes a folder).'
         )
+
+
+def _choose(
+    images: Mapping[str, Source], task: Task, inputs: Sequence[str], where: str
+) -> Combination:
+    check_scans(images, where)
     unknown = [m for m in images if m not in task.modalities]
     if unknown or not images:
         raise InputError(
-            f"{where}: {' and '.join(unknown) or 'no scan'} given, but the model's task "
+            f"{where}: {' and '.join(map(str, unknown)) or 'no scan'} given, but the model's task "
             f"'{task.name}' knows {', '.join(task.modalities)}; give one or more of these."
         )
     useless = [m for m in images if m not in inputs]

@@ -43,6 +43,7 @@ import pandas as pd
 import torch.distributed as dist
 from pandas.api.types import is_numeric_dtype
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import MEASURES
@@ -122,6 +123,7 @@ class Records:
         return cls(_tidy(table, sidecar.task, "rows"), sidecar)
 
     @classmethod
+    @checked
     def read(cls, path: Path | str, task: Task | None = None) -> Records:
         """Read ``records.csv``, ``.parquet``, or the run folder that holds one.
 
@@ -158,6 +160,7 @@ class Records:
         altered = written is not None and written != file_hash(path)
         return cls(_tidy(table, sidecar.task, str(path)), sidecar, altered)
 
+    @checked
     def write(self, path: Path | str) -> Path:
         """Replace the table at ``path`` and its sidecar; a reader never sees half a file.
 
@@ -210,6 +213,7 @@ def gather_rows(rows: Sequence[Row]) -> list[Row]:
     return sorted(once.values(), key=lambda row: str(row["case"]))
 
 
+@checked
 def read_comparable(paths: Iterable[Path | str]) -> list[Records]:
     """Read the records of several runs that were scored in the same way.
 

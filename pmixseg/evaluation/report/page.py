@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.formats.colours import class_colours
 from pmixseg.errors import writing
 from pmixseg.evaluation.gap.changes import GapChange, read_gap_changes
@@ -100,7 +101,8 @@ class Run:
         return 100 * mean_over_cases(self.records.table)
 
 
-def write_report(runs: Sequence[Path], out: Path, images: bool = True) -> Path:
+@checked
+def write_report(runs: Sequence[Path | str], out: Path | str, images: bool = True) -> Path:
     """Write a report of one run, or of several side by side.
 
     The page needs no network and no other file. Beside it, ``<name>_files/`` holds the tables as
@@ -117,6 +119,7 @@ def write_report(runs: Sequence[Path], out: Path, images: bool = True) -> Path:
     Raises:
         InputError: a run without records, runs of different tasks, or nowhere to write.
     """
+    out = Path(out)
     out = out if out.suffix in (".html", ".htm") else out / "report.html"
     read_runs = [Run.read(Path(folder)) for folder in runs]
     check_together([run.records for run in read_runs])
