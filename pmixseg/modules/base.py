@@ -43,7 +43,12 @@ from pmixseg.modules.training.optimization import (
     scheduled,
 )
 from pmixseg.modules.training.resuming import Resuming
-from pmixseg.modules.training.trainer_checks import check_loaders, check_parameters, check_trainer
+from pmixseg.modules.training.trainer_checks import (
+    check_batch,
+    check_loaders,
+    check_parameters,
+    check_trainer,
+)
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch, Latents, Presence, Scalar, SegOutput
 
@@ -134,7 +139,12 @@ class SegmentationModule(ScoredNetwork):
         return cast(Batch, {**batch, **drawn})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Draw what the network is shown, then compute the loss."""
+        """Draw what the network is shown, then compute the loss.
+
+        Raises:
+            InputError: a batch of a user's own loader that cannot be used.
+        """
+        check_batch(self._trainer, batch, self.task)
         batch = self.own_batch(self.with_present(batch))
         for term in self.terms.values():
             batch = cast(Term, term).prepare(batch)

@@ -33,7 +33,7 @@ from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.payload import Payload, weights_for, weights_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.compilation import Compile
-from pmixseg.modules.training.trainer_checks import check_machine, check_uncompiled
+from pmixseg.modules.training.trainer_checks import check_item, check_machine, check_uncompiled
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -247,7 +247,12 @@ class SegmentationNetwork(LightningModule, Described):
         return names
 
     def predict_step(self, item: CaseItem, batch_idx: int) -> CasePrediction:
-        """Segment a case from everything that was acquired."""
+        """Segment a case from everything that was acquired.
+
+        Raises:
+            InputError: the item of another loader.
+        """
+        check_item(self._trainer, item)
         return next(iter(self.predict_item(item, [self.acquired_names(item)])))
 
     def predict_item(

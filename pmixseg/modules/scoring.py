@@ -21,7 +21,7 @@ from pmixseg.execution import static_on
 from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.modules.preparation import seen_cases
 from pmixseg.modules.recording import Recording, warn_without_label
-from pmixseg.modules.training.trainer_checks import check_loaders
+from pmixseg.modules.training.trainer_checks import check_item, check_loaders
 from pmixseg.plurals import count_of
 from pmixseg.task import Combination
 
@@ -46,7 +46,12 @@ class ScoredNetwork(SegmentationNetwork):
         """Return the combinations that a validation case is scored on, the same in every epoch."""
 
     def validation_step(self, item: CaseItem, batch_idx: int) -> None:
-        """Score a whole case: Dice per region, the mean over several combinations."""
+        """Score a whole case: Dice per region, the mean over several combinations.
+
+        Raises:
+            InputError: the item of another loader.
+        """
+        check_item(self._trainer, item)
         scores = []
         for prediction in self.predict_item(item, self.validation_combinations(item)):
             classes = prediction.on_grid()
@@ -114,7 +119,12 @@ class ScoredNetwork(SegmentationNetwork):
         self.recording.forget_examples()
 
     def test_step(self, item: CaseItem, batch_idx: int) -> None:
-        """Score a case on every combination of what was acquired, in its native grid."""
+        """Score a case on every combination of what was acquired, in its native grid.
+
+        Raises:
+            InputError: the item of another loader.
+        """
+        check_item(self._trainer, item)
         if "label" not in item:
             warn_without_label(item)
             return

@@ -218,18 +218,19 @@ class Resuming:
         callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
         self._patience = [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
         self._settings: TrainingSettings | None = None
-        self._goes_on = False
+        self._goes_on = self._has_written = False
 
-    @staticmethod
-    def write(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    def write(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Note in a checkpoint what a training needs that goes on from it."""
+        self._has_written = True
         checkpoint[PENDING] = pending_metrics(trainer)
         checkpoint[CIRCUMSTANCES] = circumstances(trainer)
 
     def read(self, checkpoint: Mapping[str, Any]) -> None:
         """Take it from a checkpoint that is restored; an older one may know less."""
         self.pending = dict(checkpoint.get(PENDING, {}))
-        self.earlier = dict(checkpoint.get(CIRCUMSTANCES, {}))
+        if not self._has_written:  # a tuner puts back what it has tried by a checkpoint of its own
+            self.earlier = dict(checkpoint.get(CIRCUMSTANCES, {}))
 
     def begin(self, trainer: Trainer) -> None:
         """Read the settings of the new call from its optimizers and schedules."""

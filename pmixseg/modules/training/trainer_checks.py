@@ -1,21 +1,26 @@
-"""Refuse options of Lightning's Trainer that these modules cannot use, before anything runs."""
+"""Refuse options of Lightning's Trainer, and batches of other loaders, that no module can use."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from pmixseg.data.patches import CaseDataset, PatchDataset
+from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.patches import CaseDataset, CaseItem, PatchDataset
 from pmixseg.errors import InputError
 from pmixseg.modules.training.optimization import mode_of, validates
 from pmixseg.plurals import count_of
+from pmixseg.task import Task
+from pmixseg.types import Batch
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 """Those that keep weights, sums and scores in float32."""
@@ -149,6 +154,93 @@ def check_loaders(trainer: Trainer, *loaders: Any) -> None:
             "patches, move the cases or tell which patients a test may score; give the data module "
             "itself: trainer.fit(module, datamodule=data)."
         )
+
+
+def check_batch(trainer: Trainer | None, batch: Batch, task: Task) -> None:
+    """Refuse a training batch of a user's own loader that is no :class:`~pmixseg.types.Batch`.
+
+    A GPU is asked for the values of a label in the first step alone.
+
+    Args:
+        trainer: that trains; none where a step is called by hand.
+        batch: before the step.
+        task: of the module.
+
+    Raises:
+        InputError: what is missing, of another shape or type, or no class of the task.
+    """
+    if trainer is None or _prepared(trainer):
+        return
+    holds = (
+        "a dictionary with image [B, M, D, H, W], label [B, D, H, W] of class indices, acquired "
+        "[B, M], key [B] and case_id, as pmixseg.types.Batch says"
+    )
+    given: Any = batch
+    if not isinstance(given, Mapping):
+        raise InputError(f"the loader gives a {type(given).__name__} for a batch; give {holds}.")
+    lacking = [
+        name for name in ("image", "label", "acquired", "key", "case_id") if name not in given
+    ]
+    if lacking:
+        raise InputError(f"a batch of the loader has no {', '.join(lacking)}; give {holds}.")
+    image = batch["image"]
+    if image.ndim != 5:
+        raise InputError(f"a batch of the loader has an image {list(image.shape)}; give {holds}.")
+    samples, _, *voxels = image.shape
+    kind = image.dtype if image.is_floating_point() else torch.float32
+    expected = {
+        "image": (kind, [samples, task.num_modalities, *voxels]),
+        "label": (torch.int64, [samples, *voxels]),
+        "acquired": (torch.bool, [samples, task.num_modalities]),
+        "key": (torch.int64, [samples]),
+    }
+    for name, (dtype, shape) in expected.items():
+        tensor: Tensor = given[name]
+        if tensor.dtype != dtype or list(tensor.shape) != shape:
+            raise InputError(
+                f"{name} of the loader's batch is {_kind(tensor.dtype)} {list(tensor.shape)}; "
+                f"give {_kind(dtype)} {shape}."
+            )
+    label = batch["label"]
+    if label.device.type == "cpu" or trainer.global_step == 0:
+        least, most = (int(value) for value in label.aminmax())
+        if least < 0 or most >= task.num_classes:
+            raise InputError(
+                f"the labels of the loader's batch reach from {least} to {most}, but the classes "
+                f"of the task '{task.name}' are 0 (background) to {task.num_classes - 1} "
+                f"({', '.join(task.labels)}); give each label its class index."
+            )
+
+
+def check_item(trainer: Trainer | None, item: CaseItem) -> None:
+    """Refuse what is no whole case of a prepared cohort, where one is scored or predicted.
+
+    Args:
+        trainer: that validates, tests or predicts; none where a step is called by hand.
+        item: of its loader.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if trainer is None or _prepared(trainer):
+        return
+    given: Any = item
+    if not isinstance(given, Mapping) or "stored" not in given:
+        raise InputError(
+            "validation, test and prediction read whole cases of a prepared cohort, with the way "
+            "back to the grid of its scans, which this loader does not bring; use a "
+            "BraTSDataModule (to train on batches of your own, override its train_dataloader), "
+            "or call segment for the scans of a patient."
+        )
+
+
+def _prepared(trainer: Trainer) -> bool:
+    """Whether its loaders are those of this package."""
+    return type(trainer.datamodule) is BraTSDataModule  # type: ignore[attr-defined]  # as above
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_parameters(module: nn.Module, trainer: Trainer) -> None:

@@ -1,10 +1,12 @@
-"""Precisions and strategies of the Trainer: they work, or one sentence refuses them."""
+"""Precisions, strategies and loaders of a user: they work, or one sentence refuses them."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -12,6 +14,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from torch.utils.data import DataLoader
 
 from pmixseg.cli import main
 from pmixseg.data import BraTSDataModule
@@ -115,3 +118,57 @@ def test_a_data_module_that_does_not_say_how_it_was_prepared_is_refused(tmp_path
 def test_numbers_of_the_trainer_that_make_no_sense_are_refused(tmp_path, name, value):
     with pytest.raises(InputError, match=f"--trainer.{name} is {value}; give"):
         quiet_trainer(tmp_path, **{name: value}).fit(StudentModule(backbone=tiny()), MemoryData())
+
+
+def loader_of(change):
+    """A loader of a user's own, of one batch."""
+    batch = next(iter(MemoryData().train_dataloader()))
+    return DataLoader([change(batch)], batch_size=None)
+
+
+WITHOUT = {
+    name: lambda batch, name=name: {k: v for k, v in batch.items() if k != name}
+    for name in ("image", "label", "acquired", "key", "case_id")
+}
+WRONG = {
+    "gives a list": lambda b: list(b.values())[:2],
+    "has an image [2, 16, 16, 16]": lambda b: b | {"image": b["image"][:, 0]},
+    "image of the loader's batch is float32 [2, 3, 16": lambda b: b | {"image": b["image"][:, :3]},
+    "label of the loader's batch is int64 [2, 1, 16": lambda b: b | {"label": b["label"][:, None]},
+    "label of the loader's batch is float32": lambda b: b | {"label": b["label"].float()},
+    "acquired of the loader's batch is int64": lambda b: b | {"acquired": b["acquired"].long()},
+    "key of the loader's batch is int64 []": lambda b: b | {"key": b["key"][0]},
+    "reach from 4 to 4": lambda b: b | {"label": b["label"] * 0 + 4},
+    "reach from -1 to -1": lambda b: b | {"label": b["label"] * 0 - 1},
+} | {f"has no {name}": change for name, change in WITHOUT.items()}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_batch_of_a_users_own_loader_is_used_or_refused(tmp_path, said):
+    module = StudentModule(backbone=tiny(levels=2))
+    with pytest.raises(InputError, match=re.escape(said)):
+        quiet_trainer(tmp_path).fit(module, loader_of(WRONG[said]))
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(module, loader_of(dict))
+    assert trainer.global_step == 1
+
+
+@pytest.mark.parametrize("what", ["validate", "test", "predict"])
+def test_a_loader_that_brings_no_case_is_refused(tmp_path, what):
+    run = getattr(quiet_trainer(tmp_path), what)
+    with pytest.raises(InputError, match="read whole cases of a prepared cohort"):
+        run(StudentModule(backbone=tiny(levels=2)), loader_of(dict))
+
+
+class Unvalidated(MemoryData):
+    def val_dataloader(self):
+        return []
+
+
+def test_the_batch_size_that_a_tuner_finds_is_no_interruption(tmp_path, caplog):
+    data, finder = Unvalidated(), BatchSizeFinder(max_trials=2, steps_per_trial=1)
+    trainer = quiet_trainer(tmp_path, callbacks=[finder], limit_val_batches=0)
+    with caplog.at_level("INFO"):
+        trainer.fit(StudentModule(backbone=tiny(levels=2)), data)
+    assert data.batch_size == 4
+    assert "interruption" not in caplog.text
