@@ -360,6 +360,13 @@ class BraTSDataModule(LightningDataModule, Described):
                 "one of a pair out, or put both into one part."
             )
 
+        made = sorted(name for name, case in cases.items() if case.synthetic)
+        if 0 < len(made) < len(cases):
+            rank_zero_warn(
+                f"{count_of(len(made), 'case is', 'cases are')} of a phantom ({listed(made)}), the "
+                "others are not: what is trained or scored on both says nothing about patients."
+            )
+
     def _apply_masks(self, cases: Mapping[str, StoredCase]) -> None:
         if self.masks is not None:
             self._allowed = self.masks.allowed(list(cases.values()), self.task.modalities)

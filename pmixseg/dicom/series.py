@@ -48,6 +48,8 @@ UNPACK = (
 )
 """What helps where voxels are compressed in a way that pydicom alone cannot read; a phrase."""
 
+_GREY = "MONOCHROME2"
+
 _SAME_PLACE = 0.01
 """Slices nearer than this, in mm, lie at one place."""
 
@@ -117,15 +119,32 @@ class Series:
         datasets = []
         try:
             datasets = self.datasets()
+            self._check_grey(datasets)
             with discreet():
                 if len(datasets) == 1 and "NumberOfFrames" in datasets[0]:
                     return highdicom.Image.from_dataset(datasets[0]).get_volume(dtype=np.float32)
                 return highdicom.get_volume_from_series(datasets, dtype=np.float32)
+        except InputError:
+            raise
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
             reason, advice = _why_no_volume(datasets, error)
             raise InputError(
                 f"{self.label} cannot be put together as a volume ({reason}); {advice}."
             ) from error
+
+    def _check_grey(self, slices: Sequence[Any]) -> None:
+        """Refuse voxels that are no signal, bright where it is strong; libraries differ in those.
+
+        Raises:
+            InputError: they are colours, or dark where the signal is strong.
+        """
+        kinds = {str(header.get("PhotometricInterpretation", _GREY)) for header in slices}
+        for kind in sorted(kinds - {_GREY}):
+            what = "dark where the signal is strong" if kind == "MONOCHROME1" else "colours"
+            raise InputError(
+                f"{self.label} cannot be put together as a volume: its voxels are {what} "
+                f"(PhotometricInterpretation {kind:.16}); export the original series, as {_GREY}."
+            )
 
 
 def _why_no_volume(slices: Sequence[Any], error: Exception) -> tuple[str, str]:
@@ -203,7 +222,7 @@ def read_folder(folder: Path) -> list[Series]:
             f"{folder} holds no MR images in DICOM that can be read; give the folder of a study."
         )
     for tag, what in (("PatientID", "patients"), ("StudyInstanceUID", "studies")):
-        values = {str(h.get(tag, "")) for _, h in images}
+        values = {str(h.get(tag) or "").strip() for _, h in images} - {""}  # a header may lack it
         if len(values) > 1:
             raise InputError(
                 f"{folder} holds scans of {len(values)} {what}; give the folder of one study."

@@ -223,6 +223,19 @@ def _seeds(data: Any) -> dict[str, int]:
     return {**seeds, "data": int(getattr(data, "seed", 0) or 0)}
 
 
+def are_synthetic(data: Any, part: str) -> bool | None:
+    """Whether all cases of a part are of a phantom; ``None`` where the data do not tell.
+
+    Args:
+        data: the data module, or ``None``.
+        part: of its split.
+    """
+    parts, store = getattr(data, "parts", None), getattr(data, "store", None)
+    if parts is None or store is None:
+        return None
+    return all(store.read(name).synthetic for name in getattr(parts, part))
+
+
 def seen_cases(
     data: Any, part: str, trained: Preparation, counted: Sequence[str]
 ) -> list[SeenCase]:

@@ -95,6 +95,7 @@ class Recording:
         split: str | None,
         preparation: Preparation,
         seen: Sequence[str] = (),
+        phantom: bool | None = None,
     ) -> dict[str, float]:
         """Gather the rows of all ranks, write the records and their sidecar, print the table.
 
@@ -104,6 +105,7 @@ class Recording:
             split: name of the split that was tested.
             preparation: of the model's training data.
             seen: test cases that the model was trained or selected with.
+            phantom: all test cases are synthetic; ``None``: not known.
 
         Returns:
             ``test/dice`` and ``test/dice/<region>``: see
@@ -122,7 +124,7 @@ class Recording:
             checkpoint=None if checkpoint is None else checkpoint_identity(Path(checkpoint)),
             split=split,
             part="test",
-            phantom=all("PHANTOM" in row["case"] for row in every),
+            phantom=phantom,
             seen=sorted(seen),
             config={
                 "evaluation": self.settings.to_dict(),

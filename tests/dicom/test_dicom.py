@@ -204,6 +204,12 @@ def test_patients_and_studies_are_not_mixed(scans, tmp_path):
         read_folder(tmp_path)
     with pytest.raises(InputError, match="no MR images"):
         read_folder(tmp_path / "none")
+    for path in tmp_path.glob("1_*.dcm"):  # a series whose export lost both is no second patient
+        made = pydicom.dcmread(path)
+        del made.PatientID
+        made.StudyInstanceUID = ""
+        pydicom.dcmwrite(path, made, enforce_file_format=False)
+    assert len(read_folder(tmp_path)) == 2
 
 
 def tilt(header):
@@ -224,6 +230,11 @@ def spoil(header):
         (tilt, r"\(each of its slices is shifted against .* gantry\); convert it to NIfTI"),
         (lambda h: delattr(h, "ImagePositionPatient"), r"\(its slices do not say their ImagePosit"),
         (lambda h: delattr(h, "PixelSpacing"), r"do not say their PixelSpacing\); export the ser"),
+        (
+            lambda h: setattr(h, "PhotometricInterpretation", "MONOCHROME1"),
+            r"its voxels are dark where the signal is strong \(PhotometricInterpretation MONOCHR",
+        ),
+        (lambda h: setattr(h, "PhotometricInterpretation", "RGB"), r"its voxels are colours \(Pho"),
         (spoil, r"compressed as JPEG 2000 .*, or damaged\); pip install pylibjpeg"),
     ],
 )

@@ -20,6 +20,9 @@ MAX_BYTES = 1 << 32
 HEAD = 1024
 """So many bytes of a file hold its header, in either version of NIfTI."""
 
+SYNTHETIC = b"pmixseg phantom"
+"""How ``descrip`` begins in the files of a phantom, whatever they are called."""
+
 _FIRST_VOXEL = {1: 352, 2: 544}
 """Version -> first byte that may hold a voxel in a single file."""
 
@@ -47,6 +50,7 @@ class Header:
         affine: 4 x 4, voxel index -> mm, whatever the file's unit.
         unit: mm per unit of the file.
         oriented: whether the file says how it lies (``qform_code`` or ``sform_code`` above 0).
+        synthetic: whether the file says that it is of a phantom, see :data:`SYNTHETIC`.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +61,7 @@ class Header:
     affine: npt.NDArray[np.float64]
     unit: float
     oriented: bool
+    synthetic: bool = False
 
     @property
     def size(self) -> int:
@@ -95,6 +100,7 @@ def read_header(raw: bytes) -> Header | None:
             affine=in_mm(header.get_best_affine(), unit := unit_of(header)),
             unit=unit,
             oriented=is_oriented(header),
+            synthetic=bytes(header["descrip"]).startswith(SYNTHETIC),
         )
         check_directions(header)
     except (HeaderDataError, ValueError, OverflowError, KeyError, np.linalg.LinAlgError) as error:

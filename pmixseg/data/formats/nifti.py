@@ -105,6 +105,8 @@ class ScanReader:
         self.where = where
         self.digests: dict[str, str] = {}
         """Role -> SHA-256 of the file's bytes as they are on disk (compressed, if they are)."""
+        self.synthetic = False
+        """Whether a file that was read says that it is of a phantom."""
         self._held: tuple[Path, Scan, str] | None = None
 
     def read(self, source: Source, role: str) -> Scan:
@@ -199,6 +201,7 @@ class ScanReader:
             if header is None:
                 return self._other_format(path)
             self._check(path, header)
+            self.synthetic |= header.synthetic
             needed = header.offset + header.size
             raw = unpack(packed, needed)
         except BadHeader as error:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmixseg.argument_checks import check_fields, checked
+from pmixseg.data.formats.headers import SYNTHETIC
 from pmixseg.data.phantom.anatomy import Deformation, Grid, refine, stream
 from pmixseg.data.phantom.contrast import CONTRASTS, Contrast, Pathology, Scanner, Shared, scan
 from pmixseg.data.phantom.tumour import GROWTH_GRID, displacement, grow
@@ -326,7 +327,7 @@ def _write_case(out: Path, seed: int, settings: PhantomSettings, index: int) -> 
         files = {**case.images, "seg": codes[case.label]}
         for kind, values in files.items():
             image = nib.Nifti1Image(values, case.affine)
-            image.header["descrip"] = b"pmixseg phantom: synthetic, no patient"
+            image.header["descrip"] = SYNTHETIC + b": synthetic, no patient"
             image.header.set_xyzt_units("mm")
             nib.save(image, folder / f"{name}_{kind}.nii.gz")
         try:

@@ -64,6 +64,7 @@ class CanonicalCase:
             cropped to ``label_box``.
         label_box: where ``label_native`` lies in the canonical volume.
         label_beyond: labelled voxels of the grid that lie outside the box of the scans.
+        synthetic: a file says that it is of a phantom.
         extent: sides of the box of all non-zero voxels in mm.
         geometry: the grids, and the way back.
         digests: modality or ``label`` -> SHA-256 of its file's bytes.
@@ -87,6 +88,7 @@ class CanonicalCase:
     statistics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     label_beyond: int = 0
     extent: tuple[float, ...] = ()
+    synthetic: bool = False
 
 
 def canonicalise(
@@ -141,6 +143,7 @@ def canonicalise(
         assert reference is not None  # there is at least one image
         case = join(signals, reference.geometry, task, dtype)
         case.digests, case.oriented = reader.digests, oriented
+        case.synthetic = reader.synthetic
         if label is not None:
             scan = reader.read(label, "label")
             place = place_of(scan, None, where)

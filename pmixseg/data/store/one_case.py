@@ -96,6 +96,7 @@ def prepare_case(settings: StoreSettings, case: Case) -> Outcome | InputError:
     made = {
         "findings": list(verdict.findings),
         "oriented": verdict.oriented,
+        "synthetic": ready.synthetic,
         "remarks": list(verdict.remarks),
         "ignored_voxels": {str(number): n for number, n in ready.ignored.items()},
         "sources": _sources(case, ready.digests),

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -126,6 +127,13 @@ class StoredCase:
     def labelled(self) -> bool:
         """Whether there is a label."""
         return LABEL in self.meta["files"]
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its scans are of a phantom, and of no patient."""
+        # Stores of before know the name alone that phantoms are written under.
+        named = re.fullmatch(r"Brats18_PHANTOM_\d{3,}_1", self.case_id) is not None
+        return bool(self.meta.get("synthetic", named))
 
     def native_label(self) -> npt.NDArray[np.uint8] | None:
         """Class indices in the source file's shape and orientation, or ``None`` without a label.
