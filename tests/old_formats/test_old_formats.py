@@ -81,7 +81,9 @@ def test_the_checkpoint_is_tested_as_it_was(old, capsys):
     (old / "test.txt").write_text(f"{CASES[1]}\n")
     split = ["--data.split=SplitFiles", "--data.split.test=test.txt"]
     checkpoint = "--ckpt_path=runs/student/checkpoints/last.ckpt"
-    assert main(["test", checkpoint, "--data.store=store", "--run=again", *split, *QUIET]) == 0
+    # Windows of the checkpoint's patch of 8 voxels, many at once: one by one they take long.
+    flags = ["--data.store=store", "--run=again", "--model.evaluation.batch_size=64"]
+    assert main(["test", checkpoint, *flags, *split, *QUIET]) == 0
     was, now = (Records.read(run).table for run in ("runs/student", "again"))
     key = ["case", "combination", "region"]
     both = was.merge(now, on=key, suffixes=("_was", "_now"))
