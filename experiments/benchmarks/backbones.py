@@ -41,7 +41,7 @@ from pmixseg.backbones import MultiEncoderUNet, RFNet
 from pmixseg.cli.allocator import keep_freed_memory
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.scans.canonical import canonicalise
-from pmixseg.evaluation.prediction.windows import predict_combinations
+from pmixseg.evaluation.prediction.windows import iterate_combinations
 from pmixseg.inference.published_weights import import_official
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.segmentation import DiceCE
@@ -122,9 +122,11 @@ def test(args: argparse.Namespace) -> None:
     def predict(precision: str) -> tuple[float, Tensor]:
         with autocast(precision):
             return timed(
-                lambda: predict_combinations(
-                    ours, image, flags, patch=(SIDE,) * 3, overlap=0.5, blend="uniform"
-                ),
+                lambda: next(
+                    iterate_combinations(
+                        ours, image, flags, patch=(SIDE,) * 3, overlap=0.5, blend="uniform"
+                    )
+                )[1],
                 cpu,
             )
 
@@ -332,7 +334,7 @@ def testing(args: argparse.Namespace) -> Callable[[], None]:
     @torch.no_grad()
     def every_combination() -> None:
         with autocast(args.precision):
-            predict_combinations(net, image[0], flags, patch=patch, overlap=0.0)
+            next(iterate_combinations(net, image[0], flags, patch=patch, overlap=0.0))
 
     return every_combination
 

@@ -34,7 +34,7 @@ from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.splits import Fractions, WholeCohort
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
-from pmixseg.evaluation.prediction.windows import predict_combinations
+from pmixseg.evaluation.prediction.windows import iterate_combinations
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.segmentation import DiceCE
 from pmixseg.modules.training.compilation import arrange
@@ -247,7 +247,7 @@ def test(bench: Bench) -> None:
                 network = bench.network(name).eval()
                 for batch_size in sizes:
                     predict: Callable[[], Tensor] = functools.partial(
-                        predict_combinations,
+                        lambda *args, **named: next(iterate_combinations(*args, **named))[1],
                         network,
                         image,
                         flags,

@@ -34,7 +34,7 @@ from pmixseg.backbones import (
     ShaSpec,
 )
 from pmixseg.cli.allocator import keep_freed_memory
-from pmixseg.evaluation.prediction.windows import predict_combinations
+from pmixseg.evaluation.prediction.windows import iterate_combinations
 from pmixseg.losses import DiceCE
 
 SIDE = 80
@@ -109,7 +109,7 @@ def measure(name: str) -> dict[str, float]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     net.zero_grad()
     start = time.process_time()
-    predict_combinations(net.eval(), image[0], flags, patch=(SIDE,) * 3, overlap=0.0)
+    next(iterate_combinations(net.eval(), image[0], flags, patch=(SIDE,) * 3, overlap=0.0))
     test = time.process_time() - start
     with torch_layers(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(image, shown)

@@ -39,7 +39,7 @@ from pmixseg.data.augment import Augmentation
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.patches import PatchDataset
 from pmixseg.data.splits import Fractions
-from pmixseg.evaluation.prediction.windows import predict_combinations
+from pmixseg.evaluation.prediction.windows import iterate_combinations
 from pmixseg.execution import as_on_gpu
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.losses.segmentation import Criterion, DiceCE
@@ -236,7 +236,7 @@ def count_passes(windows: int) -> int:
     flags = torch.tensor([[bool(k >> m & 1) for m in range(4)] for k in range(1, 16)])
     image = torch.randn(4, 8, 8, 4 * (windows + 1))
     with as_on_gpu():
-        predict_combinations(network, image, flags, patch=(8, 8, 8), batch_size="auto")
+        next(iterate_combinations(network, image, flags, patch=(8, 8, 8), batch_size="auto"))
     return len(passes)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from pmixseg.evaluation.prediction.windows import iterate_combinations
 from pmixseg.evaluation.records.examples import Example
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
@@ -85,3 +86,9 @@ def plain_report(runs, out, **options):
     """What a report says, without its figures."""
     with figures_left_empty():
         return page.write_report([Path(run) for run in runs], out, **options)
+
+
+def predict_combinations(*args, **kwargs):
+    """Probabilities of all combinations at once."""
+    ((_, probabilities),) = iterate_combinations(*args, **kwargs)
+    return probabilities

@@ -11,9 +11,9 @@ from pmixseg.data.scans.canonical import canonicalise
 from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.store import Store
 from pmixseg.evaluation.prediction.scans import SegmentSettings
-from pmixseg.evaluation.prediction.windows import predict_combinations
 from pmixseg.modules import load
 from pmixseg.task import BRATS
+from tests.evaluation.made_up import predict_combinations
 from tests.inference.tiny_models import save, tiny_student
 
 

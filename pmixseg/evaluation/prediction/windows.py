@@ -53,66 +53,6 @@ class Predictor(Protocol):
         """Segment from the slots that ``latents.usable`` shows."""
 
 
-def predict_combinations(
-    predictor: Predictor,
-    image: Float[Tensor, "m d h w"],
-    present: Bool[Tensor, "k m"],
-    *,
-    patch: Sequence[int],
-    overlap: float = 0.5,
-    batch_size: BatchSize = 1,
-    blend: Blend = "gaussian",
-    device: torch.device | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Float[Tensor, "k c d h w"]:
-    r"""Class probabilities of one volume for every combination.
-
-    .. math:: p_k(v) = \frac{\sum_{u \ni v} w(v - u)\, \mathrm{softmax}(f_k(x_u))(v - u)}
-                            {\sum_{u \ni v} w(v - u)}
-
-    over windows :math:`u`. A window is encoded once, with every modality that some combination
-    shows, and decoded K times, if ``predictor.shares_encoding``; otherwise it is encoded for each
-    combination. Encoders of modalities that no combination shows are not run. A volume smaller
-    than the patch is zero-padded on both sides, as in training. No window is skipped: a network
-    with normalisation layers may answer anything but background to an empty one.
-
-    Args:
-        predictor: the network, in eval mode.
-        image: one case, z-scored, background 0.
-        present: one row of flags per combination; no row is empty.
-        patch: window shape in voxels, divisible by the predictor's largest stride.
-        overlap: share of a window that the next one covers, in [0, 1).
-        batch_size: windows in one forward pass; fewer where the memory of a GPU does not hold
-            them. Where a volume has fewer windows, several combinations are decoded together.
-            ``auto``: 1 on a CPU, on a GPU as many as fill it.
-        blend: weights ``w``: a Gaussian around the window's centre, or 1.
-        device: where the network runs (default: the image's device). Sums stay on the image's.
-        progress: called with (windows done, windows in all) after each forward pass.
-
-    Returns:
-        Float32 probabilities on the image's device; they sum to 1 over classes. They take
-        4·K·C·d·h·w bytes: :func:`iterate_combinations` bounds that.
-
-    Raises:
-        InputError: the patch, the overlap or the blending is impossible, a combination is empty,
-            the image has another number of channels than the predictor, or the memory of a GPU
-            does not hold a single window.
-        ValueError: the predictor is in training mode.
-    """
-    predictions = iterate_combinations(
-        predictor,
-        image,
-        present,
-        patch=patch,
-        overlap=overlap,
-        batch_size=batch_size,
-        blend=blend,
-        device=device,
-        progress=progress,
-    )
-    return next(predictions)[1]
-
-
 def check_windows(
     window: Sequence[int] | None = None,
     overlap: float | None = None,
@@ -148,22 +88,41 @@ def iterate_combinations(
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[range, Float[Tensor, "k c d h w"]]]:
-    """The same as :func:`predict_combinations`, a few combinations at a time.
+    r"""Predict class probabilities of one volume for every combination, a few at a time.
+
+    .. math:: p_k(v) = \frac{\sum_{u \ni v} w(v - u)\, \mathrm{softmax}(f_k(x_u))(v - u)}
+                            {\sum_{u \ni v} w(v - u)}
+
+    over windows :math:`u`. A window is encoded once, with every modality that some combination
+    shows, and decoded K times, if ``predictor.shares_encoding``; otherwise it is encoded for each
+    combination. Encoders of modalities that no combination shows are not run. A volume smaller
+    than the patch is zero-padded on both sides, as in training. No window is skipped: a network
+    with normalisation layers may answer anything but background to an empty one.
 
     Args:
-        predictor: see :func:`predict_combinations`, as for the arguments not named otherwise.
-        image: see there.
-        present: see there.
-        patch: see there.
-        overlap: see there.
-        batch_size: see there.
-        blend: see there.
-        chunk: combinations held in memory at once (default: all). Each chunk encodes anew.
-        device: see there.
-        progress: see there; counts windows of all chunks.
+        predictor: the network, in eval mode.
+        image: one case, z-scored, background 0.
+        present: one row of flags per combination; no row is empty.
+        patch: window shape in voxels, divisible by the predictor's largest stride.
+        overlap: share of a window that the next one covers, in [0, 1).
+        batch_size: windows in one forward pass; fewer where the memory of a GPU does not hold
+            them. Where a volume has fewer windows, several combinations are decoded together.
+            ``auto``: 1 on a CPU, on a GPU as many as fill it.
+        blend: weights ``w``: a Gaussian around the window's centre, or 1.
+        chunk: combinations held in memory at once (default: all), in 4·C·d·h·w bytes each. Every
+            chunk encodes anew.
+        device: where the network runs (default: the image's device). Sums stay on the image's.
+        progress: called with (windows done, windows in all) after each forward pass, of all chunks.
 
     Yields:
-        Rows of ``present`` that were done, and their probabilities.
+        Rows of ``present`` that were done, and their float32 probabilities on the image's device;
+        they sum to 1 over classes.
+
+    Raises:
+        InputError: the patch, the overlap or the blending is impossible, a combination is empty,
+            the image has another number of channels than the predictor, or the memory of a GPU
+            does not hold a single window.
+        ValueError: the predictor is in training mode.
     """
     _check(predictor, image, present, patch)
     check_windows(patch, overlap, batch_size, blend)

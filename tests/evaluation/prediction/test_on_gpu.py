@@ -15,13 +15,14 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction import cases
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.prediction.scoring import CaseRows, scorers
-from pmixseg.evaluation.prediction.windows import FULL_CARD, predict_combinations
+from pmixseg.evaluation.prediction.windows import FULL_CARD
 from pmixseg.evaluation.records.examples import examples_of
 from pmixseg.evaluation.records.records import Records
 from pmixseg.execution import as_on_gpu
 from pmixseg.modules import StudentModule
 from pmixseg.types import Latents
 from tests.callbacks.memory_data import quiet_trainer, tiny
+from tests.evaluation.made_up import predict_combinations
 
 FLAGS = torch.tensor([row for row in itertools.product([False, True], repeat=4) if any(row)])
 SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}

@@ -14,8 +14,9 @@ from pmixseg.backbones.base import Backbone
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.prediction.scans import SegmentSettings
-from pmixseg.evaluation.prediction.windows import iterate_combinations, predict_combinations
+from pmixseg.evaluation.prediction.windows import iterate_combinations
 from pmixseg.types import Latents, SegOutput
+from tests.evaluation.made_up import predict_combinations
 
 NAMES = ("a", "b", "c")
 ALL = torch.tensor([row for row in itertools.product([False, True], repeat=3) if any(row)])
