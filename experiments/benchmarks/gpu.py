@@ -319,14 +319,20 @@ def loader(bench: Bench) -> None:
 
 def several(bench: Bench) -> None:
     """Small trainings (four patches of 64³) in processes of their own, all at once."""
-    numbers, ways, seconds = (1, 9), list(small_trainings.WAYS), 5.0
+    numbers, ways, seconds = (1, 9), [*small_trainings.WAYS, *small_trainings.FITS], 5.0
     if bench.rehearse:
-        numbers, ways, seconds = (2,), ["uncompiled"], 0.1
-    for way in ways:
-        for number in numbers:
-            turn = bench.turn()
-            rate = small_trainings.rate(bench.device.type, way, number, seconds, turn)
-            bench.row(f"{number} small trainings at once, {way}", steps_per_s=rate)
+        numbers, ways, seconds = (2,), ["uncompiled", "fit"], 0.1
+    with phantom_store(bench) as store:
+        for way in ways:
+            for number in numbers:
+                several_at_once(bench, way, number, seconds, store)
+
+
+def several_at_once(bench: Bench, way: str, number: int, seconds: float, store: Path) -> None:
+    """One row of :func:`several`."""
+    turn = bench.turn()
+    rate = small_trainings.rate(bench.device.type, way, number, seconds, turn, str(store))
+    bench.row(f"{number} small trainings at once, {way}", steps_per_s=rate)
 
 
 ROWS = {
