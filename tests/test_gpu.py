@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from pmixseg.backbones import UHVED, EarlyFusion, MMFormer, MultiEncoderUNet, RFNet, ShaSpec
 from pmixseg.callbacks import PmixAlignment
@@ -78,7 +79,7 @@ def test_forward_loss_and_gradients_are_those_of_a_cpu(name):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-8, msg=key)
 
 
-def trained(folder, *, epochs=2, resume=None, setting=False, **arguments):
+def trained(folder, *, epochs=2, resume=None, setting=False, more=(), **arguments):
     """A module and the loss of every step."""
     losses = []
     seed_everything(0, verbose=False)
@@ -89,7 +90,7 @@ def trained(folder, *, epochs=2, resume=None, setting=False, **arguments):
         folder,
         max_epochs=epochs,
         gradient_clip_val=1.0,
-        callbacks=[PmixAlignment(weight=0.1)],
+        callbacks=[PmixAlignment(weight=0.1), *more],
         **{**TRAINER, **arguments},
     )
     trainer.fit(module, MemoryData(UNEQUAL), ckpt_path=resume)
@@ -130,6 +131,25 @@ def test_a_compiled_training_follows_the_plain_one(tmp_path, precision):
     module, losses = trained(tmp_path, precision=precision, setting=True)
     torch.testing.assert_close(losses, expected, rtol=2e-2, atol=2e-2)
     assert module.state_dict().keys() == plain.state_dict().keys()
+
+
+def averaging():
+    return EMAWeightAveraging(decay=0.5, update_every_n_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "callbacks"),
+    [({"accumulate_grad_batches": 2}, list), ({}, lambda: [averaging()])],
+    ids=["accumulated", "averaged"],
+)
+def test_a_compiled_training_accumulates_and_averages(tmp_path, settings, callbacks):
+    (tmp_path / "plain").mkdir()
+    plain, expected = trained(tmp_path / "plain", more=callbacks(), **settings)
+    module, losses = trained(tmp_path, more=callbacks(), setting=True, **settings)
+    torch.testing.assert_close(losses, expected, rtol=1e-2, atol=1e-2)  # TF32
+    theirs = plain.state_dict()
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, theirs[name], rtol=5e-2, atol=5e-3, msg=name)
 
 
 def test_a_training_resumes_on_a_card_and_its_checkpoint_on_a_cpu(tmp_path):

@@ -30,7 +30,6 @@ from card import NETWORKS, Bench, Clock, Durations, phantom_store, trainer_of
 from torch import Tensor, nn
 
 from pmixseg import BraTSDataModule, PmixAlignment, StudentModule
-from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.splits import Fractions, WholeCohort
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
@@ -259,10 +258,11 @@ def test(bench: Bench) -> None:
                         values["x_published"] = reference / values["s"]
                     title = f"15 combinations, {name}, {precision}, batch_size {batch_size}"
                     bench.row(title, **values)
-    _cohort(bench)
+    for name in bench.networks:
+        _cohort(bench, name)
 
 
-def _cohort(bench: Bench) -> None:
+def _cohort(bench: Bench, name: str) -> None:
     """``pmixseg test`` of a few phantoms: seconds, and the share in which the card works.
 
     The network is trained a little first: distances between the surfaces of noise take minutes. A
@@ -270,8 +270,9 @@ def _cohort(bench: Bench) -> None:
     """
     with phantom_store(bench) as store:
         settings = EvaluationSettings(window=None, examples=0)
-        small = MultiEncoderUNet(width=4, levels=2) if bench.rehearse else None
-        module = StudentModule(backbone=small, evaluation=settings)
+        module = StudentModule(
+            backbone=bench.network(name), criterion=CRITERIA[name](), evaluation=settings
+        )
         module.force = True  # tests the cases of its training: only the time counts
         patch = (48, 48, 32) if bench.rehearse else bench.side
         number, limit = (1, 1) if bench.rehearse else (200, 4)
@@ -291,7 +292,7 @@ def _cohort(bench: Bench) -> None:
             with bench.busy() as share:
                 trainer.test(module, data, verbose=False)
             seconds = time.perf_counter() - start
-        bench.row("test of a cohort, bf16", s=seconds, **share)
+        bench.row(f"test of a cohort, {name}, bf16", s=seconds, **share)
 
 
 def loader(bench: Bench) -> None:

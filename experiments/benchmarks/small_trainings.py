@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from pmixseg import BraTSDataModule, PmixAlignment, StudentModule
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.data.splits import Fractions
+from pmixseg.losses import MixtureAnchor
 from pmixseg.losses.segmentation import DiceCE
 from pmixseg.modules.training.compilation import arrange
 
@@ -121,6 +123,8 @@ def _fit(
     module = StudentModule(
         backbone=net,
         fill="anchor",
+        fill_levels=[1, 2],
+        anchor=MixtureAnchor(weights="uniform"),
         criterion=DiceCE(include_background=False, batch_dice=True),
         compile=compiled,
     )
@@ -128,7 +132,7 @@ def _fit(
         store,
         patch_size=64 if card else 16,
         batch_size=4,
-        num_workers=1 if card else 0,
+        num_workers=1,
         patches_per_case=100_000,
         split=Fractions(1.0, 0.0, 0.0),
     )
@@ -168,11 +172,13 @@ def rate(
         store: folder of prepared cases, for :data:`FITS`.
     """
     context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager, context.Pool(trainings) as pool:
+    # Its processes may have loaders of their own, those of a Pool may not.
+    pool = ProcessPoolExecutor(trainings, mp_context=context)
+    with context.Manager() as manager, pool:
         ready, begin = (manager.Barrier(trainings + 1, timeout=600) for _ in range(2))
         job = (device, way, seconds, ready, begin, store)
-        rates = pool.starmap_async(_train, [job] * trainings, chunksize=1)
+        rates = [pool.submit(_train, *job) for _ in range(trainings)]
         ready.wait()
         with turn:
             begin.wait()
-            return sum(rates.get())
+            return sum(one.result() for one in rates)
