@@ -12,7 +12,6 @@ import jsonargparse
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 import pmixseg
@@ -36,8 +35,6 @@ SEAMS = {
     "_foreach_norm": (torch, "gradients are clipped in a few operations"),
     "_get": (LightningCLI, "a value of the configuration, under a subcommand or not"),
     "_instantiate_trainer": (LightningCLI, "a trainer with callbacks that depend on the flags"),
-    "_last_checkpoint_saved": (ModelCheckpoint(), "whether the best was written in this epoch"),
-    "_monitor_candidates": (ModelCheckpoint, "what the best and the last are named by"),
     "_parse_ckpt_path": (LightningCLI, "flags beat what a checkpoint stores"),
     "_parser": (LightningCLI, "the parser of a subcommand, for its options"),
     "_prepare_subcommand_kwargs": (LightningCLI, "checkpoints are read as weights only"),
@@ -47,8 +44,6 @@ SEAMS = {
         Trainer(logger=False, accelerator="cpu").fit_loop,
         "resuming at an epoch's end",
     ),
-    "_save_last_checkpoint": (ModelCheckpoint, "`last` is written after every epoch"),
-    "_save_topk_checkpoint": (ModelCheckpoint, "`best` is compared at an epoch's end"),
     "_trainer": (LightningModule(), "whether there is a trainer, without an error if not"),
     "_typehint": (
         jsonargparse.ArgumentParser().add_argument("--number", type=int | float),
@@ -56,7 +51,7 @@ SEAMS = {
     ),
     "_triton": (torch.utils, "whether a compiler for GPUs is there"),
 }
-OVERRIDDEN = ("_last_checkpoint_saved", "_parse_ckpt_path", "_prepare_subcommand_kwargs")
+OVERRIDDEN = ("_parse_ckpt_path", "_prepare_subcommand_kwargs")
 """Seams that the package sets or overrides by name, so the search takes them for its own."""
 
 
@@ -88,9 +83,6 @@ def test_the_library_still_has_it(name):
 
 
 def test_seams_take_the_arguments_that_they_are_given():
-    for name in ("_save_topk_checkpoint", "_save_last_checkpoint"):
-        signature = inspect.signature(getattr(ModelCheckpoint, name))
-        assert list(signature.parameters)[1:] == ["trainer", "monitor_candidates"]
     assert list(inspect.signature(LightningCLI._parser).parameters) == ["self", "subcommand"]
     assert list(inspect.signature(LightningCLI._get).parameters)[1:3] == ["config", "key"]
     assert isinstance(jsonargparse.ArgumentParser()._actions, list)

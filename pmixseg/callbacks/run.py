@@ -6,8 +6,10 @@ import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from weakref import proxy
 
 import pandas as pd
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -248,42 +250,77 @@ class RunCheckpoint(ModelCheckpoint):
         """Compare with the best, or leave that to the end of the epoch if this is its end.
 
         A checkpoint from there is one of a whole epoch, which resuming does not validate again.
+
+        Raises:
+            InputError: the validation logged no ``val/dice``.
         """
         if not _saves(trainer):
             return
         if trainer.is_last_batch:
             self._to_compare = True
         else:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._write_best(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last, and the best if it is that; they are then one file with two names."""
         if not _saves(trainer):
             return
-        candidates = self._monitor_candidates(trainer)
         # Both are the same to the byte, so the best has to know the other's path already.
-        self.last_model_path = self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST)
-        self._last_checkpoint_saved = ""
-        if self._to_compare:
-            self._to_compare = False
-            self._save_topk_checkpoint(trainer, candidates)
-        if not self._linked(trainer, self._last_checkpoint_saved):
-            self._save_last_checkpoint(trainer, candidates)
+        self.last_model_path = self._path_of_last()
+        best = self._to_compare and self._write_best(trainer)
+        self._to_compare = False
+        if not (best and self._linked(trainer)):
+            self._write_last(trainer)
         self._kept_at = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last if steps followed the last end of an epoch."""
         if _saves(trainer) and self._kept_at != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._write_last(trainer)
 
-    def _linked(self, trainer: Trainer, best: str) -> bool:
-        """Give a checkpoint just written the name of the last too, on every process' word."""
-        done = False
-        if best and isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO):
-            # Such a file is never written into, only replaced, so the other name keeps its content.
-            done = trainer.is_global_zero and _link(Path(best), Path(self.last_model_path))
-            done = bool(trainer.strategy.broadcast(done))
-        return done
+    def _write_best(self, trainer: Trainer) -> bool:
+        """Write the best if this is it, and say whether it is."""
+        if self.monitor is None:
+            return False
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is None:
+            raise InputError(
+                f"the validation of this {type(trainer.lightning_module).__name__} logs no "
+                f"{self.monitor}, by which the best epoch is known; log it, or leave "
+                "RunCheckpoint out."
+            )
+        if not self.check_monitor_top_k(trainer, score):
+            return False
+        # A tensor of its own, for the metric goes on; any number is better than none.
+        score = torch.where(score.isnan(), -torch.inf, score.detach())
+        path = self.format_checkpoint_name({}, self.filename)
+        self.best_model_path = self.kth_best_model_path = path
+        self.best_model_score = self.kth_value = self.current_score = score
+        self.best_k_models = {path: score}
+        self._write(trainer, path)
+        return True
+
+    def _write_last(self, trainer: Trainer) -> None:
+        # Its path is part of the state that is written.
+        self.last_model_path = self._path_of_last()
+        self._write(trainer, self.last_model_path)
+
+    def _path_of_last(self) -> str:
+        return self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
+
+    def _write(self, trainer: Trainer, path: str) -> None:
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _linked(self, trainer: Trainer) -> bool:
+        """Give the best, just written, the name of the last too, on every process' word."""
+        if not isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO):
+            return False
+        # Such a file is never written into, only replaced, so the other name keeps its content.
+        names = Path(self.best_model_path), Path(self.last_model_path)
+        return bool(trainer.strategy.broadcast(trainer.is_global_zero and _link(*names)))
 
 
 def _saves(trainer: Trainer) -> bool:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from pmixseg.callbacks import RunCheckpoint
 from pmixseg.callbacks import run as run_module
+from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule
 from pmixseg.modules.checkpoint import write_checkpoint
 from tests.callbacks.memory_data import MemoryData, Samples, quiet_trainer, tiny
@@ -173,3 +174,14 @@ def test_a_disk_without_links_gets_two_files(tmp_path, monkeypatch):
     weights, seen = fit(tmp_path, max_epochs=1)
     assert not seen.last.samefile(seen.last.with_name("best.ckpt"))
     assert_equal(weights, seen.last)
+
+
+def test_without_the_score_of_the_best_it_says_so(tmp_path):
+    class Silent(Falling):
+        def validation_step(self, batch, batch_idx): ...
+
+    trainer = quiet_trainer(
+        tmp_path, callbacks=[RunCheckpoint(tmp_path)], enable_checkpointing=True
+    )
+    with pytest.raises(InputError, match=r"of this Silent logs no val/dice, .* log it, or leave"):
+        trainer.fit(Silent(backbone=tiny(levels=2)), Data())
