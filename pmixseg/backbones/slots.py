@@ -42,14 +42,20 @@ def check_input(
         least: voxels that each side must have at the lowest level; reflect padding needs 2.
 
     Raises:
-        InputError: wrong number of channels or flags, or a side that the largest stride does not
-            divide, or so small a patch that one voxel is left (instance norm would erase it).
+        InputError: wrong number of channels or flags, flags that are no bool, a side that the
+            largest stride does not divide, or so small a patch that one voxel is left (instance
+            norm would erase it).
     """
     if image.ndim != 5 or image.shape[1] != len(modalities) or image.shape[:2] != present.shape:
         raise InputError(
             f"the network takes images [B, {len(modalities)}, D, H, W] with the channels "
             f"{list(modalities)} and one flag for each, but got an image "
             f"{list(image.shape)} and flags {list(present.shape)}; give one channel per modality."
+        )
+    if present.dtype != torch.bool:
+        raise InputError(
+            f"the flags of presence are {str(present.dtype).removeprefix('torch.')}; give true or "
+            "false for each modality: present.bool()."
         )
     stride = max(strides)
     sides = image.shape[2:]

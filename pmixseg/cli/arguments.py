@@ -215,8 +215,9 @@ def _is_number(value: Any) -> bool:
 def _longer(flag: str, known: Sequence[str]) -> list[str]:
     """Complete a flag of which only the end was written, as ``--optimizer.lr``."""
     word, dot, rest = flag.removeprefix("--").partition(".")
-    if not flag.startswith("--") or not dot:
+    if not flag.startswith("--"):
         return []
+    word = {"lr_scheduler": "scheduler"}.get(word, word)  # as other programs of Lightning name it
     whole = [name for name in known if name.endswith(f".{word}.{rest}")]
     return whole or [name + dot + rest for name in known if name.endswith(f".{word}")]
 
@@ -229,6 +230,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
         'did you mean width?'
         >>> nearest("--optimizer.lr", ["--model.optimizer", "--trainer.logger"])
         'did you mean --model.optimizer.lr?'
+        >>> nearest("--lr_scheduler", ["--model.scheduler", "--trainer"])
+        'did you mean --model.scheduler?'
     """
     names = sorted(set(known))
     close = [k for k in names if len(name) > 3 and k.startswith(name)]

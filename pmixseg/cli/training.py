@@ -137,6 +137,7 @@ class TrainingCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
             flags = [f"--{action.dest}" for action in self._parser(self.words[0])._actions]
+            flags += ["--model.optimizer", "--model.scheduler"]  # of the model's class
             raise UsageError(training_sentence(str(error), self.words, flags)) from error
         self._refuse_what_cannot_be()
 

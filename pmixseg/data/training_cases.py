@@ -53,6 +53,7 @@ class TrainingCases:
         scans: name -> hashes of the scans, for cases of the training and validation parts.
         earlier: the same for cases of earlier trainings: of the weights that this one began with,
             and of its teacher.
+        synthetic: all cases are of a phantom, those of earlier trainings too.
     """
 
     store: str | None = None
@@ -61,6 +62,7 @@ class TrainingCases:
     test: tuple[str, ...] = ()
     scans: Mapping[str, Scans] = field(default_factory=dict)
     earlier: Mapping[str, Scans] = field(default_factory=dict)
+    synthetic: bool = False
 
     def after(self, before: TrainingCases | None) -> TrainingCases:
         """Return the same, with the cases of a training that this one builds on.
@@ -77,6 +79,7 @@ class TrainingCases:
             self,
             scans={k: tuple(sorted(set(v))) for k, v in both.items()},
             earlier={k: v for k, v in every.items() if k not in own},
+            synthetic=self.synthetic and before.synthetic,
         )
 
     def replaced(self, before: TrainingCases) -> list[str]:
@@ -114,6 +117,7 @@ class TrainingCases:
         """Primitives, for a checkpoint."""
         return {
             "store": self.store,
+            "synthetic": self.synthetic,
             **{part: list(getattr(self, part)) for part in ("train", "val", "test")},
             **{k: {n: list(s) for n, s in getattr(self, k).items()} for k in ("scans", "earlier")},
         }
@@ -139,7 +143,10 @@ class TrainingCases:
             raise InputError(f"{where} does not say which cases it was trained on; it is damaged.")
         train, val, test = (tuple(raw[part]) for part in lists)
         scans, earlier = ({n: tuple(s) for n, s in raw[k].items()} for k in ("scans", "earlier"))
-        return cls(raw["store"], train, val, test, scans, earlier)
+        # Checkpoints of before do not tell.
+        return cls(
+            raw["store"], train, val, test, scans, earlier, raw.get("synthetic", False) is True
+        )
 
 
 def _are_texts(value: Any) -> bool:
@@ -196,6 +203,7 @@ def training_cases(data: Any) -> TrainingCases | None:
         parts.val,
         parts.test,
         {name: scans_of(store.read(name)) for name in seen},
+        synthetic=all(store.read(name).synthetic for name in seen),
     )
 
 

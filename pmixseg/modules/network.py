@@ -308,6 +308,7 @@ class SegmentationNetwork(LightningModule, Described):
             self.device,
             self.loaded_from,
             self.preparation.voxels,
+            self.preparation.cases is not None and self.preparation.cases.synthetic,
         )
         with evaluating(self):
             return segment_scans(

@@ -160,6 +160,12 @@ def test_check_input_says_what_does_not_fit(shape, words):
         check_input(*flat, least=2)
 
 
+@pytest.mark.parametrize("flags", [torch.ones(1, 2), torch.ones(1, 2).long()])
+def test_flags_of_presence_are_true_or_false(flags):
+    with pytest.raises(InputError, match=f"presence are {str(flags.dtype)[6:]}; give true or"):
+        check_input(torch.zeros(1, 2, 8, 8, 8), flags, ("pet", "ct"), (1, 2))
+
+
 @pytest.mark.parametrize("kind", [MultiEncoderUNet, RFNet, MMFormer])
 def test_recomputed_encoders_give_the_same_gradients_and_keep_less(kind):
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """Segmenting a patient's scans gives what testing the prepared case gives."""
 
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -7,14 +9,17 @@ import torch
 
 from pmixseg.cli import main
 from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.scans.canonical import canonicalise
 from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.store import Store
+from pmixseg.data.training_cases import TrainingCases, training_cases
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.modules import load
 from pmixseg.task import BRATS
+from pmixseg.types import SegOutput
 from tests.evaluation.made_up import predict_combinations
-from tests.inference.tiny_models import save, tiny_student
+from tests.inference.tiny_models import Glance, save, tiny_student
 
 
 def through_the_store(module, stored, combinations):
@@ -212,3 +217,47 @@ def test_a_result_that_no_patient_has_is_told(scans_of, tmp_path, bias, sentence
     with pytest.warns(UserWarning, match=sentence):
         result = model.segment(scans)
     assert sentence in " ".join(result.warnings)
+
+
+class Corner(Glance):
+    """Oedema in a corner of the window, whatever it is shown."""
+
+    def decode(self, latents):
+        logits = torch.zeros(len(latents.features[0]), 4, 32, 32, 32)
+        logits[:, 0], logits[:, 2, :9, :9, :9] = 1.0, 9.0
+        return SegOutput(logits, latents)
+
+
+def test_a_tumour_beside_the_brain_is_told(scans_of):
+    scan = next(scans_of.glob("*_flair.nii.gz"))
+    with pytest.warns(UserWarning, match=r"\d\d% of what is segmented lies outside the brain"):
+        result = tiny_student(backbone=Corner()).segment({"flair": scan})
+    outside = np.asarray(nib.load(scan).dataobj) == 0
+    share = (outside & (result.classes > 0)).sum() / (result.classes > 0).sum()
+    assert f"{share:.0%} of" in result.warnings[-1]
+
+
+def test_a_model_of_phantoms_says_so_of_a_patient(phantom_store, scans_of, tmp_path):
+    data = BraTSDataModule(store=phantom_store, patch_size=16)
+    phantoms = training_cases(data)
+    module = tiny_student()
+    module.preparation = replace(module.preparation, cases=phantoms)
+    model = load(save(module, tmp_path / "a.ckpt"))
+    scan = nib.load(next(scans_of.glob("*_flair.nii.gz")))
+    scan.header["descrip"] = b"a patient"
+    nib.save(scan, tmp_path / "PHANTOM_flair.nii.gz")
+    patient = tmp_path / "PHANTOM_flair.nii.gz"
+    with pytest.warns(UserWarning, match="trained on synthetic patients alone"):
+        model.segment({"flair": patient})
+    later = phantoms.after(TrainingCases(train=("Brats18_2013_2_1",)))
+    of_phantom = next(scans_of.glob("*_flair.nii.gz"))
+    image = nib.load(of_phantom)
+    silent = (
+        (phantoms, of_phantom),
+        (phantoms, image),
+        (later, patient),
+        (TrainingCases(), patient),
+    )
+    for cases, file in silent:
+        model.preparation = replace(model.preparation, cases=cases)
+        assert "synthetic" not in " ".join(model.segment({"flair": file}).warnings)

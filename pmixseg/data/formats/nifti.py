@@ -17,6 +17,7 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 from pmixseg.data.formats.headers import (
     HEAD,
     MAX_BYTES,
+    SYNTHETIC,
     BadHeader,
     Header,
     in_mm,
@@ -129,6 +130,8 @@ class ScanReader:
                 f"{self.where}: {role} is {source!r:.60}; give a file, (4-D file, channel) or an "
                 "image of nibabel."
             )
+        if isinstance(source.header, nib.Nifti1Header):
+            self.synthetic |= bytes(source.header["descrip"]).startswith(SYNTHETIC)
         name = source.get_filename() or "an image in memory"
         return self._channel(_opened(source, str(name)), None, role)
 

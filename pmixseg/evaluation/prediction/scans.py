@@ -11,7 +11,9 @@ from itertools import combinations as subsets_of_size
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pmixseg.argument_checks import check_fields
@@ -33,6 +35,9 @@ from pmixseg.task import Combination, Task, format_combination
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
+
+LARGEST_OUTSIDE = 0.25
+"""Share of a segmentation outside the brain from which it is told: a border is never exact."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Recipe:
         checkpoint: file that the weights came from.
         voxels: least and largest voxel it was trained on, as the side of a cube of its volume in
             mm; ``None``: not known.
+        synthetic: whether every case that it was trained on was a phantom's.
     """
 
     task: Task
@@ -116,6 +122,7 @@ class Recipe:
     device: torch.device
     checkpoint: str | None = None
     voxels: tuple[float, float] | None = None
+    synthetic: bool = False
 
 
 def segment_scans(
@@ -169,10 +176,16 @@ def segment_scans(
     side = voxel_side(case.geometry.grid_spacing)
     if other := other_voxels(recipe.voxels, (side, side)):
         notes.append(f"{where}: {other}.")
+    if recipe.synthetic and not case.synthetic:
+        notes.append(
+            f"{where}: the model was trained on synthetic patients alone, so what it makes of a "
+            "real one means nothing; use a model that was trained on patients."
+        )
     for note in notes:
         warnings.warn(note, stacklevel=4)
     voxel = math.prod(case.geometry.grid_spacing) / 1000
-    brain = float((case.image != 0).any(0).sum()) * voxel
+    inside = (case.image != 0).any(0)
+    brain = float(inside.sum()) * voxel
     case = normalised(case, recipe.normalisation, dtype)
     columns = [task.modalities.index(m) for m in predictor.modalities]
     image = torch.from_numpy(case.image[columns]).to(recipe.device, torch.float32)
@@ -183,7 +196,7 @@ def segment_scans(
     prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
     identity = None if recipe.checkpoint is None else checkpoint_identity(Path(recipe.checkpoint))
     made = Segmentation(name, prediction, codes, inputs, facts, identity, tuple(notes))
-    doubts = _doubts_of_result(made, brain, where)
+    doubts = _doubts_of_result(made, brain, where) or _doubts_of_place(prediction, inside, where)
     for note in doubts:
         warnings.warn(note, stacklevel=4)
     return replace(made, warnings=(*made.warnings, *doubts))
@@ -228,6 +241,28 @@ def check_scans(images: object, where: str) -> None:
             f"{where}: a {type(images).__name__} was given; give a scan for each modality, as in "
             '{"flair": "f.nii.gz"} (`pmixseg segment` takes a folder).'
         )
+
+
+def _doubts_of_place(
+    prediction: CasePrediction, inside: NDArray[np.bool_], where: str
+) -> list[str]:
+    """A sentence about a segmentation that lies beside the brain.
+
+    Args:
+        prediction: of the case.
+        inside: which voxels of the case are brain.
+        where: the case, for the sentence.
+    """
+    segmented = prediction.on_grid().cpu().numpy() > 0
+    if segmented.shape != inside.shape:  # a crop of a published network's own
+        return []
+    share = float((segmented & ~inside).sum() / segmented.sum())
+    if share <= LARGEST_OUTSIDE:
+        return []
+    return [
+        f"{where}: {share:.0%} of what is segmented lies outside the brain, where no tumour is; "
+        "look at the result, and at the scans: of the kind that the model was trained on."
+    ]
 
 
 def _choose(
