@@ -126,7 +126,7 @@ class Kind(NamedTuple):
     keys: tuple[Kind, ...] = ()
 
     def takes(self, value: Any) -> bool:
-        """Whether a value is of this kind; 2.0 is a whole number, and a text no list."""
+        """Say whether a value is of this kind; 2.0 is a whole number, and a text no list."""
         if self.types is Integral and isinstance(value, Real):
             return float(value).is_integer()
         listed = self.types in (Collection, Iterable)
@@ -161,7 +161,7 @@ _PLAIN = (str, bytes, Real, type(None), list, tuple, set, Mapping)
 
 
 def _kinds(annotation: str, names: Mapping[str, Any] | None = None) -> list[Kind]:
-    """What an annotation takes; nothing where it takes more than is known here.
+    """Return what an annotation takes; nothing where it takes more than is known here.
 
     Args:
         annotation: as it is written.
@@ -185,7 +185,7 @@ def _kinds_in(module: str, annotation: str) -> list[Kind]:
 
 
 def _kinds_of(node: ast.expr, names: Mapping[str, Any]) -> list[Kind]:
-    """What a part of an annotation takes.
+    """Return what a part of an annotation takes.
 
     Raises:
         LookupError: more than is known here.

@@ -89,7 +89,7 @@ class Described:
 
 
 def _takes(cls: type, name: str) -> bool:
-    """Whether a constructor has an argument of this name, or hands it on to one that has."""
+    """Say whether a constructor has an argument of this name, or hands it on to one that has."""
     for base in cls.__mro__:
         if "__init__" not in base.__dict__:
             continue
@@ -141,7 +141,7 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _not_whole(made: Any) -> InputError | None:
-    """An object of which a constructor was left out, as a sentence."""
+    """Say which constructor of an object was left out; ``None`` if none was."""
     last = type(made)
     for base in type(made).__mro__:
         if issubclass(base, Described) and "__init__" in vars(base):
@@ -253,7 +253,7 @@ def public_path(obj: Any) -> str:
 
 
 def is_description(value: Any) -> bool:
-    """Whether ``value`` is a ``{class_path, init_args}`` mapping."""
+    """Say whether ``value`` is a ``{class_path, init_args}`` mapping."""
     return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
 
 

@@ -91,7 +91,7 @@ def _advice(error: object) -> str:
 
 
 def disk_error(error: BaseException) -> InputError | None:
-    """An error of disk or path as a sentence; ``None`` for any other error.
+    """Return an error of disk or path as a sentence; ``None`` for any other error.
 
     Example:
         >>> print(disk_error(NotADirectoryError(20, "Not a directory", "a/b")))

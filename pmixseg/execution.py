@@ -27,12 +27,12 @@ def as_on_gpu(on: bool = True) -> Iterator[None]:
 
 
 def static_on(device: torch.device) -> bool:
-    """Whether a device is a GPU, or a CPU that shall work as one."""
+    """Say whether a device is a GPU, or a CPU that shall work as one."""
     return device.type != "cpu" or _as_on_gpu
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether ``x`` lies on a CPU that shall work as one."""
+    """Say whether ``x`` lies on a CPU that shall work as one."""
     return not static_on(x.device)
 
 
@@ -56,7 +56,7 @@ def runs_lean(x: Tensor) -> bool:
 
 
 def runs_static(x: Tensor) -> bool:
-    """Whether every step does the same, whatever the flags of presence say.
+    """Say whether every step does the same, whatever the flags of presence say.
 
     A GPU would have to wait for flags before the host could act on them, and a compiler would make
     a graph for each pattern; both compute every slot and mask it. A CPU skips what is absent, and

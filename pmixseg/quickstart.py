@@ -222,7 +222,7 @@ def test(run: Path, data: BraTSDataModule) -> Records:
 
 
 def trainer(run: Path, **arguments: Any) -> Trainer:
-    """A trainer that writes into the run's folder."""
+    """Return a trainer that writes into the run's folder."""
     return Trainer(
         default_root_dir=run,
         accelerator="auto",

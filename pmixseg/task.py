@@ -74,7 +74,7 @@ class Task:
                 )
 
     def _names(self, what: str, value: object) -> tuple[str, ...]:
-        """A list of names; one name would be taken apart into its letters."""
+        """Return a list of names; one name would be taken apart into its letters."""
         names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
         if names is None or not all(isinstance(n, str) for n in names):
             # YAML reads "no", "on" and "1" as other things than names.

@@ -58,7 +58,7 @@ class April2025Network(nn.Module):
         self.strides = (1, *self._halves.strides)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """The latent with one channel per modality, then the network's own levels."""
+        """Return the latent with one channel per modality, then the network's own levels."""
         latent = self.latent(self.embed(x))
         return [latent, *self._halves.encode(latent)]
 
@@ -73,7 +73,7 @@ class April2025Network(nn.Module):
 
 
 def channel_mixing(network: April2025Network, image: Tensor) -> Tensor:
-    """How much each latent channel changes when one modality is removed.
+    """Say how much each latent channel changes when one modality is removed.
 
     Args:
         network: in eval mode.

@@ -129,7 +129,7 @@ class ModalityEncoder(nn.Module):
         self.convolutions = Borrowed(Convolutions(self.encoder, self.encode_conv))
 
     def position(self, grid: Sequence[int]) -> Tensor:
-        """Positions ``[1, N, C]`` of the N tokens of a grid."""
+        """Return positions ``[1, N, C]`` of the N tokens of a grid."""
         if tuple(grid) == self.grid:
             return self.pos
         d, h, w = self.grid

@@ -238,7 +238,7 @@ CUTS: tuple[tuple[type[nn.Module], type[Cut]], ...] = (
 
 
 def cut(network: nn.Module, modalities: int) -> Cut:
-    """How a network is cut: see the table of this module.
+    """Say how a network is cut: see the table of this module.
 
     A subclass that overrides ``forward`` computes something else than the class whose parts are
     known, so it is not cut.

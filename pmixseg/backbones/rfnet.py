@@ -117,7 +117,7 @@ class ModalWeights(nn.Module):
 
 
 def weigh(descriptors: Tensor, regions: Sequence[nn.Module]) -> Tensor:
-    """Weights of the modalities in all regions at once.
+    """Return weights of the modalities in all regions at once.
 
     Args:
         descriptors: ``[B, R, M·C + 1]``.
@@ -165,7 +165,7 @@ class RegionFusion(nn.Module):
 
 
 def _region_means(x: Tensor, regions: Tensor) -> Tensor:
-    """Mean over voxels of every channel times every region, ``[B, R, M·C]``."""
+    """Return the mean over voxels of every channel times every region, ``[B, R, M·C]``."""
     # Every modality's mean in every region at once.
     parts, rows = voxel_rows(regions), voxel_rows(x)
     if rows.dtype != torch.float16:

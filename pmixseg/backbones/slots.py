@@ -230,7 +230,7 @@ def side_by_side(latents: Latents, level: int) -> Tensor:
 
 
 def masked_weight(weight: Tensor, flags: Presence) -> Tensor:
-    """Weights of a 1x1x1 convolution that reads no absent slot: its columns are 0.
+    """Return weights of a 1x1x1 convolution that reads no absent slot: its columns are 0.
 
     Features of absent slots need not be copied and masked then; they must be finite.
 

@@ -238,7 +238,7 @@ class DistillationTerm(Term):
 
     @torch.no_grad()
     def _teach(self, batch: Batch, own: bool, which: str, with_extras: bool) -> SegOutput:
-        """What a teacher makes of everything acquired, or of a combination drawn apart.
+        """Return what a teacher makes of everything acquired, or of a combination drawn apart.
 
         As at test: auxiliary decoders do not run, and nothing in it is random. With extras it is as
         in training, but for the auxiliary decoders of single modalities.

@@ -151,7 +151,7 @@ class GapMonitor(Callback, Described):
         self._samples = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the collapse guard compares with."""
+        """Return what the collapse guard compares with."""
         return {"guard": dict(self._guard), "validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ class GapMonitor(Callback, Described):
         return resolve_levels(range(count) if self.levels is None else self.levels, count)
 
     def _measure(self, trainer: Trainer, module: SegmentationModule) -> dict[str, float]:
-        """All values on every process, measured by the first."""
+        """Return all values on every process, measured by the first."""
         values: dict[str, float] = {}
         if trainer.is_global_zero:
             self._samples = self._sample(module)
@@ -238,7 +238,7 @@ def _of_level(values: dict[str, float], prefix: str) -> dict[str, float]:
 
 
 def is_aligned(module: SegmentationModule) -> bool:
-    """Whether latents have been aligned up to the present epoch."""
+    """Say whether latents have been aligned up to the present epoch."""
     return any(
         cast(Term, term).aligned_levels and module.term_weights[name].at(module.current_epoch) > 0
         for name, term in module.terms.items()
@@ -248,7 +248,7 @@ def is_aligned(module: SegmentationModule) -> bool:
 def gap_values(
     samples: dict[int, LatentSample], names: Sequence[str], regions: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Names of the log and their numbers; see :class:`GapMonitor`."""
+    """Return names of the log and their numbers; see :class:`GapMonitor`."""
     values: dict[str, float] = {}
     for level, sample in samples.items():
         measured = {**sample.gap().to_dict(), **_decodability(sample, regions)}

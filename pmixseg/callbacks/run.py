@@ -104,7 +104,7 @@ class RunLogger(Logger):
             self.save()
 
     def _before(self, step: int) -> pd.DataFrame | None:
-        """What the file keeps: of a training that is resumed, rows before ``step``."""
+        """Return what the file keeps: of a training that is resumed, rows before ``step``."""
         if self._kept == "none" or not self.path.is_file() or not self.path.stat().st_size:
             return None
         try:
@@ -145,7 +145,7 @@ class RunLogger(Logger):
 
 
 def _together(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two sets of values belong to one row: of one step, and not of two epochs."""
+    """Say whether two sets of values belong to one row: of one step, and not of two epochs."""
     epochs = {r["epoch"] for r in (row, other) if "epoch" in r}
     return row["step"] == other["step"] and len(epochs) < 2
 
@@ -324,7 +324,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def _saves(trainer: Trainer) -> bool:
-    """Whether what happens is a training whose state is kept."""
+    """Say whether what happens is a training whose state is kept."""
     fits = trainer.state.fn == TrainerFn.FITTING
     return fits and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", False)
 

@@ -148,7 +148,7 @@ def print_anything() -> None:
 
 
 def input_error(error: BaseException | None) -> InputError | None:
-    """The :class:`InputError` that an error is, or was raised from.
+    """Return the :class:`InputError` that an error is, or was raised from.
 
     jsonargparse wraps what a constructor says in the types that it tried.
     """

@@ -18,7 +18,7 @@ SETTINGS = (".yaml", ".yml", ".json")
 
 
 def options(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Every flag with its value: ``--name value`` or ``--name=value``.
+    """Yield every flag with its value: ``--name value`` or ``--name=value``.
 
     A value that looks like a flag is none; a flag without a value has ``None``.
 
@@ -39,13 +39,13 @@ def options(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def option(args: Sequence[str], *names: str) -> str | None:
-    """The value of a flag, the last one given."""
+    """Return the value of a flag, the last one given."""
     values = [value for name, value in options(args) if name in names and value is not None]
     return values[-1] if values else None
 
 
 def flag_name(arg: str) -> str:
-    """A flag without its value and without jsonargparse's ``init_args``.
+    """Return a flag without its value and without jsonargparse's ``init_args``.
 
     Example:
         >>> flag_name("--model.init_args.backbone.width=4")
@@ -78,7 +78,7 @@ def repeated(args: Sequence[str]) -> str | None:
 
 
 def lost_file(args: Sequence[str]) -> tuple[str, str] | None:
-    """The first flag whose value is a file of settings that is not there, with the file.
+    """Return the first flag whose value is a file of settings that is not there, with the file.
 
     The parser would take the name for a class, and import a module of that name.
 
@@ -94,7 +94,7 @@ def lost_file(args: Sequence[str]) -> tuple[str, str] | None:
 
 
 def config_files(args: Sequence[str]) -> list[Path]:
-    """The configuration files among the arguments, in their order."""
+    """Return the configuration files among the arguments, in their order."""
     paths = [Path(v) for name, v in options(args) if name in ("-c", "--config") and v]
     return [path for path in paths if len(str(path)) < 1000 and path.is_file()]
 
@@ -169,7 +169,7 @@ def _names_split(path: Path) -> bool:
 
 
 def split_class(arguments: Mapping[str, Any]) -> str:
-    """The class of a split, from the names and kinds of its arguments.
+    """Return the class of a split, from the names and kinds of its arguments.
 
     Raises:
         InputError: no split takes all of them.

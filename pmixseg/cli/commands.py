@@ -287,7 +287,7 @@ def label_names(pairs: list[str] | None) -> dict[str, str | int | list[str | int
 
 
 def read_task(path: Path | None) -> Task:
-    """A task from a YAML file; BraTS without one.
+    """Return a task from a YAML file; BraTS without one.
 
     Raises:
         InputError: no such file, or not a task.

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def plain_sentence(message: str, parser: argparse.ArgumentParser) -> str:
-    """What argparse says, with the nearest name that it knows.
+    """Say what argparse says, with the nearest name that it knows.
 
     Example:
         >>> parser = Parser(prog="pmixseg inspect")
@@ -91,7 +91,7 @@ def plain_sentence(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -> str:
-    """What jsonargparse says of the flags and files of a training command.
+    """Say what jsonargparse says of the flags and files of a training command.
 
     Args:
         message: its text, which may name every type that was tried.
@@ -127,7 +127,7 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
 
 
 def _keys(message: str) -> list[str]:
-    """Names of the setting that a message is about, the outermost first."""
+    """Return names of the setting that a message is about, the outermost first."""
     path = [key for key in re.findall(r'Parser key "([^"]+)"', message) if key != "config"]
     nested = re.findall(r"NestedArg\(key='([^']+)'", message)
     if nested and path:  # the outermost one is told last
@@ -257,7 +257,7 @@ def _got(message: str) -> str | None:
 
 
 def words(kind: str) -> str:
-    """A type in words.
+    """Return a type in words.
 
     Example:
         >>> [words(k) for k in ("<class 'int'>", "typing.Literal['zero', 'anchor']")]
@@ -274,7 +274,7 @@ def words(kind: str) -> str:
 
 
 def classes_for(message: str) -> list[str]:
-    """Names of the classes that stand where the message says none is known."""
+    """Return names of the classes that stand where the message says none is known."""
     bases = re.findall(r"([a-z_][\w.]*\.[A-Z]\w*)", message)
     names: list[str] = []
     for path in dict.fromkeys([*bases, "torch.optim.Optimizer"]):
@@ -288,14 +288,14 @@ def classes_for(message: str) -> list[str]:
 
 
 def below(base: type[Any]) -> Iterator[type[Any]]:
-    """A class and all classes derived from it."""
+    """Yield a class and all classes derived from it."""
     yield base
     for cls in base.__subclasses__():
         yield from below(cls)
 
 
 def where(keys: Sequence[str], args: Sequence[str]) -> str:
-    """The flag, or the file and line, in which a setting is given."""
+    """Return the flag, or the file and line, in which a setting is given."""
     flag = "--" + ".".join(keys)
     if any(flag_name(arg) == flag for arg in args):
         return flag
@@ -307,7 +307,7 @@ def where(keys: Sequence[str], args: Sequence[str]) -> str:
 
 
 def subject(keys: Sequence[str], args: Sequence[str]) -> str:
-    """A setting as the subject of a sentence: the flag, or the file, line and name."""
+    """Return a setting as the subject of a sentence: the flag, or the file, line and name."""
     place, flag = where(keys, args), "--" + ".".join(keys)
     return place if place == flag else f"{place}: {flag.removeprefix('--')}"
 
@@ -334,7 +334,7 @@ def line_of(path: Path, keys: Sequence[str]) -> int | None:
 
 
 def complaint(error: BaseException) -> InputError | None:
-    """A library's deliberate complaint about what a person asked for, as a sentence.
+    """Return a library's deliberate complaint about what a person asked for, as a sentence.
 
     It is deliberate where the library's own code raises it; an error that only passes through the
     library is a fault of the program, and ``None`` is returned.

@@ -74,7 +74,7 @@ def run(args: Sequence[str], modules: Sequence[str] = ()) -> int:
 
 
 def parser_for(task: Task) -> argparse.ArgumentParser:
-    """The command's flags for one task."""
+    """Return the command's flags for one task."""
     parser = Parser(
         prog="pmixseg segment",
         description=DESCRIPTION,
@@ -310,7 +310,7 @@ def segmented_raw(
 
 
 def settings_of(options: argparse.Namespace) -> SegmentSettings:
-    """The flags under "how"."""
+    """Return the flags under "how"."""
     from pmixseg.evaluation.prediction.scans import SegmentSettings
 
     return SegmentSettings(

@@ -126,7 +126,7 @@ def broken_file(path: Path) -> str | None:
 
 
 def _at(content: Mapping[str, Any], keys: str) -> Any:
-    """What stands below some keys with dots between; an empty mapping where there are none."""
+    """Say what stands below some keys with dots between; an empty mapping where there are none."""
     value: Any = content
     for key in keys.split("."):
         value = value.get(key, {}) if isinstance(value, Mapping) else {}
@@ -134,14 +134,14 @@ def _at(content: Mapping[str, Any], keys: str) -> Any:
 
 
 def _values(root: yaml.Node | None, keys: Sequence[str]) -> Iterator[yaml.ScalarNode]:
-    """Every text that stands in a mapping below one of the root's keys."""
+    """Yield every text that stands in a mapping below one of the root's keys."""
     entries = root.value if isinstance(root, yaml.MappingNode) else []
     for mapping in (m for key, node in entries if key.value in keys for m in _mappings(node)):
         yield from (v for _, v in mapping.value if isinstance(v, yaml.ScalarNode))
 
 
 def wrong_class(path: Path) -> str | None:
-    """The first setting of a file that names a class in a wrong way, in a sentence.
+    """Return the first setting of a file that names a class in a wrong way, in a sentence.
 
     Args:
         path: of a file that is YAML.
@@ -188,7 +188,7 @@ def _names_in(module: str) -> list[str]:
 
 
 def arguments_of(class_path: str) -> list[str]:
-    """Names of what a constructor takes, those that it hands on included.
+    """Return names of what a constructor takes, those that it hands on included.
 
     Args:
         class_path: dotted; nothing is known of one that cannot be imported.
@@ -211,7 +211,7 @@ def arguments_of(class_path: str) -> list[str]:
 
 
 def lacking_value(cls: Any, settings: Any, place: str) -> str | None:
-    """The first argument that is null where its type knows none, with its place.
+    """Return the first argument that is null where its type knows none, with its place.
 
     Args:
         cls: the class.
@@ -244,7 +244,7 @@ def _may_be_null(parameter: inspect.Parameter) -> bool:
 
 
 def _mappings(node: Any) -> Iterator[yaml.MappingNode]:
-    """Every mapping below a node, once: an alias may lead back to it, or to many of them."""
+    """Yield every mapping below a node, once: an alias may lead back to it, or to many of them."""
     nodes, seen = [node], set()
     while nodes:
         node = nodes.pop()

@@ -230,7 +230,7 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def fitting(self, out: str) -> Callback:
-        """The callback of ``--calibrate``.
+        """Return the callback of ``--calibrate``.
 
         Raises:
             InputError: another command than validate.
@@ -310,7 +310,7 @@ class TrainingCLI(LightningCLI):
     def changed_data(
         self, trained: Preparation, stored: dict[str, Any], now: dict[str, Any]
     ) -> list[str]:
-        """Where patch, spacing and inference window are not those of the training, in words.
+        """Say where patch, spacing and inference window are not those of the training, in words.
 
         Args:
             trained: of the checkpoint's data.

@@ -23,7 +23,7 @@ _load_yaml = get_loader("yaml")
 
 
 def _read_settings(text: str, folder: Path) -> Any:
-    """A file, or a value; classes may be named by paths of an earlier version."""
+    """Return a file, or a value; classes may be named by paths of an earlier version."""
     if text.count(":") + text.count("?") > 1 or "*" in text:  # else there are no two keys, no alias
         check_settings(text)
     return with_named_files(current_yaml(_load_yaml(text)), folder)
@@ -56,7 +56,7 @@ def with_named_files(config: Any, folder: Path) -> Any:
 
 
 def _content(name: str, value: Any, folder: Path) -> Any:
-    """What a task or a split is, given by its settings or by a file that holds them."""
+    """Return what a task or a split is, given by its settings or by a file that holds them."""
     if isinstance(value, str):
         # Not Path.is_file, which fails where a text is too long to be a name.
         paths = [path for path in (Path(value), folder / value) if os.path.isfile(path)]  # noqa: PTH113  # see above

@@ -106,7 +106,7 @@ class Augmentation(Described):
         return batch
 
     def turns(self, keys: Keys) -> list[Turn]:
-        """The spatial change of each sample."""
+        """Return the spatial change of each sample."""
         flips = uniform(keys, "flip", 3) < torch.tensor(self.flip, dtype=torch.float64)
         made = []
         for flip, (do, axis, angle, zoom) in zip(

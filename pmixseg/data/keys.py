@@ -75,7 +75,7 @@ def number_of(name: str) -> int:
 
 
 def generator(key: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator for noise fields, seeded from (key, stream).
+    """Return a torch generator for noise fields, seeded from (key, stream).
 
     Equal seeds give different fields on different kinds of device; on one kind they agree.
 
@@ -108,7 +108,7 @@ def _mixed(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _uniform_there(keys: Keys, stream: str, n: int) -> Float[Tensor, "b n"]:
-    """The same numbers in torch's own operations, for keys that lie on a GPU."""
+    """Return the same numbers in torch's own operations, for keys that lie on a GPU."""
     state = _mix(keys.reshape(-1, 1) ^ _hash63(stream))
     position = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)
     bits = _mix(state + position * (_GAMMA - _SIGN))

@@ -53,7 +53,7 @@ class CaseMasks(Described, ABC):
 
     @abstractmethod
     def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
-        """What may be used of each case: never empty, and within what it acquired.
+        """Return what may be used of each case: never empty, and within what it acquired.
 
         Args:
             cases: all cases of the cohort.

@@ -222,7 +222,7 @@ def collate_patches(samples: Sequence[Sample]) -> Batch:
 
 
 def collate_case(items: Sequence[CaseItem]) -> CaseItem:
-    """The item itself: evaluation takes one case at a time."""
+    """Return the item itself: evaluation takes one case at a time."""
     (item,) = items
     return item
 

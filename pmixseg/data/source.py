@@ -112,7 +112,7 @@ class CohortSource:
 
 
 def _beside(root: Path, spacing: Sequence[float] | None) -> Path:
-    """The store that belongs to a cohort where none is named."""
+    """Return the store that belongs to a cohort where none is named."""
     grid = "" if spacing is None else "-" + "x".join(f"{s:g}" for s in spacing)
     return root.resolve().parent / f"{root.resolve().name}-store{grid}"
 

@@ -83,7 +83,7 @@ class TrainingCases:
         )
 
     def replaced(self, before: TrainingCases) -> list[str]:
-        """Names of cases that have no scan in common with the case of that name before."""
+        """Return names of cases that have no scan in common with the case of that name before."""
         return [
             name
             for name, scans in self.scans.items()
@@ -114,7 +114,7 @@ class TrainingCases:
         return seen
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives, for a checkpoint."""
+        """Return primitives, for a checkpoint."""
         return {
             "store": self.store,
             "synthetic": self.synthetic,
@@ -192,7 +192,7 @@ def shared_scans(split: Split, cases: Iterable[StoredCase]) -> list[str]:
 
 
 def training_cases(data: Any) -> TrainingCases | None:
-    """What a data module trains on; ``None`` for one that has no store and split."""
+    """Return what a data module trains on; ``None`` for one that has no store and split."""
     parts, store = getattr(data, "parts", None), getattr(data, "store", None)
     if parts is None or store is None:
         return None
@@ -256,7 +256,7 @@ def other_voxels(
 
 
 def say_seen(seen: Sequence[SeenCase], part: str) -> str:
-    """One sentence that refuses to score cases that a model knows.
+    """Return one sentence that refuses to score cases that a model knows.
 
     Args:
         seen: the cases, at least one.

@@ -110,7 +110,7 @@ def export(
 def describe_export(
     module: SegmentationModule, combination: tuple[str, ...], window: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """What a user of the exported model must know; primitives.
+    """Say what a user of the exported model must know; primitives.
 
     ``temperature`` T, where one was fitted, is not in the graph: it belongs after the averaging of
     windows, as softmax(log p / T), where ``pmixseg segment`` applies it. Labels do not need it.

@@ -86,7 +86,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
 
 
 def notes_on_strays(case: Case, strays: Sequence[Path], task: Task) -> tuple[str, ...]:
-    """Sentences about the files beside a case's scans that its layout has no name for.
+    """Return sentences about the files beside a case's scans that its layout has no name for.
 
     Other common sequences and label maps are passed over.
 

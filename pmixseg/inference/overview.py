@@ -134,7 +134,7 @@ def write_overview(path: Path, figure: Figure) -> Path:
 
 
 def _head(views: list[NDArray[np.generic]]) -> tuple[slice, ...]:
-    """The box of all voxels that are not 0, with a margin."""
+    """Return the box of all voxels that are not 0, with a margin."""
     boxes = [box for view in views if (box := bounds(view)) is not None]
     if not boxes:
         return (slice(None),) * 3
@@ -144,7 +144,7 @@ def _head(views: list[NDArray[np.generic]]) -> tuple[slice, ...]:
 
 
 def _cuts(labels: NDArray[np.uint8], scan: NDArray[np.generic]) -> list[int]:
-    """Where to cut each axis: the plane with most tumour, or the middle of what is not 0."""
+    """Say where to cut each axis: the plane with most tumour, or the middle of what is not 0."""
     cuts = []
     for axis in range(3):
         others = tuple(a for a in range(3) if a != axis)

@@ -163,7 +163,7 @@ def _ours(name: str, rules: Sequence[tuple[str, str]]) -> str:
 def _network(
     kind: str, state: Mapping[str, Tensor], path: Path, task: Task
 ) -> tuple[Backbone, int]:
-    """The network that the tensors' shapes describe, and its patch size."""
+    """Return the network that the tensors' shapes describe, and its patch size."""
     head = state.get("decoder_fuse.seg_layer.weight")
     if head is None or head.ndim != 5:
         raise InputError(f"{path} is no {kind} checkpoint (no decoder_fuse.seg_layer).")

@@ -186,7 +186,7 @@ def segment_case(
 
 
 def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str, Source]:
-    """The modalities of a 4-D file, from their names in the order of its channels.
+    """Return the modalities of a 4-D file, from their names in the order of its channels.
 
     There is no default: public data sets disagree about the order, and scans taken for each other
     give a segmentation all the same.

@@ -55,7 +55,7 @@ class KnownFlags(TorchFunctionMode):
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def flags(self, values: list[bool], device: torch.device) -> Tensor:
-        """A row of flags ``[1, M]`` that may be read."""
+        """Return a row of flags ``[1, M]`` that may be read."""
         with _disable_current_modes():
             real = torch.tensor([values], device=device)
         return self._remember(torch.tensor([values], device=device), real)

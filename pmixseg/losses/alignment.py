@@ -114,7 +114,7 @@ class AlignmentLoss(nn.Module):
     def per_level(
         self, latents: Latents, anchor: Anchor, present: Presence, acquired: Presence
     ) -> dict[int, Scalar]:
-        """The summands of :meth:`forward`, by level."""
+        """Return the summands of :meth:`forward`, by level."""
         self.distance.check(anchor)
         device = latents.features[0].device
         values: dict[int, Tensor] = {}

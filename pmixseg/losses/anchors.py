@@ -83,7 +83,7 @@ class Anchor(nn.Module, Described, ABC):
     def forward(
         self, features: Features, subset: Presence, level: int, detach_weights: bool = False
     ) -> AnchorMap:
-        """The anchor of every sample, or its mean where the anchor is a density.
+        """Return the anchor of every sample, or its mean where the anchor is a density.
 
         Args:
             features: latents of one level ``[B, M, C, D, H, W]``; slots outside ``subset`` may
@@ -106,7 +106,7 @@ class Anchor(nn.Module, Described, ABC):
         level: int,
         detach_weights: bool = False,
     ) -> tuple[AnchorMap, AnchorMap]:
-        """The anchor as a diagonal Gaussian, from Gaussian latents (distance ``kl``).
+        """Return the anchor as a diagonal Gaussian, from Gaussian latents (distance ``kl``).
 
         Args:
             mean: μ_m per voxel and channel, ``[B, M, C, D, H, W]``.
@@ -148,7 +148,7 @@ class NormalAnchor(Anchor):
         level: int,
         detach_weights: bool = False,
     ) -> tuple[AnchorMap, AnchorMap]:
-        """Mean 0, log-variance 0."""
+        """Return mean 0 and log-variance 0."""
         zeros = torch.zeros_like(mean[:, 0])
         return zeros, zeros
 
@@ -169,7 +169,7 @@ class WeightedAnchor(Anchor):
     def forward(
         self, features: Features, subset: Presence, level: int, detach_weights: bool = False
     ) -> AnchorMap:
-        """The weighted mean over ``subset``; see :meth:`Anchor.forward`."""
+        """Return the weighted mean over ``subset``; see :meth:`Anchor.forward`."""
         weights = self.weights(subset.to(features.device), level, detach_weights)
         return weighted_sum(features, weights.to(features.dtype), subset)
 
@@ -219,7 +219,7 @@ class ModalityAnchor(WeightedAnchor):
             )
 
     def weights(self, subset: Presence, level: int, detach: bool = False) -> Weights:
-        """One-hot where k is in the subset, else uniform."""
+        """Return one-hot where k is in the subset, else uniform."""
         k = self.modalities.index(self.modality)
         chosen = torch.zeros_like(subset)
         chosen[:, k] = True
@@ -337,7 +337,7 @@ class ProductAnchor(Anchor):
         level: int,
         detach_weights: bool = False,
     ) -> tuple[AnchorMap, AnchorMap]:
-        """The product's mean and log-variance; see the class."""
+        """Return the product's mean and log-variance; see the class."""
         precision = hide(-log_variance, subset, -torch.inf).exp()
         total = 1 + precision.sum(1)
         return (precision * hide(mean, subset)).sum(1) / total, -total.log()

@@ -112,7 +112,7 @@ class July2025Alignment(OfficialAlignment):
 def fill_july_2025(
     latents: Latents, present: Presence, anchor: MixtureAnchor, training: bool
 ) -> Latents:
-    r"""What the decoder reads under ``official-2025-07``.
+    r"""Return what the decoder reads under ``official-2025-07``.
 
     Training: a shown slot keeps :math:`f_m`; a hidden one becomes :math:`\sum_j w_j f_j` over
     everything encoded, itself included. Test: shown slots become :math:`w_m f_m`, hidden ones

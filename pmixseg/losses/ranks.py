@@ -65,7 +65,7 @@ class SharedSums:
         return self.add(torch.cat(places))
 
     def settle(self, loss: Scalar) -> Scalar:
-        """The same loss, with its gradient through the sums; once, when it is complete.
+        """Return the same loss, with its gradient through the sums; once, when it is complete.
 
         Args:
             loss: of this process, computed from what :meth:`add` gave.

@@ -144,7 +144,7 @@ def load(
 
 
 def describing(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a checkpoint's ``pmixseg`` entry that describes the module."""
+    """Return the part of a checkpoint's ``pmixseg`` entry that describes the module."""
     return {key: payload.get(key) for key in ("class_path", "init_args")}
 
 

@@ -90,11 +90,11 @@ class SegmentationNetwork(LightningModule, Described):
     # ---------------------------------------------------------------- construction
 
     def select_modalities(self) -> tuple[str, ...]:
-        """Modalities that the network has inputs for; all of the task by default."""
+        """Return modalities that the network has inputs for; all of the task by default."""
         return self.task.modalities
 
     def build_backbone(self) -> Backbone:
-        """The network; override to plug in one of your own."""
+        """Build the network; override to plug in one of your own."""
         return MultiEncoderUNet(modalities=self.modalities, num_classes=self.task.num_classes)
 
     def _fit_backbone(self, backbone: Backbone | None) -> Backbone:
@@ -232,7 +232,7 @@ class SegmentationNetwork(LightningModule, Described):
             self.preparation = self.preparation.merge(data, self.evaluation, fitting=stage == "fit")
 
     def acquired_names(self, item: CaseItem) -> Combination:
-        """What the case has of the module's modalities.
+        """Return what the case has of the module's modalities.
 
         Raises:
             InputError: none of them.

@@ -45,12 +45,12 @@ class July2025Student(StudentModule):
             )
 
     def decode(self, latents: Latents) -> SegOutput:
-        """The snippet's rule at test: slots times un-normalised weights."""
+        """Return the snippet's rule at test: slots times un-normalised weights."""
         ready = self._filled(latents, latents.usable[0], training=False)
         return replace(self._decode(ready), latents=latents)
 
     def decode_subset(self, latents: Latents, shown: Presence) -> SegOutput:
-        """The snippet's rule in training: hidden slots hold a mixture that saw them."""
+        """Return the snippet's rule in training: hidden slots hold a mixture that saw them."""
         return self._decode(self._filled(latents, shown, training=True))
 
     def _filled(self, latents: Latents, shown: Presence, *, training: bool) -> Latents:

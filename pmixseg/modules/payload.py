@@ -42,7 +42,7 @@ class Payload:
     fill_levels: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only."""
+        """Return primitives only."""
         return {
             "format": FORMAT,
             "class_path": self.class_path,

@@ -54,7 +54,7 @@ class Preparation:
     voxels: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives, as a checkpoint holds them."""
+        """Return primitives, as a checkpoint holds them."""
         return {
             "spacing": None if self.spacing is None else list(self.spacing),
             "normalisation": self.normalisation,
@@ -206,7 +206,7 @@ class Preparation:
 
 
 def _are(value: Any, kinds: type[int] | tuple[type[int], type[float]], count: int = 3) -> bool:
-    """Whether a value is so many positive numbers, or nothing."""
+    """Say whether a value is so many positive numbers, or nothing."""
     if value is None:
         return True
     return (
@@ -217,14 +217,14 @@ def _are(value: Any, kinds: type[int] | tuple[type[int], type[float]], count: in
 
 
 def _seeds(data: Any) -> dict[str, int]:
-    """The seeds of a training that starts now."""
+    """Return the seeds of a training that starts now."""
     seed = os.environ.get("PL_GLOBAL_SEED", "")  # where seed_everything leaves it
     seeds = {"everything": int(seed)} if seed.isdigit() else {}
     return {**seeds, "data": int(getattr(data, "seed", 0) or 0)}
 
 
 def are_synthetic(data: Any, part: str) -> bool | None:
-    """Whether all cases of a part are of a phantom; ``None`` where the data do not tell.
+    """Say whether all cases of a part are of a phantom; ``None`` where the data do not tell.
 
     Args:
         data: the data module, or ``None``.

@@ -159,6 +159,6 @@ class ScoredNetwork(SegmentationNetwork):
         self.log_dict(scores)
 
     def test_combinations(self, item: CaseItem) -> list[Combination]:
-        """Every non-empty subset of the module's modalities that the case has."""
+        """Return every non-empty subset of the module's modalities that the case has."""
         acquired = self.acquired_names(item)
         return [c for c in self.task.combinations() if set(c) <= set(acquired)]

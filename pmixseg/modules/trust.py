@@ -113,7 +113,7 @@ def resolve(value: Any, modules: Sequence[str] = (), where: str = "checkpoint") 
 
 
 def _class_of(written: str, modules: Sequence[str]) -> type:
-    """A class that a checkpoint may name."""
+    """Return a class that a checkpoint may name."""
     path = current_path(written)
     if path.startswith("__main__."):
         path = _of_a_script(path, modules)
@@ -147,7 +147,7 @@ def _class_of(written: str, modules: Sequence[str]) -> type:
 
 
 def _of_a_script(path: str, modules: Sequence[str]) -> str:
-    """Where a class is that was defined in the script or notebook that trained the model."""
+    """Say where a class is that was defined in the script or notebook that trained the model."""
     name = path.removeprefix("__main__.")
     if hasattr(sys.modules["__main__"], name.split(".")[0]):
         return path

@@ -85,5 +85,5 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first few of ``names``, for an error."""
+    """Return the first few of ``names``, for an error."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -23,7 +23,7 @@ def _through_disk(value: object) -> object:
 
 
 def _twin(net: Backbone) -> Backbone:
-    """A second backbone with other weights, made from the description where there is one."""
+    """Return a second backbone with other weights, made from the description where there is one."""
     try:
         twin: Backbone = build(describe(net))
     except Exception:  # rule "description" reports it

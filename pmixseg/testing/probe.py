@@ -43,7 +43,7 @@ class Probe:
         return torch.randn(shape, device=self.device)
 
     def eval(self) -> Backbone:
-        """The backbone in eval mode."""
+        """Return the backbone in eval mode."""
         return self.net.eval()
 
     @property

@@ -25,7 +25,7 @@ class Example:
     batch: Batch
 
     def leaves(self) -> list[Tensor]:
-        """Every floating tensor of the output that a term may differentiate."""
+        """Return every floating tensor of the output that a term may differentiate."""
         out = self.output
         return [
             out.logits,
@@ -36,7 +36,7 @@ class Example:
         ]
 
     def everything(self) -> dict[str, Tensor]:
-        """Every tensor, by the name that an error gives it."""
+        """Return every tensor, by the name that an error gives it."""
         out, latents = self.output, self.output.latents
         named = {"output.logits": out.logits}
         named |= {f"output.extras['{k}']": v for k, v in out.extras.items()}
@@ -63,7 +63,7 @@ class Stage:
         self.device = next(self.net.parameters()).device
 
     def term(self) -> nn.Module:
-        """A fresh term in training mode, on the backbone's device."""
+        """Return a fresh term in training mode, on the backbone's device."""
         torch.manual_seed(0)
         return self.factory().to(self.device).train()
 
@@ -77,7 +77,7 @@ class Stage:
     def example(
         self, present: Tensor, acquired: Tensor | None = None, *, bf16: bool = False
     ) -> Example:
-        """One batch; ``acquired`` defaults to ``present``."""
+        """Return one batch; ``acquired`` defaults to ``present``."""
         torch.manual_seed(1)
         acquired = present if acquired is None else acquired
         samples, size = len(present), default_size(self.net)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 def misses_kernel(dtype: torch.dtype, depth: int, kernel: int, padding: int) -> bool:
-    """Whether oneDNN would not write a convolution's weight gradient.
+    """Say whether oneDNN would not write a convolution's weight gradient.
 
     Args:
         dtype: of the volume that is convolved.
@@ -28,7 +28,7 @@ def misses_kernel(dtype: torch.dtype, depth: int, kernel: int, padding: int) -> 
 
 
 def convolve_wholly(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """What torch's own ``conv(x)`` gives, with a gradient that is written wholly.
+    """Return torch's own ``conv(x)``, with a gradient that is written wholly.
 
     The few, small convolutions that are concerned are computed in float32; the result has the type
     that it would have had.

@@ -63,7 +63,7 @@ def convolve_groups(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 
 def _faster_with_zeros(conv: nn.Conv3d, x: Tensor) -> bool:
-    """Whether one convolution over the channels of all groups beats the grouped one.
+    """Say whether one convolution over the channels of all groups beats the grouped one.
 
     torch takes a group of one channel as a depthwise convolution, whose gradient to the kernels
     runs on a single block of a GPU. And a GPU has no good kernels for groups with a stride, or for

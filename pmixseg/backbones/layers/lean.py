@@ -42,7 +42,7 @@ def fast_layout(x: Tensor) -> Tensor:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a voxel of ``[B, C, D, H, W]`` lie side by side."""
+    """Say whether the channels of a voxel of ``[B, C, D, H, W]`` lie side by side."""
     return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
 
 
@@ -104,7 +104,7 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Any]:
-    """What autocast would hand to a convolution."""
+    """Return what autocast would hand to a convolution."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -346,7 +346,7 @@ class _ConvOf(torch.autograd.Function):
 
     @staticmethod
     def source(ctx: Any, inputs: Sequence[Tensor]) -> Tensor:
-        """What is convolved."""
+        """Return what is convolved."""
         if ctx.reflects:
             return _prepared_and_reflected(ctx.prepare, inputs)
         plain: Tensor = ctx.prepare.plain(*inputs)

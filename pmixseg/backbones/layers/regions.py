@@ -54,7 +54,7 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _spread(regions: Tensor, channels: int) -> Tensor:
-    """A 1x1x1 kernel that repeats each of R region maps for its share of the channels."""
+    """Return a 1x1x1 kernel that repeats each of R region maps for its share of the channels."""
     each = torch.eye(regions.shape[1], dtype=regions.dtype)
     return each.repeat_interleave(channels // regions.shape[1], 0)
 

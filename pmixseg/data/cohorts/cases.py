@@ -73,7 +73,7 @@ class Case:
         check_fields(self)
 
     def coding(self, task: Task) -> Coding:
-        """What the numbers of the label file mean.
+        """Return what the numbers of the label file mean.
 
         Raises:
             InputError: the codes do not fit the task's labels.
@@ -177,7 +177,7 @@ class Layout:
             ) from error
 
     def tells_patients(self) -> bool:
-        """Whether it says itself who the patient is."""
+        """Say whether it says itself who the patient is."""
         patterns = [p for several in self.images.values() for p in several]
         texts = [p if isinstance(p, str) else p[0] for p in patterns]
         return bool(self.patient) or any("patient" in _field_names(t) for t in texts)

@@ -98,7 +98,7 @@ def coding_by_names(
 
 
 def _by_labels(inside: Mapping[str, Numbers], task: Task) -> dict[str, Numbers] | None:
-    """Numbers of each label, where the cohort's are those of the task, one for one."""
+    """Return numbers of each label, where the cohort's are those of the task, one for one."""
     single = {_matching(name, task.labels): several for name, several in inside.items()}
     if set(single) != set(task.labels) or len(single) != len(inside):
         return None
@@ -119,7 +119,7 @@ def _numbers_of(names: Iterable[str], numbers: Mapping[str, Numbers]) -> Numbers
 
 
 def coding_by_numbers(labels: Mapping[str, Any], task: Task, where: str) -> NamedCoding:
-    """The coding of a cohort that has no names for its labels.
+    """Return the coding of a cohort that has no names for its labels.
 
     Args:
         labels: the task's label -> number or numbers.
@@ -161,7 +161,7 @@ def _coding(
 
 
 def _part(label: str, regions: Mapping[str | None, set[int]], task: Task) -> Numbers:
-    """The numbers that are in all regions of a label and in no other."""
+    """Return the numbers that are in all regions of a label and in no other."""
     inside = [regions[r] for r in task.regions if label in task.regions[r]]
     without = [regions[r] for r in task.regions if label not in task.regions[r]]
     return tuple(sorted(set.intersection(*inside).difference(*without))) if inside else ()

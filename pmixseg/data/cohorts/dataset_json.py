@@ -89,7 +89,7 @@ def _images(
 
 
 def _channels(path: Path, raw: Mapping[str, Any]) -> dict[int, str]:
-    """Number -> name; also of a list, and of names with their numbers."""
+    """Return number -> name; also of a list, and of names with their numbers."""
     field = next((f for f in ("channel_names", "modality") if raw.get(f)), None)
     if field is None:
         raise _unreadable(path, "it has neither 'channel_names' nor 'modality'")
@@ -126,7 +126,7 @@ def _numbers(path: Path, raw: Mapping[str, Any]) -> dict[str, Numbers]:
 
 
 def _whole(value: object) -> int | None:
-    """A whole number, also where JSON has it as text."""
+    """Return a whole number, also where JSON has it as text."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         return None
     try:

@@ -93,7 +93,7 @@ class Inspection:
         return [problem for case in self.cases for problem in case.problems]
 
     def table(self) -> Table:
-        """One row per case: lacking modalities, voxels per label, number of problems."""
+        """Return one row per case: lacking modalities, voxels per label, number of problems."""
         table = Table(
             title=f"{self.root} · layout {self.layout} · {count_of(len(self.cases), 'case')}",
             box=SIMPLE_HEAD,
@@ -125,7 +125,7 @@ class Inspection:
         return table
 
     def summary(self) -> str:
-        """What the table says, and what it means for training, in sentences; problems last."""
+        """Say what the table says, and what it means for training, in sentences; problems last."""
         have = Counter(m for case in self.cases for m in case.modalities)
         counts = ", ".join(f"{self.task.show(m)} {have[m]}" for m in self.task.modalities)
         labelled = sum(case.labelled for case in self.cases)
@@ -160,7 +160,7 @@ class Inspection:
         return [name for name in self.task.labels if counts.total() and not counts[name]]
 
     def _use(self) -> Iterator[str]:
-        """What becomes of the cases that are not as the others."""
+        """Say what becomes of the cases that are not as the others."""
         good = [c for c in self.cases if not c.problems]
         bad = [c.case_id for c in self.cases if c.problems]
         if bad:
@@ -277,7 +277,7 @@ def _noted(problems: list[str]) -> Iterator[None]:
 def _readable(
     case: Case, task: Task, where: str, problems: list[str]
 ) -> Iterator[tuple[str, Scan]]:
-    """The case's files that can be decoded; the others become problems."""
+    """Yield the case's files that can be decoded; the others become problems."""
     reader = ScanReader(where)
     sources = [(m, case.images[m]) for m in task.modalities if m in case.images]
     for role, source in [*sources, *([("label", case.label)] if case.label else [])]:

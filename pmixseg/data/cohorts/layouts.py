@@ -102,7 +102,7 @@ def search(
 
 @checked
 def load_layout(source: str | Path) -> Layout:
-    """A preset by name, or a layout from a YAML file.
+    """Return a preset by name, or a layout from a YAML file.
 
     The file holds the fields of :class:`~pmixseg.data.cohorts.cases.Layout`, and may begin from a
     preset::
@@ -287,7 +287,7 @@ def _examples(tree: Tree) -> str:
 
 
 def _others(root: Path) -> str:
-    """What else lies there that may be meant as scans."""
+    """Say what else lies there that may be meant as scans."""
     for path in islice(root.rglob("*"), _LOOKED_AT):
         if path.suffix.lower() in _NOT_READ:
             return f", but {path.relative_to(root)}, which is {_NOT_READ[path.suffix.lower()]}"

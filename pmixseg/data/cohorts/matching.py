@@ -102,7 +102,7 @@ class Tree:
         return cls(root, good, unreadable, tuple(sorted(hidden)), odd)
 
     def remarks(self) -> Iterator[str]:
-        """Sentences about what was not looked into."""
+        """Yield sentences about what was not looked into."""
         if self.hidden:
             folders = count_of(len(self.hidden), "folder")
             yield (
@@ -112,12 +112,12 @@ class Tree:
 
 
 def shown(path: Path) -> str:
-    """A path as text that can be printed, also where its bytes are no UTF-8."""
+    """Return a path as text that can be printed, also where its bytes are no UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _leads_back(folder: Path) -> bool:
-    """Whether it is a link to a folder that holds it, in which every case would stand again."""
+    """Say whether it is a link to a folder that holds it, in which every case would stand again."""
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
@@ -251,7 +251,7 @@ def _by_folder(paths: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
-    """Files with the text that patterns are held against.
+    """Yield files with the text that patterns are held against.
 
     A floating pattern may reach above the root, so that the folder of one case, or of one grade,
     can be a root as well.
@@ -263,7 +263,7 @@ def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
 
 
 def _equal(one: Path, other: Path) -> bool:
-    """Whether two files have the same bytes, as a copy under another name has."""
+    """Say whether two files have the same bytes, as a copy under another name has."""
     try:
         return filecmp.cmp(one, other, shallow=False)
     except OSError:

@@ -51,7 +51,7 @@ def _brats(
     also: Mapping[int, str] | None = None,
     odd_labels: tuple[str, ...] = (),
 ) -> Layout:
-    """A layout whose every file is ``stem + joint + suffix``.
+    """Return a layout whose every file is ``stem + joint + suffix``.
 
     Some programs unpack every file into a folder of its name, as ``x_flair.nii/0001.nii``.
     """

@@ -16,7 +16,7 @@ _ALONE = 3
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are.
+    """Return the first names, and how many more there are.
 
     Example:
         >>> listed(["a", "b", "c", "d", "e", "f", "g"])
@@ -27,7 +27,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def grouped(sentences: Iterable[tuple[str, str]]) -> list[str]:
-    """One line for each problem that more than three cases share, else one for each case.
+    """Return one line for each problem that more than three cases share, else one for each case.
 
     Sentences are of one problem if they differ in the case's name, folders and numbers only.
 
@@ -76,6 +76,6 @@ def ignored_lines(ignored: Mapping[str, Mapping[int, int]]) -> list[str]:
 
 
 def _shape(case: str, sentence: str) -> str:
-    """A sentence without what differs between cases."""
+    """Return a sentence without what differs between cases."""
     plain = re.sub(r"[^\s'()]*/", "", sentence.replace(case, "@"))
     return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "#", plain)

@@ -48,7 +48,7 @@ def with_unread(cohort: Cohort, tree: Tree, task: Task, *, recognised: bool) -> 
 
 
 def files_of(case: Case) -> list[Path]:
-    """The files of a case's scans."""
+    """Return the files of a case's scans."""
     return [s[0] if isinstance(s, tuple) else s for s in case.images.values()]
 
 
@@ -77,7 +77,7 @@ def reasons(tree: Tree) -> list[str]:
 
 
 def _with_lost_scan(case: Case, strays: Sequence[Path], task: Task) -> Case:
-    """The case, with a problem if a file beside its scans seems to be one that it lacks."""
+    """Return the case, with a problem if a file beside its scans seems to be one that it lacks."""
     for path in strays:
         modality = read_name(stem_of(path).lower(), task.modalities).modality
         if modality is not None and modality not in case.images and case.problem is None:
@@ -129,7 +129,7 @@ def _lost_cases(
 
 
 def _fitting(path: Path) -> tuple[str, str] | None:
-    """A layout in which a file of this name exists, and how its folder is called there."""
+    """Return a layout in which a file of this name exists, and how its folder is called there."""
     stem = stem_of(path)
     ends = [i for i, letter in enumerate(stem) if letter in "_-"]
     folders = [path.parent.name, *(stem[:end] for end in reversed(ends))]

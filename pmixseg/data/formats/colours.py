@@ -92,7 +92,7 @@ def write_tables(stem: Path, codes: Mapping[str, int], task: Task) -> dict[str, 
 
 
 def _rows(codes: Mapping[str, int], task: Task) -> list[tuple[int, str, tuple[int, int, int]]]:
-    """Number, name and colour of every label, by number."""
+    """Return the number, name and colour of every label, by number."""
     colours = zip(task.labels, class_colours(len(task.labels)), strict=True)
     rows = [
         (codes[label], task.show(label), (int(c[1:3], 16), int(c[3:5], 16), int(c[5:7], 16)))

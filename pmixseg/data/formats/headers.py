@@ -126,7 +126,7 @@ def _silent() -> Iterator[None]:
 
 
 def in_mm(affine: npt.ArrayLike, unit: float) -> npt.NDArray[np.float64]:
-    """An affine of a file as one to mm."""
+    """Return an affine of a file as one to mm."""
     return np.diag([unit, unit, unit, 1.0]) @ np.asarray(affine, dtype=np.float64)
 
 
@@ -160,7 +160,7 @@ def check_directions(header: Any) -> None:
 
 
 def is_oriented(header: Any) -> bool:
-    """Whether a nibabel header says how its volume lies; Analyze's never does."""
+    """Say whether a nibabel header says how its volume lies; Analyze's never does."""
     if isinstance(header, nib.AnalyzeHeader) and not isinstance(header, nib.Nifti1Header):
         return False
     try:

@@ -136,7 +136,7 @@ class ScanReader:
         return self._channel(_opened(source, str(name)), None, role)
 
     def frame(self, source: Source) -> Frame | None:
-        """Where a volume lies, from its header alone; ``None`` if there is no usable one.
+        """Say where a volume lies, from its header alone; ``None`` if there is no usable one.
 
         Args:
             source: where it is.
@@ -289,7 +289,7 @@ class ScanReader:
 
 
 def _opened(image: Any, name: str, *, load: bool = True) -> Scan:
-    """An image of nibabel as a scan, its scaling applied."""
+    """Return an image of nibabel as a scan, its scaling applied."""
     data = np.asanyarray(image.dataobj) if load else np.broadcast_to(np.uint8(0), image.shape)
     unit = unit_of(image.header)
     return Scan(data, 1.0, 0.0, in_mm(image.affine, unit), name, unit, _says_how_it_lies(image))

@@ -44,7 +44,7 @@ def write_labels(
 
 
 def code_table(codes: Mapping[str, int], task: Task, where: str) -> NDArray[np.integer[Any]]:
-    """The code of every class, background 0 first, in the smallest usual type of NIfTI.
+    """Return the code of every class, background 0 first, in the smallest usual type of NIfTI.
 
     Args:
         codes: label name -> code.
@@ -74,7 +74,7 @@ def code_table(codes: Mapping[str, int], task: Task, where: str) -> NDArray[np.i
 
 
 def nifti_image(volume: np.ndarray, affine: ArrayLike, unit: float = 1.0) -> Any:
-    """A ``nibabel.Nifti1Image`` with the research-use notice, in scanner coordinates.
+    """Return a ``nibabel.Nifti1Image`` with the research-use notice, in scanner coordinates.
 
     Args:
         volume: three or four axes.

@@ -20,12 +20,12 @@ class TooLong(ValueError):
 
 
 def is_packed(raw: bytes) -> bool:
-    """Whether a file's bytes are gzip, whatever its name says."""
+    """Say whether a file's bytes are gzip, whatever its name says."""
     return raw[:2] == GZIP
 
 
 def first_bytes(raw: bytes, count: int) -> bytes:
-    """The first bytes of a file's content, at most ``count``.
+    """Return the first bytes of a file's content, at most ``count``.
 
     Raises:
         EOFError, OSError, zlib.error: the file is damaged there.
@@ -37,7 +37,7 @@ def first_bytes(raw: bytes, count: int) -> bytes:
 
 
 def unpack(raw: bytes, enough: int) -> bytes:
-    """The content of a file, checked against gzip's own checksum.
+    """Return the content of a file, checked against gzip's own checksum.
 
     Args:
         raw: the file's bytes, gzip or not.

@@ -69,7 +69,7 @@ class Grid:
         return x, y, z
 
     def axes(self) -> list[NDArray[np.float64]]:
-        """Positions of the voxel centres per axis, in mm."""
+        """Return positions of the voxel centres per axis, in mm."""
         return [
             o + self.spacing * np.arange(n, dtype=np.float64)
             for o, n in zip(self.origin, self.shape, strict=True)
@@ -89,7 +89,7 @@ def stream(seed: int, index: int, name: str) -> np.random.Generator:
 
 
 def _cubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The uniform cubic B-spline at ``distance`` ≥ 0 knots from its middle."""
+    """Return the uniform cubic B-spline at ``distance`` ≥ 0 knots from its middle."""
     near = 2 / 3 - distance**2 + distance**3 / 2
     far = np.clip(2 - distance, 0, None) ** 3 / 6
     return np.where(distance < 1, near, far)

@@ -120,11 +120,11 @@ class PhantomSettings:
         return Grid(self.shape or self._whole_shape(), self.spacing)
 
     def contrast(self, modality: str) -> Contrast:
-        """The contrast that ``modality`` is imaged with."""
+        """Return the contrast that ``modality`` is imaged with."""
         return self.contrasts[modality] if modality in self.contrasts else CONTRASTS[modality]
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only, for JSON."""
+        """Return primitives only, for JSON."""
         used = {m: self.contrast(m) for m in self.modalities}
         raw: dict[str, Any] = json.loads(json.dumps(asdict(replace(self, contrasts=used))))
         return raw
@@ -222,7 +222,7 @@ def make_case(seed: int, index: int, settings: PhantomSettings | None = None) ->
 
 
 def _turn(seed: int, index: int, what: str) -> float:
-    """A number in [0, 1) that fills the interval evenly as ``index`` counts up.
+    """Return a number in [0, 1) that fills the interval evenly as ``index`` counts up.
 
     The golden-ratio sequence with a random start: already a small cohort has its share of rare
     cases, and a case does not depend on how many are made.

@@ -133,7 +133,7 @@ class Shared:
 
 
 def scan(shared: Shared, modality: str, contrast: Contrast, scanner: Scanner) -> NDArray[np.int16]:
-    """One sequence of one case.
+    """Return one sequence of one case.
 
     Args:
         shared: anatomy, tumour and the fields that modalities share.

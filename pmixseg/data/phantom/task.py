@@ -36,7 +36,7 @@ def read_contrasts(path: Path | None) -> dict[str, Contrast]:
 
 
 def label_codes(task: Task, labels: Mapping[str, str]) -> dict[str, int]:
-    """The number in the phantom's label files of each label of a task.
+    """Return the number in the phantom's label files of each label of a task.
 
     Args:
         task: the task.

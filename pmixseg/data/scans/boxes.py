@@ -36,31 +36,31 @@ class Box:
         return a, b, c
 
     def union(self, other: Box) -> Box:
-        """The smallest box that contains both."""
+        """Return the smallest box that contains both."""
         return Box(
             triple(map(min, zip(self.lo, other.lo, strict=True))),
             triple(map(max, zip(self.hi, other.hi, strict=True))),
         )
 
     def intersection(self, other: Box) -> Box | None:
-        """The box that both share; ``None`` where they share no voxel."""
+        """Return the box that both share; ``None`` where they share no voxel."""
         lo = triple(map(max, zip(self.lo, other.lo, strict=True)))
         hi = triple(map(min, zip(self.hi, other.hi, strict=True)))
         return Box(lo, hi) if all(a < b for a, b in zip(lo, hi, strict=True)) else None
 
     def contains(self, other: Box) -> bool:
-        """Whether no voxel of ``other`` lies outside."""
+        """Say whether no voxel of ``other`` lies outside."""
         return self.union(other) == self
 
     def relative_to(self, outer: Box) -> Box:
-        """The same voxels, counted from the first voxel of ``outer``."""
+        """Return the same voxels, counted from the first voxel of ``outer``."""
         return Box(
             triple(a - b for a, b in zip(self.lo, outer.lo, strict=True)),
             triple(a - b for a, b in zip(self.hi, outer.lo, strict=True)),
         )
 
     def widened(self, margin: int) -> Box:
-        """The box with a margin on every side, also where that leaves the array."""
+        """Return the box with a margin on every side, also where that leaves the array."""
         return Box(triple(a - margin for a in self.lo), triple(b + margin for b in self.hi))
 
     def grow(self, multiple: int, shape: Triple) -> Box:
@@ -73,7 +73,7 @@ class Box:
         )
 
     def to_dict(self) -> dict[str, list[int]]:
-        """Primitives only."""
+        """Return primitives only."""
         return {"lo": list(self.lo), "hi": list(self.hi)}
 
     @classmethod
@@ -83,12 +83,12 @@ class Box:
 
     @classmethod
     def whole(cls, shape: Triple) -> Box:
-        """All voxels of an array of this shape."""
+        """Return all voxels of an array of this shape."""
         return cls((0, 0, 0), shape)
 
 
 def bounds(values: npt.NDArray[Any]) -> Box | None:
-    """The tight box of the non-zero voxels (NaN counts as one), or ``None``."""
+    """Return the tight box of the non-zero voxels (NaN counts as one), or ``None``."""
     order = memory_order(values)
     slow = values.transpose(order)
     integers = slow.dtype.kind in "iu"

@@ -72,7 +72,7 @@ class Geometry:
         boxes: Mapping[str, Box] | None = None,
         unit: float = 1.0,
     ) -> Geometry:
-        """The grids that follow from a file's shape and affine.
+        """Return the grids that follow from a file's shape and affine.
 
         Args:
             shape: voxels of the source file.
@@ -185,7 +185,7 @@ class Geometry:
         return canonical[a, b, c].transpose(np.argsort([axis for axis, _ in order]))
 
     def canonical_box(self, source: Box) -> Box:
-        """A box of the source array, in canonical orientation."""
+        """Return a box of the source array, in canonical orientation."""
         lo, hi = [], []
         for axis, flip in _axes_of(self.affine):
             first, last, size = source.lo[axis], source.hi[axis], self.source_shape[axis]
@@ -257,7 +257,7 @@ class Geometry:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only, for JSON."""
+        """Return primitives only, for JSON."""
         return {
             "source_shape": list(self.source_shape),
             "source_affine": [list(row) for row in self.source_affine],

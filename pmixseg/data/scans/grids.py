@@ -86,7 +86,7 @@ def on_one_grid(
 
 
 def _place_of(reader: ScanReader, source: Source, name: str) -> Place | None:
-    """Where a header says that a scan lies; ``None`` if it says nothing usable."""
+    """Say where a header says that a scan lies; ``None`` if it says nothing usable."""
     frame = reader.frame(source)
     if frame is None:
         return None

@@ -124,7 +124,7 @@ def published_crop(tight: Box, shape: tuple[int, int, int]) -> Box:
 
 
 def _published_side(first: int, last: int) -> tuple[int, int]:
-    """One side of the crop: where it begins, and where it ends (exclusive)."""
+    """Return one side of the crop: where it begins, and where it ends (exclusive)."""
     if last - first < SMALLEST_SIDE:
         more = (SMALLEST_SIDE - (last - first)) // 2
         first, last = first - more, last + more + 1
@@ -156,7 +156,7 @@ def _moved(array: npt.NDArray[Number], old: Box, new: Box) -> npt.NDArray[Number
 
 
 def _with_label(made: CanonicalCase, case: CanonicalCase) -> CanonicalCase:
-    """The label on the new crop; what the crop cuts off is kept at source resolution."""
+    """Return the label on the new crop; what the crop cuts off is kept at source resolution."""
     assert case.label is not None
     old, new = case.geometry.box(), made.geometry.box()
     label = _moved(case.label, old, new)

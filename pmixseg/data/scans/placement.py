@@ -75,7 +75,7 @@ class Overview:
 
     @classmethod
     def of(cls, scans: Mapping[str, npt.NDArray[np.generic]], zooms: Sequence[float]) -> Overview:
-        """The overview of scans.
+        """Return the overview of scans.
 
         Of small voxels every second per axis is read, which is 8 of 64 in a block at 1 mm.
 
@@ -135,7 +135,7 @@ class Move:
 
 
 def moves() -> Iterator[Move]:
-    """The 27 moves that are tried: shifts, turns and mirrorings, one axis at a time."""
+    """Yield the 27 moves that are tried: shifts, turns and mirrorings, one axis at a time."""
     for axis, direction in enumerate(DIRECTIONS):
         unit = np.eye(3)[axis]
         for shift in SHIFTS_MM:
@@ -219,7 +219,7 @@ def mirrored_label(
     everything = np.stack([np.bincount(c.ravel(), minlength=BINS + 1)[1:] for c in codes])
 
     def evidence(points: npt.NDArray[np.intp]) -> float:
-        """What being one of these voxels tells about all scans, in blocks times nats."""
+        """Return what being one of these voxels tells about all scans, in blocks times nats."""
         place = points // overview.blocks
         place = place[((place >= 0) & (place < codes.shape[1:])).all(axis=1)]
         there = codes[:, place[:, 0], place[:, 1], place[:, 2]]

@@ -102,7 +102,7 @@ class Verdict:
     remarks: tuple[str, ...] = ()
 
     def refusal(self, where: str) -> str:
-        """The sentence by which the case is refused.
+        """Return the sentence by which the case is refused.
 
         Args:
             where: how messages name the case.
@@ -114,7 +114,7 @@ class Verdict:
         )
 
     def notes(self, where: str) -> list[str]:
-        """Sentences about a case that is used.
+        """Return sentences about a case that is used.
 
         Args:
             where: how messages name the case.
@@ -169,7 +169,7 @@ def shorter(case: CanonicalCase, least: float, meaning: str) -> list[str]:
 
 
 def _tails(values: npt.NDArray[np.float32], low: float) -> tuple[float, float]:
-    """How far the highest thousandth lies above the median, and a low quantile below it."""
+    """Say how far the highest thousandth lies above the median, and a low quantile below it."""
     dark, middle, bright = np.quantile(values, [low, 0.5, 0.999])
     return float(bright - middle), max(float(middle - dark), 1e-6)
 

@@ -95,7 +95,7 @@ class _Piece:
 
 
 def modality_of(name: str, modalities: Iterable[str]) -> str | None:
-    """The modality that a name means, if it surely means one.
+    """Return the modality that a name means, if it surely means one.
 
     Args:
         name: of a channel or a file, without its ending.
@@ -186,7 +186,7 @@ def common_sequence(modality: str) -> str | None:
 
 
 def _pieces(words: Sequence[str]) -> list[_Piece]:
-    """Words taken apart; what says nothing about a sequence is of kind ``""``."""
+    """Return words taken apart; what says nothing about a sequence is of kind ``""``."""
     pieces: list[_Piece] = []
     for index, word in enumerate(words):
         before = pieces[-1] if pieces else None
@@ -198,7 +198,7 @@ def _pieces(words: Sequence[str]) -> list[_Piece]:
 
 @cache
 def _parts(word: str) -> list[tuple[str, str]]:
-    """What a word is made of: ``t1wce`` of T1 and contrast, ``post1`` of contrast alone."""
+    """Return what a word is made of: ``t1wce`` of T1 and contrast, ``post1`` of contrast alone."""
     if word in _KINDS or word == "minus":
         return [(word, _KINDS.get(word, word))]
     kinds: Mapping[str, str] = {w: k for w, k in _KINDS.items() if len(w) > 1}
@@ -216,7 +216,7 @@ def _parts(word: str) -> list[tuple[str, str]]:
 
 
 def _split(word: str, kinds: Mapping[str, str]) -> list[tuple[str, str]] | None:
-    """A word as known words without gaps, the longest first; ``None`` if a rest is left."""
+    """Return a word as known words without gaps, the longest first; ``None`` if a rest is left."""
     if not word:
         return []
     for size in range(len(word), 0, -1):
@@ -250,12 +250,12 @@ def _joined(pieces: list[_Piece]) -> list[_Piece]:
 
 
 def _base(pieces: Sequence[_Piece]) -> list[int]:
-    """Where a sequence is named, known or not."""
+    """Say where a sequence is named, known or not."""
     return [i for i, p in enumerate(pieces) if p.kind in ("t1", "t2", "flair", "odd")]
 
 
 def _sequence(pieces: Sequence[_Piece]) -> tuple[str | None, str]:
-    """The one common sequence that a name means, or a phrase that says why there is none."""
+    """Return the one common sequence that a name means, or a phrase that says why there is none."""
     base = _base(pieces)
     if not base:
         return None, "its name tells no sequence"

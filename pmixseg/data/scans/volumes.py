@@ -47,7 +47,7 @@ class Place:
 
 
 def place_of(scan: Scan, spacing: Spacing | None, where: str) -> Place:
-    """Where a file lies.
+    """Say where a file lies.
 
     Args:
         scan: the file.
@@ -208,7 +208,7 @@ def signal_of(scan: Scan, geometry: Geometry, where: str, role: str = "a scan") 
 
 
 def _statistics(values: npt.NDArray[Any]) -> tuple[int, float, float]:
-    """Number, mean and population standard deviation of the non-zero voxels.
+    """Return the number, mean and population standard deviation of the non-zero voxels.
 
     Blocks are summed in float32 around their own mean, and joined in float64 after Chan, Golub and
     LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
@@ -281,7 +281,7 @@ class Coding:
         also: Mapping[int, str] | None = None,
         unannotated: Sequence[int] = (),
     ) -> Coding:
-        """The coding of one layout.
+        """Return the coding of one layout.
 
         Args:
             task: its labels, class index = position + 1.

@@ -34,7 +34,7 @@ class OpenMaps:
         self._maps: OrderedDict[Path, npt.NDArray[Any]] = OrderedDict()
 
     def get(self, path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """A read-only map of an array.
+        """Return a read-only map of an array.
 
         Args:
             path: a ``.npy`` file.
@@ -55,7 +55,7 @@ class OpenMaps:
 
 
 def copy_box(box: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A contiguous copy of a box sliced from a stored array.
+    """Return a contiguous copy of a box sliced from a stored array.
 
     Its rows are moved as one item each, which takes two thirds to four fifths of the time of
     ``box.copy()``: numpy's loop over many short rows costs more than the bytes.
@@ -89,7 +89,7 @@ def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
 
 @functools.cache
 def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The header of a ``.npy`` file, version 1, in C order."""
+    """Return the header of a ``.npy`` file, version 1, in C order."""
     head = io.BytesIO()
     facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(head, facts)

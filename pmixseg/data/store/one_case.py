@@ -124,7 +124,7 @@ def _outcome(
 
 
 def _asked(settings: StoreSettings, case: Case) -> dict[str, Any]:
-    """What a stored copy must have been made with to be up to date."""
+    """Return what a stored copy must have been made with to be up to date."""
     return {
         "case_id": case.case_id,
         "patient": case.patient or case.case_id,
@@ -144,7 +144,7 @@ def _asked(settings: StoreSettings, case: Case) -> dict[str, Any]:
 
 
 def _current(own: Path, case: Case, meta: Mapping[str, Any], where: str) -> Outcome | None:
-    """The stored copy, if it is whole and made of the same files in the same way."""
+    """Return the stored copy, if it is whole and made of the same files in the same way."""
     stored = read_meta(own)
     if stored is None or any(stored.get(k) != v for k, v in meta.items()):
         return None
@@ -175,7 +175,7 @@ def _canonical(settings: StoreSettings, case: Case, where: str) -> CanonicalCase
 
 
 def _origin(case: Case) -> str:
-    """Where one of the case's scans lies, to tell later whether it is still there."""
+    """Say where one of the case's scans lies, to tell later whether it is still there."""
     source = next(iter(case.images.values()))
     return str((source[0] if isinstance(source, tuple) else source).absolute())
 

@@ -114,7 +114,7 @@ def prepare(
 def _parameters(
     task: Task, spacing: Spacing | None, dtype: str, normalisation: str
 ) -> dict[str, Any]:
-    """What every case of the store depends on besides its sources."""
+    """Return what every case of the store depends on besides its sources."""
     if dtype not in ("float16", "float32"):
         raise InputError(f"dtype '{dtype}' is not stored; use float16 or float32.")
     check_normalisation(normalisation)

@@ -43,7 +43,7 @@ class PrepareReport:
     seconds: float = 0.0
 
     def summary(self) -> str:
-        """One line per fact; the cases that were left out last."""
+        """Return one line per fact; the cases that were left out last."""
         done = f"{len(self.prepared)} prepared, {len(self.kept)} up to date"
         lines = [
             f"{self.store}: {done}, {len(self.failed)} left out, in {self.seconds:.1f} s",

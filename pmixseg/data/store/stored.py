@@ -180,7 +180,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def is_whole(folder: Path, meta: Mapping[str, Any]) -> bool:
-    """Whether the arrays of a case folder are those that were written, by their checksums.
+    """Say whether the arrays of a case folder are those that were written, by their checksums.
 
     Args:
         folder: of the case.
@@ -196,7 +196,7 @@ def is_whole(folder: Path, meta: Mapping[str, Any]) -> bool:
 
 
 def seal(facts: Mapping[str, Any]) -> str:
-    """Primitives as JSON that carries a hash of its own content."""
+    """Return primitives as JSON that carries a hash of its own content."""
     return json.dumps({**facts, "sha256": _content_hash(facts)}, indent=1)
 
 

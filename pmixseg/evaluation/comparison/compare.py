@@ -244,7 +244,7 @@ def _wins(per_case: NDArray[np.float64]) -> tuple[int, int, int]:
 
 
 def _limits(primary: PairedTest, cases: int) -> list[str]:
-    """What these numbers cannot tell."""
+    """Say what these numbers cannot tell."""
     notes = []
     if primary.pairs == 1:
         notes.append(

@@ -68,7 +68,7 @@ class Comparison:
         return _as_text(self, width)
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives for JSON; numbers that are not defined are None."""
+        """Return primitives for JSON; numbers that are not defined are None."""
         return _as_primitives(self)
 
 
@@ -96,7 +96,7 @@ def _as_text(comparison: Comparison, width: int) -> str:
 
 
 def _verdict(comparison: Comparison) -> str:
-    """One sentence on the primary endpoint that claims no more than the test shows."""
+    """Return one sentence on the primary endpoint that claims no more than the test shows."""
     test = comparison.primary
     size = f"A - B = {test.difference:+.4f} Dice"
     if math.isnan(test.p):

@@ -20,7 +20,7 @@ COLUMNS = ["region", "combination", "added", "change", "low", "high", "cases", "
 
 
 def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """What each added modality does to Dice, for one method.
+    """Measure what each added modality does to Dice, for one method.
 
     Args:
         runs: records of the method's runs, with ``case``, ``combination``, ``region``, ``dice``.

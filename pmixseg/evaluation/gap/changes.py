@@ -36,7 +36,7 @@ class GapChange:
 
 
 def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
-    """What ``GapMonitor`` logged in a run, first and last, by level.
+    """Return what ``GapMonitor`` logged in a run, first and last, by level.
 
     Args:
         run: the run folder.

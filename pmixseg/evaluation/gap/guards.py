@@ -52,7 +52,7 @@ def effective_rank(covariance: Float[Tensor, "c c"]) -> float:
 
 
 def rank_within(vectors: Vectors) -> float:
-    """Mean over modalities of the effective rank of a modality's own covariance.
+    """Return the mean over modalities of the effective rank of a modality's own covariance.
 
     Args:
         vectors: ``[n, M, C]``.
@@ -137,7 +137,7 @@ def _errors(x: Tensor, y: Tensor, x_held: Tensor, y_held: Tensor) -> Tensor:
 def low_guards(
     values: Mapping[str, float], reference: Mapping[str, float], cases: int = FEWEST_CASES
 ) -> list[str]:
-    """Names of the guards of one level that are lost against a reference.
+    """Return names of the guards of one level that are lost against a reference.
 
     Args:
         values: ``rank_within`` and, where labels are known, ``decodability``.

@@ -37,7 +37,7 @@ class LatentSample:
     regions: Float[Tensor, "n r"] | None = None
 
     def gap(self) -> Gap:
-        """All numbers of the gap."""
+        """Return all numbers of the gap."""
         return measure_gap(self.vectors, self.targets)
 
     def decodability(self) -> Float[Tensor, " r"] | None:
@@ -47,7 +47,7 @@ class LatentSample:
         return decodability(self.vectors, self.regions, self.cases)
 
     def ratio(self, slots: Sequence[int]) -> float:
-        """The gap among some of the modalities, around the anchor over these.
+        """Return the gap among some of the modalities, around the anchor over these.
 
         Args:
             slots: two or more positions.

@@ -95,7 +95,7 @@ def voxel_vectors(
 
 
 def measure_gap(vectors: Vectors, targets: Targets, seed: int = 0, samples: int = 4096) -> Gap:
-    """All numbers of :class:`Gap`.
+    """Return all numbers of :class:`Gap`.
 
     Args:
         vectors: latents of the same n voxels in M modalities, ``[n, M, C]``.

@@ -109,7 +109,7 @@ class EvaluationSettings:
             object.__setattr__(self, "temperatures", checked)
 
     def temperature(self, n_present: int) -> float:
-        """The temperature of predictions from so many modalities."""
+        """Return the temperature of predictions from so many modalities."""
         return 1.0 if self.temperatures is None else self.temperatures.get(n_present, 1.0)
 
     @classmethod
@@ -134,7 +134,7 @@ class EvaluationSettings:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only."""
+        """Return primitives only."""
         return asdict(self)
 
 
@@ -203,7 +203,7 @@ class CasePrediction:
         return entropy_of(self.source_probabilities())
 
     def labels(self) -> UInt8[np.ndarray, "x y z"]:
-        """Class indices in the source grid and orientation, post-processed.
+        """Return the class indices in the source grid and orientation, post-processed.
 
         With a resampled grid, probabilities are resampled and then compared: nearest-neighbour
         labels would have the coarse grid's steps.
@@ -346,7 +346,7 @@ class _CaseScores:
             self.calibration = CaseCalibration(item["label"], task, brain)
 
     def rows(self, prediction: CasePrediction) -> Rows:
-        """One row per region."""
+        """Return one row per region."""
         bins = {}
         if self.calibration is not None:
             place = prediction.box.relative_to(self.whole).slices

@@ -85,7 +85,7 @@ class SegmentSettings:
         check_names(self.postprocess or ())
 
     def over(self, evaluation: EvaluationSettings) -> EvaluationSettings:
-        """A model's evaluation settings with what is set here instead."""
+        """Return a model's evaluation settings with what is set here instead."""
         steps = evaluation.postprocess if self.postprocess is None else tuple(self.postprocess)
         return replace(
             evaluation,
@@ -203,7 +203,7 @@ def segment_scans(
 
 
 def _doubts_of_result(made: Segmentation, brain: float, where: str) -> list[str]:
-    """Sentences about a segmentation that no patient has.
+    """Return sentences about a segmentation that no patient has.
 
     Args:
         made: the segmentation.

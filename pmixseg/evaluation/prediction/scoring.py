@@ -112,7 +112,7 @@ class CaseRows:
 def _beside_network(
     function: Callable[[Work], Rows], device: torch.device | None
 ) -> Callable[[Work], Rows]:
-    """A function that does not wait for what the network has been asked for since.
+    """Return a function that does not wait for what the network has been asked for since.
 
     In the network's own stream, every number would come after all that waits there. What is read is
     whole: its sum has been asked for.

@@ -153,7 +153,7 @@ class Segmentation:
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """What the JSON file holds; primitives only."""
+        """Return what the JSON file holds; primitives only."""
         return {
             "notice": NOTICE,
             "case": self.name,

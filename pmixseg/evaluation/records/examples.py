@@ -236,7 +236,7 @@ def _block_means(
 def _thin(
     labels: UInt8[np.ndarray, "k d h w"], factors: Sequence[int]
 ) -> UInt8[np.ndarray, "k d h w"]:
-    """The voxel in the middle of each block."""
+    """Return the voxel in the middle of each block."""
     sides = [n // f for n, f in zip(labels.shape[1:], factors, strict=True)]
     middles = (slice(f // 2, n * f, f) for n, f in zip(sides, factors, strict=True))
     return np.ascontiguousarray(labels[(slice(None), *middles)])

@@ -43,7 +43,7 @@ class BySize:
         return [(r, list(lines)) for r, lines in groupby(self.lines, lambda line: line.region)]
 
     def frame(self) -> pd.DataFrame:
-        """One row per region and run; columns ``1`` to ``M``, and ``mean``."""
+        """Return one row per region and run; columns ``1`` to ``M``, and ``mean``."""
         numbers = [str(n) for n in range(1, len(self.sizes) + 1)]
         return pd.DataFrame(
             {

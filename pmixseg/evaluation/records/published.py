@@ -89,7 +89,7 @@ class Reference:
 
 @cache
 def published_dice() -> pd.DataFrame:
-    """The file as a table."""
+    """Return the file as a table."""
     path = files("pmixseg.evaluation.records").joinpath("published_dice.csv")
     with path.open(encoding="utf-8") as stream:
         return pd.read_csv(stream)

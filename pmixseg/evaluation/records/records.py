@@ -234,13 +234,13 @@ def read_comparable(paths: Iterable[Path | str]) -> list[Records]:
 
 
 def _table_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a sidecar says about its table; nothing where it is damaged."""
+    """Return what a sidecar says about its table; nothing where it is damaged."""
     table = raw.get("table")
     return table if isinstance(table, Mapping) else {}
 
 
 def find_records(path: Path) -> Path:
-    """The table that ``path`` names: itself, or the one in that run folder.
+    """Return the table that ``path`` names: itself, or the one in that run folder.
 
     A folder may hold a table of either kind; the sidecar names the one that was written last.
 

@@ -59,7 +59,7 @@ class Sidecar:
     format: int = FORMAT
 
     def stamped(self) -> Sidecar:
-        """The same with versions, git state and time of now."""
+        """Return the same with versions, git state and time of now."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return replace(self, versions=_versions(), git=git_state(Path.cwd()), created=now)
 
@@ -70,7 +70,7 @@ class Sidecar:
         return [name for name in shared if mine[name] != theirs[name]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only, as written to JSON."""
+        """Return primitives only, as written to JSON."""
         return {
             "format": self.format,
             "task": self.task.to_dict(),
@@ -146,7 +146,7 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _no_sideca
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The raw JSON of one sidecar.
+    """Return the raw JSON of one sidecar.
 
     Raises:
         InputError: not readable as a JSON object.
@@ -161,7 +161,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_identity(path: Path) -> dict[str, str]:
-    """What :class:`Sidecar` keeps of a checkpoint: its name and hash."""
+    """Return what :class:`Sidecar` keeps of a checkpoint: its name and hash."""
     return {"file": path.name, "sha256": file_hash(path)}
 
 

@@ -11,7 +11,7 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r].")
 
 
 def _acts(text: str) -> bool:
-    """Whether a spreadsheet may run it, or it is such a text with apostrophes before it."""
+    """Say whether a spreadsheet may run it, or it is such a text with apostrophes before it."""
     if not _FORMULA.match(text):
         return False
     try:

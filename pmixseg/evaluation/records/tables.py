@@ -170,7 +170,7 @@ class Tabulation:
         return table
 
     def latex(self, comment: str = "") -> str:
-        r"""A ``tabular`` for the packages booktabs and amssymb, to be read with ``\input``.
+        r"""Return a ``tabular`` for the packages booktabs and amssymb, to be read with ``\input``.
 
         Args:
             comment: lines written above it, e.g. conventions.
@@ -262,7 +262,7 @@ def run_name(records: Records) -> str:
 
 
 def dots(combination: Iterable[str], task: Task) -> list[str]:
-    """One ● or ○ per modality of the task.
+    """Return one ● or ○ per modality of the task.
 
     Example:
         >>> from pmixseg.task import BRATS

@@ -257,7 +257,7 @@ def overlaid(histories: Mapping[str, Sequence[Chart]]) -> list[Chart]:
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as an SVG document on a transparent ground.
+    """Return the figure as an SVG document on a transparent ground.
 
     What is drawn from it later keeps its layout, which is the slow part.
     """
@@ -276,7 +276,7 @@ def save_png(figure: Figure, path: Path) -> Path:
 
 
 def themed(svg: str) -> Markup:
-    """An SVG of :func:`as_svg` to be put inline.
+    """Return an SVG of :func:`as_svg` to be put inline.
 
     It has no fixed size, its text the page's font, and its colours are CSS variables: ``--ink``,
     ``--muted``, ``--rule`` and ``--paper``.
@@ -327,7 +327,7 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
 def projection_figure(
     samples: Mapping[int, LatentSample], names: Sequence[str], title: str
 ) -> Figure:
-    """The first two principal channels of all modalities together, a panel per level.
+    """Return the first two principal channels of all modalities together, a panel per level.
 
     Args:
         samples: level -> latents.

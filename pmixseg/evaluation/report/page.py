@@ -133,7 +133,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str, images: bool = Tru
 
 
 def html_table(table: Tabulation) -> str:
-    """The combination table as an HTML ``<table>``, in the markup of the report."""
+    """Return the combination table as an HTML ``<table>``, in the markup of the report."""
     macro = _environment().get_template("tables.html.j2").module
     markup: str = macro.combinations(table)  # type: ignore[attr-defined]  # a Jinja macro
     return str(markup)
@@ -251,7 +251,7 @@ def _signed(value: float) -> str:
 
 
 def _codes(text: str) -> Markup:
-    """Words between backticks as code."""
+    """Return words between backticks as code."""
     parts = [Markup.escape(part) for part in text.split("`")]
     return Markup("").join(
         Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)
@@ -263,7 +263,7 @@ def _sort_regions(groups: Any, task: Task) -> list[Any]:
 
 
 def _penalty(records: Sequence[Records]) -> str:
-    """The HD95 of a missed region, in words."""
+    """Return the HD95 of a missed region, in words."""
     values = {one.sidecar.conventions.get("hd95_one_empty_mm", "own value") for one in records}
     if len(values) > 1:
         return "own value"
@@ -283,7 +283,7 @@ def _measured(records: Sequence[Records], column: str) -> bool:
 
 
 def _same_references(records: Sequence[Records]) -> bool:
-    """Whether every run stands on the same recognised split."""
+    """Say whether every run stands on the same recognised split."""
     return len({recognised_split(one) for one in records}) == 1
 
 

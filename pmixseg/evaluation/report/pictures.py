@@ -51,7 +51,7 @@ class Panel:
 
 
 def upright(plane: Plane) -> Plane:
-    """An axial plane ``[right, anterior]`` as rows and columns of a radiological picture."""
+    """Return an axial plane ``[right, anterior]`` as rows and columns of a radiological picture."""
     return np.ascontiguousarray(plane[::-1, ::-1].T)
 
 
@@ -75,7 +75,7 @@ def disagreement(grey: Plane, truth: Plane, prediction: Plane) -> Picture:
 
 
 def shown_combinations(available: Sequence[Combination], task: Task) -> list[Combination]:
-    """The largest combination and every single modality that was predicted from."""
+    """Return the largest combination and every single modality that was predicted from."""
     full = max(available, key=len)
     singles = [(m,) for m in task.modalities if (m,) in available]
     return list(dict.fromkeys([full, *singles]))
@@ -126,7 +126,7 @@ def combination_title(combination: Combination, task: Task) -> str:
 
 
 def case_figure(runs: Mapping[str, Example], task: Task) -> Figure:
-    """The pictures of :func:`panels` as one figure."""
+    """Return the pictures of :func:`panels` as one figure."""
     rows = panels(runs, task)
     first = next(iter(runs.values()))
     across = max(len(row) for row in rows)
@@ -155,7 +155,7 @@ def case_figure(runs: Mapping[str, Example], task: Task) -> Figure:
 
 
 def viewer_case(runs: Mapping[str, Example]) -> dict[str, object]:
-    """One case for the page's viewer: small volumes, compressed, in text."""
+    """Return one case for the page's viewer: small volumes, compressed, in text."""
     first = next(iter(runs.values()))
     grey = first.image & np.uint8(0xFC)  # 64 grey levels look the same and take half the room
     return {
@@ -184,7 +184,7 @@ def packed(array: NDArray[np.uint8]) -> str:
 
 
 def _backdrop(combination: Sequence[str], ground: Mapping[str, Plane]) -> Plane:
-    """The first modality of the combination that has voxels there."""
+    """Return the first modality of the combination that has voxels there."""
     planes = [ground[m] for m in combination if m in ground]
     return next((p for p in planes if p.any()), planes[0])
 

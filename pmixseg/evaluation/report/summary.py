@@ -211,7 +211,7 @@ class Additions:
 
 
 def additions(records: Records, count: int = 6) -> Additions:
-    """Where a run segments worse when it is shown more."""
+    """Say where a run segments worse when it is shown more."""
     table = added_modalities([records.table])
     hurt = table[table["change"] < 0]
     worst = hurt.head(count).to_dict("records")
@@ -226,13 +226,13 @@ def additions(records: Records, count: int = 6) -> Additions:
 
 
 def remarks(runs: Sequence[Records]) -> list[str]:
-    """What a reader must know before comparing anything on the page, one sentence each."""
+    """Say what a reader must know before comparing anything on the page, one sentence each."""
     regions = [text for name in runs[0].task.regions for text in _about_region(runs[0], name)]
     return [*_about_cases(runs), *_about_settings(runs), *regions, *_about_origin(runs)]
 
 
 def _about_cases(runs: Sequence[Records]) -> list[str]:
-    """How many cases there are, and whether all runs have them and all sequences of them."""
+    """Say how many cases there are, and whether all runs have them and all sequences of them."""
     cautions: list[str] = []
     sets = [frozenset(one.table["case"]) for one in runs]
     count = min(len(s) for s in sets)
@@ -276,7 +276,7 @@ def _about_settings(runs: Sequence[Records]) -> list[str]:
 
 
 def _about_origin(runs: Sequence[Records]) -> list[str]:
-    """Whether the tables are as they were written, and by which code."""
+    """Say whether the tables are as they were written, and by which code."""
     cautions: list[str] = []
     for one in runs:
         if one.altered:

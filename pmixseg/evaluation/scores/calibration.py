@@ -70,7 +70,7 @@ class Reliability:
         return self.squared / voxels if voxels else math.nan
 
     def curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-        """Mean probability, frequency and voxels of the bins that hold any."""
+        """Return the mean probability, frequency and voxels of the bins that hold any."""
         held = self.count > 0
         count = self.count[held]
         return self.confidence[held] / count, self.positive[held] / count, count
@@ -148,7 +148,7 @@ class CaseCalibration:
     def _choose(
         self, box: tuple[slice, slice, slice] | None, device: torch.device
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Voxels that count inside a box, and which of them belong to each region."""
+        """Return voxels that count inside a box, and which of them belong to each region."""
         key = (device, None if box is None else tuple((s.start, s.stop) for s in box))
         if key not in self._chosen:
             cut = box or (slice(None),) * 3
@@ -227,7 +227,7 @@ class Temperatures:
         return tempered(probabilities, self.by_size.get(n_present, 1.0))
 
     def to_dict(self) -> dict[str, float]:
-        """Primitives only; JSON keys are text."""
+        """Return primitives only; JSON keys are text."""
         return {str(size): t for size, t in sorted(self.by_size.items())}
 
     @classmethod
@@ -301,7 +301,7 @@ class TemperatureFit:
         )
 
     def cross_entropy(self, n_present: int, temperature: float) -> float:
-        """Mean cross-entropy in nats of the voxels of one size at a temperature."""
+        """Return the mean cross-entropy in nats of the voxels of one size at a temperature."""
         logits = torch.cat(self._logits[n_present], 1).double() / temperature
         truth = torch.cat(self._truth[n_present])
         return float(torch.nn.functional.cross_entropy(logits.T, truth))

@@ -99,7 +99,7 @@ class Components:
         return cls(labels, box, int(count))
 
     def sizes(self) -> NDArray[np.int64]:
-        """Voxels per component; entry 0 is meaningless, ``[count + 1]``."""
+        """Return voxels per component; entry 0 is meaningless, ``[count + 1]``."""
         return np.bincount(self.labels.ravel(), minlength=self.count + 1)
 
     def select(self, numbers: NDArray[np.integer[Any]]) -> tuple[Mask, list[int]]:
@@ -258,7 +258,7 @@ def lesion_metrics(
     box: Box,
     spacing: Spacing,
 ) -> LesionMetrics | None:
-    """The lesions of one truth region under a named convention, or None for ``none``.
+    """Return the lesions of one truth region under a named convention, or None for ``none``.
 
     Args:
         rule: name of the convention.

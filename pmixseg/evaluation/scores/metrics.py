@@ -74,7 +74,7 @@ class CaseMetrics:
     def score(
         self, prediction: LabelMap, only: Collection[str] | None = None
     ) -> list[dict[str, Any]]:
-        """Every measure of every region.
+        """Return every measure of every region.
 
         Args:
             prediction: class indices, ``[d, h, w]`` as the truth.

@@ -45,7 +45,7 @@ class RegionMasks:
         self.sizes = [int(np.count_nonzero(self.mask(r))) for r in range(len(task.regions))]
 
     def mask(self, region: int) -> NDArray[np.bool_]:
-        """One region inside ``box``."""
+        """Return one region inside ``box``."""
         inside: NDArray[np.bool_] = (self.bits & self.bits.dtype.type(1 << region)) != 0
         return inside
 
@@ -69,7 +69,7 @@ class RegionMasks:
         return self._surfels[region]
 
     def shared(self, other: RegionMasks) -> list[int]:
-        """Voxels that both maps have in each region."""
+        """Return voxels that both maps have in each region."""
         common = self.box.intersection(other.box)
         if common is None:
             return [0] * len(self.sizes)

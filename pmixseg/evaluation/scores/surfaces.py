@@ -122,7 +122,7 @@ class Points:
 
 
 def _complete(spacing: Spacing) -> float:
-    """The stencil holds every neighbour nearer than this many mm."""
+    """Return the distance in mm below which the stencil holds every neighbour."""
     return (REACH + 1) * min(spacing)
 
 

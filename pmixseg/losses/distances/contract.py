@@ -157,7 +157,7 @@ def point_and_target(
 
 
 def mean_over_shown(distances: PerSlot, shown: Presence) -> Scalar:
-    """Mean over the shown slots of each sample, then over samples.
+    """Return the mean over the shown slots of each sample, then over samples.
 
     A sample that shows none counts as 0. What stands outside ``shown`` is never read.
 

@@ -28,7 +28,7 @@ def floored_variance(raw: Tensor) -> Tensor:
 
 
 def raw_of_unit_variance() -> float:
-    """The argument for which :func:`floored_variance` is 1."""
+    """Return the argument for which :func:`floored_variance` is 1."""
     return float(torch.tensor(1.0 - VARIANCE_FLOOR, dtype=torch.float64).expm1().log())
 
 
@@ -72,7 +72,7 @@ class KL(Distance):
         """Every anchor has a Gaussian form."""
 
     def moments(self, latents: LevelLatents) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of every slot, ``[B, M, C, D, H, W]`` each.
+        """Return the mean and log-variance of every slot, ``[B, M, C, D, H, W]`` each.
 
         Raises:
             InputError: no heads, and the encoder is not variational.

@@ -21,7 +21,7 @@ from pmixseg.types import Brain, Features, Presence
 
 
 def mean_over_brain(values: Float[Tensor, "b m d h w"], brain: Brain) -> Float[Tensor, "b m"]:
-    """Mean over the brain voxels of every sample; 0 where it has none."""
+    """Return the mean over the brain voxels of every sample; 0 where it has none."""
     total = torch.where(brain[:, None], values, 0.0).sum((2, 3, 4))
     return total / brain.sum((1, 2, 3)).clamp_min(1)[:, None]
 

@@ -166,7 +166,7 @@ class SlotwiseLoss(LatentLoss):
     def compare_level(
         self, student: SegOutput, teacher: SegOutput, batch: Batch, pair: Pair
     ) -> Scalar:
-        """Mean over samples of (1/|A|) Σ_{m∈A} :meth:`between`."""
+        """Return the mean over samples of (1/|A|) Σ_{m∈A} :meth:`between`."""
         features, shown = self.student_latents(student, batch, pair)
         target, brain = self.teacher_anchor(teacher, pair), brain_of(student, pair.student)
         distances = self.between(self.to_teacher(features, pair), target, brain, pair)
@@ -174,7 +174,7 @@ class SlotwiseLoss(LatentLoss):
 
 
 def mean_latent(features: Features, shown: Presence) -> Features:
-    """Mean over the shown slots, ``[B, 1, C, D, H, W]``; 0 where none is shown."""
+    """Return the mean over the shown slots, ``[B, 1, C, D, H, W]``; 0 where none is shown."""
     weights = shown.to(features.dtype) / shown.sum(1, keepdim=True).clamp_min(1)
     return weighted_sum(features, weights, shown)[:, None]
 
@@ -195,14 +195,14 @@ def brain_of(output: SegOutput, level: int) -> Brain:
 
 
 def mean_vector(features: Features, brain: Brain) -> Float[Tensor, "b m c"]:
-    """Mean of every channel over brain voxels; 0 for a sample without any."""
+    """Return the mean of every channel over brain voxels; 0 for a sample without any."""
     total = torch.where(brain[:, None, None], features, 0.0).sum((3, 4, 5))
     return total / brain.sum((1, 2, 3)).clamp_min(1)[:, None, None]
 
 
 @torch.no_grad()
 def latent_variance(features: Features, usable: Presence, brain: Brain) -> Scalar:
-    """Mean over channels of the variance of latents: the scale of their distances.
+    """Return the mean over channels of the variance of latents: the scale of their distances.
 
     Every brain voxel of every usable slot of all samples, and of all processes, is one point.
 

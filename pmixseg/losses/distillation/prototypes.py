@@ -41,7 +41,7 @@ def similarity_maps(features: Features, fractions: Tensor, epsilon: float = 1e-6
 def map_difference(
     student: Features, teacher: Features, fractions: Tensor, voxels: Brain
 ) -> Float[Tensor, "b m"]:
-    r"""Mean squared difference of two networks' similarity maps.
+    r"""Return the mean squared difference of two networks' similarity maps.
 
     .. math:: D = \frac{1}{|K|} \sum_{k \in K} \operatorname{mean}_v (s^s_{kv} - s^t_{kv})^2
 

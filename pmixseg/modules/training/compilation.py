@@ -132,7 +132,7 @@ class CompiledStep:
     def _on(
         self, device: torch.device, epoch: int, weights: Mapping[str, float]
     ) -> tuple[int | Tensor, dict[str, float | Tensor]]:
-        """Numbers as tensors: a graph would be compiled anew for each value of a number."""
+        """Return numbers as tensors: a graph would be compiled anew for each value of a number."""
         key = (device, epoch, tuple(weights.items()))
         if self._scalars is None or self._scalars[0] != key:
             made: dict[str, float | Tensor] = {
@@ -182,7 +182,7 @@ def arrange(module: nn.Module, layout: torch.memory_format) -> None:
 
 
 def _tensors(batch: Mapping[str, Any]) -> Any:
-    """A batch without its names, which would be compiled into the graph."""
+    """Return a batch without its names, which would be compiled into the graph."""
     kept = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
     if "of_task" in batch:
         kept["of_task"] = _tensors(batch["of_task"])

@@ -70,7 +70,7 @@ class LossLog:
 
 
 def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
-    """What keeps gradients in the range of float16, in a training that needs it."""
+    """Return what keeps gradients in the range of float16, in a training that needs it."""
     scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
     return scaler
 

@@ -89,7 +89,7 @@ class OneCycle(Schedule):
 
 
 def callable_from(value: Callable[..., Any] | Mapping[str, Any]) -> Callable[..., Any]:
-    """A callable as it is; a ``{class_path, init_args}`` as a partial of the class.
+    """Return a callable as it is; a ``{class_path, init_args}`` as a partial of the class.
 
     Raises:
         InputError: it is neither.
@@ -223,7 +223,7 @@ def total_steps(trainer: Trainer) -> int:
 
 
 def rate_of(make_optimizer: Callable[..., Any]) -> float:
-    """The learning rate that an optimizer's constructor is given, or takes by default.
+    """Return the learning rate that an optimizer's constructor is given, or takes by default.
 
     Example:
         >>> import functools, torch
@@ -241,14 +241,14 @@ def rate_of(make_optimizer: Callable[..., Any]) -> float:
 
 
 def validates(trainer: Trainer) -> bool:
-    """Whether a training has validation cases and looks at them."""
+    """Say whether a training has validation cases and looks at them."""
     data = getattr(trainer, "datamodule", None)
     parts = getattr(data, "parts", None)
     return bool(trainer.limit_val_batches and (parts is None or parts.val))
 
 
 def mode_of(metric: str) -> Literal["min", "max"] | None:
-    """How a metric of a training gets better; ``None`` for one that is not pmixseg's.
+    """Say how a metric of a training gets better; ``None`` for one that is not pmixseg's.
 
     Example:
         >>> [mode_of(name) for name in ("val/dice", "val/dice/WT", "train/loss", "mine")]

@@ -110,7 +110,7 @@ def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lowered(optimizer: Optimizer) -> list[float]:
-    """The share of its first learning rate that each group has now."""
+    """Return the share of its first learning rate that each group has now."""
     return [float(g["lr"] / g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
 
 
