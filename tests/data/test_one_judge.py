@@ -347,8 +347,9 @@ def test_a_header_that_lost_its_voxel_size_is_told(phantom_root, tmp_path):
         (lambda x: x[::-1], "mirrored left-right it would fit"),
         (lambda x: x[::-1, ::-1], "mirrored left-right and back-front it would fit"),
         (lambda x: x.transpose(1, 0, 2), "the axes left-right and back-front exchanged"),
+        (lambda x: np.roll(x, -4, 1), "shifted 24 mm back-front it would fit"),
     ],
-    ids=["mirrored", "half a turn", "exchanged"],
+    ids=["mirrored", "half a turn", "exchanged", "shifted"],
 )
 def test_a_label_whose_axes_are_not_those_of_the_scans(phantom_root, tmp_path, turn, words):
     """As when one program's array is saved with another's header; the affines agree."""
@@ -359,6 +360,48 @@ def test_a_label_whose_axes_are_not_those_of_the_scans(phantom_root, tmp_path, t
     report = prepare([case], tmp_path / "store", BRATS, progress=False)
     assert list(report.failed.values()) == problems
     assert "its label does not seem to lie on the scans" in problems[0] and words in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({1: 2, 2: 1}, "NCR and ED look as if each were the other (oedema surrounds the tumour)"),
+        ({2: 4, 4: 2}, "ET and ED look as if each were the other (oedema surrounds the tumour)"),
+        ({1: 4, 4: 1}, "NCR and ET look as if each were the other (what enhances is bright in T1"),
+        ({1: 0, 2: 0, 4: 0}, "its label marks nothing"),
+    ],
+)
+def test_labels_that_are_exchanged_or_empty_are_told(phantom_root, numbers, words, tmp_path):
+    scans, label = scans_of(phantom_root, 3)
+    values = np.asarray(label.dataobj)
+    other = np.select([values == n for n in numbers], list(numbers.values()), values.astype(int))
+    written(scans, nib.Nifti1Image(other.astype(np.uint8), label.affine), tmp_path)
+    (case,) = inspect_cohort(tmp_path / "cohort", BRATS).cases
+    assert not case.problems and len(case.notes) == 1 and words in case.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        ((slice(None, None, 39),) * 3, 90, "longer than a brain; look for voxels outside of it"),
+        ((20, 20, 13), 30_000, "t1 has a voxel more than 50 standard deviations from its mean"),
+    ],
+)
+def test_a_single_voxel_that_is_no_tissue_is_told(phantom_root, tmp_path, where, value, words):
+    scans, label = scans_of(phantom_root)
+    odd = np.asarray(scans["t1"].dataobj).astype(np.float32)
+    odd[where] = value
+    written({**scans, "t1": nib.Nifti1Image(odd, label.affine)}, label, tmp_path)
+    (case,) = inspect_cohort(tmp_path / "cohort", BRATS).cases
+    assert not case.problems and len(case.notes) == 1 and words in case.notes[0]
+
+
+def test_masks_of_the_whole_tumour_are_told(phantom_root, tmp_path):
+    shutil.copytree(phantom_root, tmp_path / "cohort")
+    for path in (tmp_path / "cohort").rglob("*_seg.nii.gz"):
+        rewrite(path, lambda x: (x > 0).astype(np.uint8))
+    remarks = inspect_cohort(tmp_path / "cohort", BRATS).cohort
+    assert any(r.startswith("none of 8 label maps has any ED or ET; see") for r in remarks)
 
 
 def test_sequences_of_tumours_that_do_not_enhance_are_not_taken_for_exchanged(phantom_root):

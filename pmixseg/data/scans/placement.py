@@ -48,6 +48,11 @@ LABEL_GAIN, LEAST_EVIDENCE = 1.5, 500.0
 """A label is out of place if, moved, it shares this many times the information, and so much: nats
 times blocks of 4 mm."""
 
+LABEL_SHIFTS_MM, SHIFT_GAIN = (-40, -24, -16, -8, 8, 16, 24, 40), 1.3
+"""Along each axis, and the ratio above which the label is out of place. Of 64 real cases the true
+label shares at most 0.95 times as much after any; shifted by 10 mm it shares more than 1.3 times as
+much in 96 % of 338 copies, by 20 to 40 mm in 99 % of 520."""
+
 PROMISING = 0.8
 """Ratio on every second voxel per axis above which a move is tried on all voxels.
 
@@ -195,10 +200,10 @@ def misplaced(overview: Overview) -> list[str]:
     return [words] if words else []
 
 
-def mirrored_label(
+def misplaced_label(
     tumour: npt.NDArray[np.intp], first: Sequence[int], shape: Sequence[int], overview: Overview
 ) -> list[str]:
-    """Suspect a label whose axes are mirrored or exchanged against those of the scans.
+    """Suspect a label that is mirrored, shifted or has other axes against the scans.
 
     That a voxel is labelled, and the intensities there, share information. Of 57 real cases, the
     true label shares at most 0.76 times as much after any mirroring or exchange of axes. Mirrored
@@ -232,11 +237,27 @@ def mirrored_label(
 
     here = evidence(sample)
     best, words = LEAST_EVIDENCE * COARSE_MM**3 / math.prod(overview.zooms), ""
-    for points, how in _elsewhere(sample + first, shape):
-        there = evidence(points - first)
-        if there > max(best, LABEL_GAIN * here):
-            best, words = there, how
+    for places, gain in (
+        (_elsewhere(sample + first, shape), LABEL_GAIN),
+        (_shifted(sample + first, overview), SHIFT_GAIN),
+    ):
+        for points, how in places:
+            there = evidence(points - first)
+            if there > max(best, gain * here):
+                best, words = there, how
     return [f"its label does not seem to lie on the scans: {words} it would fit"] if words else []
+
+
+def _shifted(
+    points: npt.NDArray[np.intp], overview: Overview
+) -> Iterator[tuple[npt.NDArray[np.intp], str]]:
+    """Voxels after every shift along one axis, and its words."""
+    zooms = np.array(overview.zooms) / overview.blocks
+    for axis, direction in enumerate(DIRECTIONS):
+        for shift in LABEL_SHIFTS_MM:
+            moved = points.copy()
+            moved[:, axis] += round(shift / zooms[axis])
+            yield moved, f"shifted {abs(shift)} mm {direction}"
 
 
 def _elsewhere(
