@@ -272,7 +272,10 @@ WRONG = {
     "window": [((0, 0, 0), "three voxel counts"), ((32, 32), "three voxel counts")],
     "overlap": [(1.0, "overlap is 1.0"), (-1.0, "overlap is -1.0"), (np.nan, "overlap is nan")],
     "blend": [("gausian", "'gausian' is unknown; use gaussian or uniform")],
-    "batch_size": [(n, "at least 1 window, or auto") for n in (0, -3, 2.5, np.inf, np.nan, "many")],
+    "batch_size": [
+        *((n, "at least 1 window, or auto") for n in (0, -3, "many")),
+        *((n, "give a whole number") for n in (2.5, np.inf, np.nan)),
+    ],
     "postprocess": [(("nope",), "'nope' is unknown"), ("fill_holes", "give a list")],
     "examples": [(-1, "0 or more cases")],
 }
