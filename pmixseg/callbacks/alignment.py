@@ -222,8 +222,9 @@ class PmixAlignment(TermCallback):
 
     def build_term(self, module: SegmentationModule) -> Term:
         """Build the alignment term for a module."""
-        backbone = module.backbone
+        backbone, owned = module.backbone, self.anchor is not None
         separate = backbone.slots == backbone.modalities
+        # The authors' snippet of April 2025 splits one latent; all else needs one per modality.
         if self.official is not None and self.official.fused:
             if separate:
                 raise InputError(
@@ -237,8 +238,8 @@ class PmixAlignment(TermCallback):
                 "latents to align one by one; use a backbone with one encoder per modality."
             )
         if self.official is not None:
-            owned = self.anchor is not None
             return AlignmentTerm(self.official, self._anchor_for(module), owned=owned)
+        # By default the two coarsest levels.
         count = len(backbone.channels)
         levels = range(max(count - 2, 0), count) if self.levels is None else self.levels
         anchor = self._anchor_for(module)
@@ -255,7 +256,6 @@ class PmixAlignment(TermCallback):
                 f"{self.name}.sample draws from Gaussian latents, which only the distance 'kl' "
                 f"has; use --{self.name}.distance kl, or do not sample."
             )
-        owned = self.anchor is not None
         return AlignmentTerm(alignment, anchor, owned=owned, sample=self.sample)
 
     def _anchor_for(self, module: SegmentationModule) -> Anchor:

@@ -82,6 +82,7 @@ def segment_raw(
     onto = raw.onto or None
     if onto is not None and onto not in images:
         raise InputError(f"case '{called}': --reference {onto} is not among {sorted(images)}.")
+    # To atlas space, and segmented there.
     ready = preprocess_scans(images, called, brain=raw.brain, atlas=raw.atlas, centre=raw.centre)
     files = ready.save(outputs.folder / ATLAS_FOLDER)
     result = module.segment(files, settings, codes=codes, name=called, progress=progress)
@@ -93,6 +94,7 @@ def segment_raw(
         compress=outputs.compress,
         plain=outputs.plain,
     )
+    # Back onto the grid of a scan as it came.
     target = onto or ready.centre
     back = ready.back(result.classes, target)
     classes = np.asarray(_array(back), np.uint8)

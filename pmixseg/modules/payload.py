@@ -16,6 +16,16 @@ from pmixseg.task import Task
 FORMAT = 1
 """Version of the ``pmixseg`` entry of a checkpoint."""
 
+_KINDS: Mapping[str, Any] = {
+    "class_path": str,
+    "init_args": Mapping,
+    "task": Mapping,
+    "terms": list,
+    "overlap": int | float,
+    "fill_levels": list | None,
+}
+"""What each field of the entry is, beside those of its preparation."""
+
 Weights = Mapping[str, Tensor]
 
 
@@ -78,16 +88,13 @@ class Payload:
                 f"{where} has checkpoint format {version}, this version of pmixseg reads {FORMAT}; "
                 "update pmixseg."
             )
-        path, arguments, terms = raw.get("class_path"), raw.get("init_args"), raw.get("terms", [])
-        overlap, filled = raw.get("overlap"), raw.get("fill_levels")
-        if not (
-            isinstance(path, str)
-            and isinstance(arguments, Mapping)
-            and isinstance(raw.get("task"), Mapping)
-            and isinstance(terms, list)
-            and all(isinstance(name, str) for name in terms)
-            and isinstance(overlap, int | float)
-            and (filled is None or _are_levels(filled))
+        # What each field is, then what a list holds; older versions wrote neither of the lists.
+        fields = {"terms": [], **raw}
+        terms, filled = fields["terms"], fields.get("fill_levels")
+        if (
+            not all(isinstance(fields.get(name), kind) for name, kind in _KINDS.items())
+            or not all(isinstance(name, str) for name in terms)
+            or not all(type(level) is int and level >= 0 for level in filled or ())
         ):
             raise InputError(f"{where} does not describe a model and its task; it is damaged.")
         try:
@@ -95,8 +102,15 @@ class Payload:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{where} has no task that can be read; it is damaged.") from error
         preparation = Preparation.from_dict(raw, where)
-        levels = None if filled is None else tuple(filled)
-        return cls(path, dict(arguments), task, preparation, float(overlap), tuple(terms), levels)
+        return cls(
+            raw["class_path"],
+            dict(raw["init_args"]),
+            task,
+            preparation,
+            float(raw["overlap"]),
+            tuple(terms),
+            None if filled is None else tuple(filled),
+        )
 
     def refuse_other_task(self, task: Task) -> None:
         """Refuse a task that the model was not trained for.
@@ -122,10 +136,6 @@ class Payload:
                 f"the checkpoint was trained with the terms {sorted(self.terms)}, this training "
                 f"has {sorted(terms)}; resume with the same terms, or start anew with --init_from."
             )
-
-
-def _are_levels(value: Any) -> bool:
-    return isinstance(value, list) and all(type(level) is int and level >= 0 for level in value)
 
 
 def weights_of(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> Weights:

@@ -235,6 +235,7 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
     modalities = tuple(m for m in task.modalities if m in case.images)
     if case.problem is not None:
         return CaseFacts(case.case_id, modalities, case.label is not None, problems=(case.problem,))
+    # File by file: where it lies, whether it lies as the first does, and what it holds.
     problems: list[str] = []
     reference: Place | None = None
     signals: dict[str, Signal] = {}
@@ -251,6 +252,7 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
             else:
                 oriented |= scan.oriented
                 signals[role] = signal_of(scan, geometry, where, role)
+    # Together, as `prepare` would make them: does the case look like a patient's?
     notes: list[str] = []
     if reference is not None and signals and not problems:
         ready = join(signals, reference.geometry, task, STORE_DTYPE)

@@ -100,6 +100,7 @@ def _lost_cases(
     names = {case.case_id for case in cases}
     layouts = dict.fromkeys(case.layout for case in cases if case.layout)
     flags = " or ".join(f"--layout {name}" for name in layouts)
+    # Folder -> the sequences that names in it tell.
     folders: defaultdict[Path, dict[str, Path]] = defaultdict(dict)
     for path in lost:
         modality = read_name(stem_of(path).lower(), task.modalities).modality
@@ -111,6 +112,7 @@ def _lost_cases(
         inside = folder.relative_to(tree.root)
         name = inside.as_posix() if inside.parts else tree.root.resolve().name
         name = f"{name}/" if name in names else name
+        # Which layout has such names, or would have them in a folder of another name?
         first = next(iter(scans.values()))
         fitting = _fitting(first)
         why = "; rename them"

@@ -199,6 +199,7 @@ class ScanReader:
             ) from error
 
     def _decode(self, path: Path, packed: bytes) -> Scan:
+        # The header first: it says how many bytes may be unpacked.
         try:
             header = read_header(first_bytes(packed, HEAD))
             if header is None:
@@ -222,6 +223,7 @@ class ScanReader:
                 f"{self.where}: {path} is truncated (its header promises {needed} bytes, it has "
                 f"{len(raw)}); copy or download it again."
             )
+        # A view of the bytes, the first axis fastest; only foreign byte order is copied.
         count = header.size // header.dtype.itemsize
         data = np.frombuffer(raw, header.dtype, count, header.offset)
         data = data.reshape(header.shape, order="F")

@@ -205,10 +205,12 @@ def _aligned(runs: Sequence[pd.DataFrame], column: str, notes: list[str]) -> pd.
 
 
 def _exploratory(cells: pd.DataFrame, pairs: int, measure: str) -> pd.DataFrame:
+    """Compare every cell of the table; p-values are corrected for the number of cells."""
     rows: list[dict[str, Any]] = []
     for (region, combination), part in cells.groupby(level=["region", "combination"], sort=False):
         values = part.to_numpy(dtype=np.float64).T
         differences = values[:pairs] - values[pairs:]
+        # Without a second pair of runs nothing is tested: its interval is over cases.
         test = paired_t(differences)
         tested = not np.isnan(test.p)
         low, high = test.interval if tested else two_way_bootstrap(differences, 2000)
@@ -230,6 +232,7 @@ def _exploratory(cells: pd.DataFrame, pairs: int, measure: str) -> pd.DataFrame:
         )
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(table["p"].to_numpy(dtype=np.float64))
+    # Region by region, small combinations first, as the tables of papers.
     order = {region: i for i, region in enumerate(dict.fromkeys(table["region"]))}
     place = table["region"].map(order)
     return table.iloc[np.lexsort((np.arange(len(table)), table["n_present"], place))].reset_index(

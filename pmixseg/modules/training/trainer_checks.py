@@ -183,6 +183,7 @@ def check_batch(trainer: Trainer | None, batch: Batch, task: Task) -> None:
     ]
     if lacking:
         raise InputError(f"a batch of the loader has no {', '.join(lacking)}; give {holds}.")
+    # The image says how many samples and voxels everything else must have.
     image = batch["image"]
     if image.ndim != 5:
         raise InputError(f"a batch of the loader has an image {list(image.shape)}; give {holds}.")
@@ -201,6 +202,7 @@ def check_batch(trainer: Trainer | None, batch: Batch, task: Task) -> None:
                 f"{name} of the loader's batch is {_kind(tensor.dtype)} {list(tensor.shape)}; "
                 f"give {_kind(dtype)} {shape}."
             )
+    # Asking for a value makes a GPU wait.
     label = batch["label"]
     if label.device.type == "cpu" or trainer.global_step == 0:
         least, most = (int(value) for value in label.aminmax())
