@@ -173,13 +173,19 @@ def segmented(
     elif options.raw:
         yield segmented_raw(module, options, scans, settings, outputs, progress)
     elif folder is not None:
-        if options.channels or options.name or options.codes:
+        if options.channels or options.name:
             raise InputError(
-                "--channels, --name and --codes are for single files; a folder's layout tells them."
+                "--channels and --name are for single files; a folder's layout tells them."
             )
-        layout = options.layout
         yield from segment_folder(
-            module, folder, outputs, settings, layout=layout, share=share, progress=progress
+            module,
+            folder,
+            outputs,
+            settings,
+            layout=options.layout,
+            codes=codes_of(options.codes),
+            share=share,
+            progress=progress,
         )
     else:
         if source is not None:

@@ -90,6 +90,7 @@ def segment_folder(
     settings: SegmentSettings | None = None,
     *,
     layout: str | Path | Layout | None = None,
+    codes: Mapping[str, int] | None = None,
     share: Share | None = None,
     progress: Progress | None = None,
 ) -> Iterator[CaseResult]:
@@ -107,6 +108,7 @@ def segment_folder(
         outputs: where to.
         settings: how.
         layout: see :func:`~pmixseg.data.cohorts.layouts.find_cases`.
+        codes: label name -> number in the results, where no layout fits.
         share: segment only these cases.
         progress: called with (windows done, windows in all), over all cases as if they were of
             equal size.
@@ -115,7 +117,8 @@ def segment_folder(
         One result per case, as it is done.
 
     Raises:
-        InputError: no case can be found, or it is not certain which file is which modality.
+        InputError: no case can be found, it is not certain which file is which modality, or codes
+            are given beside those of a layout.
     """
     force = settings is not None and settings.force
     try:
@@ -130,8 +133,13 @@ def segment_folder(
             raise
         cohort = None
     if cohort is None:  # not in the handler above: what fails here is no fault of the layout
-        yield _named_by_modality(module, scans, outputs, settings, progress)
+        yield _named_by_modality(module, scans, outputs, settings, codes, progress)
         return
+    if codes:
+        raise InputError(
+            f"the layout of {root} has label codes of its own; leave --codes out, or name the "
+            "scans one by one."
+        )
     strays = strays_of(cohort)
     cases = cohort.cases if share is None else share.of(cohort.cases, lambda case: case.case_id)
     for done, case in enumerate(cases):
@@ -289,13 +297,15 @@ def _named_by_modality(
     scans: FolderScans,
     outputs: Outputs,
     settings: SegmentSettings | None,
+    codes: Mapping[str, int] | None,
     progress: Progress | None,
 ) -> CaseResult:
     name = common_name(scans.images)
     images = {m: path for m, path in scans.images.items() if m in module.modalities}
     if not images:
         return CaseResult(name, problem=_of_no_use(module, name, list(scans.images)))
-    numbers = ", ".join(f"{label} {i + 1}" for i, label in enumerate(module.task.labels))
+    used = codes or {label: i + 1 for i, label in enumerate(module.task.labels)}
+    numbers = ", ".join(f"{label} {number}" for label, number in used.items())
     scans_named = ", ".join(f"{m} {path.name}" for m, path in images.items())
     notes = [
         f"case '{name}': no layout fits this folder, so its scans were told by their names "
@@ -307,7 +317,14 @@ def _named_by_modality(
         notes.append(f"case '{name}': this model does not read {', '.join(useless)}.")
     try:
         return segment_files(
-            module, images, outputs, settings, name=name, notes=notes, progress=progress
+            module,
+            images,
+            outputs,
+            settings,
+            codes=codes,
+            name=name,
+            notes=notes,
+            progress=progress,
         )
     except InputError as error:
         return CaseResult(name, problem=str(error))

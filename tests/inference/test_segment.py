@@ -1,5 +1,6 @@
 """Segmenting a patient's scans gives what testing the prepared case gives."""
 
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -199,6 +200,21 @@ def test_codes_of_the_users_own_are_told(checkpoint, scans_of, tmp_path, capsys)
     flags = ["-o", str(tmp_path), "--codes", "NCR=5,ED=6,ET=7"]
     assert main(["segment", str(checkpoint), scan, *flags]) == 0
     assert "numbers in the files: 0 background, 5 NCR, 6 ED, 7 ET" in said(capsys)
+
+
+def test_codes_number_the_labels_of_a_folder_that_no_layout_fits(
+    checkpoint, scans_of, tmp_path, capsys
+):
+    folder = tmp_path / "visit"
+    folder.mkdir()
+    shutil.copy(next(scans_of.glob("*_flair.nii.gz")), folder / "FLAIR.nii.gz")
+    flags = ["-o", str(tmp_path / "out"), "--codes", "NCR=5,ED=6,ET=7"]
+    assert main(["segment", str(checkpoint), str(folder), *flags]) == 0
+    assert "labels are numbered NCR 5, ED 6, ET 7" in said(capsys)
+    result = nib.load(next((tmp_path / "out").glob("*_seg.nii.gz")))
+    assert {0, 6} <= set(np.unique(result.dataobj).tolist()) <= {0, 5, 6, 7}
+    assert main(["segment", str(checkpoint), str(scans_of), *flags]) == 1
+    assert "has label codes of its own; leave --codes out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
