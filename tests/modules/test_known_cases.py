@@ -36,10 +36,8 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def store(phantom_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("known") / "store"
-    assert not prepare(find_cases(phantom_root, BRATS), out, BRATS, progress=False).failed
-    return out
+def store(phantom_store):
+    return phantom_store
 
 
 @pytest.fixture(scope="module")
