@@ -51,7 +51,7 @@ def seed_device(device: torch.device, seed: int) -> None:
 
 
 def runs_lean(x: Tensor) -> bool:
-    """Whether this package's own layers run instead of torch's: on a CPU, not under a compiler."""
+    """Say whether own layers run instead of torch's: on a CPU, not under a compiler."""
     return on_cpu(x) and not torch.compiler.is_compiling()
 
 

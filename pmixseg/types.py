@@ -142,7 +142,7 @@ class Latents:
         return Latents(features, self.modalities, usable, variance)
 
     def slots_only(self) -> Latents:
-        """The same slots without what a backbone keeps beside them for auxiliary decoders."""
+        """Drop what a backbone keeps for auxiliary decoders; the slots stay."""
         if type(self) is Latents:
             return self
         # Named one by one: a compiler cannot trace dataclasses.fields.

@@ -262,7 +262,7 @@ class DistillationTerm(Term):
     def _student_outputs(
         self, output: SegOutput, batch: Batch, loss: DistillationLoss
     ) -> Iterator[tuple[SegOutput, Batch]]:
-        """The outputs that are compared with the teacher's, each with the batch as it was shown."""
+        """Yield the student's outputs that are compared, each with the batch as it was shown."""
         if loss.student_sees == "shown":
             yield output, batch
             return

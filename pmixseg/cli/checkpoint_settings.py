@@ -78,7 +78,7 @@ def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, A
 
 
 def with_evaluation(description: dict[str, Any]) -> dict[str, Any]:
-    """Class and arguments of a described module, with all evaluation settings, defaults too."""
+    """Return class and arguments of a described module, with every evaluation setting."""
     arguments = description["init_args"]
     settings = EvaluationSettings.of(arguments.get("evaluation"))
     kind = description["class_path"].rpartition(".")[2]

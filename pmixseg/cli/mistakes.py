@@ -313,7 +313,7 @@ def subject(keys: Sequence[str], args: Sequence[str]) -> str:
 
 
 def line_of(path: Path, keys: Sequence[str]) -> int | None:
-    """The line of a YAML file in which the last of ``keys`` stands, below those before it."""
+    """Find the line of a YAML file with the last of ``keys``, below those before it."""
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -282,7 +282,7 @@ def _position(name: str, modalities: Sequence[str], where: str) -> int:
 def _draw_weighted(
     keys: Keys, shown: Tensor, weights: Float[Tensor, "b k"], acquired: Presence
 ) -> Presence:
-    """One of K candidates ``[B, K, M]`` per row; empty ones are left out, none left shows all."""
+    """Choose one of ``[B, K, M]`` per row; empty ones are left out, none left shows all."""
     weights = torch.where(shown.any(2), weights, 0.0)
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]

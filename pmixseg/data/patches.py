@@ -142,7 +142,7 @@ class PatchDataset(Dataset[Sample]):
         return start
 
     def _tumour_voxel(self, stored: StoredCase, u: float, v: float) -> Sequence[int] | None:
-        """A labelled voxel: class by ``u``, voxel by ``v``; none where there is no tumour."""
+        """Draw a labelled voxel: class by ``u``, voxel by ``v``; ``None`` without a tumour."""
         voxels = self._tumour.get(stored.case_id)
         if voxels is None:
             voxels = self._tumour[stored.case_id] = _voxels_by_class(stored)

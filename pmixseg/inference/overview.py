@@ -159,5 +159,5 @@ def _cuts(labels: NDArray[np.uint8], scan: NDArray[np.generic]) -> list[int]:
 
 
 def _upright(plane: NDArray[np.generic]) -> NDArray[np.generic]:
-    """A plane as rows and columns: up is up or to the front, the patient's right on the left."""
+    """Turn a plane for display: up is up or to the front, the patient's right on the left."""
     return plane[::-1, ::-1].T

@@ -277,7 +277,7 @@ def _result(segmentation: Segmentation, files: Mapping[str, Path]) -> CaseResult
 
 
 def _codes_beside(task: Task, files: Sequence[Path]) -> Mapping[str, int] | None:
-    """The label codes that the scans' folder would be segmented with, where it is a case's."""
+    """Return the label codes of the scans' folder, where that is a case of a layout."""
     if not files:
         return None
     try:

@@ -101,7 +101,7 @@ def _static_loss(
     fused: float | Tensor,
     sums: SharedSums,
 ) -> Tensor:
-    """All outputs in one go, whatever was encoded, so that all processes share the same sums."""
+    """Compute all outputs' losses in one go, so that all processes share the same sums."""
     outputs = [_probabilities(output.logits), *single]
     count = len(outputs)
     rows = torch.ones(count, len(label), dtype=torch.bool, device=label.device)

@@ -106,7 +106,7 @@ def _by_labels(inside: Mapping[str, Numbers], task: Task) -> dict[str, Numbers] 
 
 
 def _by_regions(inside: Mapping[str, Numbers], task: Task) -> dict[str, Numbers] | None:
-    """Numbers of each label, where the cohort's are regions, from which each label is cut."""
+    """Cut the numbers of each label from the cohort's, where these are regions."""
     regions = {_matching(name, task.regions): set(n) for name, n in inside.items()}
     if set(regions) != set(task.regions) or len(regions) != len(inside):
         return None

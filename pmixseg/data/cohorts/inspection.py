@@ -279,7 +279,7 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
 
 
 def _partly_annotated(labels: LabelMap | None, case: Case) -> bool:
-    """Whether a label map holds voxels that nobody annotated; `prepare` keeps none like that."""
+    """Say whether a label holds voxels that nobody annotated; `prepare` keeps none of these."""
     return labels is not None and bool(set(labels.ignored).intersection(case.unannotated))
 
 

@@ -227,7 +227,7 @@ def _patterns(raw: Any) -> tuple[Pattern, ...]:
 
 
 def _for_task(layout: Layout, tree: Tree, task: Task, labels: LabelNames | None) -> Layout:
-    """The layout with the task's modalities only, completed from ``dataset.json`` if it says so."""
+    """Keep the task's modalities of a layout; ``dataset.json`` completes it if it says so."""
     full = described_layout(layout, tree, task, labels) if layout.described else layout
     if labels and not layout.described:
         coding = coding_by_numbers(labels, task, "these labels")

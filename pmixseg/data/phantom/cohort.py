@@ -232,7 +232,7 @@ def _turn(seed: int, index: int, what: str) -> float:
 
 
 def _around_brain(grid: Grid) -> tuple[Grid, list[tuple[int, int]]]:
-    """The part of a grid that can hold brain, and the empty voxels left out on either side."""
+    """Cut a grid to what can hold brain; return what was left out on either side, too."""
     shape, margins = [], []
     for n, lattice in zip(grid.shape, GROWTH_GRID.shape, strict=True):
         needed = int(np.ceil(lattice * GROWTH_GRID.spacing / grid.spacing))

@@ -146,7 +146,7 @@ def _offsets(grid: Grid, centre: tuple[float, float, float]) -> list[Field]:
 def _seeds(
     rng: np.random.Generator, tissues: Tissues, foci: int
 ) -> list[tuple[float, float, float]]:
-    """Positions (mm) in white matter, away from the brain's surface; later ones near the first."""
+    """Draw positions (mm) in deep white matter; later ones lie near the first."""
     depth = ndimage.distance_transform_edt(tissues.brain, sampling=GROWTH_GRID.spacing)
     axes = GROWTH_GRID.axes()
     possible = (tissues.wm > 0.7) & (depth > 9) & (axes[2] > LOWEST_SEED)

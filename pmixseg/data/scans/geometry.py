@@ -171,7 +171,7 @@ class Geometry:
         return result
 
     def canonical_view(self, source: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The same memory with the last three axes, now the source's, in canonical orientation."""
+        """View the last three axes, now the source's, in canonical orientation."""
         order = _axes_of(self.affine)
         leading = source.ndim - 3
         moved = source.transpose(*range(leading), *(leading + a for a, _ in order))

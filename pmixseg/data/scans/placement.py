@@ -263,7 +263,7 @@ def _shifted(
 def _elsewhere(
     points: npt.NDArray[np.intp], shape: Sequence[int]
 ) -> Iterator[tuple[npt.NDArray[np.intp], str]]:
-    """Voxels after every mirroring and every exchange of two axes of one length, and its words."""
+    """Yield voxels after every mirroring and exchange of two axes of one length, in words too."""
     orders = [([0, 1, 2], "")]
     for one, two in combinations(range(3), 2):
         if shape[one] == shape[two]:
@@ -286,7 +286,7 @@ def _gains(
     tried: Iterable[Move],
     every: int = 1,
 ) -> Iterator[tuple[float, Move]]:
-    """The ratio of :func:`misplaced` for moves of one scan, on each ``every``-th of its voxels."""
+    """Return :func:`misplaced`'s ratio for moves of one scan, on each ``every``-th voxel."""
     points = np.argwhere(scan[::every, ::every, ::every]).T * every
     if points.size == 0:
         return

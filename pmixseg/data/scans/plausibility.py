@@ -143,7 +143,7 @@ def _contact_with_healthy(label: npt.NDArray[np.uint8], classes: int) -> npt.NDA
 
 
 def _extent(scan: npt.NDArray[np.generic]) -> int:
-    """Voxels that are not 0; numpy counts whole numbers ten times faster than halves of floats."""
+    """Count voxels that are not 0; numpy counts integers ten times faster than float16."""
     # Without the sign, since -0 is 0.
     return int(np.count_nonzero(scan.view(f"u{scan.itemsize}") << 1))
 

@@ -159,7 +159,7 @@ def _words(name: str) -> list[str]:
 def _named_outright(
     words: Sequence[str], modalities: Sequence[str]
 ) -> tuple[list[tuple[str, int]], list[str]]:
-    """Modalities that only their own name tells, with where they stand, and the other words."""
+    """Find modalities that only their own name tells, and where; return the other words too."""
     meanings = [common_sequence(m) for m in modalities]
     own = [m for m, k in zip(modalities, meanings, strict=True) if not k or meanings.count(k) > 1]
     left = list(words)

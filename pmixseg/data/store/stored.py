@@ -201,7 +201,7 @@ def seal(facts: Mapping[str, Any]) -> str:
 
 
 def unseal(path: Path) -> dict[str, Any] | None:
-    """What :func:`seal` wrote, or ``None`` if the file is missing or no longer says the same."""
+    """Read what :func:`seal` wrote; ``None`` if the file is missing or says something else."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -215,7 +215,7 @@ def unseal(path: Path) -> dict[str, Any] | None:
 
 
 def _of_format_1(facts: dict[str, Any]) -> dict[str, Any] | None:
-    """A description that no seal and no checksums prove; ``pmixseg prepare`` writes them anew."""
+    """Read a description without seal and checksums; ``pmixseg prepare`` writes them anew."""
     if "bytes" not in facts:
         return {**facts, "format": FORMAT} if {"task", "parameters"} <= set(facts) else None
     sizes = facts["bytes"]

@@ -183,7 +183,7 @@ def _name(run: pd.DataFrame, otherwise: str) -> str:
 
 
 def _aligned(runs: Sequence[pd.DataFrame], column: str, notes: list[str]) -> pd.DataFrame:
-    """Values of every run, ``[rows, runs]``, for the rows that all have; what is left is noted."""
+    """Return values ``[rows, runs]`` of the rows that all runs have; the others are noted."""
     columns = [run.set_index(list(KEY))[column].rename(i) for i, run in enumerate(runs)]
     everything = pd.concat(columns, axis=1)
     common = everything.dropna()

@@ -309,7 +309,7 @@ def _doubts(case: CanonicalCase, task: Task, settings: SegmentSettings, where: s
 
 
 def _in_reference(geometry: Geometry, grid: CommonGrid, spacing: Spacing | None) -> Geometry:
-    """The way back to the axes of the reference scan, which may differ from the first scan's."""
+    """Return the way back to the reference scan's axes; the first scan's may differ."""
     reference = grid.reference
     if reference is None or (reference.source_affine, reference.unit) == (
         geometry.source_affine,

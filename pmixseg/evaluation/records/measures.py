@@ -118,6 +118,6 @@ def names_of(*kinds: Kind) -> tuple[str, ...]:
 
 
 def direction_of(measure: str) -> Direction | None:
-    """How a column gets better; one that is not known here is taken to be better when higher."""
+    """Say how a column gets better; one that is not known here counts as better when higher."""
     row = MEASURES.get(measure)
     return "higher" if row is None else row.direction

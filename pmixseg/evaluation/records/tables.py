@@ -100,7 +100,7 @@ class Tabulation:
         return means.loc[self.runs]
 
     def frame(self) -> pd.DataFrame:
-        """One row per region and run; a column per combination, ``mean``, ``cases`` (fewest)."""
+        """Return a row per region and run; columns are combinations, ``mean`` and ``cases``."""
         names = [format_combination(c) for c in self.combinations]
         return pd.DataFrame(
             {

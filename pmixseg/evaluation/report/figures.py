@@ -181,7 +181,7 @@ def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
 
 
 def by_count(tables: Tabulation) -> Figure:
-    """Mean over combinations of equal size against that size: what another sequence is worth."""
+    """Draw the mean over combinations of a size: what another sequence is worth."""
     task, sizes = tables.task, np.array([len(c) for c in tables.combinations])
     counts = np.arange(1, task.num_modalities + 1)
     with drawing():

@@ -322,7 +322,7 @@ class PicturedCase:
 
 
 def _pictures(runs: list[Run]) -> list[PicturedCase]:
-    """The worst cases, the middle and the best of those that every run with pictures kept."""
+    """Choose the worst cases, the middle and the best of those with pictures in every run."""
     holders = [run for run in runs if run.examples]
     if not holders:
         return []

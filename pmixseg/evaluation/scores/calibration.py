@@ -223,7 +223,7 @@ class Temperatures:
     def apply(
         self, probabilities: Float[Tensor, "c ..."], n_present: int
     ) -> Float[Tensor, "c ..."]:
-        """The probabilities of a network that was shown ``n_present`` modalities, tempered."""
+        """Temper the probabilities of a network that was shown ``n_present`` modalities."""
         return tempered(probabilities, self.by_size.get(n_present, 1.0))
 
     def to_dict(self) -> dict[str, float]:

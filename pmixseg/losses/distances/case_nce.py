@@ -126,7 +126,7 @@ class CaseNCE(Distance):
     def _targets(
         self, residuals: Tensor, latents: LevelLatents, anchor: Anchor
     ) -> tuple[Tensor, Presence]:
-        """The anchor of every modality ``[B, M, C, P]``, and whether there is one ``[B, M]``."""
+        """Return every modality's anchor ``[B, M, C, P]``, and whether it has one ``[B, M]``."""
         maps = residuals[..., None, None]
         targets, exists = [], []
         for m in range(maps.shape[1]):
