@@ -282,7 +282,7 @@ def find_class(class_path: str) -> Any:
 
 
 def build(value: Any, **extra: Any) -> Any:
-    """Inverse of :func:`describe` for one object: instantiate a ``{class_path, init_args}``.
+    """Undo :func:`describe` for one object: instantiate a ``{class_path, init_args}``.
 
     A ready object is returned as it is. Nested descriptions are left to the class, which builds
     its own arguments.

@@ -51,7 +51,7 @@ def raise_on_interrupt(*, trains: bool = False) -> None:
 
 
 def stopping_code(error: BaseException | None) -> int | None:
-    """The exit code of a command that ended so, where Ctrl-C or SIGTERM is the cause; else none.
+    """Return the exit code of a command that Ctrl-C or SIGTERM ended; else ``None``.
 
     Libraries make other errors of it: Lightning exits with 1. What is raised while the signal ends
     an import or a library's call counts as well.

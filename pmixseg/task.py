@@ -123,7 +123,7 @@ class Task:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Task:
-        """Inverse of :meth:`to_dict`.
+        """Read what :meth:`to_dict` wrote.
 
         Raises:
             InputError: not what that writes.

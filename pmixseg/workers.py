@@ -125,7 +125,7 @@ def _piece(work: Callable[[Item], Result], item: Item) -> Result:
 
 
 def start_worker() -> None:
-    """What a worker does first."""
+    """Do what a worker does first."""
     signal.signal(signal.SIGINT, _interrupt)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)

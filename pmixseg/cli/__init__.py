@@ -162,7 +162,7 @@ def input_error(error: BaseException | None) -> InputError | None:
 
 
 def no_text(args: Sequence[str]) -> InputError | None:
-    """A YAML file among the arguments that is no UTF-8; jsonargparse reads it and does not say so.
+    """Find a YAML file among the arguments that is no UTF-8, which jsonargparse does not say.
 
     Args:
         args: of the command line, ``--config FILE`` or ``--config=FILE``.

@@ -55,7 +55,7 @@ def flag_name(arg: str) -> str:
 
 
 def repeated(args: Sequence[str]) -> str | None:
-    """The first flag that comes twice, of which the parser of trainings silently keeps the last.
+    """Find the first flag that comes twice; the parser of trainings silently keeps the last.
 
     Files may come several times. After ``--key+``, which adds one more entry to a list, flags below
     ``key`` speak of the new entry.

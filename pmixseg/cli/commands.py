@@ -313,7 +313,7 @@ def read_task(path: Path | None) -> Task:
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with time left; call it with (done, total)."""
+    """Return a progress bar with time left; call it with (done, total)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -301,7 +301,7 @@ class BraTSDataModule(LightningDataModule, Described):
         return self._whole(cases, part)
 
     def items(self, part: Part) -> Iterator[CaseItem]:
-        """Whole cases of a part, one after the other, all of them on every process.
+        """Load whole cases of a part, one after the other, all of them on every process.
 
         ``val`` are the cases that are validated on. Nothing random is drawn.
         """

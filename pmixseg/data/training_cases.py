@@ -124,7 +124,7 @@ class TrainingCases:
 
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> TrainingCases:
-        """Inverse of :meth:`to_dict`.
+        """Read what :meth:`to_dict` wrote.
 
         Raises:
             InputError: not of this form.

@@ -32,7 +32,7 @@ class FixedCombination(nn.Module):
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Class probabilities ``[1, C, D, H, W]`` of scans ``[1, len(combination), D, H, W]``."""
+        """Predict probabilities ``[1, C, D, H, W]`` of scans ``[1, len(combination), D, H, W]``."""
         module: SegmentationModule = self.__dict__["_module"]
         scans = iter(image.unbind(1))
         zero = torch.zeros_like(image[:, 0])

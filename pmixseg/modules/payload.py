@@ -66,7 +66,7 @@ class Payload:
 
     @classmethod
     def from_dict(cls, raw: Any, where: str = "the checkpoint") -> Payload:
-        """Inverse of :meth:`to_dict`; what older versions did not write is not known.
+        """Read what :meth:`to_dict` wrote; what older versions did not write is not known.
 
         Args:
             raw: the entry.

@@ -68,7 +68,7 @@ class Preparation:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> Preparation:
-        """Inverse of :meth:`to_dict`; keys that an older version did not write are not known.
+        """Read what :meth:`to_dict` wrote; keys that an older version did not write are not known.
 
         Raises:
             InputError: a value that is none of its kind.

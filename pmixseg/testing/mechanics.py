@@ -36,7 +36,7 @@ def _twin(net: Backbone) -> Backbone:
 
 
 def state_dict(probe: Probe) -> None:
-    """A second network with the same state dict computes the same."""
+    """Check that a second network with the same state dict computes the same."""
     net = probe.eval()
     twin = _twin(net).to(probe.device).eval()
     twin.load_state_dict(_through_disk(net.state_dict()))  # type: ignore[arg-type]  # a dict went in
@@ -50,7 +50,7 @@ def state_dict(probe: Probe) -> None:
 
 
 def description(probe: Probe) -> None:
-    """A network built from the description has the same attributes and parameters."""
+    """Check that a network built from the description has equal attributes and parameters."""
     net = probe.net
     twin = build(_through_disk(describe(net)))
     for name in ("modalities", "num_classes", "channels", "strides", "slots", "shares_encoding"):
@@ -61,7 +61,7 @@ def description(probe: Probe) -> None:
 
 
 def channels_last(probe: Probe) -> None:
-    """The memory format changes nothing."""
+    """Check that the memory format changes nothing."""
     layout = torch.channels_last_3d
     net = probe.eval()
     expected = probe.logits(net, probe.image, probe.present)

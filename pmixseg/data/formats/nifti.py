@@ -155,7 +155,7 @@ class ScanReader:
             return None  # who reads the voxels says so
 
     def channels(self, path: Path) -> int | None:
-        """How many volumes a NIfTI file holds, from its header; ``None`` where that is not told.
+        """Count the volumes of a NIfTI file by its header; ``None`` where that does not tell.
 
         Args:
             path: the file.

@@ -78,7 +78,7 @@ class Box:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Iterable[int]]) -> Box:
-        """Inverse of :meth:`to_dict`."""
+        """Read what :meth:`to_dict` wrote."""
         return cls(triple(raw["lo"]), triple(raw["hi"]))
 
     @classmethod

@@ -179,7 +179,7 @@ class Geometry:
         return moved[..., a, b, c]
 
     def source_view(self, canonical: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Inverse of :meth:`canonical_view`, for ``[D, H, W]`` or a box of it."""
+        """Undo :meth:`canonical_view`, for ``[D, H, W]`` or a box of it."""
         order = _axes_of(self.affine)
         a, b, c = (slice(None, None, -1 if flip else 1) for _, flip in order)
         return canonical[a, b, c].transpose(np.argsort([axis for axis, _ in order]))
@@ -271,7 +271,7 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Geometry:
-        """Inverse of :meth:`to_dict`."""
+        """Read what :meth:`to_dict` wrote."""
         return cls(
             source_shape=triple(raw["source_shape"]),
             source_affine=tuple(tuple(float(v) for v in row) for row in raw["source_affine"]),

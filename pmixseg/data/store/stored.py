@@ -136,7 +136,7 @@ class StoredCase:
         return bool(self.meta.get("synthetic", named))
 
     def native_label(self) -> npt.NDArray[np.uint8] | None:
-        """Class indices in the source file's shape and orientation, or ``None`` without a label.
+        """Return classes in the source file's shape and orientation; ``None`` without a label.
 
         Raises:
             InputError: the file is missing or damaged.
@@ -264,7 +264,7 @@ def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origi
 
 
 def origin_of(folder: Path) -> str | None:
-    """Path of one source of a case when it was last prepared; ``None`` in stores of old."""
+    """Return the path of a case's source when it was last prepared; ``None`` in stores of old."""
     try:
         return (folder / ORIGIN).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

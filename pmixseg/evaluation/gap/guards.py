@@ -65,7 +65,7 @@ def rank_within(vectors: Vectors) -> float:
 
 
 def whitened_gap(vectors: Vectors, targets: Float[Tensor, "n c"]) -> float:
-    r"""The gap in units of the whole covariance, :math:`\operatorname{tr}(S_T^{-1} S_W) / C`.
+    r"""Return the gap in units of all covariance, :math:`\operatorname{tr}(S_T^{-1} S_W) / C`.
 
     :math:`S_W` is the mean of :math:`(f_m - P)(f_m - P)^T`, :math:`S_T` the covariance of all
     latents together. No invertible linear map of the channels changes it (but for the ridge).

@@ -143,7 +143,7 @@ def centre_window(
     size: Sequence[int],
     around: Float[Tensor, "m d h w"] | None = None,
 ) -> Tensor:
-    """The window around the middle of the non-zero voxels, padded with 0 where the image ends.
+    """Cut a window around the middle of the non-zero voxels, padded with 0 beyond the image.
 
     Args:
         image: to be cut.

@@ -89,7 +89,7 @@ class Sidecar:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "sidecar") -> Sidecar:
-        """Inverse of :meth:`to_dict`, for this and every older format.
+        """Read what :meth:`to_dict` wrote, in this and every older format.
 
         Raises:
             InputError: a newer format, or fields that are missing.

@@ -84,7 +84,7 @@ class Tabulation:
         return [(r, list(lines)) for r, lines in groupby(self.lines, lambda line: line.region)]
 
     def ranks(self) -> pd.DataFrame:
-        """Mean rank of each run (1 is best, ties share) over comparable columns, per region.
+        """Rank the runs (1 is best, ties share): means over comparable columns, per region.
 
         Rows are runs; columns are regions, ``all`` and ``columns`` (how many were ranked).
         """

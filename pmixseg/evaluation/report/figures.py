@@ -80,7 +80,7 @@ MOST_POINTS = 200
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The journal style, for figures made inside; fonts that are absent are passed over."""
+    """Give figures made inside the journal style; fonts that are absent are passed over."""
     installed = {font.name for font in fontManager.ttflist}
     fonts = [name for name in STYLE["font.sans-serif"] if name in installed]
     with mpl.rc_context({**STYLE, "font.sans-serif": fonts or ["DejaVu Sans"]}):

@@ -232,7 +232,7 @@ class Temperatures:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Temperatures:
-        """Inverse of :meth:`to_dict`."""
+        """Read what :meth:`to_dict` wrote."""
         return cls({int(size): t for size, t in raw.items()})
 
 

@@ -97,7 +97,7 @@ class Conventions:
         return _EMPTY[self.hd95][1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives for result files; what follows from the names is spelt out beside them."""
+        """Return primitives for result files; what the names stand for is spelt out as well."""
         spelt = {
             "hd95_one_empty_mm": None if math.isnan(self.one_empty) else self.one_empty,
             "hd95_both_empty_mm": None if math.isnan(self.both_empty) else self.both_empty,
@@ -108,5 +108,5 @@ class Conventions:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Conventions:
-        """Inverse of :meth:`to_dict`; spelt-out and unknown keys are ignored."""
+        """Read what :meth:`to_dict` wrote; spelt-out and unknown keys are ignored."""
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})

@@ -114,7 +114,7 @@ class Components:
         return chosen[crop], [a + o for a, o in zip(low, self.box.lo, strict=True)]
 
     def shared(self, other: Components, own: Labels | None = None) -> NDArray[np.int64]:
-        """Voxels that component i here and j there have in common, ``[count + 1, count + 1]``.
+        """Count voxels that component i here and j there share, ``[count + 1, count + 1]``.
 
         Args:
             other: components of another mask of the same volume.

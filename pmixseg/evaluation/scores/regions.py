@@ -80,7 +80,7 @@ class RegionMasks:
 
 
 def region_words(task: Task) -> NDArray[Any]:
-    """Class index -> word whose bit r is set where the class belongs to region r, ``[C]``.
+    """Return a word per class, whose bit r is set where it belongs to region r, ``[C]``.
 
     Raises:
         InputError: more than 64 regions.

@@ -81,7 +81,7 @@ class Points:
         return nearest
 
     def within(self, others: Points, tolerance: float) -> NDArray[np.bool_]:
-        """Which of ``others`` are at most ``tolerance`` mm away from one of these points, ``[n]``.
+        """Say which of ``others`` are at most ``tolerance`` mm from one of these points, ``[n]``.
 
         A billionth of a millimetre is granted for rounding.
         """

@@ -69,7 +69,7 @@ class KL(Distance):
             self.log_variances[str(level)] = head
 
     def check(self, anchor: Anchor) -> None:
-        """Every anchor has a Gaussian form."""
+        """Accept every anchor: each has a Gaussian form."""
 
     def moments(self, latents: LevelLatents) -> tuple[Tensor, Tensor]:
         """Return the mean and log-variance of every slot, ``[B, M, C, D, H, W]`` each.

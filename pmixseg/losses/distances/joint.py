@@ -78,7 +78,7 @@ class JointKL(Distance):
         self.correlation, self.ridge = correlation, ridge
 
     def check(self, anchor: Anchor) -> None:
-        """Every anchor has a Gaussian form."""
+        """Accept every anchor: each has a Gaussian form."""
 
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
         """Return the divergence of each sample, which stands in all of its slots."""

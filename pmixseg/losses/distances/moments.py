@@ -29,7 +29,7 @@ def mean_over_brain(values: Float[Tensor, "b m d h w"], brain: Brain) -> Float[T
 def pooled_moments(
     features: Features, subset: Presence, brain: Brain, sums: SharedSums
 ) -> tuple[Tensor, Tensor]:
-    """Mean and population variance per channel, over samples, modalities and brain voxels.
+    """Compute mean and population variance per channel, over samples, modalities and voxels.
 
     Gradients flow through both.
 

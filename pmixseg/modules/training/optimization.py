@@ -106,7 +106,7 @@ def callable_from(value: Callable[..., Any] | Mapping[str, Any]) -> Callable[...
 
 
 def schedule_from(value: Any) -> Schedule | Callable[..., Any] | None:
-    """A :class:`Schedule`, or what makes a scheduler from an optimizer: given ready or described.
+    """Return a :class:`Schedule`, or what makes a scheduler, from an object or a description.
 
     PyTorch's schedulers cannot be built before there is an optimizer, so of these a description
     becomes a partial.

@@ -141,7 +141,7 @@ def _replay(scheduler: LRScheduler, steps: int) -> None:
 
 
 def pending_metrics(trainer: Trainer) -> dict[str, float]:
-    """Values of the epoch that ends now, of which a plateau schedule is told only afterwards.
+    """Return metrics of the epoch that ends now, which a plateau schedule gets only later.
 
     Lightning writes checkpoints at the end of an epoch before its schedules are stepped.
     """
@@ -153,7 +153,7 @@ def pending_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def circumstances(trainer: Trainer) -> dict[str, Any]:
-    """What the steps of a training depend on, besides its model, optimizer and cases; primitives.
+    """Return what steps depend on besides model, optimizer and cases; primitives.
 
     Args:
         trainer: of the training.
