@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from pmixseg.evaluation.comparison.paired_tests import holm, paired_t, two_way_b
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.task import BRATS, format_combination
+from tests.docs.pages import DOCS
 
 COMBINATIONS = [format_combination(c) for c in BRATS.combinations()]
 
@@ -364,3 +366,19 @@ def test_noise_of_many_combinations_is_not_clear():
 def test_no_run_is_refused():
     with pytest.raises(InputError, match="no run"):
         added_modalities([])
+
+
+def test_the_page_says_how_often_each_test_finds_what_is_not_there():
+    draw = np.random.default_rng(0)
+
+    def trainings():  # 2000 studies of 5 seeds and 50 cases
+        luck, suits = draw.normal(size=(2000, 5, 1)), draw.normal(size=(2000, 1, 50))
+        return luck + suits + 2 * draw.normal(size=(2000, 5, 50))
+
+    differences = trainings() - trainings()
+    one, means = differences[:, 0], differences.mean(1)
+    simulated = [np.mean(stats.wilcoxon(d, axis=1).pvalue < 0.05) for d in (one, means)]
+    simulated.append(np.mean([paired_t(d).p < 0.05 for d in differences]))
+    page = (DOCS / "method" / "evidence.md").read_text(encoding="utf-8")
+    stated = [int(share) / 100 for share in re.findall(r"\| (\d+) % \|", page)]
+    np.testing.assert_allclose(simulated, stated, atol=0.02)
