@@ -309,7 +309,7 @@ class RunCheckpoint(ModelCheckpoint):
         return self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
 
     def _write(self, trainer: Trainer, path: str) -> None:
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=self.save_weights_only)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))

@@ -185,3 +185,9 @@ def test_without_the_score_of_the_best_it_says_so(tmp_path):
     )
     with pytest.raises(InputError, match=r"of this Silent logs no val/dice, .* log it, or leave"):
         trainer.fit(Silent(backbone=tiny(levels=2)), Data())
+
+
+def test_lightning_says_nothing_about_its_checkpoints(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(tmp_path, max_epochs=2)
+    assert "weights_only" not in caplog.text
