@@ -10,7 +10,7 @@ UNHELPFUL = re.compile(
     r"\W*(?:rank: \d+\] )?(Tip:|"
     r"(GPU|TPU|HPU|IPU) available|Seed set to|`Trainer\.\w+` (stopped|already)|"
     r"`Trainer\(\w+=.*\)` was configured|Loading `train_dataloader` to estimate|"
-    r"Restor(ing|ed) |Loaded model weights|Using (16bit|bfloat16|double)|"
+    r"weights_only` was not set|Restor(ing|ed) |Loaded model weights|Using (16bit|bfloat16|double)|"
     r"Detected KeyboardInterrupt|Received SIGTERM|LOCAL_RANK|"
     r"You are using a CUDA device .* Tensor Cores)"
 )
@@ -50,8 +50,10 @@ def silence_lightning() -> None:
         "lightning.fabric.utilities.seed",
     ):
         logger = logging.getLogger(name)
-        if not any(isinstance(f, _Unhelpful) for f in logger.filters):
-            logger.addFilter(_Unhelpful())
+        # What a logger below says passes no filter of this one, but its handlers.
+        for place in (logger, *logger.handlers):
+            if not any(isinstance(f, _Unhelpful) for f in place.filters):
+                place.addFilter(_Unhelpful())
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message=message)
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):

@@ -169,6 +169,8 @@ def _takes_no(kind: str, name: str, known: Sequence[str]) -> str:
 
 def _value_sentence(message: str, args: Sequence[str]) -> str:
     """Say what is wrong with the value of a setting; each kind of message in its turn."""
+    if lost := re.search(r'Parser key "config": Path (.*)', message):
+        return f"--config: the path {lost[1]}; correct it."
     keys = _keys(message)
     kinds = (_no_file, _no_argument, _no_class, _no_subclass, _wrong_kind, _no_class_named)
     for sentence in kinds:

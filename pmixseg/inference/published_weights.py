@@ -131,7 +131,8 @@ def import_official(kind: str, path: str | Path, task: Task = BRATS) -> Imported
 
 def _read(path: Path) -> tuple[dict[str, Tensor], int | None]:
     if not path.is_file():
-        raise InputError(f"{path} does not exist; give the .pth file of the published code.")
+        what = "is no file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}; give the .pth file of the published code.")
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way, KeyError included

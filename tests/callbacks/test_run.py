@@ -202,6 +202,15 @@ def test_chatter_of_any_rank(message, kept):
     assert bool(logger.filter(record)) == kept
 
 
+def test_chatter_of_a_logger_below():
+    silence_lightning()
+    message = "`weights_only` was not set, defaulting to `False`."
+    name = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+    record = logging.getLogger(name).makeRecord(name, logging.INFO, "", 0, message, (), None)
+    handlers = logging.getLogger("lightning.pytorch").handlers
+    assert handlers and not any(handler.filter(record) for handler in handlers)
+
+
 @pytest.mark.parametrize(("name", "kept"), [("val/dice/WT", False), ("my/loss", True)])
 def test_advice_to_average_what_is_a_mean_of_all_processes_already(name, kept):
     with warnings.catch_warnings(record=True) as seen:

@@ -266,6 +266,7 @@ def test_a_file_that_is_missing(capsys):
             "pmixseg compare: --a is given more than once; see `pmixseg compare --help`.",
         ),
         (["phantom", "x", "--cases", "many"], "argument --cases: invalid int value: 'many'"),
+        (["fit", "--config=."], "--config: the path is not a file: '"),
     ],
 )
 def test_a_wrong_plain_command(capsys, args, sentence):
