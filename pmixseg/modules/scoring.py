@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -157,6 +157,19 @@ class ScoredNetwork(SegmentationNetwork):
             are_synthetic(data, "test"),
         )
         self.log_dict(scores)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to trace what depends on the modalities that are shown.
+
+        Raises:
+            InputError: always; use ``pmixseg export``.
+        """
+        raise InputError(
+            f"an exported {type(self).__name__} is of one combination of modalities; use `pmixseg "
+            "export CKPT --combination NAMES`, with --format onnx for ONNX."
+        )
+
+    to_torchscript = to_tensorrt = to_onnx
 
     def test_combinations(self, item: CaseItem) -> list[Combination]:
         """Return every non-empty subset of the module's modalities that the case has."""

@@ -271,3 +271,10 @@ def test_the_source_of_an_export_is_not_replaced(module, tmp_path, capsys):
         assert main(["export", str(checkpoint), "-o", str(out)]) == 1
         assert "is read here and would be replaced" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["to_onnx", "to_torchscript", "to_tensorrt"])
+def test_the_exports_of_lightning_name_the_command_that_works(module, tmp_path, method):
+    scans = (torch.zeros(1, 4, 16, 16, 16), torch.ones(1, 4).bool())
+    with pytest.raises(InputError, match="of one combination of modalities; use `pmixseg export"):
+        getattr(module, method)(tmp_path / "model", scans)
