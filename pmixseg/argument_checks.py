@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from os import PathLike
@@ -190,29 +190,38 @@ def _kinds_of(node: ast.expr, names: Mapping[str, Any]) -> list[Kind]:
     Raises:
         LookupError: more than is known here.
     """
-    if isinstance(node, ast.BinOp):
+    if isinstance(node, ast.BinOp):  # X | Y
         return [*_kinds_of(node.left, names), *_kinds_of(node.right, names)]
-    if isinstance(node, ast.Subscript):
-        name = ast.unparse(node.value).rpartition(".")[2]
-        if name == "Callable":
-            return [Kind(Callable, "a function")]
+    if isinstance(node, ast.Subscript):  # X[Y]
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        if name == "Literal":
-            values = [part.value for part in parts if isinstance(part, ast.Constant)]
-            return [_KINDS[type(value).__name__] for value in values]
-        texts = [ast.unparse(part) for part in parts if ast.unparse(part) != "..."]
-        kinds = [tuple(_kinds(text, names)) for text in texts]
-        if name in ("Mapping", "dict"):
-            if not all(kinds):
-                raise LookupError(name)
-            # A checkpoint writes numbers as texts where they are keys.
-            keys = kinds[0] if kinds[0] == (_KINDS["str"],) else ()
-            return [_CONTAINERS[name]._replace(keys=keys, inside=kinds[1])]
-        inside = [kind for several in kinds for kind in several] if all(kinds) else []
-        if name == "Union" and inside:
-            return inside
-        return [_CONTAINERS[name]._replace(inside=tuple(inside))]
-    first, *further = ast.unparse(node).split(".")
+        return _kinds_of_generic(ast.unparse(node.value).rpartition(".")[2], parts, names)
+    return _kinds_of_name(ast.unparse(node), names)
+
+
+def _kinds_of_generic(name: str, parts: Sequence[ast.expr], names: Mapping[str, Any]) -> list[Kind]:
+    """Return what ``name[parts]`` takes."""
+    if name == "Callable":
+        return [Kind(Callable, "a function")]
+    if name == "Literal":
+        values = [part.value for part in parts if isinstance(part, ast.Constant)]
+        return [_KINDS[type(value).__name__] for value in values]
+    texts = [ast.unparse(part) for part in parts if ast.unparse(part) != "..."]
+    kinds = [tuple(_kinds(text, names)) for text in texts]
+    if name in ("Mapping", "dict"):
+        if not all(kinds):
+            raise LookupError(name)
+        # A checkpoint writes numbers as texts where they are keys.
+        keys = kinds[0] if kinds[0] == (_KINDS["str"],) else ()
+        return [_CONTAINERS[name]._replace(keys=keys, inside=kinds[1])]
+    inside = [kind for several in kinds for kind in several] if all(kinds) else []
+    if name == "Union" and inside:
+        return inside
+    return [_CONTAINERS[name]._replace(inside=tuple(inside))]
+
+
+def _kinds_of_name(text: str, names: Mapping[str, Any]) -> list[Kind]:
+    """Return what a plain name takes: a class, or a name for another annotation."""
+    first, *further = text.split(".")
     name = (first, *further)[-1]
     if name in _KINDS:
         return [_KINDS[name]]
@@ -221,7 +230,7 @@ def _kinds_of(node: ast.expr, names: Mapping[str, Any]) -> list[Kind]:
         return [Kind(meant, _NAMED.get(name, f"an object of {name}"))]
     if inspect.isclass(meant) or not (other := _kinds(str(meant))):
         raise LookupError(name)
-    return other  # a name for another annotation
+    return other
 
 
 def _check_kind(owner: str, name: str, value: Any, kinds: Iterable[Kind]) -> None:
