@@ -51,7 +51,7 @@ from pmixseg.evaluation.report.summary import (
     remarks,
     worst_cases,
 )
-from pmixseg.files import whole
+from pmixseg.files import file_hash, whole
 from pmixseg.task import Task
 from pmixseg.version import __version__
 
@@ -94,6 +94,17 @@ class Run:
         tested = (records.sidecar.checkpoint or {}).get("file", "")
         gaps = read_gap_changes(home, best=tested == "best.ckpt")
         return cls(home, records, read_curves(home), examples_of(home), gaps)
+
+    def other_weights(self) -> list[str]:
+        """A remark where the run holds other weights than were tested, as after a new training."""
+        tested = self.records.sidecar.checkpoint or {}
+        path = self.folder / "checkpoints" / tested.get("file", "")
+        if not path.is_file() or file_hash(path) == tested.get("sha256"):
+            return []
+        return [
+            f"{self.name}: the scores are of another {path.name} than that which lies in the run, "
+            "as where it was trained again after its test; test it again."
+        ]
 
     @property
     def mean_dice(self) -> float:
@@ -165,7 +176,7 @@ def _page(runs: list[Run], assets: Path, images: bool) -> str:
         figures=charts,
         training=_training(runs, charts),
         **_results(records, dice, hd95),
-        **_provenance(records),
+        **_provenance(runs),
         **_shown_cases(pictures, task),
     )
 
@@ -194,11 +205,12 @@ def _results(
     }
 
 
-def _provenance(records: Sequence[Records]) -> dict[str, Any]:
+def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
     """Return what the page says about the data: split, phantoms, cases that were trained on."""
+    records = [run.records for run in runs]
     return {
         "split": recognised_split(records[0]),
-        "remarks": remarks(records),
+        "remarks": [*remarks(records), *(r for run in runs for r in run.other_weights())],
         "phantom": [one.sidecar.phantom for one in records],
         "synthetic": all(one.sidecar.phantom for one in records),
         "known": [(run_name(one), n) for one in records if (n := len(one.sidecar.seen))],

@@ -16,7 +16,7 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.records import published
 from pmixseg.evaluation.records.curves import read_curves
 from pmixseg.evaluation.records.records import Records
-from pmixseg.evaluation.records.sidecar import Sidecar
+from pmixseg.evaluation.records.sidecar import Sidecar, checkpoint_identity
 from pmixseg.evaluation.records.tables import tabulate
 from pmixseg.evaluation.report import page
 from pmixseg.evaluation.report.page import html_table, write_report
@@ -175,6 +175,18 @@ def test_scans_carry_a_notice_also_when_nothing_is_known_of_them(tmp_path):
     assert "contains pictures of scans" in text
     assert "Synthetic" not in text
     assert "too few" not in text
+
+
+def test_scores_of_weights_that_a_new_training_replaced_are_told(tmp_path):
+    weights = tmp_path / "r" / "checkpoints" / "last.ckpt"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"tested")
+    about = replace(ABOUT, checkpoint=checkpoint_identity(weights))
+    run = make_run(tmp_path, "r", made_up_rows(12), about, course=False)
+    said = "the scores are of another last.ckpt than that which lies in the run"
+    assert said not in Page(plain_report([run], tmp_path)).text
+    weights.write_bytes(b"trained again")
+    assert said in Page(plain_report([run], tmp_path)).text
 
 
 def test_published_rows_stand_beside_but_are_not_ranked(tmp_path, monkeypatch):
