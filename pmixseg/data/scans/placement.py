@@ -201,7 +201,12 @@ def misplaced(overview: Overview) -> list[str]:
 
 
 def misplaced_label(
-    tumour: npt.NDArray[np.intp], first: Sequence[int], shape: Sequence[int], overview: Overview
+    tumour: npt.NDArray[np.intp],
+    first: Sequence[int],
+    shape: Sequence[int],
+    overview: Overview,
+    *,
+    shifts: bool = False,
 ) -> list[str]:
     """Suspect a label that is mirrored, shifted or has other axes against the scans.
 
@@ -215,6 +220,7 @@ def misplaced_label(
         first: where that part begins in the grid.
         shape: of the grid.
         overview: of the scans.
+        shifts: also try shifts; known to be safe for whole gliomas in four sequences alone.
     """
     if len(tumour) == 0:
         return []
@@ -239,7 +245,7 @@ def misplaced_label(
     best, words = LEAST_EVIDENCE * COARSE_MM**3 / math.prod(overview.zooms), ""
     for places, gain in (
         (_elsewhere(sample + first, shape), LABEL_GAIN),
-        (_shifted(sample + first, overview), SHIFT_GAIN),
+        (_shifted(sample + first, overview) if shifts else (), SHIFT_GAIN),
     ):
         for points, how in places:
             there = evidence(points - first)

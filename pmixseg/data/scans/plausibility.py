@@ -57,6 +57,9 @@ by this than the oedema's, or if the core is brighter by this, in deviations, in
 enhances. Of 64 real cases the core's share is smaller by 0.17 and more, the enhancing tumour's by
 0.28 and more, and the core darker by 0.63 and more."""
 
+SHIFT_SCANS = 4
+"""Fewer scans are not judged for a label that is shifted."""
+
 JUDGED_VOXELS = 50
 """Fewer voxels of a label tell nothing about its surface."""
 
@@ -64,12 +67,13 @@ LARGEST_SHARE = 0.5
 """Largest credible share of a brain that is tumour; the largest of 72 real cases has 0.16."""
 
 
-def misfit_label(case: CanonicalCase, overview: Overview) -> list[str]:
+def misfit_label(case: CanonicalCase, overview: Overview, task: Task) -> list[str]:
     """Suspect a label that is of other scans, is mirrored or shifted, or marks the brain.
 
     Args:
         case: with or without a label.
         overview: of its scans.
+        task: names of its labels.
     """
     tumour = np.flatnonzero(case.label) if case.label is not None else np.zeros(0, np.intp)
     total = case.label_beyond + len(tumour)
@@ -81,7 +85,8 @@ def misfit_label(case: CanonicalCase, overview: Overview) -> list[str]:
     whole = bool(extents) and all(total > LARGEST_SHARE * extent for extent in extents)
     voxels = np.stack(np.unravel_index(tumour, case.image.shape[1:]), axis=1)
     box, shape = case.geometry.box(), case.geometry.grid_shape
-    if not whole and (elsewhere := misplaced_label(voxels, box.lo, shape, overview)):
+    glioma = {"NCR", "ED", "ET"} <= set(task.labels) and len(overview.codes) >= SHIFT_SCANS
+    if not whole and (elsewhere := misplaced_label(voxels, box.lo, shape, overview, shifts=glioma)):
         return elsewhere
     scans = case.image.reshape(len(case.image), -1)
     inside = np.count_nonzero((scans[:, tumour] != 0).any(axis=0))
@@ -202,7 +207,7 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
     pairs = zip(task.modalities, case.image, case.acquired, strict=True)
     scans = {name: scan for name, scan, there in pairs if there}
     overview = Overview.of(scans, case.geometry.grid_spacing)
-    label = misfit_label(case, overview)
+    label = misfit_label(case, overview, task)
     findings = [
         *case.doubts,
         *shorter(case, MIN_LENGTH_MM, WRONG_UNIT),
