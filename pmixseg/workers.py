@@ -22,6 +22,8 @@ from threading import Thread, current_thread, main_thread
 from types import FrameType
 from typing import Any, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from pmixseg.errors import InputError
 
 NOT_BEGUN = (
@@ -119,6 +121,9 @@ def _piece(work: Callable[[Item], Result], item: Item) -> Result:
     try:
         if _Interruption.told:
             raise KeyboardInterrupt
+        # Else small matrix products would wait for threads on the cores of other workers. Here, for
+        # a library may have been loaded since the last item.
+        threadpool_limits(1)
         return work(item)
     finally:
         _Interruption.at_work = False

@@ -6,7 +6,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import pmixseg
 from pmixseg.errors import InputError
@@ -73,3 +75,14 @@ def test_a_signal_waits_until_the_pool_is_made(number):
         assert heard == [number] * 2
     finally:
         signal.signal(number, before)
+
+
+def threads_of_blas(matrix):
+    matrix @ matrix
+    return [part["num_threads"] for part in threadpool_info() if part["user_api"] == "blas"]
+
+
+def test_a_worker_has_one_thread(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ((_, threads),) = results(threads_of_blas, [np.eye(2)], 1, where="here")
+    assert set(threads) == {1}
