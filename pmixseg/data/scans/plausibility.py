@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pmixseg.data.scans.boxes import bounds
 from pmixseg.data.scans.canonical import CanonicalCase
 from pmixseg.data.scans.placement import Overview, copies, misplaced, misplaced_label
 from pmixseg.data.scans.sequences import common_sequence
@@ -109,12 +110,13 @@ def odd_label(case: CanonicalCase, task: Task) -> list[str]:
         case: with or without a label.
         task: names of its labels and channels.
     """
-    label = case.label
-    if label is None:
+    if case.label is None:
         return []
-    counts = np.bincount(label.ravel(), minlength=task.num_classes)
-    if not counts[1:].any():
+    box = bounds(case.label)
+    if box is None:
         return [] if case.label_beyond else ["its label marks nothing"]
+    label = case.label[box.slices]
+    counts = np.bincount(label.ravel(), minlength=task.num_classes)
     index = {name: i + 1 for i, name in enumerate(task.labels) if counts[i + 1] >= JUDGED_VOXELS}
     words = "look as if each were the other ({}); see that their numbers in the file are right"
     contact = _contact_with_healthy(label, task.num_classes)
@@ -125,7 +127,7 @@ def odd_label(case: CanonicalCase, task: Task) -> list[str]:
                 return [f"{name} and ED {words.format('oedema surrounds the tumour')}"]
     contrast = [i for i, name in enumerate(task.modalities) if common_sequence(name) == "t1ce"]
     if {"NCR", "ET"} <= set(index) and contrast and case.acquired[contrast[0]]:
-        scan = case.image[contrast[0]]
+        scan = case.image[contrast[0]][box.slices]
         core, bright = (np.median(scan[label == index[name]]) for name in ("NCR", "ET"))
         if core - bright > LEAST_BRIGHTER:
             return [f"NCR and ET {words.format('what enhances is bright in T1ce')}"]
@@ -134,8 +136,7 @@ def odd_label(case: CanonicalCase, task: Task) -> list[str]:
 
 def _contact_with_healthy(label: npt.NDArray[np.uint8], classes: int) -> npt.NDArray[np.float64]:
     """Share of each class's surface that meets class 0, on a quarter of the lines per axis."""
-    lo, hi = np.array([(i.min(), i.max()) for i in np.nonzero(label)]).T
-    part = np.pad(label[tuple(slice(a, b + 1) for a, b in zip(lo, hi, strict=True))], 1)
+    part = np.pad(label, 1)
     meets = np.zeros((classes, classes))
     for axis in range(3):
         lines = np.moveaxis(part, axis, 0)[:, ::2, ::2]
