@@ -61,7 +61,10 @@ def results(
         InputError: a worker was killed, most likely for lack of memory.
     """
     if workers <= 0:
-        yield from ((item, work(item)) for item in items)
+        for item in items:
+            with threadpool_limits(1, "blas"):  # several threads for small products take longer
+                result = work(item)
+            yield item, result
         return
     end_if_read_anew()
     others, done = {child.pid for child in active_children()}, 0

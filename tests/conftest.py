@@ -42,9 +42,13 @@ def own_signals():
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Two test processes on two cores must not fight, and sums must not depend on the machine."""
+    import numpy  # noqa: F401  # its BLAS and SciPy's are to be loaded
+    import scipy.linalg  # noqa: F401
     import torch
+    from threadpoolctl import threadpool_limits
 
     torch.set_num_threads(1)
+    threadpool_limits(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import pmixseg
 from pmixseg.errors import InputError
@@ -82,7 +82,10 @@ def threads_of_blas(matrix):
     return [part["num_threads"] for part in threadpool_info() if part["user_api"] == "blas"]
 
 
-def test_a_worker_has_one_thread(monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whoever_works_has_one_thread(monkeypatch, workers):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    ((_, threads),) = results(threads_of_blas, [np.eye(2)], 1, where="here")
-    assert set(threads) == {1}
+    with threadpool_limits(2):
+        ((_, threads),) = results(threads_of_blas, [np.eye(2)], workers, where="here")
+        assert set(threads) == {1}
+        assert 2 in threads_of_blas(np.eye(2))  # this process as it was

@@ -26,7 +26,7 @@ class Score(Protocol):
 
 
 WAITING = 16
-"""Predictions that wait for the thread of their case, at most; three cases are in hand at a time."""
+"""Predictions that wait for the thread of their case, at most; three cases are in hand at once."""
 MOST_SCORERS = 8
 """Threads that score the predictions of a case; one score takes longer than a GPU's prediction."""
 
