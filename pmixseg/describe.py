@@ -137,6 +137,7 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
         if outermost:
             del self.__dict__["_made"]
 
+    remember._remembers = True  # type: ignore[attr-defined]  # a mark
     return remember
 
 
@@ -144,8 +145,10 @@ def _not_whole(made: Any) -> InputError | None:
     """Say which constructor of an object was left out; ``None`` if none was."""
     last = type(made)
     for base in type(made).__mro__:
-        if issubclass(base, Described) and "__init__" in vars(base):
-            if vars(base)["__init__"] not in made.__dict__["_made"]:
+        init = vars(base).get("__init__")
+        # One that was put in its place from outside is not known to have been called, or not.
+        if issubclass(base, Described) and getattr(init, "_remembers", False):
+            if init not in made.__dict__["_made"]:
                 break
             last = base
     else:

@@ -390,3 +390,9 @@ def test_numbers_that_mean_nothing_are_refused_by_every_class():
                     cls(**{**base, p.name: value})
                     pytest.fail(f"{cls.__name__}({p.name}={value}) is taken")
     assert asked > 200
+
+
+def test_a_constructor_replaced_from_outside_is_not_taken_for_forgotten(monkeypatch):
+    narrow = functools.partialmethod(MultiEncoderUNet.__init__, width=2, levels=2)
+    monkeypatch.setattr(MultiEncoderUNet, "__init__", narrow)
+    assert len(MultiEncoderUNet().strides) == 2
