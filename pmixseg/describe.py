@@ -137,7 +137,7 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
         if outermost:
             del self.__dict__["_made"]
 
-    remember._remembers = True  # type: ignore[attr-defined]  # a mark
+    remember.remembers = True  # type: ignore[attr-defined]  # a mark
     return remember
 
 
@@ -147,7 +147,7 @@ def _not_whole(made: Any) -> InputError | None:
     for base in type(made).__mro__:
         init = vars(base).get("__init__")
         # One that was put in its place from outside is not known to have been called, or not.
-        if issubclass(base, Described) and getattr(init, "_remembers", False):
+        if issubclass(base, Described) and getattr(init, "remembers", False):
             if init not in made.__dict__["_made"]:
                 break
             last = base
