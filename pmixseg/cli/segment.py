@@ -245,7 +245,7 @@ def segmented_study(
         outputs,
         settings,
         raw,
-        chosen=series_of(options.series),
+        chosen=numbers_of("--series", options.series, "t1ce=5"),
         name=options.name,
         progress=progress,
         tell=lambda recognised: console.print(series_table(recognised)),
@@ -253,20 +253,25 @@ def segmented_study(
     return study.case
 
 
-def series_of(flags: Sequence[str]) -> dict[str, int]:
-    """Read ``--series t1ce=5 --series flair=3``.
+def numbers_of(flag: str, pairs: Sequence[str], form: str) -> dict[str, int]:
+    """Read ``NAME=NUMBER`` of a flag.
+
+    Args:
+        flag: its name, for the message.
+        pairs: its values.
+        form: an example, for the message.
 
     Raises:
         InputError: not of this form.
 
     Example:
-        >>> series_of(["t1ce=5", "flair=3"])
+        >>> numbers_of("--series", ["t1ce=5", "flair=3"], "t1ce=5")
         {'t1ce': 5, 'flair': 3}
     """
     try:
-        return {m.strip(): int(n) for m, n in (flag.split("=") for flag in flags)}
+        return {name.strip(): int(n) for name, n in (pair.split("=") for pair in pairs)}
     except ValueError:
-        raise InputError(f"--series {' '.join(flags)} is not of the form t1ce=5.") from None
+        raise InputError(f"{flag} {','.join(pairs)} is not of the form {form}.") from None
 
 
 def series_table(recognised: Sequence[Recognised]) -> Table:
@@ -331,22 +336,8 @@ def settings_of(options: argparse.Namespace) -> SegmentSettings:
 
 
 def codes_of(text: str | None) -> dict[str, int] | None:
-    """Read ``NCR=1,ED=2,ET=4``; ``None`` where the flag was not given.
-
-    Raises:
-        InputError: not of this form.
-
-    Example:
-        >>> codes_of("ED=2, ET=4")
-        {'ED': 2, 'ET': 4}
-    """
-    if text is None:
-        return None
-    try:
-        pairs = (item.split("=") for item in text.split(","))
-        return {name.strip(): int(number) for name, number in pairs}
-    except ValueError:
-        raise InputError(f"--codes '{text}' is not of the form NCR=1,ED=2,ET=4.") from None
+    """Read ``NCR=1,ED=2,ET=4``; ``None`` where the flag was not given."""
+    return None if text is None else numbers_of("--codes", text.split(","), "NCR=1,ED=2,ET=4")
 
 
 def device_of(name: str) -> str:

@@ -1,7 +1,9 @@
 """Segmenting a patient's scans gives what testing the prepared case gives."""
 
 import shutil
+import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +18,7 @@ from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.store import Store
 from pmixseg.data.training_cases import TrainingCases, training_cases
 from pmixseg.evaluation.prediction.scans import SegmentSettings
+from pmixseg.evaluation.prediction.segmentation import doubts_of_place
 from pmixseg.modules import load
 from pmixseg.task import BRATS
 from pmixseg.types import SegOutput
@@ -277,3 +280,13 @@ def test_a_model_of_phantoms_says_so_of_a_patient(phantom_store, scans_of, tmp_p
     for cases, file in silent:
         model.preparation = replace(model.preparation, cases=cases)
         assert "synthetic" not in " ".join(model.segment({"flair": file}).warnings)
+
+
+def test_voxels_that_resampling_alone_made_raise_no_doubt_of_place():
+    whole = np.ones((4, 4, 4), bool)
+    made = SimpleNamespace(
+        prediction=SimpleNamespace(on_grid=lambda: torch.zeros(4, 4, 4, dtype=torch.int64))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # 0 of 0 voxels
+        assert doubts_of_place(made, whole, "case 'x'") == []

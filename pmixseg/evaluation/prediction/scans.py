@@ -11,9 +11,7 @@ from itertools import combinations as subsets_of_size
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pmixseg.argument_checks import check_fields
@@ -23,21 +21,22 @@ from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
 from pmixseg.data.scans.geometry import Geometry, Spacing
 from pmixseg.data.scans.grids import CommonGrid, on_one_grid
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
-from pmixseg.data.scans.plausibility import LARGEST_SHARE, judge
+from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.training_cases import other_voxels, voxel_side
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
 from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
-from pmixseg.evaluation.prediction.segmentation import Segmentation
+from pmixseg.evaluation.prediction.segmentation import (
+    Segmentation,
+    doubts_of_place,
+    doubts_of_size,
+)
 from pmixseg.evaluation.prediction.windows import Predictor, check_windows
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
-from pmixseg.task import Combination, Task, format_combination
+from pmixseg.task import Combination, Task
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
-
-LARGEST_OUTSIDE = 0.25
-"""Share of a segmentation outside the brain from which it is told: a border is never exact."""
 
 
 @dataclass(frozen=True)
@@ -196,34 +195,10 @@ def segment_scans(
     prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
     identity = None if recipe.checkpoint is None else checkpoint_identity(Path(recipe.checkpoint))
     made = Segmentation(name, prediction, codes, inputs, facts, identity, tuple(notes))
-    doubts = _doubts_of_result(made, brain, where) or _doubts_of_place(prediction, inside, where)
+    doubts = doubts_of_size(made, brain, where) or doubts_of_place(made, inside, where)
     for note in doubts:
         warnings.warn(note, stacklevel=4)
     return replace(made, warnings=(*made.warnings, *doubts))
-
-
-def _doubts_of_result(made: Segmentation, brain: float, where: str) -> list[str]:
-    """Return sentences about a segmentation that no patient has.
-
-    Args:
-        made: the segmentation.
-        brain: volume of the scans' foreground in ml.
-        where: the case, for the sentence.
-    """
-    shown = format_combination(made.combination)
-    largest = max(made.volumes.values(), default=0.0)
-    if largest == 0:
-        return [
-            f"{where}: nothing was segmented from {shown}; if there is a tumour, look at the scans "
-            "and their names, or give more of them."
-        ]
-    if largest > LARGEST_SHARE * brain:
-        return [
-            f"{where}: {largest:.0f} ml are segmented in a brain of {brain:.0f} ml, more than a "
-            "tumour takes; look at the result, and at the scans: skull-stripped, and rightly "
-            "named."
-        ]
-    return []
 
 
 def check_scans(images: object, where: str) -> None:
@@ -241,28 +216,6 @@ def check_scans(images: object, where: str) -> None:
             f"{where}: a {type(images).__name__} was given; give a scan for each modality, as in "
             '{"flair": "f.nii.gz"} (`pmixseg segment` takes a folder).'
         )
-
-
-def _doubts_of_place(
-    prediction: CasePrediction, inside: NDArray[np.bool_], where: str
-) -> list[str]:
-    """A sentence about a segmentation that lies beside the brain.
-
-    Args:
-        prediction: of the case.
-        inside: which voxels of the case are brain.
-        where: the case, for the sentence.
-    """
-    segmented = prediction.on_grid().cpu().numpy() > 0
-    if segmented.shape != inside.shape:  # a crop of a published network's own
-        return []
-    share = float((segmented & ~inside).sum() / segmented.sum())
-    if share <= LARGEST_OUTSIDE:
-        return []
-    return [
-        f"{where}: {share:.0%} of what is segmented lies outside the brain, where no tumour is; "
-        "look at the result, and at the scans: of the kind that the model was trained on."
-    ]
 
 
 def _choose(

@@ -22,6 +22,7 @@ from pmixseg.data.formats.outputs import (
     write_labels,
     write_volume,
 )
+from pmixseg.data.scans.plausibility import LARGEST_SHARE
 from pmixseg.evaluation.prediction.cases import CasePrediction, entropy_of
 from pmixseg.files import inside
 from pmixseg.task import Combination, Task, format_combination
@@ -29,6 +30,9 @@ from pmixseg.version import __version__
 
 NOTICE = "Research use only: not a medical device, not for diagnosis or treatment."
 """Said by every output."""
+
+LARGEST_OUTSIDE = 0.25
+"""Share of a segmentation outside the brain from which it is told: a border is never exact."""
 
 
 @dataclass(frozen=True)
@@ -168,3 +172,48 @@ class Segmentation:
             "versions": {"pmixseg": __version__, "torch": version("torch")},
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+
+def doubts_of_size(made: Segmentation, brain: float, where: str) -> list[str]:
+    """Return a sentence about a segmentation that is empty, or larger than a tumour.
+
+    Args:
+        made: the segmentation.
+        brain: volume of the scans' foreground in ml.
+        where: the case, for the sentence.
+    """
+    shown = format_combination(made.combination)
+    largest = max(made.volumes.values(), default=0.0)
+    if largest == 0:
+        return [
+            f"{where}: nothing was segmented from {shown}; if there is a tumour, look at the scans "
+            "and their names, or give more of them."
+        ]
+    if largest > LARGEST_SHARE * brain:
+        return [
+            f"{where}: {largest:.0f} ml are segmented in a brain of {brain:.0f} ml, more than a "
+            "tumour takes; look at the result, and at the scans: skull-stripped, and rightly "
+            "named."
+        ]
+    return []
+
+
+def doubts_of_place(made: Segmentation, inside: NDArray[np.bool_], where: str) -> list[str]:
+    """Return a sentence about a segmentation that lies beside the brain.
+
+    Args:
+        made: the segmentation.
+        inside: which voxels of the prepared case are brain.
+        where: the case, for the sentence.
+    """
+    segmented = made.prediction.on_grid().cpu().numpy() > 0
+    # A published network has a crop of its own; resampling alone may leave single voxels.
+    if segmented.shape != inside.shape or not segmented.any():
+        return []
+    share = float((segmented & ~inside).sum() / segmented.sum())
+    if share <= LARGEST_OUTSIDE:
+        return []
+    return [
+        f"{where}: {share:.0%} of what is segmented lies outside the brain, where no tumour is; "
+        "look at the result, and at the scans: of the kind that the model was trained on."
+    ]
