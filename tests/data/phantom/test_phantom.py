@@ -1,10 +1,13 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.phantom.cohort import (
     LABEL_CODES,
     PhantomSettings,
@@ -13,7 +16,10 @@ from pmixseg.data.phantom.cohort import (
     write_cohort,
 )
 from pmixseg.data.phantom.contrast import Contrast, Scanner
+from pmixseg.data.splits import WholeCohort
+from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
+from pmixseg.modules.preparation import are_synthetic
 from pmixseg.task import BRATS
 
 COARSE = PhantomSettings(spacing=4.0)
@@ -249,3 +255,32 @@ def test_a_full_size_case():
     case = make_case(0, 0, PhantomSettings(spacing=1.0))
     assert case.label.shape == (240, 240, 155)
     assert set(np.unique(case.label)) == {0, 1, 2, 3}
+
+
+def test_a_phantom_is_known_by_its_files_whatever_they_are_called(
+    make_case, phantom_root, tmp_path
+):
+    found = find_cases(phantom_root, BRATS)[:2]
+    renamed = [replace(case, case_id=f"patient{k}") for k, case in enumerate(found)]
+    patients = [make_case("Brats18_PHANTOM_001_1"), make_case("PHANTOM_x")]
+    prepare([*renamed, *patients], tmp_path / "mixed", BRATS, progress=False)
+    store = Store.open(tmp_path / "mixed")
+    synthetic = {name: store.read(name).synthetic for name in store.cases}
+    assert synthetic == {
+        "patient0": True,
+        "patient1": True,
+        "Brats18_PHANTOM_001_1": False,
+        "PHANTOM_x": False,
+    }
+    names = [case.case_id for case in renamed], [case.case_id for case in patients]
+    for test, said in ((names[0], True), (names[1], False), ([*names[0], *names[1]], False)):
+        data = SimpleNamespace(store=store, parts=SimpleNamespace(test=test))
+        assert are_synthetic(data, "test") is said
+    assert are_synthetic(SimpleNamespace(split_name="x"), "test") is None
+    with pytest.warns(UserWarning, match=r"2 cases are of a phantom \(patient0, patient1\), the"):
+        BraTSDataModule(tmp_path / "mixed", split=WholeCohort()).setup("test")
+    # Stores of before know names alone.
+    for name, said in (("Brats18_PHANTOM_001_1", True), ("PHANTOM_x", False)):
+        case = store.read(name)
+        meta = {k: v for k, v in case.meta.items() if k != "synthetic"}
+        assert replace(case, meta=meta).synthetic is said

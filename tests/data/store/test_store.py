@@ -8,7 +8,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,14 +15,11 @@ import pytest
 
 from pmixseg.cli import main
 from pmixseg.data.cohorts.layouts import find_cases
-from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.scans.canonical import canonicalise
-from pmixseg.data.splits import WholeCohort
 from pmixseg.data.store import stored as storing
 from pmixseg.data.store.arrays import copy_box
 from pmixseg.data.store.store import Store, StoredCase, prepare
 from pmixseg.errors import InputError
-from pmixseg.modules.preparation import are_synthetic
 from pmixseg.task import BRATS, Task
 
 
@@ -105,35 +101,6 @@ def test_copy_box_is_copy(dtype):
         np.testing.assert_array_equal(made, box)
         assert made.flags.c_contiguous and made.dtype == dtype
         assert not np.shares_memory(made, whole)
-
-
-def test_a_phantom_is_known_by_its_files_whatever_they_are_called(
-    make_case, phantom_root, tmp_path
-):
-    found = find_cases(phantom_root, BRATS)[:2]
-    renamed = [replace(case, case_id=f"patient{k}") for k, case in enumerate(found)]
-    patients = [make_case("Brats18_PHANTOM_001_1"), make_case("PHANTOM_x")]
-    quietly([*renamed, *patients], tmp_path / "mixed")
-    store = Store.open(tmp_path / "mixed")
-    synthetic = {name: store.read(name).synthetic for name in store.cases}
-    assert synthetic == {
-        "patient0": True,
-        "patient1": True,
-        "Brats18_PHANTOM_001_1": False,
-        "PHANTOM_x": False,
-    }
-    names = [case.case_id for case in renamed], [case.case_id for case in patients]
-    for test, said in ((names[0], True), (names[1], False), ([*names[0], *names[1]], False)):
-        data = SimpleNamespace(store=store, parts=SimpleNamespace(test=test))
-        assert are_synthetic(data, "test") is said
-    assert are_synthetic(SimpleNamespace(split_name="x"), "test") is None
-    with pytest.warns(UserWarning, match=r"2 cases are of a phantom \(patient0, patient1\), the"):
-        BraTSDataModule(tmp_path / "mixed", split=WholeCohort()).setup("test")
-    # Stores of before know names alone.
-    for name, said in (("Brats18_PHANTOM_001_1", True), ("PHANTOM_x", False)):
-        case = store.read(name)
-        meta = {k: v for k, v in case.meta.items() if k != "synthetic"}
-        assert replace(case, meta=meta).synthetic is said
 
 
 def test_up_to_date_cases_are_kept(cohort, out):
