@@ -85,20 +85,25 @@ class Described:
         Arguments that the constructor does not take are left out.
         """
         known = self.__dict__.get("_init_args", {})
-        known.update({k: v for k, v in arguments.items() if k in known or _takes(type(self), k)})
+        taken = {*known, *constructor_arguments(type(self))}
+        known.update({k: v for k, v in arguments.items() if k in taken})
 
 
-def _takes(cls: type, name: str) -> bool:
-    """Say whether a constructor has an argument of this name, or hands it on to one that has."""
-    for base in cls.__mro__:
-        if "__init__" not in base.__dict__:
-            continue
-        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]  # only read
-        if name in parameters:
-            return True
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            return False
-    return False
+def constructor_arguments(cls: Any) -> list[str]:
+    """Return names of what a constructor takes, those that it hands on included.
+
+    Args:
+        cls: a class; of anything else nothing is known.
+    """
+    names: dict[str, None] = {}
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for base in getattr(cls, "__mro__", ()):
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            names |= {p.name: None for p in parameters if p.kind in plain and p.name != "self"}
+            if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+                break
+    return list(names)
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from pmixseg.cli.arguments import SETTINGS, nearest
-from pmixseg.describe import find_class
+from pmixseg.describe import constructor_arguments, find_class
 from pmixseg.errors import InputError
 
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
@@ -194,20 +194,9 @@ def arguments_of(class_path: str) -> list[str]:
         class_path: dotted; nothing is known of one that cannot be imported.
     """
     try:
-        cls: Any = find_class(class_path)
+        return constructor_arguments(find_class(class_path))
     except InputError:
         return []
-    names: dict[str, None] = {}
-    bases: tuple[Any, ...] = getattr(cls, "__mro__", (cls,))
-    for base in bases:
-        if "__init__" not in vars(base):
-            continue
-        parameters = inspect.signature(base.__init__).parameters.values()
-        plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        names |= {p.name: None for p in parameters if p.kind in plain and p.name != "self"}
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            break
-    return list(names)
 
 
 def lacking_value(cls: Any, settings: Any, place: str) -> str | None:
