@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from traceback import walk_tb
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 """What a disk answers to a write; Python then often does not know the file."""
@@ -116,12 +117,8 @@ def disk_error(error: BaseException) -> InputError | None:
 
 
 def _raised_in(error: BaseException, package: str) -> bool:
-    trace = error.__traceback__
-    while trace is not None:
-        if str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == package:
-            return True
-        trace = trace.tb_next
-    return False
+    names = (str(f.f_globals.get("__name__")) for f, _ in walk_tb(error.__traceback__))
+    return any(name.partition(".")[0] == package for name in names)
 
 
 def memory_error(error: BaseException) -> InputError | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
@@ -344,16 +345,15 @@ def complaint(error: BaseException) -> InputError | None:
     if type(error).__module__ == "pydantic_core._pydantic_core":  # of wandb's settings
         lines = [line.partition(" [type=")[0].strip() for line in str(error).splitlines()[1:3]]
         return InputError(f"Wandb refuses: {': '.join(lines)}; correct it, or its WANDB_ variable.")
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
+    frames = list(walk_tb(error.__traceback__))
+    if not frames:
         return None
-    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    frame, number = frames[-1]
+    module = str(frame.f_globals.get("__name__", ""))
     if module == "torch.optim.lr_scheduler" and isinstance(error, ArithmeticError):
-        schedule = type(trace.tb_frame.f_locals.get("self")).__name__
+        schedule = type(frame.f_locals.get("self")).__name__
         return InputError(f"{schedule} cannot be stepped ({error}); correct its arguments.")
-    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+    line = linecache.getline(frame.f_code.co_filename, number)
     ours = not any(module == name or module.startswith(f"{name}.") for name in LIBRARIES)
     if ours or not line.strip().startswith("raise"):
         return None
