@@ -11,6 +11,7 @@ near 1 means that few open files cost nothing.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import resource
 import tempfile
@@ -25,7 +26,6 @@ from rich.console import Console
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.patches import PatchDataset
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
-from pmixseg.data.store.arrays import OpenMaps
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.data.store.stored import seal, unseal
 from pmixseg.task import BRATS
@@ -44,14 +44,10 @@ def copied(store: Path, count: int) -> None:
         (folder / "meta.json").write_text(seal({**meta, "case_id": folder.name}))
 
 
-class NumpyMaps(OpenMaps):
-    """Every array mapped by numpy, and kept so: what is compared with."""
-
-    def get(self, path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """A read-only map of an array."""
-        if path not in self._maps:
-            self._maps[path] = np.asarray(np.load(path, mmap_mode="r"))
-        return self._maps[path]
+@functools.cache
+def numpy_map(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Map an array by numpy, and keep it so: what is compared with."""
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def cost(patches: PatchDataset, epoch: int, count: int) -> tuple[float, float]:
@@ -85,7 +81,7 @@ def main() -> None:
         prepare(find_cases(root, BRATS), out, BRATS, progress=False)
         copied(out, args.cases)
         ours, numpys = Store.open(out), Store.open(out)
-        numpys._maps = NumpyMaps()
+        numpys._maps = numpy_map
         ways = {
             name: PatchDataset(store, store.cases, (64, 64, 64))
             for name, store in (("pmixseg", ours), ("numpy, all files open", numpys))

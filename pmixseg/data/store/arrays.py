@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +20,19 @@ MAX_MAPS = 30_000
 """Arrays of a store that are mapped at a time: under half of the 65,530 maps that Linux allows."""
 
 
-class OpenMaps:
-    """Memory maps of a store's arrays, at most ``limit`` at a time; the oldest is let go first.
+Maps = Callable[[Path, str, tuple[int, ...]], npt.NDArray[Any]]
+"""What :func:`open_maps` returns, called like :func:`read_only_map`."""
+
+
+def open_maps(limit: int = MAX_MAPS) -> Maps:
+    """Keep memory maps of a store's arrays; of more than ``limit`` the oldest is let go first.
 
     An array that is still in use keeps its own map open.
 
     Args:
         limit: how many.
     """
-
-    def __init__(self, limit: int = MAX_MAPS) -> None:
-        self.limit = limit
-        self._maps: OrderedDict[Path, npt.NDArray[Any]] = OrderedDict()
-
-    def get(self, path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """Return a read-only map of an array.
-
-        Args:
-            path: a ``.npy`` file.
-            dtype: that it must have.
-            shape: that it must have.
-
-        Raises:
-            InputError: the file is missing, or is not this array.
-        """
-        made = self._maps.get(path)
-        if made is None:
-            made = self._maps[path] = _mapped(path, dtype, shape)
-            if len(self._maps) > self.limit:
-                self._maps.popitem(last=False)
-        else:
-            self._maps.move_to_end(path)
-        return made
+    return functools.lru_cache(limit)(read_only_map)
 
 
 def copy_box(box: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -69,10 +50,18 @@ def copy_box(box: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return rows.copy().view(box.dtype)
 
 
-def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """A read-only map of a file, by torch: a map of Python's holds the file open as long as it is.
+def read_only_map(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Map an array by torch: a map of Python's holds the file open as long as it is.
 
     What the file must begin with is known, so nothing has to be parsed that may be damaged.
+
+    Args:
+        path: a ``.npy`` file.
+        dtype: that it must have.
+        shape: that it must have.
+
+    Raises:
+        InputError: the file is missing, or is not this array.
     """
     head = _head(dtype, shape)
     size = len(head) + math.prod(shape) * np.dtype(dtype).itemsize

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmixseg.argument_checks import checked
-from pmixseg.data.store.arrays import OpenMaps
+from pmixseg.data.store.arrays import open_maps
 from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.report import PrepareReport
 from pmixseg.data.store.stored import (
@@ -38,7 +38,7 @@ class Store:
     """
 
     def __init__(self, root: Path, description: Mapping[str, Any], cases: tuple[str, ...]) -> None:
-        self.root = root
+        self.root, self._description = root, description
         self.task = Task.from_dict(description["task"])
         spacing = description["parameters"]["spacing"]
         self.spacing: tuple[float, float, float] | None = tuple(spacing) if spacing else None
@@ -46,7 +46,7 @@ class Store:
         self.dtype: str = description["parameters"]["dtype"]
         self.cases = cases
         self._opened: dict[str, StoredCase] = {}
-        self._maps = OpenMaps()
+        self._maps = open_maps()
 
     @classmethod
     @checked
@@ -66,13 +66,8 @@ class Store:
                 "`pmixseg prepare ROOT STORE`."
             )
         description = unseal(path)
-        if description is None:
+        if description is None or description.get("format") != FORMAT:
             raise InputError(_no_description(path))
-        if description.get("format") != FORMAT:
-            raise InputError(
-                f"{root} has store format {description.get('format')}, but this version reads "
-                f"{FORMAT}; run `pmixseg prepare` again."
-            )
         try:
             folders = sorted(f for f in (root / CASES).iterdir() if f.name[0] != ".")
         except OSError as error:
@@ -103,8 +98,8 @@ class Store:
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}, "_maps": OpenMaps()}
+    def __reduce__(self) -> tuple[type[Store], tuple[Any, ...]]:
+        return Store, (self.root, self._description, self.cases)
 
 
 def _no_description(path: Path) -> str:

@@ -32,7 +32,7 @@ from isal.isal_zlib import crc32
 from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.canonical import CanonicalCase
 from pmixseg.data.scans.geometry import Geometry
-from pmixseg.data.store.arrays import OpenMaps, damaged, write_array
+from pmixseg.data.store.arrays import Maps, damaged, open_maps, write_array
 from pmixseg.files import hidden_folder_near
 
 FORMAT = 2
@@ -72,10 +72,10 @@ class StoredCase:
     patient: str
     folder: Path
     meta: Mapping[str, Any]
-    maps: OpenMaps = field(repr=False, compare=False)
+    maps: Maps = field(repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path, maps: OpenMaps | None = None) -> StoredCase:
+    def open(cls, folder: Path, maps: Maps | None = None) -> StoredCase:
         """Open a case folder.
 
         Args:
@@ -97,7 +97,7 @@ class StoredCase:
             patient=meta["patient"],
             folder=folder,
             meta=meta,
-            maps=OpenMaps() if maps is None else maps,
+            maps=maps or open_maps(),
         )
 
     @property
@@ -110,7 +110,7 @@ class StoredCase:
             InputError: the file is missing or damaged.
         """
         shape = (len(self.acquired), *self.geometry.box().shape)
-        return self.maps.get(self.folder / IMAGE, self.meta["parameters"]["dtype"], shape)
+        return self.maps(self.folder / IMAGE, self.meta["parameters"]["dtype"], shape)
 
     @property
     def label(self) -> npt.NDArray[np.uint8] | None:
@@ -121,7 +121,7 @@ class StoredCase:
         """
         if not self.labelled:
             return None
-        return self.maps.get(self.folder / LABEL, "uint8", self.geometry.box().shape)
+        return self.maps(self.folder / LABEL, "uint8", self.geometry.box().shape)
 
     @property
     def labelled(self) -> bool:
@@ -148,7 +148,7 @@ class StoredCase:
             return self.geometry.to_source(label, self.geometry.box(), order=0)
         result = np.zeros(self.geometry.source_shape, dtype=np.uint8)
         box = Box.from_dict(self.meta["label_box"])
-        part = self.maps.get(self.folder / NATIVE, "uint8", box.shape)
+        part = self.maps(self.folder / NATIVE, "uint8", box.shape)
         self.geometry.canonical_view(result)[box.slices] = part
         return result
 

@@ -17,7 +17,7 @@ import pytest
 
 from pmixseg.cli import main
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.store.arrays import OpenMaps
+from pmixseg.data.store.arrays import open_maps
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.data.store.stored import read_meta, seal, unseal
 from pmixseg.errors import InputError
@@ -146,12 +146,12 @@ def test_a_training_needs_fewer_open_files_than_cases(store, case):
 def test_an_array_outlives_its_place_among_the_open_maps(store, case):
     many_cases(store, case, 5)
     opened = Store.open(store)
-    opened._maps = OpenMaps(limit=2)
+    opened._maps = open_maps(limit=2)
     first = opened.read(case.case_id)
     image, copy = first.image, np.array(first.image)
     for name in opened.cases:
         assert opened.read(name).image.shape == image.shape
-    assert len(opened._maps._maps) == 2
+    assert opened._maps.cache_info().currsize == 2
     np.testing.assert_array_equal(image, copy)
     np.testing.assert_array_equal(opened.read(case.case_id).image, copy)
 
