@@ -96,17 +96,12 @@ def prepare(
         work = partial(prepare_case, settings)
         mine = cases if share is None else share.of(cases, lambda case: case.case_id)
         outcomes = results(work, mine, workers, where=out, preload=[prepare_case.__module__])
-        for case, outcome in _watched(outcomes, len(mine), progress):
+        done = _watched(outcomes, len(mine), progress)
+        for case, outcome in sorted(done, key=lambda one: one[0].case_id):
             _enter(report, case, outcome)
         _reconcile(report, {c.case_id for c in cases}, parameters, prune)
     except OSError as error:
         raise _cannot_write(out, error) from error
-    for names in (report.prepared, report.kept, report.unlabelled):
-        names.sort()
-    for facts in (report.failed, report.notes, report.ignored):
-        ordered = dict(sorted(facts.items()))
-        facts.clear()
-        facts.update(ordered)  # type: ignore[arg-type]  # of its own items
     report.seconds = time.monotonic() - start
     return report
 

@@ -52,9 +52,7 @@ class PrepareReport:
             *grouped((case, text) for case, texts in self.notes.items() for text in texts),
         ]
         if self.unlabelled:
-            lines.append(
-                f"without a label, so of no use for training: {listed(sorted(self.unlabelled))}"
-            )
+            lines.append(f"without a label, so of no use for training: {listed(self.unlabelled)}")
         if self.pruned:
             lines.append(f"removed, for their sources are gone: {listed(self.pruned)}")
         if self.gone:
