@@ -200,10 +200,8 @@ class Deformation:
         """MNI152 coordinates (RAS mm) of the tissue at each voxel, ``[3, X, Y, Z]``."""
         rng = stream(*self._key, "elastic")
         position = np.empty((3, *grid.shape), dtype=np.float32)
-        for axis, values in enumerate(grid.axes()):
-            shape = [1, 1, 1]
-            shape[axis] = -1
-            position[axis] = (values - BRAIN_CENTRE[axis] - self._shift[axis]).reshape(shape)
+        for axis, values in enumerate(np.meshgrid(*grid.axes(), indexing="ij", sparse=True)):
+            position[axis] = values - BRAIN_CENTRE[axis] - self._shift[axis]
         position = np.tensordot(self._from_lps, position, axes=1)
         for axis in range(3):
             for amplitude, wavelength in ((3.0, 90.0), (1.6, 40.0), (0.8, 18.0)):

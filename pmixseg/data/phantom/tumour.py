@@ -135,12 +135,8 @@ def enhancement(rng: np.random.Generator, core: Field) -> Field:
 
 def _offsets(grid: Grid, centre: tuple[float, float, float]) -> list[Field]:
     """Signed distance from ``centre`` per axis in mm, shaped to broadcast."""
-    offsets = []
-    for axis, values in enumerate(grid.axes()):
-        shape = [1, 1, 1]
-        shape[axis] = -1
-        offsets.append((values - centre[axis]).astype(np.float32).reshape(shape))
-    return offsets
+    axes = np.meshgrid(*grid.axes(), indexing="ij", sparse=True)
+    return [(axis - c).astype(np.float32) for axis, c in zip(axes, centre, strict=True)]
 
 
 def _seeds(
