@@ -72,10 +72,6 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         mine = order.view(-1, self.num_replicas, self.batch_size)[:, self.rank].flatten()
         return iter([(self.epoch, index) for index in mine.tolist()])
 
-    def set_epoch(self, epoch: int) -> None:
-        """Begin the given epoch with the next iteration."""
-        self.epoch = epoch
-
 
 class SameOrder(SequentialSampler, DistributedSampler[Any]):
     """Yields the same samples in every epoch: training that is to overfit.
@@ -97,9 +93,6 @@ class SameOrder(SequentialSampler, DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.samples)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: every epoch is the same."""
 
 
 class EpochLoader(DataLoader[Any]):
@@ -150,6 +143,3 @@ class CaseSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: the order of evaluation never changes."""
