@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pmixseg.data.keys import make_key, number_of, uniform
 from pmixseg.data.missing import bernoulli_not_empty, check_rates, rate_row
+from pmixseg.data.store.stored import StoredCase
 from pmixseg.describe import Described
 from pmixseg.errors import InputError
 from pmixseg.task import parse_combination, presence
@@ -29,30 +30,11 @@ Flags = tuple[bool, ...]
 """One flag per modality, in task order."""
 
 
-class MaskableCase(Protocol):
-    """What masks may look at; a stored case has it."""
-
-    @property
-    def case_id(self) -> str:
-        """Name of the case."""
-        ...
-
-    @property
-    def acquired(self) -> Flags:
-        """What exists on disk."""
-        ...
-
-    @property
-    def label(self) -> np.ndarray | None:
-        """Class indices, or nothing."""
-        ...
-
-
 class CaseMasks(Described, ABC):
     """Say which modalities of each case may be used."""
 
     @abstractmethod
-    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+    def allowed(self, cases: Sequence[StoredCase], modalities: Sequence[str]) -> dict[str, Flags]:
         """Return what may be used of each case: never empty, and within what it acquired.
 
         Args:
@@ -79,7 +61,7 @@ class MaskFile(CaseMasks):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+    def allowed(self, cases: Sequence[StoredCase], modalities: Sequence[str]) -> dict[str, Flags]:
         """Return the modalities that a case may have.
 
         Raises:
@@ -189,7 +171,7 @@ class RandomMasks(CaseMasks):
         check_rates(rates, "RandomMasks")
         self.rates, self.seed = rates, seed
 
-    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+    def allowed(self, cases: Sequence[StoredCase], modalities: Sequence[str]) -> dict[str, Flags]:
         """Return the modalities that a case may have."""
         row = rate_row(self.rates, modalities, "RandomMasks")
         return _draw(cases, row.expand(len(cases), -1), self.seed)
@@ -220,7 +202,7 @@ class SiteMasks(CaseMasks):
             )
         self.rates, self.seed = rates, seed
 
-    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+    def allowed(self, cases: Sequence[StoredCase], modalities: Sequence[str]) -> dict[str, Flags]:
         """Return the modalities that a case may have.
 
         Raises:
@@ -269,7 +251,7 @@ class CovariateMasks(CaseMasks):
         self.rates, self.slopes, self.seed = rates, slopes, seed
         self.file, self.column = Path(file) if file else None, column
 
-    def allowed(self, cases: Sequence[MaskableCase], modalities: Sequence[str]) -> dict[str, Flags]:
+    def allowed(self, cases: Sequence[StoredCase], modalities: Sequence[str]) -> dict[str, Flags]:
         """Return the modalities that a case may have.
 
         Raises:
@@ -285,7 +267,7 @@ class CovariateMasks(CaseMasks):
         odds = torch.logit(row) + torch.from_numpy(z)[:, None] * slope
         return _draw(cases, torch.sigmoid(odds), self.seed)
 
-    def _column(self, cases: Sequence[MaskableCase]) -> Float[np.ndarray, " n"]:
+    def _column(self, cases: Sequence[StoredCase]) -> Float[np.ndarray, " n"]:
         assert self.file is not None
         try:
             with self.file.open(newline="", encoding="utf-8-sig") as handle:
@@ -300,14 +282,12 @@ class CovariateMasks(CaseMasks):
         return np.array([values.get(case.case_id, np.nan) for case in cases])
 
 
-def _log_tumour_size(cases: Sequence[MaskableCase]) -> Float[np.ndarray, " n"]:
+def _log_tumour_size(cases: Sequence[StoredCase]) -> Float[np.ndarray, " n"]:
     sizes = [np.nan if c.label is None else np.count_nonzero(c.label) for c in cases]
     return np.log1p(np.array(sizes, dtype=np.float64))
 
 
-def _draw(
-    cases: Sequence[MaskableCase], rates: Float[Tensor, "n m"], seed: int
-) -> dict[str, Flags]:
+def _draw(cases: Sequence[StoredCase], rates: Float[Tensor, "n m"], seed: int) -> dict[str, Flags]:
     """Draw by case id, so that adding a case changes no other's mask."""
     numbers = [number_of(case.case_id) for case in cases]
     keys = torch.tensor([make_key(seed, None, n) for n in numbers], dtype=torch.int64)
