@@ -36,9 +36,6 @@ from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
-_TELLING = 3
-"""So many label maps tell which labels a cohort has."""
-
 _ENDLESS = 10_000
 """Columns of a terminal in which nothing is folded."""
 
@@ -214,20 +211,7 @@ def inspect_cohort(
     facts = [_facts(case, task, odd) for case in cases]
     names = dict.fromkeys(case.layout for case in cohort.cases if case.layout)
     layouts = " and ".join(names)
-    remarks = [*cohort.remarks, *_labels_that_no_case_has(facts, task)]
-    return Inspection(Path(root), layouts, task, facts, remarks)
-
-
-def _labels_that_no_case_has(facts: Iterable[CaseFacts], task: Task) -> list[str]:
-    """A remark on labels that never occur, as where a mask of the whole tumour is 1."""
-    voxels = [case.voxels for case in facts if case.voxels and any(case.voxels.values())]
-    lacking = [name for name in task.labels if not any(found[name] for found in voxels)]
-    if len(voxels) < _TELLING or not lacking:
-        return []
-    return [
-        f"none of {len(voxels)} label maps has any {' or '.join(lacking)}; see that the numbers in "
-        "them are those of the layout."
-    ]
+    return Inspection(Path(root), layouts, task, facts, cohort.remarks)
 
 
 def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
