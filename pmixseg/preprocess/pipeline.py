@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,26 +136,21 @@ def preprocess_scans(
     """
     if not images:
         raise InputError(f"case '{name}' has no scan; give at least one sequence.")
-    middle = centre or _centre_of(list(images))
+    middle = centre or next(m for m in (*CENTRES, *images) if m in images)
     if middle not in images:
         raise InputError(f"case '{name}': --centre {middle} is not among {sorted(images)}.")
     space = mni152() if atlas is None else read_atlas(Path(atlas))
     sources = {m: read_volume(Path(path), f"case '{name}', {m}") for m, path in images.items()}
-    to_centre = {m: _to(sources[middle], scan, m == middle) for m, scan in sources.items()}
+    to_centre = {
+        m: sitk.Euler3DTransform() if m == middle else register(sources[middle], scan)
+        for m, scan in sources.items()
+    }
     poses = place_in_atlas(space.template, space.brain, sources[middle])
     transforms = {m: _joined(poses[0], own) for m, own in to_centre.items()}
     heads = {m: resampled(s, space.grid, transforms[m]) for m, s in sources.items()}
     mask, notes = brain_mask(sources[middle], brain, space, poses)
     scans = {m: sitk.Mask(head, mask) for m, head in heads.items()}
     return Preprocessed(name, scans, mask, middle, sources, transforms, tuple(notes))
-
-
-def _centre_of(modalities: Sequence[str]) -> str:
-    return next((m for m in CENTRES if m in modalities), modalities[0])
-
-
-def _to(centre: Any, scan: Any, same: bool) -> Any:
-    return sitk.Euler3DTransform() if same else register(centre, scan)
 
 
 def _joined(first: Any, then: Any) -> Any:

@@ -108,20 +108,6 @@ def place_in_atlas(
     return _without_scale(similar), affine
 
 
-def difference(first: sitk.Transform, second: sitk.Transform) -> tuple[float, float]:
-    """Return how far two rigid transforms are apart: largest shift in mm, rotation in degrees.
-
-    The shift is taken over a sphere of 80 mm around the first transform's centre: a brain.
-    """
-    centre = np.asarray(_euler(first).GetCenter())
-    corners = 80.0 * np.vstack([np.eye(3), -np.eye(3)]) + centre
-    moved = [np.array([t.TransformPoint(p.tolist()) for p in corners]) for t in (first, second)]
-    shift = float(np.linalg.norm(moved[0] - moved[1], axis=1).max())
-    turn = _matrix(first).T @ _matrix(second)
-    angle = np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1)))
-    return shift, float(angle)
-
-
 def resampled(
     moving: sitk.Image, grid: sitk.Image, transform: sitk.Transform, *, labels: bool = False
 ) -> sitk.Image:
@@ -263,13 +249,3 @@ def _shrunk(image: sitk.Image, size: float) -> sitk.Image:
         0.0,
         sitk.sitkFloat32,
     )
-
-
-def _euler(transform: sitk.Transform) -> Any:
-    if isinstance(transform, sitk.Euler3DTransform):
-        return sitk.Euler3DTransform(transform)
-    return sitk.Euler3DTransform(transform.Downcast())
-
-
-def _matrix(transform: sitk.Transform) -> np.ndarray:
-    return np.asarray(_euler(transform).GetMatrix()).reshape(3, 3)

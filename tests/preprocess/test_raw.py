@@ -22,7 +22,7 @@ from pmixseg.modules.preparation import Preparation
 from pmixseg.preprocess import preprocess_scans
 from pmixseg.preprocess.brain import brain_mask
 from pmixseg.preprocess.pipeline import Preprocessed
-from pmixseg.preprocess.registration import difference, register
+from pmixseg.preprocess.registration import register
 from pmixseg.task import BRATS
 from pmixseg.types import Latents, SegOutput
 
@@ -124,6 +124,15 @@ def module():
     made = StudentModule(backbone=Bright(), fill="zero")
     made.preparation = Preparation(normalisation="zscore-own-mask", patch=(32,) * 3)
     return made.eval()
+
+
+def difference(first: sitk.Euler3DTransform, second: sitk.Euler3DTransform) -> tuple[float, float]:
+    """Largest shift in mm over a sphere of 80 mm, a brain; and the rotation in degrees."""
+    corners = 80.0 * np.vstack([np.eye(3), -np.eye(3)]) + first.GetCenter()
+    moved = [np.array([t.TransformPoint(p.tolist()) for p in corners]) for t in (first, second)]
+    shift = np.linalg.norm(moved[0] - moved[1], axis=1).max()
+    one, two = (np.reshape(t.GetMatrix(), (3, 3)) for t in (first, second))
+    return shift, np.degrees(np.arccos(np.clip((np.trace(one.T @ two) - 1) / 2, -1, 1)))
 
 
 def test_sequences_are_registered_within_a_millimetre_and_a_degree(patient, ready):
