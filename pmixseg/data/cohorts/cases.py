@@ -72,6 +72,11 @@ class Case:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of its scans."""
+        return [file_of(source) for source in self.images.values()]
+
     def coding(self, task: Task) -> Coding:
         """Return what the numbers of the label file mean.
 
@@ -181,6 +186,11 @@ class Layout:
         patterns = [p for several in self.images.values() for p in several]
         texts = [p if isinstance(p, str) else p[0] for p in patterns]
         return bool(self.patient) or any("patient" in _field_names(t) for t in texts)
+
+
+def file_of(source: ImageFile) -> Path:
+    """Return the file that a scan lies in, alone or as a channel."""
+    return source[0] if isinstance(source, tuple) else source
 
 
 def check_name(case_id: str) -> None:

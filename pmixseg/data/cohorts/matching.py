@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, check_name
+from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, check_name, file_of
 from pmixseg.data.cohorts.patients import patient_of
 from pmixseg.data.cohorts.presets import LAYOUTS
 from pmixseg.data.cohorts.problems import listed
@@ -175,9 +175,9 @@ class _CaseFiles:
             self.files[role] = (rank, source)
         if other == source:
             return
-        if before == rank or not (ranked or _equal(_path_of(other), _path_of(source))):
+        if before == rank or not (ranked or _equal(file_of(other), file_of(source))):
             self.problem = (
-                f"case '{self.case_id}': {_path_of(other)} and {_path_of(source)} are both its "
+                f"case '{self.case_id}': {file_of(other)} and {file_of(source)} are both its "
                 f"{role}; remove or rename one."
             )
 
@@ -195,7 +195,7 @@ class _CaseFiles:
         return Case(
             case_id=case_id,
             images=images,
-            label=_path_of(self.files["label"][1]) if "label" in self.files else None,
+            label=file_of(self.files["label"][1]) if "label" in self.files else None,
             codes=layout.codes,
             grade=self.fields.get("grade"),
             patient=self.fields.get("patient") or patient_of(case_id, layout.patient),
@@ -268,10 +268,6 @@ def _equal(one: Path, other: Path) -> bool:
         return filecmp.cmp(one, other, shallow=False)
     except OSError:
         return False  # who reads them says so
-
-
-def _path_of(source: ImageFile) -> Path:
-    return source[0] if isinstance(source, tuple) else source
 
 
 def _remark_on_patients(cases: Sequence[Case], named: bool) -> tuple[str, ...]:

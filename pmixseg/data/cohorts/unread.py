@@ -42,21 +42,16 @@ def with_unread(cohort: Cohort, tree: Tree, task: Task, *, recognised: bool) -> 
         return replace(cohort, remarks=remarks)
     strays = strays_of(cohort)
     cases = [_with_lost_scan(case, strays.get(case.case_id, []), task) for case in cohort.cases]
-    homes = {path.parent for case in cases for path in files_of(case)}
+    homes = {path.parent for case in cases for path in case.files}
     lost = [path for path in cohort.stray if path.parent not in homes]
     return replace(cohort, cases=[*cases, *_lost_cases(lost, cases, tree, task)], remarks=remarks)
-
-
-def files_of(case: Case) -> list[Path]:
-    """Return the files of a case's scans."""
-    return [s[0] if isinstance(s, tuple) else s for s in case.images.values()]
 
 
 def strays_of(cohort: Cohort) -> dict[str, list[Path]]:
     """Case -> files that lie beside its scans, but that its layout has no name for."""
     owners: defaultdict[Path, set[str]] = defaultdict(set)
     for case in cohort.cases:
-        for path in files_of(case):
+        for path in case.files:
             owners[path.parent].add(case.case_id)
     strays: defaultdict[str, list[Path]] = defaultdict(list)
     for path in cohort.stray:

@@ -176,8 +176,7 @@ def _canonical(settings: StoreSettings, case: Case, where: str) -> CanonicalCase
 
 def _origin(case: Case) -> str:
     """Say where one of the case's scans lies, to tell later whether it is still there."""
-    source = next(iter(case.images.values()))
-    return str((source[0] if isinstance(source, tuple) else source).absolute())
+    return str(case.files[0].absolute())
 
 
 def _sources(case: Case, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
