@@ -6,7 +6,7 @@ import argparse
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pmixseg.dicom import Recognised
     from pmixseg.evaluation.prediction.scans import SegmentSettings
     from pmixseg.inference.outputs import CaseResult, Outputs
+    from pmixseg.inference.raw import RawSettings
     from pmixseg.modules import SegmentationModule
 
 NAME = "segment"
@@ -168,10 +169,16 @@ def segmented(
     study = folder is not None and holds_dicom(folder)
     if share is not None and (options.raw or study or folder is None):
         raise InputError("--part divides a cohort of registered scans; leave it out for a patient.")
+    raw = None
+    if options.raw:
+        from pmixseg.inference.raw import RawSettings
+
+        raw = RawSettings(options.brain, options.atlas, onto=options.reference)
+        settings = replace(settings, reference=None)
     if study:
-        yield segmented_study(module, options, settings, outputs, progress)
-    elif options.raw:
-        yield segmented_raw(module, options, scans, settings, outputs, progress)
+        yield segmented_study(module, options, settings, raw, outputs, progress)
+    elif raw is not None:
+        yield segmented_raw(module, options, scans, settings, raw, outputs, progress)
     elif folder is not None:
         if options.channels or options.name:
             raise InputError(
@@ -222,6 +229,7 @@ def segmented_study(
     module: SegmentationModule,
     options: argparse.Namespace,
     settings: SegmentSettings,
+    raw: RawSettings | None,
     outputs: Outputs,
     progress: Callable[[int, int], None],
 ) -> CaseResult:
@@ -231,14 +239,9 @@ def segmented_study(
         InputError: flags that are not for DICOM, or a series that is not certain.
     """
     from pmixseg.inference.dicom import segment_study
-    from pmixseg.inference.raw import RawSettings
 
     if options.channels or options.codes or options.layout:
         raise InputError("--channels, --codes and --layout are not for DICOM; leave them out.")
-    raw = None
-    if options.raw:
-        raw = RawSettings(options.brain, options.atlas, onto=options.reference)
-        settings = replace(settings, reference=None)
     study = segment_study(
         module,
         options.input,
@@ -289,6 +292,7 @@ def segmented_raw(
     options: argparse.Namespace,
     scans: Mapping[str, Source],
     settings: SegmentSettings,
+    raw: RawSettings,
     outputs: Outputs,
     progress: Callable[[int, int], None],
 ) -> CaseResult:
@@ -298,7 +302,7 @@ def segmented_raw(
         InputError: a cohort, a 4-D file, or a folder in which a sequence is not certain.
     """
     from pmixseg.inference.folders import scans_in
-    from pmixseg.inference.raw import RawSettings, segment_raw
+    from pmixseg.inference.raw import segment_raw
 
     source: Path | None = options.input
     if source is None:
@@ -312,11 +316,9 @@ def segmented_raw(
                 "flag per scan; a cohort goes through `pmixseg preprocess` first."
             )
     images = {m: path for m, path in images.items() if m in module.modalities}
-    raw = RawSettings(options.brain, options.atlas, onto=options.reference)
     codes = codes_of(options.codes)
-    inner = replace(settings, reference=None)
     return segment_raw(
-        module, images, outputs, inner, raw, codes=codes, name=options.name, progress=progress
+        module, images, outputs, settings, raw, codes=codes, name=options.name, progress=progress
     )
 
 
@@ -324,15 +326,8 @@ def settings_of(options: argparse.Namespace) -> SegmentSettings:
     """Return the flags under "how"."""
     from pmixseg.evaluation.prediction.scans import SegmentSettings
 
-    return SegmentSettings(
-        tta=options.tta,
-        overlap=options.overlap,
-        precision=options.precision,
-        postprocess=options.postprocess,
-        reference=options.reference,
-        strict=options.strict,
-        force=options.force,
-    )
+    names = (field.name for field in fields(SegmentSettings))
+    return SegmentSettings(**{name: getattr(options, name) for name in names if name in options})
 
 
 def codes_of(text: str | None) -> dict[str, int] | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.parts import PARTS, Split
 from pmixseg.data.store.store import StoredCase
 from pmixseg.errors import InputError
@@ -262,11 +263,10 @@ def say_seen(seen: Sequence[SeenCase], part: str) -> str:
         seen: the cases, at least one.
         part: of the split that was to be scored.
     """
-    more = ", …" if len(seen) > 5 else ""
     cases = count_of(len(seen), f"case of the {part} part is", f"cases of the {part} part are")
     return (
         f"{cases} known to this model from its training "
-        f"({', '.join(str(case) for case in seen[:5])}{more}): their scores would be too good; "
+        f"({listed([str(case) for case in seen])}): their scores would be too good; "
         "score others (a command without a split takes the checkpoint's own), or go on with "
         "--force (in Python: module.force = True)."
     )

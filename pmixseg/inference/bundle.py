@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from monai.data import load_net_with_metadata, save_net_with_metadata
-from torch import Tensor
 
 from pmixseg.errors import InputError
 from pmixseg.files import hidden_folder_near
@@ -39,19 +38,9 @@ softmax(log p / T).
 """
 
 
-class Bundled:
-    """The model of a bundle, read back as MONAI reads it; call it as the original."""
-
-    def __init__(self, folder: Path) -> None:
-        self.network, self.facts, _ = load_net_with_metadata(str(folder / MODEL))
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """Probabilities of one window."""
-        answer: Tensor = self.network(image)
-        return answer
-
-
-def write_bundle(traced: torch.jit.ScriptModule, folder: Path, facts: Mapping[str, Any]) -> Bundled:
+def write_bundle(
+    traced: torch.jit.ScriptModule, folder: Path, facts: Mapping[str, Any]
+) -> torch.jit.ScriptModule:
     """Write a bundle folder, complete or not at all.
 
     Args:
@@ -60,7 +49,7 @@ def write_bundle(traced: torch.jit.ScriptModule, folder: Path, facts: Mapping[st
         facts: of :func:`~pmixseg.inference.export.describe_export`.
 
     Returns:
-        The model, read back.
+        The model, read back as MONAI reads it.
 
     Raises:
         InputError: the folder is in use.
@@ -83,7 +72,8 @@ def write_bundle(traced: torch.jit.ScriptModule, folder: Path, facts: Mapping[st
         if folder.exists():
             folder.rmdir()
         part.replace(folder)
-    return Bundled(folder)
+    network: torch.jit.ScriptModule = load_net_with_metadata(str(folder / MODEL))[0]
+    return network
 
 
 def metadata(facts: Mapping[str, Any]) -> dict[str, Any]:

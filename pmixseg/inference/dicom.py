@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from pmixseg.argument_checks import checked
-from pmixseg.dicom import Recognised, Series, read_folder, recognise, write_segmentation
+from pmixseg.dicom import Recognised, read_folder, recognise, write_segmentation
 from pmixseg.dicom.recognition import choose
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
@@ -76,7 +76,9 @@ def segment_study(
     if not series:
         raise InputError(f"this model reads {', '.join(module.modalities)}; the study has none.")
     with tempfile.TemporaryDirectory() as place:
-        images = {m: _as_nifti(s, Path(place) / f"{called}_{m}.nii.gz") for m, s in series.items()}
+        images = {m: Path(place) / f"{called}_{m}.nii.gz" for m in series}
+        for modality, path in images.items():
+            nib.save(series[modality].volume().to_nibabel(), path)
         if raw is None:
             case = segment_files(module, images, outputs, settings, name=called, progress=progress)
         else:
@@ -94,11 +96,6 @@ def segment_study(
         note = f"case '{called}': nothing was segmented, so no DICOM-SEG was written."
         case = replace(case, warnings=(*case.warnings, note))
     return StudyResult(case, tuple(recognised))
-
-
-def _as_nifti(series: Series, path: Path) -> Path:
-    nib.save(series.volume().to_nibabel(), path)
-    return path
 
 
 def _same_grid(result: Path, images: Mapping[str, Path]) -> str:

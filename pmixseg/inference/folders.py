@@ -8,12 +8,10 @@ from pathlib import Path
 
 from pmixseg.data.cohorts.cases import Case, stem_of
 from pmixseg.data.cohorts.matching import Tree
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.sequences import read_name
 from pmixseg.errors import InputError
 from pmixseg.task import Task
-
-_NAMED = 4
-"""So many files are named in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
     if not files:
         return FolderScans({})
     if odd and not force:
-        reasons = _listed([f"{name} ({doubt})" for name, doubt in odd.items()])
+        reasons = listed([f"{name} ({doubt})" for name, doubt in odd.items()])
         raise InputError(
             f"{folder}: it is not certain what {reasons} {'is' if len(odd) == 1 else 'are'} to "
             f"this model, which knows {', '.join(task.modalities)}; give the scans one by one "
@@ -79,9 +77,9 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
         )
     notes = []
     if labels:
-        notes.append(f"{_listed(labels)} taken for no scan, by name")
+        notes.append(f"{listed(labels)} taken for no scan, by name")
     if odd:
-        notes.append(f"{_listed(list(odd))} left out because of force")
+        notes.append(f"{listed(list(odd))} left out because of force")
     return FolderScans({m: files[m] for m in task.modalities if m in files}, tuple(notes))
 
 
@@ -100,15 +98,10 @@ def notes_on_strays(case: Case, strays: Sequence[Path], task: Task) -> tuple[str
     if not unread:
         return ()
     return (
-        f"case '{case.case_id}': {_listed(unread)} not read, for layout '{case.layout}' has no "
+        f"case '{case.case_id}': {listed(unread)} not read, for layout '{case.layout}' has no "
         "such name.",
     )
 
 
 def _flags(modalities: Sequence[str]) -> str:
     return " ".join(f"--{m} FILE" for m in modalities)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

@@ -13,8 +13,8 @@ from pmixseg.argument_checks import check_fields
 from pmixseg.data.formats.nifti import Source
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.segmentation import Segmentation
-from pmixseg.files import inside, not_among, not_beside
-from pmixseg.inference.overview import overview, scans_on_grid, write_overview
+from pmixseg.files import inside, not_among, not_beside, whole
+from pmixseg.inference.overview import overview, scans_on_grid
 from pmixseg.task import Task
 
 
@@ -81,7 +81,10 @@ class Outputs:
         """Write ``<name>_seg.png``; see :func:`~pmixseg.inference.overview.overview`."""
         scans = scans_on_grid(images, classes.shape, affine, f"case '{name}'")
         figure = overview(scans, classes, affine, task, name=name, volumes=volumes)
-        return write_overview(inside(self.folder, f"{name}_seg.png", "case"), figure)
+        path = inside(self.folder, f"{name}_seg.png", "case")
+        with whole(path) as part:
+            figure.savefig(part, format="png", dpi=110, facecolor=figure.get_facecolor())
+        return path
 
     def check(self, name: str, files: Sequence[Path], *, of_cohort: bool = True) -> None:
         """Refuse results that would take the place of a scan, or be taken for a case's label.

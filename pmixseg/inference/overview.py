@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,7 +16,6 @@ from pmixseg.data.scans.boxes import Box, bounds
 from pmixseg.data.scans.geometry import Geometry
 from pmixseg.evaluation.prediction.segmentation import NOTICE
 from pmixseg.evaluation.report.figures import drawing
-from pmixseg.files import whole
 from pmixseg.task import Task
 
 PLANES = ("sagittal", "coronal", "axial")
@@ -93,8 +91,8 @@ def overview(
         )  # fmt: skip
         for row, (modality, scan) in enumerate(views.items()):
             white = np.percentile(scan[scan > 0], _BRIGHTEST) if (scan > 0).any() else 1.0
-            for column, axis in enumerate((0, 1, 2)):
-                axes = figure.add_subplot(grid[row, column])
+            for axis in range(3):
+                axes = figure.add_subplot(grid[row, axis])
                 axes.set_axis_off()
                 plane, drawn = (_upright(np.take(v, cuts[axis], axis)) for v in (scan, labels))
                 across, along = (a for a in range(3) if a != axis)
@@ -120,17 +118,6 @@ def overview(
             handles=lines, loc="upper right", ncols=len(lines), frameon=False, labelcolor=_INK
         )
     return figure
-
-
-def write_overview(path: Path, figure: Figure) -> Path:
-    """Write the picture, complete or not at all.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    with whole(path) as part:
-        figure.savefig(part, format="png", dpi=110, facecolor=figure.get_facecolor())
-    return path
 
 
 def _head(views: list[NDArray[np.generic]]) -> tuple[slice, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pmixseg.argument_checks import checked
 from pmixseg.backbones import Backbone, MMFormer, RFNet
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.normalisation import JOINT_MASK
 from pmixseg.errors import InputError
 from pmixseg.losses.rfnet import RFNetCriterion
@@ -207,7 +208,7 @@ def _check(backbone: Backbone, state: Mapping[str, Tensor], kind: str, path: Pat
         ],
     }
     faults = [
-        f"{len(names)} tensors {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} tensors {what} ({listed(names)})"
         for what, names in problems.items()
         if names
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -87,13 +87,7 @@ def segment_raw(
     files = ready.save(outputs.folder / ATLAS_FOLDER)
     result = module.segment(files, settings, codes=codes, name=called, progress=progress)
     home = outputs.folder / ATLAS_FOLDER / called
-    files_in_atlas = result.save(
-        home,
-        probabilities=outputs.probabilities,
-        entropy=outputs.entropy,
-        compress=outputs.compress,
-        plain=outputs.plain,
-    )
+    files_in_atlas = replace(outputs, folder=home, png=False).write(result, files)
     # Back onto the grid of a scan as it came.
     target = onto or ready.centre
     back = ready.back(result.classes, target)

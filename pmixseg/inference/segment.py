@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,19 +14,12 @@ from pmixseg.data.cohorts.unread import strays_of
 from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.sequences import modality_of
 from pmixseg.errors import InputError
-from pmixseg.evaluation.prediction.scans import SegmentSettings, check_scans
-from pmixseg.evaluation.prediction.segmentation import Segmentation
-from pmixseg.inference.folders import (
-    FolderScans,
-    notes_on_strays,
-    scans_in,
-)
+from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings, check_scans
+from pmixseg.inference.folders import FolderScans, notes_on_strays, scans_in
 from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.modules import SegmentationModule
 from pmixseg.plurals import count_of
 from pmixseg.task import Task
-
-Progress = Callable[[int, int], None]
 
 UNNAMED = "scan"
 """Name of a case whose files tell none."""
@@ -68,18 +61,15 @@ def segment_files(
     files = [p for s in images.values() if (p := _path_of(s)) is not None]
     folder_codes = _codes_beside(module.task, files)
     outputs.check(called, files, of_cohort=folder_codes is not None)
-    codes = codes or folder_codes
-    segmentation = module.segment(images, settings, codes=codes, name=called, progress=progress)
-    warnings = [*notes, *_contradicted(module, images, called)]
+    codes, notes = codes or folder_codes, [*notes, *_contradicted(module, images, called)]
     if called == UNNAMED and len(files) > 1:
         # Scans of two patients in one atlas space often pass every test of their voxels.
         listed = ", ".join(f"{m} {p.name}" for m, s in images.items() if (p := _path_of(s)))
-        warnings.append(
+        notes.append(
             f"case '{called}': neither the names nor the folders of its files agree ({listed}); "
             "make sure that they are of one patient."
         )
-    segmentation = replace(segmentation, warnings=(*warnings, *segmentation.warnings))
-    return _result(segmentation, outputs.write(segmentation, images))
+    return _segmented(module, images, outputs, settings, codes, called, notes, progress)
 
 
 @checked
@@ -124,11 +114,9 @@ def segment_folder(
     try:
         cohort = search(root, module.task, layout, trusted=force)
     except InputError:
-        scans = (
-            FolderScans({})
-            if layout is not None
-            else scans_in(Path(root), module.task, force=force)
-        )
+        if layout is not None:
+            raise
+        scans = scans_in(Path(root), module.task, force=force)
         if not scans.images or share is not None:
             raise
         cohort = None
@@ -184,13 +172,27 @@ def segment_case(
     images = {m: f for m, f in case.images.items() if m in module.modalities}
     if not images:
         raise InputError(_of_no_use(module, case.case_id, list(case.images)))
-    files = [p for s in case.images.values() if (p := _path_of(s)) is not None]
-    outputs.check(case.case_id, files if case.label is None else [*files, case.label])
-    segmentation = module.segment(
-        images, settings, codes=case.codes or None, name=case.case_id, progress=progress
-    )
-    segmentation = replace(segmentation, warnings=(*notes, *segmentation.warnings))
-    return _result(segmentation, outputs.write(segmentation, images))
+    label = [] if case.label is None else [case.label]
+    outputs.check(case.case_id, [*case.files, *label])
+    codes = case.codes or None
+    return _segmented(module, images, outputs, settings, codes, case.case_id, notes, progress)
+
+
+def _segmented(
+    module: SegmentationModule,
+    images: Mapping[str, Source],
+    outputs: Outputs,
+    settings: SegmentSettings | None,
+    codes: Mapping[str, int] | None,
+    name: str,
+    notes: Sequence[str],
+    progress: Progress | None,
+) -> CaseResult:
+    """Segment scans that were checked, and write the result with some more notes."""
+    made = module.segment(images, settings, codes=codes, name=name, progress=progress)
+    made = replace(made, warnings=(*notes, *made.warnings))
+    files = outputs.write(made, images)
+    return CaseResult(name, made.combination, made.volumes, files, made.warnings, codes=made.codes)
 
 
 def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str, Source]:
@@ -265,17 +267,6 @@ def _contradicted(
             yield f"case '{name}': {path.name} is given as {modality}, but its name says {says}."
 
 
-def _result(segmentation: Segmentation, files: Mapping[str, Path]) -> CaseResult:
-    return CaseResult(
-        segmentation.name,
-        segmentation.combination,
-        segmentation.volumes,
-        files,
-        segmentation.warnings,
-        codes=segmentation.codes,
-    )
-
-
 def _codes_beside(task: Task, files: Sequence[Path]) -> Mapping[str, int] | None:
     """Return the label codes of the scans' folder, where that is a case of a layout."""
     if not files:
@@ -286,8 +277,7 @@ def _codes_beside(task: Task, files: Sequence[Path]) -> Mapping[str, int] | None
         return None
     sources = {path.resolve() for path in files}
     for case in cases:
-        own = {p.resolve() for s in case.images.values() if (p := _path_of(s)) is not None}
-        if sources <= own:
+        if sources <= {path.resolve() for path in case.files}:
             return case.codes or None
     return None
 
