@@ -4,8 +4,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.data.store.prepare import prepare
 from pmixseg.modules import load
+from pmixseg.task import BRATS
 from tests.inference.tiny_models import save, tiny_student
 
 
@@ -28,6 +31,14 @@ def phantom_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("phantom")
     write_cohort(root, 3, seed=3, settings=PhantomSettings(spacing=SPACING))
     return root
+
+
+@pytest.fixture(scope="session")
+def phantom_store(phantom_root, tmp_path_factory) -> Path:
+    """Their store; the fixture of all folders would hand it on to tests of the coarser cohort."""
+    out = tmp_path_factory.mktemp("finer") / "store"
+    assert not prepare(find_cases(phantom_root, BRATS), out, BRATS, progress=False).failed
+    return out
 
 
 @pytest.fixture(scope="session")
