@@ -10,7 +10,7 @@ from pmixseg.interrupt import (
     STOPPED,
     exit_on_interrupt,
     ignore_interrupt_at_exit,
-    say_stopped,
+    report_stop,
     stopping_code,
 )
 
@@ -52,7 +52,7 @@ def main() -> int:
         warn_in_one_line()  # after the imports: Lightning sets a format of its own
         code = cli.main()
     except KeyboardInterrupt as error:
-        code = say_stopped(stopping_code(error) or STOPPED)
+        code = report_stop(stopping_code(error) or STOPPED)
     exit_on_interrupt()  # Ctrl-C does not wait for what is still being closed
     if code == STOPPED:
         # Python ends by the signal itself if Ctrl-C once came in the midst of an exec() of text,

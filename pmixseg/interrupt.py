@@ -67,7 +67,7 @@ def stopping_code(error: BaseException | None) -> int | None:
     return None
 
 
-def say_stopped(code: int = STOPPED) -> int:
+def report_stop(code: int = STOPPED) -> int:
     """Print the one line of a stopped command.
 
     Args:

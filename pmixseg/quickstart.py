@@ -91,20 +91,20 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
     Raises:
         InputError: an unusable cohort.
     """
-    say, began = Console(highlight=False, markup=False, soft_wrap=True), time.monotonic()
+    console, began = Console(highlight=False, markup=False, soft_wrap=True), time.monotonic()
     silence_lightning()
     out.mkdir(parents=True, exist_ok=True)
     root = data or out / "cohort"
     if data is None:
-        with stage(say, f"phantom: {CASES} synthetic patients"):
+        with stage(console, f"phantom: {CASES} synthetic patients"):
             write_cohort(root, CASES, seed, PhantomSettings(spacing=SPACING), workers=WORKERS)
-    with stage(say, "prepare: canonical, cropped, z-scored, memory-mapped"):
+    with stage(console, "prepare: canonical, cropped, z-scored, memory-mapped"):
         prepare_cohort(root, out / "store")
     runs = []
     for arm in ARMS:
         teacher = out / "runs" / f"teacher-{arm.name}"
         student = out / "runs" / f"student-{arm.name}"
-        with stage(say, f"fit: teacher, {arm.name} (λ = {arm.alignment:g})"):
+        with stage(console, f"fit: teacher, {arm.name} (λ = {arm.alignment:g})"):
             seed_everything(seed, verbose=False)  # the initial weights
             train(
                 TeacherModule(**network(TEACHER_RATE)),
@@ -113,7 +113,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
                 TEACHER_STEPS,
                 PmixAlignment(weight=arm.alignment, distance=DISTANCE, levels=ALIGNED),
             )
-        with stage(say, f"fit: student of the {arm.name} teacher"):
+        with stage(console, f"fit: student of the {arm.name} teacher"):
             checkpoint = teacher / "checkpoints" / "last.ckpt"
             module = StudentModule(**network(STUDENT_RATE))
             # Born with its teacher's weights, it needs a fraction of the steps.
@@ -125,12 +125,12 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
                 STUDENT_STEPS,
                 Distillation(str(checkpoint), weight=DISTILLATION),
             )
-        with stage(say, "test: every combination of sequences"):
+        with stage(console, "test: every combination of sequences"):
             test(student, cohort(out / "store", seed))
         runs.append(student)
-    with stage(say, "report"):
+    with stage(console, "report"):
         report = write_report(runs, out / "report.html")
-    say.print(f"\n{report} — {time.monotonic() - began:.0f} s in all. Research use only.")
+    console.print(f"\n{report} — {time.monotonic() - began:.0f} s in all. Research use only.")
     return report
 
 
@@ -233,9 +233,9 @@ def trainer(run: Path, **arguments: Any) -> Trainer:
 
 
 @contextmanager
-def stage(say: Console, what: str) -> Iterator[None]:
+def stage(console: Console, what: str) -> Iterator[None]:
     """Name a stage and how long it took."""
-    say.print(what, style="bold")
+    console.print(what, style="bold")
     began = time.monotonic()
     yield
-    say.print(f"  {time.monotonic() - began:.0f} s")
+    console.print(f"  {time.monotonic() - began:.0f} s")

@@ -110,11 +110,11 @@ class _Interruption:
     """Whether a worker is at work, and whether it shall stop."""
 
     at_work = False
-    told = False
+    asked = False
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    first, _Interruption.told = not _Interruption.told, True
+    first, _Interruption.asked = not _Interruption.asked, True
     if _Interruption.at_work and first:  # clearing up is not interrupted once more
         raise KeyboardInterrupt
 
@@ -122,7 +122,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def _piece(work: Callable[[Item], Result], item: Item) -> Result:
     _Interruption.at_work = True
     try:
-        if _Interruption.told:
+        if _Interruption.asked:
             raise KeyboardInterrupt
         # Else small matrix products would wait for threads on the cores of other workers. Here, for
         # a library may have been loaded since the last item.
@@ -185,10 +185,10 @@ def _interrupted_later() -> Iterator[None]:
 
     A SIGTERM that would end this process at once still does.
     """
-    told: list[int] = []
+    signals: list[int] = []
     both = (signal.SIGINT, signal.SIGTERM)
     raising = [n for n in both if n == signal.SIGINT or callable(signal.getsignal(n))]
-    with _interrupted_by(lambda signum, frame: told.append(signum), *raising):
+    with _interrupted_by(lambda signum, frame: signals.append(signum), *raising):
         yield
-    if told:
-        signal.raise_signal(told[0])
+    if signals:
+        signal.raise_signal(signals[0])

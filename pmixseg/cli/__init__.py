@@ -15,7 +15,7 @@ from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.cli.arguments import take_out
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
 from pmixseg.errors import InputError, disk_error, memory_error
-from pmixseg.interrupt import raise_on_interrupt, say_stopped, stopping_code
+from pmixseg.interrupt import raise_on_interrupt, report_stop, stopping_code
 from pmixseg.version import __version__
 
 TRAINING = {
@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return run_plain(words, modules)
     except BaseException as error:
         if code := stopping_code(error):
-            return say_stopped(code)
+            return report_stop(code)
         cause = None
         if not isinstance(error, SystemExit):
             cause = input_error(error) or memory_error(error) or disk_error(error)

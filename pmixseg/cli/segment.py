@@ -282,8 +282,10 @@ def series_table(recognised: Sequence[Recognised]) -> Table:
     columns = ("number", "description", "slices", "taken for", "because")
     table = Table(*columns, title="series", title_justify="left")
     for r in recognised:
-        verdict = "not certain" if r.doubtful else r.modality or "not used"
-        table.add_row(str(r.series.number), r.series.told, str(r.series.slices), verdict, r.reason)
+        taken_for = "not certain" if r.doubtful else r.modality or "not used"
+        table.add_row(
+            str(r.series.number), r.series.told, str(r.series.slices), taken_for, r.reason
+        )
     return table
 
 

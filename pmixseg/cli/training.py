@@ -298,7 +298,7 @@ class TrainingCLI(LightningCLI):
             lines = differences(stored, now, self.words)
             lines += self.changed_data(trained, stored["evaluation"], now["evaluation"])
             for line in lines:
-                say(f"{line} (the flags win)")
+                notify(f"{line} (the flags win)")
         if part := self._get(self.config, "part"):
             if self.subcommand != "predict":
                 raise InputError(f"--part is for predict, not for {self.subcommand}; leave it out.")
@@ -335,6 +335,6 @@ class TrainingCLI(LightningCLI):
 
 
 @rank_zero_only
-def say(sentence: str) -> None:
+def notify(sentence: str) -> None:
     """Tell the person at the terminal, once however many processes there are."""
     print(f"pmixseg: {sentence}", file=sys.stderr)  # noqa: T201  # the command line's own output

@@ -256,7 +256,7 @@ def other_voxels(
     )
 
 
-def say_seen(seen: Sequence[SeenCase], part: str) -> str:
+def refusal_of_seen(seen: Sequence[SeenCase], part: str) -> str:
     """Return one sentence that refuses to score cases that a model knows.
 
     Args:

@@ -1,7 +1,7 @@
 """Recognise which DICOM series is which sequence, with reasons; doubt is reported.
 
-Three witnesses: the description, read as file names are; the echo, repetition and inversion time;
-whether the header names a contrast agent. Where they contradict each other nobody is believed.
+Three things tell: the description, read as file names are; the echo, repetition and inversion time;
+whether the header names a contrast agent. Where they contradict each other none is believed.
 """
 
 from __future__ import annotations

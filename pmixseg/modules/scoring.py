@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.data.patches import CaseItem
-from pmixseg.data.training_cases import SeenCase, say_seen
+from pmixseg.data.training_cases import SeenCase, refusal_of_seen
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows, score_case
 from pmixseg.evaluation.prediction.scoring import CaseRows, scorers
@@ -110,7 +110,7 @@ class ScoredNetwork(SegmentationNetwork):
             scored = count_of(len(self.seen), "case is", "cases are")
             rank_zero_warn(f"{scored} scored that the model knows: {names}.")
         elif self.seen:
-            raise InputError(say_seen(self.seen, part))
+            raise InputError(refusal_of_seen(self.seen, part))
 
     def on_test_epoch_start(self) -> None:
         """Start with no records and no pictures of an earlier test."""

@@ -264,10 +264,10 @@ def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Cohort:
         )
     if labels:
         return best
-    return replace(best, cases=[_told_by_number(case) for case in best.cases])
+    return replace(best, cases=[_coded_by_number(case) for case in best.cases])
 
 
-def _told_by_number(case: Case) -> Case:
+def _coded_by_number(case: Case) -> Case:
     """Say which of the newer codings a case has.
 
     Names do not tell 2023 from 2024, and ignoring label 4 of a case that codes enhancing tumour as
