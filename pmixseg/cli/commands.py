@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,15 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pmixseg.data.cohorts.shares import Share
 from pmixseg.errors import InputError
 from pmixseg.files import not_among
 from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pmixseg.data.cohorts.shares import Share
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 """Names are printed as they are: no part of one is taken for a style, and none is cut in two."""
@@ -263,8 +259,6 @@ def share_of(text: str | None) -> Share | None:
     Raises:
         InputError: there is no such part.
     """
-    from pmixseg.data.cohorts.shares import Share
-
     return None if text is None else Share.parse(text)
 
 

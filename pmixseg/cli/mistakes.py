@@ -16,8 +16,8 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 
 from pmixseg.cli.arguments import config_files, flag_name, nearest, options
-from pmixseg.cli.settings_files import arguments_of, broken_file, wrong_class
-from pmixseg.describe import find_class
+from pmixseg.cli.settings_files import broken_file, wrong_class
+from pmixseg.describe import constructor_arguments, find_class
 from pmixseg.errors import InputError
 
 _OF = r"given class_path '([^']+)':\s+"
@@ -200,7 +200,8 @@ def _no_argument(message: str, keys: list[str], args: Sequence[str]) -> str | No
         return None
     cls, name = refused[-1]
     path = keys if keys[-1] == name else [*keys, name]
-    return f"{where(path, args)}: {_takes_no(cls.rpartition('.')[2], name, arguments_of(cls))}"
+    known = constructor_arguments(find_class(cls))
+    return f"{where(path, args)}: {_takes_no(cls.rpartition('.')[2], name, known)}"
 
 
 def _no_class(message: str, keys: list[str], args: Sequence[str]) -> str | None:
@@ -317,10 +318,7 @@ def subject(keys: Sequence[str], args: Sequence[str]) -> str:
 
 def line_of(path: Path, keys: Sequence[str]) -> int | None:
     """Find the line of a YAML file with the last of ``keys``, below those before it."""
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
+    node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     line, left = None, list(keys)
     while left and isinstance(node, yaml.MappingNode):
         entries = {key.value: (key, value) for key, value in node.value}
@@ -345,10 +343,7 @@ def complaint(error: BaseException) -> InputError | None:
     if type(error).__module__ == "pydantic_core._pydantic_core":  # of wandb's settings
         lines = [line.partition(" [type=")[0].strip() for line in str(error).splitlines()[1:3]]
         return InputError(f"Wandb refuses: {': '.join(lines)}; correct it, or its WANDB_ variable.")
-    frames = list(walk_tb(error.__traceback__))
-    if not frames:
-        return None
-    frame, number = frames[-1]
+    *_, (frame, number) = walk_tb(error.__traceback__)
     module = str(frame.f_globals.get("__name__", ""))
     if module == "torch.optim.lr_scheduler" and isinstance(error, ArithmeticError):
         schedule = type(frame.f_locals.get("self")).__name__

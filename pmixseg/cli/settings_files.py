@@ -165,12 +165,11 @@ def _wrong_argument(path: Path, entries: dict[str, tuple[Any, Any]]) -> str | No
     if "." not in class_path:
         return None  # a name alone stands for a class of the kind that is needed there
     try:
-        find_class(class_path)
+        names = constructor_arguments(find_class(class_path))
     except InputError:
         module, _, name = class_path.rpartition(".")
         hint = nearest(name, _names_in(module)) or "correct it."
         return f"{path}, line {_line(key.start_mark)}: no class '{class_path}' is known; {hint}"
-    names = arguments_of(class_path)
     arguments = entries["init_args"][1] if "init_args" in entries else None
     for key, _ in arguments.value if isinstance(arguments, yaml.MappingNode) else ():
         if key.value not in names:
@@ -183,18 +182,6 @@ def _wrong_argument(path: Path, entries: dict[str, tuple[Any, Any]]) -> str | No
 def _names_in(module: str) -> list[str]:
     try:
         return dir(sys.modules.get(module) or find_class(module))
-    except InputError:
-        return []
-
-
-def arguments_of(class_path: str) -> list[str]:
-    """Return names of what a constructor takes, those that it hands on included.
-
-    Args:
-        class_path: dotted; nothing is known of one that cannot be imported.
-    """
-    try:
-        return constructor_arguments(find_class(class_path))
     except InputError:
         return []
 

@@ -344,6 +344,12 @@ def test_a_wrong_distance_is_found_where_its_weight_is_0(capsys):
     assert "align.distance: there is no distance 'nmsee'; use one of" in text
 
 
+def test_a_file_of_one_group_that_is_no_utf8(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_bytes(b"distance: n\xe4se")
+    assert main(["fit", "--align", str(tmp_path / "a.yaml")]) == 1
+    assert f"{tmp_path / 'a.yaml'} is no text in UTF-8" in capsys.readouterr().err
+
+
 def test_an_error_that_only_passes_through_a_library_is_no_complaint():
     try:
         {}["a"]

@@ -136,7 +136,7 @@ def test_without_model_a_student_is_trained(phantom_store, tmp_path):
     assert main([*command, f"--run={tmp_path}/b", *only, *rest, window]) == 0
 
 
-def test_a_split_class_is_guessed_from_its_arguments():
+def test_a_split_class_is_guessed_from_its_arguments(tmp_path):
     flags = ["fit", "--data.split.train=a.txt", "--data.split.val", "b.txt"]
     split = "--data.split=pmixseg.data.SplitFiles"
     assert with_split_class(flags) == ["fit", split, *flags[1:]]
@@ -149,6 +149,9 @@ def test_a_split_class_is_guessed_from_its_arguments():
     assert split_class({"part": "val"}) == "pmixseg.data.WholeCohort"
     named = ["fit", "--data.split=KFold", "--data.split.fold=1"]
     assert with_split_class(named) == named
+    (tmp_path / "a.yaml").write_text("data: {split: {class_path: KFold}}")
+    in_a_file = ["fit", "-c", str(tmp_path / "a.yaml"), "--data.split.fold=1"]
+    assert with_split_class(in_a_file) == in_a_file
     with pytest.raises(InputError, match="did you mean train"):
         split_class({"trian": "a.txt"})
     assert nearest("abc", ["xyz"]) == ""
