@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from pmixseg.data.source import CohortSource, spacing_of
 from pmixseg.data.splits import Fractions, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.data.training_cases import shared_scans
-from pmixseg.describe import Described, build
+from pmixseg.describe import COUNT, NOT_NEGATIVE, Described, Range, build
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task
@@ -83,6 +83,12 @@ class BraTSDataModule(LightningDataModule, Described):
             out of range.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("patches_per_case", "batch_size", "val_cases"), COUNT),
+        "num_workers": NOT_NEGATIVE,
+        "foreground": Range(0, 1),
+    }
+
     def __init__(
         self,
         store: str | Path | None = None,
@@ -110,14 +116,6 @@ class BraTSDataModule(LightningDataModule, Described):
             raise InputError(f"task is {task!r}; give a pmixseg.Task, such as pmixseg.BRATS.")
         if mask_file is not None and masks is not None:
             raise InputError("both mask_file and masks are given; name one of them.")
-        if val_cases is not None and val_cases < 1:
-            raise InputError(f"val_cases is {val_cases}; give 1 or more, or null for all of them.")
-        if min(patches_per_case, batch_size) < 1 or num_workers < 0 or not 0 <= foreground <= 1:
-            raise InputError(
-                f"patches_per_case {patches_per_case} and batch_size {batch_size} must be 1 or "
-                f"more, num_workers {num_workers} 0 or more, foreground {foreground} within "
-                "[0, 1]; correct them."
-            )
         self.task = task
         self.source = CohortSource(store, root, task, spacing, layout, labels, prepare_workers)
         self.split_plan: SplitPlan = build(split) or Fractions()

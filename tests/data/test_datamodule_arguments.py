@@ -74,8 +74,8 @@ def test_descriptions_instead_of_objects(phantom_store):
     [
         ({}, "no data"),
         ({"store": "s", "mask_file": "m", "masks": RandomMasks(0.1)}, "both"),
-        ({"store": "s", "batch_size": 0}, "batch_size 0"),
-        ({"store": "s", "foreground": 1.5}, "foreground 1.5"),
+        ({"store": "s", "batch_size": 0}, "batch_size is 0"),
+        ({"store": "s", "foreground": 1.5}, "foreground is 1.5"),
         ({"store": "s", "patch_size": (8, 0, 8)}, "patch_size"),
     ],
 )
