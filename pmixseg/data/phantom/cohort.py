@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from pmixseg.argument_checks import check_fields, checked
 from pmixseg.data.formats.headers import SYNTHETIC
-from pmixseg.data.phantom.anatomy import Deformation, Grid, refine, stream
-from pmixseg.data.phantom.contrast import CONTRASTS, Contrast, Pathology, Scanner, Shared, scan
+from pmixseg.data.phantom.anatomy import Deformation, Grid, stream
+from pmixseg.data.phantom.contrast import CONTRASTS, Contrast, Scanner, Shared, scan
 from pmixseg.data.phantom.tumour import GROWTH_GRID, displacement, grow
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, writing
 from pmixseg.files import hidden_folder_near, whole
 from pmixseg.task import BRATS
 from pmixseg.workers import results
@@ -185,7 +185,7 @@ def make_case(seed: int, index: int, settings: PhantomSettings | None = None) ->
 
     # A brain of its own shape, and a tumour that grows in it and pushes it aside.
     anatomy = Deformation(seed, index, settings.elastic)
-    tumour = grow(
+    grown = grow(
         seed,
         index,
         anatomy,
@@ -195,19 +195,15 @@ def make_case(seed: int, index: int, settings: PhantomSettings | None = None) ->
         mass_effect=settings.mass_effect,
     )
     grid, margins = _around_brain(settings.grid)
-    tissues = anatomy.tissues(grid, displacement(tumour.foci, grid))
-    pathology = Pathology(
-        core=refine(tumour.core, GROWTH_GRID, grid),
-        oedema=refine(tumour.oedema, GROWTH_GRID, grid),
-        enhancement=refine(tumour.enhancement, GROWTH_GRID, grid),
-    )
+    tissues = anatomy.tissues(grid, displacement(grown.foci, grid))
+    tumour = grown.on(grid)
     # Later labels win over earlier ones; nothing is labelled outside the brain.
     label = np.zeros(grid.shape, dtype=np.uint8)
-    label[(pathology.oedema > 0) & (tissues.csf < 0.5)] = 2
-    label[pathology.core > 0] = 1
-    label[(pathology.core > 0) & (pathology.enhancement > 0)] = 3
+    label[(tumour.oedema > 0) & (tissues.csf < 0.5)] = 2
+    label[tumour.core > 0] = 1
+    label[(tumour.core > 0) & (tumour.enhancement > 0)] = 3
     label[~tissues.brain] = 0
-    shared = Shared(seed, index, grid, tissues, pathology, settings.modalities)
+    shared = Shared(seed, index, grid, tissues, tumour, settings.modalities)
     images = {
         m: np.pad(scan(shared, m, settings.contrast(m), settings.scanner), margins)
         for m in settings.modalities
@@ -276,17 +272,12 @@ def write_cohort(
     if cases < 1:
         raise InputError(f"phantom: {cases} cases were asked for; ask for 1 or more.")
     make = partial(_write_case, out, seed, settings)
-    try:
+    with writing(out):
         _claim(out, seed, settings)
         made = results(make, range(cases), workers, where=f"phantom: {out}", preload=[__name__])
         for done, _ in enumerate(made, start=1):
             if progress:
                 progress(done, cases)
-    except OSError as error:
-        raise InputError(
-            f"phantom: {out} cannot be written ({error.strerror or error}); "
-            "make room or choose another folder."
-        ) from error
     return [case_name(index) for index in range(cases)]
 
 

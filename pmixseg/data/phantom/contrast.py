@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pmixseg.data.phantom.anatomy import Field, Grid, Tissues, smooth_noise, stream
+from pmixseg.data.phantom.tumour import Tumour
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,6 @@ CONTRASTS: Mapping[str, Contrast] = {
 
 
 @dataclass(frozen=True)
-class Pathology:
-    """Level fields of one tumour on the voxels of the scan, in mm, positive inside."""
-
-    core: Field
-    oedema: Field
-    enhancement: Field
-
-
-@dataclass(frozen=True)
 class Scanner:
     """Imperfections that every scan has, and how modalities relate.
 
@@ -99,7 +91,7 @@ class Shared:
         index: the case.
         grid: voxels of the scan.
         tissues: the deformed brain.
-        pathology: the tumour.
+        tumour: on the voxels of the scan.
         modalities: all sequences of the task, among which private signal is divided.
     """
 
@@ -109,11 +101,11 @@ class Shared:
         index: int,
         grid: Grid,
         tissues: Tissues,
-        pathology: Pathology,
+        tumour: Tumour,
         modalities: tuple[str, ...],
     ) -> None:
         self.key, self.grid = (seed, index), grid
-        self.tissues, self.pathology = tissues, pathology
+        self.tissues, self.tumour = tissues, tumour
         rng = stream(seed, index, "shared")
         self.texture = _texture(rng, grid)
         self.border = smooth_noise(rng, grid, 20.0)
@@ -144,7 +136,7 @@ def scan(shared: Shared, modality: str, contrast: Contrast, scanner: Scanner) ->
     Returns:
         ``[X, Y, Z]``, at least 1 inside the brain and exactly 0 outside.
     """
-    grid, tissues, pathology = shared.grid, shared.tissues, shared.pathology
+    grid, tissues, tumour = shared.grid, shared.tissues, shared.tumour
     rng = stream(*shared.key, f"scan {modality}")
     own, common = np.sqrt(1 - scanner.dependence), np.sqrt(scanner.dependence)
     texture = own * _texture(rng, grid) + common * shared.texture
@@ -152,9 +144,9 @@ def scan(shared: Shared, modality: str, contrast: Contrast, scanner: Scanner) ->
     stray = scanner.disagreement * contrast.blur * border
     # Half a voxel of partial volume on either side of a border.
     soft = 0.4 * grid.spacing
-    core = _inside(pathology.core + 0.6 * stray, soft)
-    oedema = _inside(pathology.oedema + stray, soft)
-    enhancing = _inside(pathology.enhancement + 0.25 * stray, soft) * core
+    core = _inside(tumour.core + 0.6 * stray, soft)
+    oedema = _inside(tumour.oedema + stray, soft)
+    enhancing = _inside(tumour.enhancement + 0.25 * stray, soft) * core
 
     wm, gm, csf = (
         level * rng.normal(1, 0.04) for level in (contrast.wm, contrast.gm, contrast.csf)

@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pmixseg.data.phantom.anatomy import Deformation, Field, Grid, Tissues, smooth_noise, stream
+from pmixseg.data.phantom.anatomy import (
+    Deformation,
+    Field,
+    Grid,
+    Tissues,
+    refine,
+    smooth_noise,
+    stream,
+)
 
 GROWTH_GRID = Grid((50, 64, 52), 3.0)
 """The lattice that tumours grow on: it contains every brain."""
@@ -35,7 +43,7 @@ class Focus:
 
 @dataclass(frozen=True)
 class Tumour:
-    """Level fields in mm on :data:`GROWTH_GRID`, positive inside.
+    """Level fields in mm, positive inside, on :data:`GROWTH_GRID` until :meth:`on` another grid.
 
     Args:
         foci: the centres.
@@ -49,6 +57,11 @@ class Tumour:
     core: Field
     oedema: Field
     enhancement: Field
+
+    def on(self, grid: Grid) -> Tumour:
+        """Return the tumour that has grown on the voxels of a scan."""
+        levels = (self.core, self.oedema, self.enhancement)
+        return Tumour(self.foci, *(refine(level, GROWTH_GRID, grid) for level in levels))
 
 
 def displacement(foci: tuple[Focus, ...], grid: Grid) -> Field:

@@ -194,7 +194,7 @@ def test_an_interrupted_case_leaves_nothing_behind(tmp_path, monkeypatch):
         real_save(image, path)
 
     monkeypatch.setattr(phantom.nib, "save", full_disk)
-    with pytest.raises(InputError, match=r"No space left on device.*make room"):
+    with pytest.raises(InputError, match=r"No space left on device.*free space"):
         write_cohort(tmp_path, 2, 0, TINY)
     assert len(list(tmp_path.glob("*GG/*"))) == 1
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
