@@ -77,7 +77,13 @@ def results(
             done += 1
             yield futures[future], result
     except BrokenProcessPool as error:
-        raise InputError(f"{where}: {_why_killed(done)}") from error
+        why = (
+            "a worker process was killed, most likely for lack of memory; start again with fewer "
+            "workers; what is done is kept."
+            if done
+            else f"the worker processes ended before the first case: {NOT_BEGUN}"
+        )
+        raise InputError(f"{where}: {why}") from error
     except BaseException:
         for child in active_children():
             if child.pid is not None and child.pid not in others:
@@ -95,15 +101,6 @@ def end_if_read_anew() -> None:
     """
     if getattr(current_process(), "_inheriting", False):
         os._exit(1)
-
-
-def _why_killed(done: int) -> str:
-    if not done:
-        return f"the worker processes ended before the first case: {NOT_BEGUN}"
-    return (
-        "a worker process was killed, most likely for lack of memory; start again with fewer "
-        "workers; what is done is kept."
-    )
 
 
 class _Interruption:

@@ -257,7 +257,11 @@ class CovariateMasks(CaseMasks):
         Raises:
             InputError: the file lacks the column or holds something that is not a number.
         """
-        raw = self._column(cases) if self.file else _log_tumour_size(cases)
+        if self.file is not None:
+            raw = self._column(cases, self.file)
+        else:  # the logarithm of the tumour's size
+            sizes = [np.nan if c.label is None else np.count_nonzero(c.label) for c in cases]
+            raw = np.log1p(np.array(sizes, dtype=np.float64))
         finite = np.isfinite(raw)
         spread = raw[finite].std() if finite.any() else 0.0
         z = np.where(finite, raw - (raw[finite].mean() if finite.any() else 0.0), 0.0)
@@ -267,24 +271,18 @@ class CovariateMasks(CaseMasks):
         odds = torch.logit(row) + torch.from_numpy(z)[:, None] * slope
         return _draw(cases, torch.sigmoid(odds), self.seed)
 
-    def _column(self, cases: Sequence[StoredCase]) -> Float[np.ndarray, " n"]:
-        assert self.file is not None
+    def _column(self, cases: Sequence[StoredCase], file: Path) -> Float[np.ndarray, " n"]:
         try:
-            with self.file.open(newline="", encoding="utf-8-sig") as handle:
+            with file.open(newline="", encoding="utf-8-sig") as handle:
                 values = {
                     r["case_id"]: float(r[self.column] or "nan") for r in csv.DictReader(handle)
                 }
         except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
             raise InputError(
-                f"CovariateMasks: {self.file} must be a CSV with 'case_id' and a number in "
+                f"CovariateMasks: {file} must be a CSV with 'case_id' and a number in "
                 f"'{self.column}' ({type(error).__name__}: {error})."
             ) from error
         return np.array([values.get(case.case_id, np.nan) for case in cases])
-
-
-def _log_tumour_size(cases: Sequence[StoredCase]) -> Float[np.ndarray, " n"]:
-    sizes = [np.nan if c.label is None else np.count_nonzero(c.label) for c in cases]
-    return np.log1p(np.array(sizes, dtype=np.float64))
 
 
 def _draw(cases: Sequence[StoredCase], rates: Float[Tensor, "n m"], seed: int) -> dict[str, Flags]:

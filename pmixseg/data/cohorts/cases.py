@@ -142,9 +142,7 @@ class Layout:
         if self.patient:
             check_pattern(self.patient, f"layout '{self.name}'")
         needed = set(_field_names(self.case))
-        patterns = [p for several in self.images.values() for p in several] + [*self.label]
-        for pattern in patterns:
-            text = pattern if isinstance(pattern, str) else pattern[0]
+        for text in (*self._image_paths(), *self.label):
             if not needed or not needed <= set(_field_names(text)):
                 raise InputError(
                     f"layout '{self.name}': pattern '{text}' lacks a field of the case's name "
@@ -183,9 +181,11 @@ class Layout:
 
     def tells_patients(self) -> bool:
         """Say whether it says itself who the patient is."""
+        return bool(self.patient) or any("patient" in _field_names(t) for t in self._image_paths())
+
+    def _image_paths(self) -> list[str]:
         patterns = [p for several in self.images.values() for p in several]
-        texts = [p if isinstance(p, str) else p[0] for p in patterns]
-        return bool(self.patient) or any("patient" in _field_names(t) for t in texts)
+        return [p if isinstance(p, str) else p[0] for p in patterns]
 
 
 def file_of(source: ImageFile) -> Path:

@@ -38,14 +38,7 @@ def described_layout(
     if layout.codes and not labels:
         return replace(layout, images=images)
     coding = coding_by_names(_numbers(path, raw), task, str(path), labels)
-    return replace(
-        layout,
-        images=images,
-        codes=coding.codes,
-        also=coding.also,
-        ignored=coding.ignored,
-        unannotated=coding.unannotated,
-    )
+    return replace(layout, images=images, **vars(coding))
 
 
 def _read(path: Path, name: str) -> Mapping[str, Any]:

@@ -132,13 +132,10 @@ def _fitting(path: Path) -> tuple[str, str] | None:
     folders = [path.parent.name, *(stem[:end] for end in reversed(ends))]
     for layout in LAYOUTS.values():
         for folder in folders:
-            if not layout.anchored and _has(layout.name, f"{folder}/{path.name}"):
+            text, known = f"{folder}/{path.name}", _expressions(layout.name)
+            if not layout.anchored and any(expression.fullmatch(text) for expression in known):
                 return layout.name, folder
     return None
-
-
-def _has(layout: str, text: str) -> bool:
-    return any(expression.fullmatch(text) for expression in _expressions(layout))
 
 
 @cache

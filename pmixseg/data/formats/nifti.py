@@ -294,17 +294,14 @@ def _opened(image: Any, name: str, *, load: bool = True) -> Scan:
     """Return an image of nibabel as a scan, its scaling applied."""
     data = np.asanyarray(image.dataobj) if load else np.broadcast_to(np.uint8(0), image.shape)
     unit = unit_of(image.header)
-    return Scan(data, 1.0, 0.0, in_mm(image.affine, unit), name, unit, _says_how_it_lies(image))
+    # An image made in memory around an affine has codes above 0; nibabel sets them.
+    oriented = image.affine is not None and is_oriented(image.header)
+    return Scan(data, 1.0, 0.0, in_mm(image.affine, unit), name, unit, oriented)
 
 
 def _frame(shape: tuple[int, ...], facts: Header | Scan) -> Frame:
     x, y, z = shape[:3]
     return Frame((x, y, z), facts.affine, facts.unit, facts.oriented)
-
-
-def _says_how_it_lies(image: Any) -> bool:
-    # An image made in memory around an affine has codes above 0; nibabel sets them.
-    return image.affine is not None and is_oriented(image.header)
 
 
 def _advice(path: Path) -> str:
