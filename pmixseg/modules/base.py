@@ -387,8 +387,7 @@ class SegmentationModule(ScoredNetwork):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer, which shrinks weights alone, and its schedule."""
         optimizer = self.make_optimizer(parameter_groups(self))
-        if static_on(self.device):
-            fuse(optimizer)
+        fuse(optimizer)
         return scheduled(optimizer, self.make_scheduler, self._trainer)
 
     # ---------------------------------------------------------------- checkpoints

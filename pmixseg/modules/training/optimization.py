@@ -266,11 +266,14 @@ def mode_of(metric: str) -> Literal["min", "max"] | None:
 def fuse(optimizer: Optimizer) -> None:
     """Let an optimizer take its step in one operation per group, where torch has one for it.
 
-    Numbers are the same up to rounding. What a user has chosen stays (``foreach``, ``fused``).
+    Numbers are the same up to rounding. What a user has chosen stays (``foreach``, ``fused``), and
+    so does an optimizer that counts its steps from birth (Adagrad): it counts them on the CPU.
 
     Args:
         optimizer: before its first step.
     """
+    if optimizer.state:
+        return
     for group in optimizer.param_groups:
         chosen = group.get("foreach") is not None or group.get("differentiable")
         if "fused" in group and group["fused"] is None and not chosen:
