@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import chain, combinations, product
 
 import numpy as np
 import numpy.typing as npt
@@ -44,14 +44,16 @@ TOGETHER = 9
 LABEL_SAMPLE = 1000
 """At most about twice as many voxels of a label are moved."""
 
-LABEL_GAIN, LEAST_EVIDENCE = 1.5, 500.0
-"""A label is out of place if, moved, it shares this many times the information, and so much: nats
-times blocks of 4 mm."""
+LABEL_GAIN, LABEL_EXCESS = 1.3, 500.0
+"""A label is out of place if, moved, it shares this many times the information, and so much more:
+nats times blocks.
 
-LABEL_SHIFTS_MM, SHIFT_GAIN = (-40, -24, -16, -8, 8, 16, 24, 40), 1.3
-"""Along each axis, and the ratio above which the label is out of place. Of 64 real cases the true
-label shares at most 0.95 times as much after any; shifted by 10 mm it shares more than 1.3 times as
-much in 96 % of 338 copies, by 20 to 40 mm in 99 % of 520."""
+True labels of 64 real cases share at most 0.95 times as much elsewhere; of 1,260 phantoms at 5 mm,
+with faint tumours, seven share over 1.3 times, and at most 260 more. Copies of the real labels are
+found: mirrored or with exchanged axes 954 of 960, shifted by 10 mm 91 %, by 20 to 40 mm 97 %."""
+
+LABEL_SHIFTS_MM = (-40, -24, -16, -8, 8, 16, 24, 40)
+"""Along each axis."""
 
 PROMISING = 0.8
 """Ratio on every second voxel per axis above which a move is tried on all voxels.
@@ -210,10 +212,7 @@ def misplaced_label(
 ) -> list[str]:
     """Suspect a label that is mirrored, shifted or has other axes against the scans.
 
-    That a voxel is labelled, and the intensities there, share information. Of 57 real cases, the
-    true label shares at most 0.76 times as much after any mirroring or exchange of axes. Mirrored
-    left-right, turned by half a turn, or with exchanged axes, it shares at least 1.69 times as much
-    where it belongs, and at least 757 blocks times nats.
+    That a voxel is labelled, and the intensities there, share information: see :data:`LABEL_GAIN`.
 
     Args:
         tumour: ``[voxels, 3]``, labelled voxels in the part that the overview shows.
@@ -241,16 +240,12 @@ def misplaced_label(
         own = entr(p.sum(axis=0)).sum(axis=1) + entr(p.sum(axis=2)).sum(axis=0)
         return float(count @ (own - entr(p).sum(axis=(0, 2))))
 
-    here = evidence(sample)
-    best, words = LEAST_EVIDENCE * COARSE_MM**3 / math.prod(overview.zooms), ""
-    for places, gain in (
-        (_elsewhere(sample + first, shape), LABEL_GAIN),
-        (_shifted(sample + first, overview) if shifts else (), SHIFT_GAIN),
-    ):
-        for points, how in places:
-            there = evidence(points - first)
-            if there > max(best, gain * here):
-                best, words = there, how
+    here, moved = evidence(sample), _elsewhere(sample + first, shape)
+    best, words = max(LABEL_GAIN * here, here + LABEL_EXCESS), ""
+    for points, how in chain(moved, _shifted(sample + first, overview) if shifts else ()):
+        there = evidence(points - first)
+        if there > best:
+            best, words = there, how
     return [f"its label does not seem to lie on the scans: {words} it would fit"] if words else []
 
 
