@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 from torch import nn
 
@@ -34,6 +34,7 @@ class Backbone(nn.Module, Described, ABC):
         slots: names of the latents' slots: the modalities, or ``("fused",)`` for early fusion.
     """
 
+    __call__: Callable[..., SegOutput]  # of forward, with its type
     modalities: tuple[str, ...]
     num_classes: int
     channels: tuple[int, ...]
@@ -85,8 +86,3 @@ class Backbone(nn.Module, Described, ABC):
     def forward(self, image: Image, present: Presence) -> SegOutput:
         """``decode(encode(image, present))``."""
         return self.decode(self.encode(image, present))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> SegOutput:
-        """Typed call of :meth:`forward`."""
-        output: SegOutput = super().__call__(*args, **kwargs)
-        return output

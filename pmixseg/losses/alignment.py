@@ -13,8 +13,8 @@ docs/method/alignment.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class AlignmentLoss(nn.Module):
         >>> alignment(latents, anchor, both, both).item()
         2.0
     """
+
+    __call__: Callable[..., Scalar]  # of forward, with its type
 
     def __init__(
         self,
@@ -181,11 +183,6 @@ class AlignmentLoss(nn.Module):
             None if log_variance is None else hide(log_variance[level].to(dtype), subset),
             SharedSums(),  # a compiler cannot follow a dataclass's default factory
         )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
-        """Typed call of :meth:`forward`."""
-        loss: Scalar = super().__call__(*args, **kwargs)
-        return loss
 
 
 def resolve_levels(levels: Sequence[int], count: int) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ single-modality and mixture anchors; Dorent et al., U-HVED (MICCAI 2019) for the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,7 @@ class Anchor(nn.Module, Described, ABC):
         levels: number of levels; 0 before :meth:`bind`.
     """
 
+    __call__: Callable[..., AnchorMap]  # of forward, with its type
     can_fill: bool = True
 
     def __init__(self) -> None:
@@ -118,11 +119,6 @@ class Anchor(nn.Module, Described, ABC):
         Returns:
             Mean and log-variance, ``[B, C, D, H, W]`` each.
         """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> AnchorMap:
-        """Typed call of :meth:`forward`."""
-        anchor: AnchorMap = super().__call__(*args, **kwargs)
-        return anchor
 
 
 class NormalAnchor(Anchor):

@@ -24,8 +24,8 @@ convolutions before it mix them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class OfficialAlignment(nn.Module, Described, ABC):
         fused: it takes one fused latent apart, of early fusion, and has weights of its own.
     """
 
+    __call__: Callable[..., Scalar]  # of forward, with its type
     needs_acquired: bool = False
     levels: tuple[int, ...] = ()
     fused: bool = False
@@ -68,11 +69,6 @@ class OfficialAlignment(nn.Module, Described, ABC):
         self, latents: Latents, anchor: Anchor | None, present: Presence, acquired: Presence
     ) -> Scalar:
         """Loss; arguments as of :meth:`pmixseg.losses.alignment.AlignmentLoss.forward`."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
-        """Typed call of :meth:`forward`."""
-        loss: Scalar = super().__call__(*args, **kwargs)
-        return loss
 
 
 class July2025Alignment(OfficialAlignment):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,8 @@ class SlotLinear(nn.Module):
         bias: add a bias. Without it a slot of zeros stays zero.
         identity: start as the identity (needs ``inputs == outputs``) instead of at random.
     """
+
+    __call__: Callable[..., Tensor]  # of forward, with its type
 
     def __init__(
         self, slots: int, inputs: int, outputs: int, bias: bool = False, identity: bool = False
@@ -48,8 +52,3 @@ class SlotLinear(nn.Module):
         if self.bias is not None:
             mapped = mapped + self.bias.to(features.dtype)
         return mapped.view(*mapped.shape[:3], *features.shape[3:])
-
-    def __call__(self, features: Features) -> Tensor:
-        """Typed call of :meth:`forward`."""
-        mapped: Tensor = super().__call__(features)
-        return mapped

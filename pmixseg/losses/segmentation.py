@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from monai.losses import DiceCELoss
@@ -35,6 +35,7 @@ class Criterion(nn.Module, Described, ABC):
             reproduce one process on the joined batch. A fit of several processes says so.
     """
 
+    __call__: Callable[..., Scalar]  # of forward, with its type
     couples_samples: bool = False
     ranges: ClassVar[Mapping[str, Range]] = {
         **dict.fromkeys(("dice_weight", "ce_weight", "deep_supervision_decay"), NOT_NEGATIVE),
@@ -53,11 +54,6 @@ class Criterion(nn.Module, Described, ABC):
             epoch: 0-based, for losses that change as training goes on. A compiled step gives a
                 tensor: multiply by a comparison instead of branching on it.
         """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
-        """Typed call of :meth:`forward`."""
-        loss: Scalar = super().__call__(*args, **kwargs)
-        return loss
 
 
 def area_fractions(label: Label, num_classes: int, shape: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ class Term(nn.Module, ABC):
         parts: named summands of the last value, for the log; detached.
     """
 
+    __call__: Callable[..., Scalar]  # of forward, with its type
     needs_acquired: bool = False
     aligned_levels: tuple[int, ...] = ()
     eager: bool = False
@@ -58,11 +59,6 @@ class Term(nn.Module, ABC):
         Terms are given the latents of the encoders all the same.
         """
         return latents
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
-        """Typed call of :meth:`forward`."""
-        value: Scalar = super().__call__(*args, **kwargs)
-        return value
 
 
 class TermWeight:

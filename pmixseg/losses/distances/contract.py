@@ -12,7 +12,7 @@ Sources: docs/method/alignment.md; Liu et al., Mind the Gap (arXiv 2409.19366).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -71,6 +71,7 @@ class Distance(nn.Module, Described, ABC):
         compares_directions: an anchor must have one, which N(0, I) has not.
     """
 
+    __call__: Callable[..., PerSlot]  # of forward, with its type
     name: ClassVar[str] = ""
     couples_samples: bool = False
     smallest_batch: int = 1
@@ -118,11 +119,6 @@ class Distance(nn.Module, Described, ABC):
     @abstractmethod
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
         """Distance per sample and modality, ``[B, M]``; outside ``shown`` anything finite."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> PerSlot:
-        """Typed call of :meth:`forward`."""
-        distance: PerSlot = super().__call__(*args, **kwargs)
-        return distance
 
 
 def distance_named(name: str, owner: str = "alignment") -> Distance:

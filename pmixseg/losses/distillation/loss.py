@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
@@ -55,6 +55,7 @@ class DistillationLoss(nn.Module, Described, ABC):
         InputError: a negative weight.
     """
 
+    __call__: Callable[..., Scalar]  # of forward, with its type
     couples_samples: bool = False
     self_taught: bool = False
     needs_subsets: bool = True
@@ -132,8 +133,3 @@ class DistillationLoss(nn.Module, Described, ABC):
         if present is None or present.shape[1] != encoded.shape[1]:
             return encoded
         return encoded & present.to(encoded.device)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Scalar:
-        """Typed call of :meth:`forward`."""
-        loss: Scalar = super().__call__(*args, **kwargs)
-        return loss
