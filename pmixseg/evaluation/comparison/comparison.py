@@ -64,47 +64,73 @@ class Comparison:
         return self.primary.pairs > 1
 
     def to_text(self, width: int = 110) -> str:
-        """Plain text with tables, for a terminal or a log."""
-        return _as_text(self, width)
+        """Write headline, primary endpoint, notes and tables, for a terminal or a log."""
+        stream = io.StringIO()
+        console = Console(
+            file=stream, width=width, color_system=None, highlight=False, markup=False
+        )
+        test = self.primary
+        kind = "Two methods" if self.of_methods else "Two checkpoints, not two methods"
+        console.print(f"{kind}: A = {', '.join(self.runs_a)}; B = {', '.join(self.runs_b)}")
+        console.print(f"{test.pairs} pair(s) of runs, {len(self.cases)} case(s) in all of them\n")
+        console.print("PRIMARY: mean Dice per case over all combinations and regions")
+        console.print(f"  A {self.mean_a:.4f}   B {self.mean_b:.4f}")
+        console.print(f"  {self.conclusion()}")
+        drawn = "runs and cases" if self.of_methods else "cases"
+        console.print(f"  bootstrap over {drawn}: {_range(self.bootstrap)}")
+        better, worse, equal = self.wins
+        console.print(f"  A better in {count_of(better, 'case')}, B in {worse}, equal in {equal}\n")
+        for note in self.notes:
+            console.print(f"! {note}")
+        console.print(_exploratory(self))
+        for name, table in (("A", self.violations_a), ("B", self.violations_b)):
+            console.print(_violations(name, table))
+        return stream.getvalue()
+
+    def conclusion(self) -> str:
+        """Return one sentence on the primary endpoint that claims no more than the test shows."""
+        test = self.primary
+        size = f"A - B = {test.difference:+.4f} Dice"
+        if math.isnan(test.p):
+            return f"{size}; no test of the methods is possible."
+        measured = f"{size} (95 % interval {_range(test.interval)}, p = {test.p:.3g}, paired t)"
+        if test.p < LEVEL:
+            return f"{measured}: {'A' if test.difference > 0 else 'B'} is better."
+        return f"{measured}: no difference shown."
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives for JSON; numbers that are not defined are None."""
-        return _as_primitives(self)
-
-
-def _as_text(comparison: Comparison, width: int) -> str:
-    """Headline, primary endpoint, notes, exploratory table, monotonicity, as plain text."""
-    stream = io.StringIO()
-    console = Console(file=stream, width=width, color_system=None, highlight=False, markup=False)
-    test = comparison.primary
-    kind = "Two methods" if comparison.of_methods else "Two checkpoints, not two methods"
-    console.print(f"{kind}: A = {', '.join(comparison.runs_a)}; B = {', '.join(comparison.runs_b)}")
-    console.print(f"{test.pairs} pair(s) of runs, {len(comparison.cases)} case(s) in all of them\n")
-    console.print("PRIMARY: mean Dice per case over all combinations and regions")
-    console.print(f"  A {comparison.mean_a:.4f}   B {comparison.mean_b:.4f}")
-    console.print(f"  {_verdict(comparison)}")
-    drawn = "runs and cases" if comparison.of_methods else "cases"
-    console.print(f"  bootstrap over {drawn}: {_range(comparison.bootstrap)}")
-    better, worse, equal = comparison.wins
-    console.print(f"  A better in {count_of(better, 'case')}, B in {worse}, equal in {equal}\n")
-    for note in comparison.notes:
-        console.print(f"! {note}")
-    console.print(_exploratory(comparison))
-    for name, table in (("A", comparison.violations_a), ("B", comparison.violations_b)):
-        console.print(_violations(name, table))
-    return stream.getvalue()
-
-
-def _verdict(comparison: Comparison) -> str:
-    """Return one sentence on the primary endpoint that claims no more than the test shows."""
-    test = comparison.primary
-    size = f"A - B = {test.difference:+.4f} Dice"
-    if math.isnan(test.p):
-        return f"{size}; no test of the methods is possible."
-    measured = f"{size} (95 % interval {_range(test.interval)}, p = {test.p:.3g}, paired t)"
-    if test.p < LEVEL:
-        return f"{measured}: {'A' if test.difference > 0 else 'B'} is better."
-    return f"{measured}: no difference shown."
+        test = self.primary
+        return {
+            "compares": "methods" if self.of_methods else "checkpoints",
+            "runs_a": list(self.runs_a),
+            "runs_b": list(self.runs_b),
+            "cases": list(self.cases),
+            "primary": {
+                "endpoint": "mean Dice per case over all combinations and regions",
+                "mean_a": self.mean_a,
+                "mean_b": self.mean_b,
+                "difference": test.difference,
+                "by_pair": list(self.by_pair),
+                "interval": [_defined(v) for v in test.interval],
+                "t": _defined(test.t),
+                "p": _defined(test.p),
+                "pairs": test.pairs,
+                "detectable": _defined(test.detectable),
+                "bootstrap": [_defined(v) for v in self.bootstrap],
+                "wins": dict(zip(("a", "b", "equal"), self.wins, strict=True)),
+                "verdict": self.conclusion(),
+            },
+            "exploratory": {
+                "measure": self.measure,
+                "rows": _rows(self.exploratory),
+            },
+            "violations": {
+                "a": _rows(self.violations_a),
+                "b": _rows(self.violations_b),
+            },
+            "notes": list(self.notes),
+        }
 
 
 def _range(interval: Interval) -> str:
@@ -164,41 +190,6 @@ def _violations(name: str, table: pd.DataFrame) -> str:
     if len(table) > SHOWN_VIOLATIONS:
         lines.append(f"  and {len(table) - SHOWN_VIOLATIONS} smaller ones")
     return "\n".join(lines)
-
-
-def _as_primitives(comparison: Comparison) -> dict[str, Any]:
-    """Everything, for JSON; what is not defined is None."""
-    test = comparison.primary
-    return {
-        "compares": "methods" if comparison.of_methods else "checkpoints",
-        "runs_a": list(comparison.runs_a),
-        "runs_b": list(comparison.runs_b),
-        "cases": list(comparison.cases),
-        "primary": {
-            "endpoint": "mean Dice per case over all combinations and regions",
-            "mean_a": comparison.mean_a,
-            "mean_b": comparison.mean_b,
-            "difference": test.difference,
-            "by_pair": list(comparison.by_pair),
-            "interval": [_defined(v) for v in test.interval],
-            "t": _defined(test.t),
-            "p": _defined(test.p),
-            "pairs": test.pairs,
-            "detectable": _defined(test.detectable),
-            "bootstrap": [_defined(v) for v in comparison.bootstrap],
-            "wins": dict(zip(("a", "b", "equal"), comparison.wins, strict=True)),
-            "verdict": _verdict(comparison),
-        },
-        "exploratory": {
-            "measure": comparison.measure,
-            "rows": _rows(comparison.exploratory),
-        },
-        "violations": {
-            "a": _rows(comparison.violations_a),
-            "b": _rows(comparison.violations_b),
-        },
-        "notes": list(comparison.notes),
-    }
 
 
 def _defined(value: Any) -> Any:

@@ -18,12 +18,13 @@ Source: docs/method/theory.md; Cover & Thomas, Elements of Information Theory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 Covariance = Float[Tensor, "k k"]
 
@@ -43,7 +44,8 @@ def total_correlation(covariance: Covariance, sizes: Sequence[int]) -> float:
         0.223144
     """
     whole = covariance.double()
-    blocks = [whole[s, s].logdet() for s in _slices(sizes)]
+    places = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    blocks = [whole[own, own].logdet() for own in places]
     return (0.5 * (torch.stack(blocks).sum() - whole.logdet())).item()
 
 
@@ -66,40 +68,13 @@ def jensen_shannon(
         samples: drawn from each Gaussian; the standard error falls with its root.
         seed: of the samples.
     """
-    count = len(means)
-    w = _weights(weights, count)
-    densities = _log_densities(_draw(means, covariances, samples, seed), means, covariances)
+    shares = [1 / len(means)] * len(means) if weights is None else list(weights)
+    w = torch.tensor(shares, dtype=torch.float64)
+    gaussians = MultivariateNormal(means.double(), covariances.double(), validate_args=False)
+    shape = (len(means), samples, means.shape[1])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = gaussians.loc[:, None] + noise @ gaussians.scale_tril.mT
+    densities = gaussians.log_prob(drawn[:, :, None])  # type: ignore[no-untyped-call]  # in torch
     own = densities.diagonal(dim1=0, dim2=2)  # [samples, M]: each at its own samples
     mixed = (densities + w.log()).logsumexp(2).T
     return float(((own - mixed).mean(0) * w).sum())
-
-
-def _weights(weights: Sequence[float] | None, count: int) -> Tensor:
-    shares = [1 / count] * count if weights is None else list(weights)
-    return torch.tensor(shares, dtype=torch.float64)
-
-
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-
-
-def _draw(means: Tensor, covariances: Tensor, samples: int, seed: int) -> Tensor:
-    """Samples of every Gaussian, ``[M, samples, k]``."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(means), samples, means.shape[1])
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    factors: Tensor = torch.linalg.cholesky(covariances.double())
-    return means.double()[:, None] + noise @ factors.mT
-
-
-def _log_densities(points: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
-    """Log-density of every Gaussian at points ``[..., k]``, ``[..., M]``."""
-    factors = torch.linalg.cholesky(covariances.double())
-    values = []
-    for mean, factor in zip(means.double(), factors, strict=True):
-        shifted = (points - mean)[..., None]
-        whitened = torch.linalg.solve_triangular(factor, shifted, upper=False)[..., 0]
-        constant = factor.diagonal().log().sum() + 0.5 * len(mean) * math.log(2 * math.pi)
-        values.append(-0.5 * whitened.square().sum(-1) - constant)
-    return torch.stack(values, -1)

@@ -4,43 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import pandas as pd
 from rich.box import HORIZONTALS
 from rich.table import Table
-from rich.text import Text
 
 from pmixseg.evaluation.records.measures import DICE, Measure
 from pmixseg.evaluation.records.records import Records
-from pmixseg.evaluation.records.tables import Line, Tabulation, best_of, tabulate
-from pmixseg.task import Task
+from pmixseg.evaluation.records.tables import Line, Lines, Tabulation, best_of, tabulate
 
 MOST_COLUMNS = 15
 """Combinations that still make a readable table: those of four sequences. Five make 31."""
 
 
 @dataclass(frozen=True)
-class BySize:
-    """Means over all combinations of one size.
+class BySize(Lines):
+    """Means over all combinations of one size; the mean is still the one over combinations.
 
     Args:
-        measure: what is printed.
-        task: names and order of regions.
         sizes: number of combinations of each size, 1 to M.
-        lines: as in :class:`~pmixseg.evaluation.records.tables.Tabulation`, with a value per size;
-            the mean is still the one over combinations.
     """
 
-    measure: Measure
-    task: Task
     sizes: tuple[int, ...]
-    lines: tuple[Line, ...]
-
-    def by_region(self) -> list[tuple[str, list[Line]]]:
-        """Lines of each region."""
-        return [(r, list(lines)) for r, lines in groupby(self.lines, lambda line: line.region)]
 
     def frame(self) -> pd.DataFrame:
         """Return one row per region and run; columns ``1`` to ``M``, and ``mean``."""
@@ -57,23 +43,13 @@ class BySize:
 
     def rich(self) -> Table:
         """For a terminal: a column per number of sequences shown."""
-        several = len({line.run for line in self.lines}) > 1
-        table = Table(
-            title=f"{self.measure.title} ({self.measure.unit}) by number of sequences shown",
-            box=HORIZONTALS,
-        )
+        table = Table(title=f"{self.title} by number of sequences shown", box=HORIZONTALS)
         table.add_column("shown\ncombinations")
         for size, count in enumerate(self.sizes, 1):
             table.add_column(f"{size}\n{count}", justify="right")
         table.add_column("mean\n" + str(sum(self.sizes)), justify="right")
-        digits = min(self.measure.digits, 1)
         for line in self.lines:
-            region = self.task.show(line.region)
-            cells = [
-                Text(self.measure.show(value, digits), style="bold" if best else "")
-                for value, best in zip((*line.values, line.mean), line.best, strict=True)
-            ]
-            table.add_row(f"{region} {line.run}" if several else region, *cells)
+            table.add_row(self.label(line), *self.cells(line))
         return table
 
 
@@ -96,7 +72,7 @@ def group_by_size(table: Tabulation) -> BySize:
             )
             lines.append(Line(line.run, region, tuple(row[:-1]), line.mean, cases, best))
     counts = tuple(int((lengths == n).sum()) for n in sizes)
-    return BySize(table.measure, table.task, counts, tuple(lines))
+    return BySize(table.measure, table.task, tuple(lines), counts)
 
 
 def result_table(

@@ -46,23 +46,18 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Tabulation:
-    """Means of one measure over cases, for each region, run and combination.
+class Lines:
+    """Means of one measure over cases: a line for each region and run.
 
     Args:
         measure: what is printed.
         task: names and order of modalities and regions.
-        combinations: the columns.
         lines: grouped by region, runs in the given order.
-        comparable: per region, the columns in which all runs were scored on the same cases; only
-            there are runs ranked and the best marked.
     """
 
     measure: Measure
     task: Task
-    combinations: tuple[Combination, ...]
     lines: tuple[Line, ...]
-    comparable: dict[str, tuple[bool, ...]]
 
     @property
     def runs(self) -> list[str]:
@@ -74,14 +69,36 @@ class Tabulation:
         """Measure and unit."""
         return f"{self.measure.title} ({self.measure.unit})"
 
-    @property
-    def caption(self) -> str | None:
-        """What the last column is, where some cases lack a combination."""
-        return OWN_MEANS if any(len(set(line.cases)) > 1 for line in self.lines) else None
-
     def by_region(self) -> list[tuple[str, list[Line]]]:
         """Lines of each region."""
         return [(r, list(lines)) for r, lines in groupby(self.lines, lambda line: line.region)]
+
+    def label(self, line: Line) -> str:
+        """Name a line in a terminal: its region, and its run where there are several."""
+        region = self.task.show(line.region)
+        return f"{region} {line.run}" if len(self.runs) > 1 else region
+
+    def cells(self, line: Line) -> list[Text]:
+        """Write the values of a line and their mean for a terminal, the best in bold."""
+        digits = min(self.measure.digits, 1)
+        return [
+            Text(self.measure.show(value, digits), style="bold" if best else "")
+            for value, best in zip((*line.values, line.mean), line.best, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Tabulation(Lines):
+    """A table with a column per combination.
+
+    Args:
+        combinations: the columns.
+        comparable: per region, the columns in which all runs were scored on the same cases; only
+            there are runs ranked and the best marked.
+    """
+
+    combinations: tuple[Combination, ...]
+    comparable: dict[str, tuple[bool, ...]]
 
     def ranks(self) -> pd.DataFrame:
         """Rank the runs (1 is best, ties share): means over comparable columns, per region.
@@ -119,55 +136,44 @@ class Tabulation:
         Args:
             width: characters of the terminal; ``None``: as wide as the table needs.
         """
-        several = len(self.runs) > 1
-        labels = max(len(self.task.show(n)) for n in (*self.task.modalities, *self.task.regions))
-        if several:
-            labels = max(labels, *(len(self._label(line, several)) for line in self.lines))
+        names = [self.task.show(n) for n in (*self.task.modalities, *self.task.regions)]
+        labels = max(map(len, (*names, *map(self.label, self.lines))))
         needed = labels + (len(self.combinations) + 1) * 6 + 2
-        return self._wide(several) if width is None or width >= needed else self._long(several)
-
-    def _label(self, line: Line, several: bool) -> str:
-        region = self.task.show(line.region)
-        return f"{region} {line.run}" if several else region
-
-    def _cells(self, line: Line) -> list[Text]:
-        digits = min(self.measure.digits, 1)
-        return [
-            Text(self.measure.show(value, digits), style="bold" if best else "")
-            for value, best in zip((*line.values, line.mean), line.best, strict=True)
-        ]
-
-    def _wide(self, several: bool) -> Table:
+        # What the last column is, where some cases lack a combination.
+        uneven = any(len(set(line.cases)) > 1 for line in self.lines)
+        caption = OWN_MEANS if uneven else None
         table = Table(
-            title=self.title, caption=self.caption, box=HORIZONTALS, padding=0, header_style=""
+            title=self.title, caption=caption, box=HORIZONTALS, padding=0, header_style=""
         )
+        if width is None or width >= needed:
+            self._fill_wide(table)
+        else:
+            self._fill_long(table)
+        return table
+
+    def _fill_wide(self, table: Table) -> None:
         table.add_column("\n".join(self.task.show(m) for m in self.task.modalities), no_wrap=True)
         for combination in self.combinations:
             table.add_column("\n".join(dots(combination, self.task)), justify="right", min_width=5)
         table.add_column("\n" * (self.task.num_modalities - 1) + "mean", justify="right")
         for _, lines in self.by_region():
             for line in lines:
-                table.add_row(self._label(line, several), *self._cells(line))
-            if several:
+                table.add_row(self.label(line), *self.cells(line))
+            if len(self.runs) > 1:
                 table.add_section()
-        return table
 
-    def _long(self, several: bool) -> Table:
-        table = Table(
-            title=self.title, caption=self.caption, box=HORIZONTALS, padding=0, header_style=""
-        )
+    def _fill_long(self, table: Table) -> None:
         for modality in self.task.modalities:
             table.add_column(self.task.show(modality), justify="center")
         for line in self.lines:
-            name = self._label(line, several).replace(" ", "\n", 1)
+            name = self.label(line).replace(" ", "\n", 1)
             table.add_column(name, justify="right", overflow="fold")
-        columns = [self._cells(line) for line in self.lines]
+        columns = [self.cells(line) for line in self.lines]
         for i, combination in enumerate(self.combinations):
             table.add_row(*dots(combination, self.task), *(c[i] for c in columns))
         table.add_section()
         blank = [""] * (self.task.num_modalities - 1)
         table.add_row("mean", *blank, *(c[-1] for c in columns))
-        return table
 
     def latex(self, comment: str = "") -> str:
         r"""Return a ``tabular`` for the packages booktabs and amssymb, to be read with ``\input``.
@@ -253,7 +259,7 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
             *values, mean = means[key]
             sizes = tuple(len(ids) for ids in cases[key])
             lines.append(Line(key[1], region, tuple(values), mean, sizes, best))
-    return Tabulation(measure, task, combinations, tuple(lines), comparable)
+    return Tabulation(measure, task, tuple(lines), combinations, comparable)
 
 
 def run_name(records: Records) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from pmixseg.evaluation.comparison.monotonicity import added_modalities
+from pmixseg.evaluation.records.grouped import group_by_size
 from pmixseg.evaluation.records.measures import BRIER, ECE
 from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.evaluation.records.tables import run_name, tabulate
@@ -171,23 +171,11 @@ def calibration_summaries(runs: Sequence[Records]) -> list[CalibrationSummary]:
     """Calibration by region and run; empty unless all runs measured it."""
     if not all({"ece", "brier"} <= set(one.table) for one in runs):
         return []
-    ece, brier = tabulate(runs, ECE), tabulate(runs, BRIER)
-    lines = []
-    for a, b in zip(ece.lines, brier.lines, strict=True):
-        sizes = np.array([len(c) for c in ece.combinations])
-        by_size = [
-            tuple(_mean_of(np.array(line.values)[sizes == n]) for n in sorted(set(sizes)))
-            for line in (a, b)
-        ]
-        lines.append(
-            CalibrationSummary(a.run, a.region, (*by_size[0], a.mean), (*by_size[1], b.mean))
-        )
-    return lines
-
-
-def _mean_of(values: NDArray[np.float64]) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    ece, brier = (group_by_size(tabulate(runs, measure)).lines for measure in (ECE, BRIER))
+    return [
+        CalibrationSummary(a.run, a.region, (*a.values, a.mean), (*b.values, b.mean))
+        for a, b in zip(ece, brier, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
