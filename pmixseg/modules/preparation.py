@@ -19,6 +19,7 @@ from pmixseg.data.training_cases import (
     training_cases,
     voxel_sizes,
 )
+from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.plurals import count_of
@@ -55,16 +56,8 @@ class Preparation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives, as a checkpoint holds them."""
-        return {
-            "spacing": None if self.spacing is None else list(self.spacing),
-            "normalisation": self.normalisation,
-            "dtype": self.dtype,
-            "patch": None if self.patch is None else list(self.patch),
-            "split": self.split,
-            "seed": None if self.seed is None else dict(self.seed),
-            "cases": None if self.cases is None else self.cases.to_dict(),
-            "voxels": None if self.voxels is None else list(self.voxels),
-        }
+        described: dict[str, Any] = describe(vars(self), "preparation")
+        return described
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> Preparation:

@@ -173,27 +173,17 @@ class Records:
         path = _target(Path(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):
-            self._write(path)
+            with whole(path) as part:
+                if path.suffix == ".parquet":
+                    _parquet(lambda: self.table.to_parquet(part, index=False))
+                else:
+                    quote_formulas(self.table).to_csv(part, index=False)
+                digest = file_hash(part)
+            table = {"file": path.name, "rows": len(self.table), "sha256": digest}
+            with whole(path.with_suffix(".json")) as part:
+                text = json.dumps({**self.sidecar.to_dict(), "table": table}, indent=2)
+                part.write_text(text + "\n", encoding="utf-8")
         return path
-
-    def _write(self, path: Path) -> None:
-        suffix = path.suffix
-
-        def save(to: Path) -> None:
-            if suffix == ".parquet":
-                _parquet(lambda: self.table.to_parquet(to, index=False))
-            else:
-                quote_formulas(self.table).to_csv(to, index=False)
-
-        digest = _replace(path, save)
-        content = self.sidecar.to_dict()
-        content["table"] = {"file": path.name, "rows": len(self.table), "sha256": digest}
-        text = json.dumps(content, indent=2) + "\n"
-
-        def save_text(to: Path) -> None:
-            to.write_text(text, encoding="utf-8")
-
-        _replace(path.with_suffix(".json"), save_text)
 
 
 def gather_rows(rows: Sequence[Row]) -> list[Row]:
@@ -387,10 +377,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _replace(path: Path, save: Callable[[Path], None]) -> str:
-    """Write a file whole; the hash of what was written."""
-    with whole(path) as part:
-        save(part)
-        return file_hash(part)

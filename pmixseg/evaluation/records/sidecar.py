@@ -71,21 +71,8 @@ class Sidecar:
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only, as written to JSON."""
-        return {
-            "format": self.format,
-            "task": self.task.to_dict(),
-            "conventions": describe(self.conventions, "conventions"),
-            "postprocess": list(self.postprocess),
-            "checkpoint": describe(self.checkpoint, "checkpoint"),
-            "split": self.split,
-            "part": self.part,
-            "phantom": self.phantom,
-            "seen": list(self.seen),
-            "config": describe(self.config, "config"),
-            "versions": dict(self.versions),
-            "git": describe(self.git, "git"),
-            "created": self.created,
-        }
+        fields = describe(vars(self), "sidecar")
+        return {"format": fields.pop("format"), **fields}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "sidecar") -> Sidecar:

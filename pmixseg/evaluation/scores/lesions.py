@@ -22,8 +22,10 @@ Components are 26-connected in both.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,21 +132,8 @@ class Components:
         return table.reshape(self.count + 1, other.count + 1)
 
 
-class LesionMetrics(Protocol):
-    """Scores predictions against the lesions of one truth."""
-
-    def score(self, prediction: Mask, box: Box) -> LesionScore:
-        """Score one prediction.
-
-        Args:
-            prediction: the region inside ``box``.
-            box: where it lies in the volume.
-        """
-        ...
-
-
-class Brats2023Lesions:
-    """Lesions of one truth under ``brats2023-gli``.
+class Lesions(ABC):
+    """The lesions of one truth, which predictions are scored against.
 
     Args:
         truth: the region inside ``box``.
@@ -154,6 +143,22 @@ class Brats2023Lesions:
 
     def __init__(self, truth: Mask, box: Box, spacing: Spacing) -> None:
         self._spacing = spacing
+
+    @abstractmethod
+    def score(self, prediction: Mask, box: Box) -> LesionScore:
+        """Score one prediction.
+
+        Args:
+            prediction: the region inside ``box``.
+            box: where it lies in the volume.
+        """
+
+
+class Brats2023Lesions(Lesions):
+    """Lesions of one truth under ``brats2023-gli``."""
+
+    def __init__(self, truth: Mask, box: Box, spacing: Spacing) -> None:
+        super().__init__(truth, box, spacing)
         self._surfels: dict[int, Surfels] = {}
         # Dilations that meet beyond the volume's border also meet inside it, so it may be crossed.
         around = box.widened(DILATIONS)
@@ -165,7 +170,7 @@ class Brats2023Lesions:
         self._sizes = self._lesions.sizes()
 
     def score(self, prediction: Mask, box: Box) -> LesionScore:
-        """Score one prediction; arguments as in :class:`LesionMetrics`."""
+        """Score one prediction; arguments as in :class:`Lesions`."""
         predicted = Components.of(prediction, box)
         # Which predicted components reach into the dilation of which lesion.
         reached = self._zones.shared(predicted) > 0
@@ -201,22 +206,16 @@ class Brats2023Lesions:
         return self._surfels[lesion]
 
 
-class PanopticaLesions:
-    """Lesions of one truth under ``panoptica-0.0.10``.
-
-    Args:
-        truth: the region inside ``box``.
-        box: where it lies in the volume.
-        spacing: mm along each axis.
-    """
+class PanopticaLesions(Lesions):
+    """Lesions of one truth under ``panoptica-0.0.10``."""
 
     def __init__(self, truth: Mask, box: Box, spacing: Spacing) -> None:
-        self._spacing = spacing
+        super().__init__(truth, box, spacing)
         self._truth = Components.of(truth, box)
         self._surfaces: dict[int, Points] = {}
 
     def score(self, prediction: Mask, box: Box) -> LesionScore:
-        """Score one prediction; arguments as in :class:`LesionMetrics`."""
+        """Score one prediction; arguments as in :class:`Lesions`."""
         truth, predicted = self._truth, Components.of(prediction, box)
         if not truth.count and not predicted.count:
             return LesionScore(math.nan, math.nan, 0, 0, 0)
@@ -252,22 +251,8 @@ def _best_matches(truth: Components, predicted: Components) -> list[tuple[int, i
     return [(int(i) + 1, int(j) + 1, float(dice[i, j])) for i, j in pairs if cost[i, j] < 1]
 
 
-def lesion_metrics(
-    rule: LesionRule,
-    truth: Mask,
-    box: Box,
-    spacing: Spacing,
-) -> LesionMetrics | None:
-    """Return the lesions of one truth region under a named convention, or None for ``none``.
-
-    Args:
-        rule: name of the convention.
-        truth: the region inside ``box``.
-        box: where it lies in the volume.
-        spacing: mm along each axis.
-    """
-    if rule == "brats2023-gli":
-        return Brats2023Lesions(truth, box, spacing)
-    if rule == "panoptica-0.0.10":
-        return PanopticaLesions(truth, box, spacing)
-    return None
+RULES: Mapping[LesionRule, type[Lesions]] = {
+    "brats2023-gli": Brats2023Lesions,
+    "panoptica-0.0.10": PanopticaLesions,
+}
+"""Convention -> how it scores; ``none`` does not."""

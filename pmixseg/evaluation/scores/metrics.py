@@ -18,7 +18,7 @@ from pmixseg.data.scans.geometry import Spacing
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import names_of
 from pmixseg.evaluation.scores.conventions import Conventions, dice
-from pmixseg.evaluation.scores.lesions import LesionMetrics, lesion_metrics
+from pmixseg.evaluation.scores.lesions import RULES, Lesions
 from pmixseg.evaluation.scores.regions import LabelMap, RegionMasks
 from pmixseg.task import Task
 
@@ -64,7 +64,7 @@ class CaseMetrics:
         self.spacing: Spacing = (mm[0], mm[1], mm[2])
         self.conventions = conventions or Conventions()
         self.truth = RegionMasks(truth, task, self.spacing, "truth")
-        self._lesions: dict[int, LesionMetrics | None] = {}
+        self._lesions: dict[int, Lesions] = {}
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -159,14 +159,9 @@ class CaseMetrics:
 
     def _lesion_wise(self, predicted: RegionMasks, r: int) -> dict[str, float]:
         if r not in self._lesions:
-            self._lesions[r] = lesion_metrics(
-                self.conventions.lesion,
-                self.truth.mask(r),
-                self.truth.box,
-                self.spacing,
-            )
-        lesions = self._lesions[r]
-        return lesions.score(predicted.mask(r), predicted.box).row() if lesions else {}
+            kind = RULES[self.conventions.lesion]
+            self._lesions[r] = kind(self.truth.mask(r), self.truth.box, self.spacing)
+        return self._lesions[r].score(predicted.mask(r), predicted.box).row()
 
 
 def _ratio(part: int, whole: int) -> float:
