@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from monai.losses import DiceCELoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.describe import NOT_NEGATIVE, Described, Range
-from pmixseg.execution import runs_static
-from pmixseg.losses.ranks import SharedSums, world_size
+from pmixseg.losses.ranks import SharedSums
 from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
 
 DEEP_SUPERVISION = re.compile(r"ds([1-9]\d*)")
@@ -136,15 +134,6 @@ class DiceCE(Criterion):
         self.dice_weight, self.ce_weight = dice_weight, ce_weight
         self.first = 0 if include_background else 1
         self.decay = deep_supervision_decay
-        options = {
-            "include_background": include_background,
-            "softmax": True,
-            "lambda_dice": dice_weight,
-            "lambda_ce": ce_weight,
-            "batch": batch_dice,
-        }
-        self.hard = DiceCELoss(to_onehot_y=True, **options)
-        self.soft = DiceCELoss(to_onehot_y=False, **options)
 
     def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
         """Weighted mean of the losses of ``logits`` and of every ``ds<k>``; see the class."""
@@ -159,27 +148,16 @@ class DiceCE(Criterion):
         return sums.settle(total / weights)
 
     def _loss(self, logits: Tensor, label: Label, sums: SharedSums) -> Tensor:
+        """Compute MONAI's formula, without asking for a tensor's value as MONAI's class does."""
         # Sums over a million voxels do not fit half precision.
-        logits = full_precision(logits)
-        loss: Tensor
-        if runs_static(logits) or (self.batch_dice and world_size() > 1):
-            loss = self._static_loss(logits, label, sums)
-        elif logits.shape[2:] == label.shape[1:]:
-            loss = self.hard(logits, label[:, None])
-        else:
-            target = area_fractions(label, logits.shape[1], logits.shape[2:])
-            loss = self.soft(logits, target.to(logits.dtype))
-        return loss
-
-    def _static_loss(self, logits: Tensor, label: Label, sums: SharedSums) -> Tensor:
-        """MONAI's formula in few operations, none of which asks for a tensor's value."""
-        shares = logits.log_softmax(1)
+        shares = full_precision(logits).log_softmax(1)
         if logits.shape[2:] == label.shape[1:]:
             classes = torch.arange(logits.shape[1], device=label.device)
-            target = (label[:, None] == classes[:, None, None, None]).to(logits.dtype)
+            target = (label[:, None] == classes[:, None, None, None]).to(shares.dtype)
         else:
-            target = area_fractions(label, logits.shape[1], logits.shape[2:]).to(logits.dtype)
+            target = area_fractions(label, logits.shape[1], logits.shape[2:]).to(shares.dtype)
         entropy = -(target * shares).sum(1).mean()
+        # Soft Dice of each class, per sample or over the batch of all processes.
         axes = (0, 2, 3, 4) if self.batch_dice else (2, 3, 4)
         probabilities, target = shares.exp()[:, self.first :], target[:, self.first :]
         overlap = (probabilities * target).sum(axes)
@@ -187,4 +165,5 @@ class DiceCE(Criterion):
         if self.batch_dice:
             overlap, total = sums.add(overlap), sums.add(total)
         dice = 1 - ((2 * overlap + SMOOTH) / (total + SMOOTH)).mean()
-        return self.dice_weight * dice + self.ce_weight * entropy
+        loss: Tensor = self.dice_weight * dice + self.ce_weight * entropy
+        return loss
