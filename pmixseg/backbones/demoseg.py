@@ -176,11 +176,7 @@ class DeMoSeg(Backbone):
         self.apply(_draw_weights)
 
     def _places(self, order: Sequence[str] | None) -> list[str]:
-        """Return the modalities in the order of their places.
-
-        Raises:
-            InputError: an order of other modalities.
-        """
+        """Return the modalities in the order of their places."""
         if order is None:
             published = [m for m in PUBLISHED_ORDER if m in self.modalities]
             return [*published, *(m for m in self.modalities if m not in published)]

@@ -150,11 +150,7 @@ class PmixAlignment(TermCallback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to align to learned weights that nothing trains.
-
-        Raises:
-            InputError: a level that is aligned and not filled, with weights of its own.
-        """
+        """Refuse learned weights of a level that is aligned and not filled: nothing trains them."""
         module = cast(SegmentationModule, pl_module)
         anchor = module.anchor
         borrowed = self.active and self.official is None and self.anchor is None

@@ -116,11 +116,7 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write all rows, atomically.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
+        """Write all rows, atomically."""
         if not self._rows:
             return
         frame = pd.DataFrame(self._rows)
@@ -160,11 +156,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint whole, or leave the last good one.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
+        """Write a checkpoint whole, or leave the last good one."""
         write_checkpoint(checkpoint, path)
 
 

@@ -315,11 +315,7 @@ class ProductAnchor(Anchor):
     def forward(
         self, features: Features, subset: Presence, level: int, detach_weights: bool = False
     ) -> AnchorMap:
-        """Refused.
-
-        Raises:
-            InputError: always; points have no precision to weigh them by.
-        """
+        """Refuse: points have no precision to weigh them by."""
         raise InputError(
             "ProductAnchor weighs latents by their precision, which only the distance 'kl' "
             "estimates; use --align.distance kl, or another anchor."

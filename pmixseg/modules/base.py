@@ -139,11 +139,7 @@ class SegmentationModule(ScoredNetwork):
         return cast(Batch, {**batch, **drawn})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Draw what the network is shown, then compute the loss.
-
-        Raises:
-            InputError: a batch of a user's own loader that cannot be used.
-        """
+        """Draw what the network is shown, then compute the loss."""
         check_batch(self._trainer, batch, self.task)
         batch = self.own_batch(self.with_present(batch))
         for term in self.terms.values():
@@ -258,11 +254,7 @@ class SegmentationModule(ScoredNetwork):
         return int(getattr(data, "seed", 0) or 0)
 
     def on_train_epoch_end(self) -> None:
-        """Log the mean losses, and the weights of an anchor that fills and learns.
-
-        Raises:
-            InputError: the loss was not finite; no checkpoint of this epoch is written.
-        """
+        """Log the mean losses and learned anchor weights; refuse a loss that was not finite."""
         self._loss_log.finite.check(lambda: self.lr)
         means = self._loss_log.means.settle()
         self.log_dict({f"train/{name}": mean for name, mean in means.items()}, sync_dist=True)
@@ -399,11 +391,7 @@ class SegmentationModule(ScoredNetwork):
             self._resuming.write(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume with the same terms; test, validate and predict without any.
-
-        Raises:
-            InputError: see :meth:`take_over`.
-        """
+        """Resume with the same terms; test, validate and predict without any."""
         super().on_load_checkpoint(checkpoint)
         if self.is_fitting:
             self._resuming.read(checkpoint)

@@ -66,11 +66,7 @@ def _checked(checkpoint: Any, path: Path) -> dict[str, Any]:
 
 
 def _refuse_damaged(path: Path) -> None:
-    """Compare a checkpoint's parts with the checksums that it holds; PyTorch does not.
-
-    Raises:
-        InputError: one does not hold.
-    """
+    """Compare a checkpoint's parts with the checksums that it holds; PyTorch does not."""
     try:
         with ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -180,10 +176,6 @@ def write_checkpoint(checkpoint: dict[str, Any], out: str | Path) -> Path:
 
 
 def restore(module: SegmentationModule, checkpoint: Mapping[str, Any]) -> None:
-    """Copy the weights of a checkpoint into a module, terms left out.
-
-    Raises:
-        InputError: see :meth:`~pmixseg.SegmentationModule.take_over`.
-    """
+    """Copy the weights of a checkpoint into a module, terms left out."""
     module.load_state_dict(module.take_over(checkpoint, fitting=False))
     module.preparation = Payload.from_dict(checkpoint["pmixseg"]).preparation

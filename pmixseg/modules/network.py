@@ -247,11 +247,7 @@ class SegmentationNetwork(LightningModule, Described):
         return names
 
     def predict_step(self, item: CaseItem, batch_idx: int) -> CasePrediction:
-        """Segment a case from everything that was acquired.
-
-        Raises:
-            InputError: the item of another loader.
-        """
+        """Segment a case from everything that was acquired."""
         check_item(self._trainer, item)
         return next(iter(self.predict_item(item, [self.acquired_names(item)])))
 
@@ -326,11 +322,7 @@ class SegmentationNetwork(LightningModule, Described):
             checkpoint.pop("hyper_parameters", None)
 
     def payload(self) -> Payload:
-        """Say what a checkpoint must say about this module.
-
-        Raises:
-            InputError: an argument that cannot be written.
-        """
+        """Say what a checkpoint must say about this module."""
         description = describe(self, type(self).__name__)
         description["init_args"].pop("task", None)
         return Payload(
@@ -375,22 +367,14 @@ class SegmentationNetwork(LightningModule, Described):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Refuse what would lose a part of the model.
-
-        Raises:
-            InputError: always; use :func:`pmixseg.load`.
-        """
+        """Refuse what would lose a part of the model; use :func:`pmixseg.load`."""
         raise InputError(
             "Lightning's load_from_checkpoint would lose the backbone, temperatures, window and "
             f"post-processing of this model; use pmixseg.load({str(checkpoint_path)!r})."
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume with the same terms; test, validate and predict without any.
-
-        Raises:
-            InputError: see :meth:`take_over`.
-        """
+        """Resume with the same terms; test, validate and predict without any."""
         checkpoint["state_dict"] = self.take_over(checkpoint, fitting=self.is_fitting)
 
     @property

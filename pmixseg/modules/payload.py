@@ -113,11 +113,7 @@ class Payload:
         )
 
     def refuse_other_task(self, task: Task) -> None:
-        """Refuse a task that the model was not trained for.
-
-        Raises:
-            InputError: it differs in any name.
-        """
+        """Refuse a task that the model was not trained for."""
         if self.task.to_dict() != task.to_dict():
             raise InputError(
                 f"the checkpoint belongs to the task '{self.task.name}' with modalities "
@@ -126,11 +122,7 @@ class Payload:
             )
 
     def refuse_other_terms(self, terms: Iterable[str]) -> None:
-        """Refuse to resume a training with other terms than it had.
-
-        Raises:
-            InputError: they differ.
-        """
+        """Refuse to resume a training with other terms than it had."""
         if set(self.terms) != set(terms):
             raise InputError(
                 f"the checkpoint was trained with the terms {sorted(self.terms)}, this training "
@@ -186,11 +178,7 @@ def weights_for(
 
 
 def refuse_other_weights(own: Weights, state: Weights, name: str) -> None:
-    """Refuse weights whose names or shapes are those of another network.
-
-    Raises:
-        InputError: they are.
-    """
+    """Refuse weights whose names or shapes are those of another network."""
     faults = [f"it lacks {key}" for key in own if key not in state]
     faults += [f"it has {key}, which is unknown here" for key in state if key not in own]
     faults += [
@@ -206,11 +194,7 @@ def refuse_other_weights(own: Weights, state: Weights, name: str) -> None:
 
 
 def refuse_infinite(state: Weights) -> None:
-    """Refuse weights that hold NaN or infinity.
-
-    Raises:
-        InputError: they do.
-    """
+    """Refuse weights that hold NaN or infinity."""
     broken = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
     if broken:
         raise InputError(

@@ -149,11 +149,7 @@ class Preparation:
         return self.cases if cases is None else cases.after(self.cases)
 
     def refuse_other(self, data: Preparation) -> None:
-        """Refuse data that the model of this preparation was not trained for.
-
-        Raises:
-            InputError: they have another spacing or normalisation, where both are known.
-        """
+        """Refuse data of another spacing or normalisation than this, where both are known."""
         if self.normalisation is None or data.normalisation is None:
             return
         for what in ("spacing", "normalisation"):

@@ -143,11 +143,7 @@ class MaskedPretraining(StudentModule):
         return output.logits.new_zeros((), dtype=torch.float32)
 
     def on_fit_start(self) -> None:
-        """Refuse a pre-training that would validate.
-
-        Raises:
-            InputError: validation is on, though there is no segmentation to score.
-        """
+        """Refuse a pre-training that would validate."""
         if self.trainer.limit_val_batches:
             raise InputError(
                 "MaskedPretraining has nothing to validate; use --trainer.limit_val_batches 0, and "
@@ -158,17 +154,9 @@ class MaskedPretraining(StudentModule):
     def predict_item(
         self, item: CaseItem, combinations: Sequence[Combination]
     ) -> Iterator[CasePrediction]:
-        """Refused.
-
-        Raises:
-            InputError: always.
-        """
+        """Refuse: nothing was trained to segment."""
         raise InputError(UNFINISHED)
 
     def segment(self, *args: Any, **kwargs: Any) -> Segmentation:
-        """Refused.
-
-        Raises:
-            InputError: always.
-        """
+        """Refuse: nothing was trained to segment."""
         raise InputError(UNFINISHED)

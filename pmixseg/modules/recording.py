@@ -46,11 +46,7 @@ class Recording:
 
     @rank_zero_only
     def check_place(self) -> None:
-        """Find out before a long test, not after it, that its records could not be written.
-
-        Raises:
-            InputError: they could not.
-        """
+        """Refuse, before a long test and not after it, a folder that takes no records."""
         with writing(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):

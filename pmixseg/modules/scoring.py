@@ -46,11 +46,7 @@ class ScoredNetwork(SegmentationNetwork):
         """Return the combinations that a validation case is scored on, the same in every epoch."""
 
     def validation_step(self, item: CaseItem, batch_idx: int) -> None:
-        """Score a whole case: Dice per region, the mean over several combinations.
-
-        Raises:
-            InputError: the item of another loader.
-        """
+        """Score a whole case: Dice per region, the mean over several combinations."""
         check_item(self._trainer, item)
         scores = []
         for prediction in self.predict_item(item, self.validation_combinations(item)):
@@ -74,32 +70,18 @@ class ScoredNetwork(SegmentationNetwork):
         return Recording(Path(self.trainer.default_root_dir), self.task, self.evaluation)
 
     def on_validation_start(self) -> None:
-        """Refuse to validate on cases that the model was trained on.
-
-        Raises:
-            InputError: there are such cases, and :attr:`force` is not set; or loaders without
-                their data module.
-        """
+        """Refuse cases that the model was trained on, unless :attr:`force` is set."""
         check_loaders(self.trainer, self.trainer.val_dataloaders)
         if self.trainer.state.fn == "validate":
             self._refuse_seen("val", ("training",))
 
     def on_test_start(self) -> None:
-        """Refuse to test on cases that the model was trained or selected with.
-
-        Raises:
-            InputError: there are such cases, and :attr:`force` is not set; or loaders without
-                their data module.
-        """
+        """Refuse cases that the model was trained or selected with, unless :attr:`force` is set."""
         check_loaders(self.trainer, self.trainer.test_dataloaders)
         self._refuse_seen("test", ("training", "validation"))
 
     def on_predict_start(self) -> None:
-        """Refuse loaders without their data module.
-
-        Raises:
-            InputError: there are such loaders.
-        """
+        """Refuse loaders without their data module."""
         check_loaders(self.trainer, self.trainer.predict_dataloaders)
 
     def _refuse_seen(self, part: Literal["val", "test"], counted: tuple[str, ...]) -> None:
@@ -119,11 +101,7 @@ class ScoredNetwork(SegmentationNetwork):
         self.recording.forget_examples()
 
     def test_step(self, item: CaseItem, batch_idx: int) -> None:
-        """Score a case on every combination of what was acquired, in its native grid.
-
-        Raises:
-            InputError: the item of another loader.
-        """
+        """Score a case on every combination of what was acquired, in its native grid."""
         check_item(self._trainer, item)
         if "label" not in item:
             warn_without_label(item)
@@ -159,11 +137,7 @@ class ScoredNetwork(SegmentationNetwork):
         self.log_dict(scores)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse to trace what depends on the modalities that are shown.
-
-        Raises:
-            InputError: always; use ``pmixseg export``.
-        """
+        """Refuse to trace what depends on the modalities shown; ``pmixseg export`` does it."""
         raise InputError(
             f"an exported {type(self).__name__} is of one combination of modalities; use `pmixseg "
             "export CKPT --combination NAMES`, with --format onnx for ONNX."

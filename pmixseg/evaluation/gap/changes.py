@@ -45,9 +45,6 @@ def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
 
     Returns:
         Nothing where no gap was measured.
-
-    Raises:
-        InputError: the file is not a table.
     """
     table = read_log(run)
     names = [str(c) for c in table.columns]

@@ -50,11 +50,7 @@ def postprocess(
 
 
 def check_steps(steps: Sequence[str], task: Task) -> None:
-    """Refuse what cannot be done before anything long has run.
-
-    Raises:
-        InputError: see :func:`postprocess`.
-    """
+    """Refuse steps, before anything long has run, that :func:`postprocess` would."""
     check_names(steps)
     if "et_below_500" in steps:
         _enhancing(task)

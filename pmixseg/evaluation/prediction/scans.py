@@ -207,9 +207,6 @@ def check_scans(images: object, where: str) -> None:
     Args:
         images: modality -> scan, or something else.
         where: how messages name the case.
-
-    Raises:
-        InputError: something else.
     """
     if not isinstance(images, Mapping):
         raise InputError(

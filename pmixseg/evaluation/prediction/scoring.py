@@ -96,11 +96,7 @@ class CaseRows:
 
     @property
     def rows(self) -> Rows:
-        """Rows of every case, when all are scored.
-
-        Raises:
-            InputError: see what scores a case.
-        """
+        """Rows of every case, when all are scored."""
         while self._coming:
             self._rows += self._coming.popleft().result()
         for pool in self._pools or ():

@@ -190,9 +190,6 @@ def _add(
 
     Returns:
         How many windows memory held.
-
-    Raises:
-        InputError: memory does not hold one.
     """
     done = 0
     stack = torch.stack([padded[(slice(None), *w)] for w in windows]).to(flags.device)

@@ -60,9 +60,6 @@ def read_curves(run: Path) -> list[Chart]:
 
     Returns:
         Nothing if the run has no such file.
-
-    Raises:
-        InputError: the file is not a table.
     """
     table = read_log(run)
     axis = next((name for name in ("epoch", "step") if name in table), None)

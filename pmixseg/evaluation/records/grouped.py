@@ -84,9 +84,6 @@ def result_table(
         records: one run, or several to be compared.
         measure: what to print.
         width: characters of the terminal.
-
-    Raises:
-        InputError: see :func:`~pmixseg.evaluation.records.tables.tabulate`.
     """
     table = tabulate([records] if isinstance(records, Records) else records, measure)
     if len(table.combinations) > MOST_COLUMNS:

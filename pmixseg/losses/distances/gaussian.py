@@ -143,11 +143,7 @@ class VID(Distance):
             self.raw_variances[str(level)] = nn.Parameter(raw)
 
     def check(self, anchor: Anchor) -> None:
-        """Refuse anchors that would be ignored.
-
-        Raises:
-            InputError: any but a normal anchor.
-        """
+        """Refuse every anchor but a normal one, which alone would not be ignored."""
         if not isinstance(anchor, NormalAnchor):
             raise InputError(
                 "the distance 'vid' learns its own Gaussian and would ignore "

@@ -92,11 +92,7 @@ class SelfDistillation(DistillationLoss):
         self.needs_subsets = student_sees == "shown"
 
     def build(self, student: Network, teacher: Network, anchor: Anchor | None) -> None:
-        """Refuse a network of which single modalities cannot be decoded.
-
-        Raises:
-            InputError: early fusion under ``single``.
-        """
+        """Refuse single modalities of an early fusion, which cannot be decoded alone."""
         if self.student_sees == "single" and tuple(student.slots) != tuple(student.modalities):
             raise InputError(
                 "SelfDistillation: this backbone mixes modalities at the input, so single ones "

@@ -191,9 +191,6 @@ def scheduled(
         make: a :class:`Schedule`, stepped after every step of the optimizer; or what makes a
             scheduler of PyTorch, see :func:`scheduler_from`.
         trainer: of the training.
-
-    Raises:
-        InputError: see :func:`total_steps` and :func:`scheduler_from`.
     """
     if make is None:
         return optimizer

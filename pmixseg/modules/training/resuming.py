@@ -74,9 +74,6 @@ class TrainingSettings:
         Args:
             trainer: of the training that goes on, with everything restored.
             pending: see :data:`PENDING`.
-
-        Raises:
-            InputError: the schedule ends before the step reached.
         """
         lowered = [_lowered(optimizer) for optimizer in trainer.optimizers]
         for optimizer, groups in zip(trainer.optimizers, self.groups, strict=True):
@@ -239,11 +236,7 @@ class Resuming:
             callback.patience = patience
 
     def apply(self, trainer: Trainer) -> None:
-        """Give the settings of the new call to the restored optimizers and schedules.
-
-        Raises:
-            InputError: the learning-rate schedule ends before the step that was reached.
-        """
+        """Give the settings of the new call to the restored optimizers and schedules."""
         self._goes_on = True
         if self.pending is not None:
             _say_what_changed(self.earlier, circumstances(trainer))

@@ -40,11 +40,7 @@ PROCESSES_A_CORE = 4
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Refuse to start far more processes than there are cores.
-
-    Raises:
-        InputError: the trainer would.
-    """
+    """Refuse to start far more processes than there are cores."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if not isinstance(trainer.accelerator, CPUAccelerator) or (
         environment is not None and environment.creates_processes_externally
@@ -60,11 +56,7 @@ def check_processes(trainer: Trainer) -> None:
 
 
 def check_machine(trainer: Trainer) -> None:
-    """Refuse precisions and strategies that would change what a model is.
-
-    Raises:
-        InputError: weights of another type than float32, or weights that are cut into parts.
-    """
+    """Refuse precisions and strategies that would change what a model is."""
     precision = str(trainer.precision)
     if precision not in PRECISIONS:
         raise InputError(
@@ -83,11 +75,7 @@ def check_machine(trainer: Trainer) -> None:
 
 
 def check_uncompiled(module: LightningModule) -> None:
-    """Refuse a module that ``torch.compile`` was put around.
-
-    Raises:
-        InputError: it is one.
-    """
+    """Refuse a module that ``torch.compile`` was put around."""
     if module._compiler_ctx is not None:
         name = type(module).__name__
         raise InputError(
@@ -220,9 +208,6 @@ def check_item(trainer: Trainer | None, item: CaseItem) -> None:
     Args:
         trainer: that validates, tests or predicts; none where a step is called by hand.
         item: of its loader.
-
-    Raises:
-        InputError: it is something else.
     """
     if trainer is None or _prepared(trainer):
         return
@@ -246,11 +231,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def check_parameters(module: nn.Module, trainer: Trainer) -> None:
-    """Refuse trainable parameters that no optimizer has.
-
-    Raises:
-        InputError: there are some.
-    """
+    """Refuse trainable parameters that no optimizer has."""
     owned = {id(p) for opt in trainer.optimizers for g in opt.param_groups for p in g["params"]}
     lost = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in owned]
     if lost:
