@@ -200,11 +200,7 @@ class DistillationTerm(Term):
         return self._teacher.value
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set the ramps of an epoch.
-
-        Args:
-            epoch: from 0.
-        """
+        """Set the ramps of an epoch, counted from 0."""
         values = [loss.strength(epoch) for loss in self._losses().values()]
         self.strengths.copy_(torch.tensor(values))
 

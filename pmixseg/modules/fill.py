@@ -55,11 +55,6 @@ def fill_with_anchor(
 def learned_weights(anchor: Anchor | None, slots: int, levels: Sequence[int]) -> dict[int, Tensor]:
     """Return the weights that an anchor has learned where every modality is shown.
 
-    Args:
-        anchor: of a model.
-        slots: how many modalities M there are.
-        levels: levels that it fills.
-
     Returns:
         Level -> ``[M]``, without gradient; the first level alone where all share their weights, and
         nothing for an anchor that learns none.

@@ -213,12 +213,7 @@ def _seeds(data: Any) -> dict[str, int]:
 
 
 def are_synthetic(data: Any, part: str) -> bool | None:
-    """Say whether all cases of a part are of a phantom; ``None`` where the data do not tell.
-
-    Args:
-        data: the data module, or ``None``.
-        part: of its split.
-    """
+    """Say whether all cases of a part are of a phantom; ``None`` where the data do not tell."""
     parts, store = getattr(data, "parts", None), getattr(data, "store", None)
     if parts is None or store is None:
         return None

@@ -168,9 +168,6 @@ def _lies_in(cls: type, modules: Sequence[str]) -> bool:
 def offline(where: str) -> Iterator[None]:
     """Within this block the calling thread reaches no network, and no repository of ``torch.hub``.
 
-    Args:
-        where: the checkpoint whose model is made, for errors.
-
     Raises:
         InputError: something was to be fetched.
     """

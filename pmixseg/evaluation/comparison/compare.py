@@ -36,10 +36,6 @@ ENOUGH_CASES = 20
 def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
     """Refuse one training counted twice; say where matched runs had other seeds.
 
-    Args:
-        a: runs of A.
-        b: runs of B; run i is matched with run i of A.
-
     Returns:
         Sentences for :func:`compare`. Seeds are compared
         as far as the sidecars of both runs know them.

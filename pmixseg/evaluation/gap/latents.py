@@ -47,11 +47,7 @@ class LatentSample:
         return decodability(self.vectors, self.regions, self.cases)
 
     def ratio(self, slots: Sequence[int]) -> float:
-        """Return the gap among some of the modalities, around the anchor over these.
-
-        Args:
-            slots: two or more positions.
-        """
+        """Return the gap among two or more of the modalities, around the anchor over these."""
         chosen, weights = self.vectors[:, list(slots)], self.weights[list(slots)]
         total = weights.sum()
         weights = weights / total if total > 0 else torch.full_like(weights, 1 / len(slots))

@@ -287,11 +287,7 @@ def predict_case(
 
 
 def entropy_of(probabilities: Float[np.ndarray, "c x y z"]) -> Float[np.ndarray, "x y z"]:
-    r"""Entropy :math:`-\sum_c p_c \ln p_c` in nats.
-
-    Args:
-        probabilities: they sum to 1 over the first axis.
-    """
+    r"""Entropy :math:`-\sum_c p_c \ln p_c` in nats."""
     # One class at a time: the terms of all are as large as the probabilities.
     total: Float[np.ndarray, "x y z"] = functools.reduce(np.add, map(entr, probabilities))
     return total.clip(min=0)

@@ -202,12 +202,7 @@ def segment_scans(
 
 
 def check_scans(images: object, where: str) -> None:
-    """Refuse scans that are not named by their modality.
-
-    Args:
-        images: modality -> scan, or something else.
-        where: how messages name the case.
-    """
+    """Refuse scans that are not named by their modality."""
     if not isinstance(images, Mapping):
         raise InputError(
             f"{where}: a {type(images).__name__} was given; give a scan for each modality, as in "

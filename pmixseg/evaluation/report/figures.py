@@ -327,13 +327,7 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
 def projection_figure(
     samples: Mapping[int, LatentSample], names: Sequence[str], title: str
 ) -> Figure:
-    """Return the first two principal channels of all modalities together, a panel per level.
-
-    Args:
-        samples: level -> latents.
-        names: of the modalities, as they are to be written.
-        title: of the figure.
-    """
+    """Return the first two principal channels of all modalities together, a panel per level."""
     figure = Figure(figsize=(3.2 * max(len(samples), 1), 3.4), layout="constrained")
     figure.suptitle(title)
     for axes, (level, sample) in zip(

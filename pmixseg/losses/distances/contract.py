@@ -124,10 +124,6 @@ class Distance(nn.Module, Described, ABC):
 def distance_named(name: str, owner: str = "alignment") -> Distance:
     """Make a distance of :data:`DISTANCES` with its default arguments.
 
-    Args:
-        name: of the distance.
-        owner: whose argument it is, for the error.
-
     Raises:
         InputError: there is none of this name.
     """
@@ -156,10 +152,6 @@ def mean_over_shown(distances: PerSlot, shown: Presence) -> Scalar:
     """Return the mean over the shown slots of each sample, then over samples.
 
     A sample that shows none counts as 0. What stands outside ``shown`` is never read.
-
-    Args:
-        distances: ``[B, M]``.
-        shown: ``[B, M]``.
     """
     total = torch.where(shown, distances, 0.0).sum(1)
     return (total / shown.sum(1).clamp_min(1)).mean()

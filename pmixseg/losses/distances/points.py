@@ -36,13 +36,7 @@ def hashed(count: int, seed: int, device: torch.device) -> Int64[Tensor, " n"]:
 
 
 def normal_numbers(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
-    """Standard normal numbers that follow from the seed alone.
-
-    Args:
-        shape: of the result.
-        seed: of the numbers.
-        like: gives dtype and device.
-    """
+    """Standard normal numbers that follow from the seed alone."""
     count = math.prod(shape)
     drawn = hashed(2 * count, seed, like.device).to(torch.float64)
     radius, angle = ((drawn + 0.5) / 2**32).chunk(2)

@@ -74,11 +74,7 @@ class DistillationLoss(nn.Module, Described, ABC):
         self.weight = weight
 
     def strength(self, epoch: int) -> float:
-        """Return the factor of the weight in an epoch, for losses with a ramp of their own.
-
-        Args:
-            epoch: from 0.
-        """
+        """Return the weight's factor in an epoch from 0, for losses with a ramp of their own."""
         return 1.0
 
     def bind(

@@ -56,11 +56,6 @@ class Plan:
 def plan(setting: Compile, device: torch.device, trainer: Trainer) -> Plan | None:
     """Decide whether and how a training compiles its step.
 
-    Args:
-        setting: ``model.compile``.
-        device: where the training runs.
-        trainer: knows the number of steps and processes.
-
     Returns:
         ``None``: it does not.
     """

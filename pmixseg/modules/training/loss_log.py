@@ -82,13 +82,7 @@ class EpochMeans:
         self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}
 
     def add(self, names: tuple[str, ...], values: Tensor, samples: int) -> None:
-        """Add the values of one step.
-
-        Args:
-            names: of the values.
-            values: one vector, detached.
-            samples: weight of the step.
-        """
+        """Add the values of one step, one vector, with its samples as their weight."""
         before = self._sums.get(names)
         if before is None:
             self._sums[names] = (values * samples, samples)
@@ -116,10 +110,7 @@ class LateValue:
         self._last: Tensor | None = None
 
     def put(self, value: Tensor) -> Tensor | None:
-        """Send for a number.
-
-        Args:
-            value: a scalar, on any device.
+        """Send for a scalar, on any device.
 
         Returns:
             The newest number that has arrived, on the CPU; ``None`` before the first.

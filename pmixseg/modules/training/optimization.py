@@ -265,9 +265,6 @@ def fuse(optimizer: Optimizer) -> None:
 
     Numbers are the same up to rounding. What a user has chosen stays (``foreach``, ``fused``), and
     so does an optimizer that counts its steps from birth (Adagrad): it counts them on the CPU.
-
-    Args:
-        optimizer: before its first step.
     """
     if optimizer.state:
         return
@@ -281,9 +278,6 @@ def place_steps(optimizer: Optimizer) -> None:
     """Bring the counts of steps to where a fused optimizer reads them: beside the parameters.
 
     One that is not fused counts on the CPU, and so does the checkpoint of its training.
-
-    Args:
-        optimizer: with a state that was restored.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("fused") else ():
@@ -313,10 +307,6 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Tell whether weight decay shrinks a parameter.
-
-    Args:
-        name: as ``named_parameters`` has it.
-        parameter: of that name.
 
     Example:
         >>> [decays(n, torch.ones(2, 2, 1)) for n in ("maps.8.weight", "maps.8.bias", "a.pos")]
@@ -354,9 +344,6 @@ def every_parameter(module: nn.Module) -> Tensor:
 
     DDP waits for the gradient of every parameter on every rank, and ranks skip different encoders,
     fills and outputs. Adding 0·Σp keeps all of them in every step's graph.
-
-    Args:
-        module: whose parameters.
     """
     sums = [p.sum(dtype=torch.float32) for p in module.parameters() if p.requires_grad]
     return torch.stack(sums).sum() * 0.0
@@ -385,10 +372,6 @@ def clip_norm(optimizer: Optimizer, most: float) -> None:
 
     The numbers of ``torch.nn.utils.clip_grad_norm_``, which walks over the gradients in Python six
     times.
-
-    Args:
-        optimizer: whose parameters lie on one device.
-        most: norm above which gradients are scaled.
     """
     groups = optimizer.param_groups
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]

@@ -152,9 +152,6 @@ def pending_metrics(trainer: Trainer) -> dict[str, float]:
 def circumstances(trainer: Trainer) -> dict[str, Any]:
     """Return what steps depend on besides model, optimizer and cases; primitives.
 
-    Args:
-        trainer: of the training.
-
     Returns:
         Setting, by its name on the command line -> value; without those that it does not know.
     """

@@ -126,10 +126,6 @@ def check_trainer(trainer: Trainer) -> None:
 def check_loaders(trainer: Trainer, *loaders: Any) -> None:
     """Refuse loaders that were taken out of a data module: they bring less than it does.
 
-    Args:
-        trainer: that runs.
-        loaders: what it reads, one or a list of them.
-
     Raises:
         InputError: their samples are a prepared cohort's, and the trainer has no data module.
     """
@@ -203,12 +199,7 @@ def check_batch(trainer: Trainer | None, batch: Batch, task: Task) -> None:
 
 
 def check_item(trainer: Trainer | None, item: CaseItem) -> None:
-    """Refuse what is no whole case of a prepared cohort, where one is scored or predicted.
-
-    Args:
-        trainer: that validates, tests or predicts; none where a step is called by hand.
-        item: of its loader.
-    """
+    """Refuse what is no whole case of a prepared cohort, where one is scored or predicted."""
     if trainer is None or _prepared(trainer):
         return
     given: Any = item
@@ -242,12 +233,7 @@ def check_parameters(module: nn.Module, trainer: Trainer) -> None:
 
 
 def name_coupled_losses(module: nn.Module, trainer: Trainer) -> None:
-    """Warn of losses that several processes compute otherwise than one.
-
-    Args:
-        module: with its criterion and its terms.
-        trainer: of the training.
-    """
+    """Warn of losses that several processes compute otherwise than one."""
     coupled = {type(p).__name__ for p in module.modules() if getattr(p, "couples_samples", False)}
     if coupled and trainer.world_size > 1:
         rank_zero_warn(
