@@ -18,7 +18,7 @@ from pmixseg.backbones.layers.grouped import Groupable, map_groups
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import NormAct, norm_act
 from pmixseg.backbones.slots import check_input, encode_slots, join_levels
-from pmixseg.backbones.unet import SLOPE, conv_block
+from pmixseg.backbones.unet import SLOPE, conv_block, draw_weights
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -97,13 +97,6 @@ class Stem(nn.Sequential, Groupable):
         return [self[1](self[0](x))]
 
 
-def _draw_weights(part: nn.Module) -> None:
-    if isinstance(part, nn.Conv3d | nn.ConvTranspose3d):
-        nn.init.kaiming_normal_(part.weight, a=SLOPE)
-        if part.bias is not None:
-            nn.init.zeros_(part.bias)
-
-
 class DeMoSeg(Backbone):
     """Segment with DeMoSeg, for any modalities, classes and patches.
 
@@ -173,7 +166,7 @@ class DeMoSeg(Backbone):
         self.heads = nn.ModuleList(
             LeanConv3d(w, num_classes, 1, bias=False) for w in widths[: max(levels - 2, 1)]
         )
-        self.apply(_draw_weights)
+        self.apply(draw_weights)
 
     def _places(self, order: Sequence[str] | None) -> list[str]:
         """Return the modalities in the order of their places."""

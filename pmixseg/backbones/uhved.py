@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmixseg.backbones.base import Backbone
+from pmixseg.backbones.layers.blocks import initialise
 from pmixseg.backbones.layers.grouped import Groupable
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import norm_act
@@ -185,9 +186,7 @@ class UHVED(Backbone):
         self.needs_acquired = reconstruct
         rebuilt = self.modalities if reconstruct else ()
         self.image_decoders = nn.ModuleList(Decoder(codes, 1) for _ in rebuilt)
-        for part in self.modules():
-            if isinstance(part, nn.Conv3d):
-                nn.init.kaiming_normal_(part.weight, a=SLOPE)
+        initialise(self, SLOPE)
 
     def encode(self, image: Image, present: Presence) -> Latents:
         """Return the latents of the shown modalities, one per modality and level."""

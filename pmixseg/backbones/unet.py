@@ -30,6 +30,14 @@ def conv_block(inside: int, outside: int, stride: int, dropout: float) -> nn.Seq
     )
 
 
+def draw_weights(part: nn.Module) -> None:
+    """Draw the first weights of a convolution as Kaiming He et al. do, with biases of 0."""
+    if isinstance(part, nn.Conv3d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(part.weight, a=SLOPE)
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
 class Encoder(Groupable):
     """Encoder of one modality: two convolutions per level, stride 2 between levels.
 
@@ -136,11 +144,7 @@ class MultiEncoderUNet(Backbone):
         self.heads = nn.ModuleList(LeanConv3d(w, num_classes, 1) for w in widths[:supervised])
         if stem > 1:
             self.heads[0] = nn.ConvTranspose3d(width, num_classes, stem, stem)
-        for part in self.modules():
-            if isinstance(part, nn.Conv3d | nn.ConvTranspose3d):
-                nn.init.kaiming_normal_(part.weight, a=SLOPE)
-                if part.bias is not None:
-                    nn.init.zeros_(part.bias)
+        self.apply(draw_weights)
 
     def encode(self, image: Image, present: Presence) -> Latents:
         """Return a latent per modality and level; encoder m sees only samples with modality m."""

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, hide
 from pmixseg.losses.distances import (
@@ -64,6 +65,7 @@ class AlignmentLoss(nn.Module):
 
     __call__: Callable[..., Scalar]  # of forward, with its type
 
+    @checked
     def __init__(
         self,
         distance: str | Distance,
@@ -71,15 +73,9 @@ class AlignmentLoss(nn.Module):
         modalities: Sequence[str],
         levels: Sequence[int],
         projection: Literal["linear"] | None = None,
-        detach: Detach = "anchor",
+        detach: Literal["anchor", "none", "features"] = "anchor",
     ) -> None:
         super().__init__()
-        if projection not in (None, "linear"):
-            raise InputError(f"alignment: projection is '{projection}'; use 'linear' or none.")
-        if detach not in ("anchor", "none", "features"):
-            raise InputError(
-                f"alignment: detach is '{detach}'; use 'anchor', 'none' or 'features'."
-            )
         self.distance = distance_named(distance) if isinstance(distance, str) else distance
         self.modalities = tuple(modalities)
         self.levels = resolve_levels(levels, len(channels))

@@ -139,8 +139,8 @@ class SeparateDecoder(Decoder):
         return logits
 
 
-def initialise(module: nn.Module) -> None:
-    """Kaiming normal for the weight of every 3-D convolution, as both papers' code does."""
+def initialise(module: nn.Module, slope: float = 0.0) -> None:
+    """Kaiming normal for the weight of every 3-D convolution, as the papers' code does."""
     for part in module.modules():
         if isinstance(part, nn.Conv3d):
-            nn.init.kaiming_normal_(part.weight)
+            nn.init.kaiming_normal_(part.weight, a=slope)

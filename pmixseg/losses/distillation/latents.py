@@ -70,8 +70,6 @@ class LatentMatch(LatentLoss):
         epsilon: float = 1e-5,
     ) -> None:
         super().__init__(weight, strides)
-        if target not in ("anchor", "same", "fused"):
-            raise InputError(f"LatentMatch: target is '{target}'; use 'anchor', 'same' or 'fused'.")
         self.target, self.epsilon = target, epsilon
         self.partners: list[int] = []
 
@@ -224,10 +222,6 @@ class GramMatch(SlotwiseLoss):
         normalisation: Literal["mean", "smunet"] = "mean",
     ) -> None:
         super().__init__(weight, strides)
-        if normalisation not in ("mean", "smunet"):
-            raise InputError(
-                f"GramMatch: normalisation is '{normalisation}'; use 'mean' or 'smunet'."
-            )
         self.normalisation = normalisation
 
     def between(self, features: Features, target: Features, brain: Brain, pair: Pair) -> PerSlot:
