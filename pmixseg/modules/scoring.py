@@ -111,7 +111,7 @@ class ScoredNetwork(SegmentationNetwork):
         def score(predictions: Iterable[CasePrediction], each: Each) -> Rows:
             if batch_idx < settings.examples:
                 predictions = recording.keep_example(predictions, item)
-            return score_case(predictions, item, settings, each)
+            return score_case(predictions, item, self.task, settings, each)
 
         predictions = self.predict_item(item, self.test_combinations(item))
         device = item["image"].device

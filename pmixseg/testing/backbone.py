@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,13 +64,9 @@ def check_backbone(
             "channels last": mechanics.channels_last,
             "bf16": mechanics.bf16,
         }
-        bound = {name: _bind(rule, probe) for name, rule in rules.items()}
-        bound["compile"] = lambda: mechanics.compiled(probe, compile)
+        bound: dict[str, Callable[[], None]] = {n: partial(r, probe) for n, r in rules.items()}
+        bound["compile"] = partial(mechanics.compiled, probe, compile)
         run_rules(type(net).__name__, bound, skip)
-
-
-def _bind(rule: Callable[[Probe], None], probe: Probe) -> Callable[[], None]:
-    return lambda: rule(probe)
 
 
 def _attributes(probe: Probe) -> None:

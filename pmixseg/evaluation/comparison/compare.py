@@ -68,17 +68,16 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
         if one.sidecar.seen
     ]
     odd = [
-        f"{run_name(x)} ({_spell(x)}) with {run_name(y)} ({_spell(y)})"
+        f"{_run_with_seeds(x)} with {_run_with_seeds(y)}"
         for x, y in zip(a, b, strict=False)
-        if _differ(x, y)
+        if any(seed != _seeds(y).get(name, seed) for name, seed in _seeds(x).items())
     ]
-    if not odd:
-        return notes
-    return [
-        *notes,
-        f"Runs of different seeds are matched: {'; '.join(odd)}. Name both sides in the order of "
-        "their seeds, or the pairs share nothing.",
-    ]
+    if odd:
+        notes.append(
+            f"Runs of different seeds are matched: {'; '.join(odd)}. Name both sides in the order "
+            "of their seeds, or the pairs share nothing."
+        )
+    return notes
 
 
 @checked
@@ -269,13 +268,9 @@ def _limits(primary: PairedTest, cases: int) -> list[str]:
     return notes
 
 
-def _differ(x: Records, y: Records) -> bool:
-    first, second = _seeds(x), _seeds(y)
-    return any(first[name] != second[name] for name in first.keys() & second.keys())
-
-
-def _spell(one: Records) -> str:
-    return ", ".join(f"{name} {seed}" for name, seed in sorted(_seeds(one).items()))
+def _run_with_seeds(one: Records) -> str:
+    seeds = ", ".join(f"{name} {seed}" for name, seed in sorted(_seeds(one).items()))
+    return f"{run_name(one)} ({seeds})"
 
 
 def _seeds(one: Records) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -296,6 +295,7 @@ def entropy_of(probabilities: Float[np.ndarray, "c x y z"]) -> Float[np.ndarray,
 def score_case(
     predictions: Iterable[CasePrediction],
     item: CaseItem,
+    task: Task,
     settings: EvaluationSettings,
     each: Each = map,
 ) -> Rows:
@@ -307,6 +307,7 @@ def score_case(
     Args:
         predictions: of one case.
         item: the case.
+        task: names the regions.
         settings: conventions, and whether calibration is measured.
         each: how a function is applied to all predictions, in their order; several threads may.
 
@@ -314,13 +315,10 @@ def score_case(
         One row per combination and region; none where the case has no label.
     """
     truth = item["stored"].native_label()
-    coming = iter(predictions)
-    # Without a label nothing is predicted either.
-    first = None if truth is None else next(coming, None)
-    if truth is None or first is None:
+    if truth is None:  # then nothing is predicted either
         return []
-    scores = _CaseScores(truth, first.task, item, settings)
-    return [row for rows in each(scores.rows, itertools.chain([first], coming)) for row in rows]
+    scores = _CaseScores(truth, task, item, settings)
+    return [row for rows in each(scores.rows, predictions) for row in rows]
 
 
 class _CaseScores:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -49,13 +49,14 @@ from pmixseg.evaluation.report.summary import (
     calibration_summaries,
     region_summaries,
     remarks,
+    temperatures,
     worst_cases,
 )
 from pmixseg.files import file_hash, whole
 from pmixseg.task import Task
 from pmixseg.version import __version__
 
-WORST = 2
+WORST = ("lowest", "second lowest")
 """Worst cases with pictures; the middle and the best one stand beside them."""
 
 
@@ -186,6 +187,7 @@ def _results(
 ) -> dict[str, Any]:
     """Return the numbers of the page: tables, summaries, calibration, the worst cases."""
     several = len(records) > 1
+    on_one_split = len(set(map(recognised_split, records))) == 1
     return {
         "dice": dice,
         "hd95": hd95,
@@ -194,13 +196,11 @@ def _results(
         "colours": dict(zip(map(run_name, records), COLOURS * len(records), strict=False)),
         "summaries": region_summaries(records),
         "calibration": calibration_summaries(records),
-        "temperatures": [
-            (one.sidecar.config.get("evaluation") or {}).get("temperatures") for one in records
-        ],
+        "temperatures": [temperatures(one) for one in records],
         "worst": [case for one in records for case in worst_cases(one, 3 if several else 5)],
         "additions": [additions(one) for one in records] if dice.task.num_modalities > 1 else [],
         "ranks": _ranks(dice, hd95) if several else [],
-        "references": references(records[0]) if _same_references(records) else [],
+        "references": references(records[0]) if on_one_split else [],
         "penalty": _penalty(records),
     }
 
@@ -222,7 +222,12 @@ def _shown_cases(pictures: list[PicturedCase], task: Task) -> dict[str, Any]:
     """Return the pictures of cases, what the viewer reads, and the legend of both."""
     return {
         "pictures": [(p.case, p.note, panels(p.examples, task)) for p in pictures],
-        "viewer": _viewer(pictures, task) if pictures else None,
+        "viewer": {
+            "cases": [viewer_case(p.examples) for p in pictures],
+            "names": {m: task.show(m) for m in task.modalities},
+            "colours": class_colours(len(task.labels)),
+            "errors": [MISSED, INVENTED, CONFUSED],
+        },
         "legend": list(zip(task.labels, class_colours(len(task.labels)), strict=True)),
         "errors": [
             ("missed", MISSED),
@@ -294,11 +299,6 @@ def _measured(records: Sequence[Records], column: str) -> bool:
     return all(column in one.table and one.table[column].notna().any() for one in records)
 
 
-def _same_references(records: Sequence[Records]) -> bool:
-    """Say whether every run stands on the same recognised split."""
-    return len({recognised_split(one) for one in records}) == 1
-
-
 def _figures(runs: list[Run], dice: Tabulation, hd95: Tabulation | None) -> dict[str, Figure]:
     records = [run.records for run in runs]
     figures = {"heat_dice": heat_map(dice), "cases_dice": box_plots(records)}
@@ -315,22 +315,12 @@ def _figures(runs: list[Run], dice: Tabulation, hd95: Tabulation | None) -> dict
     return figures
 
 
-@dataclass(frozen=True)
-class PicturedCase:
-    """A case that is shown.
+class PicturedCase(NamedTuple):
+    """A case that is shown, its small copy of each run, and where its Dice stands."""
 
-    Args:
-        examples: run -> small copy of the case.
-        note: where its Dice stands among those that could be shown.
-    """
-
-    examples: dict[str, Example]
+    case: str
     note: str
-
-    @property
-    def case(self) -> str:
-        """Case id."""
-        return next(iter(self.examples.values())).case
+    examples: dict[str, Example]
 
 
 def _pictures(runs: list[Run]) -> list[PicturedCase]:
@@ -342,29 +332,16 @@ def _pictures(runs: list[Run]) -> list[PicturedCase]:
     table = pd.concat([run.records.table for run in holders])
     dice = table[table["case"].isin(shared)].groupby("case")["dice"].mean().sort_values()
     count = len(dice)
-    places = {k: f"{_ordinal(k)} lowest" if k else "lowest" for k in range(min(WORST, count))}
-    if count > WORST:
+    places = dict(enumerate(WORST[:count]))
+    if count > len(WORST):
         places = {**places, count // 2: "middle", count - 1: "highest"}
     pictured = []
     for k, place in sorted(places.items()):
         name = str(dice.index[k])
         note = f"mean Dice {100 * dice.iloc[k]:.1f}, the {place} of {count} cases with pictures"
         examples = {run.name: Example.load(run.examples[name]) for run in holders}
-        pictured.append(PicturedCase(examples, note))
+        pictured.append(PicturedCase(name, note, examples))
     return pictured
-
-
-def _ordinal(index: int) -> str:
-    return ("first", "second", "third")[index] if index < 3 else f"{index + 1}th"
-
-
-def _viewer(pictures: list[PicturedCase], task: Task) -> dict[str, Any]:
-    return {
-        "cases": [viewer_case(p.examples) for p in pictures],
-        "names": {m: task.show(m) for m in task.modalities},
-        "colours": class_colours(len(task.labels)),
-        "errors": [MISSED, INVENTED, CONFUSED],
-    }
 
 
 def _ranks(dice: Tabulation, hd95: Tabulation | None) -> list[tuple[str, pd.DataFrame]]:

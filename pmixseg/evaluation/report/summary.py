@@ -254,7 +254,7 @@ def _about_settings(runs: Sequence[Records]) -> list[str]:
             cautions.append(
                 f"The runs differ in their {_spell(name, values)}: do not compare them."
             )
-    heated = [_temperatures(one) for one in runs]
+    heated = [temperatures(one) for one in runs]
     if any(t != heated[0] for t in heated):
         cautions.append(
             "The runs differ in the temperatures of their probabilities, which ECE and Brier score "
@@ -277,7 +277,8 @@ def _about_origin(runs: Sequence[Records]) -> list[str]:
     return cautions
 
 
-def _temperatures(records: Records) -> object:
+def temperatures(records: Records) -> object:
+    """Return the temperatures that a run's probabilities were scored at; ``None``: all 1."""
     return (records.sidecar.config.get("evaluation") or {}).get("temperatures")
 
 
