@@ -24,7 +24,7 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.plurals import count_of
 
-SAID_BY_DATA = ("spacing", "normalisation", "patch_size", "split_name")
+DATA_ATTRIBUTES = ("spacing", "normalisation", "patch_size", "split_name")
 """Attributes of a data module that a model reads."""
 
 
@@ -92,10 +92,10 @@ class Preparation:
             InputError: a trained model meets data at another spacing or normalisation; or a data
                 module that does not say how its cases were prepared.
         """
-        unsaid = [name for name in SAID_BY_DATA if not hasattr(data, name)]
-        if unsaid:
+        lacking = [name for name in DATA_ATTRIBUTES if not hasattr(data, name)]
+        if lacking:
             raise InputError(
-                f"{type(data).__name__} does not say {', '.join(unsaid)} of its cases, which a "
+                f"{type(data).__name__} does not say {', '.join(lacking)} of its cases, which a "
                 "checkpoint needs to prepare a new scan alike; subclass pmixseg.BraTSDataModule, "
                 "or give it these attributes."
             )

@@ -134,7 +134,7 @@ def _download(address: str, target: Path, expected: str | None) -> Path:
     if target.is_file() and (expected is None or file_hash(target) == expected):
         return target
     part = target.with_name(f"{target.name}.download")
-    with _saying_where(address, target):
+    with _naming_address(address, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _append_rest(address, part)
         received = file_hash(part)
@@ -168,7 +168,7 @@ def _append_rest(address: str, part: Path) -> None:
 
 
 @contextmanager
-def _saying_where(address: str, target: Path) -> Iterator[None]:
+def _naming_address(address: str, target: Path) -> Iterator[None]:
     try:
         yield
     except HTTPError as error:

@@ -18,7 +18,7 @@ from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.store import Store
 from pmixseg.data.training_cases import TrainingCases, training_cases
 from pmixseg.evaluation.prediction.scans import SegmentSettings
-from pmixseg.evaluation.prediction.segmentation import doubts_of_place
+from pmixseg.evaluation.prediction.segmentation import place_warnings
 from pmixseg.modules import load
 from pmixseg.task import BRATS
 from pmixseg.types import SegOutput
@@ -289,4 +289,4 @@ def test_voxels_that_resampling_alone_made_raise_no_doubt_of_place():
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # 0 of 0 voxels
-        assert doubts_of_place(made, whole, "case 'x'") == []
+        assert place_warnings(made, whole, "case 'x'") == []

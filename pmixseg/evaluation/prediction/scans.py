@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations as subsets_of_size
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from pmixseg.argument_checks import check_fields
 from pmixseg.data.formats.nifti import Source
 from pmixseg.data.formats.outputs import code_table
-from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
+from pmixseg.data.scans.canonical import canonicalise
 from pmixseg.data.scans.geometry import Geometry, Spacing
 from pmixseg.data.scans.grids import CommonGrid, on_one_grid
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
@@ -28,8 +28,8 @@ from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettin
 from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
 from pmixseg.evaluation.prediction.segmentation import (
     Segmentation,
-    doubts_of_place,
-    doubts_of_size,
+    place_warnings,
+    size_warnings,
 )
 from pmixseg.evaluation.prediction.windows import Predictor, check_windows
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
@@ -171,7 +171,10 @@ def segment_scans(
         dtype=computed_dtype(recipe.normalisation, dtype),
         where=where,
     )
-    notes = [f"{where}: {note}." for note in grid.notes] + _doubts(case, task, settings, where)
+    plausibility = judge(case, task)
+    if plausibility.findings and not settings.force:
+        raise InputError(plausibility.refusal(where))
+    notes = [f"{where}: {note}." for note in grid.notes] + plausibility.notes(where)
     side = voxel_side(case.geometry.grid_spacing)
     if other := other_voxels(recipe.voxels, (side, side)):
         notes.append(f"{where}: {other}.")
@@ -195,10 +198,10 @@ def segment_scans(
     prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
     identity = None if recipe.checkpoint is None else checkpoint_identity(Path(recipe.checkpoint))
     made = Segmentation(name, prediction, codes, inputs, facts, identity, tuple(notes))
-    doubts = doubts_of_size(made, brain, where) or doubts_of_place(made, inside, where)
-    for note in doubts:
+    implausible = size_warnings(made, brain, where) or place_warnings(made, inside, where)
+    for note in implausible:
         warnings.warn(note, stacklevel=4)
-    return replace(made, warnings=(*made.warnings, *doubts))
+    return replace(made, warnings=(*made.warnings, *implausible))
 
 
 def check_scans(images: object, where: str) -> None:
@@ -246,13 +249,6 @@ def _codes(codes: Mapping[str, int] | None, task: Task, where: str) -> dict[str,
     return used
 
 
-def _doubts(case: CanonicalCase, task: Task, settings: SegmentSettings, where: str) -> list[str]:
-    verdict = judge(case, task)
-    if verdict.findings and not settings.force:
-        raise InputError(verdict.refusal(where))
-    return verdict.notes(where)
-
-
 def _in_reference(geometry: Geometry, grid: CommonGrid, spacing: Spacing | None) -> Geometry:
     """Return the way back to the reference scan's axes; the first scan's may differ."""
     reference = grid.reference
@@ -276,11 +272,14 @@ def _predict(
     settings: SegmentSettings,
     progress: Progress | None,
 ) -> CasePrediction:
-    mirrorings = list(_mirrorings(settings.tta))
+    # The volume as it is, and with tta its seven mirrorings.
+    sizes = range(4 if settings.tta else 1)
+    mirrorings = [axes for size in sizes for axes in subsets_of_size((1, 2, 3), size)]
+    half = settings.precision == "bf16"
     prediction: CasePrediction | None = None
     total: Tensor | None = None
     for done, axes in enumerate(mirrorings):
-        with _autocast(settings, recipe.device):
+        with torch.autocast(recipe.device.type, torch.bfloat16) if half else nullcontext():
             prediction = next(
                 predict_case(
                     predictor,
@@ -301,22 +300,11 @@ def _predict(
     return prediction
 
 
-def _mirrorings(tta: bool) -> Iterator[tuple[int, ...]]:
-    for size in range(4 if tta else 1):
-        yield from subsets_of_size((1, 2, 3), size)
-
-
-def _autocast(settings: SegmentSettings, device: torch.device) -> AbstractContextManager[Any]:
-    if settings.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
-
-
 def _part(progress: Progress | None, done: int, parts: int) -> Progress | None:
     if progress is None:
         return None
-    tell = progress
-    return lambda windows, total: tell(done * total + windows, parts * total)
+    report = progress
+    return lambda windows, total: report(done * total + windows, parts * total)
 
 
 def _facts(recipe: Recipe, settings: SegmentSettings, n_present: int) -> dict[str, Any]:

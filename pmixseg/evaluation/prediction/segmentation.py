@@ -174,7 +174,7 @@ class Segmentation:
         }
 
 
-def doubts_of_size(made: Segmentation, brain: float, where: str) -> list[str]:
+def size_warnings(made: Segmentation, brain: float, where: str) -> list[str]:
     """Return a sentence about a segmentation that is empty, or larger than a tumour.
 
     Args:
@@ -198,7 +198,7 @@ def doubts_of_size(made: Segmentation, brain: float, where: str) -> list[str]:
     return []
 
 
-def doubts_of_place(made: Segmentation, inside: NDArray[np.bool_], where: str) -> list[str]:
+def place_warnings(made: Segmentation, inside: NDArray[np.bool_], where: str) -> list[str]:
     """Return a sentence about a segmentation that lies beside the brain.
 
     Args:

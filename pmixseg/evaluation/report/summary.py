@@ -78,8 +78,8 @@ def _summary(records: Records, region: str) -> RegionSummary:
     by_case = part.groupby("case")["dice"].mean() * 100
     everything = format_combination(records.task.modalities)
     # Older records do not say whether a mask was empty.
-    says_empty = "empty" in part
-    empty = part["empty"].astype(str) if says_empty else pd.Series("none", index=part.index)
+    has_empty = "empty" in part
+    empty = part["empty"].astype(str) if has_empty else pd.Series("none", index=part.index)
     truth_empty, prediction_empty = (
         empty.isin([which, "both"]) for which in ("truth", "prediction")
     )
@@ -95,10 +95,10 @@ def _summary(records: Records, region: str) -> RegionSummary:
         lowest_at=str(means.idxmin()) if means.notna().any() else "",
         hd95=mean_over_cases(part, "hd95"),
         hd95_median=float(hd95.median()),
-        penalised=int((truth_empty ^ prediction_empty).sum()) if says_empty else None,
-        invented=int((truth_empty & ~prediction_empty).sum()) if says_empty else None,
-        missed=int((prediction_empty & ~truth_empty).sum()) if says_empty else None,
-        absent=part[truth_empty]["case"].nunique() if says_empty else None,
+        penalised=int((truth_empty ^ prediction_empty).sum()) if has_empty else None,
+        invented=int((truth_empty & ~prediction_empty).sum()) if has_empty else None,
+        missed=int((prediction_empty & ~truth_empty).sum()) if has_empty else None,
+        absent=part[truth_empty]["case"].nunique() if has_empty else None,
         rows=len(part),
     )
 

@@ -158,14 +158,14 @@ def circumstances(trainer: Trainer) -> dict[str, Any]:
     data = getattr(trainer, "datamodule", None)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
     varies = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks)
-    told = {f"data.{name}": getattr(data, name, None) for name in OF_DATA}
-    told |= {f"trainer.{name}": getattr(trainer, name, None) for name in OF_TRAINER}
+    settings = {f"data.{name}": getattr(data, name, None) for name in OF_DATA}
+    settings |= {f"trainer.{name}": getattr(trainer, name, None) for name in OF_TRAINER}
     if varies:
-        del told["trainer.accumulate_grad_batches"]
-    return {name: value for name, value in told.items() if isinstance(value, str | int | float)}
+        del settings["trainer.accumulate_grad_batches"]
+    return {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
 
 
-def _say_what_changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _report_changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say in which settings a training is not the one that it goes on from."""
     changes = [
         f"{name} is {now.get(name)}, the checkpoint had {earlier.get(name)}"
@@ -179,7 +179,7 @@ def _say_what_changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> Non
         )
 
 
-def _say_what_is_left_out(trainer: Trainer) -> None:
+def _report_skipped_batches(trainer: Trainer) -> None:
     """Say so if ``max_steps`` had ended an epoch early; Lightning goes on with the next one."""
     loop: Any = trainer.fit_loop
     batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress.current
@@ -236,8 +236,8 @@ class Resuming:
         """Give the settings of the new call to the restored optimizers and schedules."""
         self._goes_on = True
         if self.pending is not None:
-            _say_what_changed(self.earlier, circumstances(trainer))
-            _say_what_is_left_out(trainer)
+            _report_changes(self.earlier, circumstances(trainer))
+            _report_skipped_batches(trainer)
         if self._settings is not None and self.pending is not None:
             self._settings.apply(trainer, self.pending)
 
