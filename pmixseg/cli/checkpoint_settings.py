@@ -102,6 +102,7 @@ def differences(
         classes = [description.get("class_path") for description in (stored, current)]
         if classes[0] != classes[1]:  # whose arguments have nothing in common
             return [f"{where} is {classes[1]}, the checkpoint had {classes[0]}"]
+        # Arguments that the checkpoint lacks count where a flag names them.
         flagged = [g for g in current if g not in stored and any(f".{g}" in arg for arg in args)]
         return [
             line

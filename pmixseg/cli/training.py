@@ -323,8 +323,10 @@ class TrainingCLI(LightningCLI):
         patch = None if trained.patch is None else list(trained.patch)
         spacing = None if trained.spacing is None else list(trained.spacing)
         had = {"patch_size": patch, "spacing": spacing}
+        # A checkpoint without a patch does not tell it; one without a spacing kept each case's own.
         had = {k: had[k] for k in data if had[k] or k == "spacing"}
         lines = differences(had, data, where="data")
+        # Without a window of its own, a model is evaluated in windows of the patch.
         windows = [now["window"] or data["patch_size"], stored["window"] or patch]
         if not (now["window"] and stored["window"]) and all(windows) and windows[0] != windows[1]:
             lines.append(f"the inference window is {windows[0]}, the checkpoint had {windows[1]}")

@@ -100,9 +100,11 @@ class TrainingCases:
             cases: name -> hashes, of what is to be scored.
             parts: which parts count beside those of earlier trainings.
         """
+        # The part that each name was in: training before validation before earlier trainings.
         where = dict.fromkeys(self.earlier, "earlier training")
         where |= dict.fromkeys(self.val, "validation") | dict.fromkeys(self.train, "training")
         counted = {k: p for k, p in where.items() if p == "earlier training" or p in set(parts)}
+        # The name that each scan was known by.
         hashes = {**self.earlier, **self.scans}
         owner = {scan: name for name in counted for scan in hashes.get(name, ())}
         seen = []

@@ -166,10 +166,12 @@ def weighting(series: Series) -> tuple[str | None, str]:
     echo, inversion = series.echo, series.inversion
     if echo is None:
         return None, words
+    # A long echo is T2 weighting; an inversion that nulls fluid makes it FLAIR.
     if inversion is not None and inversion > FLUID_INVERSION_MS and echo > LONG_ECHO_MS:
         return "flair", words
     if echo > LONG_ECHO_MS and (series.repetition or 0) > 2000 and not inversion:
         return "t2", words
+    # A short echo is T1 weighting, by a short repetition or by an inversion pulse.
     prepared = inversion is not None and 300 <= inversion <= FLUID_INVERSION_MS
     if echo < SHORT_ECHO_MS and ((series.repetition or 1e9) < 1000 or prepared):
         return "t1", words

@@ -74,15 +74,18 @@ class KnownFlags(TorchFunctionMode):
     ) -> Any:
         """Compute what depends on flags alone twice."""
         call = (args, kwargs or {})
+        # Of anything besides flags: traced as ever.
         tensors = [a for a in tree_flatten(call)[0] if isinstance(a, Tensor)]
         if not tensors or any(id(t) not in self._known for t in tensors):
             return func(*call[0], **call[1])
+        # Once with what the flags are. Values that Python reads (a list, a bool) are these.
         real_args, real_kwargs = tree_map(self._real, call)
         with _disable_current_modes():
             real = func(*real_args, **real_kwargs)
         values = tree_flatten(real)[0]
         if not any(isinstance(v, Tensor) for v in values):
             return real
+        # Once in the trace; its tensors are known by those computed beside it.
         traced = func(*call[0], **call[1])
         for one, value in zip(tree_flatten(traced)[0], values, strict=True):
             if isinstance(value, Tensor):

@@ -280,10 +280,12 @@ def _remark_on_patients(cases: Sequence[Case], named: bool) -> tuple[str, ...]:
     own = [c for c in cases if c.patient in ("", c.case_id) and c.layout not in ONE_SCAN_EACH]
     if named or not own:
         return ()
+    # Names that differ in their last word only, as those of two visits.
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for case in own:
         if hit := _NUMBERED.fullmatch(case.case_id):
             alike[hit.group(1)].append(case.case_id)
+    # Where all cases share one beginning, it is the cohort's name and no patient's.
     visits = [names for names in alike.values() if len(names) > 1]
     suspect = visits[0] if visits and len(alike) > 1 else []
     if not suspect and all(c.layout == _NAMED_FREELY for c in own):
