@@ -62,15 +62,15 @@ def write_study(
     folder: Path,
     scans: Mapping[str, Path],
     person: Person | None = None,
-    protocols: Mapping[str, Protocol] = PROTOCOLS,
 ) -> Path:
     """Write one patient's scans as a study, a file per slice, all series in one folder.
+
+    Each series is described as in :data:`PROTOCOLS`.
 
     Args:
         folder: made if needed.
         scans: modality -> NIfTI file.
         person: whose study it is.
-        protocols: modality -> how its series is described.
 
     Returns:
         The folder.
@@ -79,7 +79,7 @@ def write_study(
     for number, (modality, path) in enumerate(scans.items(), 2):
         image = nib.load(path)
         values = np.asarray(image.dataobj)
-        protocol = protocols.get(modality) or Protocol(modality)
+        protocol = PROTOCOLS.get(modality) or Protocol(modality)
         write_series(folder, values, image.affine, number, protocol, study, person or Person())
     return folder
 
