@@ -6,11 +6,15 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from pmixseg.data.keys import make_key, number_of
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
+
+if TYPE_CHECKING:  # which only cases in hand have imported
+    from pmixseg.data.cohorts.cases import Case
+    from pmixseg.data.store.stored import StoredCase
 
 PUBLISHED = {
     ("d7026e1360bb60bb", "994e6cb358f1b6d1", "c1f15e644e377caf"): "BraTS 2018 split 1 (199/29/57)",
@@ -85,23 +89,8 @@ class Split:
         return f"{name}, {count_of(len(self.lacking), 'case')} lacking" if self.lacking else name
 
 
-class SplittableCase(Protocol):
-    """What a plan may look at; a case of a layout and a stored case both have it."""
-
-    @property
-    def case_id(self) -> str:
-        """Name of the case."""
-        ...
-
-    @property
-    def grade(self) -> str | None:
-        """HGG or LGG, where known."""
-        ...
-
-    @property
-    def patient(self) -> str:
-        """Whose scan it is."""
-        ...
+SplittableCase: TypeAlias = "Case | StoredCase"
+"""A plan may look at its ``case_id``, its ``patient`` and its ``grade`` (HGG, LGG or ``None``)."""
 
 
 def deal(
