@@ -9,6 +9,8 @@ import pytest
 from pmixseg.data.cohorts.inspection import inspect_cohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.phantom.cohort import PhantomSettings, make_case
+from pmixseg.data.scans.canonical import canonicalise
+from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.store.store import prepare
 from pmixseg.task import BRATS
 from tests.data.test_one_judge import everyone, rewrite
@@ -46,7 +48,7 @@ def test_a_header_that_lost_its_voxel_size_is_told(phantom_root, tmp_path):
     bare = {m: nib.Nifti1Image(i.dataobj, np.eye(4)) for m, i in scans.items()}
     case = written(bare, nib.Nifti1Image(label.dataobj, np.eye(4)), tmp_path)
     notes = inspect_cohort(tmp_path / "cohort", BRATS).cases[0].notes
-    assert len(notes) == 1 and "mm long, shorter than a whole one" in notes[0]
+    assert len(notes) == 1 and "mm, shorter than a whole one" in notes[0]
     first, again = (prepare([case], tmp_path / "store", BRATS, progress=False) for _ in range(2))
     assert first.notes == again.notes == {case.case_id: notes}  # also of a case that is kept
     with pytest.warns(UserWarning, match="shorter than a whole one"):
@@ -106,7 +108,7 @@ def test_labels_that_are_exchanged_or_empty_are_told(phantom_root, numbers, word
 @pytest.mark.parametrize(
     ("where", "value", "words"),
     [
-        ((slice(None, None, 39),) * 3, 90, "longer than a brain; look for voxels outside of it"),
+        ((slice(None, None, 39),) * 3, 90, "longer than any; look for voxels outside of it"),
         ((20, 20, 13), 30_000, "t1 has a voxel more than 50 standard deviations from its mean"),
     ],
 )
@@ -145,7 +147,12 @@ def test_exchanged_sequences_are_told(phantom_root, tmp_path, one, other):
         tiny_student().segment(case.images)
 
 
-@pytest.mark.parametrize("change", [np.sqrt, lambda x: 3 * x + 5, np.round], ids="abc")
+def noisy(flair):
+    noise = np.random.default_rng(0).normal(0, 0.1 * flair[flair > 0].std(), flair.shape)
+    return np.maximum(flair + noise, 1)
+
+
+@pytest.mark.parametrize("change", [np.sqrt, lambda x: 3 * x + 5, np.round, noisy], ids="abcd")
 def test_one_scan_saved_again_in_other_intensities(phantom_root, tmp_path, change):
     scans, label = scans_of(phantom_root)
     flair = np.asarray(scans["flair"].dataobj).astype(np.float32)
@@ -163,3 +170,63 @@ def test_intensities_whose_squares_vanish_are_refused(make_case, tmp_path):
     problems, refused, segmented = everyone(case, tmp_path)
     assert refused is not None and "too small for an MR signal" in refused
     assert problems == [refused] and segmented == refused
+
+
+def empty(scan):
+    scan[:, :, 1::2] = 0
+    return scan
+
+
+def noise(scan):
+    middle = scan[:, :, scan.shape[2] // 2]
+    middle[middle > 0] = np.random.default_rng(0).permutation(middle[middle > 0])
+    return scan
+
+
+def twice(scan):
+    scan[1::2] = scan[0 : len(scan) // 2 * 2 : 2]
+    return scan
+
+
+def wrapped(scan):
+    scale = 256 / np.quantile(scan[scan > 0], 0.95)
+    return (scan * scale).astype(np.uint16).astype(np.uint8)
+
+
+def half(scan):
+    scan[: len(scan) // 2] = 0
+    return scan
+
+
+def inverted(scan):
+    return np.where(scan > 0, scan.max() + 1 - scan, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "which", "words"),
+    [
+        (empty, ["t1"], "t1 has slices down-up that resemble no neighbour"),
+        (noise, ["t1"], "t1 has slices down-up that resemble no neighbour"),
+        (twice, ["t2"], "t2 shows 50% of its slices left-right twice"),
+        (wrapped, ["flair"], "flair leaps between neighbouring voxels by its whole range of 256"),
+        (half, ["t2"], "t2 shows 51% of the brain that other scans show"),
+        (half, BRATS.modalities, "its brain is 72 × 168 × 144 mm, shorter than"),
+        (inverted, BRATS.modalities, "see that their names are right, and dark and bright"),
+    ],
+)
+def test_what_is_wrong_with_voxels_is_told(phantom_root, change, which, words):
+    scans, _ = scans_of(phantom_root, 0)
+    for name in which:
+        odd = change(np.asarray(scans[name].dataobj).copy())
+        scans[name] = nib.Nifti1Image(odd.astype(np.float32), scans[name].affine)
+    verdict = judge(canonicalise(scans, None, BRATS), BRATS)
+    assert not verdict.findings
+    assert len(verdict.remarks) == 1 and words in verdict.remarks[0]
+
+
+def test_a_scan_of_another_patient_is_told(phantom_root):
+    """Of the same atlas space: no move would make it fit."""
+    (scans, _), (others, _) = scans_of(phantom_root, 0), scans_of(phantom_root, 2)
+    verdict = judge(canonicalise({**scans, "t2": others["t2"]}, None, BRATS), BRATS)
+    assert not verdict.findings and len(verdict.remarks) == 1
+    assert "t2 shows another brain than flair and t1ce and t1, as of another" in verdict.remarks[0]

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pmixseg.data.scans.boxes import bounds
+from pmixseg.data.scans.brains import odd_slices
 from pmixseg.data.scans.canonical import CanonicalCase
-from pmixseg.data.scans.placement import Overview, copies, misplaced, misplaced_label
+from pmixseg.data.scans.placement import Overview, copies, misplaced, misplaced_label, outlines
 from pmixseg.data.scans.sequences import common_sequence
 from pmixseg.task import Task
 
@@ -26,9 +27,11 @@ MAX_OUTSIDE = 0.1
 MIN_OUTSIDE = 8
 """Fewer voxels outside are an edge of a coarse grid; no share is taken of them."""
 
-MIN_LENGTH_MM, USUAL_LENGTH_MM = 20.0, 100.0
+MIN_LENGTH_MM, USUAL_LENGTH_MM, LEAST_WIDTH = 20.0, 100.0, 0.6
 """Least length of what the scans show. 64 brains have 156 to 186 mm, a newborn's has 110; a header
-in centimetres that calls them millimetres makes 19 of 186. Between the two it is told."""
+in centimetres that calls them millimetres makes 19 of 186. Between the two it is told, and where
+the least of the three is a smaller share of the largest: 64 brains have 0.71 and more, their halves
+left-right, or down-up, and those with every second slice, at most 0.49."""
 
 LONGEST_MM, BRIGHTEST = 215.0, 50
 """Length above which specks must lie outside a brain, and distance from the mean, in standard
@@ -42,7 +45,10 @@ PERHAPS_A_PART = (
 """What a length below each of the two means; phrases."""
 
 LEAST_LIKENESS = -0.15
-"""Least difference of correlation with T1, of FLAIR and of T2; 64 real cases have 0.09 and more."""
+"""Least difference of correlation with T1, of FLAIR and of T2; 64 real cases have 0.09 and more.
+
+T1 and T2 look exchanged, or inverted, where T2's bright tail is a smaller multiple of its dark one
+than T1's: of 64 real cases it is at least 1.4 times as large."""
 
 LEAST_TAIL, LEAST_ENHANCED = 0.7, 0.5
 """Least ratio of the bright tails of T1ce and T1, for vessels enhance: 64 real cases have 1.08 and
@@ -209,66 +215,46 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
     scans = {name: scan for name, scan, there in pairs if there}
     overview = Overview.of(scans, case.geometry.grid_spacing)
     label = misfit_label(case, overview, task)
-    findings = [
-        *case.doubts,
-        *shorter(case, MIN_LENGTH_MM, WRONG_UNIT),
-        *copies(overview),
-        *label,
-    ] or misplaced(overview)
+    size = f"its brain is {' × '.join(f'{e:.3g}' for e in case.extent)} mm"
+    too_small = [f"{size}, {WRONG_UNIT}"] if max(case.extent) < MIN_LENGTH_MM else []
+    findings = [*case.doubts, *too_small, *copies(overview), *label] or misplaced(overview)
     if odd_one_out and not case.oriented:
         findings.append(f"{SILENT}, where other cases of the cohort do")
-    remarks = (
-        []
-        if findings
-        else [
-            *shorter(case, USUAL_LENGTH_MM, PERHAPS_A_PART),
-            *specks(case, task),
-            *exchanged(overview),
-            *odd_label(case, task),
-        ]
-    )
-    return Verdict(tuple(findings), case.oriented, tuple(remarks))
+    if findings:
+        return Verdict(tuple(findings), case.oriented)
+    remarks, length = [], max(case.extent)
+    if length > LONGEST_MM:
+        remarks.append(f"{size}, longer than any; look for voxels outside of it that are not 0")
+    elif length < USUAL_LENGTH_MM or min(case.extent) < LEAST_WIDTH * length:
+        remarks.append(f"{size}, {PERHAPS_A_PART}")
+    slices: list[str] = []
+    for name, scan in scans.items():
+        spread = case.statistics[name][1]
+        slices += speck(scan, name) or odd_slices(scan, case.geometry.grid_spacing, spread, name)
+    remarks += [*(slices or outlines(overview)), *exchanged(overview), *odd_label(case, task)]
+    return Verdict((), case.oriented, tuple(remarks))
 
 
-def shorter(case: CanonicalCase, least: float, meaning: str) -> list[str]:
-    """Suspect the voxel size in the headers of a brain that is shorter than brains are.
-
-    Args:
-        case: a canonical case.
-        least: length in mm below which it is told.
-        meaning: what follows from such a length.
-    """
-    length = max(case.extent)
-    return [f"its brain is {length:.3g} mm long, {meaning}"] if length < least else []
-
-
-def specks(case: CanonicalCase, task: Task) -> list[str]:
-    """Remark on single voxels far from the brain, or far brighter than it.
+def speck(scan: npt.NDArray[np.generic], name: str) -> list[str]:
+    """Remark on a voxel that is far brighter than the brain.
 
     Args:
-        case: a canonical case.
-        task: names of its channels.
+        scan: z-scores.
+        name: how the phrase names it.
     """
-    remarks = []
-    if max(case.extent) > LONGEST_MM:
-        remarks.append(
-            f"what its scans show is {max(case.extent):.3g} mm long, longer than a brain; look for "
-            "voxels outside of it that are not 0"
-        )
-    for name, scan in zip(task.modalities, case.image, strict=True):
-        # As whole numbers without the sign: numpy compares halves of floats slowly.
-        bits = f"u{scan.itemsize}"
-        if (scan.view(bits) << 1).max() > np.array(BRIGHTEST, scan.dtype).view(bits) << 1:
-            remarks.append(
-                f"{name} has a voxel more than {BRIGHTEST} standard deviations from its mean, so "
-                "all others are pressed together; look for an artefact, and replace it"
-            )
-    return remarks
+    # As whole numbers without the sign: numpy compares halves of floats slowly.
+    bits = f"u{scan.itemsize}"
+    if (scan.view(bits) << 1).max() <= np.array(BRIGHTEST, scan.dtype).view(bits) << 1:
+        return []
+    return [
+        f"{name} has a voxel more than {BRIGHTEST} standard deviations from its mean, so all "
+        "others are pressed together; look for an artefact, and replace it"
+    ]
 
 
-def _tails(values: npt.NDArray[np.float32], low: float) -> tuple[float, float]:
-    """Say how far the highest thousandth lies above the median, and a low quantile below it."""
-    dark, middle, bright = np.quantile(values, [low, 0.5, 0.999])
+def _tails(values: npt.NDArray[np.float32], low: float, high: float = 0.999) -> tuple[float, float]:
+    """Say how far a high quantile lies above the median, and a low one below it."""
+    dark, middle, bright = np.quantile(values, [low, 0.5, high])
     return float(bright - middle), max(float(middle - dark), 1e-6)
 
 
@@ -292,6 +278,12 @@ def exchanged(overview: Overview) -> list[str]:
         if likeness[2] - likeness[1] < LEAST_LIKENESS:
             why = words.format("fluid is bright in the first, dark in the second")
             remarks.append(f"{names['flair']} and {names['t2']} {why}")
+    if {"t1", "t2"} <= set(names) and not remarks:
+        values = (overview.volumes[names[m]][inside] for m in ("t1", "t2"))
+        dark, bright = (np.divide(*_tails(v, 0.02, 0.98)) for v in values)
+        if bright < dark:
+            why = words.format("fluid is dark in the first, bright in the second")
+            remarks.append(f"{names['t1']} and {names['t2']} {why}, and dark and bright")
     if {"t1", "t1ce"} <= set(names):
         plain, enhanced = (overview.volumes[names[m]][inside] for m in ("t1", "t1ce"))
         scaled = [(v - np.median(v)) / max(float(v.std()), 1e-6) for v in (plain, enhanced)]

@@ -35,8 +35,9 @@ def test_a_healthy_cohort(make_case, label):
         "ignored": {},
         "problems": (),
         "notes": (
-            "case 'BraTS2021_00001': its brain is 42 mm long, shorter than a whole one; if the "
-            "voxel size in its headers is not that of its voxels, volumes and distances are wrong.",
+            "case 'BraTS2021_00001': its brain is 42 × 38 × 34 mm, shorter than a whole one; if "
+            "the voxel size in its headers is not that of its voxels, volumes and distances are "
+            "wrong.",
         ),
     }
     assert two.modalities == ("flair", "t2") and two.voxels is None and not two.labelled
