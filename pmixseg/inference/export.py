@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from pmixseg.argument_checks import checked
 from pmixseg.data.scans.normalisation import JOINT_MASK
@@ -33,8 +34,6 @@ from pmixseg.inference.tracing import FixedCombination
 from pmixseg.modules import SegmentationModule
 from pmixseg.task import format_combination, parse_combination
 from pmixseg.version import __version__
-
-Format = Literal["torch", "onnx", "bundle"]
 
 ALLOWED_DIFFERENCE = 1e-4
 """Largest difference in probability between the model and what was exported."""
@@ -62,7 +61,7 @@ class Exported:
 def export(
     module: SegmentationModule,
     path: str | Path,
-    kind: Format = "torch",
+    kind: Literal["torch", "onnx", "bundle"] = "torch",
     combination: str | tuple[str, ...] | None = None,
 ) -> Exported:
     """Write a model for one combination, and compare what was written with the model.
@@ -79,8 +78,6 @@ def export(
             cannot be written, or a bundle of a model whose normalisation MONAI cannot express.
         RuntimeError: the exported model answers otherwise than the model.
     """
-    if kind not in WRITERS:
-        raise InputError(f"format '{kind}' is unknown; use one of {', '.join(WRITERS)}.")
     ready = module.preparation
     if kind == "bundle" and ready.normalisation == JOINT_MASK:
         raise InputError(
@@ -97,7 +94,9 @@ def export(
     network = FixedCombination(module.cpu(), shown)
     noise = torch.randn(2, 1, len(shown), *window, generator=torch.Generator().manual_seed(0))
     with writing(path), torch.no_grad(), _quiet():
-        again = WRITERS[kind](network, noise[0], path, facts)
+        # A graph of plain operators: backbones may run Python that other formats cannot hold.
+        program = torch.export.export(network, (noise[0],), strict=False)
+        again = WRITERS[kind](program, noise[0], path, facts)
         difference = float((again(noise[1]) - network(noise[1])).abs().max())
     if not difference <= ALLOWED_DIFFERENCE:
         raise RuntimeError(
@@ -139,9 +138,8 @@ Again = Callable[[Tensor], Tensor]
 
 
 def _write_torch(
-    network: FixedCombination, example: Tensor, path: Path, facts: dict[str, Any]
+    program: ExportedProgram, example: Tensor, path: Path, facts: dict[str, Any]
 ) -> Again:
-    program = torch.export.export(network, (example,), strict=False)
     # PyTorch's own writer aborts the process where a disk is full; a file of Python's does not.
     packed = BytesIO()
     torch.export.save(program, packed, extra_files={FACTS: json.dumps(facts)})
@@ -152,7 +150,7 @@ def _write_torch(
 
 
 def _write_onnx(
-    network: FixedCombination, example: Tensor, path: Path, facts: dict[str, Any]
+    program: ExportedProgram, example: Tensor, path: Path, facts: dict[str, Any]
 ) -> Again:
     try:
         for package in ("onnx", "onnxscript"):
@@ -160,7 +158,6 @@ def _write_onnx(
         onnxruntime = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise InputError(f"ONNX needs the package {error.name}; install pmixseg[export].") from None
-    program = torch.export.export(network, (example,), strict=False)
     made = torch.onnx.export(
         program,
         (example,),
@@ -183,17 +180,16 @@ def _write_onnx(
 
 
 def _write_bundle(
-    network: FixedCombination, example: Tensor, path: Path, facts: dict[str, Any]
+    program: ExportedProgram, example: Tensor, path: Path, facts: dict[str, Any]
 ) -> Again:
-    # The exported graph is plain operators; backbones may run Python that TorchScript cannot hold.
-    plain = torch.export.export(network, (example,), strict=False).module(check_guards=False)
+    plain = program.module(check_guards=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch discourages TorchScript; MONAI's bundles hold it
         traced = torch.jit.trace(plain, (example,), check_trace=False)  # type: ignore[no-untyped-call]  # torch ships no type
         return write_bundle(traced, path, facts)
 
 
-WRITERS: dict[str, Callable[[FixedCombination, Tensor, Path, dict[str, Any]], Again]] = {
+WRITERS: dict[str, Callable[[ExportedProgram, Tensor, Path, dict[str, Any]], Again]] = {
     "torch": _write_torch,
     "onnx": _write_onnx,
     "bundle": _write_bundle,

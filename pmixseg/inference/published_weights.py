@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,7 +98,9 @@ class Imported:
 
 
 @checked
-def import_official(kind: str, path: str | Path, task: Task = BRATS) -> Imported:
+def import_official(
+    kind: Literal["rfnet", "mmformer"], path: str | Path, task: Task = BRATS
+) -> Imported:
     """Read a checkpoint of the published code.
 
     Width, classes and patch are read off the tensors. Nothing but tensors is unpickled.
@@ -113,8 +115,6 @@ def import_official(kind: str, path: str | Path, task: Task = BRATS) -> Imported
         InputError: no such file, not a checkpoint of this network, tensors that are missing, too
             many, or of other shapes, or a task that does not fit.
     """
-    if kind not in RULES:
-        raise InputError(f"'{kind}' is not known; import one of {', '.join(RULES)}.")
     path = Path(path)
     state, epoch = _read(path)
     tensors = {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -91,7 +91,7 @@ def segment_raw(
     # Back onto the grid of a scan as it came.
     target = onto or ready.centre
     back = ready.back(result.classes, target)
-    classes = np.asarray(_array(back), np.uint8)
+    classes = sitk.GetArrayFromImage(back).T.astype(np.uint8)
     affine = nib.load(images[target]).affine.tolist()
     ending = ".nii.gz" if outputs.compress else ".nii"
     path = inside(outputs.folder, f"{called}{'' if outputs.plain else '_seg'}{ending}", "case")
@@ -112,8 +112,3 @@ def segment_raw(
     return CaseResult(
         called, result.combination, result.volumes, written, notes, codes=result.codes
     )
-
-
-def _array(image: object) -> np.ndarray:
-    values: np.ndarray = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
-    return values

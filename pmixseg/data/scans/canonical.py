@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ __all__ = [
 NORMALISATION = "zscore-own-mask"
 """Name of the intensity rule, written to stores and checkpoints."""
 
-STORE_DTYPE = "float16"
+STORE_DTYPE: Final = "float16"
 """Default number type; a scan segmented directly is rounded like a stored one."""
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,7 +48,7 @@ def prepare(
     task: Task,
     *,
     spacing: Spacing | None = None,
-    dtype: str = STORE_DTYPE,
+    dtype: Literal["float16", "float32"] = STORE_DTYPE,
     workers: int = 0,
     prune: bool = False,
     force: bool = False,
@@ -110,8 +110,6 @@ def _parameters(
     task: Task, spacing: Spacing | None, dtype: str, normalisation: str
 ) -> dict[str, Any]:
     """Return what every case of the store depends on besides its sources."""
-    if dtype not in ("float16", "float32"):
-        raise InputError(f"dtype '{dtype}' is not stored; use float16 or float32.")
     check_normalisation(normalisation)
     if spacing is not None and (
         len(spacing) != 3 or not all(0 < s < float("inf") for s in spacing)
