@@ -286,6 +286,7 @@ class MMFormer(Backbone):
             raise InputError(
                 f"MMFormer: {heads} heads do not divide an embedding of {embedding}; change one."
             )
+        # An encoder and transformer per modality, one transformer between them, one decoder.
         slots = len(self.modalities)
         d, h, w = (side // strides[-1] for side in sides)
         self.encoders = nn.ModuleList(

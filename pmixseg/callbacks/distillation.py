@@ -78,6 +78,7 @@ class Distillation(TermCallback):
                 f"{self.name}.weight is {self.weight} and the terms {taught} need a teacher, but "
                 f"{self.name}.teacher names no checkpoint."
             )
+        # The teacher, if some term needs one, must be of the same task.
         self._check_subsets(module)
         teacher = self.load_teacher() if taught else None
         if teacher is not None and teacher.task.to_dict() != module.task.to_dict():
@@ -87,6 +88,7 @@ class Distillation(TermCallback):
                 f" the student is for '{module.task.name}' ({list(module.task.modalities)}, "
                 f"{list(module.task.labels)}); train a teacher for this task."
             )
+        # Each term learns which two networks it compares.
         for term in self.terms.values():
             source = module if teacher is None or term.self_taught else teacher
             term.bind(

@@ -72,6 +72,7 @@ class RFNetCriterion(Criterion):
         several = world_size() > 1
         if not output.extras and not several:
             return weighted_ce_dice(_probabilities(output.logits), label)
+        # The fused output counts from its first epoch on, region maps and deep outputs always.
         fused: float | Tensor = (
             (epoch >= self.fusion_start_epoch).float()
             if isinstance(epoch, Tensor)

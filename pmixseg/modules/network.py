@@ -114,6 +114,7 @@ class SegmentationNetwork(LightningModule, Described):
                 f"and {net.num_classes} classes, but the task needs {needs}; use self.modalities "
                 "and self.task.num_classes there."
             )
+        # One for other modalities or classes is made anew from its description.
         description = describe(backbone, "backbone")
         description["init_args"].update(needs)
         fitted: Backbone = build(description)

@@ -109,6 +109,7 @@ class Preparation:
             cases=self._cases_of(data) if fitting else self.cases,
             voxels=voxel_sizes(data, "train" if fitting else "test"),
         )
+        # A training takes over what its data say; a trained model checks it.
         if fitting or self.normalisation is None:
             return theirs
         self.refuse_other(theirs)

@@ -113,6 +113,7 @@ class Recording:
         every = gather_rows(rows)
         if not every:
             raise InputError("no test case has a label, so there is nothing to score; use predict.")
+        # Everything that a reader must know before comparing the numbers.
         sidecar = Sidecar(
             self.task,
             conventions=self.settings.conventions.to_dict(),

@@ -94,6 +94,7 @@ def resolve(value: Any, modules: Sequence[str] = (), where: str = "checkpoint") 
     for key, inner in value.items():
         if "class_path" in str(key) and (key != "class_path" or not isinstance(inner, str)):
             raise _no_description(f"{where}.{key}", inner)
+    # Parts first, then the class itself and what it is given.
     inside = {key: resolve(inner, modules, f"{where}.{key}") for key, inner in value.items()}
     if "class_path" not in value:
         return inside
@@ -184,6 +185,7 @@ def offline(where: str) -> Iterator[None]:
 
         return ask
 
+    # Every way out that the making of a network is known to take.
     doors = [
         *(
             (torch.hub, name)

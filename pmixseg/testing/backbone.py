@@ -93,6 +93,7 @@ def _check_shapes(net: Backbone, out: SegOutput, image: Tensor, present: Tensor)
         f"logits have the shape {list(out.logits.shape)}; it must be {shape}",
     )
     expect(bool(out.logits.isfinite().all()), "logits are not finite")
+    # Latents: as many levels as strides, and what was present marked in each.
     latents = out.latents
     expect(
         len(latents) == len(net.strides) == len(latents.usable),

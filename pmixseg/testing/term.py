@@ -81,6 +81,7 @@ class Stage:
         torch.manual_seed(1)
         acquired = present if acquired is None else acquired
         samples, size = len(present), default_size(self.net)
+        # Noise for scans, 0 where nothing was acquired.
         image = torch.randn(samples, len(self.net.modalities), *size, device=self.device)
         image = torch.where(acquired[:, :, None, None, None], image, 0.0)
         batch = Batch(
@@ -93,6 +94,7 @@ class Stage:
         )
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             out = self.net(image, present)
+        # What the network made of it, as leaves whose gradients can be looked at.
         latents = out.latents
         variance = latents.log_variance
         leaves = Latents(

@@ -111,6 +111,7 @@ def _from_hub(address: str) -> Path:
         raise InputError(
             f"{address}: the Hugging Face Hub needs an extra; pip install 'pmixseg[hub]'."
         ) from error
+    # The three files of a published model, and nothing else of the repository.
     try:
         path = snapshot_download(
             name,

@@ -43,6 +43,7 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
     Raises:
         InputError: the same checkpoint twice on one side, or the same results on both.
     """
+    # One training must not count twice, nor one method stand against itself.
     for side, runs in (("A", a), ("B", b)):
         seen: dict[str, str] = {}
         for one in runs:
@@ -61,6 +62,7 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
                 f"run '{run_name(x)}' of A and run '{run_name(y)}' of B hold the same results; "
                 "name two methods."
             )
+    # What a reader must know besides: known test cases, and pairs of other seeds.
     notes = [
         f"{run_name(one)}: {len(one.sidecar.seen)} of its test cases were used to train or select "
         "the model, so its scores are too good."

@@ -50,6 +50,7 @@ def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
     names = [str(c) for c in table.columns]
     logged = {m.groups() for n in names if (m := _COLUMN.fullmatch(n))}
     changes = []
+    # Per level its first measurement, and that of the weights which were kept.
     for level in sorted({int(level) for level, _ in logged}):
         here = {what: f"gap/level{level}/{what}" for number, what in logged if int(number) == level}
         rows = table.dropna(subset=list(here.values()), how="all")

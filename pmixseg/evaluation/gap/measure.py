@@ -109,6 +109,7 @@ def measure_gap(vectors: Vectors, targets: Targets, seed: int = 0, samples: int 
     if len(vectors) < 2:
         raise ValueError(f"the gap needs two voxels or more, {len(vectors)} were given.")
     vectors, targets = vectors.double().cpu(), targets.double().cpu()
+    # The gap, and the spread of all latents together that it is measured by.
     numerator = (vectors - targets[:, None]).square().mean().item()
     pooled = vectors.flatten(0, 1)
     centred = pooled - pooled.mean(0)

@@ -253,6 +253,7 @@ def predict_case(
     Yields:
         One prediction per combination, grouped by box.
     """
+    # Combinations whose modalities fill the same box share its windows.
     groups: dict[Box, list[Combination]] = {}
     for combination in combinations:
         groups.setdefault(geometry.box(combination), []).append(combination)
@@ -260,6 +261,7 @@ def predict_case(
     for box, members in groups.items():
         crop = image[(slice(None), *box.relative_to(whole).slices)]
         shown = torch.tensor([presence(c, predictor.modalities) for c in members])
+        # As many of them at a time as memory holds sums for.
         size = 4 * predictor.num_classes * int(np.prod(box.shape))
         predictions = iterate_combinations(
             predictor,

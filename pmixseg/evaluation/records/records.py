@@ -133,6 +133,7 @@ class Records:
         Raises:
             InputError: missing, not a table of records, or of a newer format.
         """
+        # The rows, of one run.
         path = find_records(Path(path))
         sidecar_path = path.with_suffix(".json")
         raw = read_sidecar(sidecar_path) if sidecar_path.is_file() else None
@@ -150,6 +151,7 @@ class Records:
                 "its own."
             )
         _check_values(table, str(path))
+        # What they mean: the sidecar, or a guess where there is none.
         if raw is None:
             guess = task or _guess_task(table)
             raw = {"format": 0, "task": guess.to_dict()}
@@ -281,6 +283,7 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def _check_values(table: pd.DataFrame, where: str) -> None:
     """Refuse what no test writes: words for numbers, impossible numbers, a row twice."""
+    # Numbers, within what each measure can be.
     measured = [m for m in MEASURES.values() if m.numeric and m.name in table]
     words = [m.name for m in measured if not is_numeric_dtype(table[m.name])]
     if words:
@@ -295,6 +298,7 @@ def _check_values(table: pd.DataFrame, where: str) -> None:
                 f"{where}: {measure.name} of {_row_name(row)} is {row[measure.name]:g}, which no "
                 f"{measure.title} can be; test again."
             )
+    # Each case, combination and region once.
     twice = table[table.duplicated(list(KEY))]
     if len(twice):
         raise InputError(

@@ -87,6 +87,7 @@ class Sidecar:
                 f"{where}: format {number!r} is not known to this version of pmixseg, which reads "
                 f"0 to {FORMAT}; upgrade pmixseg."
             )
+        # Older formats are brought up to date one by one; null means the default.
         content = dict(raw)
         for step in range(number, FORMAT):
             content = UPGRADES[step](content)

@@ -184,6 +184,7 @@ class Tabulation(Lines):
         several = len(self.runs) > 1
         lead = ["", ""] if several else [""]
         count = len(self.combinations)
+        # The head: a row of dots per modality.
         rows = [
             " & ".join(
                 [*lead[1:], _escape(self.task.show(m))]
@@ -192,6 +193,7 @@ class Tabulation(Lines):
             )
             for m in self.task.modalities
         ]
+        # A block per region, with a row per run; regions of a single run stand together.
         blocks = [rows]
         for region, lines in self.by_region():
             block = []

@@ -217,6 +217,7 @@ def courses(charts: Sequence[Chart]) -> Figure:
         down = -(-len(charts) // across)
         figure = Figure(figsize=(9.2 if across > 1 else 5, 2.6 * down), layout="constrained")
         plots = figure.subplots(down, across, squeeze=False).ravel()
+        # One plot per chart; what is left of the last row stays empty.
         for axes, chart in zip(plots, charts, strict=False):
             for k, (name, curve) in enumerate(chart.curves.items()):
                 axes.plot(

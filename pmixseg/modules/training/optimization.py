@@ -161,6 +161,7 @@ def scheduler_from(
     monitor = str(getattr(scheduler, "monitor", VALIDATION))
     if not isinstance(scheduler, ReduceLROnPlateau):
         return scheduler, {"monitor": monitor}
+    # A plateau follows a metric: in its direction, and only where it is measured.
     mode = mode_of(monitor)
     if mode is not None and scheduler.mode != mode:
         raise InputError(

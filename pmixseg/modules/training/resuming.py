@@ -80,6 +80,7 @@ class TrainingSettings:
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update(copy.deepcopy(settings))
             place_steps(optimizer)
+        # Schedules are stepped anew, but for a plateau, which keeps what it has counted.
         for config, state in zip(trainer.lr_scheduler_configs, self.schedules, strict=True):
             scheduler = config.scheduler
             if isinstance(scheduler, ReduceLROnPlateau):

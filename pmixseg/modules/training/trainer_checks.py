@@ -111,6 +111,7 @@ def check_trainer(trainer: Trainer) -> None:
             )
         if isinstance(callback, EarlyStopping) and callback.patience < 0:
             raise InputError(f"EarlyStopping has patience {callback.patience}; give 0 or more.")
+        # Who watches a metric must watch one that is logged, in its direction.
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or callback.monitor is None:
             continue
         if getattr(callback, "strict", True):
