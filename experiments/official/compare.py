@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pmixseg import BRATS, BraTSDataModule, PmixAlignment, SegmentationModule, StudentModule
 from pmixseg.backbones import April2025Network, MultiEncoderUNet
-from pmixseg.backbones.april2025 import channel_mixing
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.keys import make_key
 from pmixseg.data.missing import UniformCombinations
@@ -33,6 +32,28 @@ from pmixseg.types import Latents
 
 CASES, TEST_CASES, SPACING = 16, 4, 5.0
 WINDOW = (32, 40, 24)
+
+
+def channel_mixing(network: April2025Network, image: Tensor) -> Tensor:
+    """Say how much each latent channel changes when one modality is removed.
+
+    Args:
+        network: in eval mode.
+        image: ``[B, M, D, H, W]``.
+
+    Returns:
+        ``[M, M]``: row m, column c: root mean squared change of channel c when modality m is set
+        to 0, relative to the channel's standard deviation. Diagonal if channels were modalities.
+    """
+    with torch.no_grad():
+        whole = network.encode(image)[0]
+        rows = []
+        for m in range(image.shape[1]):
+            without = image.clone()
+            without[:, m] = 0
+            change = (network.encode(without)[0] - whole).square().mean((0, 2, 3, 4)).sqrt()
+            rows.append(change / whole.std((0, 2, 3, 4)).clamp_min(1e-12))
+    return torch.stack(rows)
 
 
 def network() -> MultiEncoderUNet:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pmixseg.backbones.monai import cut
@@ -70,25 +69,3 @@ class April2025Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """``decode(encode(x))``."""
         return self.decode(self.encode(x))
-
-
-def channel_mixing(network: April2025Network, image: Tensor) -> Tensor:
-    """Say how much each latent channel changes when one modality is removed.
-
-    Args:
-        network: in eval mode.
-        image: ``[B, M, D, H, W]``.
-
-    Returns:
-        ``[M, M]``: row m, column c: root mean squared change of channel c when modality m is set
-        to 0, relative to the channel's standard deviation. Diagonal if channels were modalities.
-    """
-    with torch.no_grad():
-        whole = network.encode(image)[0]
-        rows = []
-        for m in range(image.shape[1]):
-            without = image.clone()
-            without[:, m] = 0
-            change = (network.encode(without)[0] - whole).square().mean((0, 2, 3, 4)).sqrt()
-            rows.append(change / whole.std((0, 2, 3, 4)).clamp_min(1e-12))
-    return torch.stack(rows)

@@ -54,13 +54,11 @@ class OfficialAlignment(nn.Module, Described, ABC):
     """Compute the whole alignment loss of a public snippet.
 
     Attributes:
-        needs_acquired: hidden modalities must be encoded.
         levels: that are aligned modality by modality.
         fused: it takes one fused latent apart, of early fusion, and has weights of its own.
     """
 
     __call__: Callable[..., Scalar]  # of forward, with its type
-    needs_acquired: bool = False
     levels: tuple[int, ...] = ()
     fused: bool = False
 
@@ -85,11 +83,7 @@ class July2025Alignment(OfficialAlignment):
     Source: docs/method/snippets.md.
     """
 
-    needs_acquired = True
     levels = (0,)
-
-    def __init__(self) -> None:
-        super().__init__()
 
     def forward(
         self, latents: Latents, anchor: Anchor | None, present: Presence, acquired: Presence

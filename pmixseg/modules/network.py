@@ -178,10 +178,7 @@ class SegmentationNetwork(LightningModule, Described):
 
     def encode(self, image: Image, present: Presence) -> Latents:
         """Encode the modalities that are present; columns are :attr:`modalities`."""
-        return self._encode(image, present)
-
-    # The plain functions where a compiler already traces what calls them.
-    def _encode(self, image: Image, present: Presence) -> Latents:
+        # The plain function, here and below, where a compiler already traces what calls it.
         if self._compiled is None or torch.compiler.is_compiling():
             return self.backbone.encode(image, present)
         return self._compiled[0](image, present)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from experiments.official.compare import channel_mixing
 from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
-from pmixseg.backbones.april2025 import April2025Network, channel_mixing
+from pmixseg.backbones.april2025 import April2025Network
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.errors import InputError
 from pmixseg.losses.alignment import AlignmentLoss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,23 +57,20 @@ class BySize(Lines):
 def group_by_size(table: Tabulation) -> BySize:
     """Average a table's columns over combinations of equal size."""
     lengths = np.array([len(c) for c in table.combinations])
-    sizes = range(1, int(lengths.max()) + 1)
+
+    def by_size(values: Sequence[Any]) -> Any:
+        return pd.Series(values).groupby(lengths)
+
     lines: list[Line] = []
     for region, members in table.by_region():
-        comparable = np.array(table.comparable[region])
-        rows = [
-            [*(_mean(np.array(line.values)[lengths == n]) for n in sizes), line.mean]
-            for line in members
-        ]
-        same = [bool(comparable[lengths == n].all()) for n in sizes]
+        rows = [[*by_size(line.values).mean(), line.mean] for line in members]
+        # The best is marked where all runs have the same cases in every combination of a size.
+        same = by_size(table.comparable[region]).all().tolist()
         marks = best_of(rows, [*same, all(same)], table.measure)
         for line, row, best in zip(members, rows, marks, strict=True):
-            cases = tuple(
-                min(c for c, k in zip(line.cases, lengths, strict=True) if k == n) for n in sizes
-            )
+            cases = tuple(by_size(line.cases).min())
             lines.append(Line(line.run, region, tuple(row[:-1]), line.mean, cases, best))
-    counts = tuple(int((lengths == n).sum()) for n in sizes)
-    return BySize(table.measure, table.task, tuple(lines), counts)
+    return BySize(table.measure, table.task, tuple(lines), tuple(by_size(lengths.tolist()).size()))
 
 
 def result_table(
@@ -89,8 +87,3 @@ def result_table(
     if len(table.combinations) > MOST_COLUMNS:
         return group_by_size(table).rich()
     return table.rich(width)
-
-
-def _mean(values: np.ndarray) -> float:
-    numbers = values[~np.isnan(values)]
-    return float(numbers.mean()) if len(numbers) else float("nan")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pmixseg.evaluation.gap.latents import LatentSample
 from pmixseg.evaluation.records.curves import Chart
+from pmixseg.evaluation.records.grouped import group_by_size
 from pmixseg.evaluation.records.measures import DICE, Measure
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.tables import Tabulation, check_together, run_name
@@ -182,7 +183,8 @@ def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
 
 def by_count(tables: Tabulation) -> Figure:
     """Draw the mean over combinations of a size: what another sequence is worth."""
-    task, sizes = tables.task, np.array([len(c) for c in tables.combinations])
+    task, sizes = tables.task, [len(c) for c in tables.combinations]
+    means = {(line.run, line.region): line.values for line in group_by_size(tables).lines}
     counts = np.arange(1, task.num_modalities + 1)
     with drawing():
         count = len(task.regions)
@@ -190,11 +192,9 @@ def by_count(tables: Tabulation) -> Figure:
         all_axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
         for axes, (region, lines) in zip(all_axes, tables.by_region(), strict=True):
             for k, line in enumerate(lines):
-                values, colour = np.array(line.values), COLOURS[k % len(COLOURS)]
-                groups = [values[(sizes == n) & ~np.isnan(values)] for n in counts]
-                means = [g.mean() if len(g) else np.nan for g in groups]
-                axes.plot(counts, means, "-o", color=colour, ms=4, label=line.run)
-                axes.plot(sizes, values, ".", color=colour, ms=4, mew=0, alpha=0.45)
+                colour, mean = COLOURS[k % len(COLOURS)], means[line.run, region]
+                axes.plot(counts, mean, "-o", color=colour, ms=4, label=line.run)
+                axes.plot(sizes, line.values, ".", color=colour, ms=4, mew=0, alpha=0.45)
             axes.set_title(task.show(region))
             axes.set_xticks(counts)
             axes.set_xlim(0.7, task.num_modalities + 0.3)
