@@ -354,8 +354,6 @@ def _outputs(result: Any) -> Decoded:
     """Logits and deep supervision from what a network returned."""
     if isinstance(result, Tensor):
         return Decoded(result, {}, [])
-    if isinstance(result, list):
-        extras = {f"ds{k}": extra for k, extra in enumerate(result[1:], 1)}
-        return Decoded(result[0], extras, [])
     # A tuple holds logits and something else, such as the loss of SegResNetVAE.
-    return Decoded(result[0], {}, [])
+    deep = result[1:] if isinstance(result, list) else ()
+    return Decoded(result[0], {f"ds{k}": extra for k, extra in enumerate(deep, 1)}, [])

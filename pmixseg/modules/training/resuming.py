@@ -6,7 +6,6 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -33,71 +32,8 @@ OF_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "worl
 """Settings besides model and optimizer that the steps of a training depend on."""
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """What optimizers and schedules were told, read before a checkpoint is restored.
-
-    A checkpoint restores the state of optimizers and schedules as a whole, settings included: a
-    learning rate that is given for the rest of a training would be lost without a word.
-
-    Args:
-        groups: per optimizer and parameter group, its settings.
-        schedules: the state of each schedule before its first step.
-    """
-
-    groups: tuple[tuple[dict[str, Any], ...], ...]
-    schedules: tuple[dict[str, Any], ...]
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> TrainingSettings:
-        """Read the settings of a training that is about to begin, before it is restored."""
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])  # the reference of a plateau
-        return cls(
-            groups=tuple(
-                tuple(_settings(optimizer, group) for group in optimizer.param_groups)
-                for optimizer in trainer.optimizers
-            ),
-            schedules=tuple(
-                copy.deepcopy(config.scheduler.state_dict())
-                for config in trainer.lr_scheduler_configs
-            ),
-        )
-
-    def apply(self, trainer: Trainer, pending: Mapping[str, float]) -> None:
-        """Give them to the restored optimizers, and bring each schedule to the step reached.
-
-        A schedule is a function of the number of steps, so it is stepped anew. One that follows a
-        metric keeps its counts and how often it lowered the rate.
-
-        Args:
-            trainer: of the training that goes on, with everything restored.
-            pending: see :data:`PENDING`.
-        """
-        lowered = [_lowered(optimizer) for optimizer in trainer.optimizers]
-        for optimizer, groups in zip(trainer.optimizers, self.groups, strict=True):
-            for group, settings in zip(optimizer.param_groups, groups, strict=True):
-                group.update(copy.deepcopy(settings))
-            place_steps(optimizer)
-        # Schedules are stepped anew, but for a plateau, which keeps what it has counted.
-        for config, state in zip(trainer.lr_scheduler_configs, self.schedules, strict=True):
-            scheduler = config.scheduler
-            if isinstance(scheduler, ReduceLROnPlateau):
-                index = trainer.optimizers.index(scheduler.optimizer)
-                restored = scheduler.state_dict()
-                counts = {key: restored[key] for key in PLATEAU_STATE}
-                scheduler.load_state_dict({**copy.deepcopy(state), **counts})
-                for group, share in zip(
-                    scheduler.optimizer.param_groups, lowered[index], strict=True
-                ):
-                    group["lr"] *= share
-                value = pending.get(config.monitor or "")
-                if value is not None and _epochs(trainer) % config.frequency == 0:
-                    scheduler.step(value)
-            elif isinstance(scheduler, LRScheduler):
-                scheduler.load_state_dict(copy.deepcopy(state))
-                _replay(scheduler, _steps(trainer, config.interval) // config.frequency)
+_Groups = list[list[dict[str, Any]]]
+"""Per optimizer and parameter group, its settings."""
 
 
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +148,8 @@ class Resuming:
         # A checkpoint restores the patience of these callbacks before the training begins.
         callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
         self._patience = [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
-        self._settings: TrainingSettings | None = None
+        self._groups: _Groups | None = None
+        self._schedules: list[dict[str, Any]] = []
         self._goes_on = self._has_written = False
 
     def write(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
@@ -228,8 +165,17 @@ class Resuming:
             self.earlier = dict(checkpoint.get(CIRCUMSTANCES, {}))
 
     def begin(self, trainer: Trainer) -> None:
-        """Read the settings of the new call from its optimizers and schedules."""
-        self._settings = TrainingSettings.of(trainer)
+        """Read the settings of the new call from its optimizers and schedules.
+
+        A checkpoint restores their state as a whole, settings included: a learning rate that is
+        given for the rest of a training would be lost without a word.
+        """
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # the reference of a plateau
+        self._groups = [[_settings(o, g) for g in o.param_groups] for o in trainer.optimizers]
+        configs = trainer.lr_scheduler_configs
+        self._schedules = [copy.deepcopy(config.scheduler.state_dict()) for config in configs]
         for callback, patience in self._patience:
             callback.patience = patience
 
@@ -239,8 +185,39 @@ class Resuming:
         if self.pending is not None:
             _report_changes(self.earlier, circumstances(trainer))
             _report_skipped_batches(trainer)
-        if self._settings is not None and self.pending is not None:
-            self._settings.apply(trainer, self.pending)
+            if self._groups is not None:
+                self._apply_settings(trainer, self._groups, self.pending)
+
+    def _apply_settings(
+        self, trainer: Trainer, wanted: _Groups, pending: Mapping[str, float]
+    ) -> None:
+        """Bring restored optimizers to these settings, and each schedule to the step reached.
+
+        A schedule is a function of the number of steps, so it is stepped anew. One that follows a
+        metric keeps its counts and how often it lowered the rate.
+        """
+        lowered = [_lowered(optimizer) for optimizer in trainer.optimizers]
+        for optimizer, groups in zip(trainer.optimizers, wanted, strict=True):
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                group.update(copy.deepcopy(settings))
+            place_steps(optimizer)
+        for config, state in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
+            scheduler = config.scheduler
+            if isinstance(scheduler, ReduceLROnPlateau):
+                index = trainer.optimizers.index(scheduler.optimizer)
+                restored = scheduler.state_dict()
+                counts = {key: restored[key] for key in PLATEAU_STATE}
+                scheduler.load_state_dict({**copy.deepcopy(state), **counts})
+                for group, share in zip(
+                    scheduler.optimizer.param_groups, lowered[index], strict=True
+                ):
+                    group["lr"] *= share
+                value = pending.get(config.monitor or "")
+                if value is not None and _epochs(trainer) % config.frequency == 0:
+                    scheduler.step(value)
+            elif isinstance(scheduler, LRScheduler):
+                scheduler.load_state_dict(copy.deepcopy(state))
+                _replay(scheduler, _steps(trainer, config.interval) // config.frequency)
 
     def end(self, trainer: Trainer) -> None:
         """Say so if the checkpoint had made all steps, so that nothing was trained."""
