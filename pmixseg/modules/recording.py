@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from pmixseg.data.patches import CaseItem
@@ -144,8 +144,3 @@ class Recording:
         console.print(result_table(records, width=console.width))
         sidecar = self.path.with_suffix(".json").name
         console.print(f"{count_of(cases, 'case')}; {self.path}, conventions in {sidecar}")
-
-
-def warn_without_label(item: CaseItem) -> None:
-    """Say that a case is not scored."""
-    rank_zero_warn(f"case '{item['case_id']}' has no label and is not scored.")

@@ -20,7 +20,7 @@ from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.execution import static_on
 from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.modules.preparation import are_synthetic, seen_cases
-from pmixseg.modules.recording import Recording, warn_without_label
+from pmixseg.modules.recording import Recording
 from pmixseg.modules.training.trainer_checks import check_item, check_loaders
 from pmixseg.plurals import count_of
 from pmixseg.task import Combination
@@ -104,7 +104,7 @@ class ScoredNetwork(SegmentationNetwork):
         """Score a case on every combination of what was acquired, in its native grid."""
         check_item(self._trainer, item)
         if "label" not in item:
-            warn_without_label(item)
+            rank_zero_warn(f"case '{item['case_id']}' has no label and is not scored.")
             return
         recording, settings = self.recording, self.evaluation
 

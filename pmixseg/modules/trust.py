@@ -50,14 +50,10 @@ MONAI_NETWORKS: frozenset[type] = frozenset(
 )
 """Segmentation networks that read and fetch nothing when they are made; others of MONAI do."""
 
+_CLASSES = (*vars(optim).values(), *vars(lr_scheduler).values())
 OPTIMIZATION: frozenset[type] = frozenset(
     {
-        *(c for c in vars(optim).values() if inspect.isclass(c) and issubclass(c, Optimizer)),
-        *(
-            c
-            for c in vars(lr_scheduler).values()
-            if inspect.isclass(c) and issubclass(c, LRScheduler)
-        ),
+        *(c for c in _CLASSES if inspect.isclass(c) and issubclass(c, Optimizer | LRScheduler)),
         *(Novograd, WarmupCosineSchedule),
     }
 )

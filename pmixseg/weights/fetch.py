@@ -90,13 +90,9 @@ def _from_address(address: str) -> Path:
     folder = cache_folder() / hashlib.sha256(bare.encode()).hexdigest()[:32]
     if bare.endswith(".ckpt"):
         return _download(bare, folder / bare.rsplit("/", 1)[-1], expected)
-    return _published_folder(bare, folder, expected)
-
-
-def _published_folder(base: str, folder: Path, expected: str | None) -> Path:
-    _download(f"{base}/{DESCRIPTION}", folder / DESCRIPTION, expected)
+    _download(f"{bare}/{DESCRIPTION}", folder / DESCRIPTION, expected)
     about = read_description(folder)
-    _download(f"{base}/{WEIGHTS}", folder / WEIGHTS, about.sha256)
+    _download(f"{bare}/{WEIGHTS}", folder / WEIGHTS, about.sha256)
     return folder
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import queue
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,12 +17,8 @@ from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows
 Work = TypeVar("Work")
 
 
-class Score(Protocol):
-    """Makes rows of the predictions of one case."""
-
-    def __call__(self, predictions: Iterable[CasePrediction], each: Each) -> Rows:
-        """Rows of all predictions, each of which is scored by ``each``."""
-
+Score = Callable[[Iterable[CasePrediction], Each], Rows]
+"""Makes rows of the predictions of one case, each of which is scored by what it is given."""
 
 WAITING = 16
 """Predictions that wait for the thread of their case, at most; three cases are in hand at once."""
@@ -85,8 +80,10 @@ class CaseRows:
         ) -> Iterable[Rows]:
             return many.map(_beside_network(function, device), some)
 
-        whole = _beside_network(functools.partial(score, each=each), device)
-        coming = one.submit(whole, iter(ready.get, None))
+        def whole(some: Iterable[CasePrediction]) -> Rows:
+            return score(some, each)
+
+        coming = one.submit(_beside_network(whole, device), iter(ready.get, None))
         self._coming.append(coming)
         try:
             for prediction in predictions:
