@@ -73,9 +73,7 @@ def test_what_is_hidden_is_not_seen(batch):
     module = MaskedPretraining(block=4, share=0.5, backbone=tiny()).eval()
     seen = {}
     inner = module.backbone.encode
-    module.encode = lambda image, present: seen.setdefault(
-        "out", inner(seen_image(image), present)
-    )
+    module.encode = lambda image, present: seen.setdefault("out", inner(seen_image(image), present))
 
     def seen_image(image):
         seen["image"] = image
