@@ -87,8 +87,16 @@ def writing(path: str | PathLike[str]) -> Iterator[None]:
 
 
 def _advice(error: object) -> str:
-    place = isinstance(error, OSError) and error.errno in {*_PLACE, errno.EROFS}
-    return "correct the path" if place else "free space"
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EFBIG:
+        return "allow larger files (ulimit -f)"
+    return "correct the path" if number in {*_PLACE, errno.EROFS} else "free space"
+
+
+def stops_all(error: InputError) -> bool:
+    """Say whether a full or read-only disk is the cause: no other case can be written either."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def disk_error(error: BaseException) -> InputError | None:

@@ -13,7 +13,7 @@ from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.cohorts.unread import strays_of
 from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.sequences import modality_of
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, stops_all
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings, check_scans
 from pmixseg.inference.folders import FolderScans, notes_on_strays, scans_in
 from pmixseg.inference.outputs import CaseResult, Outputs
@@ -107,8 +107,8 @@ def segment_folder(
         One result per case, as it is done.
 
     Raises:
-        InputError: no case can be found, it is not certain which file is which modality, or codes
-            are given beside those of a layout.
+        InputError: no case can be found, it is not certain which file is which modality, codes
+            are given beside those of a layout, or the disk is full.
     """
     force = settings is not None and settings.force
     try:
@@ -141,6 +141,8 @@ def segment_folder(
                 progress=_slice(progress, done, len(cases)),
             )
         except InputError as error:
+            if stops_all(error):
+                raise
             yield CaseResult(case.case_id, problem=str(error))
 
 

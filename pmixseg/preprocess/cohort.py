@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pmixseg.data.cohorts.cases import Case
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, stops_all
 from pmixseg.preprocess.atlas import read_volume
 from pmixseg.preprocess.itk import sitk
 from pmixseg.preprocess.pipeline import Preprocessed, preprocess_scans
@@ -57,7 +57,7 @@ def preprocess_cohort(
         A result per case, as each is done.
 
     Raises:
-        InputError: a worker was killed, most likely for lack of memory.
+        InputError: the disk is full, or a worker was killed, most likely for lack of memory.
     """
     out, atlas = Path(out), None if atlas is None else Path(atlas)
     one = partial(preprocess_case, out=out, brain=brain, atlas=atlas)
@@ -78,6 +78,8 @@ def preprocess_case(case: Case, out: Path, brain: str, atlas: Path | None) -> Do
         label = None if case.label is None else _label_in_atlas(case, done)
         done.save(out, label)
     except InputError as error:
+        if stops_all(error):
+            raise
         return Done(case.case_id, problem=str(error))
     return Done(case.case_id, done.notes)
 

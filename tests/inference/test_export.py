@@ -257,7 +257,7 @@ def test_a_disk_that_fills_up_is_one_sentence(module, tmp_path, kind):
     words = str(checkpoint), f"--format={kind}", f"-o{out}"
     code, said = Copy(export_to_a_full_disk, *words).join()
     assert code == 1, said
-    assert "cannot be written (File too large)" in said
+    assert "cannot be written (File too large); allow larger files (ulimit -f)" in said
     assert "Traceback" not in said
     assert list(out.parent.iterdir()) == []
 

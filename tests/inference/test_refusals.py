@@ -1,6 +1,8 @@
 """What segmenting refuses, in one sentence, and what force or strictness change."""
 
+import errno
 from itertools import islice
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -359,3 +361,12 @@ def test_a_case_that_memory_does_not_hold_stops_no_other(
     results = [*islice(segment_folder(model, cropped_root, Outputs(tmp_path)), 2)]
     assert "there is not enough memory for it; use" in results[0].problem
     assert results[1].problem is None and results[1].files
+
+
+def test_a_full_disk_stops_all(model, cropped_root, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(InputError, match="cannot be written .No space left"):
+        next(segment_folder(model, cropped_root, Outputs(tmp_path)))

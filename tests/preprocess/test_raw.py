@@ -13,14 +13,16 @@ from scipy import ndimage
 
 from pmixseg.backbones import Backbone
 from pmixseg.cli import main
+from pmixseg.data.cohorts.cases import Case
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.errors import InputError
 from pmixseg.inference.outputs import Outputs
 from pmixseg.inference.raw import RawSettings, segment_raw
 from pmixseg.modules import StudentModule
 from pmixseg.modules.preparation import Preparation
-from pmixseg.preprocess import preprocess_scans
+from pmixseg.preprocess import cohort, preprocess_scans
 from pmixseg.preprocess.brain import brain_mask
+from pmixseg.preprocess.cohort import preprocess_cohort
 from pmixseg.preprocess.pipeline import Preprocessed
 from pmixseg.preprocess.registration import register
 from pmixseg.task import BRATS
@@ -272,6 +274,10 @@ def test_a_case_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         full.setattr(sitk, "WriteTransform", lambda _, path: Path(path).touch())
         with pytest.raises(InputError, match=r"x cannot be written \(No space left"):
             done.save(tmp_path, mask)
+        full.setattr(cohort, "preprocess_scans", lambda *_, **__: done)
+        cases = [Case(name, {"t1": tmp_path / "t1.nii"}, None, {}) for name in "xy"]
+        with pytest.raises(InputError, match="No space left"):  # not once a case
+            next(preprocess_cohort(cases, tmp_path, workers=0))
         full.setattr(sitk, "WriteTransform", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             done.save(tmp_path, mask)
