@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import (
     active_children,
@@ -68,9 +68,10 @@ def results(
         return
     end_if_read_anew()
     others, done = {child.pid for child in active_children()}, 0
-    pool = ProcessPoolExecutor(workers, _context(preload), initializer=start_worker)
+    with _starting():
+        pool = ProcessPoolExecutor(workers, _context(preload), initializer=start_worker)
     try:
-        with _interrupted_later():
+        with _interrupted_later(), _starting():
             futures = {pool.submit(partial(_piece, work), item): item for item in items}
         for future in as_completed(futures):
             result = future.result()
@@ -90,7 +91,21 @@ def results(
                 os.kill(child.pid, signal.SIGINT)
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        with suppress(RuntimeError):  # its thread may never have begun
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise
+    except (OSError, EOFError, RuntimeError) as error:
+        raise InputError(
+            f"the system starts no more processes ({error or 'the server ended'}); allow more "
+            "(ulimit -u), or use fewer workers."
+        ) from error
 
 
 def end_if_read_anew() -> None:
@@ -134,7 +149,10 @@ def start_worker() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
-    Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        Thread(target=_end_with_parent, daemon=True).start()
+    except RuntimeError:  # there are no more threads; the first process says so
+        os._exit(1)
 
 
 def _end_with_parent() -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -89,3 +90,16 @@ def test_whoever_works_has_one_thread(monkeypatch, workers):
         ((_, threads),) = results(threads_of_blas, [np.eye(2)], workers, where="here")
         assert set(threads) == {1}
         assert 2 in threads_of_blas(np.eye(2))  # this process as it was
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("can't start new thread"), BlockingIOError(11, "unavailable"), EOFError()],
+)
+def test_a_system_that_starts_no_more_processes_is_told(monkeypatch, tmp_path, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", refuse)
+    with pytest.raises(InputError, match=r"starts no more processes .*ulimit -u"):
+        list(results(partial(square, tmp_path), [1], 2, where="here"))

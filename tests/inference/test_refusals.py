@@ -368,5 +368,5 @@ def test_a_full_disk_stops_all(model, cropped_root, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(InputError, match="cannot be written .No space left"):
+    with pytest.raises(InputError, match=r"cannot be written .No space left"):
         next(segment_folder(model, cropped_root, Outputs(tmp_path)))
