@@ -56,6 +56,15 @@ class Measure:
         """Whether more is better."""
         return self.direction == "higher"
 
+    def loss(self, value: float) -> float:
+        """Return a number that is the lower the better the value.
+
+        Example:
+            >>> DICE.loss(0.9), HD95.loss(4.0), MEASURES["volume_error_ml"].loss(-3.0)
+            (-0.9, 4.0, 3.0)
+        """
+        return -value if self.higher else abs(value)
+
     def show(self, value: float, digits: int | None = None) -> str:
         """Write a scaled value as text, a dash where there is none.
 

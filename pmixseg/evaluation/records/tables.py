@@ -19,7 +19,7 @@ from pmixseg.task import Combination, Task, format_combination
 
 SHOWN, HIDDEN = "●", "○"
 
-OWN_MEANS = "mean: of each case's own mean, for some cases lack a sequence"
+OWN_MEANS = "mean: of each case's own mean, for some cases lack a sequence or a value"
 """What stands below a table whose means are not those of its columns."""
 
 
@@ -33,7 +33,7 @@ class Line:
         values: scaled mean over cases per combination; NaN where no case has it.
         mean: the "average" column of the papers, by :func:`mean_over_cases`: the mean of ``values``
             where every case has every combination.
-        cases: number of cases per combination.
+        cases: number of cases that have a value, per combination.
         best: per combination, and last for the mean, whether no other run is better.
     """
 
@@ -69,6 +69,12 @@ class Lines:
         """Measure and unit."""
         return f"{self.measure.title} ({self.measure.unit})"
 
+    @property
+    def sizes_of_means(self) -> str:
+        """Over how many cases the means are: ``12``, or ``6 to 12``."""
+        sizes = sorted({n for line in self.lines for n in line.cases if n})
+        return " to ".join(map(str, dict.fromkeys((*sizes[:1], *sizes[-1:]))))
+
     def by_region(self) -> list[tuple[str, list[Line]]]:
         """Lines of each region."""
         return [(r, list(lines)) for r, lines in groupby(self.lines, lambda line: line.region)]
@@ -93,8 +99,8 @@ class Tabulation(Lines):
 
     Args:
         combinations: the columns.
-        comparable: per region, the columns in which all runs were scored on the same cases; only
-            there are runs ranked and the best marked.
+        comparable: per region, the columns in which runs are ranked and the best marked: all have
+            values of the same cases there, and the measure has a better direction.
     """
 
     combinations: tuple[Combination, ...]
@@ -109,7 +115,7 @@ class Tabulation(Lines):
         for region, lines in self.by_region():
             values = pd.DataFrame({line.run: line.values for line in lines})
             use = pd.Series(self.comparable[region]) & values.notna().all(axis=1)
-            parts[region] = values[use].rank(axis=1, ascending=not self.measure.higher)
+            parts[region] = values[use].map(self.measure.loss).rank(axis=1)
         means = pd.DataFrame({region: part.mean() for region, part in parts.items()})
         everything = pd.concat(list(parts.values()))
         means["all"] = everything.mean()
@@ -221,7 +227,7 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
 
     Args:
         runs: results; run names must differ and tasks be equal.
-        measure: what to print.
+        measure: what to print. Cases in which it is NaN are left out.
 
     Raises:
         InputError: no run, runs of different tasks or with one name, or a column that is missing.
@@ -240,7 +246,7 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
                 "measure."
             )
         for region in task.regions:
-            part = one.table[one.table["region"] == region]
+            part = one.table[one.table["region"] == region].dropna(subset=measure.name)
             by = part.groupby("combination")
             key = (region, run_name(one))
             columns = by[measure.name].mean().reindex(names)
@@ -249,12 +255,12 @@ def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
             ]
             ids = {str(name): frozenset(group["case"]) for name, group in by}
             cases[key] = [ids.get(n, frozenset()) for n in names]
-    # The best of a column is marked only where all runs were scored on the same cases.
     lines: list[Line] = []
     comparable: dict[str, tuple[bool, ...]] = {}
     for region in task.regions:
         keys = [(region, run_name(one)) for one in runs]
-        same = [len(set(column)) == 1 for column in zip(*(cases[k] for k in keys), strict=True)]
+        columns_of_runs = zip(*(cases[k] for k in keys), strict=True)
+        same = [measure.direction is not None and len(set(c)) == 1 for c in columns_of_runs]
         comparable[region] = tuple(same)
         marks = best_of([means[k] for k in keys], [*same, all(same)], measure)
         for key, best in zip(keys, marks, strict=True):
@@ -309,12 +315,11 @@ def best_of(
     marks = [[False] * len(comparable) for _ in rows]
     if len(rows) > 1:
         for j, use in enumerate(comparable):
-            column = [round(row[j], measure.digits) for row in rows]
-            valid = [v for v in column if not math.isnan(v)]
+            losses = [measure.loss(round(row[j], measure.digits)) for row in rows]
+            valid = [v for v in losses if not math.isnan(v)]
             if use and len(valid) > 1:
-                top = max(valid) if measure.higher else min(valid)
-                for mark, value in zip(marks, column, strict=True):
-                    mark[j] = value == top
+                for mark, loss in zip(marks, losses, strict=True):
+                    mark[j] = loss == min(valid)
     return [tuple(mark) for mark in marks]
 
 

@@ -47,6 +47,7 @@ from pmixseg.evaluation.report.pictures import (
 from pmixseg.evaluation.report.summary import (
     additions,
     calibration_summaries,
+    measured,
     region_summaries,
     remarks,
     temperatures,
@@ -156,7 +157,7 @@ def _page(runs: list[Run], assets: Path, images: bool) -> str:
     records = [run.records for run in runs]
     task = records[0].task
     dice = tabulate(records, DICE)
-    hd95 = tabulate(records, HD95) if _measured(records, "hd95") else None
+    hd95 = tabulate(records, HD95) if measured(records, "hd95") else None
     pictures = _pictures(runs) if images else []
     charts = _write_figures(assets, _figures(runs, dice, hd95))
     _write_tables(assets, [t for t in (dice, hd95) if t is not None], records)
@@ -295,10 +296,6 @@ def _training(runs: list[Run], charts: dict[str, Markup]) -> list[tuple[str, Mar
     return [(text, charts[name]) for name, text in captions.items() if name in charts]
 
 
-def _measured(records: Sequence[Records], column: str) -> bool:
-    return all(column in one.table and one.table[column].notna().any() for one in records)
-
-
 def _figures(runs: list[Run], dice: Tabulation, hd95: Tabulation | None) -> dict[str, Figure]:
     records = [run.records for run in runs]
     figures = {"heat_dice": heat_map(dice), "cases_dice": box_plots(records)}
@@ -364,13 +361,13 @@ def _write_figures(assets: Path, figures: dict[str, Figure]) -> dict[str, Markup
 
 def _write_tables(assets: Path, tables: list[Tabulation], records: list[Records]) -> None:
     rules = [f"{k}: {v}" for k, v in records[0].sidecar.conventions.items()]
-    comment = "\n".join([f"cases: {records[0].table['case'].nunique()}", *rules])
-    others = [tabulate(records, m) for m in (ECE, BRIER) if _measured(records, m.name)]
+    others = [tabulate(records, m) for m in (ECE, BRIER) if measured(records, m.name)]
     for table in (*tables, *others):
         stem = f"table_{table.measure.name}"
         with whole(assets / f"{stem}.csv") as part:
             quote_formulas(table.frame()).to_csv(part, index=False)
         with whole(assets / f"{stem}.tex") as part:
+            comment = "\n".join([f"cases: {table.sizes_of_means}", *rules])
             part.write_text(table.latex(comment), encoding="utf-8")
     summaries = [vars(s) for s in region_summaries(records)]
     with whole(assets / "summary.csv") as part:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from pmixseg.evaluation.comparison.monotonicity import added_modalities
 from pmixseg.evaluation.records.grouped import group_by_size
-from pmixseg.evaluation.records.measures import BRIER, ECE
+from pmixseg.evaluation.records.measures import BRIER, DICE, ECE, HD95
 from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.evaluation.records.tables import run_name, tabulate
 from pmixseg.plurals import count_of
@@ -34,10 +34,11 @@ class RegionSummary:
         full: mean Dice with every modality; NaN if no case has all.
         lowest: lowest mean Dice of a combination.
         lowest_at: that combination.
-        hd95: mean over cases of the case's mean over combinations, penalties included.
-        hd95_median: median over all rows, penalties included.
-        penalised: rows in which exactly one mask is empty, so that HD95 is a penalty; ``None`` if
-            the records do not say.
+        hd95: mean over the cases that have one, of the case's mean over combinations.
+        hd95_cases: how many these are.
+        hd95_median: median over all rows that have one.
+        penalised: rows in which exactly one mask is empty, so that HD95 is a convention;
+            ``None`` if the records do not say.
         invented: rows with a prediction where the truth is empty; ``None`` as above.
         missed: rows without a prediction where the truth is not empty; ``None`` as above.
         absent: cases whose truth is empty; ``None`` as above.
@@ -53,6 +54,7 @@ class RegionSummary:
     lowest: float
     lowest_at: str
     hd95: float
+    hd95_cases: int
     hd95_median: float
     penalised: int | None
     invented: int | None
@@ -94,6 +96,7 @@ def _summary(records: Records, region: str) -> RegionSummary:
         lowest=float(means.min()),
         lowest_at=str(means.idxmin()) if means.notna().any() else "",
         hd95=mean_over_cases(part, "hd95"),
+        hd95_cases=part[hd95.notna()]["case"].nunique(),
         hd95_median=float(hd95.median()),
         penalised=int((truth_empty ^ prediction_empty).sum()) if has_empty else None,
         invented=int((truth_empty & ~prediction_empty).sum()) if has_empty else None,
@@ -216,7 +219,8 @@ def additions(records: Records, count: int = 6) -> Additions:
 def remarks(runs: Sequence[Records]) -> list[str]:
     """Say what a reader must know before comparing anything on the page, one sentence each."""
     regions = [text for name in runs[0].task.regions for text in _about_region(runs[0], name)]
-    return [*_about_cases(runs), *_about_settings(runs), *regions, *_about_origin(runs)]
+    cases = [*_about_cases(runs), *_about_values(runs)]
+    return [*cases, *_about_settings(runs), *regions, *_about_origin(runs)]
 
 
 def _about_cases(runs: Sequence[Records]) -> list[str]:
@@ -237,6 +241,28 @@ def _about_cases(runs: Sequence[Records]) -> list[str]:
             f"Not every case has every sequence ({', '.join(lacking)}): combinations with a "
             "missing sequence are averaged over fewer cases."
         )
+    return cautions
+
+
+def measured(runs: Sequence[Records], column: str) -> bool:
+    """Whether every run has values of a measure."""
+    return all(column in one.table and one.table[column].notna().any() for one in runs)
+
+
+def _about_values(runs: Sequence[Records]) -> list[str]:
+    """Name the rows in which a measure of the page has no value, for no mean shows them."""
+    cautions: list[str] = []
+    for measure in (m for m in (DICE, HD95, ECE, BRIER) if measured(runs, m.name)):
+        for table in (one.table for one in runs):
+            lacking = table[table[measure.name].isna()]
+            of = count_of(table["case"].nunique(), "case")
+            if len(lacking):
+                cautions.append(
+                    f"{measure.title} is missing from {len(lacking)} of {len(table)} rows of "
+                    f"{table['run'].iloc[0]} ({lacking['case'].nunique()} of {of} lack it), which "
+                    "its means leave out, however bad the prediction. Runs are ranked by it, and "
+                    "the best marked, only where all have values of the same cases."
+                )
     return cautions
 
 

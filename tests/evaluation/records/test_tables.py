@@ -182,6 +182,32 @@ def test_other_cases_are_not_ranked():
     assert table.ranks()["columns"].tolist() == [2, 2]
 
 
+def runs_of(measure, *columns):
+    """Runs whose cases have these values of a measure on one sequence; None: no number."""
+    keys = {"combination": "a", "region": "R", "dice": 0.5}
+    rows = [[{"case": str(i)} | keys | {measure: v} for i, v in enumerate(c)] for c in columns]
+    return [Records.from_rows(r, f"run{i}", Sidecar(TWO)) for i, r in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("measure", "values", "best", "ranked"),
+    [
+        ("volume_error_ml", ((-30, -30), (0.5, 0.5)), (False, True), [2, 1]),
+        ("volume_error_ml", ((-0.4, -0.4), (0.4, 0.4)), (True, True), [1.5, 1.5]),
+        ("volume_ml", ((30, 30), (40, 40)), (False, False), None),
+        ("precision", ((0.9, None), (0.9, 0.9)), (False, False), None),
+        ("precision", ((0.8, None), (0.9, None)), (False, True), [2, 1]),
+    ],
+)
+def test_a_winner_is_nearest_to_the_ideal_on_the_same_values(measure, values, best, ranked):
+    table = tabulate(runs_of(measure, *values), MEASURES[measure])
+    assert tuple(line.best[0] for line in table.lines[:2]) == best
+    assert group_by_size(table).lines[0].best[-1] == best[0]
+    ranks = table.ranks()
+    assert ranks["columns"].tolist() == [0 if ranked is None else 1] * 2
+    assert ranked is None or ranks["all"].tolist() == ranked
+
+
 def test_frame_is_the_table():
     frame = tabulate([records(FIRST)]).frame()
     assert list(frame.columns) == ["region", "run", "a", "b", "a+b", "mean", "cases"]

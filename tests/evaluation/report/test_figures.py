@@ -1,7 +1,8 @@
-"""What a report shows: figures of a size that does not grow, and the viewer in a browser."""
+"""What a report shows: figures that do not grow, the viewer in a browser, who is marked best."""
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pmixseg.data.formats.colours import class_colours
 from pmixseg.evaluation.records.curves import Chart
 from pmixseg.evaluation.records.measures import HD95
 from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.evaluation.records.tables import tabulate
 from pmixseg.evaluation.report.figures import (
     MOST_POINTS,
@@ -25,6 +27,8 @@ from pmixseg.evaluation.report.figures import (
     heat_map,
     themed,
 )
+from pmixseg.evaluation.scores.conventions import Conventions
+from pmixseg.task import BRATS, format_combination
 from tests.evaluation.made_up import (
     ABOUT,
     example_label,
@@ -168,3 +172,28 @@ def test_the_viewer_shows_the_chosen_combination_plane_and_slice(page, tmp_path,
         )
         assert expected.any()
         assert (shown == expected).all(), layer
+
+
+def test_a_run_that_misses_tumours_does_not_win_by_having_no_distance(tmp_path):
+    """The convention ``hd95: nan`` leaves out the cases in which nothing was found."""
+    about = Sidecar(BRATS, conventions=Conventions(hd95="nan").to_dict())
+    values = {"misses": ((0, math.nan), (0.8, 3)), "finds": ((0.8, 4), (0.8, 20))}
+    for name, of in values.items():
+        rows = [
+            {"case": f"{i:02}", "combination": format_combination(c), "region": region}
+            | dict(zip(("dice", "hd95"), of[i // 6], strict=True))
+            for i in range(12)
+            for c in BRATS.combinations()
+            for region in BRATS.regions
+        ]
+        Records.from_rows(rows, name, about).write(tmp_path / name / "records.csv")
+    out = tmp_path / "report.html"
+    said = " ".join(plain_report([tmp_path / n for n in values], out).read_text().split())
+    assert "HD95 is missing from 270 of 540 rows of misses (6 of 12 cases lack it)" in said
+    assert "penalties included" not in said and ": 45 for Dice." in said
+    assert "3.0 <small>in 6 cases</small>" in said
+    files = tmp_path / "report_files"
+    latex = (files / "table_hd95.tex").read_text()
+    assert "textbf" not in latex and "% cases: 6 to 12\n" in latex
+    assert "textbf" in (files / "table_dice.tex").read_text()
+    assert pd.read_csv(files / "table_hd95.csv")["cases"].tolist() == [6, 12] * 3
