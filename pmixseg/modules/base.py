@@ -36,6 +36,7 @@ from pmixseg.modules.training.optimization import (
     complete_gradients,
     every_parameter,
     fuse,
+    is_parallel,
     parameter_groups,
     rate_of,
     regroup,
@@ -189,7 +190,7 @@ class SegmentationModule(ScoredNetwork):
                 parts[f"{name}/{part}"] = number
             cast(Term, term).parts = {}  # nothing of a step outlives it
             total = total + weights[name] * value
-        if self._trainer is not None and self.trainer.world_size > 1:
+        if self._trainer is not None and is_parallel(self.trainer):
             total = total + every_parameter(self)
         parts["loss"] = total
         return total, torch.stack([part.detach().float() for part in parts.values()]), tuple(parts)

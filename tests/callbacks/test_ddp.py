@@ -14,7 +14,7 @@ from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.records.records import Records
 from pmixseg.modules import StudentModule, TeacherModule, load
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
-from tests.processes import spread
+from tests.processes import Ranks, spread
 
 pytestmark = [pytest.mark.ddp, pytest.mark.long]
 
@@ -84,6 +84,19 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path, teacher, make):
             moved += int(not torch.equal(start[name], value))
     assert moved > 0.9 * len(start)
     assert not torch.equal(start["anchor.scores"], one["anchor.scores"])
+
+
+def test_ddp_of_one_process_equals_no_ddp(tmp_path):
+    """DDP waits for every gradient there, too: as on a cluster with one task."""
+    states = []
+    for arguments in ({}, {"strategy": Ranks(start_method="forkserver")}):
+        torch.manual_seed(0)
+        module = StudentModule(backbone=tiny(), optimizer=torch.optim.SGD)
+        trainer = quiet_trainer(tmp_path, callbacks=[RanksAgree()], **spread(1), **arguments)
+        trainer.fit(module, MemoryData(UNEQUAL[1:2] * 4, batch_size=1))
+        states.append(torch.load(tmp_path / "state.pt", weights_only=True))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_bf16_and_ranks_that_lack_different_modalities(tmp_path, teacher):

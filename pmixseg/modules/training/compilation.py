@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from pmixseg.modules.training.optimization import is_parallel
 from pmixseg.types import Batch
 
 Compile = bool | Literal["auto"]
@@ -61,7 +62,7 @@ def plan(setting: Compile, device: torch.device, trainer: Trainer) -> Plan | Non
     """
     if setting is False or (setting == "auto" and not _pays(device, trainer)):
         return None
-    alone = trainer.world_size == 1
+    alone = not is_parallel(trainer)
     # Gradients that outlive a step would lie in memory that the next replay overwrites.
     replays = device.type == "cuda" and alone and trainer.accumulate_grad_batches == 1
     half = "16" in str(trainer.precision)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -338,6 +339,11 @@ def regroup(state: dict[str, Any], module: nn.Module) -> None:
     state["state"] = {n: of_parameter[i] for n, i in enumerate(now) if of_parameter[i] is not None}
     weights = sum(decays(name, p) for name, p in named)
     groups[0]["params"], groups[1]["params"] = [*range(weights)], [*range(weights, len(named))]
+
+
+def is_parallel(trainer: Trainer) -> bool:
+    """Say whether a strategy for several processes wraps the module, also where there is one."""
+    return isinstance(trainer.strategy, ParallelStrategy)
 
 
 def every_parameter(module: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.modules import StudentModule
@@ -116,7 +116,7 @@ def test_auto_compiles_on_a_gpu_where_it_pays(device, steps, compiles, monkeypat
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
     trainer = SimpleNamespace(
         estimated_stepping_batches=steps,
-        world_size=1,
+        strategy=SingleDeviceStrategy(),
         accumulate_grad_batches=1,
         precision="bf16-mixed",
     )
