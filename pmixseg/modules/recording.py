@@ -20,7 +20,7 @@ from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.grouped import result_table
 from pmixseg.evaluation.records.records import Records, gather_rows, mean_over_cases
 from pmixseg.evaluation.records.sidecar import Sidecar, checkpoint_identity
-from pmixseg.modules.preparation import Preparation
+from pmixseg.modules.preparation import Preparation, are_synthetic
 from pmixseg.plurals import count_of
 from pmixseg.task import Combination, Task
 
@@ -88,20 +88,18 @@ class Recording:
         self,
         rows: list[dict[str, Any]],
         checkpoint: str | Path | None,
-        split: str | None,
+        data: Any,
         preparation: Preparation,
         seen: Sequence[str] = (),
-        phantom: bool | None = None,
     ) -> dict[str, float]:
         """Gather the rows of all ranks, write the records and their sidecar, print the table.
 
         Args:
             rows: of this rank.
             checkpoint: file of the weights, if they are from one.
-            split: name of the split that was tested.
+            data: the data module whose test cases were given; ``None``: none.
             preparation: of the model's training data.
             seen: test cases that the model was trained or selected with.
-            phantom: all test cases are synthetic; ``None``: not known.
 
         Returns:
             ``test/dice`` and ``test/dice/<region>``: see
@@ -114,14 +112,16 @@ class Recording:
         if not every:
             raise InputError("no test case has a label, so there is nothing to score; use predict.")
         # Everything that a reader must know before comparing the numbers.
+        part = getattr(getattr(data, "parts", None), "test", None)
         sidecar = Sidecar(
             self.task,
             conventions=self.settings.conventions.to_dict(),
             postprocess=self.settings.postprocess,
             checkpoint=None if checkpoint is None else checkpoint_identity(Path(checkpoint)),
-            split=split,
+            split=getattr(data, "split_name", None),
             part="test",
-            phantom=phantom,
+            part_size=None if part is None else len(set(part)),
+            phantom=are_synthetic(data, "test"),
             seen=sorted(seen),
             config={
                 "evaluation": self.settings.to_dict(),
@@ -138,9 +138,9 @@ class Recording:
 
     @rank_zero_only
     def _publish(self, records: Records) -> None:
-        cases = records.table["case"].nunique()
+        cases = records.scored or count_of(records.table["case"].nunique(), "case")
         records.write(self.path)
         console = Console(highlight=False, markup=False, soft_wrap=True)
         console.print(result_table(records, width=console.width))
         sidecar = self.path.with_suffix(".json").name
-        console.print(f"{count_of(cases, 'case')}; {self.path}, conventions in {sidecar}")
+        console.print(f"{cases}; {self.path}, conventions in {sidecar}")

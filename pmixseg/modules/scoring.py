@@ -19,7 +19,7 @@ from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.execution import static_on
 from pmixseg.modules.network import SegmentationNetwork
-from pmixseg.modules.preparation import are_synthetic, seen_cases
+from pmixseg.modules.preparation import seen_cases
 from pmixseg.modules.recording import Recording
 from pmixseg.modules.training.trainer_checks import check_item, check_loaders
 from pmixseg.plurals import count_of
@@ -124,15 +124,12 @@ class ScoredNetwork(SegmentationNetwork):
 
     def on_test_epoch_end(self) -> None:
         """Write the records of all ranks and log ``test/dice`` and ``test/dice/<region>``."""
-        source = self.trainer.ckpt_path or self.loaded_from
-        data = getattr(self.trainer, "datamodule", None)
         scores = self.recording.write(
             self.records,
-            source,
-            getattr(data, "split_name", None),
+            self.trainer.ckpt_path or self.loaded_from,
+            getattr(self.trainer, "datamodule", None),
             self.preparation,
             [case.name for case in self.seen],
-            are_synthetic(data, "test"),
         )
         self.log_dict(scores)
 

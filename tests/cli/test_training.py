@@ -1,5 +1,6 @@
 """fit → test → predict through the command line, on the phantom store."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +12,10 @@ import yaml
 
 import pmixseg.modules
 from pmixseg.cli import main
+from pmixseg.data.store.store import Store
+from pmixseg.evaluation.comparison.compare import matching_notes
 from pmixseg.evaluation.records.records import Records
+from pmixseg.evaluation.report.summary import remarks
 from pmixseg.inference.publish import publish
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint
@@ -123,13 +127,25 @@ def test_a_run_folder_that_cannot_be_made_is_one_sentence(phantom_store, tmp_pat
     )
 
 
-def test_pictures_that_cannot_be_written_cost_no_results(student_run, phantom_store, tmp_path):
+def test_pictures_that_cannot_be_written_cost_no_results(
+    student_run, phantom_store, tmp_path, capsys
+):
     (tmp_path / "slices").write_text("in the way")
     test = ["test", f"--ckpt_path={student_run}/checkpoints/last.ckpt", f"--run={tmp_path}"]
     test += [f"--data.store={phantom_store}", "--trainer.enable_progress_bar=false"]
     with pytest.warns(UserWarning, match=r"npz cannot be written \(File exists\).*no picture of"):
-        assert main([*test, "--trainer.limit_test_batches=1"]) == 0
-    assert Records.read(tmp_path).table["case"].nunique() == 1
+        whole = ["--force", "--data.split=WholeCohort"]
+        assert main([*test, *whole, "--trainer.limit_test_batches=1"]) == 0
+    records = Records.read(tmp_path)
+    assert records.table["case"].nunique() == 1
+    # A test of a part of the test cases says so, here and wherever its numbers are read.
+    said = f"1 of {len(Store.open(phantom_store).cases)} cases of the part were scored"
+    assert said in capsys.readouterr().out
+    assert f"{tmp_path.name}: {said}" in " ".join(remarks([records]))
+    other = replace(records, table=records.table.assign(dice=0.5, run="whole"))
+    assert sum(said in note for note in matching_notes([records], [other])) == 2
+    whole = replace(records, sidecar=replace(records.sidecar, part_size=1))
+    assert "were scored" not in " ".join(remarks([whole]))
 
 
 def test_predict_writes_nifti_that_overlays_its_source(student_run, phantom_store, phantom_root):

@@ -69,6 +69,7 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
         for one in (*a, *b)
         if one.sidecar.seen
     ]
+    notes += [f"{run_name(one)}: {one.scored}." for one in (*a, *b) if one.scored]
     odd = [
         f"{_run_with_seeds(x)} with {_run_with_seeds(y)}"
         for x, y in zip(a, b, strict=False)

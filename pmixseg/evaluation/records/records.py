@@ -106,6 +106,12 @@ class Records:
         """Task of the records."""
         return self.sidecar.task
 
+    @property
+    def scored(self) -> str:
+        """Say that only some cases of the part were scored; empty where all were, or unknown."""
+        count, size = self.table["case"].nunique(), self.sidecar.part_size or 0
+        return f"{count} of {size} cases of the part were scored" if count < size else ""
+
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], run: str, sidecar: Sidecar) -> Records:
         """Records of one run, in the task's order, a later row of the same key winning.

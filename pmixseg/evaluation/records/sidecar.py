@@ -35,6 +35,7 @@ class Sidecar:
         checkpoint: ``{"file": name, "sha256": hash}`` of the weights, if from a file.
         split: name of a published split, or hash of the lists of cases.
         part: which part of the split was scored, e.g. ``test``.
+        part_size: number of cases of that part, scored or not; ``None``: not known.
         phantom: synthetic cases (True), patients (False), or not known.
         seen: cases that the model was trained or selected with, and that were scored by force.
         config: how the run was configured; primitives.
@@ -50,6 +51,7 @@ class Sidecar:
     checkpoint: Mapping[str, str] | None = None
     split: str | None = None
     part: str | None = None
+    part_size: int | None = None
     phantom: bool | None = None
     seen: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -115,6 +117,7 @@ _KINDS: dict[str, Any] = {
     "checkpoint": Mapping | None,
     "split": str | None,
     "part": str | None,
+    "part_size": int | None,
     "phantom": bool | None,
     "seen": list | None,
     "config": Mapping | None,

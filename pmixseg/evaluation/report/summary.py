@@ -225,7 +225,7 @@ def remarks(runs: Sequence[Records]) -> list[str]:
 
 def _about_cases(runs: Sequence[Records]) -> list[str]:
     """Say how many cases there are, and whether all runs have them and all sequences of them."""
-    cautions: list[str] = []
+    cautions = [f"{run_name(one)}: {one.scored}." for one in runs if one.scored]
     sets = [frozenset(one.table["case"]) for one in runs]
     count = min(len(s) for s in sets)
     if count < FEW_CASES:
