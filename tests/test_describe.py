@@ -28,11 +28,11 @@ from pmixseg.argument_checks import argument_check
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import TermCallback
 from pmixseg.data import Augmentation, Fractions, Store, find_cases, prepare
-from pmixseg.describe import Described, build, describe
+from pmixseg.describe import Described, build, constructor_arguments, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.inference.outputs import Outputs
-from pmixseg.losses import DiceCE, LatentMatch, LogitKL, MixtureAnchor
+from pmixseg.losses import DiceCE, Distance, LatentMatch, LogitKL, MixtureAnchor
 
 
 class Inner(Described):
@@ -360,14 +360,15 @@ ANY_NUMBER = {"seed", "index"}
 """Arguments of which -1 means something."""
 
 
-def described(cls):
+def described(cls, abstract=False):
     """Every class of the package whose constructor a file of settings may call."""
     for part in ("", ".losses", ".callbacks", ".data", ".modules", ".backbones"):
         package = importlib.import_module(f"pmixseg{part}")
         assert all(hasattr(package, name) for name in package.__all__)  # imported by that
     for below in cls.__subclasses__():
-        yield from described(below)
-        if below.__module__.startswith("pmixseg.") and not inspect.isabstract(below):
+        yield from described(below, abstract)
+        ours = below.__module__.startswith("pmixseg.")
+        if ours and (abstract or not inspect.isabstract(below)):
             yield below
 
 
@@ -390,6 +391,25 @@ def test_numbers_that_mean_nothing_are_refused_by_every_class():
                     cls(**{**base, p.name: value})
                     pytest.fail(f"{cls.__name__}({p.name}={value}) is taken")
     assert asked > 200
+
+
+def test_a_class_has_ranges_of_its_own_arguments_alone():
+    """A class of a user's own may mean something else by the same word."""
+    for cls in {*described(Described, abstract=True)}:
+        foreign = vars(cls).get("ranges", {}).keys() - {*constructor_arguments(cls), "epsilon"}
+        assert not foreign, f"{cls.__name__} has ranges for {foreign}"
+
+
+def test_an_argument_of_a_users_own_class_may_be_any_number():
+    class Own(Distance):
+        def __init__(self, beta: float = -1.0) -> None:
+            super().__init__()
+            self.beta = beta
+
+        def forward(self, **views):
+            raise NotImplementedError
+
+    assert Own(beta=-0.5).beta == -0.5
 
 
 def test_a_constructor_replaced_from_outside_is_not_taken_for_forgotten(monkeypatch):

@@ -42,10 +42,7 @@ class Backbone(nn.Module, Described, ABC):
     shares_encoding: bool = True
     fillable: bool = True
     needs_acquired: bool = False
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("num_classes", "width", "levels", "heads", "hidden"), COUNT),
-        "dropout": Range(0, 1),
-    }
+    ranges: ClassVar[Mapping[str, Range]] = {"num_classes": COUNT}
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -31,6 +31,7 @@ from pmixseg.backbones.slots import (
     join_levels,
 )
 from pmixseg.borrowed import Borrowed
+from pmixseg.describe import COUNT, Range
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -258,6 +259,11 @@ class MMFormer(Backbone):
     Faithful to the published code: blocks, padding, transformer, parameter count (36.65 M with
     four unused ``decode_conv``, 36.39 M here). Different: the token order unless ``official``.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("width", "heads", "hidden"), COUNT),
+        "dropout": Range(0, 1),
+    }
 
     def __init__(
         self,

@@ -7,8 +7,8 @@ level. Region descriptors are one matrix product of latents and region maps, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from pmixseg.backbones.slots import (
     masked_weight,
     side_by_side,
 )
+from pmixseg.describe import COUNT, Range
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput, full_precision
 
@@ -294,6 +295,8 @@ class RFNet(Backbone):
     Faithful to the published code: padding, blocks, fusion, parameter count (8.985 M). Different:
     computed in the cheap form above, and outputs are logits where the code has probabilities.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"width": COUNT}
 
     def __init__(
         self,

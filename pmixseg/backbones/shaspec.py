@@ -6,7 +6,8 @@ Shared-Specific Feature Modelling (CVPR 2023).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from pmixseg.backbones.slots import (
     map_slots,
 )
 from pmixseg.backbones.unet import SLOPE, Encoder, conv_block
+from pmixseg.describe import COUNT, Range
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -71,6 +73,8 @@ class ShaSpec(Backbone):
     """
 
     fillable = False
+
+    ranges: ClassVar[Mapping[str, Range]] = {"width": COUNT, "levels": COUNT}
 
     def __init__(
         self,

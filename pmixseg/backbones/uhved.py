@@ -6,9 +6,10 @@ Modality Completion and Segmentation (MICCAI 2019).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from pmixseg.backbones.layers.grouped import Groupable
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import norm_act
 from pmixseg.backbones.slots import EncodedLatents, check_input, encode_slots, join_levels
+from pmixseg.describe import COUNT, Range
 from pmixseg.errors import InputError
 from pmixseg.gaussians import gaussian_kl
 from pmixseg.task import BRATS
@@ -167,6 +169,8 @@ class UHVED(Backbone):
     """
 
     fillable = False
+
+    ranges: ClassVar[Mapping[str, Range]] = {"width": COUNT}
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from pmixseg.backbones.layers.grouped import Groupable
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import NormAct
 from pmixseg.backbones.slots import SlotConv, check_input, encode_slots, join_levels
+from pmixseg.describe import COUNT, Range
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -112,6 +114,12 @@ class MultiEncoderUNet(Backbone):
         >>> out.logits.shape, [tuple(f.shape) for f in out.latents.features][-1]
         (torch.Size([1, 4, 16, 16, 16]), (1, 4, 16, 4, 4, 4))
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "width": COUNT,
+        "levels": COUNT,
+        "dropout": Range(0, 1),
+    }
 
     def __init__(
         self,

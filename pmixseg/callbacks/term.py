@@ -9,7 +9,7 @@ from typing import ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
-from pmixseg.describe import COUNT, NOT_NEGATIVE, POSITIVE, Described, Range
+from pmixseg.describe import NOT_NEGATIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.base import SegmentationModule
@@ -32,11 +32,9 @@ class TermCallback(Callback, Described, ABC):
         InputError: a negative weight.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("weight", "start_epoch", "warmup_epochs"), NOT_NEGATIVE),
-        "ratio": POSITIVE,
-        "ratio_steps": COUNT,
-    }
+    ranges: ClassVar[Mapping[str, Range]] = dict.fromkeys(
+        ("weight", "start_epoch", "warmup_epochs"), NOT_NEGATIVE
+    )
 
     def __init__(
         self, name: str, weight: float, start_epoch: int = 0, warmup_epochs: int = 0

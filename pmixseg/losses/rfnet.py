@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pmixseg.describe import NOT_NEGATIVE, Range
 from pmixseg.execution import runs_static
 from pmixseg.losses.ranks import SharedSums, world_size
 from pmixseg.losses.segmentation import DEEP_SUPERVISION, Criterion, enlarged
@@ -61,6 +63,8 @@ class RFNetCriterion(Criterion):
 
     Source: Ding et al., RFNet (ICCV 2021), section 3.4 and published code.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"fusion_start_epoch": NOT_NEGATIVE}
 
     def __init__(self, fusion_start_epoch: int = 0) -> None:
         super().__init__()

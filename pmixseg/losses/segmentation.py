@@ -35,12 +35,6 @@ class Criterion(nn.Module, Described, ABC):
 
     __call__: Callable[..., Scalar]  # of forward, with its type
     couples_samples: bool = False
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("dice_weight", "ce_weight", "deep_supervision_decay"), NOT_NEGATIVE),
-        **dict.fromkeys(("shared_weight", "specific_weight"), NOT_NEGATIVE),
-        **dict.fromkeys(("kl_weight", "reconstruction_weight"), NOT_NEGATIVE),
-        "fusion_start_epoch": NOT_NEGATIVE,
-    }
 
     @abstractmethod
     def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
@@ -120,6 +114,10 @@ class DiceCE(Criterion):
 
     Source: Isensee et al., nnU-Net (Nature Methods 2021), for the sum and the weights.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = dict.fromkeys(
+        ("dice_weight", "ce_weight", "deep_supervision_decay"), NOT_NEGATIVE
+    )
 
     def __init__(
         self,

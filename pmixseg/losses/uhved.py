@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from pmixseg.describe import NOT_NEGATIVE, Range
 from pmixseg.errors import InputError
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.types import Batch, Scalar, SegOutput, full_precision
@@ -34,6 +38,10 @@ class UHVEDCriterion(Criterion):
 
     Source: Dorent et al., U-HVED (MICCAI 2019); ReubenDo/U-HVED, extensions/u_hved.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = dict.fromkeys(
+        ("kl_weight", "reconstruction_weight"), NOT_NEGATIVE
+    )
 
     def __init__(self, kl_weight: float = 0.1, reconstruction_weight: float = 0.1) -> None:
         super().__init__()

@@ -2,9 +2,13 @@ r"""Contrast between places and patients: a latent must know its own anchor amon
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from pmixseg.describe import COUNT, POSITIVE, Range
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
 from pmixseg.losses.distances.moments import unit
@@ -57,6 +61,8 @@ class CaseNCE(Distance):
     name = "case_nce"
     compares_directions = True
     smallest_batch = 2
+
+    ranges: ClassVar[Mapping[str, Range]] = {"temperature": POSITIVE, "points": COUNT}
 
     def __init__(
         self,

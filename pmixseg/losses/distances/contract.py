@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pmixseg.describe import COUNT, NOT_NEGATIVE, POSITIVE, Described, Range
+from pmixseg.describe import NOT_NEGATIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, NormalAnchor, ProductAnchor
 from pmixseg.losses.ranks import SharedSums
@@ -76,11 +76,7 @@ class Distance(nn.Module, Described, ABC):
     couples_samples: bool = False
     smallest_batch: int = 1
     compares_directions: bool = False
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("temperature", "ridge", "beta"), POSITIVE),
-        **dict.fromkeys(("points", "projections"), COUNT),
-        **dict.fromkeys(("epsilon", "covariance_weight", "variance_weight"), NOT_NEGATIVE),
-    }
+    ranges: ClassVar[Mapping[str, Range]] = {"epsilon": NOT_NEGATIVE}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from pmixseg.describe import POSITIVE, Range
 from pmixseg.losses.distances import mean_over_shown
 from pmixseg.losses.distillation.pairing import LatentLoss, Pair, brain_of, mean_latent, mean_vector
 from pmixseg.losses.ranks import gather_constants
@@ -45,6 +47,8 @@ class ContrastiveMatch(LatentLoss):
     """
 
     compares_cases = True
+
+    ranges: ClassVar[Mapping[str, Range]] = {"margin": POSITIVE}
 
     def __init__(
         self, weight: float = 0.5, margin: float = 1.0, strides: Sequence[int] | None = None

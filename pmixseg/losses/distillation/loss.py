@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import nn
 
-from pmixseg.describe import NOT_NEGATIVE, POSITIVE, Described, Range
+from pmixseg.describe import NOT_NEGATIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.types import Batch, Presence, Scalar, SegOutput
@@ -63,11 +63,7 @@ class DistillationLoss(nn.Module, Described, ABC):
     student_sees: Literal["shown", "single"] = "shown"
     reads_extras: bool = False
     compares_cases: bool = False
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("weight", "logit_weight", "prototype_weight"), NOT_NEGATIVE),
-        **dict.fromkeys(("ramp_epochs", "epsilon"), NOT_NEGATIVE),
-        **dict.fromkeys(("temperature", "margin"), POSITIVE),
-    }
+    ranges: ClassVar[Mapping[str, Range]] = {"weight": NOT_NEGATIVE, "epsilon": NOT_NEGATIVE}
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

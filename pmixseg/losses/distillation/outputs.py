@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
 
+from pmixseg.describe import NOT_NEGATIVE, POSITIVE, Range
 from pmixseg.losses.distillation.loss import DistillationLoss
 from pmixseg.losses.ranks import sum_over_ranks
 from pmixseg.types import Batch, Scalar, SegOutput, full_precision
@@ -32,6 +34,8 @@ class LogitKL(DistillationLoss):
 
     Source: Hinton et al. (arXiv 1503.02531).
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"temperature": POSITIVE}
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0, squared: bool = True) -> None:
         super().__init__(weight)
@@ -64,6 +68,8 @@ class WeightedSoftCE(DistillationLoss):
 
     Source: Chen et al., PMKL (IEEE TMI 2022).
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"temperature": POSITIVE}
 
     def __init__(self, weight: float = 0.5, temperature: float = 10.0) -> None:
         super().__init__(weight)
@@ -110,6 +116,8 @@ class ProbabilityMSE(DistillationLoss):
     Source: Laine and Aila (arXiv 1610.02242) for the ramp; Wang et al., ACN (MICCAI 2021); Azad et
     al., SMU-Net (MIDL 2022).
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"ramp_epochs": NOT_NEGATIVE}
 
     def __init__(
         self,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from pmixseg.describe import NOT_NEGATIVE, POSITIVE, Range
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distillation.loss import DistillationLoss, Network
@@ -74,6 +76,12 @@ class SelfDistillation(DistillationLoss):
     """
 
     self_taught = True
+
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "logit_weight": NOT_NEGATIVE,
+        "prototype_weight": NOT_NEGATIVE,
+        "temperature": POSITIVE,
+    }
 
     def __init__(
         self,

@@ -32,11 +32,6 @@ VALIDATION = "val/dice"
 class Schedule(Described, ABC):
     """Schedule the learning rate over a whole training; the module says how many steps."""
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("power", "warmup_steps"), NOT_NEGATIVE),
-        "warmup_fraction": Range(0, 1),
-    }
-
     @abstractmethod
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Build the scheduler, stepped after every optimizer step."""
@@ -51,6 +46,8 @@ class Polynomial(Schedule):
         power: exponent.
         warmup_steps: steps over which the rate rises linearly from 0.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"power": NOT_NEGATIVE, "warmup_steps": NOT_NEGATIVE}
 
     def __init__(self, power: float = 0.9, warmup_steps: int = 0) -> None:
         self.power = power
@@ -73,6 +70,8 @@ class OneCycle(Schedule):
     Args:
         warmup_fraction: share of the steps in which the rate rises.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"warmup_fraction": Range(0, 1)}
 
     def __init__(self, warmup_fraction: float = 0.3) -> None:
         self.warmup_fraction = warmup_fraction
