@@ -214,14 +214,15 @@ def _compare(subparsers: Any) -> None:
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.data.formats.outputs import write_json
-        from pmixseg.evaluation.comparison.compare import compare, matching_notes
+        from pmixseg.evaluation.comparison.compare import compare, matching_notes, paired_by_seed
         from pmixseg.evaluation.records.records import find_records, read_comparable
 
         if args.out is not None:
             tables = [find_records(run) for run in (*args.a, *args.b)]
             not_among(args.out, [*tables, *(t.with_suffix(".json") for t in tables)])
         runs = read_comparable([*args.a, *args.b])
-        a, b = runs[: len(args.a)], runs[len(args.a) :]
+        a = runs[: len(args.a)]
+        b = paired_by_seed(a, runs[len(args.a) :])
         notes = matching_notes(a, b)
         comparison = compare([r.table for r in a], [r.table for r in b], args.measure, notes)
         console.print(comparison.to_text(max(80, console.width)))

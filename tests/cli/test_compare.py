@@ -80,11 +80,40 @@ def test_one_training_is_not_counted_twice(arms, tmp_path, capsys):
 
 def test_pairs_of_different_seeds_are_named(arms, tmp_path, capsys):
     a, b = arms
-    assert main(["compare", "--a", *a, "--b", b[0], b[2], b[1]]) == 0
+    later = write_run(tmp_path, "b5", 5)
+    assert main(["compare", "--a", *a, "--b", b[0], later, b[1]]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "a1 (data 1, everything 0) with b2 (data 2, everything 0)" in said
+    assert "Runs of different seeds are paired, as they are named: a1 (data 1, " in said
+    assert "a1 (data 1, everything 0) with b5 (data 5, everything 0)" in said
     assert "a0 (" not in said
     # Runs of older code do not say their seed: nothing is claimed about them.
     older = write_run(tmp_path, "older", 5, known=False)
     assert main(["compare", "--a", a[0], "--b", older]) == 0
     assert "different seeds" not in capsys.readouterr().out
+
+
+def test_runs_are_paired_by_seed_in_whatever_order_they_are_named(arms, tmp_path, capsys):
+    a, b = arms
+    found = []
+    for named in (b, [b[2], b[0], b[1]]):
+        assert main(["compare", "--a", *a, "--b", *named, "-o", str(tmp_path / "x.json")]) == 0
+        found.append(json.loads((tmp_path / "x.json").read_text()))
+    assert found[0] == found[1] and found[1]["runs_b"] == ["b0", "b1", "b2"]
+    assert "different seeds" not in capsys.readouterr().out
+    # One seed in two runs of a side pairs nothing by itself: the order that was named stays.
+    b[2] = write_run(tmp_path, "again", 1)
+    assert main(["compare", "--a", *a, "--b", *b[::-1]]) == 0
+    assert "different seeds" in capsys.readouterr().out
+
+
+def test_folds_share_no_case_and_are_told_how_to_be_compared(arms, tmp_path, capsys):
+    sides = []
+    for side in arms:
+        for i, folder in enumerate(side):
+            fold = Records.read(folder)
+            fold.table["case"] = f"fold {i} " + fold.table["case"]
+            sides.append(str(fold.write(tmp_path / f"fold-{len(sides)}" / "records.csv").parent))
+    assert main(["compare", "--a", *sides[:3], "--b", *sides[3:]]) == 1
+    said = capsys.readouterr().err
+    assert "no case, combination and region has 'dice' in every run" in said
+    assert "join the folds of each seed" in said

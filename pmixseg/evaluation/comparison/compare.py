@@ -33,6 +33,18 @@ ENOUGH_PAIRS = 8
 ENOUGH_CASES = 20
 
 
+def paired_by_seed(a: Sequence[Records], b: Sequence[Records]) -> list[Records]:
+    """Return the runs of B in the order of A's seeds; as given, unless both have the same ones.
+
+    Args:
+        a: runs of A.
+        b: runs of B.
+    """
+    of_a, of_b = ([tuple(sorted(_seeds(one).items())) for one in side] for side in (a, b))
+    paired = () not in of_a and len(set(of_a)) == len(a) == len(b) and set(of_a) == set(of_b)
+    return [b[of_b.index(seeds)] for seeds in of_a] if paired else list(b)
+
+
 def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
     """Refuse one training counted twice; say where matched runs had other seeds.
 
@@ -77,8 +89,8 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
     ]
     if odd:
         notes.append(
-            f"Runs of different seeds are matched: {'; '.join(odd)}. Name both sides in the order "
-            "of their seeds, or the pairs share nothing."
+            f"Runs of different seeds are paired, as they are named: {'; '.join(odd)}. Give both "
+            "sides the same seeds, or the pairs share nothing."
         )
     return notes
 
@@ -145,7 +157,7 @@ def _check(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], measure: str) -
     if not a or len(a) != len(b):
         raise InputError(
             f"A has {count_of(len(a), 'run')} and B {len(b)}; give at least one a side, as many on "
-            "either, in the order of their seeds."
+            "either, of the same seeds."
         )
     for side, runs in (("A", a), ("B", b)):
         for i, run in enumerate(runs):
@@ -188,7 +200,7 @@ def _aligned(runs: Sequence[pd.DataFrame], column: str, notes: list[str]) -> pd.
     if common.empty:
         raise InputError(
             f"no case, combination and region has '{column}' in every run; compare runs that were "
-            "tested on the same cases."
+            "tested on the same cases, and of cross-validations join the folds of each seed first."
         )
     left = len(everything) - len(common)
     if left:
