@@ -56,7 +56,8 @@ PACKAGES = (
 
 def on_files(files: Any, config: Any) -> Any:
     """Add a page of the reference for each package, and one for the commands."""
-    pages = {"commands": f"# Commands\n\n{commands()}\n"}
+    wrapped = "<style>.md-typeset pre > code { white-space: pre-wrap }</style>"
+    pages = {"commands": f"# Commands\n\n{wrapped}\n\n{commands()}\n"}
     for package in PACKAGES:
         name = f"pmixseg.{package}".rstrip(".")
         pages[package or "pmixseg"] = f"# {name}\n\n::: {name}\n"
@@ -93,7 +94,7 @@ def _mathml(match: re.Match[str]) -> str:
 def commands() -> str:
     """Return a section per command with the help that the program prints."""
     sys.path.insert(0, str(ROOT))
-    os.environ["COLUMNS"] = "88"
+    os.environ["COLUMNS"] = "80"
     sections = [f"## pmixseg\n\n```text\n{_help()}\n```"]
     names = re.findall(r"^    (\w+)\s", _help(), re.MULTILINE)
     sections += [f"## {name}\n\n```text\n{_help(name)}\n```" for name in names]
