@@ -193,9 +193,15 @@ class CasePrediction:
 
     def source_probabilities(self) -> Float[np.ndarray, "c x y z"]:
         """Calibrated probabilities in the source grid; background 1 outside ``box``."""
-        probabilities = self.geometry.to_source(self.calibrated.cpu().numpy(), self.box, order=1)
-        probabilities[0] += 1 - probabilities.sum(0)
-        return probabilities
+        if not self.geometry.resampled:
+            return self._to_source(self.calibrated)
+        made = torch.from_numpy(self._to_source(self.probabilities))
+        if self.temperature != 1:  # only now, since no temperature changes a label
+            made = torch.where(made[1:].any(0), tempered(made, self.temperature), made)
+        return made.numpy()
+
+    def _to_source(self, probabilities: Float[Tensor, "c d h w"]) -> Float[np.ndarray, "c x y z"]:
+        return self.geometry.to_source(probabilities.cpu().numpy(), self.box, order=1, first=1)
 
     def source_entropy(self) -> Float[np.ndarray, "x y z"]:
         r"""Voxel-wise uncertainty :math:`-\sum_c p_c \ln p_c` in nats, 0 to ln C."""
@@ -208,10 +214,8 @@ class CasePrediction:
         labels would have the coarse grid's steps.
         """
         if self.geometry.resampled:
-            probabilities = self.geometry.to_source(
-                self.probabilities.cpu().numpy(), self.box, order=1
-            )
-            labels = probabilities.argmax(0).astype(np.uint8)
+            probabilities = self.probabilities.cpu().numpy()
+            labels = self.geometry.to_source_classes(probabilities, self.box)
         else:
             classes = self.classes.to(torch.uint8).cpu().numpy()
             labels = self.geometry.to_source(classes, self.box, order=0)

@@ -141,3 +141,27 @@ def test_of_equal_classes_the_first_is_taken(last):
     expected = np.argmax(probabilities.numpy(), axis=0)
     assert (np.sort(probabilities.numpy(), axis=0)[-1] == probabilities.numpy()[0]).any()
     np.testing.assert_array_equal(prediction.classes.numpy(), expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("spacing", [None, (2.0, 2.0, 2.0), (1.5, 0.7, 3.0)])
+def test_labels_are_the_most_probable_of_the_probabilities_beside_them(spacing, temperature):
+    geometry = Geometry.of((32, 32, 32), np.diag([-1.0, 1, 1, 1]), spacing)
+    box = Box((3, 4, 2), (9, 12, 7))
+    torch.manual_seed(0)
+    probabilities = (2 * torch.randn(4, *box.shape)).softmax(0)
+    made = CasePrediction(("t1",), probabilities, box, geometry, BRATS, temperature=temperature)
+    written = made.source_probabilities()
+    np.testing.assert_array_equal(made.labels(), written.argmax(0))
+    np.testing.assert_allclose(written.sum(0), 1, atol=1e-6)
+    np.testing.assert_array_equal(written[:, -1, -1, -1], [1, 0, 0, 0])
+
+
+def test_outside_the_box_a_resampled_prediction_is_background():
+    box = Box((8, 8, 8), (24, 24, 24))
+    geometry = Geometry.of((64, 64, 64), MM, (2.0, 2.0, 2.0), {"flair": box})
+    probabilities = torch.tensor([0.4, 0, 0.6, 0])[:, None, None, None].expand(4, *box.shape)
+    labels = CasePrediction(("flair",), probabilities, box, geometry, BRATS).labels()
+    # ED is the more probable from 5/6 of the way in: a voxel of 1 mm less than the box, each side.
+    assert set(np.unique(labels)) == {0, ED} and np.count_nonzero(labels) == 30**3
+    assert labels[17:47, 17:47, 17:47].all()
