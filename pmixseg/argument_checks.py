@@ -7,6 +7,7 @@ classes as well. What is more is left to whoever takes it.
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import inspect
 import math
@@ -288,3 +289,38 @@ def _check_argument(
         raise InputError(f"{owner}: {name} is {value}; give {known}.")
     if any(math.isinf(number) for number in numbers):
         raise InputError(f"{owner}: {name} is {value}; give a finite number.")
+
+
+def takes_no(owner: str, name: str, known: Sequence[str]) -> str:
+    """Say that a class has no such argument, with the nearest that it has."""
+    hint = nearest(name, known) or f"it takes {', '.join(known) or 'no arguments'}."
+    return f"{owner} takes no '{name}'; {hint}"
+
+
+def _longer(flag: str, known: Sequence[str]) -> list[str]:
+    """Complete a flag of which only the end was written, as ``--optimizer.lr``."""
+    word, dot, rest = flag.removeprefix("--").partition(".")
+    if not flag.startswith("--"):
+        return []
+    word = {"lr_scheduler": "scheduler"}.get(word, word)  # as other programs of Lightning name it
+    whole = [name for name in known if name.endswith(f".{word}.{rest}")]
+    return whole or [name + dot + rest for name in known if name.endswith(f".{word}")]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean …?`` for a name that is nearly one of ``known``; else nothing.
+
+    Example:
+        >>> nearest("widht", ["width", "levels"])
+        'did you mean width?'
+        >>> nearest("--optimizer.lr", ["--model.optimizer", "--trainer.logger"])
+        'did you mean --model.optimizer.lr?'
+        >>> nearest("--lr_scheduler", ["--model.scheduler", "--trainer"])
+        'did you mean --model.scheduler?'
+    """
+    names = sorted(set(known))
+    close = [k for k in names if len(name) > 3 and k.startswith(name)]
+    close = close or [k for k in names if k.lower() == name.lower()]
+    close = close or _longer(name, names)
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else ""

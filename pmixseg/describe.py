@@ -11,12 +11,13 @@ import functools
 import importlib
 import inspect
 import math
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from pmixseg.argument_checks import argument_check
+from pmixseg.argument_checks import argument_check, takes_no
 from pmixseg.errors import InputError
 from pmixseg.old_paths import current_path
 
@@ -116,7 +117,8 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
         if outermost:
             try:
                 bound = signature.bind(self, *args, **kwargs)
-            except TypeError:
+            except TypeError as error:
+                _refuse_unknown(type(self), kwargs, str(error))
                 init(self, *args, **kwargs)  # raises it anew, with the name of the class
                 raise
             bound.apply_defaults()
@@ -132,6 +134,10 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
         self.__dict__.setdefault("_made", set()).add(remember)
         try:
             init(self, *args, **kwargs)
+        except TypeError as error:
+            if outermost:
+                _refuse_unknown(type(self), kwargs, str(error))
+            raise
         except AttributeError as error:
             own = error.obj is self or "before Module.__init__() call" in str(error)
             if own and (fault := _not_whole(self)) is not None:
@@ -144,6 +150,27 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
 
     remember.remembers = True  # type: ignore[attr-defined]  # a mark
     return remember
+
+
+def _refuse_unknown(cls: type[Any], given: Mapping[str, Any], message: str) -> None:
+    """Say in a sentence what Python says of an argument that a class does not take."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+    known = constructor_arguments(cls)
+    if unknown is None or (name := unknown[1]) in known or name not in given:
+        return
+    bases = [base for base in cls.__mro__[1:] if issubclass(base, Described)][:-1]
+    kin = (other for base in bases for other in below(base))
+    having = [other.__name__ for other in kin if name in constructor_arguments(other)]
+    if having:
+        raise TypeError(f"{cls.__name__} takes no '{name}'; {having[0]} does.")
+    raise TypeError(takes_no(cls.__name__, name, known))
+
+
+def below(base: type[Any]) -> Iterator[type[Any]]:
+    """Yield a class and all classes derived from it."""
+    yield base
+    for cls in base.__subclasses__():
+        yield from below(cls)
 
 
 def _not_whole(made: Any) -> InputError | None:
@@ -322,5 +349,6 @@ def build(value: Any, **extra: Any) -> Any:
         return cls(**arguments)
     except TypeError as error:
         raise InputError(
-            f"{value['class_path']} cannot be made from {sorted(arguments)}: {error}."
+            f"{value['class_path']} cannot be made from {sorted(arguments)}: "
+            f"{str(error).rstrip('.')}."
         ) from error

@@ -230,6 +230,7 @@ def test_values_of_another_kind_are_one_sentence(make, sentence, monkeypatch):
         (lambda: pmixseg.load("a", modules="b"), "load: modules is 'b'; give a list."),
         (lambda: pmixseg.load("a", modules=[".b"]), "module '.b' cannot be imported"),
         (lambda: pmixseg.load("a", map_location=5), "map_location is 5; give a text or an object"),
+        (lambda: pmixseg.load("a", map_location="meta"), "map_location is meta, which holds no"),
         (
             lambda: find_cases(".", "brats"),
             "task is 'brats'; give a pmixseg.Task, such as pmixseg.B",
@@ -349,9 +350,23 @@ def test_kinds_that_fit_are_taken():
     assert describe(student(fill_levels=[0]))["init_args"]["fill_levels"] == [0]
 
 
-def test_an_argument_that_does_not_exist_is_told_with_its_class():
-    with pytest.raises(TypeError, match=r"Outer.__init__\(\) got an unexpected.*'colour'"):
-        Outer(colour="red")
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Outer(colour="red"), "Outer takes no 'colour'; it takes "),
+        (
+            lambda: pmixseg.TeacherModule(combination="t1"),
+            "TeacherModule takes no 'combination'; Student",
+        ),
+        (lambda: student(fill_weight=1.0), "no 'fill_weight'; TeacherModule does."),
+        (lambda: student(optimiser=None), "takes no 'optimiser'; did you mean optimizer?"),
+        (lambda: PmixAlignment(wieght=1), "PmixAlignment takes no 'wieght'; did you mean weight?"),
+        (lambda: data(batchsize=1), "BraTSDataModule takes no 'batchsize'; did you mean batch_si"),
+    ],
+)
+def test_an_argument_that_does_not_exist_is_told_with_its_class(make, sentence):
+    with pytest.raises(TypeError, match=re.escape(sentence)):
+        make()
 
 
 REQUIRED = {"modality": "t1", "path": "x", "rates": 0.5, "combinations": ["t1"], "transforms": []}

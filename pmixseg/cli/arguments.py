@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pmixseg.argument_checks import nearest
 from pmixseg.errors import InputError
 
 SETTINGS = (".yaml", ".yml", ".json")
@@ -210,32 +210,3 @@ def _is_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _longer(flag: str, known: Sequence[str]) -> list[str]:
-    """Complete a flag of which only the end was written, as ``--optimizer.lr``."""
-    word, dot, rest = flag.removeprefix("--").partition(".")
-    if not flag.startswith("--"):
-        return []
-    word = {"lr_scheduler": "scheduler"}.get(word, word)  # as other programs of Lightning name it
-    whole = [name for name in known if name.endswith(f".{word}.{rest}")]
-    return whole or [name + dot + rest for name in known if name.endswith(f".{word}")]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``did you mean …?`` for a name that is nearly one of ``known``; else nothing.
-
-    Example:
-        >>> nearest("widht", ["width", "levels"])
-        'did you mean width?'
-        >>> nearest("--optimizer.lr", ["--model.optimizer", "--trainer.logger"])
-        'did you mean --model.optimizer.lr?'
-        >>> nearest("--lr_scheduler", ["--model.scheduler", "--trainer"])
-        'did you mean --model.scheduler?'
-    """
-    names = sorted(set(known))
-    close = [k for k in names if len(name) > 3 and k.startswith(name)]
-    close = close or [k for k in names if k.lower() == name.lower()]
-    close = close or _longer(name, names)
-    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else ""

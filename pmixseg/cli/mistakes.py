@@ -6,7 +6,7 @@ import argparse
 import inspect
 import linecache
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
-from pmixseg.cli.arguments import config_files, flag_name, nearest, options
+from pmixseg.argument_checks import nearest, takes_no
+from pmixseg.cli.arguments import config_files, flag_name, options
 from pmixseg.cli.settings_files import broken_file, wrong_class
-from pmixseg.describe import constructor_arguments, find_class
+from pmixseg.describe import below, constructor_arguments, find_class
 from pmixseg.errors import InputError
 
 _OF = r"given class_path '([^']+)':\s+"
@@ -160,12 +161,7 @@ def _unknown_inside(
     known, kind = list(inspect.signature(group).parameters), group.__name__
     if list(keys[:2]) == ["model", "task"]:  # which is linked to that of the data
         keys = ["data", *keys[1:]]
-    return f"{where(keys, args)}: {_takes_no(kind, own[-1], known)}"
-
-
-def _takes_no(kind: str, name: str, known: Sequence[str]) -> str:
-    hint = nearest(name, known) or f"it takes {', '.join(known) or 'no arguments'}."
-    return f"{kind} takes no '{name}'; {hint}"
+    return f"{where(keys, args)}: {takes_no(kind, own[-1], known)}"
 
 
 def _value_sentence(message: str, args: Sequence[str]) -> str:
@@ -201,7 +197,7 @@ def _no_argument(message: str, keys: list[str], args: Sequence[str]) -> str | No
     cls, name = refused[-1]
     path = keys if keys[-1] == name else [*keys, name]
     known = constructor_arguments(find_class(cls))
-    return f"{where(path, args)}: {_takes_no(cls.rpartition('.')[2], name, known)}"
+    return f"{where(path, args)}: {takes_no(cls.rpartition('.')[2], name, known)}"
 
 
 def _no_class(message: str, keys: list[str], args: Sequence[str]) -> str | None:
@@ -289,13 +285,6 @@ def classes_for(message: str) -> list[str]:
         if inspect.isclass(base):
             names += [cls.__name__ for cls in below(base)]
     return names
-
-
-def below(base: type[Any]) -> Iterator[type[Any]]:
-    """Yield a class and all classes derived from it."""
-    yield base
-    for cls in base.__subclasses__():
-        yield from below(cls)
 
 
 def where(keys: Sequence[str], args: Sequence[str]) -> str:

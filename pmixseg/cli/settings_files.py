@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from pmixseg.cli.arguments import SETTINGS, nearest
+from pmixseg.argument_checks import nearest, takes_no
+from pmixseg.cli.arguments import SETTINGS
 from pmixseg.describe import constructor_arguments, find_class
 from pmixseg.errors import InputError
 
@@ -173,9 +174,8 @@ def _wrong_argument(path: Path, entries: dict[str, tuple[Any, Any]]) -> str | No
     arguments = entries["init_args"][1] if "init_args" in entries else None
     for key, _ in arguments.value if isinstance(arguments, yaml.MappingNode) else ():
         if key.value not in names:
-            hint = nearest(key.value, names) or f"it takes {', '.join(names)}."
-            name = class_path.rpartition(".")[2]
-            return f"{path}, line {_line(key.start_mark)}: {name} takes no '{key.value}'; {hint}"
+            said = takes_no(class_path.rpartition(".")[2], key.value, names)
+            return f"{path}, line {_line(key.start_mark)}: {said}"
     return None
 
 

@@ -103,6 +103,10 @@ def load(
     Raises:
         InputError: see :func:`read_checkpoint`; or a class that must be named with ``modules``.
     """
+    if str(map_location).partition(":")[0] == "meta":
+        raise InputError(
+            "map_location is meta, which holds no weights; name a device that does, such as cpu."
+        )
     for name in modules:
         try:
             importlib.import_module(name)

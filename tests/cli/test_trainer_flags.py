@@ -6,8 +6,9 @@ from typing import Optional, Union
 import pytest
 import yaml
 
+from pmixseg.argument_checks import nearest
 from pmixseg.cli import main
-from pmixseg.cli.arguments import nearest, split_class, with_split_class
+from pmixseg.cli.arguments import split_class, with_split_class
 from pmixseg.cli.training import TrainingCLI
 from pmixseg.cli.training_parser import whole_numbers_first
 from pmixseg.errors import InputError
