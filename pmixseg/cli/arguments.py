@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -210,3 +211,16 @@ def _is_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def parted(texts: Iterable[str]) -> list[str]:
+    """Part what a flag takes at spaces and commas, but not a value that has some itself.
+
+    Example:
+        >>> parted(["NCR=1,ED=2", "ET=3,4"]), parted(["NCR=the core, ED=2"])
+        (['NCR=1', 'ED=2', 'ET=3,4'], ['NCR=the core', 'ED=2'])
+        >>> parted(["fill_holes,largest_component"])
+        ['fill_holes', 'largest_component']
+    """
+    between = {text: r"[\s,]+(?=[^\s,=]+=)" if "=" in text else r"[\s,]+" for text in texts}
+    return [part for text, at in between.items() for part in re.split(at, text.strip(" ,"))]

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pmixseg.cli.arguments import parted
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.errors import InputError
 from pmixseg.files import not_among
@@ -63,7 +64,11 @@ def _phantom(subparsers: Any) -> None:
     parser.add_argument("--dependence", type=float, help="dependence between modalities, 0 to 1")
     parser.add_argument("--task", type=Path, help="YAML file of a task whose sequences are made")
     parser.add_argument(
-        "--labels", nargs="+", default=[], metavar="LABEL=TISSUE", help="of the task: NCR, ED or ET"
+        "--labels",
+        nargs="+",
+        default=[],
+        metavar="LABEL=TISSUE",
+        help="of the task: NCR, ED or ET; spaces or commas between them",
     )
     parser.add_argument("--contrasts", type=Path, help="YAML file of contrasts for new sequences")
     parser.add_argument("--workers", type=int, default=2)
@@ -77,7 +82,7 @@ def _phantom(subparsers: Any) -> None:
         from pmixseg.data.phantom.task import label_codes, read_contrasts, write_layout
 
         task = read_task(args.task)
-        codes = label_codes(task, dict(text.partition("=")[::2] for text in args.labels))
+        codes = label_codes(task, dict(text.partition("=")[::2] for text in parted(args.labels)))
         knobs = {
             k: getattr(args, k)
             for k in ("private_signal", "dependence")
@@ -241,7 +246,8 @@ def _cohort_flags(parser: argparse.ArgumentParser) -> None:
         "--labels",
         nargs="+",
         metavar="LABEL=NAME",
-        help="what a label is called in dataset.json, or its number: NCR=necrosis ED=2 ET=3,4",
+        help="what a label is called in dataset.json, or its number: NCR=necrosis ED=2 ET=3,4; "
+        "spaces or commas between them",
     )
 
 
@@ -270,11 +276,12 @@ def label_names(pairs: list[str] | None) -> dict[str, str | int | list[str | int
         InputError: not of this form.
 
     Example:
-        >>> label_names(["NCR=necrosis", "ET=3,4"])
+        >>> label_names(["NCR=necrosis,ET=3,4"])
         {'NCR': ['necrosis'], 'ET': ['3', '4']}
     """
     if pairs is None:
         return None
+    pairs = parted(pairs)
     odd = [text for text in pairs if not all(text.partition("=")[::2])]
     if odd:
         raise InputError(f"--labels {odd[0]} is not of the form LABEL=NAME or LABEL=NUMBER.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from pmixseg.cli import preprocess
+from pmixseg.cli.arguments import parted
 from pmixseg.cli.commands import bar, console, part_flag, share_of
 from pmixseg.cli.mistakes import Parser
 from pmixseg.errors import InputError
@@ -98,7 +99,9 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
     how.add_argument("--overlap", type=float, help="share of a window that the next one covers")
     how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    how.add_argument("--postprocess", nargs="*", metavar="STEP", help="steps by name, in order")
+    how.add_argument(
+        "--postprocess", nargs="*", metavar="STEP", help="steps in order; spaces or commas"
+    )
     how.add_argument("--reference", metavar="MODALITY", help="whose grid the result has")
     how.add_argument("--strict", action="store_true", help="refuse scans on different grids")
     how.add_argument(
@@ -116,10 +119,12 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
     preprocess.add_flags(raw)
     raw.add_argument(
         "--series",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="MODALITY=NUMBER",
-        help="of a folder of DICOM series: which series is which, where headers do not tell",
+        help="of a folder of DICOM series: which series is which, where headers do not tell; "
+        "spaces or commas between them",
     )
     what = parser.add_argument_group("what is written")
     what.add_argument("--probabilities", action="store_true", help="of every class, 4-D")
@@ -130,7 +135,12 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
         action="store_true",
         help="name results CASE.nii.gz, so that nnUNetv2_evaluate_folder takes the folder",
     )
-    what.add_argument("--codes", metavar="NAME=CODE,...", help="numbers of the labels in results")
+    what.add_argument(
+        "--codes",
+        nargs="+",
+        metavar="LABEL=NUMBER",
+        help="numbers of the labels in results; spaces or commas between them",
+    )
     what.add_argument("--no-gzip", action="store_true", help="write .nii instead of .nii.gz")
     return parser
 
@@ -268,11 +278,11 @@ def numbers_of(flag: str, pairs: Sequence[str], form: str) -> dict[str, int]:
         InputError: not of this form.
 
     Example:
-        >>> numbers_of("--series", ["t1ce=5", "flair=3"], "t1ce=5")
-        {'t1ce': 5, 'flair': 3}
+        >>> numbers_of("--series", ["t1ce=5,flair=3", "t2=1"], "t1ce=5")
+        {'t1ce': 5, 'flair': 3, 't2': 1}
     """
     try:
-        return {name.strip(): int(n) for name, n in (pair.split("=") for pair in pairs)}
+        return {name: int(n) for name, n in (pair.split("=") for pair in parted(pairs))}
     except ValueError:
         raise InputError(f"{flag} {','.join(pairs)} is not of the form {form}.") from None
 
@@ -328,13 +338,15 @@ def settings_of(options: argparse.Namespace) -> SegmentSettings:
     """Return the flags under "how"."""
     from pmixseg.evaluation.prediction.scans import SegmentSettings
 
-    names = (field.name for field in fields(SegmentSettings))
-    return SegmentSettings(**{name: getattr(options, name) for name in names if name in options})
+    given = {f.name: getattr(options, f.name) for f in fields(SegmentSettings) if f.name in options}
+    if options.postprocess:
+        given["postprocess"] = parted(options.postprocess)
+    return SegmentSettings(**given)
 
 
-def codes_of(text: str | None) -> dict[str, int] | None:
-    """Read ``NCR=1,ED=2,ET=4``; ``None`` where the flag was not given."""
-    return None if text is None else numbers_of("--codes", text.split(","), "NCR=1,ED=2,ET=4")
+def codes_of(pairs: list[str] | None) -> dict[str, int] | None:
+    """Read ``NCR=1 ED=2 ET=4``; ``None`` where the flag was not given."""
+    return None if pairs is None else numbers_of("--codes", pairs, "NCR=1,ED=2,ET=4")
 
 
 def device_of(name: str) -> str:

@@ -28,7 +28,7 @@ regions: {oedema: [oedema]}
 """Tasks beside those of the folder."""
 LABELS = {
     "one": [],
-    "two": ["--labels", "core=NCR", "oedema=ED"],
+    "two": ["--labels", "core=NCR,oedema=ED"],
     "three": ["--labels", "oedema=ED"],
     "five": [],
     "six": ["--labels", "core=NCR", "oedema=ED", "enhancing=ET"],

@@ -195,7 +195,7 @@ def test_channels_must_be_named(model, tmp_path):
 def test_command_with_a_flag_per_modality(checkpoint, model, cases, tmp_path, capsys):
     images = {m: cases[0].images[m] for m in ("t1ce", "t1")}
     flags = [f for m, p in images.items() for f in (f"--{m}", str(p))]
-    codes = ["--codes", "NCR=1,ED=2,ET=4"]
+    codes = ["--codes", "NCR=1,ED=2", "ET=4"]
     assert main(["segment", str(checkpoint), *flags, *codes, "-o", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     result = model.segment(images)
@@ -258,7 +258,7 @@ def test_command_says_what_is_wrong(checkpoint, cases, tmp_path, capsys):
         ([str(checkpoint), "--t1", scan, "--device", "abacus", *out], "use cpu"),
         ([str(checkpoint), "--t3", scan, *out], "'--t3' is neither an option nor a scan"),
         ([str(checkpoint), "--t1", scan, "--overlap", "1", *out], "at least 0 and below 1"),
-        ([str(checkpoint), "--t1", scan, "--postprocess", "polish", *out], "polish"),
+        ([str(checkpoint), "--t1", scan, "--postprocess", "fill_holes,polish", *out], "'polish'"),
         ([str(tmp_path / "none.ckpt"), "--t1", scan, *out], "does not exist"),
         (["--t1", scan, str(checkpoint), *out], "the checkpoint comes first"),
     ):
