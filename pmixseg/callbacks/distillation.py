@@ -159,7 +159,8 @@ class Distillation(TermCallback):
     ) -> None:
         """Number the cases, where a loss tells them apart: names cannot enter a compiled step."""
         term = self._term(pl_module)
-        if term is not None and any(loss.compares_cases for loss in self.terms.values()):
+        named = "case_id" in batch  # the step says what a batch lacks
+        if named and term is not None and any(t.compares_cases for t in self.terms.values()):
             numbers, device = case_numbers(batch["case_id"]), batch["label"].device
             batch["case"] = numbers.to(device, non_blocking=True)
 

@@ -136,12 +136,12 @@ class SegmentationModule(ScoredNetwork):
 
         The data module asks for it before it moves a batch: a GPU would start forty operations.
         """
+        check_batch(self._trainer, batch, self.task)
         drawn = {} if "present" in batch else {"present": self.draw_present(batch)}
         return cast(Batch, {**batch, **drawn})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw what the network is shown, then compute the loss."""
-        check_batch(self._trainer, batch, self.task)
         batch = self.own_batch(self.with_present(batch))
         for term in self.terms.values():
             batch = cast(Term, term).prepare(batch)

@@ -158,7 +158,7 @@ def check_batch(trainer: Trainer | None, batch: Batch, task: Task) -> None:
         return
     holds = (
         "a dictionary with image [B, M, D, H, W], label [B, D, H, W] of class indices, acquired "
-        "[B, M], key [B] and case_id, as pmixseg.types.Batch says"
+        "[B, M], key [B] and case_id, a list of B names, as pmixseg.types.Batch says"
     )
     given: Any = batch
     if not isinstance(given, Mapping):

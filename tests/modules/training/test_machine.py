@@ -16,11 +16,13 @@ from lightning.pytorch.strategies import (
 )
 from torch.utils.data import DataLoader
 
+from pmixseg.callbacks import Distillation, PmixAlignment
 from pmixseg.cli import main
 from pmixseg.data import BraTSDataModule
 from pmixseg.data.splits import Fractions
 from pmixseg.errors import InputError
-from pmixseg.modules import StudentModule
+from pmixseg.losses import ContrastiveMatch
+from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.modules.training.trainer_checks import check_machine
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
@@ -151,6 +153,29 @@ def test_a_batch_of_a_users_own_loader_is_used_or_refused(tmp_path, said):
     trainer = quiet_trainer(tmp_path)
     trainer.fit(module, loader_of(dict))
     assert trainer.global_step == 1
+
+
+class OwnLoader(BraTSDataModule):
+    def train_dataloader(self):
+        return loader_of(WITHOUT["case_id"])
+
+
+@pytest.mark.parametrize("callback", [PmixAlignment, Distillation])
+def test_a_batch_without_names_of_cases_is_refused_before_any_is_read(
+    tmp_path, phantom_store, callback
+):
+    teacher = TeacherModule(backbone=tiny(levels=2))
+    terms = {"contrast": ContrastiveMatch()}
+    make = {
+        PmixAlignment: {"distance": "case_nce"},
+        Distillation: {"teacher": teacher, "terms": terms},
+    }
+    own = OwnLoader(phantom_store, patch_size=16, num_workers=0, split=Fractions(0.5, 0.25))
+    for data in (loader_of(WITHOUT["case_id"]), own):
+        callbacks = [callback(weight=1.0, **make[callback])]
+        trainer = quiet_trainer(tmp_path, callbacks=callbacks, limit_val_batches=0)
+        with pytest.raises(InputError, match=r"has no case_id; give .* case_id, a list of B names"):
+            trainer.fit(StudentModule(backbone=tiny(levels=2)), data)
 
 
 @pytest.mark.parametrize("what", ["validate", "test", "predict"])
