@@ -122,6 +122,10 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
         return f"{place}: {unknown[1]} is no setting; {hint or 'correct its name.'}"
     if lacking := re.fullmatch(r"argument (\S+): expected (.*)", message):
         return f"{lacking[1]} needs {lacking[2].replace('argument', 'value')}; give it."
+    if inside := re.search(rf"{_OF}the following arguments are required: (.*)", message):
+        keys, kind = _keys(message), inside[1].rpartition(".")[2]
+        first = ".".join([*keys, inside[2].partition(",")[0]])
+        return f"{where(keys, args)}: {kind} needs {inside[2]}; give it, as by --{first}=VALUE."
     if lacking := re.search(r"the following arguments are required: (.*)", message):
         return f"pmixseg {args[0]} needs {lacking[1].replace(f'{args[0]}.', '--')}; give it."
     wrong = (wrong_class(path) for path in config_files(args))

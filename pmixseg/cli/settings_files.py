@@ -87,14 +87,15 @@ def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
     return total
 
 
-def broken_file(path: Path) -> str | None:
+def broken_file(path: Path | str, text: str | None = None) -> str | None:
     """Why a file is no YAML, or holds no settings, in a sentence.
 
     Args:
-        path: the file.
+        path: the file, or the flag that has its content as value.
+        text: that content.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8") if text is None else text
         check_settings(text)
         content = yaml.safe_load(text)
     except BadSettings as error:

@@ -32,6 +32,7 @@ from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.cli.arguments import (
     config_files,
     lost_file,
+    options,
     repeated,
     with_checkpoint_path,
     with_split_class,
@@ -132,6 +133,10 @@ class TrainingCLI(LightningCLI):
         """
         for path in config_files(self.words):
             if broken := broken_file(path):
+                raise UsageError(broken)
+        for name, value in options(self.words):  # settings may stand in the flag itself
+            inline = name == "--config" and value is not None and value.startswith("{")
+            if inline and (broken := broken_file(name, value)):
                 raise UsageError(broken)
         try:
             super().parse_arguments(parser, args)

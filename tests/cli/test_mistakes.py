@@ -78,6 +78,11 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--model.task=lost.yaml", "--model.task: the file lost.yaml does not exist; correct its"),
         ("--data.split=lost.yml", "--data.split: the file lost.yml does not exist; correct its"),
         ("--ckpt_path", "--ckpt_path needs one value; give it."),
+        (
+            "--model.sampler=FixedList",
+            "--model.sampler: FixedList needs combinations; give it, as by --model.sampler.comb",
+        ),
+        ("--config={data: 3}", "--config: data is 3, but must hold settings; write them below it"),
     ],
 )
 def test_a_wrong_flag(capsys, flag, sentence):
