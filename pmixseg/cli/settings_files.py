@@ -118,7 +118,7 @@ def broken_file(path: Path | str, text: str | None = None) -> str | None:
             )
     for value in _values(yaml.compose(text, yaml.SafeLoader), OURS):
         if value.value.endswith(SETTINGS) and not any(
-            (base / value.value).is_file() for base in (path.parent, Path())
+            (base / value.value).is_file() for base in (Path(path).parent, Path())
         ):
             return (
                 f"{path}, line {_line(value.start_mark)}: the file {value.value} does not exist; "
