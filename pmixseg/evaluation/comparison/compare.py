@@ -34,12 +34,7 @@ ENOUGH_CASES = 20
 
 
 def paired_by_seed(a: Sequence[Records], b: Sequence[Records]) -> list[Records]:
-    """Return the runs of B in the order of A's seeds; as given, unless both have the same ones.
-
-    Args:
-        a: runs of A.
-        b: runs of B.
-    """
+    """Return the runs of B in the order of A's seeds; as given, unless both have the same ones."""
     of_a, of_b = ([tuple(sorted(_seeds(one).items())) for one in side] for side in (a, b))
     paired = () not in of_a and len(set(of_a)) == len(a) == len(b) and set(of_a) == set(of_b)
     return [b[of_b.index(seeds)] for seeds in of_a] if paired else list(b)

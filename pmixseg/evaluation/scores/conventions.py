@@ -55,7 +55,8 @@ class Conventions:
         percentile: HD95 is the 95th percentile of both directed distances ``pooled`` (medpy) or
             the larger of the two directed 95th percentiles, ``max_directed`` (MONAI).
         nsd_tolerance_mm: surfaces closer than this agree (normalised surface Dice).
-        lesion: lesion-wise scores that are added, see :mod:`pmixseg.evaluation.scores.lesions`.
+        lesion: lesion-wise scores that are added, see :mod:`pmixseg.evaluation.scores.lesions`;
+            ``brats2023-gli`` has the constants of adult glioma, whatever the cohort.
 
     Fixed: Dice and NSD are 1 where both masks are empty and 0 where one is; ASD is the mean of both
     directed distances together (medpy, MONAI); sensitivity without truth and precision without
