@@ -148,7 +148,7 @@ class PmixAlignment(TermCallback):
         if size is not None and size * trainer.world_size < least:
             raise InputError(
                 f"the distance of {self.name} compares patients, but a step has {size} sample; use "
-                f"--data.batch_size {least} or more, or another distance."
+                f"a batch_size of {least} or more (--data.batch_size), or another distance."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -54,7 +54,7 @@ class TemperatureFitting(Callback):
         if trainer.world_size > 1:
             raise InputError(
                 f"temperatures are fitted in one process, not in {trainer.world_size}; give "
-                "--trainer.devices=1."
+                "devices 1 (--trainer.devices)."
             )
         self._source(trainer, pl_module)
         self.fit = TemperatureFit(self.voxels_per_case)

@@ -110,7 +110,7 @@ class SplitLists(SplitPlan):
             raise InputError(
                 f"the cohort has none of the {count_of(len(every), 'case')} of the split in "
                 f"{self.source}; for a cohort that no training has seen use "
-                "--data.split=WholeCohort."
+                "WholeCohort (--data.split)."
             )
         return _known(self.lists, cases, self.source)
 
@@ -327,7 +327,7 @@ def _known(
     raise InputError(
         f"the split in {where} names {len(lacking)} of {count_of(len(named), 'case')} that the "
         f"cohort lacks: {listed(lacking)}; add them, take them out of the split, or go on without "
-        "them (--data.split.missing skip)."
+        "them (missing: skip; --data.split.missing)."
     )
 
 

@@ -318,7 +318,7 @@ class ProductAnchor(Anchor):
         """Refuse: points have no precision to weigh them by."""
         raise InputError(
             "ProductAnchor weighs latents by their precision, which only the distance 'kl' "
-            "estimates; use --align.distance kl, or another anchor."
+            "estimates; use the distance kl (--align.distance), or another anchor."
         )
 
     def gaussian(

@@ -244,7 +244,7 @@ def seen_cases(
             raise InputError(
                 f"the checkpoint holds no lists of its cases, and its training had the split "
                 f"'{trained.split}' where this is '{data.split_name}'; name the split "
-                "(--data.split=...), or --data.split=WholeCohort for cases that it has never seen."
+                "(--data.split), or WholeCohort for cases that it has never seen."
             )
         return []
     cases = {name: scans_of(store.read(name)) for name in getattr(parts, part)}

@@ -146,8 +146,8 @@ class MaskedPretraining(StudentModule):
         """Refuse a pre-training that would validate."""
         if self.trainer.limit_val_batches:
             raise InputError(
-                "MaskedPretraining has nothing to validate; use --trainer.limit_val_batches 0, and "
-                "take checkpoints/last.ckpt."
+                "MaskedPretraining has nothing to validate; use limit_val_batches 0 "
+                "(--trainer.limit_val_batches), and take checkpoints/last.ckpt."
             )
         super().on_fit_start()
 

@@ -105,4 +105,4 @@ def test_m3ae_goes_from_pre_training_to_fine_tuning(phantom_store, tmp_path):
 def test_pre_training_is_not_validated(phantom_store, tmp_path, capsys):
     flags = [*FEW["m3ae-pretrain"], "--trainer.limit_val_batches=1"]
     assert fit(phantom_store, tmp_path, "baselines/m3ae-pretrain.yaml", *flags) == 1
-    assert "--trainer.limit_val_batches 0" in capsys.readouterr().err
+    assert "use limit_val_batches 0 (--trainer.limit_val_batches)" in capsys.readouterr().err

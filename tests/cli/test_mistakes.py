@@ -323,7 +323,7 @@ def test_no_more_processes_are_started_than_cores_can_carry(phantom_store, tmp_p
     command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
     assert main([*command, "--trainer.devices=999"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("pmixseg: --trainer.devices 999 would start as many processes on ")
+    assert last.startswith("pmixseg: devices 999 (--trainer.devices) would start as many ")
 
 
 def test_a_rank_that_is_no_number(monkeypatch, capsys):

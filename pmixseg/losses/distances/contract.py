@@ -104,7 +104,7 @@ class Distance(nn.Module, Described, ABC):
         if isinstance(anchor, ProductAnchor):
             raise InputError(
                 f"ProductAnchor weighs latents by their precision, which {type(self).__name__} "
-                "does not estimate; use --align.distance kl, or another anchor."
+                "does not estimate; use the distance kl (--align.distance), or another anchor."
             )
         if self.compares_directions and isinstance(anchor, NormalAnchor):
             raise InputError(

@@ -175,5 +175,5 @@ class FiniteLoss:
         raise InputError(
             f"the loss is not finite since step {min(steps)} ({', '.join(guilty)}), so the "
             f"training ends; try a lower learning rate than {rate():g}, "
-            "--trainer.gradient_clip_val=1, or a lower weight of that term."
+            "gradient_clip_val 1 (--trainer.gradient_clip_val), or a lower weight of that term."
         )

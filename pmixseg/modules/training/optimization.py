@@ -214,8 +214,8 @@ def total_steps(trainer: Trainer) -> int:
     steps = trainer.estimated_stepping_batches
     if steps == math.inf:
         raise InputError(
-            "a schedule over the whole training needs its length; give --trainer.max_epochs or "
-            "--trainer.max_steps."
+            "a schedule over the whole training needs its length; give max_epochs or "
+            "max_steps (--trainer.max_epochs, --trainer.max_steps)."
         )
     return int(steps)
 

@@ -70,7 +70,7 @@ def _replay(scheduler: LRScheduler, steps: int) -> None:
                 raise InputError(
                     f"the checkpoint has made {count_of(steps, 'step')}, but the learning-rate "
                     f"schedule of this training ends at step {step}; give more "
-                    "--trainer.max_epochs or --trainer.max_steps, or start anew with --init_from."
+                    "max_epochs or max_steps (--trainer.…), or start anew with --init_from."
                 ) from error
 
 
@@ -226,5 +226,5 @@ class Resuming:
                 f"nothing was trained: the checkpoint has made "
                 f"{count_of(trainer.global_step, 'step')} in "
                 f"{count_of(trainer.current_epoch, 'epoch')}, and this training ends there or "
-                "before; give more --trainer.max_epochs or --trainer.max_steps to go on."
+                "before; give more max_epochs or max_steps (--trainer.…) to go on."
             )

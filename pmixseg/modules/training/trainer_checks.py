@@ -49,7 +49,7 @@ def check_processes(trainer: Trainer) -> None:
     cores = os.cpu_count() or 1
     if trainer.num_devices > PROCESSES_A_CORE * cores:
         raise InputError(
-            f"--trainer.devices {trainer.num_devices} would start as many processes on "
+            f"devices {trainer.num_devices} (--trainer.devices) would start as many processes on "
             f"{count_of(cores, 'core')}, each with a model of its own; give "
             f"{PROCESSES_A_CORE * cores} or fewer."
         )
@@ -60,7 +60,7 @@ def check_machine(trainer: Trainer) -> None:
     precision = str(trainer.precision)
     if precision not in PRECISIONS:
         raise InputError(
-            f"--trainer.precision {precision} turns the weights themselves into another type, "
+            f"precision {precision} (--trainer.precision) turns the weights into another type, "
             f"{_loss_of(precision)}; use 32-true, or bf16-mixed and 16-mixed, which compute in "
             "half precision and keep weights in float32."
         )
@@ -69,8 +69,8 @@ def check_machine(trainer: Trainer) -> None:
     if not whole or isinstance(strategy, DeepSpeedStrategy):
         raise InputError(
             f"{type(strategy).__name__} cuts the weights into parts, which no checkpoint of "
-            "pmixseg could hold; these networks fit every card whole, so use --trainer.strategy "
-            "ddp."
+            "pmixseg could hold; these networks fit every card whole, so use the strategy ddp "
+            "(--trainer.strategy)."
         )
 
 
@@ -101,7 +101,7 @@ def check_trainer(trainer: Trainer) -> None:
     for name, least in LEAST.items():
         value = getattr(trainer, name)
         if value is not None and value < least:
-            raise InputError(f"--trainer.{name} is {value}; give {least} or more.")
+            raise InputError(f"{name} (--trainer.{name}) is {value}; give {least} or more.")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set in Trainer.__init__
         if isinstance(callback, StochasticWeightAveraging):
             raise InputError(

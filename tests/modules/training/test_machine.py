@@ -55,7 +55,9 @@ def test_weights_of_another_type_are_refused_before_anything_runs(
         flags.append(f"--ckpt_path={checkpoint}")
     assert main([command, *flags]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"pmixseg: --trainer.precision {precision} turns the weights")
+    assert said.startswith(
+        f"pmixseg: precision {precision} (--trainer.precision) turns the weights"
+    )
     assert "use 32-true, or bf16-mixed and 16-mixed" in said
     assert ("half precision loses" in said) == (precision != "64-true")
 
@@ -63,7 +65,7 @@ def test_weights_of_another_type_are_refused_before_anything_runs(
 @pytest.mark.parametrize("precision", TRUE)
 def test_a_model_in_python_is_refused_alike(tmp_path, precision):
     trainer = quiet_trainer(tmp_path, precision=precision)
-    with pytest.raises(InputError, match=f"precision {precision} turns the weights"):
+    with pytest.raises(InputError, match=rf"{precision} \(--trainer.precision\) turns the weights"):
         trainer.fit(StudentModule(backbone=tiny(levels=2)), MemoryData())
 
 
@@ -118,7 +120,7 @@ def test_a_data_module_that_does_not_say_how_it_was_prepared_is_refused(tmp_path
     [("accumulate_grad_batches", 0), ("check_val_every_n_epoch", 0), ("gradient_clip_val", -1.0)],
 )
 def test_numbers_of_the_trainer_that_make_no_sense_are_refused(tmp_path, name, value):
-    with pytest.raises(InputError, match=f"--trainer.{name} is {value}; give"):
+    with pytest.raises(InputError, match=rf"{name} \(--trainer.{name}\) is {value}; give"):
         quiet_trainer(tmp_path, **{name: value}).fit(StudentModule(backbone=tiny()), MemoryData())
 
 

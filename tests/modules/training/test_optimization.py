@@ -76,7 +76,9 @@ def test_a_long_cycle_is_that_of_pytorch():
 
 @pytest.mark.parametrize("schedule", [OneCycle(), Polynomial()])
 def test_a_schedule_of_a_training_without_end_is_one_sentence(tmp_path, schedule):
-    with pytest.raises(InputError, match=r"needs its length; give --trainer\.max_epochs"):
+    with pytest.raises(
+        InputError, match=r"needs its length; give max_epochs or max_steps \(--trainer"
+    ):
         quiet_trainer(tmp_path, max_epochs=-1).fit(student(scheduler=schedule), MemoryData())
 
 
