@@ -100,7 +100,7 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
     how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     how.add_argument(
-        "--postprocess", nargs="*", metavar="STEP", help="steps in order; spaces or commas"
+        "--postprocess", nargs="*", metavar="STEP", help="in order; spaces or commas between them"
     )
     how.add_argument("--reference", metavar="MODALITY", help="whose grid the result has")
     how.add_argument("--strict", action="store_true", help="refuse scans on different grids")
@@ -123,8 +123,7 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="MODALITY=NUMBER",
-        help="of a folder of DICOM series: which series is which, where headers do not tell; "
-        "spaces or commas between them",
+        help="of a DICOM folder, where headers do not tell; spaces or commas between them",
     )
     what = parser.add_argument_group("what is written")
     what.add_argument("--probabilities", action="store_true", help="of every class, 4-D")
@@ -136,10 +135,7 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
         help="name results CASE.nii.gz, so that nnUNetv2_evaluate_folder takes the folder",
     )
     what.add_argument(
-        "--codes",
-        nargs="+",
-        metavar="LABEL=NUMBER",
-        help="numbers of the labels in results; spaces or commas between them",
+        "--codes", nargs="+", metavar="LABEL=NUMBER", help="in results; spaces or commas between"
     )
     what.add_argument("--no-gzip", action="store_true", help="write .nii instead of .nii.gz")
     return parser
@@ -270,12 +266,9 @@ def numbers_of(flag: str, pairs: Sequence[str], form: str) -> dict[str, int]:
     """Read ``NAME=NUMBER`` of a flag.
 
     Args:
-        flag: its name, for the message.
+        flag: its name.
         pairs: its values.
-        form: an example, for the message.
-
-    Raises:
-        InputError: not of this form.
+        form: an example, for the message about another form.
 
     Example:
         >>> numbers_of("--series", ["t1ce=5,flair=3", "t2=1"], "t1ce=5")
