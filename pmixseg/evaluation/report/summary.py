@@ -252,7 +252,14 @@ def measured(runs: Sequence[Records], column: str) -> bool:
 def _about_values(runs: Sequence[Records]) -> list[str]:
     """Name the rows in which a measure of the page has no value, for no mean shows them."""
     cautions: list[str] = []
-    for measure in (m for m in (DICE, HD95, ECE, BRIER) if measured(runs, m.name)):
+    for measure in (DICE, HD95, ECE, BRIER):
+        without = [run_name(one) for one in runs if not measured([one], measure.name)]
+        if 0 < len(without) < len(runs):
+            cautions.append(
+                f"{measure.title} has no value in {', '.join(without)}, so it is not shown here."
+            )
+        if without:
+            continue
         for table in (one.table for one in runs):
             lacking = table[table[measure.name].isna()]
             of = count_of(table["case"].nunique(), "case")

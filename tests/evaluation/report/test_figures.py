@@ -178,6 +178,7 @@ def test_a_run_that_misses_tumours_does_not_win_by_having_no_distance(tmp_path):
     """The convention ``hd95: nan`` leaves out the cases in which nothing was found."""
     about = Sidecar(BRATS, conventions=Conventions(hd95="nan").to_dict())
     values = {"misses": ((0, math.nan), (0.8, 3)), "finds": ((0.8, 4), (0.8, 20))}
+    values["nothing"] = ((0, math.nan), (0, math.nan))
     for name, of in values.items():
         rows = [
             {"case": f"{i:02}", "combination": format_combination(c), "region": region}
@@ -188,7 +189,10 @@ def test_a_run_that_misses_tumours_does_not_win_by_having_no_distance(tmp_path):
         ]
         Records.from_rows(rows, name, about).write(tmp_path / name / "records.csv")
     out = tmp_path / "report.html"
-    said = " ".join(plain_report([tmp_path / n for n in values], out).read_text().split())
+    said = plain_report([tmp_path / "finds", tmp_path / "nothing"], out).read_text()
+    assert "HD95 has no value in nothing, so it is not shown here." in said
+    pair = [tmp_path / "misses", tmp_path / "finds"]
+    said = " ".join(plain_report(pair, out).read_text().split())
     assert "HD95 is missing from 270 of 540 rows of misses (6 of 12 cases lack it)" in said
     assert "penalties included" not in said and ": 45 for Dice." in said
     assert "3.0 <small>in 6 cases</small>" in said
