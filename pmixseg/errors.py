@@ -25,10 +25,11 @@ _SHARED = re.compile(
 )
 """What PyTorch says where the system ended a process that reads data, or refused it a buffer."""
 
-_MEMORY = re.compile(
-    r"not enough memory|can't allocate memory|out of memory|start new thread|failed to map segment"
-)
-"""What PyTorch, Python and the loader of libraries say where memory or processes are used up."""
+_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory|failed to map segment")
+"""What PyTorch, Python and the loader of libraries say where memory is used up."""
+
+_THREADS = re.compile(r"start new thread|join thread before it is started")
+"""What Python says where the system starts no more threads, and while it clears up after that."""
 
 _TORCH = re.compile(r"PytorchStreamWriter|inline_container\S* \. unexpected pos|iostream error")
 """What PyTorch says where it could not write all of a file."""
@@ -147,8 +148,9 @@ def memory_error(error: BaseException) -> InputError | None:
             f"too many files are open at once ({reason}); allow more (ulimit -n), or use fewer "
             "workers."
         )
-    if code == errno.EAGAIN and any(
-        _raised_in(error, p) for p in ("multiprocessing", "subprocess")
+    if (isinstance(error, RuntimeError) and _THREADS.search(str(error))) or (
+        code == errno.EAGAIN
+        and any(_raised_in(error, p) for p in ("multiprocessing", "subprocess"))
     ):
         return InputError(
             f"the system starts no more processes ({reason}); allow more (ulimit -u), or use fewer "

@@ -118,7 +118,8 @@ def test_the_command_line_prints_the_sentence_of_a_worker(monkeypatch, capsys):
     [
         (MemoryError(), "smaller batches"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "smaller batches"),
-        (RuntimeError("can't start new thread"), "fewer workers"),
+        (RuntimeError("can't start new thread"), "allow more (ulimit -u), or use fewer workers"),
+        (RuntimeError("cannot join thread before it is started"), "allow more (ulimit -u)"),
         (ImportError("x.so: failed to map segment from shared object"), "too little memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "smaller"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "num_workers 0"),
