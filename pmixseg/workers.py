@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, memory_error
 
 NOT_BEGUN = (
     "in a script, call this under `if __name__ == '__main__':`, since every worker reads the "
@@ -99,9 +99,9 @@ def results(
 def _starting() -> Iterator[None]:
     try:
         yield
-    except BrokenProcessPool:
-        raise
     except (OSError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and memory_error(error) is None:
+            raise  # of something else
         raise InputError(
             f"the system starts no more processes ({error or 'the server ended'}); allow more "
             "(ulimit -u), or use fewer workers."

@@ -19,7 +19,6 @@ from pmixseg import (
     BRATS,
     BraTSDataModule,
     Distillation,
-    GapMonitor,
     PmixAlignment,
     StudentModule,
     Task,
@@ -303,45 +302,6 @@ def test_every_argument_of_a_checked_function_refuses_what_it_cannot_take():
         "SegmentationNetwork.segment": ["images"],
         "segment_files": ["images"],
     }
-
-
-class NoBase(MultiEncoderUNet):
-    def __init__(self, width=2):
-        self.width = width
-
-
-class LateBase(StudentModule):
-    def __init__(self):
-        self.setting = self.task.name
-        super().__init__()
-
-
-class NoData(BraTSDataModule):
-    def __init__(self):
-        self.mine = 1
-
-
-class Monitor(GapMonitor):
-    def __init__(self):
-        self.mine = 1
-
-
-@pytest.mark.parametrize("own", [NoBase, LateBase, NoData, Monitor])
-def test_a_subclass_that_forgets_its_base_is_told(own):
-    words = f"{own.__name__}: {own.__name__}.__init__ does not call super().__init__(...); let it"
-    with pytest.raises(InputError, match=re.escape(words)):
-        own()
-
-
-class Broken(StudentModule):
-    def __init__(self):
-        super().__init__(backbone=MultiEncoderUNet(width=2, levels=2))
-        self.nothing  # noqa: B018  # it fails
-
-
-def test_other_mistakes_of_a_subclass_keep_their_error():
-    with pytest.raises(AttributeError, match="nothing"):
-        Broken()
 
 
 def test_kinds_that_fit_are_taken():

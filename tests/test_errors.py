@@ -4,10 +4,13 @@ import errno
 import multiprocessing
 import multiprocessing.synchronize  # before a test replaces what it is made of
 import os
+import re
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
+from pmixseg import BraTSDataModule, GapMonitor, StudentModule
+from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.cli import main
 from pmixseg.errors import InputError, disk_error, memory_error
 
@@ -178,3 +181,42 @@ def test_a_link_that_leads_back_to_itself(tmp_path, capsys):
     assert main(words) == 1
     said = capsys.readouterr().err
     assert said.startswith("pmixseg: ") and len(said.splitlines()) == 1
+
+
+class NoBase(MultiEncoderUNet):
+    def __init__(self, width=2):
+        self.width = width
+
+
+class LateBase(StudentModule):
+    def __init__(self):
+        self.setting = self.task.name
+        super().__init__()
+
+
+class NoData(BraTSDataModule):
+    def __init__(self):
+        self.mine = 1
+
+
+class Monitor(GapMonitor):
+    def __init__(self):
+        self.mine = 1
+
+
+@pytest.mark.parametrize("own", [NoBase, LateBase, NoData, Monitor])
+def test_a_subclass_that_forgets_its_base_is_told(own):
+    words = f"{own.__name__}: {own.__name__}.__init__ does not call super().__init__(...); let it"
+    with pytest.raises(InputError, match=re.escape(words)):
+        own()
+
+
+class Broken(StudentModule):
+    def __init__(self):
+        super().__init__(backbone=MultiEncoderUNet(width=2, levels=2))
+        self.nothing  # noqa: B018  # it fails
+
+
+def test_other_mistakes_of_a_subclass_keep_their_error():
+    with pytest.raises(AttributeError, match="nothing"):
+        Broken()

@@ -75,6 +75,7 @@ def odd_slices(
     thin = [2 * max(0, round((THIN_MM / z - 1) / 2)) + 1 for z in zooms]  # odd: meets all slices
     sample = scores[tuple(slice(None, None, n) for n in thin)].astype(np.float32)
     extent = spread * float(np.ptp(sample))
+    # The range of 8 or 16 bits, where the scan fills one: only there can numbers begin again at 0.
     span = next((n for n in (256, 65536) if 0.93 * n < extent < 1.01 * n), 0)
     leaps = pairs = 0
     for axis, direction in enumerate(DIRECTIONS):
@@ -82,6 +83,7 @@ def odd_slices(
         rows = np.moveaxis(scores[lines], axis, 0).reshape(scores.shape[axis], -1).astype("f4")
         if rows.shape[1] < LEAST_LINES:
             continue
+        # The cosine of each slice with the next one, and with the next but one.
         energy = np.einsum("ij,ij->i", rows, rows)
         near, far = (
             np.einsum("ij,ij->i", rows[n:], rows[:-n])
