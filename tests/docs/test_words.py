@@ -54,6 +54,16 @@ def test_links_lead_to_files(page):
     assert [link for link in inside if not (page.parent / link).exists()] == []
 
 
+def test_an_item_of_a_list_is_not_the_end_of_a_paragraph():
+    """Without an empty line before it, where the item before ends with a paragraph of its own."""
+    joined = [
+        f"{page.name}: {item}"
+        for page in DOCS.rglob("*.md")
+        for item in re.findall(r"^    .*\n((?:\d+\.|[-*]) .*)", page.read_text(), re.MULTILINE)
+    ]
+    assert not joined
+
+
 def test_pages_that_code_names_exist():
     """Docstrings say where the method stands, as ``docs/method/anchors.md``."""
     named = {
