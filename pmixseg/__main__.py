@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from pathlib import Path
 
 from pmixseg.interrupt import (
     STOPPED,
@@ -21,24 +19,6 @@ def _without_loaders(ignored: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(ignored)
 
 
-def warn_in_one_line() -> None:
-    """Print this package's warnings as the sentences they are, without the line that gave them."""
-    others = warnings.formatwarning
-
-    def formatted(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        line: str | None = None,
-    ) -> str:
-        if Path(filename).is_relative_to(Path(__file__).parent):
-            return f"pmixseg: {message}\n"
-        return others(message, category, filename, lineno, line)
-
-    warnings.formatwarning = formatted
-
-
 def main() -> int:
     """Run one command in a process that is the command's alone; see :func:`pmixseg.cli.main`."""
     exit_on_interrupt()
@@ -46,7 +26,8 @@ def main() -> int:
     sys.unraisablehook = _without_loaders
     try:
         from pmixseg import cli  # after the line above: this import takes a while
-        from pmixseg.cli.allocator import keep_freed_memory
+        from pmixseg.allocator import keep_freed_memory
+        from pmixseg.errors import warn_in_one_line
 
         keep_freed_memory()
         warn_in_one_line()  # after the imports: Lightning sets a format of its own

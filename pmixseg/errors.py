@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from traceback import walk_tb
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -170,3 +172,23 @@ def memory_error(error: BaseException) -> InputError | None:
             "batches, patches or windows, fewer workers, or a larger voxel spacing."
         )
     return None
+
+
+def warn_in_one_line() -> None:
+    """Print this package's warnings as the sentences they are, without the line that gave them."""
+    others = warnings.formatwarning
+    if others.__module__ == __name__:
+        return  # it was called before
+
+    def formatted(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            return f"pmixseg: {message}\n"
+        return others(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted

@@ -7,9 +7,11 @@ unaligned teacher and the student it teaches. Every step is the library's public
 from __future__ import annotations
 
 import functools
+import io
+import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.console import Console
 
+from pmixseg.allocator import keep_freed_memory
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, GapMonitor, PmixAlignment, RunCheckpoint, RunLogger
 from pmixseg.callbacks.silence import silence_lightning
@@ -27,7 +30,6 @@ from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.data.store.prepare import prepare
 from pmixseg.errors import InputError
-from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.report.page import write_report
 from pmixseg.losses import DiceCE, MixtureAnchor
 from pmixseg.modules import (
@@ -40,6 +42,7 @@ from pmixseg.modules import (
 from pmixseg.modules.checkpoint import read_checkpoint, restore
 from pmixseg.plurals import count_of
 from pmixseg.task import BRATS
+from pmixseg.workers import results
 
 CASES = 28
 SPACING = 5.0
@@ -58,6 +61,8 @@ DISTANCE = "case_nce"
 ALIGNMENT = 0.1
 ALIGNED = (1, 2)
 DISTILLATION = 0.5
+
+CONSOLE = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -91,46 +96,28 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
     Raises:
         InputError: an unusable cohort.
     """
-    console, began = Console(highlight=False, markup=False, soft_wrap=True), time.monotonic()
+    began = time.monotonic()
     silence_lightning()
     out.mkdir(parents=True, exist_ok=True)
     root = data or out / "cohort"
     if data is None:
-        with stage(console, f"phantom: {CASES} synthetic patients"):
+        with stage(f"phantom: {CASES} synthetic patients"):
             write_cohort(root, CASES, seed, PhantomSettings(spacing=SPACING), workers=WORKERS)
-    with stage(console, "prepare: canonical, cropped, z-scored, memory-mapped"):
+    with stage("prepare: canonical, cropped, z-scored, memory-mapped"):
         prepare_cohort(root, out / "store")
-    runs = []
-    for arm in ARMS:
-        teacher = out / "runs" / f"teacher-{arm.name}"
-        student = out / "runs" / f"student-{arm.name}"
-        with stage(console, f"fit: teacher, {arm.name} (λ = {arm.alignment:g})"):
-            seed_everything(seed, verbose=False)  # the initial weights
-            train(
-                TeacherModule(**network(TEACHER_RATE)),
-                cohort(out / "store", seed),
-                teacher,
-                TEACHER_STEPS,
-                PmixAlignment(weight=arm.alignment, distance=DISTANCE, levels=ALIGNED),
-            )
-        with stage(console, f"fit: student of the {arm.name} teacher"):
-            checkpoint = teacher / "checkpoints" / "last.ckpt"
-            module = StudentModule(**network(STUDENT_RATE))
-            # Born with its teacher's weights, it needs a fraction of the steps.
-            restore(module, read_checkpoint(checkpoint))
-            train(
-                module,
-                cohort(out / "store", seed),
-                student,
-                STUDENT_STEPS,
-                Distillation(str(checkpoint), weight=DISTILLATION),
-            )
-        with stage(console, "test: every combination of sequences"):
-            test(student, cohort(out / "store", seed))
-        runs.append(student)
-    with stage(console, "report"):
+        parts = cohort(out / "store", seed).parts
+        sizes = f"{len(parts.train)} train, {len(parts.val)} val, {len(parts.test)} test"
+        CONSOLE.print(f"  split: {sizes}")
+    for what, work in (("fit: the teachers", teach), ("fit and test: the students", study)):
+        title = f"{what}, without alignment and with it, side by side"
+        with stage(title), CONSOLE.status("training"):
+            task = functools.partial(printed, work, out, seed)
+            for _, text in results(task, ARMS, WORKERS, where=out, preload=[__name__]):
+                CONSOLE.print(text, end="")
+    with stage("report"):
+        runs = [out / "runs" / f"student-{arm.name}" for arm in ARMS]
         report = write_report(runs, out / "report.html")
-    console.print(f"\n{report} — {time.monotonic() - began:.0f} s in all. Research use only.")
+    CONSOLE.print(f"\n{report} — {time.monotonic() - began:.0f} s in all. Research use only.")
     return report
 
 
@@ -152,6 +139,47 @@ def prepare_cohort(root: Path, store: Path) -> None:
             f"{store} holds {others} not under {root}, such as "
             f"'{report.elsewhere[0]}'; delete it or choose another folder with --out."
         )
+
+
+def printed(work: Callable[[Path, int, Arm], None], out: Path, seed: int, arm: Arm) -> str:
+    """Do a piece of work in its own process, and return what it prints: lines of two would mix."""
+    silence_lightning()
+    keep_freed_memory()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the split is known by now
+    with redirect_stdout(io.StringIO()) as text:
+        work(out, seed, arm)
+    return text.getvalue()
+
+
+def teach(out: Path, seed: int, arm: Arm) -> None:
+    """Fit the teacher of an arm, which sees all sequences."""
+    data, run = cohort(out / "store", seed), out / "runs" / f"teacher-{arm.name}"
+    seed_everything(seed, verbose=False)  # the initial weights
+    callbacks: list[Callback] = [
+        PmixAlignment(weight=arm.alignment, distance=DISTANCE, levels=ALIGNED)
+    ]
+    if arm == UNALIGNED and can_measure_gap(data):
+        callbacks.append(GapMonitor())
+    train(TeacherModule(**network(TEACHER_RATE)), data, run, TEACHER_STEPS, callbacks)
+
+
+def study(out: Path, seed: int, arm: Arm) -> None:
+    """Fit the student of an arm's teacher, and score it on every combination of sequences.
+
+    Latents that only shrank or fell onto a line are close as well; so those of both students are
+    held against those of the teacher without alignment.
+    """
+    data, run = cohort(out / "store", seed), out / "runs" / f"student-{arm.name}"
+    checkpoint = out / "runs" / f"teacher-{arm.name}" / "checkpoints" / "last.ckpt"
+    module = StudentModule(**network(STUDENT_RATE))
+    # Born with its teacher's weights, it needs a fraction of the steps.
+    restore(module, read_checkpoint(checkpoint))
+    callbacks: list[Callback] = [Distillation(str(checkpoint), weight=DISTILLATION)]
+    if can_measure_gap(data):
+        callbacks.append(GapMonitor(reference=out / "runs" / f"teacher-{UNALIGNED.name}"))
+    train(module, data, run, STUDENT_STEPS, callbacks)
+    model = load(run / "checkpoints" / "last.ckpt")
+    trainer(run, logger=False).test(model, data, verbose=False)  # it writes the records
 
 
 def cohort(store: Path, seed: int) -> BraTSDataModule:
@@ -189,36 +217,33 @@ def network(rate: float) -> dict[str, Any]:
     }
 
 
+def can_measure_gap(data: BraTSDataModule) -> bool:
+    """Say whether a validation case has all sequences, whose latents can be compared."""
+    return any(all(data.store.read(case).acquired) for case in data.parts.val)
+
+
 def train(
-    module: SegmentationModule, data: BraTSDataModule, run: Path, steps: int, *terms: Callback
+    module: SegmentationModule,
+    data: BraTSDataModule,
+    run: Path,
+    steps: int,
+    callbacks: list[Callback],
 ) -> None:
     """Fit one module for whole epochs of at least so many steps; Lightning does the rest."""
+    began = time.monotonic()
     epochs = -(-steps // max(len(data.parts.train) // BATCH, 1))
-    trainer(
+    fit = trainer(
         run,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
         gradient_clip_val=GRADIENT_NORM,
         logger=RunLogger(run),
-        callbacks=[*terms, *gap_monitor(run, data), RunCheckpoint(run)],
-    ).fit(module, data)
-
-
-def gap_monitor(run: Path, data: BraTSDataModule) -> list[Callback]:
-    """Measures how far apart the modalities' latents are, where a validation case has them all.
-
-    Latents that only shrank or fell onto a line are close as well; so the aligned arm is held
-    against the unaligned one.
-    """
-    reference = run.with_name(f"{run.name.split('-')[0]}-{UNALIGNED.name}")
-    complete = any(all(data.store.read(case).acquired) for case in data.parts.val)
-    return [GapMonitor(reference=None if run == reference else reference)] if complete else []
-
-
-def test(run: Path, data: BraTSDataModule) -> Records:
-    """Score the last checkpoint on every combination; the module writes the records."""
-    trainer(run, logger=False).test(load(run / "checkpoints" / "last.ckpt"), data, verbose=False)
-    return Records.read(run)
+        callbacks=[*callbacks, RunCheckpoint(run)],
+    )
+    fit.fit(module, data)
+    dice = f"{fit.callback_metrics['val/dice']:.3f}" if data.parts.val else "not measured"
+    seconds = time.monotonic() - began
+    CONSOLE.print(f"  {run.name}: {epochs} epochs, val/dice {dice}, {seconds:.0f} s")
 
 
 def trainer(run: Path, **arguments: Any) -> Trainer:
@@ -226,16 +251,18 @@ def trainer(run: Path, **arguments: Any) -> Trainer:
     return Trainer(
         default_root_dir=run,
         accelerator="auto",
+        devices=1,
         enable_model_summary=False,
+        enable_progress_bar=False,
         log_every_n_steps=1,
         **arguments,
     )
 
 
 @contextmanager
-def stage(console: Console, what: str) -> Iterator[None]:
+def stage(what: str) -> Iterator[None]:
     """Name a stage and how long it took."""
-    console.print(what, style="bold")
+    CONSOLE.print(what, style="bold")
     began = time.monotonic()
     yield
-    console.print(f"  {time.monotonic() - began:.0f} s")
+    CONSOLE.print(f"  {time.monotonic() - began:.0f} s")

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from pmixseg.errors import InputError, memory_error
+from pmixseg.errors import InputError, memory_error, warn_in_one_line
 
 NOT_BEGUN = (
     "in a script, call this under `if __name__ == '__main__':`, since every worker reads the "
@@ -136,9 +136,10 @@ def _piece(work: Callable[[Item], Result], item: Item) -> Result:
     try:
         if _Interruption.asked:
             raise KeyboardInterrupt
-        # Else small matrix products would wait for threads on the cores of other workers. Here, for
-        # a library may have been loaded since the last item.
+        # Else small matrix products would wait for threads on the cores of other workers. Here, and
+        # how warnings look as well: a library may have been loaded since the last item.
         threadpool_limits(1)
+        warn_in_one_line()
         return work(item)
     finally:
         _Interruption.at_work = False

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import pmixseg
-from pmixseg.__main__ import warn_in_one_line
 from pmixseg.cli import import_modules, main, print_anything
 from pmixseg.cli.arguments import option
 from pmixseg.cli.checkpoint_settings import (
@@ -22,6 +21,7 @@ from pmixseg.cli.checkpoint_settings import (
     with_checkpoint_defaults,
     with_evaluation,
 )
+from pmixseg.errors import warn_in_one_line
 from pmixseg.interrupt import stopping_code
 from tests.cli.test_training import TINY
 
