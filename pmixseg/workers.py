@@ -68,8 +68,9 @@ def results(
         return
     end_if_read_anew()
     others, done = {child.pid for child in active_children()}, 0
+    server = start_server(preload)
     with _starting():
-        pool = ProcessPoolExecutor(workers, _context(preload), initializer=start_worker)
+        pool = ProcessPoolExecutor(workers, server, initializer=start_worker)
     try:
         with _interrupted_later(), _starting():
             futures = {pool.submit(partial(_piece, work), item): item for item in items}
@@ -167,8 +168,20 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _context(preload: Sequence[str]) -> BaseContext:
-    """Not a plain fork: this process may hold threads (torch, the progress bar) that it breaks."""
+def start_server(preload: Sequence[str]) -> BaseContext:
+    """Start the process that forks workers, and let it import what they need meanwhile.
+
+    Not a plain fork: this process may hold threads (torch, the progress bar) that it breaks.
+
+    Args:
+        preload: modules; a server that runs already imports no more.
+
+    Returns:
+        The way to start workers: by that server, or anew where the system has none.
+
+    Raises:
+        InputError: the system starts no more processes.
+    """
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     from multiprocessing import forkserver  # there is none on Windows
@@ -176,7 +189,7 @@ def _context(preload: Sequence[str]) -> BaseContext:
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, *preload])
     # The server is deaf to Ctrl-C, also while it imports.
-    with _interrupted_by(signal.SIG_IGN, signal.SIGINT):
+    with _interrupted_by(signal.SIG_IGN, signal.SIGINT), _starting():
         forkserver.ensure_running()
     return context
 

@@ -27,6 +27,7 @@ def small(monkeypatch):
         "STUDENT_STEPS": 1,
     }.items():
         monkeypatch.setattr(quickstart, name, value)
+    monkeypatch.setattr("pmixseg.cli.commands.start_server", lambda modules: None)
     monkeypatch.setenv("PL_TRAINER_NUM_SANITY_VAL_STEPS", "0")
 
 

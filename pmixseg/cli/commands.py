@@ -24,6 +24,7 @@ from pmixseg.errors import InputError
 from pmixseg.files import not_among
 from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task
+from pmixseg.workers import start_server
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 """Names are printed as they are: no part of one is taken for a style, and none is cut in two."""
@@ -44,7 +45,8 @@ def _quickstart(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
     def run(args: argparse.Namespace) -> int:
-        from pmixseg.quickstart import quickstart  # Lightning takes seconds to import
+        start_server(["pmixseg.quickstart"])  # which takes seconds to import, here and there
+        from pmixseg.quickstart import quickstart
 
         quickstart(args.out, args.data, args.seed)
         return 0
