@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from textwrap import shorten
 from traceback import walk_tb
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -39,6 +41,18 @@ _TORCH = re.compile(r"PytorchStreamWriter|inline_container\S* \. unexpected pos|
 
 _LOOP = re.compile(r"Symlink loop from '(.*)'")
 """What Python before 3.13 says of a link that leads back to itself."""
+
+
+_TRAINER = "lightning.pytorch.trainer.trainer"
+_CONNECTOR = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+_RESTORING = ("lightning", "torch", "packaging", "pmixseg")
+"""Where the state of a training is restored, by whom, and with whose help."""
+
+_USING_STATE = (
+    *("lightning.pytorch.", "torch.optim.", "torch.utils._foreach_utils"),
+    "pmixseg.modules.training.resuming",
+)
+"""Modules that use what was restored."""
 
 
 class InputError(ValueError):
@@ -172,6 +186,29 @@ def memory_error(error: BaseException) -> InputError | None:
             "batches, patches or windows, fewer workers, or a larger voxel spacing."
         )
     return None
+
+
+def restoring_error(error: BaseException) -> InputError | None:
+    """Say that a checkpoint's state of the training is damaged, where a library stumbles over it.
+
+    It does so as it restores that state, or at the first step that uses it. What a person's own
+    class says, or does not survive, stays as it is.
+    """
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    trainers = [f for f, name in zip(frames, modules, strict=True) if name == _TRAINER]
+    path = next((f.f_locals["ckpt_path"] for f in trainers if f.f_locals.get("ckpt_path")), None)
+    package = modules[-1].partition(".")[0]
+    foreign = package not in (*_RESTORING, *sys.stdlib_module_names)
+    restores = _CONNECTOR in modules and not foreign
+    if path is None or not (restores or modules[-1].startswith(_USING_STATE)):
+        return None
+    reason = shorten(str(error).strip().partition("\n")[0].rstrip(".:"), 150)
+    return InputError(
+        f"{path} holds a state of the training that cannot be restored "
+        f"({type(error).__name__}: {reason}); it is damaged, or was written by another version of "
+        "a library. Use another checkpoint, or start from its weights with --init_from."
+    )
 
 
 def warn_in_one_line() -> None:

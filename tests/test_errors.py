@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from pmixseg import BraTSDataModule, GapMonitor, StudentModule
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.cli import main
-from pmixseg.errors import InputError, disk_error, memory_error
+from pmixseg.errors import InputError, disk_error, memory_error, restoring_error
 
 SENTENCE = "case 'a7': the label holds value 7; map it in the layout's codes."
 
@@ -220,3 +220,40 @@ class Broken(StudentModule):
 def test_other_mistakes_of_a_subclass_keep_their_error():
     with pytest.raises(AttributeError, match="nothing"):
         Broken()
+
+
+def called(*modules, ckpt_path):
+    """Raise a KeyError of the last module, which the one before calls, and so on."""
+    call = "raise KeyError('lr')"
+    inner = None
+    for name in reversed(modules):
+        names = {"__name__": name, "inner": inner}
+        exec(f"def outer(ckpt_path):\n    {call}", names)
+        inner, call = names["outer"], "inner(ckpt_path)"
+    with pytest.raises(KeyError) as raised:
+        inner(ckpt_path)
+    return raised.value
+
+
+TRAINER = "lightning.pytorch.trainer.trainer"
+CONNECTOR = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+
+
+@pytest.mark.parametrize(
+    ("modules", "told"),
+    [
+        ((TRAINER, CONNECTOR, "packaging.version"), True),
+        ((TRAINER, CONNECTOR, "copy"), True),
+        ((TRAINER, CONNECTOR, "mine"), False),  # a class of the user's own tells its fault
+        ((TRAINER, "mine", "torch.optim.adamw"), True),  # the first step that uses the state
+        ((TRAINER, "mine"), False),
+        ((CONNECTOR, "copy"), False),  # no checkpoint was asked for
+    ],
+)
+def test_a_damaged_state_of_a_training_is_told(modules, told):
+    error = restoring_error(called(*modules, ckpt_path="x.ckpt"))
+    assert (error is not None) == told
+    if error is not None:
+        assert str(error).startswith("x.ckpt holds a state of the training that cannot be restored")
+        assert "(KeyError: 'lr')" in str(error)
+    assert restoring_error(called(*modules, ckpt_path=None)) is None

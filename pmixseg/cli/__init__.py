@@ -14,7 +14,7 @@ from pathlib import Path
 from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.cli.arguments import take_out
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
-from pmixseg.errors import InputError, disk_error, memory_error
+from pmixseg.errors import InputError, disk_error, memory_error, restoring_error
 from pmixseg.interrupt import raise_on_interrupt, report_stop, stopping_code
 from pmixseg.version import __version__
 
@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if cause is None and isinstance(error, UnicodeDecodeError):
             cause = no_text(words)
         if cause is None and isinstance(error, Exception):
-            cause = complaint(error)
+            cause = complaint(error) or restoring_error(error)
         if cause is None:
             raise
         line = re.sub(r"\s*\n\s*", " ", str(cause))  # libraries break theirs

@@ -240,6 +240,8 @@ def _wrong_kind(message: str, keys: list[str], args: Sequence[str]) -> str | Non
         return None
     deepest = max(len(space) for space, _ in expected)
     kinds = dict.fromkeys(words(kind) for space, kind in expected if len(space) == deepest)
+    if "a number" in kinds:
+        kinds.pop("a whole number", None)  # it is one as well
     several = sorted(kinds, key=lambda word: word == "null")  # last; the others in their order
     return f"{subject(keys, args)} is {value}, but must be {' or '.join(several)}."
 
@@ -260,17 +262,33 @@ def _got(message: str) -> str | None:
     return value and value[1]
 
 
+_WORDS = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "complex": "a number",
+    **dict.fromkeys(("tuple", "list", "set", "Sequence", "Iterable"), "a list in brackets"),
+    **dict.fromkeys(("dict", "Mapping"), "a mapping in braces"),
+}
+"""Types that a setting may have, as a person calls them."""
+
+
 def words(kind: str) -> str:
     """Return a type in words.
 
     Example:
         >>> [words(k) for k in ("<class 'int'>", "typing.Literal['zero', 'anchor']")]
-        ['int', 'one of zero, anchor']
+        ['a whole number', 'one of zero, anchor']
     """
     if literal := re.match(r"typing\.Literal\[(.*)\]", kind):
         return "one of " + literal[1].replace("'", "")
     if plain := re.match(r"<class '([^']+)'>", kind):
-        return {"NoneType": "null"}.get(plain[1], plain[1].rpartition(".")[2])
+        name = plain[1].rpartition(".")[2]
+        return _WORDS.get(name, name)
+    if several := re.match(r"tuple with (\d+) elements", kind):
+        return f"a list of {several[1]}"
     if below_it := re.match(r"subclass of (\w+)|instantiatable class, but (\S+) is abstract", kind):
         name = below_it[1] or below_it[2].rpartition(".")[2]
         return f"a {name}" if below_it[1] else f"a {name}, by its class_path"

@@ -16,7 +16,16 @@ from pmixseg.evaluation.records.records import Records, read_comparable
 from pmixseg.evaluation.records.tables import tabulate
 from pmixseg.evaluation.report.pictures import panels, viewer_case
 from pmixseg.evaluation.report.summary import region_summaries
-from tests.campaign.judging import Generator, Tally, campaign, damage_text, flip_bits, run
+from tests.campaign.judging import (
+    Generator,
+    Tally,
+    campaign,
+    command,
+    damage_text,
+    flip_bits,
+    run,
+)
+from tests.campaign.test_command_inputs import SMALL
 from tests.campaign.test_data_inputs import SEEDS, check
 from tests.evaluation.made_up import made_up_rows, make_run
 from tests.inference.tiny_models import Glance, save, tiny_student
@@ -87,11 +96,28 @@ class Results(Generator):
         return records.altered or self.ending != ".csv" or records.table.equals(self.table)
 
 
+ODD = (None, -1, 1e999, float("nan"), "x", "../x", [], {}, [[]], True, 10**30, torch.ones(2))
+
+
+def damage_value(content, random, *, remove):
+    """Remove a value of a checkpoint, at any depth, or put an odd one in its place."""
+    trail, here = [], content
+    while isinstance(here, dict | list) and here and (not trail or random.random() < 0.85):
+        keys = sorted(here, key=str) if isinstance(here, dict) else range(len(here))
+        key = keys[int(random.integers(len(keys)))]
+        trail.append(key)
+        place, here = here, here[key]
+    if remove:
+        del place[key]
+        return f"{trail} removed"
+    place[key] = ODD[int(random.integers(len(ODD)))]
+    return f"{trail} is {place[key]!r}"
+
+
 class Checkpoints(Generator):
     """A checkpoint of which the file, or a value, is damaged."""
 
     name = "checkpoint"
-    odd = (None, -1, 1e999, float("nan"), "x", "../x", [], {}, [[]], True, 10**30, torch.ones(2))
 
     def __init__(self, healthy):
         self.healthy = healthy
@@ -108,20 +134,9 @@ class Checkpoints(Generator):
             path.write_bytes(flip_bits(raw, random))
             return "bits"
         content = torch.load(self.healthy, weights_only=True)
-        trail, here = [], content
-        while isinstance(here, dict) and here and (not trail or random.random() < 0.85):
-            key = sorted(here)[int(random.integers(len(here)))]
-            trail.append(key)
-            place, here = here, here[key]
-        if kind == 3:
-            del place[key]
-            done = "removed"
-        else:
-            value = self.odd[int(random.integers(len(self.odd)))]
-            place[key] = value
-            done = f"is {value!r}"
+        done = damage_value(content, random, remove=kind == 3)
         torch.save(content, path)
-        return f"{trail} {done}"
+        return done
 
     def use(self, folder):
         return asked(lambda: pmixseg.load(folder / "x.ckpt", modules=[Glance.__module__]))
@@ -130,6 +145,48 @@ class Checkpoints(Generator):
         loaded = pmixseg.load(folder / "x.ckpt", modules=[Glance.__module__]).state_dict()
         same = [torch.equal(v, loaded[k]) for k, v in self.weights.items() if k in loaded]
         return len(same) == len(self.weights) and all(same)
+
+
+class Trainings(Generator):
+    """A checkpoint of which a value of the training's state is damaged, resumed."""
+
+    name = "training"
+
+    def __init__(self, root, store):
+        self.healthy = root / "healthy" / "checkpoints" / "last.ckpt"
+        self.store = store
+
+    def fit(self, run, epochs, *words):
+        return command(
+            *("fit", f"--data.store={self.store}", f"--run={run}"),
+            *(word for word in SMALL if "fast_dev_run" not in word),
+            *("--data.split=pmixseg.data.splits.Fractions", "--model.evaluation.window=[16,16,16]"),
+            *("--align.weight=0.1", "--align.distance=case_nce", "--model.scheduler=Polynomial"),
+            *("--trainer.callbacks=EMAWeightAveraging", "--trainer.limit_train_batches=1"),
+            *("--trainer.limit_val_batches=1", f"--trainer.max_epochs={epochs}", *words),
+        )
+
+    def damage(self, folder, random):
+        content = torch.load(self.healthy, weights_only=True)
+        weights = content.pop("state_dict")  # those are damaged above
+        done = damage_value(content, random, remove=random.random() < 0.2)
+        torch.save({**content, "state_dict": weights}, folder / "x.ckpt")
+        return done
+
+    def use(self, folder):
+        return self.fit(folder / "run", 2, f"--ckpt_path={folder / 'x.ckpt'}")
+
+    def is_right(self, folder):
+        """A value may be another that is as good; what cannot be used is said."""
+        return True
+
+
+@pytest.fixture(scope="module")
+def training(phantom_store, tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    training = Trainings(root, phantom_store)
+    assert training.fit(root / "healthy", 1).code == 0
+    return training
 
 
 @pytest.fixture(scope="module")
@@ -169,4 +226,17 @@ def test_results(runs, tmp_path, seeds, ending):
 def test_checkpoints(checkpoint, tmp_path, seeds):
     tally = Tally()
     campaign(Checkpoints(checkpoint), seeds, tmp_path / "work", tmp_path / "faults", tally)
+    check(tally, tmp_path / "faults")
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(range(2), id="few"),
+        pytest.param(range(2, 150), id="many", marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
+    ],
+)
+def test_resumed_trainings(training, tmp_path, seeds):
+    tally = Tally()
+    campaign(training, seeds, tmp_path / "work", tmp_path / "faults", tally)
     check(tally, tmp_path / "faults")

@@ -200,7 +200,7 @@ def test_a_checkpoint_is_needed(command, phantom_store, capsys):
 def test_a_word_for_a_number_is_no_class(phantom_store, capsys):
     words = ["fit", f"--data.store={phantom_store}", "--model.optimizer.lr=fast"]
     assert main(words) == 2
-    assert "--model.optimizer.lr is fast, but must be float." in capsys.readouterr().err
+    assert "--model.optimizer.lr is fast, but must be a number." in capsys.readouterr().err
 
 
 def test_what_a_library_says_in_lines_is_one_line(tmp_path, capsys):

@@ -34,7 +34,10 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--optimizer.lr=1", "takes no --optimizer.lr; did you mean --model.optimizer.lr?"),
         ("--lr_scheduler=StepLR", "takes no --lr_scheduler; did you mean --model.scheduler?"),
         ("--align.distnace=nmse", "takes no --align.distnace; did you mean --align.distance?"),
-        ("--trainer.max_epochs=x", "--trainer.max_epochs is x, but must be int or null."),
+        (
+            "--trainer.max_epochs=x",
+            "--trainer.max_epochs is x, but must be a whole number or null.",
+        ),
         ("--model.fil=zero", "--model.fil: StudentModule takes no 'fil'; did you mean fill?"),
         (
             "--model.criterion=torch.nn.CrossEntropyLoss",
@@ -61,7 +64,10 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--model=SegmentationModule", "have in common; use pmixseg.StudentModule or pmixseg.Te"),
         ("--model.optimizer=adamw", "no class 'adamw' is known; did you mean AdamW?"),
         ("--trainer.callbacks=EarlyStoping", "did you mean EarlyStopping?"),
-        ("--data.patch_size=[1,2]", "--data.patch_size is [1, 2], but must be int or tuple with 3"),
+        (
+            "--data.patch_size=[1,2]",
+            "--data.patch_size is [1, 2], but must be a whole number or a list of 3",
+        ),
         ("--distill.terms.logit.temp=4", "LogitKL takes no 'temp'; did you mean temperature?"),
         ("--model.task=foo", "--model.task is foo, which is no file; name a YAML file, or its s"),
         ("--data.task=foo", "--data.task is foo, which is no file; name a YAML file, or its setti"),
@@ -147,7 +153,7 @@ def test_a_wrong_flag_of_a_nested_class(capsys):
     _, text = said(capsys, *FIT, "--model.backbone=MultiEncoderUNet", "--model.backbone.widht=4")
     assert text == "--model.backbone.widht: MultiEncoderUNet takes no 'widht'; did you mean width?"
     _, text = said(capsys, *FIT, "--model.backbone=MultiEncoderUNet", "--model.backbone.width=x")
-    assert text == "--model.backbone.width is x, but must be int."
+    assert text == "--model.backbone.width is x, but must be a whole number."
 
 
 BOMB = "a: &a [1, 1]\n" + "".join(
@@ -170,7 +176,7 @@ BOMB = "a: &a [1, 1]\n" + "".join(
         ),
         (
             "trainer:\n  max_epochs: x\n",
-            "line 2: trainer.max_epochs is x, but must be int or",
+            "line 2: trainer.max_epochs is x, but must be a whole number or",
         ),
         (
             "model:\n  class_path: StudentModule\n  init_args:\n    backbone:\n"
@@ -240,7 +246,10 @@ BOMB = "a: &a [1, 1]\n" + "".join(
             "data:\n  masks: {x: 1}\n",
             "line 2: data.masks is {'x': 1}, but must be a CaseMasks, by its class_path or null.",
         ),
-        ("distill:\n  terms: a\n", "line 2: distill.terms is a, but must be dict or null."),
+        (
+            "distill:\n  terms: a\n",
+            "line 2: distill.terms is a, but must be a mapping in braces or null.",
+        ),
         ("trainer:\n  callbacks: {x: 1}\n", "Callback takes no 'x'; it takes no arguments."),
     ],
 )
