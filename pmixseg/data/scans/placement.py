@@ -130,6 +130,9 @@ def copies(overview: Overview) -> list[str]:
     """
     phrases = []
     for (one, first), (other, second) in combinations(overview.codes.items(), 2):
+        counts = np.bincount(first[first > 0], minlength=1)
+        if BINS * counts.max() > 2 * counts.sum():
+            continue  # many voxels of one value, such as a background that is not 0, decide alone
         both = (first > 0) & (second > 0)
         if np.count_nonzero(both & (first == second)) > SAME_BINS * max(both.sum(), BINS):
             phrases.append(f"{one} and {other} are one and the same scan")
