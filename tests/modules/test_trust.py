@@ -213,12 +213,15 @@ class Fetching(DiceCE):
         urllib.request.urlopen("http://127.0.0.1:1/x")
 
 
-def test_a_class_of_our_own_that_fetches_is_stopped(write, monkeypatch):
+def test_a_class_of_our_own_that_fetches_is_stopped(write, monkeypatch, phantom_store, capsys):
     monkeypatch.setattr(Fetching, "__module__", "pmixseg.losses.segmentation")
     monkeypatch.setattr("pmixseg.losses.segmentation.Fetching", Fetching, raising=False)
     name = {"class_path": "pmixseg.losses.segmentation.Fetching", "init_args": {}}
+    path = write(criterion=name)
     with pytest.raises(InputError, match="something of the network"):
-        load(write(criterion=name))
+        load(path)
+    assert main(["test", f"--ckpt_path={path}", f"--data.store={phantom_store}"]) == 1
+    assert "something of the network" in capsys.readouterr().err
 
 
 def test_a_name_that_is_not_in_a_description_is_checked_as_well(write, foreign):

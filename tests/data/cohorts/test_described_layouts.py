@@ -192,3 +192,9 @@ def test_yaml_that_is_wrong(tmp_path, text, sentence):
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(InputError, match=sentence):
         load_layout(tmp_path / "wrong.yaml")
+
+
+def test_a_field_that_is_no_expression(touch, tmp_path):
+    (tmp_path / "odd.yaml").write_text("base: brats\nfields: {case: '('}\n")
+    with pytest.raises(InputError, match=r"with the fields {'case': '\('} cannot be read"):
+        find_cases(touch("a_t1.nii"), BRATS, tmp_path / "odd.yaml")

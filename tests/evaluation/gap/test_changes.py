@@ -48,6 +48,16 @@ def test_the_best_is_looked_for_among_all_validations(tmp_path, rows, after, col
     assert read_gap_changes(tmp_path)[0].after == {"ratio": last[3]}
 
 
+@pytest.mark.parametrize("best", [True, False])
+def test_a_damaged_log_has_the_changes_that_it_holds(tmp_path, best):
+    log = tmp_path / "metrics.csv"
+    log.write_text("epoch,step,gap/level0/ratio\n0,1,\n")
+    assert read_gap_changes(tmp_path, best) == []
+    log.write_text("val/dice,gap/level0/ratio\n,0.5\n0.7,\n")  # and no epochs
+    (change,) = read_gap_changes(tmp_path, best)
+    assert (change.before, change.after) == ({"ratio": 0.5}, {} if best else {"ratio": 0.5})
+
+
 def test_the_report_says_that_it_was_not_measured(tmp_path):
     run = make_run(tmp_path, "aligned", made_up_rows())
     records = Records.read(run)

@@ -274,6 +274,7 @@ def test_a_damaged_table_is_named(tmp_path, name, content, words):
         ("[]", "no JSON object"),
         ('{"format": 99}', "format 99 is not known"),
         ('{"format": 1}', "the task cannot be read"),
+        ('{"format": 1, "git": 3, "conventions": [1]}', "conventions, git cannot be read"),
     ],
 )
 def test_a_damaged_sidecar_is_named(tmp_path, content, words):
