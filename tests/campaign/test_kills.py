@@ -1,16 +1,18 @@
 """Commands that are killed or stopped while they write: nothing half-written counts.
 
-A copy of this process dies at a chosen file, before or after that file gets its name, as at a
-SIGKILL: nothing is cleaned up. What it left is then looked at, and the command run once more. At
-Ctrl-C a command ends with 130 and one line, and leaves nothing hidden.
+A copy of this process dies at a chosen file, before or after that file gets its name, or at a
+random moment, as at a SIGKILL: nothing is cleaned up. What it left is then looked at, and the
+command run once more. At Ctrl-C a command ends with 130 and one line, and leaves nothing hidden.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,29 +42,67 @@ def files(folder):
     }
 
 
+def state(folder):
+    """What a training keeps, without the paths of its own that stand in it."""
+    kept = {}
+    for name in ("last", "best"):
+        checkpoint = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        parts = {k: checkpoint[k] for k in ("state_dict", "optimizer_states", "global_step")}
+        kept |= {f"{name} {where}": value for where, value in leaves(parts)}
+    return {**kept, "log": (folder / "metrics.csv").read_text()}
+
+
+def leaves(tree, where=""):
+    """Every number of nested primitives and tensors, with its place."""
+    if isinstance(tree, dict | list):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, inner in pairs:
+            yield from leaves(inner, f"{where}/{key}")
+    else:
+        yield where, tree.tolist() if isinstance(tree, torch.Tensor) else tree
+
+
 def ended(words, at, after, end, said=os.devnull):
     """Run a command in a copy of this process, which calls ``end`` at its ``at``-th renaming.
 
     Returns:
         The exit code.
     """
+    count = 0
+
+    def deadly(rename):
+        def call(self, target):
+            nonlocal count
+            count += 1
+            if count == at and not after:
+                end()
+            made = rename(self, target)
+            if count == at and after:
+                end()
+            return made
+
+        return call
+
+    def begin():
+        Path.replace, Path.rename = deadly(Path.replace), deadly(Path.rename)
+
+    return copied(words, begin, said)
+
+
+def killed(words, seconds):
+    """Run a command in a copy of this process, which dies after so long; return the exit code."""
+
+    def begin():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    return copied(words, begin)
+
+
+def copied(words, begin, said=os.devnull):
+    """Run a command in a copy of this process that calls ``begin`` first; return the exit code."""
     child = os.fork()
     if child == 0:
-        count = 0
-
-        def deadly(rename):
-            def call(self, target):
-                nonlocal count
-                count += 1
-                if count == at and not after:
-                    end()
-                made = rename(self, target)
-                if count == at and after:
-                    end()
-                return made
-
-            return call
-
         code = 70
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -70,7 +110,7 @@ def ended(words, at, after, end, said=os.devnull):
             # Pytest's own goes elsewhere, and the process ends by os._exit.
             sys.stderr = Path(said).open("w", encoding="utf-8")  # noqa: SIM115  # see above
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            Path.replace, Path.rename = deadly(Path.replace), deadly(Path.rename)
+            begin()
             code = main(words)
         finally:
             sys.stderr.flush()
@@ -131,6 +171,16 @@ def score(out, phantom_store, **places):
     return ["test", *words[1:-3], *batches, *words[-2:]]
 
 
+def fit(out, phantom_store, **_):
+    last = ["--ckpt_path=last"] if (out / "checkpoints" / "last.ckpt").is_file() else []
+    return ["fit", f"--data.store={phantom_store}", f"--run={out}", *last, "--data.val_cases=1",
+            "--data.split=Fractions", "--data.patch_size=16", "--data.num_workers=0",
+            "--model.backbone=MultiEncoderUNet", "--model.backbone.width=2",
+            "--model.backbone.levels=2", "--model.scheduler=OneCycle",
+            "--model.evaluation.window=[32,40,32]", "--trainer.max_epochs=3",
+            "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]  # fmt: skip
+
+
 @pytest.mark.parametrize("command", [phantom, prepare, segment, predict, score])
 def test_a_command_that_is_stopped_or_killed(command, cohort, checkpoint, phantom_store, tmp_path):
     places = {"cohort": cohort, "checkpoint": checkpoint, "phantom_store": phantom_store}
@@ -160,3 +210,23 @@ def test_a_command_that_is_stopped_or_killed(command, cohort, checkpoint, phanto
     assert deaths >= 2
     assert main(words(out)) == 0
     assert files(out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [phantom, prepare, segment, predict, score, fit])
+def test_a_command_that_is_killed_at_random(command, cohort, checkpoint, phantom_store, tmp_path):
+    """It is run again, a training from its last checkpoint, and ends as an undisturbed one."""
+    places = {"cohort": cohort, "checkpoint": checkpoint, "phantom_store": phantom_store}
+    words = lambda out: [str(w) for w in command(out, **places)]  # noqa: E731
+    result = state if command is fit else files
+    whole = tmp_path / "whole" / "out"
+    begun = time.monotonic()
+    assert main(words(whole)) == 0
+    moments = np.random.default_rng(0).uniform(0, time.monotonic() - begun, 6)
+    deaths = 0
+    for number, moment in enumerate(moments):
+        out = tmp_path / f"{number}" / "out"
+        deaths += killed(words(out), moment) == -signal.SIGALRM
+        assert main(words(out)) == 0
+        assert result(out) == result(whole), f"killed after {moment:.2f} s"
+    assert deaths
