@@ -174,7 +174,7 @@ def test_python_lines_of_an_experiment(name, count, folder, monkeypatch, capsys)
 
     for words in lines:
         with monkeypatch.context() as patch:
-            if "status" not in words:
+            if not {"status", "analyse"} & set(words):
                 patch.setattr(argparse.ArgumentParser, "parse_args", only_parsed)
             module = words[0] == "-m"
             patch.setattr(sys, "argv", words[module:])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tests
 from tests.docs.pages import DOCS, ROOT
 
 LONGEST_SENTENCE = 25
@@ -87,6 +88,13 @@ def test_recipes_of_golden_numbers_say_how_they_are_run(path):
     assert str(path.relative_to(ROOT)) in ast.get_docstring(ast.parse(text))
     for place in re.findall(r"^sys\.path\.insert\(0, str\((.+)\)\)$", text, re.MULTILINE):
         assert eval(place, {"HERE": path.parent}) == ROOT
+
+
+def test_the_table_of_reported_mistakes_names_tests_that_exist():
+    rows = re.findall(r"(\S+\.py)::(test_\w+)", tests.__doc__)
+    assert len(rows) > 60
+    for file, name in rows:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
 
 
 def test_the_distances_of_the_page_are_those_of_the_package():
