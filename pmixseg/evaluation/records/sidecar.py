@@ -94,7 +94,7 @@ class Sidecar:
         for step in range(number, FORMAT):
             content = UPGRADES[step](content)
         filled = {n: content[n] for n in cls.__dataclass_fields__ if content.get(n) is not None}
-        wrong = [name for name, kind in _KINDS.items() if not isinstance(filled.get(name), kind)]
+        wrong = [n for n, k in _KINDS.items() if any(not isinstance(v, k) for v in _at(filled, n))]
         if wrong:
             raise InputError(
                 f"{where}: {', '.join(wrong)} cannot be read; restore the file or test again."
@@ -113,19 +113,35 @@ class Sidecar:
 
 _KINDS: dict[str, Any] = {
     "conventions": Mapping | None,
+    "conventions.*": str | float | int | None,
     "postprocess": list | tuple | None,
     "checkpoint": Mapping | None,
+    "checkpoint.file": str,
+    "checkpoint.sha256": str,
     "split": str | None,
     "part": str | None,
     "part_size": int | None,
     "phantom": bool | None,
     "seen": list | None,
     "config": Mapping | None,
+    "config.evaluation": Mapping | None,
+    "config.evaluation.temperatures": Mapping | None,
+    "config.evaluation.temperatures.*": float | int,
+    "config.seed": Mapping | None,
     "versions": Mapping | None,
     "git": Mapping | None,
+    "git.commit": str,
     "created": str | None,
 }
-"""What each field may be in JSON; what is missing or null has its default."""
+"""What each field may be in JSON; what is missing or null has its default, or nothing inside it."""
+
+
+def _at(content: Mapping[str, Any], name: str) -> list[Any]:
+    """Values at a dotted name, ``*`` being every key; none where what would hold them is empty."""
+    outer, _, last = name.rpartition(".")
+    holders = _at(content, outer) if outer else [content]
+    inside = [holder for holder in holders if holder and isinstance(holder, Mapping)]
+    return [v for h in inside for v in (h.values() if last == "*" else [h.get(last)])]
 
 
 def _no_sidecar(raw: dict[str, Any]) -> dict[str, Any]:
