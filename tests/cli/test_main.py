@@ -366,10 +366,3 @@ def test_an_unset_shell_variable_is_not_the_working_folder(
     assert main(words) == 2
     assert capsys.readouterr().err.startswith(f"pmixseg: {name} is empty")
     assert not list(tmp_path.iterdir())
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--version"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == f"pmixseg {pmixseg.__version__}\n"
