@@ -90,7 +90,7 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
         scans.add_argument(
             f"--{modality}", dest=f"scan_{modality}", metavar="FILE", help=task.show(modality)
         )
-    scans.add_argument("--channels", help="modalities of a 4-D INPUT in order, e.g. flair,t1,-,t2")
+    scans.add_argument("--channels", help="modalities of a 4-D INPUT in order: flair,t1,-,t2")
     scans.add_argument("--layout", help="name of a layout or YAML file with patterns, for folders")
     scans.add_argument("--name", help="of the case, in the names of the results")
     part_flag(scans)

@@ -254,7 +254,7 @@ def other_voxels(
     return (
         f"voxels of {sizes[0]} mm meet a model that was trained on voxels of {sizes[1]} mm and "
         "brings scans to no spacing of its own; expect wrong results, or resample the scans, or "
-        "train on a store that was prepared with --spacing"
+        "train on a store that was prepared at one spacing"
     )
 
 

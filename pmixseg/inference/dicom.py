@@ -105,4 +105,4 @@ def _same_grid(result: Path, images: Mapping[str, Path]) -> str:
         scan = nib.load(path)
         if scan.shape == made.shape and np.allclose(scan.affine, made.affine, atol=1e-3):
             return modality
-    raise InputError(f"{result} lies on the grid of no series; use --reference MODALITY.")
+    raise InputError(f"{result} lies on the grid of no series; name one as the reference.")

@@ -81,7 +81,7 @@ def segment_raw(
     outputs.check(called, list(images.values()), of_cohort=False)
     onto = raw.onto or None
     if onto is not None and onto not in images:
-        raise InputError(f"case '{called}': --reference {onto} is not among {sorted(images)}.")
+        raise InputError(f"case '{called}': the reference {onto} is not among {sorted(images)}.")
     # To atlas space, and segmented there.
     ready = preprocess_scans(images, called, brain=raw.brain, atlas=raw.atlas, centre=raw.centre)
     files = ready.save(outputs.folder / ATLAS_FOLDER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -205,20 +206,20 @@ def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str,
 
     Args:
         path: the file.
-        names: ``"flair,t1,t1ce,t2"``; ``-`` for a channel that is not read.
+        names: ``"flair,t1,t1ce,t2"``, or spaces between; ``-`` for a channel that is not read.
         module: its task knows the names.
 
     Raises:
         InputError: a name twice, none, or not one for each channel; unknown names are found when
             the scans are read.
     """
-    listed = [n.strip() for n in names.split(",")]
+    listed = re.split(r"\s*,\s*|\s+", names.strip())
     used = [n for n in listed if n != UNUSED_CHANNEL]
     if len(set(used)) != len(used) or not used:
         raise InputError(
             f"channels '{names}' must name different modalities of "
-            f"{', '.join(module.task.modalities)}, separated by commas, '-' for a channel that is "
-            "not read."
+            f"{', '.join(module.task.modalities)}, separated by commas or spaces, '-' for a "
+            "channel that is not read."
         )
     channels = ScanReader(f"{path}").channels(path)
     if channels is not None and channels != len(listed):

@@ -126,7 +126,8 @@ class Payload:
         if set(self.terms) != set(terms):
             raise InputError(
                 f"the checkpoint was trained with the terms {sorted(self.terms)}, this training "
-                f"has {sorted(terms)}; resume with the same terms, or start anew with --init_from."
+                f"has {sorted(terms)}; resume with the same terms, or start anew with its weights "
+                "alone (--init_from; in Python fit what pmixseg.load returns)."
             )
 
 

@@ -22,8 +22,8 @@ from pmixseg.types import Batch, Image, Keys, Scalar, SegOutput, full_precision
 NAME = "reconstruct"
 """Of the term, in log and checkpoint."""
 UNFINISHED = (
-    "a checkpoint of MaskedPretraining cannot segment; train a student or teacher with "
-    "--init_from first."
+    "a checkpoint of MaskedPretraining cannot segment; first train a student or teacher that "
+    "begins with its weights (--init_from; in Python pmixseg.modules.checkpoint.restore)."
 )
 
 

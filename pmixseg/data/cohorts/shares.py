@@ -53,7 +53,7 @@ class Share:
         """
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
         if match is None:
-            raise InputError(f"--part '{text}' is not of the form 2/8, the second of eight parts.")
+            raise InputError(f"part '{text}' is not of the form 2/8, the second of eight parts.")
         return cls(int(match[1]), int(match[2]))
 
     def of(self, items: Sequence[Item], name: Callable[[Item], str] = str) -> list[Item]:

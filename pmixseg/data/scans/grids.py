@@ -78,7 +78,7 @@ def on_one_grid(
             if place.oriented != places[chosen].oriented:
                 raise  # where it lies is not known, so it cannot be resampled
             if strict:
-                raise InputError(f"{error} Without --strict it would be resampled.") from error
+                raise InputError(f"{error} If not strict, it would be resampled.") from error
             common.images[name] = _resampled(reader, images[name], name, grids[chosen], chosen)
             common.notes.append(f"{name} was resampled from its own grid to that of {chosen}")
     common.digests = reader.digests
@@ -123,6 +123,6 @@ def _resampled(
         size = "x".join(map(str, target.source_shape))
         raise InputError(
             f"{reader.where}: nothing of {scan.name} lies on the grid of {chosen}, {size} voxels; "
-            "leave one of them out, or choose the grid with --reference."
+            "leave one of them out, or name another scan as the reference."
         )
     return nib.Nifti1Image(made, target.affine)
