@@ -120,6 +120,8 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
         place, flag = where(unknown[1].split("."), args), f"--{unknown[1]}"
         hint = nearest(flag, known).replace("--", "")
         return f"{place}: {unknown[1]} is no setting; {hint or 'correct its name.'}"
+    if bare := re.fullmatch(r"argument (\S+): ignored explicit argument '?(.*?)'?", message):
+        return f"{bare[1]} takes no value; leave out {bare[2]}."
     if lacking := re.fullmatch(r"argument (\S+): expected (.*)", message):
         return f"{lacking[1]} needs {lacking[2].replace('argument', 'value')}; give it."
     if inside := re.search(rf"{_OF}the following arguments are required: (.*)", message):
@@ -211,7 +213,10 @@ def _no_class(message: str, keys: list[str], args: Sequence[str]) -> str | None:
     number = r"^( *)- Expected a <class '(?:int|float|bool)'>\n\1- Expected a dot import path"
     if not names or re.search(number, message, re.MULTILINE):
         return None
-    hint = nearest(names[0].rpartition(".")[2], classes_for(message))
+    classes = classes_for(message)
+    if paths := sorted({f"{c.__module__}.{c.__name__}" for c in classes if c.__name__ == names[0]}):
+        return f"{where(keys, args)}: several classes are a {names[0]}; name {' or '.join(paths)}."
+    hint = nearest(names[0].rpartition(".")[2], [cls.__name__ for cls in classes])
     hint = hint or "name a class by its path, package.Class, and --import its module if need be"
     return f"{where(keys, args)}: no class '{names[0]}' is known; {hint.rstrip('.')}"
 
@@ -295,18 +300,18 @@ def words(kind: str) -> str:
     return kind
 
 
-def classes_for(message: str) -> list[str]:
-    """Return names of the classes that stand where the message says none is known."""
+def classes_for(message: str) -> list[type]:
+    """Return the classes that stand where the message says none is known."""
     bases = re.findall(r"([a-z_][\w.]*\.[A-Z]\w*)", message)
-    names: list[str] = []
+    classes: list[type] = []
     for path in dict.fromkeys([*bases, "torch.optim.Optimizer"]):
         try:
             base = find_class(path)
         except InputError:
             continue
         if inspect.isclass(base):
-            names += [cls.__name__ for cls in below(base)]
-    return names
+            classes += below(base)
+    return classes
 
 
 def where(keys: Sequence[str], args: Sequence[str]) -> str:

@@ -84,6 +84,7 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--model.task=lost.yaml", "--model.task: the file lost.yaml does not exist; correct its"),
         ("--data.split=lost.yml", "--data.split: the file lost.yml does not exist; correct its"),
         ("--ckpt_path", "--ckpt_path needs one value; give it."),
+        ("--force=true", "--force takes no value; leave out true."),
         (
             "--model.sampler=FixedList",
             "--model.sampler: FixedList needs combinations; give it, as by --model.sampler.comb",
@@ -293,7 +294,7 @@ def test_a_wrong_plain_command(capsys, args, sentence):
     ("flags", "sentence"),
     [
         (["--trainer.accelerator=gpu"], "Lightning refuses: "),
-        (["--trainer.barebones=true"], "Lightning refuses: "),
+        (["--trainer.barebones=true", "--trainer.profiler=simple"], "Lightning refuses: "),
         (["--trainer.val_check_interval=100"], "Lightning refuses: `val_check_interval` (100)"),
         (["--model.optimizer=SGD", "--model.optimizer.lr=-1"], "Invalid learning rate"),
         (
