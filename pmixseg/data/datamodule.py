@@ -225,6 +225,8 @@ class BraTSDataModule(LightningDataModule, Described):
         self._remark(parts, cases)
         self._apply_masks(cases)
         if stage in ("fit", "validate"):
+            if stage == "validate":
+                self._whole(self._validated())  # which is refused where the split has none
             used = (*(parts.train if stage == "fit" else ()), *self._validated())
             unlabelled = sorted(name for name in used if not cases[name].labelled)
             if unlabelled:

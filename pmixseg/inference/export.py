@@ -27,7 +27,6 @@ from pmixseg.argument_checks import checked
 from pmixseg.data.scans.normalisation import JOINT_MASK
 from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.segmentation import NOTICE
-from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.files import not_among, whole
 from pmixseg.inference.bundle import write_bundle
 from pmixseg.inference.tracing import FixedCombination
@@ -114,7 +113,7 @@ def describe_export(
     ``temperature`` T, where one was fitted, is not in the graph: it belongs after the averaging of
     windows, as softmax(log p / T), where ``pmixseg segment`` applies it. Labels do not need it.
     """
-    ready, source = module.preparation, module.loaded_from
+    ready = module.preparation
     return {
         "notice": NOTICE,
         "task": module.task.to_dict(),
@@ -128,7 +127,7 @@ def describe_export(
         "spacing": None if ready.spacing is None else list(ready.spacing),
         "normalisation": ready.normalisation,
         "temperature": module.evaluation.temperature(len(combination)),
-        "checkpoint": None if source is None else checkpoint_identity(Path(source)),
+        "checkpoint": None if module.identity is None else dict(module.identity),
         "versions": {"pmixseg": __version__, "torch": version("torch")},
     }
 

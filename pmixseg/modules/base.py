@@ -313,6 +313,7 @@ class SegmentationModule(ScoredNetwork):
         """
         super().setup(stage)
         if stage == "fit":
+            self.begin_anew()
             self._drop_earlier_terms()
             self.follow_levels(self.aligned_levels())
             check_trainer(self.trainer)
@@ -379,8 +380,7 @@ class SegmentationModule(ScoredNetwork):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer, which shrinks weights alone, and its schedule."""
-        optimizer = self.make_optimizer(parameter_groups(self))
-        fuse(optimizer)
+        optimizer = fuse(self.make_optimizer(parameter_groups(self)))
         return scheduled(optimizer, self.make_scheduler, self._trainer)
 
     # ---------------------------------------------------------------- checkpoints

@@ -17,6 +17,7 @@ from pmixseg.argument_checks import checked
 from pmixseg.describe import build, describe, find_class
 from pmixseg.errors import InputError, memory_error
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.evaluation.scores.calibration import Temperatures
 from pmixseg.files import whole
 from pmixseg.modules.base import SegmentationModule
@@ -130,7 +131,8 @@ def load(
             f"{path} describes a model that cannot be made ({fault}); it is damaged."
         ) from fault
     restore(module, checkpoint)
-    module.loaded_from = str(path / WEIGHTS if path.is_dir() else path)
+    file = path / WEIGHTS if path.is_dir() else path
+    module.loaded_from, module.identity = str(file), checkpoint_identity(file)
     try:
         return module.to(map_location).eval()
     except (RuntimeError, AssertionError, TypeError) as fault:

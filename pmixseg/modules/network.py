@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from pmixseg.argument_checks import checked
@@ -28,12 +30,13 @@ from pmixseg.evaluation.prediction.cases import (
 from pmixseg.evaluation.prediction.postprocess import check_steps
 from pmixseg.evaluation.prediction.scans import Recipe, SegmentSettings, segment_scans
 from pmixseg.evaluation.prediction.segmentation import Segmentation
+from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.payload import Payload, weights_for, weights_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.compilation import Compile
-from pmixseg.modules.training.trainer_checks import check_item, check_machine, check_uncompiled
+from pmixseg.modules.training.trainer_checks import check_item, check_stage
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -75,6 +78,7 @@ class SegmentationNetwork(LightningModule, Described):
         check_steps(self.evaluation.postprocess, self.task)  # not after a training, in its test
         self.preparation = Preparation()
         self.loaded_from: str | None = None
+        self.identity: Mapping[str, str] | None = None  # of the checkpoint that the weights are of
         if compile not in (True, False, "auto"):
             raise InputError(f"compile is {compile!r}; use auto, true or false.")
         self.compile_setting: Compile = compile
@@ -223,8 +227,7 @@ class SegmentationNetwork(LightningModule, Described):
             InputError: a precision or strategy of the trainer that would change the model, or a
                 compiler put around it.
         """
-        check_machine(self.trainer)
-        check_uncompiled(self)
+        check_stage(self, stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.preparation = self.preparation.merge(data, self.evaluation, fitting=stage == "fit")
@@ -300,7 +303,7 @@ class SegmentationNetwork(LightningModule, Described):
             self.preparation.dtype or STORE_DTYPE,
             self.preparation.normalisation or NORMALISATION,
             self.device,
-            self.loaded_from,
+            self.identity,
             self.preparation.voxels,
             self.preparation.cases is not None and self.preparation.cases.synthetic,
         )
@@ -374,6 +377,21 @@ class SegmentationNetwork(LightningModule, Described):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume with the same terms; test, validate and predict without any."""
         checkpoint["state_dict"] = self.take_over(checkpoint, fitting=self.is_fitting)
+        if self._trainer is not None and self.trainer.ckpt_path and not self.is_fitting:
+            self.identity = checkpoint_identity(Path(self.trainer.ckpt_path))
+
+    def begin_anew(self) -> None:
+        """Forget, before a training, what was true of the weights that it begins with."""
+        self.loaded_from = self.identity = None
+        if not any(part.training for part in self.modules()):  # as `load` leaves a model
+            self.train()
+        if self.evaluation.temperatures is not None:
+            rank_zero_warn(
+                "the temperatures of this model were fitted to other weights than this training "
+                "will make, and are left out; fit them again (pmixseg validate --calibrate)."
+            )
+            self.evaluation = replace(self.evaluation, temperatures=None)
+            self.remember(evaluation=self.evaluation)
 
     @property
     def is_fitting(self) -> bool:

@@ -135,12 +135,8 @@ class Preparation:
                 f"The split is {self.split}, the checkpoint had {trained.split}; no test scores "
                 "the training and validation cases of either."
             )
-        if self.cases and trained.cases and (others := self.cases.replaced(trained.cases)):
-            rank_zero_info(
-                f"{count_of(len(others), 'case')} ({listed(others)}) of {self.cases.store} "
-                f"{'has' if len(others) == 1 else 'have'} other scans than in the checkpoint's "
-                f"training, which read {trained.cases.store}."
-            )
+        if self.cases and trained.cases and (other := _replaced(self.cases, trained.cases)):
+            rank_zero_info(f"{other}.")
         cases = trained.cases if self.cases is None else self.cases.after(trained.cases)
         return replace(self, cases=cases)
 
@@ -248,4 +244,19 @@ def seen_cases(
             )
         return []
     cases = {name: scans_of(store.read(name)) for name in getattr(parts, part)}
+    known = {c: scans_of(store.read(c)) for c in trained.cases.scans if c in store.cases}
+    if other := _replaced(TrainingCases(str(store.root), scans=known), trained.cases):
+        rank_zero_warn(
+            f"{other}: the names of its split may be of other patients here; for another cohort "
+            "name a split (--data.split)."
+        )
     return trained.cases.seen(cases, counted)
+
+
+def _replaced(now: TrainingCases, before: TrainingCases) -> str | None:
+    if not (others := now.replaced(before)):
+        return None
+    return (
+        f"{count_of(len(others), 'case has', 'cases have')} other scans in {now.store} than in the "
+        f"checkpoint's training, which read {before.store} ({listed(others)})"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettin
 from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.grouped import result_table
 from pmixseg.evaluation.records.records import Records, gather_rows, mean_over_cases
-from pmixseg.evaluation.records.sidecar import Sidecar, checkpoint_identity
+from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.modules.preparation import Preparation, are_synthetic
 from pmixseg.plurals import count_of
 from pmixseg.task import Combination, Task
@@ -87,7 +87,7 @@ class Recording:
     def write(
         self,
         rows: list[dict[str, Any]],
-        checkpoint: str | Path | None,
+        checkpoint: Mapping[str, str] | None,
         data: Any,
         preparation: Preparation,
         seen: Sequence[str] = (),
@@ -96,7 +96,7 @@ class Recording:
 
         Args:
             rows: of this rank.
-            checkpoint: file of the weights, if they are from one.
+            checkpoint: identity of the weights' file, if they are from one.
             data: the data module whose test cases were given; ``None``: none.
             preparation: of the model's training data.
             seen: test cases that the model was trained or selected with.
@@ -117,7 +117,7 @@ class Recording:
             self.task,
             conventions=self.settings.conventions.to_dict(),
             postprocess=self.settings.postprocess,
-            checkpoint=None if checkpoint is None else checkpoint_identity(Path(checkpoint)),
+            checkpoint=checkpoint,
             split=getattr(data, "split_name", None),
             part="test",
             part_size=None if part is None else len(set(part)),

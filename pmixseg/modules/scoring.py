@@ -126,7 +126,7 @@ class ScoredNetwork(SegmentationNetwork):
         """Write the records of all ranks and log ``test/dice`` and ``test/dice/<region>``."""
         scores = self.recording.write(
             self.records,
-            self.trainer.ckpt_path or self.loaded_from,
+            self.identity,
             getattr(self.trainer, "datamodule", None),
             self.preparation,
             [case.name for case in self.seen],

@@ -1,13 +1,20 @@
-"""A callback that serves twice begins anew: nothing of one run gets into the next."""
+"""What serves twice, a callback or a module, begins anew: nothing of one run gets into the next."""
+
+import json
+import shutil
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from pmixseg.callbacks import GapMonitor, TemperatureFitting
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.records.sidecar import checkpoint_identity
+from pmixseg.evaluation.scores.calibration import Temperatures
 from pmixseg.modules import StudentModule, load
+from pmixseg.modules.checkpoint import write_temperatures
 from tests.callbacks.memory_data import quiet_trainer, tiny
 
 
@@ -72,3 +79,60 @@ def test_a_monitor_needs_two_points(wrong):
     with pytest.raises(InputError, match=r"1 or more, and points \(\d+\) 2 or more"):
         GapMonitor(**wrong)
     GapMonitor(points=2, cases=1)
+
+
+def test_records_name_the_checkpoint_whose_weights_were_tested(phantom_store, tmp_path):
+    """Not a file that has since been replaced, nor one whose weights were trained on."""
+    first, last, moved = (tmp_path / f"{name}.ckpt" for name in ("first", "last", "moved"))
+    fit(phantom_store, tmp_path, 0, limit_val_batches=0).save_checkpoint(first)
+    fit(phantom_store, tmp_path, 1, limit_val_batches=0).save_checkpoint(last)
+
+    class Replace(Callback):
+        def on_test_batch_start(self, *_):
+            shutil.copy(last, moved)
+
+    def tested(module, **arguments):
+        trainer = quiet_trainer(tmp_path, callbacks=[Replace()])
+        trainer.test(module, data(phantom_store), verbose=False, **arguments)
+        return json.loads((tmp_path / "records.json").read_text())["checkpoint"]
+
+    shutil.copy(first, moved)
+    name = checkpoint_identity(moved)
+    assert (
+        tested(student(3), ckpt_path=moved, weights_only=True) == name != checkpoint_identity(moved)
+    )
+    shutil.copy(first, moved)
+    module = load(moved)
+    assert tested(module) == name
+    assert tested(module, ckpt_path=last, weights_only=True) == checkpoint_identity(last)
+    assert tested(module) == checkpoint_identity(last)
+    quiet_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(
+        module, data(phantom_store)
+    )
+    assert tested(module) is None
+
+
+def test_temperatures_do_not_outlive_their_weights(phantom_store, tmp_path):
+    path = tmp_path / "a.ckpt"
+    fit(phantom_store, tmp_path, 0, limit_val_batches=0).save_checkpoint(path)
+    module = load(write_temperatures(path, Temperatures(dict.fromkeys((1, 2, 3, 4), 2.0)), path))
+    trainer = quiet_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="temperatures .* were fitted to other weights"):
+        trainer.fit(module, data(phantom_store))
+    trainer.save_checkpoint(path)
+    assert load(path).evaluation.temperatures is None
+
+
+def test_a_model_that_was_loaded_is_trained_as_one_that_was_made(phantom_store, tmp_path):
+    """With its dropout: `load` leaves a model ready to segment, and Lightning keeps it so."""
+    fit(phantom_store, tmp_path, 0, limit_val_batches=0).save_checkpoint(tmp_path / "a.ckpt")
+    module, seen = load(tmp_path / "a.ckpt"), []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(all(part.training for part in pl_module.modules()))
+
+    quiet_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0, callbacks=[Look()]).fit(
+        module, data(phantom_store)
+    )
+    assert seen == [True]

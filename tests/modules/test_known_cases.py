@@ -11,6 +11,7 @@ from pmixseg.cli import main
 from pmixseg.cli.checkpoint_settings import data_of
 from pmixseg.data import BraTSDataModule, SplitLists, WholeCohort
 from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.data.training_cases import TrainingCases, scans_of
 from pmixseg.errors import InputError
@@ -257,7 +258,7 @@ def test_another_cohort_under_the_same_names_is_told_and_both_are_known(capfd, c
     assert now.replaced(before) == ["x"] and now.replaced(now) == []
     with caplog.at_level("INFO"):
         after = Preparation(cases=now).after(Preparation(cases=before)).cases
-    assert "1 case (x) of b has other scans than in the checkpoint's training, which read a." in (
+    assert "1 case has other scans in b than in the checkpoint's training, which read a (x)." in (
         capfd.readouterr().err + caplog.text
     )
     known = after.seen({"other name": ("1",), "third": ("3",), "x": ("9",), "new": ("7",)})
@@ -291,3 +292,16 @@ def test_one_patient_under_two_names_in_two_parts_is_told(phantom_root, tmp_path
         assert len(told) == number
     assert "1 pair of cases in different parts" in told[0]
     assert "(again and one)" in told[0]
+
+
+def test_another_cohort_under_the_names_of_the_training_is_told(trained, score, tmp_path, recwarn):
+    root = tmp_path / "other"
+    write_cohort(root, 8, seed=8, settings=PhantomSettings(spacing=6.0))
+    assert not prepare(find_cases(root, BRATS), tmp_path / "s", BRATS, progress=False).failed
+    few = ["--trainer.limit_test_batches=1", "--model.evaluation.window=[16,16,16]"]
+    assert score("test", f"--data.store={tmp_path / 's'}", *few)[0] == 0
+    (told,) = [str(w.message) for w in recwarn if "have other scans" in str(w.message)]
+    assert "the names of its split may be of other patients here" in told
+    recwarn.clear()
+    assert score("test", *few)[0] == 0
+    assert not [w for w in recwarn if "have other scans" in str(w.message)]

@@ -32,7 +32,6 @@ from pmixseg.evaluation.prediction.segmentation import (
     size_warnings,
 )
 from pmixseg.evaluation.prediction.windows import Predictor, check_windows
-from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.task import Combination, Task
 
 Progress = Callable[[int, int], None]
@@ -106,7 +105,7 @@ class Recipe:
         dtype: rounding of normalised intensities in training.
         normalisation: name of the one that the model was trained on.
         device: where the network is.
-        checkpoint: file that the weights came from.
+        checkpoint: identity of the file that the weights came from.
         voxels: least and largest voxel it was trained on, as the side of a cube of its volume in
             mm; ``None``: not known.
         synthetic: whether every case that it was trained on was a phantom's.
@@ -119,7 +118,7 @@ class Recipe:
     dtype: str
     normalisation: str
     device: torch.device
-    checkpoint: str | None = None
+    checkpoint: Mapping[str, str] | None = None
     voxels: tuple[float, float] | None = None
     synthetic: bool = False
 
@@ -196,8 +195,7 @@ def segment_scans(
     inputs = _inputs(images, chosen, {**grid.digests, **case.digests})
     del case  # its arrays are as large as all windows' sums
     prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
-    identity = None if recipe.checkpoint is None else checkpoint_identity(Path(recipe.checkpoint))
-    made = Segmentation(name, prediction, codes, inputs, facts, identity, tuple(notes))
+    made = Segmentation(name, prediction, codes, inputs, facts, recipe.checkpoint, tuple(notes))
     implausible = size_warnings(made, brain, where) or place_warnings(made, inside, where)
     for note in implausible:
         warnings.warn(note, stacklevel=4)

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from pmixseg.modules.training.optimization import is_parallel
+from pmixseg.modules.training.optimization import accumulation, is_parallel
 from pmixseg.types import Batch
 
 Compile = bool | Literal["auto"]
@@ -64,7 +64,8 @@ def plan(setting: Compile, device: torch.device, trainer: Trainer) -> Plan | Non
         return None
     alone = not is_parallel(trainer)
     # Gradients that outlive a step would lie in memory that the next replay overwrites.
-    replays = device.type == "cuda" and alone and trainer.accumulate_grad_batches == 1
+    each = trainer.accumulate_grad_batches == 1 and accumulation(trainer) is None
+    replays = device.type == "cuda" and alone and each
     half = "16" in str(trainer.precision)
     return Plan(cuda_graphs=replays, whole=alone, channels_last=half and device.type == "cuda")
 

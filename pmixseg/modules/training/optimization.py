@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -168,9 +169,7 @@ def scheduler_from(
             f"ReduceLROnPlateau watches {monitor} with mode {scheduler.mode}, but it is better "
             f"{'lower' if mode == 'min' else 'higher'}; give it mode: {mode}."
         )
-    if not monitor.startswith("val/"):
-        return scheduler, {"monitor": monitor, "strict": False}
-    if trainer is None:
+    if not monitor.startswith("val/") or trainer is None:
         return scheduler, {"monitor": monitor, "strict": False}
     if not validates(trainer):
         raise InputError(
@@ -217,7 +216,20 @@ def total_steps(trainer: Trainer) -> int:
             "a schedule over the whole training needs its length; give max_epochs or "
             "max_steps (--trainer.max_epochs, --trainer.max_steps)."
         )
+    change, epochs = accumulation(trainer), trainer.max_epochs or 0
+    if change is not None and epochs > 0 and math.isfinite(trainer.num_training_batches):
+        # Lightning counts as if the accumulation of before the training stayed.
+        each = map(change.get_accumulate_grad_batches, range(epochs))
+        whole = sum(math.ceil(trainer.num_training_batches / number) for number in each)
+        steps = whole if trainer.max_steps < 0 else min(whole, trainer.max_steps)
     return int(steps)
+
+
+def accumulation(trainer: Trainer) -> GradientAccumulationScheduler | None:
+    """Return the callback that changes how many batches make a step, if there is one."""
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+    changes = (c for c in callbacks if isinstance(c, GradientAccumulationScheduler))
+    return next(changes, None)
 
 
 def rate_of(make_optimizer: Callable[..., Any]) -> float:
@@ -261,18 +273,17 @@ def mode_of(metric: str) -> Literal["min", "max"] | None:
     return "min" if direction_of(measure) == "lower" else "max"
 
 
-def fuse(optimizer: Optimizer) -> None:
-    """Let an optimizer take its step in one operation per group, where torch has one for it.
+def fuse(optimizer: Optimizer) -> Optimizer:
+    """Let an optimizer take its step in one operation per group, where torch has one; return it.
 
     Numbers are the same up to rounding. What a user has chosen stays (``foreach``, ``fused``), and
     so does an optimizer that counts its steps from birth (Adagrad): it counts them on the CPU.
     """
-    if optimizer.state:
-        return
-    for group in optimizer.param_groups:
+    for group in () if optimizer.state else optimizer.param_groups:
         chosen = group.get("foreach") is not None or group.get("differentiable")
         if "fused" in group and group["fused"] is None and not chosen:
             group["fused"] = True
+    return optimizer
 
 
 def place_steps(optimizer: Optimizer) -> None:

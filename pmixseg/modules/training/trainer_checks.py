@@ -74,8 +74,12 @@ def check_machine(trainer: Trainer) -> None:
         )
 
 
-def check_uncompiled(module: LightningModule) -> None:
-    """Refuse a module that ``torch.compile`` was put around."""
+def check_stage(module: LightningModule, stage: str) -> None:
+    """Refuse what would change a model or its steps; say so where there is nothing to do."""
+    check_machine(module.trainer)
+    name = f"limit_{stage.replace('validate', 'val')}_batches"
+    if stage != "fit" and not getattr(module.trainer, name):
+        rank_zero_warn(f"{name} (--trainer.{name}) is 0, so there is nothing to do; leave it out.")
     if module._compiler_ctx is not None:
         name = type(module).__name__
         raise InputError(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -119,7 +119,11 @@ def test_auto_compiles_on_a_gpu_where_it_pays(device, steps, compiles, monkeypat
         strategy=SingleDeviceStrategy(),
         accumulate_grad_batches=1,
         precision="bf16-mixed",
+        callbacks=[],
     )
     chosen = plan("auto", torch.device(device), trainer)
     assert chosen == (Plan(cuda_graphs=True, whole=True, channels_last=True) if compiles else None)
     assert plan(False, torch.device(device), trainer) is None
+    # Later steps add to gradients of earlier ones, which a replay would overwrite.
+    trainer.callbacks = [GradientAccumulationScheduler({3: 2})]
+    assert not getattr(plan("auto", torch.device(device), trainer), "cuda_graphs", False)

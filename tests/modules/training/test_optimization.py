@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -318,3 +319,15 @@ def test_a_training_goes_on_whose_biases_had_weight_decay():
         for parameter in every:
             assert torch.equal(after.state[parameter]["exp_avg"], averages[parameter])
         state = after.state_dict()
+
+
+def test_a_schedule_knows_of_an_accumulation_that_changes(tmp_path):
+    """8 batches an epoch: 2 steps in the first, 8 in the second and third."""
+    changing = GradientAccumulationScheduler({0: 4, 1: 1})
+    trainer = quiet_trainer(tmp_path, max_epochs=3, limit_val_batches=0, callbacks=[changing])
+    module = student(scheduler=Polynomial(power=1.0))
+    trainer.fit(module, MemoryData(((True,) * 4,) * 8, batch_size=1))
+    assert trainer.global_step == 18
+    (schedule,) = trainer.lr_scheduler_configs
+    assert schedule.scheduler.lr_lambdas[0].keywords == {"total_steps": 18}
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0
