@@ -13,7 +13,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -352,3 +352,33 @@ def build(value: Any, **extra: Any) -> Any:
             f"{value['class_path']} cannot be made from {sorted(arguments)}: "
             f"{str(error).rstrip('.')}."
         ) from error
+
+
+def differences(
+    stored: Any, current: Any, args: Sequence[str] = (), where: str | None = None
+) -> list[str]:
+    """Leaves in which two descriptions differ, in words.
+
+    What a checkpoint does not state had its default, and has it still unless a flag says otherwise.
+
+    Args:
+        stored: the checkpoint's description.
+        current: that of the model as it is now.
+        args: the command line.
+        where: the name of what is described, if it has one.
+    """
+    if isinstance(stored, dict) and isinstance(current, dict):
+        classes = [description.get("class_path") for description in (stored, current)]
+        if classes[0] != classes[1]:  # whose arguments have nothing in common
+            return [f"{where} is {classes[1]}, the checkpoint had {classes[0]}"]
+        # Arguments that the checkpoint lacks count where a flag names them.
+        flagged = [g for g in current if g not in stored and any(f".{g}" in arg for arg in args)]
+        return [
+            line
+            for key in [*(k for k in stored if k != "task"), *flagged]
+            for name in (f"{where}.{key}" if where else key,)
+            for line in differences(stored.get(key), current.get(key), args, name)
+        ]
+    if stored == current:
+        return []
+    return [f"{where} is {current}, the checkpoint had {stored}"]

@@ -83,32 +83,3 @@ def with_evaluation(description: dict[str, Any]) -> dict[str, Any]:
     settings = EvaluationSettings.of(arguments.get("evaluation"))
     kind = description["class_path"].rpartition(".")[2]
     return {"class": kind, **arguments, "evaluation": describe(settings)}
-
-
-def differences(
-    stored: Any, current: Any, args: Sequence[str] = (), where: str = "model"
-) -> list[str]:
-    """Leaves in which two descriptions differ, in words.
-
-    What a checkpoint does not state had its default, and has it still unless a flag says otherwise.
-
-    Args:
-        stored: the checkpoint's description.
-        current: that of the model as it is now.
-        args: the command line.
-        where: how the first lines begin.
-    """
-    if isinstance(stored, dict) and isinstance(current, dict):
-        classes = [description.get("class_path") for description in (stored, current)]
-        if classes[0] != classes[1]:  # whose arguments have nothing in common
-            return [f"{where} is {classes[1]}, the checkpoint had {classes[0]}"]
-        # Arguments that the checkpoint lacks count where a flag names them.
-        flagged = [g for g in current if g not in stored and any(f".{g}" in arg for arg in args)]
-        return [
-            line
-            for key in [*(k for k in stored if k != "task"), *flagged]
-            for line in differences(stored.get(key), current.get(key), args, f"{where}.{key}")
-        ]
-    if stored == current:
-        return []
-    return [f"{where} is {current}, the checkpoint had {stored}"]

@@ -37,17 +37,13 @@ from pmixseg.cli.arguments import (
     with_checkpoint_path,
     with_split_class,
 )
-from pmixseg.cli.checkpoint_settings import (
-    differences,
-    with_checkpoint_defaults,
-    with_evaluation,
-)
+from pmixseg.cli.checkpoint_settings import with_checkpoint_defaults, with_evaluation
 from pmixseg.cli.mistakes import UsageError, subject, training_sentence
 from pmixseg.cli.settings_files import broken_file, lacking_value
 from pmixseg.cli.training_parser import TrainingParser, whole_numbers_first, with_files
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.describe import describe, find_class
+from pmixseg.describe import describe, differences, find_class
 from pmixseg.errors import InputError
 from pmixseg.files import whole
 from pmixseg.interrupt import raise_on_interrupt
@@ -73,8 +69,15 @@ class SaveRunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet: another training may hold the run folder, which a later ``setup`` sees."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Only a training describes the run; testing it later must not overwrite that."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Only a training describes the run; testing it later must not overwrite that.
+
+        Lightning's finders have by now found a batch size or a learning rate.
+        """
+        self.config.data.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]  # of this command
+        if "_lr" in vars(pl_module):
+            settings = describe(pl_module)["init_args"]["optimizer"]
+            self.config.model.init_args.optimizer = Namespace(settings)
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -212,6 +215,9 @@ class TrainingCLI(LightningCLI):
         """Terms first in the list of callbacks, and one folder for everything the run writes."""
         run = self.run_folder()
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        bare = bool(config.get("barebones"))
+        if bare:  # Lightning refuses what it would leave out
+            config["num_sanity_val_steps"] = 0
         several = config.get("callbacks") or []
         callbacks: list[Callback] = [several] if isinstance(several, Callback) else list(several)
         config["default_root_dir"] = str(run)
@@ -219,8 +225,9 @@ class TrainingCLI(LightningCLI):
             # Patches of a training are of one size: cuDNN may try which kernels are the fastest.
             config["benchmark"] = self.subcommand == "fit"
         if config.get("logger") in (None, True):
-            config["logger"] = RunLogger(run) if self.subcommand == "fit" else False
+            config["logger"] = RunLogger(run) if self.subcommand == "fit" and not bare else False
         trains = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
+        trains = trains and not bare
         if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(RunCheckpoint(run))
         writes = any(isinstance(c, PredictionWriter) for c in callbacks)
@@ -300,7 +307,7 @@ class TrainingCLI(LightningCLI):
             with suppress(InputError):  # what a resumed training has been given, it need not name
                 description = resolve(description, self.modules, checkpoint)
             stored, now = with_evaluation(description), with_evaluation(describe(self.model))
-            lines = differences(stored, now, self.words)
+            lines = differences(stored, now, self.words, "model")
             lines += self.changed_data(trained, stored["evaluation"], now["evaluation"])
             for line in lines:
                 notify(f"{line} (the flags win)")

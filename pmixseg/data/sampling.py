@@ -34,6 +34,8 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
     its own. The epoch travels with the index because a worker that outlives the epoch has its own
     copy of everything else.
 
+    ``done`` batches of the next pass are left out: a training that goes on has made them.
+
     Args:
         cases: number of cases, at least 1.
         patches_per_case: patches of each case per epoch.
@@ -56,7 +58,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         self.rank = here[0] if rank is None else rank
         self.num_replicas = here[1] if world is None else world
         self.cases, self.batch_size, self.seed = cases, batch_size, seed
-        self.epoch = 0
+        self.epoch = self.done = 0
         step = batch_size * self.num_replicas
         self.total_size = -(-cases * patches_per_case // step) * step
 
@@ -69,7 +71,8 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         some = torch.randperm(self.cases, generator=draw)[: self.total_size - whole]
         indices = torch.cat([torch.arange(whole), whole + some])
         order = indices[torch.randperm(len(indices), generator=draw)]
-        mine = order.view(-1, self.num_replicas, self.batch_size)[:, self.rank].flatten()
+        mine = order.view(-1, self.num_replicas, self.batch_size)[self.done :, self.rank].flatten()
+        self.done = 0
         return iter([(self.epoch, index) for index in mine.tolist()])
 
 

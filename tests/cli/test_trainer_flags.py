@@ -5,6 +5,7 @@ from typing import Optional, Union
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
 
 from pmixseg.argument_checks import nearest
 from pmixseg.cli import main
@@ -187,3 +188,46 @@ def test_a_checkpoint_of_a_run_by_name(phantom_store, tmp_path, capsys):
     capsys.readouterr()
     assert main(test) == 1
     assert "say which one with --run" in capsys.readouterr().err
+
+
+class Found(Callback):
+    # What Lightning's finders of a batch size and of a rate do.
+    def on_fit_start(self, trainer, pl_module):
+        trainer.datamodule.batch_size, pl_module.lr = 1, 0.125
+
+
+def test_the_configuration_states_the_batch_size_and_rate_that_were_found(phantom_store, tmp_path):
+    flags = ["--import=tests.cli.test_trainer_flags"]
+    flags += ["--trainer.callbacks=tests.cli.test_trainer_flags.Found"]
+    checkpoint, model = trained(phantom_store, tmp_path / "r", *flags)
+    config = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
+    assert config["data"]["batch_size"] == 1
+    assert model["optimizer"] == checkpoint["pmixseg"]["init_args"]["optimizer"]
+    assert model["optimizer"]["init_args"]["lr"] == 0.125
+
+
+def test_a_barebones_training_keeps_nothing(phantom_store, tmp_path):
+    few = [flag for flag in TINY if "enable_" not in flag]
+    flags = [f"--run={tmp_path}", f"--data.store={phantom_store}", "--trainer.barebones=true"]
+    assert main(["fit", *flags, *few, "--trainer.limit_train_batches=1"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_command_that_does_nothing_says_so(phantom_store, tmp_path, capsys):
+    assert fit(phantom_store, tmp_path, "--trainer.limit_train_batches=1") == 0
+    given = [f"--run={tmp_path}", "--ckpt_path=last", "--trainer.accelerator=cpu"]
+    for command, part in (("validate", "val"), ("test", "test"), ("predict", "predict")):
+        with pytest.warns(UserWarning, match=rf"limit_{part}_batches\) is 0, so there is nothing"):
+            assert main([command, *given, f"--trainer.limit_{part}_batches=0"]) == 0
+    split = "--data.split=WholeCohort"
+    assert main(["validate", *given, split, f"--calibrate={tmp_path}/c.ckpt"]) == 1
+    assert "the split has no case in 'val'" in capsys.readouterr().err
+
+
+def test_a_scheduler_of_two_classes_is_named_by_its_path(phantom_store, tmp_path, capsys):
+    assert fit(phantom_store, tmp_path, "--model.scheduler=ReduceLROnPlateau") == 2
+    told = capsys.readouterr().err
+    assert (
+        "several classes are a ReduceLROnPlateau" in told
+        and "torch.optim.lr_scheduler.ReduceLROnPlateau" in told
+    )

@@ -6,16 +6,19 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pmixseg.data.sampling import EpochSampler
+from pmixseg.describe import Described, describe, differences
 from pmixseg.errors import InputError
-from pmixseg.modules.training.optimization import place_steps
+from pmixseg.modules.training.optimization import accumulation, place_steps
 from pmixseg.plurals import count_of
 
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -27,10 +30,12 @@ PENDING = "pending_metrics"
 CIRCUMSTANCES = "circumstances"
 """Entry of a checkpoint: see :func:`circumstances`."""
 
-OF_DATA = ("batch_size", "patches_per_case", "foreground", "seed")
-OF_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "world_size")
-"""Settings besides model and optimizer that the steps of a training depend on."""
-
+OF_DATA = ("batch_size", "patches_per_case", "foreground", "seed", "augmentation", "masks")
+OF_TRAINER = (
+    *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("limit_train_batches", "world_size"),
+)
+"""Settings besides model and optimizer that the steps of a training depend on, beside its terms."""
 
 _Groups = list[list[dict[str, Any]]]
 """Per optimizer and parameter group, its settings."""
@@ -70,7 +75,8 @@ def _replay(scheduler: LRScheduler, steps: int) -> None:
                 raise InputError(
                     f"the checkpoint has made {count_of(steps, 'step')}, but the learning-rate "
                     f"schedule of this training ends at step {step}; give more "
-                    "max_epochs or max_steps (--trainer.…), or start anew with --init_from."
+                    "max_epochs or max_steps (--trainer.…), or start anew with its weights alone "
+                    "(--init_from; in Python fit what pmixseg.load returns)."
                 ) from error
 
 
@@ -90,42 +96,56 @@ def circumstances(trainer: Trainer) -> dict[str, Any]:
     """Return what steps depend on besides model, optimizer and cases; primitives.
 
     Returns:
-        Setting, by its name on the command line -> value; without those that it does not know.
+        Setting, by its name on the command line -> value; without those that no checkpoint holds.
     """
     data = getattr(trainer, "datamodule", None)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
-    varies = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks)
     settings = {f"data.{name}": getattr(data, name, None) for name in OF_DATA}
     settings |= {f"trainer.{name}": getattr(trainer, name, None) for name in OF_TRAINER}
-    if varies:
-        del settings["trainer.accumulate_grad_batches"]
-    return {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
+    if change := accumulation(trainer):
+        settings["trainer.accumulate_grad_batches"] = dict(change.scheduling)
+    for term in callbacks:
+        if isinstance(term, Described) and getattr(term, "active", False):
+            settings |= {f"{term.name}.{k}": value for k, value in term.init_args.items()}  # type: ignore[attr-defined]  # only terms are active
+    primitives = {}
+    for name, value in settings.items():
+        with suppress(InputError):  # an object of the user's own
+            primitives[name] = describe(value, name)
+    return primitives
 
 
 def _report_changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say in which settings a training is not the one that it goes on from."""
-    changes = [
-        f"{name} is {now.get(name)}, the checkpoint had {earlier.get(name)}"
-        for name in dict.fromkeys([*earlier, *now])
-        if earlier and now.get(name) != earlier.get(name)
-    ]
-    if changes:
+    if changes := differences({k: v for k, v in earlier.items() if k in now}, dict(now)):
         rank_zero_info(
             f"{'; '.join(changes)}: the training goes on with the settings of this call, and not "
             "as it would have without the interruption."
         )
 
 
-def _report_skipped_batches(trainer: Trainer) -> None:
-    """Say so if ``max_steps`` had ended an epoch early; Lightning goes on with the next one."""
+def _go_on_within_epoch(trainer: Trainer) -> None:
+    """Begin with the batches that an epoch still lacks; Lightning begins with its first ones.
+
+    Where ``max_steps`` had ended an epoch early, Lightning goes on with the next one.
+    """
     loop: Any = trainer.fit_loop
     batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress.current
-    if batches.current.completed and not batches.is_last_batch and epochs.processed == epochs.ready:
+    now = batches.current
+    done = now.ready if now.processed == now.ready else now.completed
+    made = f"{count_of(done, 'batch', 'batches')} of epoch {epochs.ready - 1}"
+    if not done or batches.is_last_batch:
+        return
+    if epochs.processed == epochs.ready:
         rank_zero_warn(
-            f"the checkpoint's training ended after "
-            f"{count_of(batches.current.completed, 'batch', 'batches')} of epoch "
-            f"{epochs.ready - 1}; the rest of it is left out, and this training goes on with the "
-            "next epoch."
+            f"the checkpoint's training ended after {made}; the rest of it is left out, and this "
+            "training goes on with the next epoch."
+        )
+    elif isinstance(sampler := getattr(trainer.train_dataloader, "sampler", None), EpochSampler):
+        sampler.done = done
+    else:
+        rank_zero_warn(
+            f"the checkpoint was written after {made}, and the loader of this training begins "
+            "again with the first; resume from the end of an epoch, or use a BraTSDataModule."
         )
 
 
@@ -150,7 +170,7 @@ class Resuming:
         self._patience = [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
         self._groups: _Groups | None = None
         self._schedules: list[dict[str, Any]] = []
-        self._goes_on = self._has_written = False
+        self._goes_on = self._has_written = self._averaged = False
 
     def write(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Note in a checkpoint what a training needs that goes on from it."""
@@ -161,6 +181,7 @@ class Resuming:
     def read(self, checkpoint: Mapping[str, Any]) -> None:
         """Take it from a checkpoint that is restored; an older one may know less."""
         self.pending = dict(checkpoint.get(PENDING, {}))
+        self._averaged = "current_model_state" in checkpoint  # Lightning's WeightAveraging
         if not self._has_written:  # a tuner puts back what it has tried by a checkpoint of its own
             self.earlier = dict(checkpoint.get(CIRCUMSTANCES, {}))
 
@@ -182,9 +203,16 @@ class Resuming:
     def apply(self, trainer: Trainer) -> None:
         """Give the settings of the new call to the restored optimizers and schedules."""
         self._goes_on = True
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # as above
+        if self._averaged and not any(isinstance(c, WeightAveraging) for c in callbacks):
+            rank_zero_warn(
+                "the checkpoint holds averaged weights beside the trained ones, and this training "
+                "goes on from the averaged weights; give EMAWeightAveraging again to go on from "
+                "the others."
+            )
         if self.pending is not None:
             _report_changes(self.earlier, circumstances(trainer))
-            _report_skipped_batches(trainer)
+            _go_on_within_epoch(trainer)
             if self._groups is not None:
                 self._apply_settings(trainer, self._groups, self.pending)
 
@@ -220,11 +248,12 @@ class Resuming:
                 _replay(scheduler, _steps(trainer, config.interval) // config.frequency)
 
     def end(self, trainer: Trainer) -> None:
-        """Say so if the checkpoint had made all steps, so that nothing was trained."""
-        if self.pending is not None and not self._goes_on:
+        """Say so if nothing was trained, as where a checkpoint had made all steps."""
+        if not self._goes_on:
+            who = "this training" if self.pending is None else "the checkpoint"
+            made = f"{count_of(trainer.global_step, 'step')} in "
             rank_zero_warn(
-                f"nothing was trained: the checkpoint has made "
-                f"{count_of(trainer.global_step, 'step')} in "
+                f"nothing was trained: {who} has made {made}"
                 f"{count_of(trainer.current_epoch, 'epoch')}, and this training ends there or "
-                "before; give more max_epochs or max_steps (--trainer.…) to go on."
+                "before; give more max_epochs, max_steps or batches (--trainer.…)."
             )

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     ExponentialLR,
@@ -16,13 +16,18 @@ from torch.optim.lr_scheduler import (
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import PmixAlignment, RunCheckpoint
+from pmixseg.data.augment import Augmentation
 from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.describe import describe
+from pmixseg.losses.distances import NMSE
 from pmixseg.modules import OneCycle, Polynomial, StudentModule
 from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 
-def train_store(store, folder, *, epochs, steps=-1, stop_after=None, resume=None, workers=0):
+def train_store(
+    store, folder, *, epochs, steps=-1, stop_after=None, resume=None, workers=0, save_at=None
+):
     torch.manual_seed(5)
     net = MultiEncoderUNet(BRATS.modalities, BRATS.num_classes, width=4, levels=2, dropout=0.3)
     module = StudentModule(backbone=net, scheduler=Polynomial())
@@ -35,6 +40,10 @@ def train_store(store, folder, *, epochs, steps=-1, stop_after=None, resume=None
             super().on_train_epoch_end(trainer, pl_module)
             if stop_after is not None and trainer.current_epoch + 1 == stop_after:
                 trainer.should_stop = True
+
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == save_at:
+                trainer.save_checkpoint(folder / "within.ckpt")
 
     trainer = Trainer(
         max_epochs=epochs,
@@ -247,10 +256,12 @@ def test_a_schedule_that_is_over_is_one_sentence(tmp_path):
 def test_another_batch_size_precision_or_seed_is_told(tmp_path, caplog):
     """They change what continues, and no flag of the model or the data's preparation shows it."""
 
-    def go_on(folder, batch_size, epochs, resume=None, seed=0, **arguments):
+    def go_on(folder, batch_size, epochs, resume=None, seed=0, weight=0.1, **arguments):
         data = MemoryData(batch_size=batch_size)
         data.seed = seed
-        keep = {"enable_checkpointing": True, "callbacks": [RunCheckpoint(folder)]}
+        data.augmentation = None if seed else Augmentation()
+        align = PmixAlignment(weight, distance=NMSE() if seed else "mse")
+        keep = {"enable_checkpointing": True, "callbacks": [align, RunCheckpoint(folder)]}
         trainer = quiet_trainer(folder, max_epochs=epochs, limit_val_batches=0, **keep, **arguments)
         module = StudentModule(backbone=tiny(levels=2))
         with caplog.at_level("INFO"):
@@ -261,12 +272,15 @@ def test_another_batch_size_precision_or_seed_is_told(tmp_path, caplog):
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert go_on(tmp_path, 2, 1) == []
     assert go_on(tmp_path, 2, 2, last) == []
-    (line,) = go_on(tmp_path, 4, 3, last, 7, precision="bf16-mixed", accumulate_grad_batches=2)
+    (line,) = go_on(tmp_path, 4, 3, last, 7, 0.2, precision="bf16-mixed", accumulate_grad_batches=2)
     assert line == (
         "data.batch_size is 4, the checkpoint had 2; data.seed is 7, the checkpoint had 0; "
+        f"data.augmentation is None, the checkpoint had {describe(Augmentation())}; "
         "trainer.precision is bf16-mixed, the checkpoint had 32-true; "
-        "trainer.accumulate_grad_batches is 2, the checkpoint had 1: the training goes on with the "
-        "settings of this call, and not as it would have without the interruption."
+        "trainer.accumulate_grad_batches is 2, the checkpoint had 1; "
+        "align.weight is 0.2, the checkpoint had 0.1; "
+        f"align.distance is {describe(NMSE())}, the checkpoint had mse: the training goes on with "
+        "the settings of this call, and not as it would have without the interruption."
     )
 
 
@@ -307,3 +321,26 @@ def test_nested_schedules_go_on(tmp_path):
     whole = run(tmp_path / "a", 0.02, 4)
     run(tmp_path / "b", 0.1, 2)
     assert run(tmp_path / "b", 0.02, 4, tmp_path / "b" / "checkpoints" / "last.ckpt") == whole[4:]
+
+
+def test_a_training_without_a_step_says_so(tmp_path):
+    with pytest.warns(
+        UserWarning, match="nothing was trained: this training has made 0 steps in 0 ep"
+    ):
+        train(tmp_path, sgd(), epochs=0)
+
+
+def test_the_rest_of_an_epoch_is_the_rest_of_its_batches(phantom_store, tmp_path):
+    # A scheduler of jobs stops a training anywhere; Lightning would begin with the first batch.
+    whole = train_store(phantom_store, tmp_path, epochs=2, save_at=4)
+    rest = train_store(phantom_store, tmp_path, epochs=2, resume=tmp_path / "within.ckpt")
+    for name, value in whole.items():
+        assert torch.equal(value, rest[name]), name
+
+
+def test_weights_that_were_averaged_are_told_where_nothing_averages_any_more(tmp_path):
+    averaged = EMAWeightAveraging(decay=0.5)
+    train(tmp_path, sgd(), epochs=1, callbacks=[averaged])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.warns(UserWarning, match="goes on from the averaged weights; give EMAWeightAver"):
+        train(tmp_path, sgd(), epochs=2, resume=last)
