@@ -6,7 +6,8 @@ MkDocs calls the functions ``on_…``; griffe, which reads the docstrings, calls
 * ``repo:path`` is a link to a file of the repository; the build fails where there is no such file.
 * The pages of the reference are made: one per public package from its docstrings, and one with
   the help of every command, printed by the program itself.
-* Sphinx roles in docstrings become Markdown: a class is a link, a formula an equation.
+* Sphinx roles and ``.. math::`` in docstrings become Markdown: links and equations.
+* Wide equations scroll, long shell lines wrap, and names in tables are not cut in two.
 * Fences such as ``bash run`` are executed by the tests; the site shows them as ``bash``.
 """
 
@@ -37,8 +38,17 @@ _EQUATION = re.compile(
 # A section of code in the parser's dialect; "Example:" would be an admonition of prose.
 _EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 _MATH = re.compile(r":math:`([^`]+)`")
+# The directive, its first line, and every line that is indented further.
+_MATH_BLOCK = re.compile(r"^( *)\.\. math::[ \t]*(.*(?:\n\1[ \t]+\S.*)*)", re.MULTILINE)
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc|obj):`(?P<tilde>~?)(?P<path>[^`]+)`")
 _PAGE = re.compile(r"(?<![\w/(])docs/([\w-]+/[\w-]+)\.md")
+
+STYLE = """<style>
+math[display="block"] { display: block math; overflow: auto hidden; padding: 0.2em 0 }
+.md-typeset .language-bash code { white-space: pre-wrap }
+.md-typeset td code { word-break: normal; overflow-wrap: normal }
+</style>"""
+"""Rules of every page, beside those of the theme."""
 
 PACKAGES = (
     "",
@@ -82,13 +92,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Replace equations by MathML."""
-    return _EQUATION.sub(_mathml, content)
+    """Replace equations by MathML, and add the rules of style."""
+    return STYLE + _EQUATION.sub(_mathml, content)
 
 
 def _mathml(match: re.Match[str]) -> str:
     display = "inline" if match["open"] == "(" else "block"
-    return convert(html.unescape(match["tex"]), display=display)
+    made = convert(html.unescape(match["tex"]), display=display)
+    if "\\" in made:
+        log.warning("an equation holds a command that MathML has no form of: %s", match["tex"])
+    return made
 
 
 def commands() -> str:
@@ -111,7 +124,7 @@ def _help(*command: str) -> str:
             main([*command, "--help"])
     finally:
         sys.argv = own
-    return out.getvalue().strip()
+    return out.getvalue().replace(" \b[", "[").strip()  # a terminal joins them, a page does not
 
 
 def _link(match: re.Match[str]) -> str:
@@ -121,9 +134,15 @@ def _link(match: re.Match[str]) -> str:
     return f'<autoref identifier="{path}" optional><code>{text}</code></autoref>'
 
 
+def _display(match: re.Match[str]) -> str:
+    indent, tex = match[1], " ".join(match[2].split())
+    return f"{indent}$$\n{indent}{tex}\n{indent}$$"
+
+
 def markdown(text: str) -> str:
     """Return a docstring with its roles and mentions of pages as Markdown."""
     text = _EXAMPLE.sub("Examples:", text)
+    text = _MATH_BLOCK.sub(_display, text)
     text = _MATH.sub(r"$\1$", text)
     text = _ROLE.sub(_link, text)
     return _PAGE.sub(r"[\1](../\1.md)", text)

@@ -1,7 +1,7 @@
 """Pages and docstrings as a reader meets them: links, three screens, telling first lines."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -63,6 +63,16 @@ def test_an_item_of_a_list_is_not_the_end_of_a_paragraph():
         for item in re.findall(r"^    .*\n((?:\d+\.|[-*]) .*)", page.read_text(), re.MULTILINE)
     ]
     assert not joined
+
+
+def test_an_equation_of_a_docstring_is_an_equation_of_its_page():
+    pytest.importorskip("mkdocs", reason="needs pmixseg[docs]")
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    blocks = "Add.\n\n.. math:: a\n          = b\n\nwith\n\n    .. math::\n        c\n\nand."
+    made = "Add.\n\n$$\na = b\n$$\n\nwith\n\n    $$\n    c\n    $$\n\nand."
+    assert hooks.markdown(blocks) == made
 
 
 def test_pages_that_code_names_exist():
