@@ -56,7 +56,7 @@ _USING_STATE = (
 
 
 class InputError(ValueError):
-    """Tell a person what is wrong with an input: one sentence with what, where and what to do.
+    """Report what is wrong with an input: one sentence with what, where and what to do.
 
     The command line prints the sentence without a traceback and exits with code 1; library users
     catch it as a :class:`ValueError`.

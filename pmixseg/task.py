@@ -15,7 +15,7 @@ Combination = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """Say what is segmented, and from which sequences; nothing else knows a modality by name.
+    """Define what is segmented, and from which sequences; no other code names a modality.
 
     Args:
         name: short identifier, stored in checkpoints and records.

@@ -62,10 +62,10 @@ class April2025Network(nn.Module):
         return [latent, *self._halves.encode(latent)]
 
     def decode(self, features: list[Tensor]) -> Tensor | list[Tensor]:
-        """Logits from the network's levels."""
+        """Return the logits that the network makes of its levels."""
         logits, extras, _ = self._halves.decode(features[1:], self.training)
         return [logits, *extras.values()] if extras else logits
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """``decode(encode(x))``."""
+        """Return ``decode(encode(x))``."""
         return self.decode(self.encode(x))

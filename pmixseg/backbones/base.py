@@ -81,5 +81,5 @@ class Backbone(nn.Module, Described, ABC):
         """Segment from the feature maps of the slots that are marked usable."""
 
     def forward(self, image: Image, present: Presence) -> SegOutput:
-        """``decode(encode(image, present))``."""
+        """Return ``decode(encode(image, present))``."""
         return self.decode(self.encode(image, present))

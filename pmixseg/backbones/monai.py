@@ -306,7 +306,7 @@ class EarlyFusion(Backbone):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """``("fused",)``."""
+        """Name the only slot: ``("fused",)``."""
         return ("fused",)
 
     def encode(self, image: Image, present: Presence) -> Latents:

@@ -45,7 +45,7 @@ class PmixAlignment(TermCallback):
             (docs/results/studies.md, E1).
         levels: levels that are aligned, 0 the finest; by default the bottleneck and its neighbour.
         projection: ``linear``: a 1x1x1 map per modality before the distance; none by default.
-        detach: what is held still: the ``anchor``, ``none``, or the ``features``.
+        detach: what receives no gradient: the ``anchor``, ``none``, or the ``features``.
         sample: with the distance ``kl``: in training, decode latents drawn from their Gaussians
             (reparametrised) instead of the encoders' own; at test the decoder reads the latter.
         official: the loss of one of the authors' public snippets, for comparison; it has its own
@@ -171,7 +171,7 @@ class PmixAlignment(TermCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Say whether this step is measured."""
+        """Mark the steps in which the gradient ratio is measured."""
         if self.ratio is None:
             return
         term = cast(AlignmentTerm, cast(SegmentationModule, pl_module).terms[self.name])
@@ -187,7 +187,7 @@ class PmixAlignment(TermCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Join what was measured."""
+        """End the measurement of this step."""
         if self.ratio is not None:
             self.ratio.end_step()
 
@@ -198,7 +198,7 @@ class PmixAlignment(TermCallback):
             pl_module.log(f"{self.name}/weight", self.schedule.weight, rank_zero_only=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that learned weights did not move."""
+        """Warn if the learned weights of the anchor did not move."""
         if not self.active or self.anchor is not None:
             return
         sentence = unmoved_weights(self.name, cast(SegmentationModule, pl_module))

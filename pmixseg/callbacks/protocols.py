@@ -24,7 +24,7 @@ from pmixseg.task import Combination, format_combination, parse_combination, pre
 
 
 class ProtocolScores(Callback, Described):
-    r"""Say what a test's Dice would be if sequences went missing by a protocol.
+    r"""Estimate the Dice of a test if sequences went missing by a protocol.
 
     A protocol says how often each combination occurs, so its score is an average of what the test
     has measured: for every case and region :math:`\sum_c p(c \mid \text{acquired}) \,

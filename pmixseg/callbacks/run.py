@@ -222,14 +222,14 @@ class RunCheckpoint(ModelCheckpoint):
             loop.epoch_loop.restarting = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let others write into the run folder."""
+        """Release the run folder for other processes."""
         super().teardown(trainer, pl_module, stage)
         self._let_go()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let others write into the run folder."""
+        """Release the run folder for other processes."""
         super().on_exception(trainer, pl_module, exception)
         self._let_go()
 

@@ -30,6 +30,14 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 """Names are printed as they are: no part of one is taken for a style, and none is cut in two."""
 
 
+def command(subparsers: Any, name: str, does: str) -> argparse.ArgumentParser:
+    """Add a command, described by one sentence in the list of commands and in its own help."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=does, description=f"{does[0].upper()}{does[1:]}."
+    )
+    return parser
+
+
 def add_to(subparsers: Any) -> None:
     """Add every plain command."""
     for add in (_quickstart, _phantom, _inspect, _prepare, _report, _compare):
@@ -37,12 +45,11 @@ def add_to(subparsers: Any) -> None:
 
 
 def _quickstart(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "quickstart", help="the whole path on a synthetic cohort, in minutes"
-    )
+    does = "go the whole way in minutes: synthetic cohort, training, test and report"
+    parser = command(subparsers, "quickstart", does)
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to work in")
     parser.add_argument("--data", type=Path, help="a cohort of your own instead of the phantom")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of patients and weights")
 
     def run(args: argparse.Namespace) -> int:
         start_server(["pmixseg.quickstart"])  # which takes seconds to import, here and there
@@ -55,12 +62,10 @@ def _quickstart(subparsers: Any) -> None:
 
 
 def _phantom(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "phantom", help="write a synthetic glioma cohort in BraTS 2018 layout"
-    )
+    parser = command(subparsers, "phantom", "write a synthetic glioma cohort like BraTS 2018")
     parser.add_argument("out", type=Path, help="folder of the cohort")
-    parser.add_argument("--cases", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=40, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="of the patients")
     parser.add_argument("--spacing", type=float, default=3.0, help="voxel size in mm, 1 to 6")
     parser.add_argument("--private-signal", type=float, help="signal of one modality only, 0 to 1")
     parser.add_argument("--dependence", type=float, help="dependence between modalities, 0 to 1")
@@ -70,10 +75,10 @@ def _phantom(subparsers: Any) -> None:
         nargs="+",
         default=[],
         metavar="LABEL=TISSUE",
-        help="of the task: NCR, ED or ET; spaces or commas between them",
+        help="which tissue (NCR, ED or ET) is which label of the task; spaces or commas between",
     )
     parser.add_argument("--contrasts", type=Path, help="YAML file of contrasts for new sequences")
-    parser.add_argument("--workers", type=int, default=2)
+    workers_flag(parser, 2)
     parser.add_argument(
         "--dicom", type=Path, metavar="FOLDER", help="also write each case as a DICOM study there"
     )
@@ -123,8 +128,7 @@ def _write_studies(root: Path, folder: Path, task: Task) -> None:
 
 
 def _inspect(subparsers: Any) -> None:
-    parser = subparsers.add_parser("inspect", help="list cases and problems; changes nothing")
-    parser.add_argument("root", type=Path)
+    parser = command(subparsers, "inspect", "list a cohort's cases and problems; changes nothing")
     _cohort_flags(parser)
 
     def run(args: argparse.Namespace) -> int:
@@ -145,18 +149,19 @@ def _inspect(subparsers: Any) -> None:
 
 
 def _prepare(subparsers: Any) -> None:
-    parser = subparsers.add_parser("prepare", help="build the store of a cohort; resumable")
-    parser.add_argument("root", type=Path)
-    parser.add_argument("store", type=Path)
+    parser = command(subparsers, "prepare", "write the store of a cohort for training; resumable")
     _cohort_flags(parser)
-    parser.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="resample to this")
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    parser.add_argument("store", type=Path, help="folder to write; the cohort stays as it is")
+    voxels = "voxel size to resample to; without it each scan keeps its own"
+    parser.add_argument("--spacing", type=float, nargs=3, metavar="MM", help=voxels)
+    dtypes = ("float16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="float16", help="of intensities")
     parser.add_argument(
         "--normalisation",
         default="zscore-own-mask",
         help="of intensities; zscore-joint-mask is that of imported RFNet and mmFormer",
     )
-    parser.add_argument("--workers", type=int, default=2)
+    workers_flag(parser, 2)
     part_flag(parser)
     parser.add_argument(
         "--prune",
@@ -196,9 +201,9 @@ def _prepare(subparsers: Any) -> None:
 
 
 def _report(subparsers: Any) -> None:
-    parser = subparsers.add_parser("report", help="tables, statistics and figures of tested runs")
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders with records")
-    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"))
+    parser = command(subparsers, "report", "write a page about tested runs: tables and figures")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs that were tested")
+    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="the page")
     parser.add_argument("--no-images", action="store_true", help="leave out pictures of scans")
 
     def run(args: argparse.Namespace) -> int:
@@ -211,9 +216,10 @@ def _report(subparsers: Any) -> None:
 
 
 def _compare(subparsers: Any) -> None:
-    parser = subparsers.add_parser("compare", help="compare two methods over seed-matched runs")
-    parser.add_argument("--a", type=Path, nargs="+", required=True, metavar="RUN")
-    parser.add_argument("--b", type=Path, nargs="+", required=True, metavar="RUN")
+    parser = command(subparsers, "compare", "compare two methods over runs with the same seeds")
+    for side, which in (("--a", "one"), ("--b", "the other")):
+        about = f"run folders of {which} method, one per seed"
+        parser.add_argument(side, type=Path, nargs="+", required=True, metavar="RUN", help=about)
     parser.add_argument(
         "--measure", default="dice", help="of the exploratory table; the primary endpoint is Dice"
     )
@@ -242,6 +248,7 @@ def _compare(subparsers: Any) -> None:
 
 
 def _cohort_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", type=Path, help="folder of the cohort")
     parser.add_argument("--layout", help="name of a layout or YAML file with patterns")
     parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
     parser.add_argument(
@@ -251,6 +258,11 @@ def _cohort_flags(parser: argparse.ArgumentParser) -> None:
         help="what a label is called in dataset.json, or its number: NCR=necrosis ED=2 ET=3,4; "
         "spaces or commas between them",
     )
+
+
+def workers_flag(parser: Any, default: int) -> None:
+    """Add ``--workers``."""
+    parser.add_argument("--workers", type=int, default=default, help="processes at once")
 
 
 def part_flag(parser: Any) -> None:

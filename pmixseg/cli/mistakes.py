@@ -38,6 +38,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    def format_help(self) -> str:
+        """Return the help, with the default of every flag that has one."""
+        for action in self._actions:
+            none = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
+            if not none and action.help and "default" not in action.help:
+                action.help += "; default %(default)s"
+        return super().format_help()
+
     def parse_known_args(  # type: ignore[override]  # its overloads say no more
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pmixseg.cli import commands
 from pmixseg.cli.commands import bar, console, part_flag, read_task, share_of
 from pmixseg.files import not_within
 from pmixseg.plurals import count_of
@@ -13,15 +14,14 @@ from pmixseg.plurals import count_of
 
 def add_to(subparsers: Any) -> None:
     """Add the command."""
-    parser = subparsers.add_parser(
-        "preprocess", help="register raw scans, bring them to atlas space, cut out the brain"
-    )
+    does = "register raw scans, bring them to atlas space and remove the skull"
+    parser = commands.command(subparsers, "preprocess", does)
     parser.add_argument("root", type=Path, help="cohort or case folder of raw scans")
     parser.add_argument("out", type=Path, help="folder of the result; prepare it next")
     parser.add_argument("--layout", help="name of a layout or YAML file with patterns")
     parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
     add_flags(parser)
-    parser.add_argument("--workers", type=int, default=1)
+    commands.workers_flag(parser, 1)
     part_flag(parser)
 
     def run(args: argparse.Namespace) -> int:
@@ -54,7 +54,7 @@ def add_flags(parser: Any) -> None:
         "--brain",
         default="atlas",
         metavar="HOW",
-        help="brain mask: a NIfTI file on the grid of the centre scan, 'atlas' (registration; "
-        "rough), or 'hd-bet' or 'synthstrip' where their command is installed",
+        help="brain mask: a NIfTI file on the grid of T1ce (else T1, T2 or FLAIR), 'atlas' (by "
+        "registration; rough), or 'hd-bet' or 'synthstrip' where their command is installed",
     )
     parser.add_argument("--atlas", type=Path, help="a template without skull; default MNI152")

@@ -16,6 +16,7 @@ from pmixseg.cli import preprocess
 from pmixseg.cli.arguments import parted
 from pmixseg.cli.commands import bar, console, part_flag, share_of
 from pmixseg.cli.mistakes import Parser
+from pmixseg.cli.weights import MODEL
 from pmixseg.errors import InputError
 from pmixseg.interrupt import raise_on_interrupt
 from pmixseg.plurals import count_of
@@ -33,7 +34,7 @@ NAME = "segment"
 HELP = "segment a patient's own scans, whichever there are"
 DESCRIPTION = """Segment scans with a trained model: a case folder, a cohort, a 4-D file with
 --channels, or one flag per modality. Any subset of the model's modalities, in any orientation and
-spacing; the result lies in the grid of the scans. Research use only: not a medical device."""
+spacing; the result lies on the grid of the scans. Research use only: not a medical device."""
 
 
 def run(args: Sequence[str], modules: Sequence[str] = ()) -> int:
@@ -82,7 +83,7 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
         description=DESCRIPTION,
         conflict_handler="resolve",  # a modality that is named like an option gets no flag
     )
-    parser.add_argument("checkpoint", help="a .ckpt file")
+    parser.add_argument("checkpoint", help=MODEL)
     parser.add_argument("input", nargs="?", type=Path, help="case folder, cohort, or 4-D file")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the results")
     scans = parser.add_argument_group(f"scans (modalities of task '{task.name}')")
@@ -92,22 +93,21 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
         )
     scans.add_argument("--channels", help="modalities of a 4-D INPUT in order: flair,t1,-,t2")
     scans.add_argument("--layout", help="name of a layout or YAML file with patterns, for folders")
-    scans.add_argument("--name", help="of the case, in the names of the results")
+    scans.add_argument("--name", help="name of the case, which the results carry")
     part_flag(scans)
     how = parser.add_argument_group("how")
     how.add_argument("--tta", action="store_true", help="average over mirrorings; 8 times slower")
     how.add_argument("--overlap", type=float, help="share of a window that the next one covers")
-    how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    how.add_argument(
-        "--postprocess", nargs="*", metavar="STEP", help="in order; spaces or commas between them"
-    )
+    steps = "some of et_below_500, largest_component, fill_holes, in your order"
+    how.add_argument("--postprocess", nargs="*", metavar="STEP", help=steps)
     how.add_argument("--reference", metavar="MODALITY", help="whose grid the result has")
     how.add_argument("--strict", action="store_true", help="refuse scans on different grids")
     how.add_argument(
         "--force",
         action="store_true",
-        help="segment scans that look implausible, and leave out those of unknown sequences",
+        help="segment scans that look implausible, and ignore those of unknown sequences",
     )
     raw = parser.add_argument_group("scans as they come from the scanner")
     raw.add_argument(
@@ -123,20 +123,21 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="MODALITY=NUMBER",
-        help="of a DICOM folder, where headers do not tell; spaces or commas between them",
+        help="series of a DICOM folder, where headers do not tell; spaces or commas between",
     )
     what = parser.add_argument_group("what is written")
-    what.add_argument("--probabilities", action="store_true", help="of every class, 4-D")
-    what.add_argument("--entropy", action="store_true", help="voxel-wise uncertainty in nats")
-    what.add_argument("--png", action="store_true", help="overview: planes, contours, volumes")
+    what.add_argument(
+        "--probabilities", action="store_true", help="write those of every class, 4-D"
+    )
+    what.add_argument("--entropy", action="store_true", help="write each voxel's entropy, in nats")
+    what.add_argument("--png", action="store_true", help="draw planes, contours and volumes")
     what.add_argument(
         "--nnunet",
         action="store_true",
         help="name results CASE.nii.gz, so that nnUNetv2_evaluate_folder takes the folder",
     )
-    what.add_argument(
-        "--codes", nargs="+", metavar="LABEL=NUMBER", help="in results; spaces or commas between"
-    )
+    codes = "numbers of the labels in the results, such as NCR=1 ED=2 ET=4"
+    what.add_argument("--codes", nargs="+", metavar="LABEL=NUMBER", help=codes)
     what.add_argument("--no-gzip", action="store_true", help="write .nii instead of .nii.gz")
     return parser
 

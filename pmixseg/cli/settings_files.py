@@ -1,4 +1,4 @@
-"""What is wrong in a file of settings, told with its line."""
+"""Find what is wrong in a settings file, and in which line."""
 
 from __future__ import annotations
 

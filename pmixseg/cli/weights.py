@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pmixseg.cli.commands import console, read_task
+from pmixseg.cli.commands import command, console, read_task
 from pmixseg.files import not_among
 from pmixseg.plurals import count_of
+
+MODEL = "a .ckpt file, or a name or address that `pmixseg models` tells of"
 
 
 def add_to(subparsers: Any) -> None:
@@ -19,7 +21,7 @@ def add_to(subparsers: Any) -> None:
 
 
 def _models(subparsers: Any) -> None:
-    parser = subparsers.add_parser("models", help="list the models that have a name")
+    parser = command(subparsers, "models", "list the models that have a name")
 
     def run(args: argparse.Namespace) -> int:
         from pmixseg.weights import CATALOGUE
@@ -41,10 +43,9 @@ def _models(subparsers: Any) -> None:
 
 
 def _publish(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "publish", help="write a model for others: safetensors, JSON, model card"
-    )
-    parser.add_argument("checkpoint", help="a .ckpt file")
+    does = "write a model for others: safetensors, JSON and a model card"
+    parser = command(subparsers, "publish", does)
+    parser.add_argument("checkpoint", help=MODEL)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--records", type=Path, help="run folder of its test, for the card")
     parser.add_argument("--title", default="", help="of the model, in a line")
@@ -67,7 +68,7 @@ def _publish(subparsers: Any) -> None:
 
 
 def _import(subparsers: Any) -> None:
-    parser = subparsers.add_parser("import", help="read a checkpoint of published code")
+    parser = command(subparsers, "import", "make a checkpoint from one of published code")
     parser.add_argument(
         "kind",
         choices=("rfnet", "mmformer", "pmixseg"),
@@ -104,10 +105,11 @@ def _import(subparsers: Any) -> None:
 
 
 def _export(subparsers: Any) -> None:
-    parser = subparsers.add_parser("export", help="write a model for other programs")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--format", choices=("torch", "onnx", "bundle"), default="torch")
-    parser.add_argument("--combination", help="scans it will be given; default all of the model's")
+    parser = command(subparsers, "export", "write a model for other programs")
+    parser.add_argument("checkpoint", help=MODEL)
+    formats = ("torch", "onnx", "bundle")
+    parser.add_argument("--format", choices=formats, default="torch", help="of the file")
+    parser.add_argument("--combination", help="such as flair+t1; without it all of the model's")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file, or folder of a bundle")
 
     def run(args: argparse.Namespace) -> int:

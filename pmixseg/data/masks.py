@@ -31,7 +31,7 @@ Flags = tuple[bool, ...]
 
 
 class CaseMasks(Described, ABC):
-    """Say which modalities of each case may be used."""
+    """Choose which modalities of each case may be used."""
 
     @abstractmethod
     def allowed(self, cases: Sequence[StoredCase], modalities: Sequence[str]) -> dict[str, Flags]:
@@ -220,7 +220,7 @@ class SiteMasks(CaseMasks):
 
 
 class CovariateMasks(CaseMasks):
-    """Withhold modalities by a number of the case: missing not at random.
+    """Withhold modalities by a number of each case, such as its size: missing not at random.
 
     P(modality m is missing) = sigmoid(logit(rate_m) + slope_m · z), where z is the covariate,
     standardised over the cohort (0 where a case has none). The covariate is the tumour's size in

@@ -1,4 +1,4 @@
-"""The parts of a cohort: who is in them, their hashes, and how patients are dealt to them."""
+"""The parts of a cohort: their cases, their hashes, and how patients are divided among them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from pmixseg.types import Batch
 Size = tuple[int, int, int]
 
 MOSTLY_PADDING = 4
-"""Times as large as every case: a patch of that size is told, since it takes memory for nothing."""
+"""Times as large as every case: a patch of that size gets a warning, for it wastes memory."""
 
 _FOREGROUND_KEPT = 2048
 """Tumour voxels remembered per case and class: enough to centre patches on, few enough to keep."""

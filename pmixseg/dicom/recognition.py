@@ -33,7 +33,7 @@ class Recognised:
         series: which.
         modality: sequence of the task; ``None``: it is not used.
         reason: phrase that says why.
-        doubtful: it may be a sequence of the task, and cannot be told.
+        doubtful: it may be a sequence of the task, but which one is unclear.
     """
 
     series: Series
@@ -79,7 +79,7 @@ def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
     """Return one series per sequence.
 
     Raises:
-        InputError: none, two of one sequence, or a series that may be one and cannot be told.
+        InputError: none, two of one sequence, or a series that may be one, but which is unclear.
     """
     doubtful = [r for r in recognised if r.doubtful]
     if doubtful:

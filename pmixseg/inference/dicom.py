@@ -1,4 +1,4 @@
-"""A study in DICOM: series told apart, segmented, and written back as DICOM-SEG."""
+"""A study in DICOM: series recognised, segmented, and written back as DICOM-SEG."""
 
 from __future__ import annotations
 

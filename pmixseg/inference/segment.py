@@ -301,7 +301,7 @@ def _named_by_modality(
     numbers = ", ".join(f"{label} {number}" for label, number in used.items())
     scans_named = ", ".join(f"{m} {path.name}" for m, path in images.items())
     notes = [
-        f"case '{name}': no layout fits this folder, so its scans were told by their names "
+        f"case '{name}': no layout fits this folder, so its scans were recognised by their names "
         f"({scans_named}) and the labels are numbered {numbers}.",
         *(f"case '{name}': {note}." for note in scans.notes),
     ]

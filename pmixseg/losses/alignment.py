@@ -124,7 +124,7 @@ class AlignmentLoss(nn.Module):
         return values
 
     def sample(self, latents: Latents, generator: torch.Generator | None = None) -> Latents:
-        r"""Latents with the aligned levels drawn from their Gaussians (``kl`` only).
+        r"""Return latents whose aligned levels are drawn from their Gaussians (``kl`` only).
 
         :math:`z_m = \mu_m + \sigma_m \epsilon`, :math:`\epsilon \sim N(0, I)`. To be decoded
         instead of ``latents`` in training; the alignment loss itself needs the originals.

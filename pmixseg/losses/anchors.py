@@ -52,7 +52,7 @@ class Anchor(nn.Module, Described, ABC):
         self.levels = 0
 
     def bind(self, modalities: Sequence[str], levels: int) -> None:
-        """Tell the anchor its slots, and create its parameters.
+        """Set the anchor's slots, and create its parameters.
 
         Args:
             modalities: names of the M slots, in order.
@@ -133,7 +133,7 @@ class NormalAnchor(Anchor):
     def forward(
         self, features: Features, subset: Presence, level: int, detach_weights: bool = False
     ) -> AnchorMap:
-        """Zeros."""
+        """Return zeros, the mean of N(0, I)."""
         return torch.zeros_like(features[:, 0])
 
     def gaussian(
@@ -154,7 +154,7 @@ class WeightedAnchor(Anchor):
 
     @abstractmethod
     def weights(self, subset: Presence, level: int, detach: bool = False) -> Weights:
-        """Weights w' of every sample: 0 outside ``subset``, summing to 1; an empty row is all 0.
+        """Return weights w' per sample, 0 outside ``subset``, of sum 1; an empty row is all 0.
 
         Args:
             subset: ``[B, M]``.
@@ -177,7 +177,7 @@ class WeightedAnchor(Anchor):
         level: int,
         detach_weights: bool = False,
     ) -> tuple[AnchorMap, AnchorMap]:
-        r"""Moments of the mixture :math:`\sum_m w'_m N(\mu_m, \sigma_m^2)`.
+        r"""Return the moments of the mixture :math:`\sum_m w'_m N(\mu_m, \sigma_m^2)`.
 
         .. math:: \mu_P = \sum w' \mu, \qquad
                   \sigma_P^2 = \sum w' (\sigma^2 + \mu^2) - \mu_P^2
@@ -287,7 +287,7 @@ class MixtureAnchor(WeightedAnchor):
         return self.kind == "learned"
 
     def weights(self, subset: Presence, level: int, detach: bool = False) -> Weights:
-        """Softmax over the subset, or the fixed numbers over their sum in the subset."""
+        """Return the softmax over the subset, or the fixed numbers over their sum there."""
         if self.learned:
             scores = self.scores.view(-1, len(self.modalities))[0 if self.shared else level]
             if detach:

@@ -66,7 +66,7 @@ class OfficialAlignment(nn.Module, Described, ABC):
     def forward(
         self, latents: Latents, anchor: Anchor | None, present: Presence, acquired: Presence
     ) -> Scalar:
-        """Loss; arguments as of :meth:`pmixseg.losses.alignment.AlignmentLoss.forward`."""
+        """Return the loss; arguments as in :meth:`pmixseg.losses.AlignmentLoss.forward`."""
 
 
 class July2025Alignment(OfficialAlignment):
@@ -161,7 +161,7 @@ class April2025Alignment(OfficialAlignment):
         present: Presence | None = None,
         acquired: Presence | None = None,
     ) -> Scalar:
-        """Loss of the fused latent; the other arguments are not looked at.
+        """Return the loss of the fused latent; the other arguments are ignored.
 
         Raises:
             InputError: more than one slot, or not one channel per modality.

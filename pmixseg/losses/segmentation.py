@@ -38,7 +38,7 @@ class Criterion(nn.Module, Described, ABC):
 
     @abstractmethod
     def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
-        """Loss of one batch.
+        """Return the loss of one batch.
 
         Args:
             output: softmax logits ``[B, C, D, H, W]`` and auxiliary outputs.
@@ -134,7 +134,7 @@ class DiceCE(Criterion):
         self.decay = deep_supervision_decay
 
     def forward(self, output: SegOutput, batch: Batch, epoch: int | Tensor) -> Scalar:
-        """Weighted mean of the losses of ``logits`` and of every ``ds<k>``; see the class."""
+        """Return the weighted mean of the losses of ``logits`` and of every ``ds<k>``."""
         label, sums = batch["label"], SharedSums()
         total = self._loss(output.logits, label, sums)
         weights = 1.0

@@ -362,7 +362,7 @@ class SegmentationModule(ScoredNetwork):
             repair.remove()
 
     def anchor_gets_gradient(self) -> bool:
-        """Say whether the segmentation loss reaches the anchor's weights."""
+        """Return whether the segmentation loss reaches the anchor's weights."""
         return self.fill == "anchor" and self.shows_subsets and self.fill_levels != []
 
     @property

@@ -203,7 +203,7 @@ class SegmentationNetwork(LightningModule, Described):
         return replace(self._decode(ready), latents=latents)
 
     def forward(self, image: Image, present: Presence) -> SegOutput:
-        """``decode(encode(image, present))``."""
+        """Return ``decode(encode(image, present))``."""
         return self.decode(self.encode(image, present))
 
     def columns(self, of_task: Tensor) -> Tensor:

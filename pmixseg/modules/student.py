@@ -14,7 +14,7 @@ from pmixseg.task import Combination, balanced_combinations, parse_combination, 
 from pmixseg.types import Batch, Presence
 
 CHEAP = 15
-"""Combinations of one encoding that a validation decodes, if not told otherwise."""
+"""Combinations of one encoding that a validation decodes by default."""
 
 
 class StudentModule(SegmentationModule):
@@ -78,7 +78,7 @@ class StudentModule(SegmentationModule):
         self._seen.update(names)
 
     def validation_combinations(self, item: CaseItem) -> list[Combination]:
-        """Return what ``evaluation.validation`` says, of what was acquired.
+        """Return the combinations of ``evaluation.validation`` that were acquired.
 
         A student that is shown all of its combination in training is validated on that alone.
         """

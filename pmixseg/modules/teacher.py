@@ -67,5 +67,5 @@ class TeacherModule(SegmentationModule):
         return self.fill_weight * parts["seg_filled"]
 
     def anchor_gets_gradient(self) -> bool:
-        """Through the pass on subsets, if it has a weight."""
+        """Return whether the pass on subsets, which trains the anchor, has a weight."""
         return super().anchor_gets_gradient() and self.fill_weight > 0

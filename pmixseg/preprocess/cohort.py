@@ -43,7 +43,7 @@ def preprocess_cohort(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Done]:
-    """Preprocess every case; one that fails is told, and the others go on.
+    """Preprocess every case; one that fails is reported, and the others go on.
 
     Args:
         cases: as a layout found them.

@@ -138,7 +138,7 @@ def preprocess_scans(
         raise InputError(f"case '{name}' has no scan; give at least one sequence.")
     middle = centre or next(m for m in (*CENTRES, *images) if m in images)
     if middle not in images:
-        raise InputError(f"case '{name}': --centre {middle} is not among {sorted(images)}.")
+        raise InputError(f"case '{name}': centre {middle} is none of its {sorted(images)}.")
     space = mni152() if atlas is None else read_atlas(Path(atlas))
     sources = {m: read_volume(Path(path), f"case '{name}', {m}") for m, path in images.items()}
     to_centre = {

@@ -1,4 +1,4 @@
-"""Check classes of your own against their contracts, and say in words what is wrong.
+"""Check classes of your own against their contracts, and report what is wrong.
 
 >>> from pmixseg.backbones import MultiEncoderUNet
 >>> check_backbone(MultiEncoderUNet(("pet", "ct"), num_classes=2, width=2, levels=2))

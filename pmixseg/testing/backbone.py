@@ -26,7 +26,7 @@ def check_backbone(
     compile: bool | str = False,
     skip: Collection[str] = (),
 ) -> None:
-    """Check that ``net`` keeps the backbone contract, and say in words what it breaks.
+    """Check that a backbone keeps its contract, and report every rule that it breaks.
 
     The rules: ``attributes, shape, decoder, inputs, leak, masking, fill, batch, gradient,
     determinism, restrict, sizes, state dict, description, channels last, bf16, compile``. Random

@@ -16,7 +16,7 @@ Instance norm over a handful of voxels magnifies rounding; a broken rule shows a
 
 
 class ConformanceError(AssertionError):
-    """Say which rules of its contract a class breaks, one line per rule.
+    """Report which rules of its contract a class breaks, one line per rule.
 
     Attributes:
         broken: rule -> what was found.

@@ -121,7 +121,7 @@ def check_term(
     *,
     skip: Collection[str] = (),
 ) -> None:
-    """Check that a loss term keeps its contract, and say in words what it breaks.
+    """Check that a loss term keeps its contract, and report every rule that it breaks.
 
     The rules: ``scalar, inputs, gradient, parameters, absent, one sample, one modality, bf16``.
 

@@ -273,6 +273,11 @@ def test_the_source_of_an_export_is_not_replaced(module, tmp_path, capsys):
     assert checkpoint.read_bytes() == before
 
 
+def test_the_command_takes_an_address_as_segment_does(tmp_path, capsys):
+    assert main(["export", "http://example.org/m.ckpt", "-o", str(tmp_path / "a.pt2")]) == 1
+    assert "http://example.org/m.ckpt: an http:// address" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["to_onnx", "to_torchscript", "to_tensorrt"])
 def test_the_exports_of_lightning_name_the_command_that_works(module, tmp_path, method):
     scans = (torch.zeros(1, 4, 16, 16, 16), torch.ones(1, 4).bool())

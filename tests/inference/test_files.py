@@ -69,7 +69,7 @@ def test_a_patients_folder_under_any_name(model, cases, tmp_path, checkpoint, ca
     assert main(["segment", str(checkpoint), str(folder), "-o", str(out), "--device=cpu"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "flair+t1ce" in said
-    assert "told by their names (flair x7_flair.nii.gz, t1ce x7 T1CE.nii.gz)" in said
+    assert "recognised by their names (flair x7_flair.nii.gz, t1ce x7 T1CE.nii.gz)" in said
     assert "and the labels are numbered NCR 1, ED 2, ET 3" in said
     assert "x7_mask.nii.gz taken for no scan" in said
     direct = model.segment({m: case.images[m] for m in ("flair", "t1ce")})

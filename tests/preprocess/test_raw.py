@@ -230,7 +230,7 @@ def test_everything_is_kept(patient, module, tmp_path):
     [
         ({"brain": "nowhere.nii.gz"}, "does not exist"),
         ({"brain": "hd-bet"}, "on the PATH"),
-        ({"centre": "t2"}, "is not among"),
+        ({"centre": "t2"}, "centre t2 is none of its"),
         ({"atlas": Path("nowhere.nii")}, "does not exist"),
     ],
 )

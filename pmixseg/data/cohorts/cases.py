@@ -180,7 +180,7 @@ class Layout:
             ) from error
 
     def tells_patients(self) -> bool:
-        """Say whether it says itself who the patient is."""
+        """Return whether its patterns name the patient."""
         return bool(self.patient) or any("patient" in _field_names(t) for t in self._image_paths())
 
     def _image_paths(self) -> list[str]:

@@ -251,7 +251,7 @@ def _by_folder(paths: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def _texts(tree: Tree, layout: Layout) -> Iterator[tuple[Path, str]]:
-    """Yield files with the text that patterns are held against.
+    """Yield files with the text that patterns are compared with.
 
     A floating pattern may reach above the root, so that the folder of one case, or of one grade,
     can be a root as well.

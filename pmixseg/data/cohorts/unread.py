@@ -18,7 +18,7 @@ from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 _LOOKED_AT = 50
-"""So many files are held against every layout to say why none fits."""
+"""So many files are compared with every layout, to say why none fits."""
 
 
 def with_unread(cohort: Cohort, tree: Tree, task: Task, *, recognised: bool) -> Cohort:

@@ -278,7 +278,7 @@ def _sequence(pieces: Sequence[_Piece]) -> tuple[str | None, str]:
 
 
 def _with_contrast(pieces: Sequence[_Piece], sequence: str, first: int) -> tuple[str | None, str]:
-    """Tell contrast-enhanced from plain, or say why that cannot be told."""
+    """Tell contrast-enhanced from plain, or say why that is unclear."""
     # A word such as "post" means contrast agent behind the sequence; before it, perhaps not.
     behind = [p for p in pieces if p.kind == "after" and p.word >= first]
     kinds = {p.kind for p in pieces}

@@ -11,7 +11,7 @@ from pmixseg.plurals import count_of
 
 @dataclass
 class PrepareReport:
-    """Say what became of every case that was to be prepared.
+    """Report what became of every case that was to be prepared.
 
     Args:
         store: the store's folder.

@@ -41,7 +41,7 @@ Validation = Literal["auto", "all", "balanced", "drawn"]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Say how predictions are made and scored; every result file states it.
+    """Set how predictions are made and scored; every result file records it.
 
     Args:
         window: inference window in voxels; ``None``: the training patch.
@@ -113,7 +113,7 @@ class EvaluationSettings:
 
     @classmethod
     def of(cls, settings: EvaluationSettings | Mapping[str, Any] | None) -> EvaluationSettings:
-        """Settings from themselves, from :meth:`to_dict`, or the defaults."""
+        """Make settings from settings, from :meth:`to_dict`, or from nothing (the defaults)."""
         if settings is None:
             return cls()
         if isinstance(settings, EvaluationSettings):
@@ -252,7 +252,7 @@ def predict_case(
         combinations: subsets of what the case has.
         window: window size in voxels.
         settings: overlap, blending, post-processing.
-        progress: told (windows done, windows in all) of each group.
+        progress: called with (windows done, windows in all) of each group.
 
     Yields:
         One prediction per combination, grouped by box.

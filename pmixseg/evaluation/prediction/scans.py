@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """Say how scans are segmented; the result states it.
+    """Set how a patient's scans are segmented; the result's JSON file records it.
 
     Args:
         tta: average over the eight mirrorings of the volume; eight times the work.
@@ -145,7 +145,7 @@ def segment_scans(
         settings: how.
         codes: label name -> number in the result; by default the class index.
         name: of the case, for messages and files.
-        progress: told about windows.
+        progress: called with the windows done and in all.
 
     Raises:
         InputError: no scan, an unknown modality or one that the network has no input for, damaged

@@ -32,7 +32,7 @@ NOTICE = "Research use only: not a medical device, not for diagnosis or treatmen
 """Said by every output."""
 
 LARGEST_OUTSIDE = 0.25
-"""Share of a segmentation outside the brain from which it is told: a border is never exact."""
+"""Share of a segmentation outside the brain that is warned of: a border is never exact."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ Blend = Literal["gaussian", "uniform"]
 Window = tuple[slice, ...]
 
 FULL_CARD = 16
-"""Windows that a GPU is given at once where nothing else is said and its memory holds them."""
+"""Windows that a GPU predicts at once by default, if its memory holds them."""
 
 GAUSSIAN_SIGMA = 0.125
 """Standard deviation of the blending weights, in patch lengths (MONAI's and nnU-Net's value)."""

@@ -108,13 +108,13 @@ class Records:
 
     @property
     def scored(self) -> str:
-        """Say that only some cases of the part were scored; empty where all were, or unknown."""
+        """Return a sentence if only some cases of the part were scored, and none otherwise."""
         count, size = self.table["case"].nunique(), self.sidecar.part_size or 0
         return f"{count} of {size} cases of the part were scored" if count < size else ""
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], run: str, sidecar: Sidecar) -> Records:
-        """Records of one run, in the task's order, a later row of the same key winning.
+        """Make the records of a run from rows, in the task's order; the last row of a key counts.
 
         Args:
             rows: mappings with ``case``, ``combination``, ``region``, ``dice`` and any other

@@ -146,7 +146,7 @@ class Tabulation(Lines):
         labels = max(map(len, (*names, *map(self.label, self.lines))))
         needed = labels + (len(self.combinations) + 1) * 6 + 2
         # What the last column is, where some cases lack a combination.
-        uneven = any(len(set(line.cases)) > 1 for line in self.lines)
+        uneven = any(len({*line.cases} - {0}) > 1 for line in self.lines)
         caption = OWN_MEANS if uneven else None
         table = Table(
             title=self.title, caption=caption, box=HORIZONTALS, padding=0, header_style=""
@@ -176,7 +176,8 @@ class Tabulation(Lines):
             table.add_column(name, justify="right", overflow="fold")
         columns = [self.cells(line) for line in self.lines]
         for i, combination in enumerate(self.combinations):
-            table.add_row(*dots(combination, self.task), *(c[i] for c in columns))
+            if any(line.cases[i] for line in self.lines):  # a dedicated student has few
+                table.add_row(*dots(combination, self.task), *(c[i] for c in columns))
         table.add_section()
         blank = [""] * (self.task.num_modalities - 1)
         table.add_row("mean", *blank, *(c[-1] for c in columns))

@@ -36,7 +36,7 @@ INK, MUTED, GRID, PAPER = "#1a1a1c", "#6b6b70", "#dcdce1", "#fdfdfe"
 THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--rule)", PAPER: "var(--paper)"}
 
 COLOURS = ("#3a7ebf", "#d5702a", "#2b9a78", "#b0568f", "#8a7a2e", "#7a7f88")
-"""One per run or curve; told apart by people with colour blindness and on light and dark."""
+"""One per run or curve; distinct for people with colour blindness, and on light and dark."""
 
 SCALE = LinearSegmentedColormap.from_list(
     "ink", ["#f3ead6", "#d9c58f", "#8fb08c", "#3f8a8c", "#1f5a7a", "#16324f"]

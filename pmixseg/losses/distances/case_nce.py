@@ -35,7 +35,7 @@ class CaseNCE(Distance):
     :math:`1 + 1 / (2 C T^2 \log n)`, and in small batches more again, because centring over few
     latents makes them oppose one another (with two complete samples of four modalities by a cosine
     of 0.29). Unit vectors leave no gradient along the length of r; the
-    anchor is formed after the division and then held still. Latents that were not shown receive a
+    anchor is formed after the division and then detached. Latents that were not shown receive a
     gradient neither through the mean nor through the standard deviation.
 
     A position counts where at least two samples have brain: centring by one patient alone would

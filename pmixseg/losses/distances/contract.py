@@ -38,7 +38,7 @@ DISTANCES: dict[str, type[Distance]] = {}
 
 @dataclass(frozen=True)
 class LevelLatents:
-    """The latents of one level, as a distance sees them.
+    """Hold the latents of one level, as a distance sees them.
 
     Args:
         features: ``[B, M, C, D, H, W]``, float32 or float64; exactly 0 outside ``subset``.
@@ -114,7 +114,7 @@ class Distance(nn.Module, Described, ABC):
 
     @abstractmethod
     def forward(self, latents: LevelLatents, anchor: Anchor, detach: Detach) -> PerSlot:
-        """Distance per sample and modality, ``[B, M]``; outside ``shown`` anything finite."""
+        """Return the distance per sample and modality, ``[B, M]``, finite outside ``shown`` too."""
 
 
 def distance_named(name: str, owner: str = "alignment") -> Distance:
@@ -133,7 +133,7 @@ def distance_named(name: str, owner: str = "alignment") -> Distance:
 def point_and_target(
     latents: LevelLatents, anchor: Anchor, detach: Detach
 ) -> tuple[Tensor, Tensor]:
-    """Latents ``[B, M, C, D, H, W]`` and anchor ``[B, 1, C, D, H, W]``, one of them detached.
+    """Return latents ``[B, M, C, D, H, W]`` and anchor ``[B, 1, C, D, H, W]``, one detached.
 
     The anchor's weights never receive a gradient from an alignment loss (docs/method/anchors.md).
     """

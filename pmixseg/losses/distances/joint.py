@@ -56,7 +56,7 @@ class JointKL(Distance):
 
     Args:
         correlation: ρ in [0, 1), or ``"matched"``: R is the mean correlation matrix of all samples
-            and channels (of all processes), held still, so that each sample is pulled to the
+            and channels (of all processes), detached, so that each sample is pulled to the
             cohort's own dependence, whatever it is, and unequal pairs stay unequal.
         ridge: added to Σ, relative to the pooled variance of the channel: keeps modalities that
             coincide from an infinite divergence.

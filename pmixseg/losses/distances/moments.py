@@ -90,7 +90,7 @@ def shared_moments(latents: LevelLatents, epsilon: float) -> SharedMoments:
 
 
 def standardise(latents: LevelLatents, epsilon: float) -> LevelLatents:
-    """Latents with mean 0 and variance 1 per channel over the brain of the whole batch.
+    """Return latents with mean 0 and variance 1 per channel, over the brain of the batch.
 
     The statistics are shared by all modalities: a scale of its own for each would hide the very
     gap that is to be closed.

@@ -54,7 +54,7 @@ class NMSE(Distance):
 
     The variance is taken over the batch, the brain voxels and all acquired latents together (and
     over all processes), and is not detached. The latents are divided by it before the anchor is
-    formed and held still, so no gradient points along the scale of the shown latents, and those
+    formed and detached, so no gradient points along the scale of the shown latents, and those
     that are hidden receive none through the denominator. With a uniform mixture over complete
     samples it is half the share of the variance that lies between modalities, and never more
     than ½.

@@ -32,7 +32,7 @@ class Whitened(Distance):
     It is the sibling of ``nmse`` (a ratio of traces) that no invertible linear map changes, so
     putting all variance into the direction in which sequences agree most easily gains nothing.
 
-    Latents are whitened before the anchor is formed and held still. Over complete samples and with
+    Latents are whitened before the anchor is formed and detached. Over complete samples and with
     a uniform mixture no gradient points along a linear map of all latents; where latents are hidden
     or weights differ, one along rotations is left. Latents that were not shown receive none
     through :math:`S_T`.

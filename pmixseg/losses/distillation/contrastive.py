@@ -33,7 +33,7 @@ class ContrastiveMatch(LatentLoss):
 
     :math:`d_{ij}` is the distance between the student's embedding of sample i and the teacher's of
     sample j: means over brain voxels of h(mean shown latent) and of the anchor, scaled to length
-    1. Samples of all processes are compared. Cases are told apart by ``batch["case"]``, or by
+    1. Samples of all processes are compared. Cases are identified by ``batch["case"]``, or by
     ``case_id`` where that is not given.
 
     Args:

@@ -117,7 +117,7 @@ class SubsetMatch(LatentLoss):
               \bar f_A = \frac{1}{|A|} \sum_{m \in A} f_m
 
     A is what the student was shown in this step, A' a second draw of the same sampler, encoded by
-    the same network and held still; means and variance are over brain voxels. The draws are
+    the same network and detached; means and variance are over brain voxels. The draws are
     exchangeable, so in expectation the gradient is half of the one with both sides moving.
 
     Args:

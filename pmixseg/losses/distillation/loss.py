@@ -80,7 +80,7 @@ class DistillationLoss(nn.Module, Described, ABC):
         *,
         anchor: Anchor | None = None,
     ) -> None:
-        """Tell the loss the two networks, and create its parameters.
+        """Connect the loss with the two networks, and create its parameters.
 
         Args:
             student: the student's backbone.

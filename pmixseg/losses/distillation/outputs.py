@@ -53,7 +53,7 @@ class WeightedSoftCE(DistillationLoss):
     r"""Teach soft labels where the teacher is right and better than the student.
 
     .. math:: L = \frac{\sum_v \omega_v \bigl(- \sum_c p_c \log q_c\bigr)}{\sum_v \omega_v}, \qquad
-              \omega_v = \operatorname{sg}\bigl[\max(0, CE_s - CE_t) \cdot [\operatorname{argmax} t = y]\bigr]
+              \omega_v = \operatorname{sg}\bigl[\max(0, CE_s - CE_t) \cdot [t^* = y]\bigr]
 
     with p, q as in :class:`LogitKL` and CE the cross-entropy with the label at temperature 1; the
     sums run over the voxels of the batch, and of all processes. It is a mean over what the weights

@@ -54,7 +54,7 @@ class SelfDistillation(DistillationLoss):
 
     z are the logits and r^k the K auxiliary maps ``ds1 … dsK`` of the shared decoder (RFNet's
     region maps at 1, ½, ¼, ⅛ of the size, of total weight 0.94; a U-Net's deep supervision), on
-    everything acquired (held still) and on modality m alone; D is :func:`pixel_divergence` and
+    everything acquired (detached) and on modality m alone; D is :func:`pixel_divergence` and
     L_proto :class:`PrototypeMatch` on the finest decoder map. Every acquired modality costs a pass
     through the decoder. A sample that lacks m counts as 0 there.
 

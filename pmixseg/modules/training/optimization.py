@@ -27,11 +27,11 @@ SPARED = re.compile(r"bias|(^|_)pos|token")
 """Names of parameters without weight decay, whatever their shape: ``bias``, ``pos_embed``, …"""
 
 VALIDATION = "val/dice"
-"""The metric that schedules and checkpoints follow where nothing else is said."""
+"""The metric that schedules and checkpoints follow by default."""
 
 
 class Schedule(Described, ABC):
-    """Schedule the learning rate over a whole training; the module says how many steps."""
+    """Schedule the learning rate over a whole training; the module passes the number of steps."""
 
     @abstractmethod
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:

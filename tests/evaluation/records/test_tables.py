@@ -118,6 +118,11 @@ def test_a_narrow_terminal_gets_combinations_as_rows(rows, several):
         assert len(re.findall("[●○]", text)) == 60
 
 
+def test_combinations_that_no_case_has_take_no_row():
+    table = tabulate([records([("1", "a", "R", 0.5, 1.0), ("2", "a", "R", 0.7, 1.0)])]).rich(1)
+    assert (table.caption, len(table.rows)) == (None, 2)  # of "a" and of the mean
+
+
 def test_latex_golden():
     text = tabulate([records(FIRST)]).latex("percentile: pooled")
     assert text == (
