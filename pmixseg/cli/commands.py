@@ -262,7 +262,7 @@ def _cohort_flags(parser: argparse.ArgumentParser) -> None:
 
 def workers_flag(parser: Any, default: int) -> None:
     """Add ``--workers``."""
-    parser.add_argument("--workers", type=int, default=default, help="processes at once")
+    parser.add_argument("--workers", type=int, default=default, help="worker processes")
 
 
 def part_flag(parser: Any) -> None:

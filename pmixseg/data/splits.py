@@ -66,8 +66,13 @@ class SplitFiles(SplitPlan):
         """Split the cases by the files of names.
 
         Raises:
-            InputError: unreadable file, or it names cases that the cohort lacks.
+            InputError: no file, an unreadable one, or it names cases that the cohort lacks.
         """
+        if not any(self.paths.values()):
+            raise InputError(
+                "the split SplitFiles has no file of case names; give --data.split.train FILE (and "
+                "val, test), or --data.split Fractions to split at random."
+            )
         known = {case.case_id for case in cases}
         parts = {
             part: tuple(_lines(Path(path), known))

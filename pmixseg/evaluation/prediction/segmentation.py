@@ -44,7 +44,7 @@ class Segmentation:
         prediction: class probabilities and the way back to the reference's grid.
         codes: label name -> number in :attr:`labels`.
         inputs: modality -> ``{"file": name, "sha256": hash}``, as far as known.
-        settings: everything the result depends on besidess weights and scans; primitives.
+        settings: everything the result depends on besides weights and scans; primitives.
         checkpoint: ``{"file": name, "sha256": hash}`` of the weights, if they came from a file.
         warnings: sentences about what was resampled or went on in spite of doubts.
     """
