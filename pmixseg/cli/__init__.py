@@ -97,9 +97,6 @@ def check_ranks(environment: Mapping[str, str]) -> None:
 def check_words(words: Sequence[str]) -> None:
     """Refuse an empty word: as a path it would be the working folder, which nobody has named.
 
-    Args:
-        words: of a command line.
-
     Raises:
         UsageError: there is one.
 

@@ -30,12 +30,9 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 """Names are printed as they are: no part of one is taken for a style, and none is cut in two."""
 
 
-def command(subparsers: Any, name: str, does: str) -> argparse.ArgumentParser:
+def command(subparsers: Any, name: str, does: str) -> Any:
     """Add a command, described by one sentence in the list of commands and in its own help."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        name, help=does, description=f"{does[0].upper()}{does[1:]}."
-    )
-    return parser
+    return subparsers.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
 
 
 def add_to(subparsers: Any) -> None:
@@ -78,7 +75,7 @@ def _phantom(subparsers: Any) -> None:
         help="which tissue (NCR, ED or ET) is which label of the task; spaces or commas between",
     )
     parser.add_argument("--contrasts", type=Path, help="YAML file of contrasts for new sequences")
-    workers_flag(parser, 2)
+    parser.add_argument("--workers", type=int, default=2, help="worker processes")
     parser.add_argument(
         "--dicom", type=Path, metavar="FOLDER", help="also write each case as a DICOM study there"
     )
@@ -90,11 +87,8 @@ def _phantom(subparsers: Any) -> None:
 
         task = read_task(args.task)
         codes = label_codes(task, dict(text.partition("=")[::2] for text in parted(args.labels)))
-        knobs = {
-            k: getattr(args, k)
-            for k in ("private_signal", "dependence")
-            if getattr(args, k) is not None
-        }
+        names = ("private_signal", "dependence")
+        knobs = {k: v for k in names if (v := getattr(args, k)) is not None}
         settings = PhantomSettings(
             spacing=args.spacing,
             modalities=task.modalities,
@@ -161,7 +155,7 @@ def _prepare(subparsers: Any) -> None:
         default="zscore-own-mask",
         help="of intensities; zscore-joint-mask is that of imported RFNet and mmFormer",
     )
-    workers_flag(parser, 2)
+    parser.add_argument("--workers", type=int, default=2, help="worker processes")
     part_flag(parser)
     parser.add_argument(
         "--prune",
@@ -258,11 +252,6 @@ def _cohort_flags(parser: argparse.ArgumentParser) -> None:
         help="what a label is called in dataset.json, or its number: NCR=necrosis ED=2 ET=3,4; "
         "spaces or commas between them",
     )
-
-
-def workers_flag(parser: Any, default: int) -> None:
-    """Add ``--workers``."""
-    parser.add_argument("--workers", type=int, default=default, help="worker processes")
 
 
 def part_flag(parser: Any) -> None:

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pmixseg.cli import commands
-from pmixseg.cli.commands import bar, console, part_flag, read_task, share_of
+from pmixseg.cli.commands import bar, command, console, part_flag, read_task, share_of
 from pmixseg.files import not_within
 from pmixseg.plurals import count_of
 
@@ -15,13 +14,13 @@ from pmixseg.plurals import count_of
 def add_to(subparsers: Any) -> None:
     """Add the command."""
     does = "register raw scans, bring them to atlas space and remove the skull"
-    parser = commands.command(subparsers, "preprocess", does)
+    parser = command(subparsers, "preprocess", does)
     parser.add_argument("root", type=Path, help="cohort or case folder of raw scans")
     parser.add_argument("out", type=Path, help="folder of the result; prepare it next")
     parser.add_argument("--layout", help="name of a layout or YAML file with patterns")
     parser.add_argument("--task", type=Path, help="YAML file of a task; default BraTS")
     add_flags(parser)
-    commands.workers_flag(parser, 1)
+    parser.add_argument("--workers", type=int, default=1, help="worker processes")
     part_flag(parser)
 
     def run(args: argparse.Namespace) -> int:

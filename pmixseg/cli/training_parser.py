@@ -86,9 +86,6 @@ def whole_numbers_first(hint: Any) -> Any:
 
     To Python ``float | int`` is ``int | float``, and ``Optional`` hands out whichever of the two
     the process has seen first; a parser tries them in the order in which they stand.
-
-    Args:
-        hint: of an argument.
     """
     kinds = list(get_args(hint))
     if get_origin(hint) is not Union or not {int, float} <= set(kinds):

@@ -70,7 +70,7 @@ def test_files(tmp_path):
         plan.split([case(c) for c in "abcde"])
     with pytest.raises(InputError, match=r"none.txt cannot be read"):
         SplitFiles(tmp_path / "none.txt").split([])
-    with pytest.raises(InputError, match="no file of case names; give --data.split.train FILE"):
+    with pytest.raises(InputError, match=r"no file of case names; give --data\.split\.train FILE"):
         SplitFiles().split([case("a")])
 
 

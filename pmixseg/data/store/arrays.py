@@ -86,12 +86,7 @@ def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def damaged(path: Path, what: str) -> InputError:
-    """Say in a sentence what a file or folder of a store holds instead of what was written.
-
-    Args:
-        path: the file or folder.
-        what: it holds.
-    """
+    """Say in a sentence what a file or folder of a store holds instead of what was written."""
     return InputError(f"{path} holds {what}; run `pmixseg prepare` on its store again.")
 
 

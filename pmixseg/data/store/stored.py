@@ -159,9 +159,6 @@ class StoredCase:
 def read_meta(folder: Path) -> dict[str, Any] | None:
     """``meta.json`` of a case folder, if it is as it was written and its arrays are all there.
 
-    Args:
-        folder: of the case.
-
     Returns:
         ``None`` for a case of another format, or one that is not complete.
     """
@@ -180,12 +177,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def is_whole(folder: Path, meta: Mapping[str, Any]) -> bool:
-    """Say whether the arrays of a case folder are those that were written, by their checksums.
-
-    Args:
-        folder: of the case.
-        meta: of :func:`read_meta`.
-    """
+    """Say whether the arrays of a case folder are those that were written, by their checksums."""
     try:
         return all(
             crc32((folder / name).read_bytes()) == facts.get("crc32")
