@@ -66,7 +66,8 @@ PACKAGES = (
 
 def on_files(files: Any, config: Any) -> Any:
     """Add a page of the reference for each package, and one for the commands."""
-    wrapped = "<style>.md-typeset pre > code { white-space: pre-wrap }</style>"
+    rule = ".md-typeset pre > code { white-space: pre-wrap }"
+    wrapped = f"<style>@media (min-width: 45em) {{ {rule} }}</style>"
     pages = {"commands": f"# Commands\n\n{wrapped}\n\n{commands()}\n"}
     for package in PACKAGES:
         name = f"pmixseg.{package}".rstrip(".")
