@@ -75,6 +75,13 @@ def test_an_equation_of_a_docstring_is_an_equation_of_its_page():
     assert hooks.markdown(blocks) == made
 
 
+def test_the_table_of_layers_names_every_module():
+    table = (DOCS / "design" / "index.md").read_text()
+    modules = {path.stem for path in (ROOT / "pmixseg").iterdir() if path.suffix in (".py", "")}
+    modules -= {"__init__", "__pycache__"}
+    assert [m for m in sorted(modules) if f"`{m}`" not in table and f"`{m}.py`" not in table] == []
+
+
 def test_pages_that_code_names_exist():
     """Docstrings say where the method stands, as ``docs/method/anchors.md``."""
     named = {
