@@ -10,6 +10,7 @@ from pmixseg.cli import main
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.task import BRATS, format_combination
+from tests.evaluation.made_up import figures_left_empty
 
 WHERE = Sidecar(BRATS, conventions={"percentile": "pooled"})
 
@@ -117,3 +118,15 @@ def test_folds_share_no_case_and_are_told_how_to_be_compared(arms, tmp_path, cap
     said = capsys.readouterr().err
     assert "no case, combination and region has 'dice' in every run" in said
     assert "join the folds of each seed" in said
+
+
+def test_seeds_and_marks_of_another_form_are_left_out(arms, tmp_path):
+    a, b = arms
+    for run in (*a, *b):
+        path = tmp_path / run / "records.json"
+        told = {"config": {"seed": 3}, "checkpoint": {"file": "x"}, "git": {"dirty": True}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **told}))
+    assert main(["compare", "--a", *a, "--b", *b]) == 0
+    page = str(tmp_path / "page.html")
+    with figures_left_empty():
+        assert main(["report", *a, "-o", page, "--no-images"]) == 0

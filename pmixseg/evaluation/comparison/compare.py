@@ -6,7 +6,7 @@ is a paired t over the means of seed-matched runs. All else is exploratory and m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -284,4 +284,5 @@ def _run_with_seeds(one: Records) -> str:
 
 
 def _seeds(one: Records) -> dict[str, int]:
-    return dict(one.sidecar.config.get("seed") or {})
+    seeds = one.sidecar.config.get("seed")  # a configuration of other code may hold anything
+    return dict(seeds) if isinstance(seeds, Mapping) else {}

@@ -127,7 +127,6 @@ _KINDS: dict[str, Any] = {
     "config.evaluation": Mapping | None,
     "config.evaluation.temperatures": Mapping | None,
     "config.evaluation.temperatures.*": float | int,
-    "config.seed": Mapping | None,
     "versions": Mapping | None,
     "git": Mapping | None,
     "git.commit": str,
@@ -137,11 +136,11 @@ _KINDS: dict[str, Any] = {
 
 
 def _at(content: Mapping[str, Any], name: str) -> list[Any]:
-    """Values at a dotted name, ``*`` being every key; none where what would hold them is empty."""
+    """Values at a dotted name, ``*`` being every key; none where there is no such entry."""
     outer, _, last = name.rpartition(".")
     holders = _at(content, outer) if outer else [content]
-    inside = [holder for holder in holders if holder and isinstance(holder, Mapping)]
-    return [v for h in inside for v in (h.values() if last == "*" else [h.get(last)])]
+    inside = [holder for holder in holders if isinstance(holder, Mapping)]
+    return [v for h in inside for k, v in h.items() if last in ("*", k)]
 
 
 def _no_sidecar(raw: dict[str, Any]) -> dict[str, Any]:
