@@ -1,6 +1,6 @@
 """Tests, in the folders of the package; below, which one guards what users once met.
 
-Each was seen to fail on code that was broken where it looks.
+Nearly all were seen to fail on code that was broken where they look.
 
 Numbers that were silently wrong
 
