@@ -17,6 +17,10 @@ from pmixseg.task import BRATS
 SHAPE = (44, 40, 36)
 
 
+SHEAR = np.eye(4)
+SHEAR[0, 2] = 0.5
+
+
 def rewrite(path, change, affine=None, dtype=None):
     image = nib.load(path)
     data = change(np.array(image.dataobj, dtype=dtype))
@@ -131,6 +135,11 @@ DAMAGE = {
         "t1ce",
         lambda p: raw_header(p, sform_code=1, srow_x=[0, 0, 0, 0]),
         r"t1ce\.nii\.gz has no usable geometry .*; repair its header\.",
+    ),
+    "sheared axes": (
+        "t1ce",
+        lambda p: rewrite(p, lambda d: d, nib.load(p).affine @ SHEAR),
+        r"t1ce\.nii\.gz has no usable geometry \(its axes are at 63\.4 degrees to each other",
     ),
     "all zero": (
         "t1",

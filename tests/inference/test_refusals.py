@@ -109,7 +109,7 @@ def test_resampling_puts_every_point_where_it_belongs():
         points = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
         return nib.Nifti1Image((300 + points @ normal).astype(np.float32), affine)
 
-    turned = nib.affines.from_matvec(np.diag([-2.0, 3.0, 2.5]) @ _rotation(10), [40.0, -55.0, -40])
+    turned = nib.affines.from_matvec(_rotation(10) @ np.diag([-2.0, 3.0, 2.5]), [40.0, -55.0, -40])
     source = plane((40, 38, 36), turned)
     target = plane(
         (30, 30, 30), np.diag([1.1, 1.2, 1.0, 1.0]) + [[0, 0, 0, t] for t in (0, 1, 2, 0)]

@@ -29,6 +29,10 @@ MIN_SPACING, MAX_SPACING = 0.05, 30.0
 MAX_VOXELS = 1 << 29
 """Most voxels of a grid, 812 cubed: 2 GiB per modality while it is resampled."""
 
+MAX_SHEAR = 0.02
+"""Largest cosine of the angle between two axes: distances are computed as if it were 0, and
+registration programs may leave a trace of shear."""
+
 _SAME_SPACING = 1e-3
 """Relative difference below which two spacings count as equal and nothing is resampled."""
 
@@ -82,8 +86,9 @@ class Geometry:
             unit: see the class.
 
         Raises:
-            ValueError: the affine is singular or not finite, so it has no orientation; or voxels
-                or grid have a size that no scan has. The text is a phrase.
+            ValueError: the affine is singular or not finite, so it has no orientation; its axes are
+                not at right angles; or voxels or grid have a size that no scan has. The text is a
+                phrase.
         """
         matrix = np.asarray(affine, dtype=np.float64)
         zooms = np.sqrt((matrix[:3, :3] ** 2).sum(axis=0))
@@ -93,6 +98,13 @@ class Geometry:
         ):
             raise ValueError("the affine is singular or not finite")
         check_spacing(zooms.tolist(), "its voxels")
+        axes = matrix[:3, :3] / zooms
+        shear = np.abs(np.triu(axes.T @ axes, 1)).max()
+        if shear > MAX_SHEAR:
+            raise ValueError(
+                f"its axes are at {np.degrees(np.arccos(shear)):.3g} degrees to each other, where "
+                "distances need right angles: resample it"
+            )
         order = _axes_of(matrix)
         source = _spacing(zooms[a] for a, _ in order)
         canonical = triple(shape[a] for a, _ in order)

@@ -64,6 +64,15 @@ def test_a_box_goes_back_where_it_came_from(affine, shape, data):
     assert geometry.canonical_box(tight) == box
 
 
+def test_a_trace_of_shear_is_that_of_a_registration():
+    affine = np.diag([1.0, 1, 2, 1])
+    affine[0, 2] = 0.03  # cosine 0.015
+    assert Geometry.of((4, 5, 6), affine).source_spacing == pytest.approx((1, 1, 2), rel=2e-4)
+    affine[0, 2] = -0.05
+    with pytest.raises(ValueError, match=r"at 88\.6 degrees to each other"):
+        Geometry.of((4, 5, 6), affine)
+
+
 def test_leading_axes_are_kept():
     geometry = Geometry.of((4, 5, 6), PERMUTED)
     volume = np.random.default_rng(0).random((2, 3, *geometry.canonical_shape)).astype(np.float32)
