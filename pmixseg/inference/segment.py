@@ -193,7 +193,7 @@ def _segmented(
 ) -> CaseResult:
     """Segment scans that were checked, and write the result with some more notes."""
     made = module.segment(images, settings, codes=codes, name=name, progress=progress)
-    made = replace(made, warnings=(*notes, *made.warnings))
+    made = replace(made, warnings=(*notes, *outputs.of_others(made), *made.warnings))
     files = outputs.write(made, images)
     return CaseResult(name, made.combination, made.volumes, files, made.warnings, codes=made.codes)
 
@@ -227,6 +227,8 @@ def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str,
             f"{path} has {count_of(channels, 'channel')}, but '{names}' names {len(listed)}; name "
             f"all in their order, '{UNUSED_CHANNEL}' for a channel that is not read."
         )
+    if channels == 1:  # of three axes, as a rule
+        return {used[0]: path}
     return {n: (path, index) for index, n in enumerate(listed) if n != UNUSED_CHANNEL}
 
 

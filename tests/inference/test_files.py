@@ -190,6 +190,13 @@ def test_channels_must_be_named(model, tmp_path):
             channels_of(path, wrong, model)
 
 
+def test_the_one_channel_of_a_file_of_three_axes(model, cases):
+    path = cases[0].images["t1"]
+    assert channels_of(path, "t1", model) == {"t1": path}
+    with pytest.raises(InputError, match="has 1 channel, but"):
+        channels_of(path, "t1,t2", model)
+
+
 # ------------------------------------------------------------------- command line
 
 

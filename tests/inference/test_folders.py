@@ -52,6 +52,19 @@ def run(checkpoint, tmp_path, capsys):
     return call
 
 
+def test_a_result_of_other_scans_is_not_replaced_without_a_word(patient, run, tmp_path, case):
+    """Folders of two patients may have one name, as that of a visit."""
+    first, second = patient("a/visit", flair="FLAIR"), patient("b/visit", t1="T1")
+    assert "replaces" not in run(first)[1]
+    assert "replaces" not in run(first)[1]
+    shutil.copy(case.images["t2"], first / "T2.nii.gz")
+    assert "replaces" not in run(first)[1]  # a scan more, of the same patient
+    code, said = run(second)
+    assert code == 0 and "replaces the result of other scans (FLAIR.nii.gz, T2.nii.gz)" in said
+    (tmp_path / "out/visit_seg.json").write_text("[1]")  # of somebody's own
+    assert "replaces" not in run(first)[1]
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

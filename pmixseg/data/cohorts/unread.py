@@ -62,8 +62,12 @@ def strays_of(cohort: Cohort) -> dict[str, list[Path]]:
 
 def reasons(tree: Tree) -> list[str]:
     """Say why no layout fits, where files have the names of one, but their folder has not."""
-    if (tree.root / "imagesTr").is_dir() and not (tree.root / "dataset.json").exists():
-        return ["layouts 'msd' and 'nnunet' need a dataset.json beside imagesTr"]
+    if not (tree.root / "dataset.json").exists():
+        near = [*tree.root.glob("*/dataset.json"), tree.root.resolve().parent / "dataset.json"]
+        if homes := [str(path.parent) for path in near if path.exists()]:
+            return [f"a dataset.json lies in {listed(sorted(homes))}: name a folder that holds one"]
+        if (tree.root / "imagesTr").is_dir():
+            return ["layouts 'msd' and 'nnunet' need a dataset.json beside imagesTr"]
     for path in tree.files[:_LOOKED_AT]:
         if fitting := _fitting(path):
             layout, folder = fitting

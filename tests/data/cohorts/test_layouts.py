@@ -277,6 +277,13 @@ def test_other_files_beside_scans_are_no_problem(touch):
     assert problems(root) == {case: None}
 
 
+def test_a_folder_beside_the_description(touch):
+    root = touch("Dataset001/imagesTr/a_0000.nii.gz", "Dataset001/dataset.json")
+    for folder in (root, root / "Dataset001/imagesTr"):
+        with pytest.raises(InputError, match=r"json lies in \S*Dataset001: name a folder that"):
+            find_cases(folder, BRATS)
+
+
 def test_decathlon_images_without_their_description(touch):
     with pytest.raises(InputError, match=r"need a dataset\.json beside imagesTr"):
         find_cases(touch("imagesTr/BRATS_001.nii.gz"), BRATS)
