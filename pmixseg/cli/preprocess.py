@@ -29,12 +29,13 @@ def add_to(subparsers: Any) -> None:
 
         not_within(args.out, args.root)
         share = share_of(args.part)
-        cases = find_cases(args.root, read_task(args.task), layout=args.layout)
+        task = read_task(args.task)
+        cases = find_cases(args.root, task, layout=args.layout)
         if share is not None:
             cases = share.of(cases, lambda case: case.case_id)
         options = {"brain": args.brain, "atlas": args.atlas, "workers": args.workers}
         with bar("cases") as progress:
-            done = list(preprocess_cohort(cases, args.out, **options, progress=progress))
+            done = list(preprocess_cohort(cases, args.out, **options, task=task, progress=progress))
         for case in sorted(done, key=lambda c: c.name):
             for note in case.notes:
                 console.print(f"warning: case '{case.name}': {note}")

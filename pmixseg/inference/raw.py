@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from pmixseg.argument_checks import check_fields, checked
 from pmixseg.data.formats.colours import write_tables
+from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.formats.outputs import write_labels
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
@@ -87,26 +87,30 @@ def segment_raw(
     files = ready.save(outputs.folder / ATLAS_FOLDER)
     result = module.segment(files, settings, codes=codes, name=called, progress=progress)
     home = outputs.folder / ATLAS_FOLDER / called
-    files_in_atlas = replace(outputs, folder=home, png=False).write(result, files)
+    there = replace(outputs, folder=home, png=False)
+    replaced, files_in_atlas = there.of_others(result), there.write(result, files)
     # Back onto the grid of a scan as it came.
     target = onto or ready.centre
     back = ready.back(result.classes, target)
     classes = sitk.GetArrayFromImage(back).T.astype(np.uint8)
-    affine = nib.load(images[target]).affine.tolist()
+    grid = ScanReader(called).frame(images[target])
+    assert grid is not None  # it was read above
+    affine = grid.affine.tolist()
     ending = ".nii.gz" if outputs.compress else ".nii"
     path = inside(outputs.folder, f"{called}{'' if outputs.plain else '_seg'}{ending}", "case")
     written = {
-        "seg": write_labels(path, classes, affine, result.codes, module.task),
+        "seg": write_labels(path, classes, affine, result.codes, module.task, grid.unit),
         **write_tables(inside(outputs.folder, f"{called}_seg", "case"), result.codes, module.task),
         "json": files_in_atlas["json"],
     }
     if outputs.png:
         facts = (called, module.task, result.volumes)
-        written["png"] = outputs.draw(images, classes, np.asarray(affine), *facts)
+        written["png"] = outputs.draw(images, classes, grid.affine, *facts)
     notes = (
         f"case '{called}': the scans were registered to {ready.centre} and to atlas space; the "
         f"segmentation lies on the grid of {target}, volumes are those in atlas space.",
         *(f"case '{called}': {note}" for note in ready.notes),
+        *replaced,
         *result.warnings,
     )
     return CaseResult(

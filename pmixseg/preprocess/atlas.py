@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.phantom.anatomy import BRAIN_CENTRE, MNI_CENTRE
+from pmixseg.data.scans.volumes import place_of
 from pmixseg.errors import InputError
-from pmixseg.preprocess.itk import sitk
+from pmixseg.preprocess.itk import image_of, sitk
 
 SHAPE = (240, 240, 155)
 """Voxels of 1 mm of a BraTS volume."""
@@ -46,7 +48,7 @@ def mni152() -> Atlas:
     from nilearn import datasets  # takes two seconds to import
 
     image = datasets.load_mni152_template(resolution=1)
-    template = _from_nibabel(image)
+    template = image_of(np.asarray(image.dataobj, np.float32), image.affine)
     # The middle of the template's brain goes to the middle of the brains of BraTS.
     here = np.array([-MNI_CENTRE[0], -MNI_CENTRE[1], MNI_CENTRE[2]])
     there = np.asarray(BRAIN_CENTRE) + FIRST_VOXEL
@@ -82,32 +84,14 @@ def read_atlas(path: Path) -> Atlas:
 
 
 def read_volume(path: Path, what: str) -> Any:
-    """Read a scan as float32, whatever format ITK knows.
+    """Read a scan as float32, as every command reads one.
 
     Raises:
-        InputError: it is not there, not readable, or has not three axes.
+        InputError: not there, not readable, no volume, or voxels of a size that no scan has.
     """
-    if not path.is_file():
-        raise InputError(f"{what}: {path} does not exist; give the path of a scan.")
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"{what}: {path} cannot be read as a scan ({reason}).") from error
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise InputError(f"{what}: {path} is no volume of one value per voxel; give one sequence.")
-    values = sitk.GetArrayViewFromImage(image)
+    scan = ScanReader(what).read(path, "scan")
+    place_of(scan, None, what)
+    values = scan.values().astype(np.float32)
     if not np.isfinite(values).all() or values.min() == values.max():
         raise InputError(f"{what}: {path} is constant or not finite everywhere; it shows no head.")
-    return sitk.Cast(image, sitk.sitkFloat32)
-
-
-def _from_nibabel(image: Any) -> Any:
-    values = np.asarray(image.dataobj, np.float32)
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine  # nibabel speaks RAS, ITK LPS
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    volume = sitk.GetImageFromArray(values.transpose(2, 1, 0))
-    volume.SetSpacing(spacing.tolist())
-    volume.SetOrigin(affine[:3, 3].tolist())
-    volume.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
-    return volume
+    return image_of(values, scan.affine)

@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 
 from pmixseg.data.cohorts.cases import Case
+from pmixseg.data.cohorts.presets import LAYOUTS
+from pmixseg.data.cohorts.problems import ignored_lines
+from pmixseg.data.formats.nifti import ScanReader
+from pmixseg.data.formats.outputs import code_table
+from pmixseg.data.scans.volumes import label_map, place_of
 from pmixseg.errors import InputError, stops_all
-from pmixseg.preprocess.atlas import read_volume
-from pmixseg.preprocess.itk import sitk
+from pmixseg.preprocess.itk import image_of
 from pmixseg.preprocess.pipeline import Preprocessed, preprocess_scans
 from pmixseg.preprocess.registration import resampled
+from pmixseg.task import BRATS, Task
 from pmixseg.workers import results
 
 
@@ -41,16 +46,19 @@ def preprocess_cohort(
     brain: str = "atlas",
     atlas: str | Path | None = None,
     workers: int = 1,
+    task: Task = BRATS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Done]:
     """Preprocess every case; one that fails is reported, and the others go on.
 
     Args:
         cases: as a layout found them.
-        out: a folder per case is written here, in the layout of BraTS 2021.
+        out: a folder per case is written here, in the layout of BraTS 2021 and with its numbers of
+            NCR, ED and ET; labels of other names keep their numbers.
         brain: see :func:`~pmixseg.preprocess.preprocess_scans`.
         atlas: see there.
         workers: processes beside this one; 0 does the work here.
+        task: its labels.
         progress: called with (cases done, cases in all).
 
     Yields:
@@ -60,7 +68,7 @@ def preprocess_cohort(
         InputError: the disk is full, or a worker was killed, most likely for lack of memory.
     """
     out, atlas = Path(out), None if atlas is None else Path(atlas)
-    one = partial(preprocess_case, out=out, brain=brain, atlas=atlas)
+    one = partial(preprocess_case, out=out, brain=brain, atlas=atlas, task=task)
     outcomes = results(one, cases, workers, where=out, preload=[__name__])
     for count, (_, done) in enumerate(outcomes, 1):
         yield done
@@ -68,20 +76,22 @@ def preprocess_cohort(
             progress(count, len(cases))
 
 
-def preprocess_case(case: Case, out: Path, brain: str, atlas: Path | None) -> Done:
+def preprocess_case(
+    case: Case, out: Path, brain: str, atlas: Path | None, task: Task = BRATS
+) -> Done:
     """Preprocess one case and write it, its label map with it."""
     try:
         if case.problem is not None:
             raise InputError(case.problem)
         images = {m: _file_of(case, f) for m, f in case.images.items()}
         done = preprocess_scans(images, case.case_id, brain=brain, atlas=atlas)
-        label = None if case.label is None else _label_in_atlas(case, done)
+        label, notes = (None, ()) if case.label is None else _label_in_atlas(case, done, task)
         done.save(out, label)
     except InputError as error:
         if stops_all(error):
             raise
         return Done(case.case_id, problem=str(error))
-    return Done(case.case_id, done.notes)
+    return Done(case.case_id, (*done.notes, *notes))
 
 
 def _file_of(case: Case, file: Any) -> Path:
@@ -93,19 +103,32 @@ def _file_of(case: Case, file: Any) -> Path:
     return Path(file)
 
 
-def _label_in_atlas(case: Case, done: Preprocessed) -> Any:
-    """Bring the label map along with the scan on whose grid it was drawn."""
-    label = sitk.Cast(
-        read_volume(Path(str(case.label)), f"case '{case.case_id}', label"), sitk.sitkInt16
-    )
+def _label_in_atlas(case: Case, done: Preprocessed, task: Task) -> tuple[Any, tuple[str, ...]]:
+    """Bring the label map along with the scan on whose grid it was drawn; notes on it, beside it.
+
+    The numbers of its own layout are not known to who reads the result, so they become those of
+    BraTS 2021, which the result's layout has.
+    """
+    where, coding = f"case '{case.case_id}'", case.coding(task)
+    scan = ScanReader(where).read(str(case.label), "label")
+    geometry = place_of(scan, None, where).geometry
+    seen = label_map(scan, geometry, coding, where)
+    notes = [f"of {case.label}, {line}" for line in ignored_lines({case.case_id: seen.ignored})]
+    if set(seen.ignored).intersection(coding.unannotated):
+        return None, (*notes, "nobody annotated these voxels, so it is left without a label")
+    written = LAYOUTS["brats2021"].codes
+    table = code_table(written if set(written) == set(task.labels) else coding.numbers, task, where)
+    numbers = np.zeros(geometry.source_shape, np.int16)
+    geometry.canonical_view(numbers)[seen.box.slices] = table[seen.classes]
+    label = image_of(numbers, scan.affine)
     drawn = [m for m, scan in done.sources.items() if _same_grid(label, scan)]
     if not drawn:
         raise InputError(
-            f"case '{case.case_id}': the label map {case.label} lies on the grid of none of its "
-            "scans; resample it to the scan that it was drawn on."
+            f"{where}: the label map {case.label} lies on the grid of none of its scans; resample "
+            "it to the scan that it was drawn on."
         )
     nearest = done.centre if done.centre in drawn else drawn[0]
-    return resampled(label, done.mask, done.transforms[nearest], labels=True)
+    return resampled(label, done.mask, done.transforms[nearest], labels=True), tuple(notes)
 
 
 def _same_grid(a: Any, b: Any) -> bool:

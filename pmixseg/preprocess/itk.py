@@ -1,7 +1,10 @@
-"""SimpleITK, or one sentence on how to install it; and writing what it computes."""
+"""SimpleITK, or one sentence on how to install it; and its volumes from arrays, and to files."""
 
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pmixseg.data.formats.itk import affine_of
 from pmixseg.data.formats.outputs import write_volume
@@ -15,7 +18,23 @@ except ImportError as error:
         "pip install 'pmixseg[preprocess]'."
     ) from error
 
-__all__ = ["sitk", "write_image"]
+__all__ = ["image_of", "sitk", "write_image"]
+
+
+def image_of(values: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> Any:
+    """Return ``[x, y, z]`` numbers as a volume of ITK.
+
+    Args:
+        values: one per voxel.
+        affine: voxels to mm in RAS; ITK's own axes are LPS.
+    """
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    volume = sitk.GetImageFromArray(values.transpose(2, 1, 0))
+    volume.SetSpacing(spacing.tolist())
+    volume.SetOrigin(lps[:3, 3].tolist())
+    volume.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    return volume
 
 
 def write_image(image: Any, path: Path) -> Path:

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmixseg.argument_checks import checked
+from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.formats.outputs import write_json
+from pmixseg.data.scans.plausibility import TAKEN_AS_LAS
 from pmixseg.errors import InputError, writing
 from pmixseg.files import hidden_folder_near, inside
 from pmixseg.preprocess.atlas import mni152, read_atlas, read_volume
@@ -150,6 +152,10 @@ def preprocess_scans(
     heads = {m: resampled(s, space.grid, transforms[m]) for m, s in sources.items()}
     mask, notes = brain_mask(sources[middle], brain, space, poses)
     scans = {m: sitk.Mask(head, mask) for m, head in heads.items()}
+    reader = ScanReader(name)
+    frames = {m: reader.frame(path) for m, path in images.items()}
+    if silent := [m for m, frame in frames.items() if frame and not frame.oriented]:
+        notes.append(f"its scans {', '.join(silent)} {TAKEN_AS_LAS}")  # the result says how it lies
     return Preprocessed(name, scans, mask, middle, sources, transforms, tuple(notes))
 
 

@@ -14,15 +14,20 @@ from scipy import ndimage
 from pmixseg.backbones import Backbone
 from pmixseg.cli import main
 from pmixseg.data.cohorts.cases import Case
+from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.formats.headers import unit_of
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.inference.outputs import Outputs
 from pmixseg.inference.raw import RawSettings, segment_raw
 from pmixseg.modules import StudentModule
 from pmixseg.modules.preparation import Preparation
-from pmixseg.preprocess import cohort, preprocess_scans
+from pmixseg.preprocess import cohort, pipeline, preprocess_scans
+from pmixseg.preprocess.atlas import Atlas
 from pmixseg.preprocess.brain import brain_mask
 from pmixseg.preprocess.cohort import preprocess_cohort
+from pmixseg.preprocess.itk import image_of
 from pmixseg.preprocess.pipeline import Preprocessed
 from pmixseg.preprocess.registration import register
 from pmixseg.task import BRATS
@@ -252,12 +257,106 @@ def test_files_that_show_no_head(tmp_path):
     (tmp_path / "text.nii.gz").write_text("no scan")
     for path, sentence in (
         (flat, "shows no head"),
-        (vectors, "one value per voxel"),
-        (tmp_path / "text.nii.gz", "cannot be read"),
+        (vectors, "one volume of three axes is needed"),
+        (tmp_path / "text.nii.gz", "is not a NIfTI file"),
         (tmp_path / "none.nii.gz", "does not exist"),
     ):
         with pytest.raises(InputError, match=sentence):
             preprocess_scans({"t1": path}, "x")
+
+
+@pytest.fixture
+def still(tmp_path, monkeypatch):
+    """A small head that lies in its atlas as it came; and a function that saves arrays there."""
+    affine = np.array([[-4.0, 0, 0, 46], [0, 4, 0, -46], [0, 0, 4, -30], [0, 0, 0, 1]])  # as LAS
+    rng = np.random.default_rng(0)
+    near = np.linalg.norm(np.indices((24, 24, 16)).T - (11.5, 11.5, 7.5), axis=-1).T < 7
+    head = (rng.integers(100, 900, near.shape) * near).astype(np.int16)
+    brain = image_of(near.astype(np.uint8), affine)
+    one = sitk.Euler3DTransform(), sitk.AffineTransform(3)
+    monkeypatch.setattr(pipeline, "mni152", lambda: Atlas(brain, brain, brain))
+    monkeypatch.setattr(pipeline, "place_in_atlas", lambda *_: one)
+
+    def save(name, values=head, place=affine, unit="mm"):
+        image = nib.Nifti1Image(values, place)
+        image.header.set_zooms([4 * (0.001 if unit == "meter" else 1)] * 3)
+        image.header.set_xyzt_units(unit)
+        nib.save(image, tmp_path / name)
+        return tmp_path / name
+
+    return head, affine, save
+
+
+BRATS_2024 = {"codes": {"NCR": 1, "ED": 2, "ET": 3}, "ignored": (4,)}
+PAEDIATRIC = {"codes": {"NCR": 2, "ED": 4, "ET": 1}, "also": {3: "NCR"}}
+
+
+@pytest.mark.parametrize(
+    ("coding", "expected", "told"),
+    [
+        (BRATS_2024, [0, 1, 2, 4, 0], "label value 4 is ignored, it becomes background: 1 voxel"),
+        (PAEDIATRIC, [0, 4, 1, 1, 2], ""),
+        ({**BRATS_2024, "unannotated": (4,)}, None, "nobody annotated"),
+    ],
+)
+def test_labels_keep_their_meaning(still, tmp_path, coding, expected, told):
+    """Numbers of the layout become those of the result's; float files leave noise on them."""
+    head, _, save = still
+    label = np.zeros(head.shape)
+    label[10, 10, 4:9] = [0, 1.00002, 2.00007, 2.99995, 4]
+    case = Case("x", {"t1": save("t1.nii.gz")}, save("seg.nii.gz", label), **coding)
+    (done,) = preprocess_cohort(
+        [case], tmp_path / "out", brain=save("m.nii", np.uint8(head > 0)), workers=0
+    )
+    assert done.problem is None and told in " ".join(done.notes[1:])  # after that on a small brain
+    assert len(done.notes) == (2 if expected else 3) - (told == "")
+    (made,) = find_cases(tmp_path / "out", BRATS)
+    if expected is None:
+        assert made.label is None
+        return
+    assert made.codes == {"NCR": 1, "ED": 2, "ET": 4}
+    assert np.asarray(nib.load(made.label).dataobj)[10, 10, 4:9].tolist() == expected
+
+
+def test_labels_of_another_layout_are_refused(still, tmp_path):
+    head, _, save = still
+    case = Case(
+        "x", {"t1": save("t1.nii.gz")}, save("seg.nii", 5 * np.uint8(head > 0)), **PAEDIATRIC
+    )
+    (done,) = preprocess_cohort(
+        [case], tmp_path / "out", brain=save("m.nii", np.uint8(head > 0)), workers=0
+    )
+    assert "holds the label values 5, but its layout knows 0, 1, 2, 3, 4" in done.problem
+
+
+def test_every_format_unit_and_silence_is_read_as_elsewhere(still, module, tmp_path):
+    head, affine, save = still
+    mask = save("mask.nii", np.uint8(head > 0))
+    force = SegmentSettings(force=True)
+
+    def segmented(path, **flags):
+        folder = tmp_path / path.name.split(".")[0]
+        raw = RawSettings(brain=str(mask))
+        return segment_raw(module, {"flair": path}, Outputs(folder), force, raw, **flags)
+
+    usual = segmented(save("mm.nii.gz"))
+    sitk.WriteImage(image_of(head, affine), str(tmp_path / "itk.mha"))
+    metre = np.diag([0.001] * 3 + [1]) @ affine
+    voxels = np.asarray(nib.load(usual.files["seg"]).dataobj)
+    assert (voxels == 2).any()
+    for path, unit in (
+        (tmp_path / "itk.mha", 1),
+        (save("metre.nii.gz", place=metre, unit="meter"), 1000),
+    ):
+        made = segmented(path)
+        file = nib.load(made.files["seg"])
+        np.testing.assert_array_equal(file.dataobj, voxels)
+        np.testing.assert_allclose(file.affine * [[unit], [unit], [unit], [1]], affine, rtol=1e-6)
+        assert unit_of(file.header) == unit
+        assert made.volumes == pytest.approx(usual.volumes)
+    assert "how they lie" not in " ".join(usual.warnings)
+    silent = segmented(save("silent.nii.gz", place=None))
+    assert "its scans flair do not say how they lie" in " ".join(silent.warnings)
 
 
 def test_a_case_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -192,14 +192,17 @@ class Verdict:
         Args:
             where: how messages name the case.
         """
-        silent = f"{where}: {SILENT}, so it was taken as LAS, the standard's rule of old; which "
-        notes = [] if self.oriented else [f"{silent}side is left holds only if that is so."]
+        notes = [] if self.oriented else [f"{where}: its scans {TAKEN_AS_LAS}"]
         notes += [f"{where}: {text}." for text in self.remarks]
         return [*notes, *(f"{where}: {text}; went on because of force." for text in self.findings)]
 
 
-SILENT = "its scans do not say how they lie (qform_code and sform_code are 0)"
-"""A phrase."""
+SILENT = "do not say how they lie (qform_code and sform_code are 0)"
+TAKEN_AS_LAS = (
+    f"{SILENT}, so they were taken as LAS, the standard's rule of old; which side is left holds "
+    "only if that is so."
+)
+"""Ends of sentences about scans."""
 
 
 def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verdict:
@@ -219,7 +222,7 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
     too_small = [f"{size}, {WRONG_UNIT}"] if max(case.extent) < MIN_LENGTH_MM else []
     findings = [*case.doubts, *too_small, *copies(overview), *label] or misplaced(overview)
     if odd_one_out and not case.oriented:
-        findings.append(f"{SILENT}, where other cases of the cohort do")
+        findings.append(f"its scans {SILENT}, where other cases of the cohort do")
     if findings:
         return Verdict(tuple(findings), case.oriented)
     remarks, length = [], max(case.extent)
