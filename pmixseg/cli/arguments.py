@@ -224,3 +224,21 @@ def parted(texts: Iterable[str]) -> list[str]:
     """
     between = {text: r"[\s,]+(?=[^\s,=]+=)" if "=" in text else r"[\s,]+" for text in texts}
     return [part for text, at in between.items() for part in re.split(at, text.strip(" ,"))]
+
+
+def numbers_of(flag: str, pairs: Sequence[str], form: str) -> dict[str, int]:
+    """Read ``NAME=NUMBER`` of a flag.
+
+    Args:
+        flag: its name.
+        pairs: its values.
+        form: an example, for the message about another form.
+
+    Example:
+        >>> numbers_of("--series", ["t1ce=5,flair=3", "t2=1"], "t1ce=5")
+        {'t1ce': 5, 'flair': 3, 't2': 1}
+    """
+    try:
+        return {name: int(n) for name, n in (pair.split("=") for pair in parted(pairs))}
+    except ValueError:
+        raise InputError(f"{flag} {','.join(pairs)} is not of the form {form}.") from None

@@ -329,3 +329,21 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True) as progress:
         shown = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(shown, completed=done, total=total)
+
+
+def device_of(name: str) -> str:
+    """``auto`` is a CUDA device if there is one, else the CPU.
+
+    Raises:
+        InputError: the device does not exist here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: not available here ({reason}); use cpu.") from error
+    return name

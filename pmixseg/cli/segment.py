@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from pmixseg.cli import preprocess
-from pmixseg.cli.arguments import parted
-from pmixseg.cli.commands import bar, console, part_flag, share_of
+from pmixseg.cli.arguments import numbers_of, parted
+from pmixseg.cli.commands import bar, console, device_of, part_flag, share_of
 from pmixseg.cli.mistakes import Parser
 from pmixseg.cli.weights import MODEL
 from pmixseg.errors import InputError
@@ -173,10 +173,12 @@ def segmented(
     )
     share = share_of(options.part)
     folder = source if source is not None and source.is_dir() else None
-    study = folder is not None and holds_dicom(folder)
+    study = folder is not None and holds_dicom(folder, options, module.task)
     if share is not None and (options.raw or study or folder is None):
         raise InputError("--part divides a cohort of registered scans; leave it out for a patient.")
     raw = None
+    what = "a folder" if folder is not None else "a 4-D file" if source else "a scan per flag"
+    check_flags(options, "a DICOM study" if study else "raw scans" if options.raw else what)
     if options.raw:
         from pmixseg.inference.raw import RawSettings
 
@@ -187,10 +189,6 @@ def segmented(
     elif raw is not None:
         yield segmented_raw(module, options, scans, settings, raw, outputs, progress)
     elif folder is not None:
-        if options.channels or options.name:
-            raise InputError(
-                "--channels and --name are for single files; a folder's layout tells them."
-            )
         yield from segment_folder(
             module,
             folder,
@@ -203,7 +201,16 @@ def segmented(
         )
     else:
         if source is not None:
-            check_channels(source, options.channels, module.task)
+            if not source.exists():
+                raise InputError(
+                    f"{source} does not exist; give a case folder, cohort, or 4-D file."
+                )
+            if not options.channels:
+                flags = ", ".join(f"--{m} {source.name}" for m in module.task.modalities[:2])
+                raise InputError(
+                    f"{source} is a file; say which modality it is ({flags}, …), or name the "
+                    "channels of a 4-D file with --channels."
+                )
             scans = channels_of(source, options.channels, module)
         codes = codes_of(options.codes)
         yield segment_files(
@@ -211,25 +218,41 @@ def segmented(
         )
 
 
-def check_channels(source: Path, channels: str | None, task: Task) -> None:
-    """Refuse a file that is not there, or whose channels are not named."""
-    if not source.exists():
-        raise InputError(f"{source} does not exist; give a case folder, cohort, or 4-D file.")
-    if not channels:
+_TAKEN = {
+    "a DICOM study": "name series",
+    "raw scans": "name codes",
+    "a folder": "layout codes",
+    "a 4-D file": "channels name codes",
+    "a scan per flag": "name codes",
+}
+"""What is segmented -> which flags it has, of those that are not for all."""
+
+
+def check_flags(options: argparse.Namespace, what: str) -> None:
+    """Refuse flags that would be passed over, as ``--layout`` beside scans that are named.
+
+    Args:
+        options: the flags.
+        what: is segmented.
+    """
+    given = {flag: getattr(options, flag) for flag in " ".join(_TAKEN.values()).split()}
+    given |= {"brain": options.brain != "atlas", "atlas": options.atlas}  # of --raw
+    taken = f"{_TAKEN[what]} {'brain atlas' if options.raw else ''}".split()
+    if odd := [f"--{flag}" for flag, value in given.items() if value and flag not in taken]:
         raise InputError(
-            f"{source} is a file; say which modality it is ("
-            f"{', '.join(f'--{m} {source.name}' for m in task.modalities[:2])}, …), or "
-            "name the channels of a 4-D file with --channels."
+            f"{' and '.join(odd)} would be of no use: what is segmented is {what}"
+            f"{'' if options.raw else ' without --raw'}; leave {'it' if odd[1:] == [] else 'them'} "
+            "out."
         )
 
 
-def holds_dicom(folder: Path) -> bool:
+def holds_dicom(folder: Path, options: argparse.Namespace, task: Task) -> bool:
     """Return whether a folder holds DICOM files; False where they could not be read either way."""
     try:
-        from pmixseg.dicom import is_dicom_folder
+        from pmixseg.inference.dicom import is_study
     except InputError:  # the extra is not installed; the folder's layout is looked for
         return False
-    return is_dicom_folder(folder)
+    return is_study(folder, task, options.out, force=options.force)
 
 
 def segmented_study(
@@ -243,12 +266,10 @@ def segmented_study(
     """Segment a folder of DICOM series, and print what each series was taken for.
 
     Raises:
-        InputError: flags that are not for DICOM, or a series that is not certain.
+        InputError: a series that is not certain.
     """
     from pmixseg.inference.dicom import segment_study
 
-    if options.channels or options.codes or options.layout:
-        raise InputError("--channels, --codes and --layout are not for DICOM; leave them out.")
     study = segment_study(
         module,
         options.input,
@@ -261,24 +282,6 @@ def segmented_study(
         tell=lambda recognised: console.print(series_table(recognised)),
     )
     return study.case
-
-
-def numbers_of(flag: str, pairs: Sequence[str], form: str) -> dict[str, int]:
-    """Read ``NAME=NUMBER`` of a flag.
-
-    Args:
-        flag: its name.
-        pairs: its values.
-        form: an example, for the message about another form.
-
-    Example:
-        >>> numbers_of("--series", ["t1ce=5,flair=3", "t2=1"], "t1ce=5")
-        {'t1ce': 5, 'flair': 3, 't2': 1}
-    """
-    try:
-        return {name: int(n) for name, n in (pair.split("=") for pair in parted(pairs))}
-    except ValueError:
-        raise InputError(f"{flag} {','.join(pairs)} is not of the form {form}.") from None
 
 
 def series_table(recognised: Sequence[Recognised]) -> Table:
@@ -341,24 +344,6 @@ def settings_of(options: argparse.Namespace) -> SegmentSettings:
 def codes_of(pairs: list[str] | None) -> dict[str, int] | None:
     """Read ``NCR=1 ED=2 ET=4``; ``None`` where the flag was not given."""
     return None if pairs is None else numbers_of("--codes", pairs, "NCR=1,ED=2,ET=4")
-
-
-def device_of(name: str) -> str:
-    """``auto`` is a CUDA device if there is one, else the CPU.
-
-    Raises:
-        InputError: the device does not exist here.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: not available here ({reason}); use cpu.") from error
-    return name
 
 
 def report(results: Sequence[CaseResult], task: Task) -> None:

@@ -93,11 +93,11 @@ def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
         if r.modality is None:
             continue
         if r.modality in chosen:
-            both = names_of((chosen[r.modality], r.series))
-            raise InputError(
-                f"two series are {r.modality} ({both}); choose one with "
-                f"--series {r.modality}={r.series.number}."
-            )
+            both, number = names_of((chosen[r.modality], r.series)), r.series.number
+            how = f"choose one with --series {r.modality}={number}"
+            if number == chosen[r.modality].number:
+                how = "they have one number, so move the files of one away"
+            raise InputError(f"two series are {r.modality} ({both}); {how}.")
         chosen[r.modality] = r.series
     if not chosen:
         raise InputError(

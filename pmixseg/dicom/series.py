@@ -58,6 +58,9 @@ _MISSING = 1.5
 
 _SHORTEST_SERIES = 2
 
+_BARE = re.compile(rb"[\x02\x08]\0[\0-\x18]\0", re.DOTALL)
+"""How a file begins that has no preamble, as some archives write them: by its first element."""
+
 _UID = re.compile(r"\d+(\.\d+){4,}")
 _SHORTEST_NAME = 2
 
@@ -108,7 +111,16 @@ class Series:
     def datasets(self) -> list[Any]:
         """Read the files whole."""
         with discreet():
-            return [pydicom.dcmread(path) for path in self.files]
+            files = [pydicom.dcmread(path, force=True) for path in self.files]
+        for file in files:
+            meta, (implicit, little) = file.file_meta, file.original_encoding
+            if "TransferSyntaxUID" not in meta and little:  # a bare data set, see _BARE
+                meta.TransferSyntaxUID = (
+                    pydicom.uid.ImplicitVRLittleEndian
+                    if implicit
+                    else pydicom.uid.ExplicitVRLittleEndian
+                )
+        return files
 
     def volume(self) -> Any:
         """Return the voxels and their place as a ``highdicom.Volume`` (LPS, mm).
@@ -195,9 +207,15 @@ def discreet() -> Iterator[None]:
         yield
 
 
-def is_dicom_folder(folder: Path) -> bool:
-    """Return whether a folder holds at least one DICOM file, at any depth."""
-    return next(_dicom_files(folder), None) is not None
+def is_dicom_folder(folder: Path, modality: str = "") -> bool:
+    """Return whether a folder holds at least one DICOM file, at any depth.
+
+    Args:
+        folder: looked through.
+        modality: such as ``MR``; of any by default.
+    """
+    headers = (not modality or _header(path) for path in _dicom_files(folder))
+    return any(h is True or (h and h.get("Modality") == modality) for h in headers)
 
 
 @checked
@@ -241,7 +259,7 @@ def _dicom_files(folder: Path) -> Iterator[Path]:
                     head = file.read(132)
             except OSError:
                 continue
-            if head[128:] == b"DICM":
+            if head[128:] == b"DICM" or _BARE.match(head):
                 yield path
 
 
@@ -249,7 +267,9 @@ def _header(path: Path) -> Any:
     try:
         tags = [*HEADER, "SharedFunctionalGroupsSequence", "AcquisitionContrast"]
         with discreet():
-            header: Any = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            header: Any = pydicom.dcmread(
+                path, stop_before_pixels=True, specific_tags=tags, force=True
+            )
     except (pydicom.errors.InvalidDicomError, OSError, ValueError, AttributeError, KeyError):
         return None  # damaged: its series then lacks a slice, which its volume tells
     return header if header.get("SeriesInstanceUID") else None  # as where a file is cut off

@@ -11,7 +11,11 @@ import nibabel as nib
 import numpy as np
 
 from pmixseg.argument_checks import checked
-from pmixseg.dicom import Recognised, read_folder, recognise, write_segmentation
+from pmixseg.data.cohorts.cases import stem_of
+from pmixseg.data.cohorts.matching import Tree
+from pmixseg.data.cohorts.problems import listed
+from pmixseg.data.scans.sequences import modality_of
+from pmixseg.dicom import Recognised, is_dicom_folder, read_folder, recognise, write_segmentation
 from pmixseg.dicom.recognition import choose
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
@@ -20,6 +24,7 @@ from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.inference.raw import RawSettings, segment_raw
 from pmixseg.inference.segment import segment_files
 from pmixseg.modules import SegmentationModule
+from pmixseg.task import Task
 
 UNNAMED = "study"
 """Name of a case without one: a patient's name or number never becomes a file name by itself."""
@@ -36,6 +41,31 @@ class StudyResult:
 
     case: CaseResult
     recognised: tuple[Recognised, ...]
+
+
+def is_study(folder: Path, task: Task, out: Path, *, force: bool = False) -> bool:
+    """Return whether a folder holds DICOM files, to be segmented as a study.
+
+    Beside scans of other formats only MR images count: results in DICOM lie there, too.
+
+    Args:
+        folder: looked through at any depth.
+        task: whose sequences are looked for in names.
+        out: folder of results, passed over.
+        force: leave out scans in other formats.
+
+    Raises:
+        InputError: it holds both MR images in DICOM and scans in other formats.
+    """
+    files = [p for p in Tree.of(folder).files if not p.resolve().is_relative_to(out.resolve())]
+    scans = [p.name for p in files if modality_of(stem_of(p), task.modalities)]
+    study = is_dicom_folder(folder, "MR" if scans else "")
+    if study and scans and not force:
+        raise InputError(
+            f"{folder} holds MR series in DICOM and {listed(scans)}; name a folder of one of both, "
+            "give files by modality, or leave those out with --force."
+        )
+    return study
 
 
 @checked
