@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from pmixseg.data.formats.nifti import Source
     from pmixseg.dicom import Recognised
     from pmixseg.evaluation.prediction.scans import SegmentSettings
-    from pmixseg.inference.outputs import CaseResult, Outputs
-    from pmixseg.inference.raw import RawSettings
+    from pmixseg.inference.outputs import CaseResult
     from pmixseg.modules import SegmentationModule
 
 NAME = "segment"
@@ -152,7 +151,8 @@ def segmented(
     """Find out what was given, and segment it.
 
     Raises:
-        InputError: both or neither of an input and scans, or flags that do not fit them.
+        InputError: both or neither of an input and scans, flags that do not fit them, or scans
+            that are not certain.
     """
     from pmixseg.inference.outputs import Outputs
     from pmixseg.inference.segment import channels_of, segment_files, segment_folder
@@ -173,7 +173,7 @@ def segmented(
     )
     share = share_of(options.part)
     folder = source if source is not None and source.is_dir() else None
-    study = folder is not None and holds_dicom(folder, options, module.task)
+    study = folder if folder and holds_dicom(folder, options, module.task) else None
     if share is not None and (options.raw or study or folder is None):
         raise InputError("--part divides a cohort of registered scans; leave it out for a patient.")
     raw = None
@@ -184,10 +184,30 @@ def segmented(
 
         raw = RawSettings(options.brain, options.atlas, onto=options.reference)
         settings = replace(settings, reference=None)
+    codes, name = codes_of(options.codes), options.name
     if study:
-        yield segmented_study(module, options, settings, raw, outputs, progress)
+        from pmixseg.inference.dicom import segment_study
+
+        chosen = numbers_of("--series", options.series, "t1ce=5")
+        yield segment_study(
+            module,
+            study,
+            outputs,
+            settings,
+            raw,
+            chosen=chosen,
+            name=name,
+            progress=progress,
+            tell=lambda recognised: console.print(series_table(recognised)),
+        ).case
     elif raw is not None:
-        yield segmented_raw(module, options, scans, settings, raw, outputs, progress)
+        from pmixseg.inference.raw import segment_raw
+
+        given = scans if source is None else raw_scans(source, module.task, force=options.force)
+        images = {m: Path(str(path)) for m, path in given.items() if m in module.modalities}
+        yield segment_raw(
+            module, images, outputs, settings, raw, codes=codes, name=name, progress=progress
+        )
     elif folder is not None:
         yield from segment_folder(
             module,
@@ -195,26 +215,15 @@ def segmented(
             outputs,
             settings,
             layout=options.layout,
-            codes=codes_of(options.codes),
+            codes=codes,
             share=share,
             progress=progress,
         )
     else:
         if source is not None:
-            if not source.exists():
-                raise InputError(
-                    f"{source} does not exist; give a case folder, cohort, or 4-D file."
-                )
-            if not options.channels:
-                flags = ", ".join(f"--{m} {source.name}" for m in module.task.modalities[:2])
-                raise InputError(
-                    f"{source} is a file; say which modality it is ({flags}, …), or name the "
-                    "channels of a 4-D file with --channels."
-                )
             scans = channels_of(source, options.channels, module)
-        codes = codes_of(options.codes)
         yield segment_files(
-            module, scans, outputs, settings, codes=codes, name=options.name, progress=progress
+            module, scans, outputs, settings, codes=codes, name=name, progress=progress
         )
 
 
@@ -255,35 +264,6 @@ def holds_dicom(folder: Path, options: argparse.Namespace, task: Task) -> bool:
     return is_study(folder, task, options.out, force=options.force)
 
 
-def segmented_study(
-    module: SegmentationModule,
-    options: argparse.Namespace,
-    settings: SegmentSettings,
-    raw: RawSettings | None,
-    outputs: Outputs,
-    progress: Callable[[int, int], None],
-) -> CaseResult:
-    """Segment a folder of DICOM series, and print what each series was taken for.
-
-    Raises:
-        InputError: a series that is not certain.
-    """
-    from pmixseg.inference.dicom import segment_study
-
-    study = segment_study(
-        module,
-        options.input,
-        outputs,
-        settings,
-        raw,
-        chosen=numbers_of("--series", options.series, "t1ce=5"),
-        name=options.name,
-        progress=progress,
-        tell=lambda recognised: console.print(series_table(recognised)),
-    )
-    return study.case
-
-
 def series_table(recognised: Sequence[Recognised]) -> Table:
     """Return a table of series: what each was taken for, and why."""
     columns = ("number", "description", "slices", "taken for", "because")
@@ -296,39 +276,21 @@ def series_table(recognised: Sequence[Recognised]) -> Table:
     return table
 
 
-def segmented_raw(
-    module: SegmentationModule,
-    options: argparse.Namespace,
-    scans: Mapping[str, Source],
-    settings: SegmentSettings,
-    raw: RawSettings,
-    outputs: Outputs,
-    progress: Callable[[int, int], None],
-) -> CaseResult:
-    """Preprocess and segment one patient's raw scans.
+def raw_scans(source: Path, task: Task, *, force: bool) -> Mapping[str, Path]:
+    """Return the files of one patient's raw scans.
 
     Raises:
         InputError: a cohort, a 4-D file, or a folder in which a sequence is not certain.
     """
     from pmixseg.inference.folders import scans_in
-    from pmixseg.inference.raw import segment_raw
 
-    source: Path | None = options.input
-    if source is None:
-        images = {m: Path(str(path)) for m, path in scans.items()}
-    else:
-        folder = scans_in(source, module.task, force=options.force) if source.is_dir() else None
-        images = dict(folder.images) if folder else {}
-        if not images:
-            raise InputError(
-                f"{source}: --raw takes one patient, a folder of files named by sequence or one "
-                "flag per scan; a cohort goes through `pmixseg preprocess` first."
-            )
-    images = {m: path for m, path in images.items() if m in module.modalities}
-    codes = codes_of(options.codes)
-    return segment_raw(
-        module, images, outputs, settings, raw, codes=codes, name=options.name, progress=progress
-    )
+    images = scans_in(source, task, force=force).images if source.is_dir() else {}
+    if not images:
+        raise InputError(
+            f"{source}: --raw takes one patient, a folder of files named by sequence or one "
+            "flag per scan; a cohort goes through `pmixseg preprocess` first."
+        )
+    return images
 
 
 def settings_of(options: argparse.Namespace) -> SegmentSettings:

@@ -112,14 +112,12 @@ class Series:
         """Read the files whole."""
         with discreet():
             files = [pydicom.dcmread(path, force=True) for path in self.files]
-        for file in files:
-            meta, (implicit, little) = file.file_meta, file.original_encoding
-            if "TransferSyntaxUID" not in meta and little:  # a bare data set, see _BARE
-                meta.TransferSyntaxUID = (
-                    pydicom.uid.ImplicitVRLittleEndian
-                    if implicit
-                    else pydicom.uid.ExplicitVRLittleEndian
-                )
+        for file in files:  # a bare data set does not say how it is written, see _BARE
+            implicit, little = file.original_encoding
+            kind = (
+                f"{'Implicit' if implicit else 'Explicit'}VR{'Little' if little else 'Big'}Endian"
+            )
+            file.file_meta.setdefault("TransferSyntaxUID", getattr(pydicom.uid, kind, None))
         return files
 
     def volume(self) -> Any:

@@ -46,16 +46,11 @@ class StudyResult:
 def is_study(folder: Path, task: Task, out: Path, *, force: bool = False) -> bool:
     """Return whether a folder holds DICOM files, to be segmented as a study.
 
-    Beside scans of other formats only MR images count: results in DICOM lie there, too.
-
-    Args:
-        folder: looked through at any depth.
-        task: whose sequences are looked for in names.
-        out: folder of results, passed over.
-        force: leave out scans in other formats.
+    Beside scans in other formats, named by sequence, only MR images count: results in DICOM lie
+    there, too. What lies in ``out`` is passed over.
 
     Raises:
-        InputError: it holds both MR images in DICOM and scans in other formats.
+        InputError: it holds MR images and, where ``force`` does not leave them out, such scans.
     """
     files = [p for p in Tree.of(folder).files if not p.resolve().is_relative_to(out.resolve())]
     scans = [p.name for p in files if modality_of(stem_of(p), task.modalities)]

@@ -88,25 +88,19 @@ class Outputs:
         return path
 
     def of_others(self, result: Segmentation) -> list[str]:
-        """Say that a result of other scans, under the same name, is about to be replaced.
-
-        Args:
-            result: that is about to be written.
-        """
+        """Return a sentence if a result, to be written, replaces one of other scans."""
         path = inside(self.folder, f"{result.name}_seg.json", "case")
         try:
             there = json.loads(path.read_text(encoding="utf-8"))["inputs"]
-            before = {facts["sha256"]: facts["file"] for facts in there.values()}
+            before = {facts["sha256"]: str(facts["file"]) for facts in there.values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []  # no result, or none of this package
-        if not before or not before.keys().isdisjoint(
-            facts.get("sha256") for facts in result.inputs.values()
-        ):
+        if not before or before.keys() & {f.get("sha256") for f in result.inputs.values()}:
             return []
         return [
             f"case '{result.name}': this replaces the result of other scans "
-            f"({', '.join(map(str, before.values()))}) in {self.folder}; write each patient into a "
-            "folder of its own, or name the scans and the case (--name)."
+            f"({', '.join(before.values())}) in {self.folder}; write each patient into a folder of "
+            "its own, or name the scans and the case (--name)."
         ]
 
     def check(self, name: str, files: Sequence[Path], *, of_cohort: bool = True) -> None:

@@ -198,7 +198,7 @@ def _segmented(
     return CaseResult(name, made.combination, made.volumes, files, made.warnings, codes=made.codes)
 
 
-def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str, Source]:
+def channels_of(path: Path, names: str | None, module: SegmentationModule) -> dict[str, Source]:
     """Return the modalities of a 4-D file, from their names in the order of its channels.
 
     There is no default: public data sets disagree about the order, and scans taken for each other
@@ -210,9 +210,17 @@ def channels_of(path: Path, names: str, module: SegmentationModule) -> dict[str,
         module: its task knows the names.
 
     Raises:
-        InputError: a name twice, none, or not one for each channel; unknown names are found when
-            the scans are read.
+        InputError: no such file, a name twice, none, or not one for each channel; unknown names
+            are found when the scans are read.
     """
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a case folder, cohort, or 4-D file.")
+    if not names:
+        flags = ", ".join(f"--{m} {path.name}" for m in module.task.modalities[:2])
+        raise InputError(
+            f"{path} is a file; say which modality it is ({flags}, …), or name the channels of a "
+            "4-D file with --channels."
+        )
     listed = re.split(r"\s*,\s*|\s+", names.strip())
     used = [n for n in listed if n != UNUSED_CHANNEL]
     if len(set(used)) != len(used) or not used:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pmixseg.data.cohorts.cases import Case
+from pmixseg.data.cohorts.cases import Case, file_of
 from pmixseg.data.cohorts.presets import LAYOUTS
 from pmixseg.data.cohorts.problems import ignored_lines
 from pmixseg.data.formats.nifti import ScanReader
@@ -83,7 +83,12 @@ def preprocess_case(
     try:
         if case.problem is not None:
             raise InputError(case.problem)
-        images = {m: _file_of(case, f) for m, f in case.images.items()}
+        if shared := [file[0] for file in case.images.values() if isinstance(file, tuple)]:
+            raise InputError(
+                f"case '{case.case_id}': {shared[0]} holds several sequences on one grid; such "
+                "scans are registered already, so prepare them without preprocessing."
+            )
+        images = {m: file_of(source) for m, source in case.images.items()}
         done = preprocess_scans(images, case.case_id, brain=brain, atlas=atlas)
         label, notes = (None, ()) if case.label is None else _label_in_atlas(case, done, task)
         done.save(out, label)
@@ -92,15 +97,6 @@ def preprocess_case(
             raise
         return Done(case.case_id, problem=str(error))
     return Done(case.case_id, (*done.notes, *notes))
-
-
-def _file_of(case: Case, file: Any) -> Path:
-    if isinstance(file, tuple):
-        raise InputError(
-            f"case '{case.case_id}': {file[0]} holds several sequences on one grid; such scans are "
-            "registered already, so prepare them without preprocessing."
-        )
-    return Path(file)
 
 
 def _label_in_atlas(case: Case, done: Preprocessed, task: Task) -> tuple[Any, tuple[str, ...]]:

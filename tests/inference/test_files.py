@@ -183,6 +183,7 @@ def test_every_channel_of_a_4d_file_is_named(model, tmp_path):
 
 def test_channels_must_be_named(model, tmp_path):
     path = tmp_path / "x.nii.gz"
+    path.touch()
     for names in ("t2, -,flair", " t2 - flair "):
         assert channels_of(path, names, model) == {"t2": (path, 0), "flair": (path, 2)}
     for wrong in ("t1,t1", "-,-", "t1 t1"):
