@@ -245,6 +245,8 @@ def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Cohort:
     best: Cohort | None = None
     faults: list[str] = []
     most = 0
+    if labels and not (tree.root / "dataset.json").exists():
+        coding_by_numbers(labels, task, "these labels")  # what is wrong there is no layout's fault
     for preset in LAYOUTS.values():
         try:
             cohort = match(tree, _for_task(preset, tree, task, labels))

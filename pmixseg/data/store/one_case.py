@@ -88,6 +88,7 @@ def prepare_case(settings: StoreSettings, case: Case) -> Outcome | InputError:
         verdict = judge(ready, settings.task, odd_one_out=case.case_id in settings.odd)
         if verdict.findings and not settings.force:
             raise InputError(verdict.refusal(where))
+        notes = [*_replaced(own, case, where), *verdict.notes(where)]
     except InputError as error:
         # A copy of what the sources were before they broke must not stay in use.
         shutil.rmtree(own, ignore_errors=True)
@@ -107,7 +108,19 @@ def prepare_case(settings: StoreSettings, case: Case) -> Outcome | InputError:
         if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
             raise
         return InputError(f"{where}: its name cannot name a folder ({error.strerror}); rename it.")
-    return _outcome("prepared", case, verdict.notes(where), dict(ready.ignored))
+    return _outcome("prepared", case, notes, dict(ready.ignored))
+
+
+def _replaced(own: Path, case: Case, where: str) -> list[str]:
+    """Say that another case of that name leaves the store: two cohorts may number theirs alike."""
+    before = origin_of(own)
+    files = {str(path.absolute()) for path in case.files}
+    if before is None or before in files or not Path(before).exists():
+        return []
+    return [
+        f"{where}: it replaces the case of that name that was prepared from {Path(before).parent}, "
+        "where it still is; prepare cohorts that share names into stores of their own."
+    ]
 
 
 def _outcome(

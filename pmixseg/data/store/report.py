@@ -67,7 +67,7 @@ class PrepareReport:
             )
         lines += [f"left out: {line}" for line in grouped(self.failed.items())]
         if self.failed:
-            usable = len(self.prepared) + len(self.kept)
+            usable = len(self.prepared) + len(self.kept) - len(self.unlabelled)
             failed = count_of(len(self.failed), "case is", "cases are")
             others = count_of(usable, "other can", "others can") if usable else "no other can"
             lines.append(f"exit code 1: {failed} not in the store; {others} be trained on")

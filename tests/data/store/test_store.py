@@ -157,7 +157,9 @@ def test_one_bad_case_stops_no_other_and_its_old_copy_goes(cohort, out):
     assert "truncated or damaged gzip" in report.failed[cohort[0].case_id]
     *_, line, code = report.summary().splitlines()
     assert line.startswith("left out: case 'BraTS2021_00000': ")
-    assert code == ("exit code 1: 1 case is not in the store; 2 others can be trained on")
+    assert code == "exit code 1: 1 case is not in the store; 2 others can be trained on"
+    report = quietly([*cohort[:2], replace(cohort[2], label=None)], out)
+    assert report.summary().endswith("1 other can be trained on")
     assert Store.open(out).cases == tuple(c.case_id for c in cohort[1:])
 
 
@@ -192,6 +194,24 @@ def test_a_cohort_that_was_moved_is_not_gone(cohort, out, tmp_path):
     assert not report.pruned
     report = quietly(moved[1:], out)
     assert (report.gone, report.elsewhere) == ([], [cohort[0].case_id])
+
+
+def test_a_case_of_another_cohort_is_not_replaced_without_a_word(cohort, out, tmp_path):
+    """Two cohorts may number their cases alike."""
+    root = cohort[0].label.parents[1]
+    shutil.copytree(root, tmp_path / "other")
+    flair = find_cases(tmp_path / "other", BRATS)[1].images["flair"].rename(tmp_path / "away")
+    for path in (tmp_path / "other").glob("*/*_t2.nii.gz"):
+        scan = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(scan.dataobj) * np.float32(2), scan.affine), path)
+    assert "replaces" not in quietly(find_cases(root, BRATS), out).summary()
+    report = quietly(find_cases(tmp_path / "other", BRATS), out)
+    told = [notes for notes in report.notes.values() if "replaces the case" in notes[0]]
+    assert len(report.prepared) == len(told) == len(cohort)
+    assert f"prepared from {cohort[0].label.parent}, where it still is" in report.summary()
+    flair.rename(tmp_path / "other/BraTS2021_00001/BraTS2021_00001_flair.nii.gz")
+    report = quietly(find_cases(tmp_path / "other", BRATS), out)  # one sequence more
+    assert report.prepared == ["BraTS2021_00001"] and "replaces" not in report.summary()
 
 
 def test_prune_at_the_command_line(cohort, out, capsys):
