@@ -3,10 +3,12 @@
 import shutil
 
 import numpy as np
+import pydicom
 import pytest
 
 from pmixseg.cli import main
 from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.dicom.example import write_study
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.inference.folders import scans_in
@@ -50,6 +52,20 @@ def run(checkpoint, tmp_path, capsys):
         return code, " ".join((said.out + said.err).split())
 
     return call
+
+
+def test_scans_in_other_formats_beside_dicom(patient, run, case):
+    folder = patient("p", t2="T2")
+    write_study(folder / "dicom", {"flair": case.images["flair"]})
+    code, said = run(folder)  # which of both is meant is not known
+    assert code == 1
+    assert "holds MR series in DICOM and T2.nii.gz; name a folder of one of both" in said
+    for path in (folder / "dicom").iterdir():  # a result in DICOM makes no study
+        header = pydicom.dcmread(path)
+        header.Modality = "SEG"
+        header.save_as(path)
+    code, said = run(folder)
+    assert code == 0 and "t2 T2.nii.gz" in said
 
 
 def test_a_result_of_other_scans_is_not_replaced_without_a_word(patient, run, tmp_path, case):

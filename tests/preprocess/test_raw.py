@@ -305,9 +305,8 @@ def test_labels_keep_their_meaning(still, tmp_path, coding, expected, told):
     label = np.zeros(head.shape)
     label[10, 10, 4:9] = [0, 1.00002, 2.00007, 2.99995, 4]
     case = Case("x", {"t1": save("t1.nii.gz")}, save("seg.nii.gz", label), **coding)
-    (done,) = preprocess_cohort(
-        [case], tmp_path / "out", brain=save("m.nii", np.uint8(head > 0)), workers=0
-    )
+    mask = save("m.nii", np.uint8(head > 0))
+    (done,) = preprocess_cohort([case], tmp_path / "out", brain=mask, workers=0)
     assert done.problem is None and told in " ".join(done.notes[1:])  # after that on a small brain
     assert len(done.notes) == (2 if expected else 3) - (told == "")
     (made,) = find_cases(tmp_path / "out", BRATS)
@@ -318,36 +317,21 @@ def test_labels_keep_their_meaning(still, tmp_path, coding, expected, told):
     assert np.asarray(nib.load(made.label).dataobj)[10, 10, 4:9].tolist() == expected
 
 
-def test_labels_of_another_layout_are_refused(still, tmp_path):
-    head, _, save = still
-    case = Case(
-        "x", {"t1": save("t1.nii.gz")}, save("seg.nii", 5 * np.uint8(head > 0)), **PAEDIATRIC
-    )
-    (done,) = preprocess_cohort(
-        [case], tmp_path / "out", brain=save("m.nii", np.uint8(head > 0)), workers=0
-    )
-    assert "holds the label values 5, but its layout knows 0, 1, 2, 3, 4" in done.problem
-
-
 def test_every_format_unit_and_silence_is_read_as_elsewhere(still, module, tmp_path):
     head, affine, save = still
     mask = save("mask.nii", np.uint8(head > 0))
-    force = SegmentSettings(force=True)
+    force, raw = SegmentSettings(force=True), RawSettings(brain=str(mask))
 
-    def segmented(path, **flags):
+    def segmented(path):
         folder = tmp_path / path.name.split(".")[0]
-        raw = RawSettings(brain=str(mask))
-        return segment_raw(module, {"flair": path}, Outputs(folder), force, raw, **flags)
+        return segment_raw(module, {"flair": path}, Outputs(folder), force, raw)
 
     usual = segmented(save("mm.nii.gz"))
     sitk.WriteImage(image_of(head, affine), str(tmp_path / "itk.mha"))
-    metre = np.diag([0.001] * 3 + [1]) @ affine
     voxels = np.asarray(nib.load(usual.files["seg"]).dataobj)
     assert (voxels == 2).any()
-    for path, unit in (
-        (tmp_path / "itk.mha", 1),
-        (save("metre.nii.gz", place=metre, unit="meter"), 1000),
-    ):
+    metres = save("m.nii.gz", place=np.diag([0.001] * 3 + [1]) @ affine, unit="meter")
+    for path, unit in ((tmp_path / "itk.mha", 1), (metres, 1000)):
         made = segmented(path)
         file = nib.load(made.files["seg"])
         np.testing.assert_array_equal(file.dataobj, voxels)
