@@ -60,16 +60,16 @@ def check_fields(made: Any) -> None:
     """Check what a dataclass was made of; for its ``__post_init__``.
 
     Args:
-        made: the instance.
+        made: the instance. Its class may name in ``ranges`` what numbers its fields may be.
 
     Raises:
-        InputError: a value of another kind than its annotation.
+        InputError: a value of another kind than its annotation, or a number out of its range.
     """
-    module = type(made).__module__
+    cls = type(made)
     for field in fields(made):
-        value, kinds = getattr(made, field.name), _kinds_in(module, str(field.type))
-        if kinds and value is not field.default:
-            _check_kind(type(made).__name__, field.name, value, kinds)
+        kinds = _kinds_in(cls.__module__, str(field.type))
+        value, given = getattr(made, field.name), getattr(made, field.name) is not field.default
+        _check_argument(cls.__name__, cls.__mro__, field.name, value, kinds if given else ())
 
 
 def argument_check(
@@ -90,10 +90,9 @@ def argument_check(
         del parameters[first]
 
     @functools.cache  # at the first call, when all names of the module exist
-    def expected() -> dict[str, tuple[tuple[str, ...] | None, list[Kind]]]:
+    def expected() -> dict[str, list[Kind]]:
         names = {} if making else function.__globals__
-        texts = {name: str(p.annotation) for name, p in parameters.items()}
-        return {name: (_choices(text), _kinds(text, names)) for name, text in texts.items()}
+        return {name: _kinds(str(p.annotation), names) for name, p in parameters.items()}
 
     def check(self: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         of = self if inspect.isclass(self) else type(self)
@@ -101,12 +100,11 @@ def argument_check(
         owner = of.__name__ if making else method
         classes = type(self).__mro__ if making else ()
         for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
-            choices, kinds = expected().get(name, (None, []))
-            _check_argument(owner, classes, name, value, choices)
+            kinds = expected().get(name, [])
             # An object may stand for its description; what names a file is none.
             plain = isinstance(value, _PLAIN) or not making or _KINDS["Path"] in kinds
-            if kinds and plain and value is not parameters[name].default:
-                _check_kind(owner, name, value, kinds)
+            given = kinds and plain and value is not parameters[name].default
+            _check_argument(owner, classes, name, value, kinds if given else ())
 
     return check
 
@@ -119,17 +117,21 @@ class Kind(NamedTuple):
         words: how a sentence says it.
         inside: of a list or mapping, the kinds of what it holds; empty where that is not checked.
         keys: likewise, of a mapping.
+        only: the one value that a ``Literal`` names.
     """
 
     types: Any
     words: str
     inside: tuple[Kind, ...] = ()
     keys: tuple[Kind, ...] = ()
+    only: Any = None
 
     def takes(self, value: Any) -> bool:
         """Say whether a value is of this kind; 2.0 is a whole number, and a text no list."""
         if self.types is Integral and isinstance(value, Real):
             return float(value).is_integer()
+        if self.only is not None:
+            return isinstance(value, self.types) and value == self.only
         listed = self.types in (Collection, Iterable)
         return isinstance(value, self.types) and not (listed and isinstance(value, str | bytes))
 
@@ -170,7 +172,7 @@ def _kinds(annotation: str, names: Mapping[str, Any] | None = None) -> list[Kind
 
     Example:
         >>> [kind.words for kind in _kinds('int | Literal["auto"] | None')]
-        ['a whole number', 'a text', 'null']
+        ['a whole number', 'auto', 'null']
         >>> _kinds("Backbone | None")
         []
     """
@@ -205,7 +207,7 @@ def _kinds_of_generic(name: str, parts: Sequence[ast.expr], names: Mapping[str, 
         return [Kind(Callable, "a function")]
     if name == "Literal":
         values = [part.value for part in parts if isinstance(part, ast.Constant)]
-        return [_KINDS[type(value).__name__] for value in values]
+        return [Kind(type(value), str(value), only=value) for value in values]
     texts = [ast.unparse(part) for part in parts if ast.unparse(part) != "..."]
     kinds = [tuple(_kinds(text, names)) for text in texts]
     if name in ("Mapping", "dict"):
@@ -253,32 +255,12 @@ def _check_inside(owner: str, name: str, parts: Iterable[Any], kinds: tuple[Kind
             raise InputError(f"{owner}: {name} holds {part!r:.60}; give {words} there.")
 
 
-def _choices(annotation: str) -> tuple[str, ...] | None:
-    """List the words that an annotation allows; ``None`` where it allows any or none.
-
-    Example:
-        >>> _choices('Literal["zero", "anchor"] | None')
-        ('zero', 'anchor')
-        >>> _choices('str | Literal["auto"]')
-    """
-    tree = ast.walk(ast.parse(annotation, mode="eval")) if "Literal[" in annotation else ()
-    nodes = list(tree)
-    if any(isinstance(node, ast.Name) and node.id == "str" for node in nodes):
-        return None
-    words = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    return tuple(words) or None
-
-
 def _check_argument(
-    owner: str,
-    classes: Iterable[type[Any]],
-    name: str,
-    value: Any,
-    choices: tuple[str, ...] | None,
+    owner: str, classes: Iterable[type[Any]], name: str, value: Any, kinds: Iterable[Kind]
 ) -> None:
-    """Refuse a word or number that an argument does not know, before anything is made of it."""
-    if isinstance(value, str) and choices is not None and value not in choices:
-        raise InputError(f"{owner}: {name} is '{value}'; use {' or '.join(choices)}.")
+    """Refuse a value that an argument does not take, before anything is made of it."""
+    if kinds:
+        _check_kind(owner, name, value, kinds)
     parts = value if isinstance(value, list | tuple) else (value,)
     numbers = [part for part in parts if isinstance(part, int | float)]
     if any(math.isnan(number) for number in numbers):

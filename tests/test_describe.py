@@ -124,12 +124,12 @@ def test_wrong_names_and_arguments_are_sentences():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: StudentModule(fill="anchr"), "StudentModule: fill is 'anchr'; use zero or"),
+        (lambda: StudentModule(fill="anchr"), "StudentModule: fill is 'anchr'; give zero or"),
         (lambda: StudentModule(fill_levels=[4]), "fill_levels is .4., but MultiEncoderUNet has"),
         (lambda: StudentModule(compile="fast"), "compile is .fast.; use auto, true"),
-        (lambda: MixtureAnchor(weights="lerned"), "weights is 'lerned'; use learned or uniform"),
-        (lambda: LatentMatch(target="ancor"), "target is 'ancor'; use anchor or same or fused"),
-        (lambda: PmixAlignment(detach="all"), "detach is 'all'; use anchor or none or features"),
+        (lambda: MixtureAnchor(weights="lerned"), "weights is 'lerned'; give learned or uniform"),
+        (lambda: LatentMatch(target="ancor"), "target is 'ancor'; give anchor or same or fused"),
+        (lambda: PmixAlignment(detach="all"), "detach is 'all'; give anchor or none or features"),
         (lambda: PmixAlignment(weight=math.nan), "weight is nan; give a number"),
         (lambda: PmixAlignment(weight=math.inf), "weight is inf; give a finite number"),
         (lambda: PmixAlignment(ratio=math.nan), "ratio is nan"),
@@ -186,7 +186,7 @@ def student(**arguments):
         (lambda: data(num_workers=None), "num_workers is None; give a whole number."),
         (lambda: data(seed="a"), "seed is 'a'; give a whole number."),
         (lambda: data(spacing=2.0), "spacing is 2.0; give a list or null."),
-        (lambda: data(predict_part="tets"), "predict_part is 'tets'; use train or val or test or"),
+        (lambda: data(predict_part="tets"), "predict_part is 'tets'; give train or val or test or"),
         (lambda: data(layout=5), "layout is 5; give a text or a path or null."),
         (
             lambda: data(task="brats"),

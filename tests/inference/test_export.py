@@ -222,7 +222,7 @@ def test_the_command_writes_the_model_and_names_the_temperature_that_is_not_in_t
 
 
 def test_wrong_requests_are_refused_in_words(module, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="kind is 'caffe'; use torch or onnx or bundle"):
+    with pytest.raises(InputError, match="kind is 'caffe'; give torch or onnx or bundle"):
         export(module, tmp_path / "m", "caffe")
     with pytest.raises(InputError, match="dwi"):
         export(module, tmp_path / "m", "torch", "dwi")

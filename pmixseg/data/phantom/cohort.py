@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nibabel as nib
 import numpy as np
@@ -28,6 +28,7 @@ from pmixseg.data.formats.headers import SYNTHETIC
 from pmixseg.data.phantom.anatomy import Deformation, Grid, stream
 from pmixseg.data.phantom.contrast import CONTRASTS, Contrast, Scanner, Shared, scan
 from pmixseg.data.phantom.tumour import GROWTH_GRID, displacement, grow
+from pmixseg.describe import Range
 from pmixseg.errors import InputError, writing
 from pmixseg.files import hidden_folder_near, whole
 from pmixseg.task import BRATS
@@ -63,6 +64,11 @@ class PhantomSettings:
         InputError: a value out of its range, or a modality without a contrast.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("high_grade", "not_enhancing", "multifocal", "mass_effect"), Range(0, 1)),
+        "spacing": Range(1, 6),
+    }
+
     spacing: float = 3.0
     shape: tuple[int, int, int] | None = None
     modalities: tuple[str, ...] = BRATS.modalities
@@ -84,20 +90,6 @@ class PhantomSettings:
                 f"phantom: modalities {list(self.modalities)} must be different names among "
                 f"{sorted(contrasts)}; correct them or give a contrast for {unknown or 'others'}."
             )
-        shares = {
-            "high_grade": self.high_grade,
-            "not_enhancing": self.not_enhancing,
-            "multifocal": self.multifocal,
-            "mass_effect": self.mass_effect,
-            "private_signal": self.scanner.private_signal,
-            "dependence": self.scanner.dependence,
-            "thick_slices": self.scanner.thick_slices,
-        }
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise InputError(f"phantom: {name} is {value}; give a value between 0 and 1.")
-        if not 1 <= self.spacing <= 6:
-            raise InputError(f"phantom: spacing is {self.spacing} mm; give 1 to 6 mm.")
         if self.shape is not None:
             shape = tuple(int(n) for n in self.shape)
             largest = self._whole_shape()

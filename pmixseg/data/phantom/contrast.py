@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from pmixseg.argument_checks import check_fields
 from pmixseg.data.phantom.anatomy import Field, Grid, Tissues, smooth_noise, stream
 from pmixseg.data.phantom.tumour import Tumour
+from pmixseg.describe import Range
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,14 @@ class Scanner:
             At 1 a second modality repeats the errors of the first, at 0 it averages them out.
         disagreement: scales :attr:`Contrast.blur`; 0 shows every border where the label has it.
         thick_slices: probability that a scan has slices of 3-6 mm.
+
+    Raises:
+        InputError: a share, correlation or probability out of 0 to 1.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = dict.fromkeys(
+        ("private_signal", "dependence", "thick_slices"), Range(0, 1)
+    )
 
     noise: float = 0.05
     bias: float = 0.10
@@ -81,6 +91,9 @@ class Scanner:
     dependence: float = 0.4
     disagreement: float = 1.0
     thick_slices: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class Shared:

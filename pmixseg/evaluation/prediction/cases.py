@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pmixseg.argument_checks import check_fields
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.geometry import Geometry
+from pmixseg.describe import NOT_NEGATIVE, Range
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.postprocess import check_names, postprocess
 from pmixseg.evaluation.prediction.windows import (
@@ -70,6 +71,8 @@ class EvaluationSettings:
             another ending.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {"examples": NOT_NEGATIVE}
+
     window: tuple[int, int, int] | None = None
     overlap: float = 0.5
     blend: Blend = "gaussian"
@@ -86,13 +89,6 @@ class EvaluationSettings:
         check_fields(self)
         check_windows(self.window, self.overlap, self.batch_size, self.blend)
         check_names(self.postprocess)
-        if self.validation not in get_args(Validation):
-            raise InputError(
-                f"evaluation.validation is '{self.validation}'; use one of "
-                f"{', '.join(get_args(Validation))}."
-            )
-        if self.examples < 0:
-            raise InputError(f"evaluation.examples is {self.examples}; give 0 or more cases.")
         # YAML gives lists where the fields are tuples.
         object.__setattr__(self, "postprocess", tuple(self.postprocess))
         if self.window is not None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
-from pmixseg.errors import InputError
+from pmixseg.argument_checks import check_fields
+from pmixseg.describe import NOT_NEGATIVE, Range
 
 BRATS_PENALTY_MM = 373.12866
 """Diagonal of the 240 × 240 × 155 mm BraTS volume: the HD95 of a missed or invented region."""
@@ -70,22 +71,15 @@ class Conventions:
         373.12866
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {"nsd_tolerance_mm": NOT_NEGATIVE}
+
     hd95: EmptyRule = "brats"
     percentile: PercentileRule = "pooled"
     nsd_tolerance_mm: float = 1.0
     lesion: LesionRule = "none"
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            allowed, value = get_args(hint), getattr(self, name)
-            if allowed and value not in allowed:
-                raise InputError(
-                    f"conventions: {name} '{value}' is unknown; use one of {list(allowed)}."
-                )
-        if not self.nsd_tolerance_mm >= 0:
-            raise InputError(
-                f"conventions: nsd_tolerance_mm is {self.nsd_tolerance_mm}; give 0 or more mm."
-            )
+        check_fields(self)
 
     @property
     def one_empty(self) -> float:

@@ -226,7 +226,6 @@ def test_another_cohort_or_a_foreign_folder_is_not_touched(tmp_path):
         ({"modalities": ("t1", "t1")}, "different names"),
         ({"modalities": ()}, "different names"),
         ({"high_grade": 1.5}, "high_grade is 1.5"),
-        ({"scanner": Scanner(dependence=-0.1)}, "dependence is -0.1"),
         ({"spacing": 0.5}, "spacing is 0.5"),
         ({"shape": (300, 80, 50)}, "three numbers of voxels"),
         ({"shape": (40, 40)}, "three numbers of voxels"),
@@ -235,6 +234,11 @@ def test_another_cohort_or_a_foreign_folder_is_not_touched(tmp_path):
 def test_wrong_settings_get_a_sentence(wrong, sentence):
     with pytest.raises(InputError, match=sentence):
         PhantomSettings(**wrong)
+
+
+def test_a_scanner_refuses_what_is_no_share():
+    with pytest.raises(InputError, match=r"Scanner: dependence is -0\.1; give 0 to 1"):
+        Scanner(dependence=-0.1)
 
 
 def test_wrong_numbers_of_cases_and_seeds_get_a_sentence(tmp_path):

@@ -342,7 +342,7 @@ def test_refusals(cohort, tmp_path):
     root = cohort[0].label.parents[1]
     with pytest.raises(InputError, match="holds files and is no store"):
         quietly(cohort, root)
-    with pytest.raises(InputError, match="dtype is 'int8'; use float16 or float32"):
+    with pytest.raises(InputError, match="dtype is 'int8'; give float16 or float32"):
         quietly(cohort, tmp_path / "s", dtype="int8")
     with pytest.raises(InputError, match="three positive numbers"):
         quietly(cohort, tmp_path / "s", spacing=(1.0, 0.0, 1.0))

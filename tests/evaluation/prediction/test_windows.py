@@ -271,13 +271,13 @@ def test_a_network_on_the_gpu_reads_an_image_in_main_memory(tiny):
 WRONG = {
     "window": [((0, 0, 0), "three voxel counts"), ((32, 32), "three voxel counts")],
     "overlap": [(1.0, "overlap is 1.0"), (-1.0, "overlap is -1.0"), (np.nan, "overlap is nan")],
-    "blend": [("gausian", "'gausian' is unknown; use gaussian or uniform")],
+    "blend": [("gausian", "blend is 'gausian'; give gaussian or uniform")],
     "batch_size": [
-        *((n, "at least 1 window, or auto") for n in (0, -3, "many")),
-        *((n, "give a whole number") for n in (2.5, np.inf, np.nan)),
+        *((n, "at least 1 window, or auto") for n in (0, -3)),
+        *((n, "give a whole number or auto") for n in (2.5, np.inf, np.nan, "many")),
     ],
     "postprocess": [(("nope",), "'nope' is unknown"), ("fill_holes", "give a list")],
-    "examples": [(-1, "0 or more cases")],
+    "examples": [(-1, "examples is -1; give 0 or more")],
 }
 CASES = [(name, value, words) for name, several in WRONG.items() for value, words in several]
 

@@ -288,7 +288,7 @@ def test_wrong_spacing_and_conventions_are_refused():
     for spacing in ((1, 1), (1, 1, 0), (1, 1, math.nan)):
         with pytest.raises(InputError, match="spacing"):
             CaseMetrics(truth, BRATS, spacing)
-    with pytest.raises(InputError, match="hd95 'brast'"):
+    with pytest.raises(InputError, match="hd95 is 'brast'; give brats or one"):
         Conventions(hd95="brast")
     with pytest.raises(InputError, match="tolerance"):
         Conventions(nsd_tolerance_mm=-1)
