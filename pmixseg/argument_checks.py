@@ -59,6 +59,8 @@ _BOUND = ("self", "cls")
 def check_fields(made: Any) -> None:
     """Check what a dataclass was made of; for its ``__post_init__``.
 
+    Files give lists where fields are tuples, at any depth: they become tuples.
+
     Args:
         made: the instance. Its class may name in ``ranges`` what numbers its fields may be.
 
@@ -70,6 +72,7 @@ def check_fields(made: Any) -> None:
         kinds = _kinds_in(cls.__module__, str(field.type))
         value, given = getattr(made, field.name), getattr(made, field.name) is not field.default
         _check_argument(cls.__name__, cls.__mro__, field.name, value, kinds if given else ())
+        object.__setattr__(made, field.name, _with_tuples(value, kinds))
 
 
 def argument_check(
@@ -118,6 +121,8 @@ class Kind(NamedTuple):
         inside: of a list or mapping, the kinds of what it holds; empty where that is not checked.
         keys: likewise, of a mapping.
         only: the one value that a ``Literal`` names.
+        fixed: a tuple, which a file gives as a list.
+        length: how many things a list holds; 0: any number.
     """
 
     types: Any
@@ -125,15 +130,20 @@ class Kind(NamedTuple):
     inside: tuple[Kind, ...] = ()
     keys: tuple[Kind, ...] = ()
     only: Any = None
+    fixed: bool = False
+    length: int = 0
 
     def takes(self, value: Any) -> bool:
-        """Say whether a value is of this kind; 2.0 is a whole number, and a text no list."""
+        """Say whether a value is of this kind: 2.0 is a whole number, a text no list."""
+        if isinstance(value, bool) and self.types in (Integral, Real):
+            return False
         if self.types is Integral and isinstance(value, Real):
             return float(value).is_integer()
         if self.only is not None:
             return isinstance(value, self.types) and value == self.only
-        listed = self.types in (Collection, Iterable)
-        return isinstance(value, self.types) and not (listed and isinstance(value, str | bytes))
+        if self.types in (Collection, Iterable) and isinstance(value, str | bytes):
+            return False
+        return isinstance(value, self.types) and (not self.length or len(value) == self.length)
 
 
 _KINDS: Mapping[str, Kind] = {
@@ -144,11 +154,13 @@ _KINDS: Mapping[str, Kind] = {
     "Path": Kind(PathLike, "a path"),
     "None": Kind(type(None), "null"),
     "NoneType": Kind(type(None), "null"),
+    "Any": Kind(object, "anything"),
 }
 """Annotation -> what it takes."""
 
 _CONTAINERS = {
-    **dict.fromkeys(("Collection", "Sequence", "list", "tuple"), Kind(Collection, "a list")),
+    **dict.fromkeys(("Collection", "Sequence", "list"), Kind(Collection, "a list")),
+    "tuple": Kind(Collection, "a list", fixed=True),
     "Iterable": Kind(Iterable, "a list"),
     **dict.fromkeys(("Mapping", "dict"), Kind(Mapping, "a mapping")),
 }
@@ -213,13 +225,14 @@ def _kinds_of_generic(name: str, parts: Sequence[ast.expr], names: Mapping[str, 
     if name in ("Mapping", "dict"):
         if not all(kinds):
             raise LookupError(name)
-        # A checkpoint writes numbers as texts where they are keys.
-        keys = kinds[0] if kinds[0] == (_KINDS["str"],) else ()
-        return [_CONTAINERS[name]._replace(keys=keys, inside=kinds[1])]
+        return [_CONTAINERS[name]._replace(keys=kinds[0], inside=kinds[1])]
     inside = [kind for several in kinds for kind in several] if all(kinds) else []
     if name == "Union" and inside:
         return inside
-    return [_CONTAINERS[name]._replace(inside=tuple(inside))]
+    made = _CONTAINERS[name]._replace(inside=tuple(inside))
+    if not made.fixed or len(texts) < len(parts):  # tuple[X, ...]
+        return [made]
+    return [made._replace(length=len(parts), words=f"a list of {len(parts)}")]
 
 
 def _kinds_of_name(text: str, names: Mapping[str, Any]) -> list[Kind]:
@@ -236,23 +249,32 @@ def _kinds_of_name(text: str, names: Mapping[str, Any]) -> list[Kind]:
     return other
 
 
-def _check_kind(owner: str, name: str, value: Any, kinds: Iterable[Kind]) -> None:
+def _check_kind(
+    owner: str, name: str, value: Any, kinds: Iterable[Kind], says: str = "is", where: str = ""
+) -> None:
     kind = next((kind for kind in kinds if kind.takes(value)), None)
     if kind is None:
-        words = list(dict.fromkeys(kind.words for kind in kinds))
-        raise InputError(f"{owner}: {name} is {value!r:.60}; give {' or '.join(words)}.")
-    if isinstance(value, Mapping):
-        _check_inside(owner, name, value.values(), kind.inside)
-        _check_inside(owner, name, value, kind.keys)
-    elif isinstance(value, Collection):  # whatever can be gone through once is left alone
-        _check_inside(owner, name, value, kind.inside)
+        words = " or ".join(dict.fromkeys(kind.words for kind in kinds))
+        raise InputError(f"{owner}: {name} {says} {value!r:.60}; give {words}{where}.")
+    # Whatever can be gone through once is left alone, and objects judge themselves.
+    parts = value.values() if isinstance(value, Mapping) else value
+    inside = [(part, kind.inside) for part in parts] if isinstance(parts, Collection) else []
+    inside += [(key, kind.keys) for key in value] if isinstance(value, Mapping) else []
+    for part, several in inside:
+        if several and isinstance(part, _PLAIN):
+            _check_kind(owner, name, part, several, "holds", " there")
 
 
-def _check_inside(owner: str, name: str, parts: Iterable[Any], kinds: tuple[Kind, ...]) -> None:
-    for part in parts if kinds else ():
-        if isinstance(part, _PLAIN) and not any(kind.takes(part) for kind in kinds):
-            words = " or ".join(dict.fromkeys(kind.words for kind in kinds))
-            raise InputError(f"{owner}: {name} holds {part!r:.60}; give {words} there.")
+def _with_tuples(value: Any, kinds: Iterable[Kind]) -> Any:
+    """Return a value with tuples for the lists that stand for them."""
+    kind = next((kind for kind in kinds if kind.takes(value)), None)
+    if kind is None or not kind.inside:
+        return value
+    if isinstance(value, dict):
+        return {key: _with_tuples(part, kind.inside) for key, part in value.items()}
+    if kind.fixed and isinstance(value, list | tuple):
+        return tuple(_with_tuples(part, kind.inside) for part in value)
+    return value
 
 
 def _check_argument(

@@ -148,7 +148,7 @@ def test_wrong_names_and_arguments_are_sentences():
         (lambda: Distillation("x.ckpt", terms=["logit"]), "distill.terms is .'logit'.; give a"),
         (lambda: BraTSDataModule("store", split={"train": ["a"]}), "'train': .* stands where"),
         (lambda: BraTSDataModule("store", augmentation="strong"), "'strong' stands where"),
-        (lambda: BraTSDataModule("store", patch_size=(32, 32)), "patch_size .32, 32. must be"),
+        (lambda: BraTSDataModule("store", patch_size=(32, 32)), "a whole number or a list of 3."),
     ],
 )
 def test_unknown_words_and_numbers_that_are_none_are_refused_in_python(make, sentence):
@@ -185,7 +185,7 @@ def student(**arguments):
         (lambda: data(batch_size=2.5), "batch_size is 2.5; give a whole number."),
         (lambda: data(num_workers=None), "num_workers is None; give a whole number."),
         (lambda: data(seed="a"), "seed is 'a'; give a whole number."),
-        (lambda: data(spacing=2.0), "spacing is 2.0; give a list or null."),
+        (lambda: data(spacing=2.0), "spacing is 2.0; give a list of 3 or null."),
         (lambda: data(predict_part="tets"), "predict_part is 'tets'; give train or val or test or"),
         (lambda: data(layout=5), "layout is 5; give a text or a path or null."),
         (
@@ -244,7 +244,10 @@ def test_values_of_another_kind_are_one_sentence(make, sentence, monkeypatch):
             lambda: prepare(["a"], "s", BRATS),
             "cases holds 'a'; give an object of Case there.",
         ),
-        (lambda: prepare([], "s", BRATS, spacing=2), "prepare: spacing is 2; give a list or null."),
+        (
+            lambda: prepare([], "s", BRATS, spacing=2),
+            "spacing is 2; give a list of 3 or null.",
+        ),
         (lambda: Store.open(5), "Store.open: root is 5; give a path or a text."),
         (
             lambda: student().segment({}, codes="NCR=1"),

@@ -84,7 +84,7 @@ class BraTSDataModule(LightningDataModule, Described):
     """
 
     ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("patches_per_case", "batch_size", "val_cases"), COUNT),
+        **dict.fromkeys(("patch_size", "patches_per_case", "batch_size", "val_cases"), COUNT),
         "num_workers": NOT_NEGATIVE,
         "foreground": Range(0, 1),
     }
@@ -393,7 +393,5 @@ class BraTSDataModule(LightningDataModule, Described):
 
 
 def _size(size: int | Sequence[int]) -> Size:
-    sides = [size] * 3 if isinstance(size, int) else list(size)
-    if len(sides) != 3 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise InputError(f"patch_size {size} must be one or three numbers of voxels above 0.")
-    return sides[0], sides[1], sides[2]
+    depth, height, width = (int(n) for n in ([size] * 3 if isinstance(size, int) else size))
+    return depth, height, width

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from pmixseg.argument_checks import check_fields
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.parts import PARTS, Split
 from pmixseg.data.store.store import StoredCase
@@ -64,6 +65,9 @@ class TrainingCases:
     scans: Mapping[str, Scans] = field(default_factory=dict)
     earlier: Mapping[str, Scans] = field(default_factory=dict)
     synthetic: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def after(self, before: TrainingCases | None) -> TrainingCases:
         """Return the same, with the cases of a training that this one builds on.
@@ -132,28 +136,14 @@ class TrainingCases:
         Raises:
             InputError: not of this form.
         """
-        lists = ("train", "val", "test")
-        if not (
-            isinstance(raw, Mapping)
-            and isinstance(raw.get("store"), str | None)
-            and all(_are_texts(raw.get(part)) for part in lists)
-            and all(
-                isinstance(raw.get(k), Mapping)
-                and all(isinstance(n, str) and _are_texts(s) for n, s in raw[k].items())
-                for k in ("scans", "earlier")
-            )
-        ):
-            raise InputError(f"{where} does not say which cases it was trained on; it is damaged.")
-        train, val, test = (tuple(raw[part]) for part in lists)
-        scans, earlier = ({n: tuple(s) for n, s in raw[k].items()} for k in ("scans", "earlier"))
-        # Checkpoints of before do not tell.
-        return cls(
-            raw["store"], train, val, test, scans, earlier, raw.get("synthetic", False) is True
-        )
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+        try:
+            known = {field.name: raw[field.name] for field in fields(cls)[:-1]}
+            # Checkpoints of before do not tell.
+            return cls(**known, synthetic=raw.get("synthetic", False) is True)
+        except (InputError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{where} does not say which cases it was trained on; it is damaged."
+            ) from error
 
 
 def scans_of(case: StoredCase) -> Scans:

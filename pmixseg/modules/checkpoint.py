@@ -57,13 +57,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _checked(checkpoint: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(checkpoint, dict) or "pmixseg" not in checkpoint:
-        raise InputError(
-            f"{path} was not written by pmixseg; import published weights with `pmixseg import`."
-        )
-    Payload.from_dict(checkpoint["pmixseg"], str(path))
-    weights_of(checkpoint, str(path))
-    return checkpoint
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    Payload.from_dict(content.get("pmixseg"), str(path))
+    weights_of(content, str(path))
+    return content
 
 
 def _refuse_damaged(path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pmixseg.argument_checks import check_fields
+from pmixseg.describe import NOT_NEGATIVE, Range
 from pmixseg.errors import InputError
 from pmixseg.modules.preparation import Preparation
 from pmixseg.plurals import count_of
@@ -15,16 +17,6 @@ from pmixseg.task import Task
 
 FORMAT = 1
 """Version of the ``pmixseg`` entry of a checkpoint."""
-
-_KINDS: Mapping[str, Any] = {
-    "class_path": str,
-    "init_args": Mapping,
-    "task": Mapping,
-    "terms": list,
-    "overlap": int | float,
-    "fill_levels": list | None,
-}
-"""What each field of the entry is, beside those of its preparation."""
 
 Weights = Mapping[str, Tensor]
 
@@ -43,6 +35,8 @@ class Payload:
         fill_levels: levels that are filled; ``None``: all.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {"fill_levels": NOT_NEGATIVE}
+
     class_path: str
     init_args: Mapping[str, Any]
     task: Task
@@ -50,6 +44,9 @@ class Payload:
     overlap: float
     terms: tuple[str, ...] = ()
     fill_levels: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only."""
@@ -88,29 +85,20 @@ class Payload:
                 f"{where} has checkpoint format {version}, this version of pmixseg reads {FORMAT}; "
                 "update pmixseg."
             )
-        # What each field is, then what a list holds; older versions wrote neither of the lists.
-        fields = {"terms": [], **raw}
-        terms, filled = fields["terms"], fields.get("fill_levels")
-        if (
-            not all(isinstance(fields.get(name), kind) for name, kind in _KINDS.items())
-            or not all(isinstance(name, str) for name in terms)
-            or not all(type(level) is int and level >= 0 for level in filled or ())
-        ):
-            raise InputError(f"{where} does not describe a model and its task; it is damaged.")
         try:
             task = Task.from_dict(raw["task"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{where} has no task that can be read; it is damaged.") from error
         preparation = Preparation.from_dict(raw, where)
-        return cls(
-            raw["class_path"],
-            dict(raw["init_args"]),
-            task,
-            preparation,
-            float(raw["overlap"]),
-            tuple(terms),
-            None if filled is None else tuple(filled),
-        )
+        # Older versions wrote neither of the lists.
+        names = ("class_path", "init_args", "overlap", "terms", "fill_levels")
+        known: dict[str, Any] = {"terms": ()} | {n: raw[n] for n in names if n in raw}
+        try:
+            return cls(task=task, preparation=preparation, **known)
+        except (InputError, TypeError) as error:
+            raise InputError(
+                f"{where} does not describe a model and its task; it is damaged."
+            ) from error
 
     def refuse_other_task(self, task: Task) -> None:
         """Refuse a task that the model was not trained for."""

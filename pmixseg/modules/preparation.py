@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from pmixseg.argument_checks import check_fields
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.normalisation import NORMALISATIONS
 from pmixseg.data.training_cases import (
@@ -19,7 +20,7 @@ from pmixseg.data.training_cases import (
     training_cases,
     voxel_sizes,
 )
-from pmixseg.describe import describe
+from pmixseg.describe import COUNT, POSITIVE, Range, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.plurals import count_of
@@ -45,14 +46,22 @@ class Preparation:
             in mm; ``None``: not known.
     """
 
-    spacing: tuple[float, ...] | None = None
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("spacing", "voxels"), POSITIVE),
+        "patch": COUNT,
+    }
+
+    spacing: tuple[float, float, float] | None = None
     normalisation: str | None = None
-    patch: tuple[int, ...] | None = None
+    patch: tuple[int, int, int] | None = None
     split: str | None = None
     seed: Mapping[str, int] | None = None
     dtype: str | None = None
     cases: TrainingCases | None = None
     voxels: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives, as a checkpoint holds them."""
@@ -66,24 +75,15 @@ class Preparation:
         Raises:
             InputError: a value that is none of its kind.
         """
-        spacing, patch, seed, cases = (raw.get(k) for k in ("spacing", "patch", "seed", "cases"))
-        voxels = raw.get("voxels")
-        sizes = (
-            _are(spacing, (int, float)) and _are(patch, int) and _are(voxels, (int, float), count=2)
-        )
-        texts = all(isinstance(raw.get(k), str | None) for k in ("normalisation", "dtype", "split"))
-        if not (sizes and texts and isinstance(seed, Mapping | None)):
-            raise InputError(f"{where} does not say how its data were prepared; it is damaged.")
-        return cls(
-            spacing=None if spacing is None else tuple(spacing),
-            normalisation=raw.get("normalisation"),
-            dtype=raw.get("dtype"),
-            patch=None if patch is None else tuple(patch),
-            split=raw.get("split"),
-            seed=None if seed is None else dict(seed),
-            cases=None if cases is None else TrainingCases.from_dict(cases, where),
-            voxels=None if voxels is None else (float(voxels[0]), float(voxels[1])),
-        )
+        known = {field.name: raw.get(field.name) for field in fields(cls)}
+        if known["cases"] is not None:
+            known["cases"] = TrainingCases.from_dict(known["cases"], where)
+        try:
+            return cls(**known)
+        except InputError as error:
+            raise InputError(
+                f"{where} does not say how its data were prepared; it is damaged."
+            ) from error
 
     def merge(self, data: Any, evaluation: EvaluationSettings, *, fitting: bool) -> Preparation:
         """Take over a data module's preparation, or check it against a checkpoint's.
@@ -99,8 +99,9 @@ class Preparation:
                 "checkpoint needs to prepare a new scan alike; subclass pmixseg.BraTSDataModule, "
                 "or give it these attributes."
             )
+        spacing: Any = None if data.spacing is None else tuple(float(s) for s in data.spacing)
         theirs = Preparation(
-            spacing=None if data.spacing is None else tuple(float(s) for s in data.spacing),
+            spacing=spacing,
             normalisation=data.normalisation,
             dtype=getattr(data, "dtype", None),
             patch=tuple(data.patch_size),
@@ -186,20 +187,7 @@ class Preparation:
                 f"version of pmixseg makes {' and '.join(NORMALISATIONS)}; use the version it was "
                 "trained with."
             )
-        if self.spacing is None:
-            return None
-        return self.spacing[0], self.spacing[1], self.spacing[2]
-
-
-def _are(value: Any, kinds: type[int] | tuple[type[int], type[float]], count: int = 3) -> bool:
-    """Say whether a value is so many positive numbers, or nothing."""
-    if value is None:
-        return True
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(isinstance(v, kinds) and not isinstance(v, bool) and v > 0 for v in value)
-    )
+        return self.spacing
 
 
 def _seeds(data: Any) -> dict[str, int]:

@@ -122,7 +122,7 @@ class Recording:
             part="test",
             part_size=None if part is None else len(set(part)),
             phantom=are_synthetic(data, "test"),
-            seen=sorted(seen),
+            seen=tuple(sorted(seen)),
             config={
                 "evaluation": self.settings.to_dict(),
                 "spacing": preparation.spacing,

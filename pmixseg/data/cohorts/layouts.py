@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from pmixseg.argument_checks import checked
-from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, Pattern
+from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout
 from pmixseg.data.cohorts.codings import coding_by_numbers
 from pmixseg.data.cohorts.dataset_json import described_layout
 from pmixseg.data.cohorts.matching import Cohort, Tree, match
@@ -135,9 +135,9 @@ def load_layout(source: str | Path) -> Layout:
         raise InputError(f"layout file {path} cannot be read ({error}); correct it.") from error
     try:
         return _from_yaml(path, raw)
+    except InputError as error:
+        raise InputError(f"layout file {path}: {error}") from error
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"layout file {path} does not describe a layout ({type(error).__name__}: {error}); "
             "see load_layout for its form."
@@ -148,82 +148,37 @@ def _from_yaml(path: Path, raw: Any) -> Layout:
     keys = {f.name for f in fields(Layout)} - {"described"}
     if not isinstance(raw, dict) or set(raw) - keys - {"base"}:
         odd = sorted(set(raw) - keys) if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(f"layout file {path}: {odd} is not among {sorted(keys)}; correct it.")
+        raise InputError(f"{odd} is not among {sorted(keys)}; correct it.")
     arguments: dict[str, Any] = {"name": path.stem, **raw}
     base = arguments.pop("base", None)
-    # YAML has lists and text where a layout has tuples and patterns.
-    _check_forms(path, raw)
-    if "images" in arguments:
-        arguments["images"] = {m: _patterns(p) for m, p in arguments["images"].items()}
+    # YAML has one text for a list of one, and names the parts of a pattern.
+    if isinstance(images := arguments.get("images"), dict):
+        arguments["images"] = {m: _patterns(p) for m, p in images.items()}
     if "label" in arguments:
         label = arguments["label"]
-        arguments["label"] = (label,) if isinstance(label, str) else tuple(label or ())
+        arguments["label"] = (label,) if isinstance(label, str) else () if label is None else label
     for numbers in ("ignored", "unannotated"):
-        arguments[numbers] = tuple(arguments.get(numbers, ()))
+        arguments.setdefault(numbers, ())
     if base is None:
         return Layout(**{"label": (), "codes": {}, **arguments})
     if base not in LAYOUTS:
-        raise InputError(f"layout file {path}: base '{base}' is not among {list(LAYOUTS)}.")
+        raise InputError(f"base '{base}' is not among {list(LAYOUTS)}.")
     return replace(LAYOUTS[base], **arguments)
 
 
-def _check_forms(path: Path, raw: Mapping[str, Any]) -> None:
-    """Refuse what has another form than its field: ``ignored: '45'`` must not become 4 and 5."""
-    for key, value in raw.items():
-        form, fits = _FORMS.get(key, ("", bool))
-        if form and not fits(value):
+def _patterns(raw: Any) -> list[Any]:
+    """Return the patterns of a sequence, as a layout has them."""
+    patterns: list[Any] = []
+    for one in raw if isinstance(raw, list) else [raw]:
+        named = isinstance(one, dict) and set(one) == {"file", "channel"}
+        pattern = (one["file"], one["channel"]) if named else one
+        if not isinstance(one, str) and not (named and tuple(map(type, pattern)) == (str, int)):
             raise InputError(
-                f"layout file {path} does not describe a layout: {key} is {value!r}, where {form} "
-                "is needed; see load_layout for examples."
+                f"images holds {one!r}; give PATH, {{file: PATH, channel: NUMBER}}, or a list of "
+                "these for each sequence."
             )
-
-
-def _several(raw: Any) -> list[Any]:
-    return raw if isinstance(raw, list) else [raw]
-
-
-def _text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _pattern(value: object) -> bool:
-    if not isinstance(value, dict):
-        return _text(value)
-    return set(value) == {"file", "channel"} and _text(value["file"]) and _number(value["channel"])
-
-
-def _pairs(value: object, key: Callable[[Any], bool], item: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(key(k) and item(v) for k, v in value.items())
-
-
-_NUMBERS: tuple[str, Callable[[Any], bool]] = (
-    "a list of whole numbers",
-    lambda v: isinstance(v, list) and all(map(_number, v)),
-)
-_FORMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "images": (
-        "sequence: PATH, sequence: {file: PATH, channel: NUMBER}, or a list of these",
-        lambda v: _pairs(v, _text, lambda several: all(map(_pattern, _several(several)))),
-    ),
-    "label": ("a path, or a list of paths", lambda v: v is None or all(map(_text, _several(v)))),
-    "codes": ("label: NUMBER", lambda v: _pairs(v, _text, _number)),
-    "also": ("NUMBER: label", lambda v: _pairs(v, _number, _text)),
-    "ignored": _NUMBERS,
-    "unannotated": _NUMBERS,
-    "fields": ("field: EXPRESSION", lambda v: _pairs(v, _text, _text)),
-    "name": ("a text", _text),
-    "case": ("a text", _text),
-    "patient": ("a text", _text),
-    "anchored": ("true or false", lambda v: isinstance(v, bool)),
-}
-
-
-def _patterns(raw: Any) -> tuple[Pattern, ...]:
-    return tuple(p if isinstance(p, str) else (p["file"], p["channel"]) for p in _several(raw))
+        patterns.append(pattern)
+    return patterns
 
 
 def _for_task(layout: Layout, tree: Tree, task: Task, labels: LabelNames | None) -> Layout:

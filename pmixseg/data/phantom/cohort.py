@@ -82,7 +82,6 @@ class PhantomSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        object.__setattr__(self, "modalities", tuple(self.modalities))
         contrasts = {**CONTRASTS, **self.contrasts}
         unknown = [m for m in self.modalities if m not in contrasts]
         if unknown or not self.modalities or len(set(self.modalities)) < len(self.modalities):
@@ -91,16 +90,12 @@ class PhantomSettings:
                 f"{sorted(contrasts)}; correct them or give a contrast for {unknown or 'others'}."
             )
         if self.shape is not None:
-            shape = tuple(int(n) for n in self.shape)
             largest = self._whole_shape()
-            if len(shape) != 3 or any(
-                not 8 <= n <= m for n, m in zip(shape, largest, strict=False)
-            ):
+            if any(not 8 <= n <= m for n, m in zip(self.shape, largest, strict=True)):
                 raise InputError(
-                    f"phantom: shape {list(shape)} must be three numbers of voxels from 8 to "
+                    f"phantom: shape {list(self.shape)} must be three numbers of voxels from 8 to "
                     f"{list(largest)} at {self.spacing:g} mm."
                 )
-            object.__setattr__(self, "shape", shape)
 
     def _whole_shape(self) -> tuple[int, int, int]:
         in_plane = round(240 / self.spacing)

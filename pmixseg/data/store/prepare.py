@@ -111,10 +111,6 @@ def _parameters(
 ) -> dict[str, Any]:
     """Return what every case of the store depends on besides its sources."""
     check_normalisation(normalisation)
-    if spacing is not None and (
-        len(spacing) != 3 or not all(0 < s < float("inf") for s in spacing)
-    ):
-        raise InputError(f"spacing {spacing} must be three positive numbers of mm; correct it.")
     try:
         check_spacing(spacing or (), f"voxels of spacing {spacing}")
     except ValueError as error:

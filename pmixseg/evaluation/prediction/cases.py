@@ -18,7 +18,7 @@ from pmixseg.argument_checks import check_fields
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.geometry import Geometry
-from pmixseg.describe import NOT_NEGATIVE, Range
+from pmixseg.describe import COUNT, NOT_NEGATIVE, Range
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.postprocess import check_names, postprocess
 from pmixseg.evaluation.prediction.windows import (
@@ -71,7 +71,7 @@ class EvaluationSettings:
             another ending.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"examples": NOT_NEGATIVE}
+    ranges: ClassVar[Mapping[str, Range]] = {"examples": NOT_NEGATIVE, "window": COUNT}
 
     window: tuple[int, int, int] | None = None
     overlap: float = 0.5
@@ -83,16 +83,12 @@ class EvaluationSettings:
     records: str = "records.csv"
     calibration: bool = True
     validation: Validation = "auto"
-    temperatures: Mapping[int, float] | None = None
+    temperatures: Mapping[Any, float] | None = None  # JSON has texts for keys
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_windows(self.window, self.overlap, self.batch_size, self.blend)
+        check_windows(self.overlap, self.batch_size)
         check_names(self.postprocess)
-        # YAML gives lists where the fields are tuples.
-        object.__setattr__(self, "postprocess", tuple(self.postprocess))
-        if self.window is not None:
-            object.__setattr__(self, "window", tuple(self.window))
         inside(Path(), self.records, "evaluation.records")
         if Path(self.records).suffix not in (".csv", ".parquet"):
             raise InputError(

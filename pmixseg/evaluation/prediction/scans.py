@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations as subsets_of_size
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from pmixseg.data.scans.grids import CommonGrid, on_one_grid
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.training_cases import other_voxels, voxel_side
+from pmixseg.describe import COUNT, Range
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
 from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
@@ -59,6 +60,8 @@ class SegmentSettings:
         InputError: a window, overlap, post-processing, precision or rounding that does not exist.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {"window": COUNT}
+
     tta: bool = False
     overlap: float | None = None
     window: tuple[int, int, int] | None = None
@@ -71,7 +74,7 @@ class SegmentSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_windows(self.window, self.overlap)
+        check_windows(self.overlap)
         check_names(self.postprocess or ())
 
     def over(self, evaluation: EvaluationSettings) -> EvaluationSettings:

@@ -54,19 +54,13 @@ class Predictor(Protocol):
 
 
 def check_windows(
-    window: Sequence[int] | None = None,
-    overlap: float | None = None,
-    batch_size: int | str = 1,
-    blend: str = "gaussian",
+    overlap: float | None, batch_size: int | str = 1, blend: str = "gaussian"
 ) -> None:
     """Refuse windows that no network could work with; ``None`` is decided later.
 
     Raises:
-        InputError: a window that is not three lengths, or an overlap, batch size or blending that
-            does not exist.
+        InputError: an overlap, batch size or blending that does not exist.
     """
-    if window is not None and (len(window) != 3 or min(window) < 1):
-        raise InputError(f"window is {list(window)}; give three voxel counts of at least 1.")
     if overlap is not None and not 0 <= overlap < 1:
         raise InputError(f"overlap is {overlap}; give a share of at least 0 and below 1.")
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
@@ -125,7 +119,7 @@ def iterate_combinations(
         ValueError: the predictor is in training mode.
     """
     _check(predictor, image, present, patch)
-    check_windows(patch, overlap, batch_size, blend)
+    check_windows(overlap, batch_size, blend)
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk is {chunk}; give at least 1 combination.")
     # Windows over the padded volume, and how much each voxel is covered in all.

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pmixseg.argument_checks import check_fields
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.files import file_hash
@@ -46,19 +47,22 @@ class Sidecar:
     """
 
     task: Task
-    conventions: Mapping[str, Any] = field(default_factory=dict)
+    conventions: Mapping[str, str | float | None] = field(default_factory=dict)
     postprocess: Sequence[str] = ()
     checkpoint: Mapping[str, str] | None = None
     split: str | None = None
     part: str | None = None
     part_size: int | None = None
     phantom: bool | None = None
-    seen: Sequence[str] = ()
+    seen: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     git: Mapping[str, Any] | None = None
     created: str = ""
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def stamped(self) -> Sidecar:
         """Return the same with versions, git state and time of now."""
@@ -94,45 +98,29 @@ class Sidecar:
         for step in range(number, FORMAT):
             content = UPGRADES[step](content)
         filled = {n: content[n] for n in cls.__dataclass_fields__ if content.get(n) is not None}
-        wrong = [n for n, k in _KINDS.items() if any(not isinstance(v, k) for v in _at(filled, n))]
+        wrong = [n for n, k in _INSIDE.items() if any(not isinstance(v, k) for v in _at(filled, n))]
         if wrong:
             raise InputError(
                 f"{where}: {', '.join(wrong)} cannot be read; restore the file or test again."
             )
-        if filled.get("seen") is not None:
-            filled["seen"] = tuple(filled["seen"])
         try:
-            return cls(**{**filled, "task": Task.from_dict(content["task"])})
+            return cls(**{**filled, "task": Task.from_dict(content.get("task", {}))})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+            reason = str(error).rstrip(".")
             raise InputError(
-                f"{where}: the task cannot be read ({error}); restore the file or test again."
+                f"{where} cannot be read ({reason}); restore the file or test again."
             ) from error
 
 
-_KINDS: dict[str, Any] = {
-    "conventions": Mapping | None,
-    "conventions.*": str | float | int | None,
-    "postprocess": list | tuple | None,
-    "checkpoint": Mapping | None,
+_INSIDE: dict[str, Any] = {
     "checkpoint.file": str,
     "checkpoint.sha256": str,
-    "split": str | None,
-    "part": str | None,
-    "part_size": int | None,
-    "phantom": bool | None,
-    "seen": list | None,
-    "config": Mapping | None,
     "config.evaluation": Mapping | None,
     "config.evaluation.temperatures": Mapping | None,
     "config.evaluation.temperatures.*": float | int,
-    "versions": Mapping | None,
-    "git": Mapping | None,
     "git.commit": str,
-    "created": str | None,
 }
-"""What each field may be in JSON; what is missing or null has its default, or nothing inside it."""
+"""What stands inside a field in JSON, beyond its annotation; an empty field has nothing inside."""
 
 
 def _at(content: Mapping[str, Any], name: str) -> list[Any]:

@@ -228,7 +228,7 @@ def test_another_cohort_or_a_foreign_folder_is_not_touched(tmp_path):
         ({"high_grade": 1.5}, "high_grade is 1.5"),
         ({"spacing": 0.5}, "spacing is 0.5"),
         ({"shape": (300, 80, 50)}, "three numbers of voxels"),
-        ({"shape": (40, 40)}, "three numbers of voxels"),
+        ({"shape": (40, 40)}, "give a list of 3 or null"),
     ],
 )
 def test_wrong_settings_get_a_sentence(wrong, sentence):

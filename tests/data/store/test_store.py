@@ -344,7 +344,7 @@ def test_refusals(cohort, tmp_path):
         quietly(cohort, root)
     with pytest.raises(InputError, match="dtype is 'int8'; give float16 or float32"):
         quietly(cohort, tmp_path / "s", dtype="int8")
-    with pytest.raises(InputError, match="three positive numbers"):
+    with pytest.raises(InputError, match="measure 1 x 0 x 1 mm"):
         quietly(cohort, tmp_path / "s", spacing=(1.0, 0.0, 1.0))
     with pytest.raises(InputError, match="two cases are called 'BraTS2021_00000'"):
         quietly([cohort[0], cohort[0]], tmp_path / "s")

@@ -269,7 +269,7 @@ def test_a_network_on_the_gpu_reads_an_image_in_main_memory(tiny):
 
 
 WRONG = {
-    "window": [((0, 0, 0), "three voxel counts"), ((32, 32), "three voxel counts")],
+    "window": [((0, 0, 0), "give 1 or more"), ((32, 32), "give a list of 3 or null")],
     "overlap": [(1.0, "overlap is 1.0"), (-1.0, "overlap is -1.0"), (np.nan, "overlap is nan")],
     "blend": [("gausian", "blend is 'gausian'; give gaussian or uniform")],
     "batch_size": [
