@@ -142,7 +142,7 @@ def test_wrong_names_and_arguments_are_sentences():
         (lambda: StudentModule(scheduler="cosine"), "'cosine' stands where"),
         (lambda: StudentModule(optimizer="AdamW"), "'AdamW' makes no optimizer"),
         (lambda: StudentModule(task="brats"), "task is 'brats'; give a pmixseg.Task"),
-        (lambda: StudentModule(evaluation={"overlp": 0.3}), "evaluation has no overlp; it has"),
+        (lambda: StudentModule(evaluation={"overlp": 0.3}), "no .overlp.; did you mean overlap?"),
         (lambda: PmixAlignment(anchor="mixture"), "'mixture' stands where"),
         (lambda: Distillation("x.ckpt", terms={"logit": "LogitKL"}), "'LogitKL' stands where"),
         (lambda: Distillation("x.ckpt", terms=["logit"]), "distill.terms is .'logit'.; give a"),

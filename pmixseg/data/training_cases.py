@@ -11,6 +11,7 @@ from pmixseg.argument_checks import check_fields
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.parts import PARTS, Split
 from pmixseg.data.store.store import StoredCase
+from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 
@@ -122,12 +123,8 @@ class TrainingCases:
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives, for a checkpoint."""
-        return {
-            "store": self.store,
-            "synthetic": self.synthetic,
-            **{part: list(getattr(self, part)) for part in ("train", "val", "test")},
-            **{k: {n: list(s) for n, s in getattr(self, k).items()} for k in ("scans", "earlier")},
-        }
+        described: dict[str, Any] = describe(vars(self), "cases")
+        return described
 
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> TrainingCases:

@@ -15,7 +15,7 @@ from pmixseg.data.cohorts.unread import strays_of
 from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.sequences import modality_of
 from pmixseg.errors import InputError, stops_all
-from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings, check_scans
+from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings, check_scans, part_of
 from pmixseg.inference.folders import FolderScans, notes_on_strays, scans_in
 from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.modules import SegmentationModule
@@ -139,7 +139,7 @@ def segment_folder(
                 outputs,
                 settings,
                 notes=notes_on_strays(case, strays.get(case.case_id, []), module.task),
-                progress=_slice(progress, done, len(cases)),
+                progress=part_of(progress, done, len(cases)),
             )
         except InputError as error:
             if stops_all(error):
@@ -338,10 +338,3 @@ def _of_no_use(module: SegmentationModule, name: str, modalities: Sequence[str])
         f"case '{name}' has {', '.join(modalities)}, but this model reads "
         f"{', '.join(module.modalities)}; use a model for these scans."
     )
-
-
-def _slice(progress: Progress | None, done: int, cases: int) -> Progress | None:
-    if progress is None:
-        return None
-    tell = progress
-    return lambda windows, total: tell(done * total + windows, cases * total)

@@ -331,7 +331,7 @@ class SegmentationNetwork(LightningModule, Described):
             task=self.task,
             preparation=self.preparation,
             overlap=self.evaluation.overlap,
-            terms=tuple(self.terms),
+            terms=tuple(sorted(self.terms)),
             fill_levels=None if self.fill_levels is None else tuple(self.fill_levels),
         )
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from pmixseg.argument_checks import check_fields
-from pmixseg.describe import NOT_NEGATIVE, Range
+from pmixseg.describe import NOT_NEGATIVE, Range, describe
 from pmixseg.errors import InputError
 from pmixseg.modules.preparation import Preparation
 from pmixseg.plurals import count_of
@@ -50,16 +50,8 @@ class Payload:
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only."""
-        return {
-            "format": FORMAT,
-            "class_path": self.class_path,
-            "init_args": dict(self.init_args),
-            "task": self.task.to_dict(),
-            **self.preparation.to_dict(),
-            "overlap": self.overlap,
-            "terms": sorted(self.terms),
-            "fill_levels": None if self.fill_levels is None else list(self.fill_levels),
-        }
+        fields = describe(vars(self), "checkpoint")
+        return {"format": FORMAT, **fields.pop("preparation"), **fields}
 
     @classmethod
     def from_dict(cls, raw: Any, where: str = "the checkpoint") -> Payload:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import nibabel as nib
@@ -295,16 +295,7 @@ class Geometry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only, for JSON."""
-        return {
-            "source_shape": list(self.source_shape),
-            "source_affine": [list(row) for row in self.source_affine],
-            "source_spacing": list(self.source_spacing),
-            "canonical_shape": list(self.canonical_shape),
-            "grid_shape": list(self.grid_shape),
-            "grid_spacing": list(self.grid_spacing),
-            "boxes": {name: box.to_dict() for name, box in self.boxes.items()},
-            "unit": self.unit,
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Geometry:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64, UInt8
 from scipy.special import entr
 from torch import Tensor
 
-from pmixseg.argument_checks import check_fields
+from pmixseg.argument_checks import check_fields, takes_no
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.geometry import Geometry
@@ -112,13 +112,10 @@ class EvaluationSettings:
             return settings
         if not isinstance(settings, Mapping):
             raise InputError(f"evaluation is {settings!r}; give EvaluationSettings, or a mapping.")
-        values = dict(settings)
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise InputError(
-                f"evaluation has no {', '.join(unknown)}; it has "
-                f"{', '.join(f.name for f in fields(cls))}."
-            )
+        values, known = dict(settings), [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InputError(takes_no("evaluation", name, known))
         if isinstance(values.get("conventions"), Mapping):
             values["conventions"] = Conventions.from_dict(values["conventions"])
         values["postprocess"] = values.get("postprocess") or ()

@@ -282,7 +282,7 @@ def _predict(
                     [combination],
                     recipe.window,
                     recipe.evaluation,
-                    progress=_part(progress, done, len(mirrorings)),
+                    progress=part_of(progress, done, len(mirrorings)),
                 )
             )
         back = prediction.probabilities.flip(axes) if axes else prediction.probabilities
@@ -293,7 +293,8 @@ def _predict(
     return prediction
 
 
-def _part(progress: Progress | None, done: int, parts: int) -> Progress | None:
+def part_of(progress: Progress | None, done: int, parts: int) -> Progress | None:
+    """Return what a part of the work calls, as if all parts were of equal size."""
     if progress is None:
         return None
     report = progress

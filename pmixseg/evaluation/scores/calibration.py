@@ -226,15 +226,6 @@ class Temperatures:
         """Temper the probabilities of a network that was shown ``n_present`` modalities."""
         return tempered(probabilities, self.by_size.get(n_present, 1.0))
 
-    def to_dict(self) -> dict[str, float]:
-        """Return primitives only; JSON keys are text."""
-        return {str(size): t for size, t in sorted(self.by_size.items())}
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Temperatures:
-        """Read what :meth:`to_dict` wrote."""
-        return cls({int(size): t for size, t in raw.items()})
-
 
 @dataclass
 class TemperatureFit:

@@ -99,7 +99,7 @@ class Conventions:
             "dice_both_empty": dice(0, 0, 0),
             "dice_one_empty": dice(1, 0, 0),
         }
-        return {f.name: getattr(self, f.name) for f in fields(self)} | spelt
+        return vars(self) | spelt
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Conventions:

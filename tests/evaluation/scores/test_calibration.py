@@ -12,6 +12,7 @@ from torchmetrics.classification import BinaryCalibrationError
 
 from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.scores.calibration import (
     CaseCalibration,
     TemperatureFit,
@@ -159,8 +160,8 @@ def test_a_size_without_a_temperature_is_left_alone():
 
 
 def test_temperatures_survive_json_and_bad_ones_are_refused():
-    temperatures = Temperatures({1: 2.5, 4: 1.0})
-    assert Temperatures.from_dict(json.loads(json.dumps(temperatures.to_dict()))) == temperatures
+    settings = EvaluationSettings(temperatures={1: 2.5, 4: 1.0})
+    assert EvaluationSettings.of(json.loads(json.dumps(settings.to_dict()))) == settings
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(InputError, match="temperatures"):
             Temperatures({1: bad})
