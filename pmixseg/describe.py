@@ -29,31 +29,37 @@ class Range(NamedTuple):
         least: the smallest of them.
         greatest: the largest.
         open: the smallest itself is none of them.
+        below: the largest itself is none of them.
 
     Example:
-        >>> 0 in POSITIVE, str(POSITIVE), str(Range(1)), str(Range(0, 1))
-        (False, 'a number above 0', '1 or more', '0 to 1')
+        >>> 0 in POSITIVE, str(POSITIVE), str(Range(1)), str(Range(0, 1)), str(SHARE)
+        (False, 'a number above 0', '1 or more', '0 to 1', '0 or more, below 1')
     """
 
     least: float
     greatest: float = math.inf
     open: bool = False
+    below: bool = False
 
     def __contains__(self, number: object) -> bool:
         if not isinstance(number, int | float):
             return False
-        return self.least <= number <= self.greatest and not (self.open and number == self.least)
+        edges = (self.open and number == self.least) or (self.below and number == self.greatest)
+        return self.least <= number <= self.greatest and not edges
 
     def __str__(self) -> str:
         if self.open:
             return f"a number above {self.least:g}"
         above = f"{self.least:g} or more"
+        if self.below:
+            return f"{above}, below {self.greatest:g}"
         return above if self.greatest == math.inf else f"{self.least:g} to {self.greatest:g}"
 
 
 POSITIVE = Range(0, open=True)
 NOT_NEGATIVE = Range(0)
 COUNT = Range(1)
+SHARE = Range(0, 1, below=True)
 
 
 class Described:

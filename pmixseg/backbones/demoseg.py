@@ -127,7 +127,7 @@ class DeMoSeg(Backbone):
 
     fillable = False
 
-    ranges: ClassVar[Mapping[str, Range]] = {"width": COUNT, "levels": COUNT}
+    ranges: ClassVar[Mapping[str, Range]] = {"width": COUNT, "levels": Range(2)}
 
     def __init__(
         self,
@@ -146,8 +146,6 @@ class DeMoSeg(Backbone):
                 f"DeMoSeg: width is {width}; use a multiple of {self.groups}, the number of groups "
                 f"for {len(places)} modalities."
             )
-        if levels < 2:
-            raise InputError(f"DeMoSeg: levels is {levels}; use 2 or more.")
         self.places = [self.modalities.index(m) for m in places]
         # T1 sorts its channels upwards, the others downwards, as the published code does.
         descending = [m != "t1" for m in self.modalities]

@@ -117,7 +117,7 @@ class MultiEncoderUNet(Backbone):
 
     ranges: ClassVar[Mapping[str, Range]] = {
         "width": COUNT,
-        "levels": COUNT,
+        "levels": Range(2),
         "dropout": Range(0, 1),
     }
 
@@ -132,8 +132,6 @@ class MultiEncoderUNet(Backbone):
         stem: int = 1,
         recompute: bool = False,
     ) -> None:
-        if levels < 2:
-            raise InputError(f"MultiEncoderUNet: levels is {levels}; give 2 or more.")
         if stem not in (1, 2):
             raise InputError(f"MultiEncoderUNet: stem is {stem}; give 1 or 2.")
         widths = [width * 2**k for k in range(levels)]

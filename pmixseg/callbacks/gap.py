@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.borrowed import evaluating
 from pmixseg.callbacks.term import listed_before
-from pmixseg.describe import Described
+from pmixseg.describe import COUNT, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.evaluation.gap.guards import FEWEST_CASES, low_guards
 from pmixseg.evaluation.gap.latents import (
@@ -69,6 +69,8 @@ class GapMonitor(Callback, Described):
             that has no gap.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {"every": COUNT, "cases": COUNT, "points": Range(2)}
+
     def __init__(
         self,
         levels: Sequence[int] | None = None,
@@ -78,11 +80,6 @@ class GapMonitor(Callback, Described):
         reference: str | Path | None = None,
         pictures: bool = True,
     ) -> None:
-        if min(every, cases) < 1 or points < 2:
-            raise InputError(
-                f"GapMonitor: every ({every}) and cases ({cases}) must be 1 or more, and points "
-                f"({points}) 2 or more."
-            )
         self.levels = levels
         self.cases, self.points, self.every = cases, points, every
         self.reference, self.pictures = reference, pictures

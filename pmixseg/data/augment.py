@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,8 +12,7 @@ from torch import Tensor
 from pmixseg.data.augment_batch import change_batch, turn_batch
 from pmixseg.data.keys import generator, uniform
 from pmixseg.data.resample import Turn, turn_patch
-from pmixseg.describe import Described
-from pmixseg.errors import InputError
+from pmixseg.describe import NOT_NEGATIVE, SHARE, Described, Range
 from pmixseg.execution import on_cpu
 from pmixseg.types import Batch, Keys
 
@@ -45,6 +45,14 @@ class Augmentation(Described):
     every sample and turns flips, shift and scale about all axes.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(
+            ("flip", "resample", "gamma_probability", "noise_probability"), Range(0, 1)
+        ),
+        **dict.fromkeys(("rotation", "shift", "gamma", "noise"), NOT_NEGATIVE),
+        **dict.fromkeys(("zoom", "scale"), SHARE),
+    }
+
     def __init__(
         self,
         flip: float | tuple[float, float, float] = 0.5,
@@ -63,16 +71,6 @@ class Augmentation(Described):
         self.shift, self.scale = shift, scale
         self.gamma, self.gamma_probability = gamma, gamma_probability
         self.noise, self.noise_probability = noise, noise_probability
-        chances = (*self.flip, resample, gamma_probability, noise_probability)
-        if len(self.flip) != 3 or not all(0 <= p <= 1 for p in chances):
-            raise InputError(
-                f"Augmentation: the probabilities {chances} must lie in [0, 1], and flip has one "
-                "or three; correct them."
-            )
-        if min(rotation, zoom, shift, scale, gamma, noise) < 0 or max(zoom, scale) >= 1:
-            raise InputError(
-                "Augmentation: ranges must be 0 or more, zoom and scale below 1; correct them."
-            )
 
     def __call__(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pmixseg.data.keys import uniform
 from pmixseg.data.missing import MissingnessSampler, UniformSizes
 from pmixseg.data.patches import CaseItem
+from pmixseg.describe import COUNT, SHARE, Range
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction
 from pmixseg.evaluation.prediction.segmentation import Segmentation
@@ -114,6 +115,8 @@ class MaskedPretraining(StudentModule):
     (35.7 M numbers tied to one grid), so their penalty on the template has no counterpart.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {"block": COUNT, "share": SHARE}
+
     def __init__(
         self,
         block: int = 16,
@@ -121,11 +124,6 @@ class MaskedPretraining(StudentModule):
         sampler: MissingnessSampler | None = None,
         **kwargs: Any,
     ) -> None:
-        if block < 1 or not 0 <= share < 1:
-            raise InputError(
-                f"MaskedPretraining: block {block} must be 1 or more and share {share} at least 0 "
-                "and below 1; correct them."
-            )
         self.block, self.share = block, share
         super().__init__(sampler=sampler or UniformSizes(), **kwargs)
         term = Reconstruction(self.num_classes, len(self.modalities))

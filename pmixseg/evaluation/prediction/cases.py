@@ -18,14 +18,13 @@ from pmixseg.argument_checks import check_fields, takes_no
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.geometry import Geometry
-from pmixseg.describe import COUNT, NOT_NEGATIVE, Range
+from pmixseg.describe import COUNT, NOT_NEGATIVE, SHARE, Range
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.postprocess import check_names, postprocess
 from pmixseg.evaluation.prediction.windows import (
     BatchSize,
     Blend,
     Predictor,
-    check_windows,
     iterate_combinations,
 )
 from pmixseg.evaluation.scores.calibration import CaseCalibration, Temperatures, tempered
@@ -71,7 +70,11 @@ class EvaluationSettings:
             another ending.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"examples": NOT_NEGATIVE, "window": COUNT}
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("window", "batch_size"), COUNT),
+        "overlap": SHARE,
+        "examples": NOT_NEGATIVE,
+    }
 
     window: tuple[int, int, int] | None = None
     overlap: float = 0.5
@@ -87,7 +90,6 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_windows(self.overlap, self.batch_size)
         check_names(self.postprocess)
         inside(Path(), self.records, "evaluation.records")
         if Path(self.records).suffix not in (".csv", ".parquet"):

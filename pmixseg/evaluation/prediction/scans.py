@@ -23,7 +23,7 @@ from pmixseg.data.scans.grids import CommonGrid, on_one_grid
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.training_cases import other_voxels, voxel_side
-from pmixseg.describe import COUNT, Range
+from pmixseg.describe import COUNT, SHARE, Range
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
 from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
@@ -32,7 +32,7 @@ from pmixseg.evaluation.prediction.segmentation import (
     place_warnings,
     size_warnings,
 )
-from pmixseg.evaluation.prediction.windows import Predictor, check_windows
+from pmixseg.evaluation.prediction.windows import Predictor
 from pmixseg.task import Combination, Task
 
 Progress = Callable[[int, int], None]
@@ -60,7 +60,7 @@ class SegmentSettings:
         InputError: a window, overlap, post-processing, precision or rounding that does not exist.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"window": COUNT}
+    ranges: ClassVar[Mapping[str, Range]] = {"window": COUNT, "overlap": SHARE}
 
     tta: bool = False
     overlap: float | None = None
@@ -74,7 +74,6 @@ class SegmentSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_windows(self.overlap)
         check_names(self.postprocess or ())
 
     def over(self, evaluation: EvaluationSettings) -> EvaluationSettings:

@@ -12,6 +12,7 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pmixseg.describe import SHARE
 from pmixseg.errors import InputError
 from pmixseg.execution import static_on
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -51,22 +52,6 @@ class Predictor(Protocol):
 
     def decode(self, latents: Latents) -> SegOutput:
         """Segment from the slots that ``latents.usable`` shows."""
-
-
-def check_windows(
-    overlap: float | None, batch_size: int | str = 1, blend: str = "gaussian"
-) -> None:
-    """Refuse windows that no network could work with; ``None`` is decided later.
-
-    Raises:
-        InputError: an overlap, batch size or blending that does not exist.
-    """
-    if overlap is not None and not 0 <= overlap < 1:
-        raise InputError(f"overlap is {overlap}; give a share of at least 0 and below 1.")
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-        raise InputError(f"batch_size is {batch_size}; give at least 1 window, or auto.")
-    if blend not in get_args(Blend):
-        raise InputError(f"blend '{blend}' is unknown; use {' or '.join(get_args(Blend))}.")
 
 
 def iterate_combinations(
@@ -119,7 +104,12 @@ def iterate_combinations(
         ValueError: the predictor is in training mode.
     """
     _check(predictor, image, present, patch)
-    check_windows(overlap, batch_size, blend)
+    if overlap not in SHARE:
+        raise InputError(f"overlap is {overlap}; give {SHARE}.")
+    if batch_size != "auto" and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1 window, or auto.")
+    if blend not in get_args(Blend):
+        raise InputError(f"blend '{blend}' is unknown; use {' or '.join(get_args(Blend))}.")
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk is {chunk}; give at least 1 combination.")
     # Windows over the padded volume, and how much each voxel is covered in all.

@@ -273,7 +273,7 @@ WRONG = {
     "overlap": [(1.0, "overlap is 1.0"), (-1.0, "overlap is -1.0"), (np.nan, "overlap is nan")],
     "blend": [("gausian", "blend is 'gausian'; give gaussian or uniform")],
     "batch_size": [
-        *((n, "at least 1 window, or auto") for n in (0, -3)),
+        *((n, "give 1 or more") for n in (0, -3)),
         *((n, "give a whole number or auto") for n in (2.5, np.inf, np.nan, "many")),
     ],
     "postprocess": [(("nope",), "'nope' is unknown"), ("fill_holes", "give a list")],
