@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch.multiprocessing
 from lightning.pytorch.strategies import DDPStrategy
+
+from pmixseg.errors import InputError
 
 multiprocessing.set_forkserver_preload(
     ["lightning.pytorch", "pmixseg.callbacks", "pmixseg.modules", "pmixseg.data.datamodule"]
@@ -42,6 +45,25 @@ class Copy:
         with self._said as said:
             said.seek(0)
             return code, said.read()
+
+
+def said_of_a_full_disk(write: Callable[[], Any]) -> str:
+    """What ``write`` says where the system lets no file have more than 100 kB: its own error."""
+    import resource
+
+    def limited() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            write()
+        except InputError as error:
+            print(error)  # noqa: T201  # read from the copy
+            return 7
+        return 0
+
+    code, said = Copy(limited).join()
+    assert code == 7, said
+    return said
 
 
 def run_two(function: Callable[..., Any], *args: Any) -> None:

@@ -1,8 +1,6 @@
 """A run: its log goes on, its checkpoints are whole, a disk fills up, Lightning keeps quiet."""
 
 import logging
-import multiprocessing
-import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -22,6 +20,7 @@ from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import write_checkpoint
 from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer
+from tests.processes import said_of_a_full_disk
 
 
 def train(folder, width=2, resume=None, logger=None, **arguments):
@@ -144,21 +143,9 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, monkeypa
 
 def test_a_limit_of_the_system_is_told_with_the_file(tmp_path, capfd):
     """PyTorch's writer has errors of its own; these are real ones."""
-    import resource
-    import signal
-
-    def limited():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            write_checkpoint({"a": torch.zeros(1_000_000)}, tmp_path / "a.ckpt")
-        except InputError as error:
-            os._exit(7 if "a.ckpt cannot be written (File too large)" in str(error) else 8)
-
-    process = multiprocessing.get_context("fork").Process(target=limited)
-    process.start()
-    process.join()
-    assert process.exitcode == 7
+    weights = {"a": torch.zeros(1_000_000)}
+    said = said_of_a_full_disk(lambda: write_checkpoint(weights, tmp_path / "a.ckpt"))
+    assert "a.ckpt cannot be written (File too large)" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ from pmixseg.losses.distillation import SelfDistillation, SubsetMatch
 from pmixseg.losses.term import Term
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore
+from pmixseg.task import BRATS, Task
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 
@@ -140,22 +141,20 @@ def test_frozen_teacher_is_in_no_checkpoint_stays_in_eval_and_unchanged(tmp_path
         torch.testing.assert_close(value, teacher.state_dict()[name], rtol=0, atol=0)
 
 
-def test_teacher_of_another_task_is_refused(tmp_path, teacher_path):
-    from pmixseg.task import Task
-
-    other = Task("two", ("ct", "pet"), ("lesion",), {"L": ("lesion",)})
-    module = StudentModule(task=other)
-    with pytest.raises(InputError, match="trained for the task 'brats'"):
-        Distillation(teacher_path, weight=1.0).build_term(module)
-
-
-def test_teacher_with_other_classes_is_refused(tmp_path, teacher_path):
-    from pmixseg.task import BRATS, Task
-
-    merged = Task("brats", BRATS.modalities, ("tumour",), {"WT": ("tumour",)})
-    module = StudentModule(task=merged)
-    with pytest.raises(InputError, match=r"labels \['NCR', 'ED', 'ET'\].*\['tumour'\]"):
-        Distillation(teacher_path, weight=1.0).build_term(module)
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        (Task("two", ("ct", "pet"), ("lesion",), {"L": ("lesion",)}), "for the task 'brats'"),
+        (
+            Task("brats", BRATS.modalities, ("tumour",), {"WT": ("tumour",)}),
+            r"labels \['NCR', 'ED', 'ET'\].*\['tumour'\]",
+        ),
+    ],
+    ids=["another task", "other classes"],
+)
+def test_teacher_of_another_task_is_refused(teacher_path, task, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Distillation(teacher_path, weight=1.0).build_term(StudentModule(task=task))
 
 
 def test_teacher_at_another_spacing_is_refused(tmp_path, teacher_path):

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pmixseg.cli import main
+from pmixseg.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,20 @@ def run(call: Callable[[], int]) -> Answer:
         except BaseException:
             return Answer(None, said.getvalue(), traceback.format_exc())
     return Answer(code, said.getvalue())
+
+
+def asked(ask: Callable[[], object]) -> Answer:
+    """Ask the library, with an exit code as the command line gives it."""
+
+    def call() -> int:
+        try:
+            ask()
+        except InputError as error:
+            print(error)  # noqa: T201  # as the command does
+            return 1
+        return 0
+
+    return run(call)
 
 
 def command(*args: object) -> Answer:

@@ -17,7 +17,16 @@ from pmixseg.data.splits import SplitJson
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
-from tests.campaign.judging import Answer, Generator, Tally, campaign, damage_text, flip_bits, run
+from tests.campaign.judging import (
+    Answer,
+    Generator,
+    Tally,
+    asked,
+    campaign,
+    damage_text,
+    flip_bits,
+    run,
+)
 
 SEEDS = 250
 NAME = "BraTS2021_00001"
@@ -131,15 +140,7 @@ class Texts(Generator):
         return repr(made[:200])
 
     def use(self, folder):
-        def call() -> int:
-            try:
-                self.ask(folder / f"input{self.suffix}")
-            except InputError as error:
-                print(error)  # noqa: T201  # as the command does
-                return 1
-            return 0
-
-        return run(call)
+        return asked(lambda: self.ask(folder / f"input{self.suffix}"))
 
     def is_right(self, folder):
         return True  # what could be read says what it says; numbers have no checksum

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import pmixseg
-from pmixseg.errors import InputError
 from pmixseg.evaluation.comparison.compare import compare
 from pmixseg.evaluation.gap.changes import read_gap_changes
 from pmixseg.evaluation.records.curves import read_curves
@@ -19,11 +18,11 @@ from pmixseg.evaluation.report.summary import region_summaries
 from tests.campaign.judging import (
     Generator,
     Tally,
+    asked,
     campaign,
     command,
     damage_text,
     flip_bits,
-    run,
 )
 from tests.campaign.test_command_inputs import SMALL
 from tests.campaign.test_data_inputs import SEEDS, check
@@ -32,20 +31,6 @@ from tests.inference.tiny_models import Glance, save, tiny_student
 
 FEW = 10
 """Seeds in the default suite."""
-
-
-def asked(ask):
-    """An exit code as the command line gives it."""
-
-    def call():
-        try:
-            ask()
-        except InputError as error:
-            print(error)  # noqa: T201  # as the command does
-            return 1
-        return 0
-
-    return run(call)
 
 
 class Results(Generator):

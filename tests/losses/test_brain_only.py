@@ -71,22 +71,25 @@ def test_a_sample_without_brain_contributes_nothing(name):
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize("name", DISTANCES)
-def test_hidden_latents_get_no_gradient_through_a_denominator(name):
+def leaf_of(name):
+    """Latents of which some are hidden, with the gradient of a distance; and which are shown."""
     features, brain = scene(0.6)
     shown = flags([1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1])
     leaf = features.clone().requires_grad_()
     loss_of(name, leaf, brain, present=shown).backward()
+    return leaf, shown
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_hidden_latents_get_no_gradient_through_a_denominator(name):
+    leaf, shown = leaf_of(name)
     assert (leaf.grad[~shown] == 0).all()
     assert (leaf.grad[shown] != 0).any()
 
 
 @pytest.mark.parametrize("name", ["nmse", "smooth_l1", "cosine", "whitened"])
 def test_no_gradient_points_along_the_scale_of_the_shown(name):
-    features, brain = scene(0.6)
-    shown = flags([1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1])
-    leaf = features.clone().requires_grad_()
-    loss_of(name, leaf, brain, present=shown).backward()
+    leaf, shown = leaf_of(name)
     along = (leaf.grad * leaf)[shown].sum().abs()
     bound = (leaf.grad * leaf)[shown].abs().sum()
     assert along < 1e-4 * bound  # what ε and the shift leave

@@ -96,17 +96,28 @@ def one_level(values):
     return torch.tensor(values, dtype=torch.float64).reshape(1, len(values), 1, 2, 1, 1)
 
 
-def test_latent_match_by_hand():
-    two = network(("a", "b"), (1,), (1,), 2)
-    logits = torch.zeros(1, 2, 2, 1, 1)
-    label = torch.zeros(1, 2, 1, 1, dtype=torch.int64)
-    teacher = output(logits, [one_level([[0.0, 4.0], [2.0, 6.0]])], ("a", "b"))
-    student = output(logits, [one_level([[1.0, 6.0], [3.0, 9.0]])], ("a", "b"))
+TWO = network(("a", "b"), (1,), (1,), 2)
+LOGITS = torch.zeros(1, 2, 2, 1, 1)
+LABEL = torch.zeros(1, 2, 1, 1, dtype=torch.int64)
 
+
+def of_two(a, b, shown=None):
+    """The output of a network that made these latents of its two modalities."""
+    return output(LOGITS, [one_level([a, b])], ("a", "b"), shown)
+
+
+TAUGHT, LEARNT = of_two([0.0, 4.0], [2.0, 6.0]), of_two([1.0, 6.0], [3.0, 9.0])
+
+
+def matched(term, student, teacher, present, **bound):
+    """What a term says of two networks that show these modalities."""
+    term.bind(TWO, TWO, **bound)
+    return term(student, teacher, batch_of(LABEL, flags(present))).item()
+
+
+def test_latent_match_by_hand():
     def value(present, **options):
-        term = LatentMatch(epsilon=0.0, **options)
-        term.bind(two, two)
-        return term(student, teacher, batch_of(label, flags(present))).item()
+        return matched(LatentMatch(epsilon=0.0, **options), LEARNT, TAUGHT, present)
 
     # P = (1, 5). a: (0 + 1)/2, b: (4 + 16)/2. The variance of the latents 0 4 2 6 is 5.
     assert value([1, 1]) == pytest.approx((0.5 + 10) / 2 / 5)
@@ -120,22 +131,16 @@ def test_latent_match_by_hand():
 
 def test_the_scale_is_the_same_for_an_aligned_and_an_unaligned_teacher():
     """The same error against the mean weighs the same, however far apart the latents are."""
-    two = network(("a", "b"), (1,), (1,), 2)
-    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
-    student = output(logits, [one_level([[1.0, 5.0], [1.0, 5.0]])], ("a", "b"))
-    values = []
+    student = of_two([1.0, 5.0], [1.0, 5.0])
     # The mean is (0, 4) both times; the variance of the latents is 4 and 4 + 9.
-    for rows in ([[0.0, 4.0], [0.0, 4.0]], [[-3.0, 1.0], [3.0, 7.0]]):
-        term = LatentMatch(epsilon=0.0)
-        term.bind(two, two)
-        teacher = output(logits, [one_level(rows)], ("a", "b"))
-        values.append(term(student, teacher, batch_of(label, flags([1, 1]))).item())
+    teachers = of_two([0.0, 4.0], [0.0, 4.0]), of_two([-3.0, 1.0], [3.0, 7.0])
+    values = [matched(LatentMatch(epsilon=0.0), student, teacher, [1, 1]) for teacher in teachers]
     assert values == pytest.approx([1 / 4, 1 / 13])
 
 
 def test_latent_match_divides_by_the_mean_of_the_channels_variances():
     two = network(("a",), (2,), (1,), 2)
-    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    logits, label = LOGITS, LABEL
     t = torch.tensor([[0.0, 4.0], [1.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # variances 4 and 0
     term = LatentMatch(epsilon=0.0)
     term.bind(two, two)
@@ -144,24 +149,13 @@ def test_latent_match_divides_by_the_mean_of_the_channels_variances():
 
 
 def test_same_leaves_out_what_the_teacher_was_not_shown():
-    two = network(("a", "b"), (1,), (1,), 2)
-    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
-    taught = one_level([[0.0, 4.0], [math.nan, math.nan]])
-    teacher = output(logits, [taught], ("a", "b"), flags([1, 0]))
-    student = output(logits, [one_level([[1.0, 6.0], [3.0, 9.0]])], ("a", "b"))
-    term = LatentMatch(target="same", epsilon=0.0)
-    term.bind(two, two)
+    teacher = of_two([0.0, 4.0], [math.nan, math.nan], flags([1, 0]))
     # a alone: (1 + 4)/2 over its variance 4.
-    actual = term(student, teacher, batch_of(label, flags([1, 1]))).item()
+    actual = matched(LatentMatch(target="same", epsilon=0.0), LEARNT, teacher, [1, 1])
     assert actual == pytest.approx(2.5 / 4)
 
 
 def test_latent_match_uses_the_teachers_anchor_if_it_has_features():
-    two = network(("a", "b"), (1,), (1,), 2)
-    logits = torch.zeros(1, 2, 2, 1, 1)
-    label = torch.zeros(1, 2, 1, 1, dtype=torch.int64)
-    teacher = output(logits, [one_level([[0.0, 4.0], [2.0, 6.0]])], ("a", "b"))
-    student = output(logits, [one_level([[1.0, 6.0], [3.0, 9.0]])], ("a", "b"))
     values = {}
     for name, anchor in {
         "first": MixtureAnchor([1, 0]),
@@ -171,8 +165,7 @@ def test_latent_match_uses_the_teachers_anchor_if_it_has_features():
         if anchor is not None:
             anchor.bind(("a", "b"), 1)
         term = LatentMatch(epsilon=0.0)
-        term.bind(two, two, anchor=anchor)
-        values[name] = term(student, teacher, batch_of(label, flags([1, 1]))).item()
+        values[name] = matched(term, LEARNT, TAUGHT, [1, 1], anchor=anchor)
         assert not [n for n, _ in term.named_modules() if "anchor" in n]  # the teacher's own
     # P = (0, 4): a: (1 + 4)/2, b: (9 + 25)/2, Var 5.
     assert values["first"] == pytest.approx((2.5 + 17) / 2 / 5)
@@ -200,7 +193,7 @@ def test_subset_match_by_hand():
 
 def test_gram_match_by_hand():
     one = network(("a",), (2,), (1,), 2)
-    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    logits, label = LOGITS, LABEL
     f = torch.tensor([[1.0, 1.0], [0.0, 2.0]]).reshape(1, 1, 2, 2, 1, 1)  # channels x voxels
     t = torch.tensor([[2.0, 0.0], [0.0, 0.0]]).reshape(1, 1, 2, 2, 1, 1)
     term = GramMatch()
@@ -217,7 +210,7 @@ def test_gram_match_by_hand():
 
 def test_variational_match_by_hand():
     one = network(("a",), (1,), (1,), 2)
-    logits, label = torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    logits, label = LOGITS, LABEL
     student = output(logits, [one_level([[1.0, 2.0]])], ("a",))
     teacher = output(logits, [one_level([[3.0, 3.0]])], ("a",))
     term = VariationalMatch()

@@ -21,6 +21,7 @@ from pmixseg.data.store.arrays import copy_box
 from pmixseg.data.store.store import Store, StoredCase, prepare
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task
+from tests.processes import said_of_a_full_disk
 
 
 @pytest.fixture
@@ -284,23 +285,8 @@ def test_interrupted_or_full_leaves_no_half_case(cohort, out, monkeypatch, at, s
 
 def test_a_really_full_disk(cohort, tmp_path):
     """A file size limit gives the operating system's own error, not a mocked one."""
-    import resource
-    import signal
-
-    def limited(cases, out):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            quietly(cases, out)
-        except InputError as error:
-            os._exit(7 if "the store cannot be written" in str(error) else 8)
-
-    process = multiprocessing.get_context("fork").Process(
-        target=limited, args=(cohort, tmp_path / "s")
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == 7
+    said = said_of_a_full_disk(lambda: quietly(cohort, tmp_path / "s"))
+    assert "the store cannot be written" in said
     assert not list((tmp_path / "s" / "cases").iterdir())
 
 
