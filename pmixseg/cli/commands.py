@@ -184,7 +184,7 @@ def _prepare(subparsers: Any) -> None:
             workers=args.workers,
             prune=args.prune,
             force=args.force,
-            share=share_of(args.part),
+            share=Share.parse(args.part),
             normalisation=args.normalisation,
         )
         report.cohort = cohort.remarks
@@ -255,21 +255,12 @@ def _cohort_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def part_flag(parser: Any) -> None:
-    """Add ``--part``, which :func:`share_of` reads."""
+    """Add ``--part``, which :meth:`~pmixseg.data.cohorts.shares.Share.parse` reads."""
     parser.add_argument(
         "--part",
         metavar="I/N",
         help="do only the I-th of N parts of the cohort; jobs for all parts may run at once",
     )
-
-
-def share_of(text: str | None) -> Share | None:
-    """Read the value of ``--part``.
-
-    Raises:
-        InputError: there is no such part.
-    """
-    return None if text is None else Share.parse(text)
 
 
 def label_names(pairs: list[str] | None) -> dict[str, str | int | list[str | int]] | None:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pmixseg.cli.commands import bar, command, console, part_flag, read_task, share_of
+from pmixseg.cli.commands import bar, command, console, part_flag, read_task
+from pmixseg.data.cohorts.shares import Share
 from pmixseg.files import not_within
 from pmixseg.plurals import count_of
 
@@ -28,7 +29,7 @@ def add_to(subparsers: Any) -> None:
         from pmixseg.preprocess.cohort import preprocess_cohort
 
         not_within(args.out, args.root)
-        share = share_of(args.part)
+        share = Share.parse(args.part)
         task = read_task(args.task)
         cases = find_cases(args.root, task, layout=args.layout)
         if share is not None:

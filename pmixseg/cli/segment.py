@@ -14,9 +14,10 @@ from rich.table import Table
 
 from pmixseg.cli import preprocess
 from pmixseg.cli.arguments import numbers_of, parted
-from pmixseg.cli.commands import bar, console, device_of, part_flag, share_of
+from pmixseg.cli.commands import bar, console, device_of, part_flag
 from pmixseg.cli.mistakes import Parser
 from pmixseg.cli.weights import MODEL
+from pmixseg.data.cohorts.shares import Share
 from pmixseg.errors import InputError
 from pmixseg.interrupt import raise_on_interrupt
 from pmixseg.plurals import count_of
@@ -171,7 +172,7 @@ def segmented(
         png=options.png,
         plain=options.nnunet,
     )
-    share = share_of(options.part)
+    share = Share.parse(options.part)
     folder = source if source is not None and source.is_dir() else None
     study = folder if folder and holds_dicom(folder, options, module.task) else None
     if share is not None and (options.raw or study or folder is None):

@@ -45,12 +45,14 @@ class Share:
         return f"{self.number}/{self.total}"
 
     @classmethod
-    def parse(cls, text: str) -> Share:
-        """Read ``2/8``, the second of eight.
+    def parse(cls, text: str | None) -> Share | None:
+        """Read ``2/8``, the second of eight; ``None`` where nothing is given.
 
         Raises:
             InputError: not of this form, or there is no such share.
         """
+        if text is None:
+            return None
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
         if match is None:
             raise InputError(f"part '{text}' is not of the form 2/8, the second of eight parts.")

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pmixseg.evaluation.records.curves import read_log
-
-MEASURES = ("ratio", "whitened", "rank_within", "decodability")
-"""What the report's table shows, in this order."""
+from pmixseg.evaluation.records.curves import GAP_DRAWN, read_log
 
 _COLUMN = re.compile(r"gap/level(\d+)/(\w+)")
 
@@ -56,7 +53,7 @@ def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
         rows = table.dropna(subset=list(here.values()), how="all")
         if rows.empty:
             continue
-        shown = [m for m in MEASURES if m in here]
+        shown = [m for m in GAP_DRAWN if m in here]
         kept = _of_best(table, rows) if best else rows.iloc[-1]
         changes.append(
             GapChange(

@@ -15,7 +15,7 @@ DRAWN = ("train", "val", "gap", "align", "anchor")
 
 
 GAP_DRAWN = ("ratio", "whitened", "rank_within", "decodability")
-"""Measures of the gap that are drawn, a chart each with a curve per level."""
+"""Measures of the gap that a report shows, in this order; each has a chart, a curve per level."""
 
 
 @dataclass(frozen=True)
