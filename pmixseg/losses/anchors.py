@@ -14,14 +14,14 @@ single-modality and mixture anchors; Dorent et al., U-HVED (MICCAI 2019) for the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pmixseg.describe import Described
+from pmixseg.describe import NOT_NEGATIVE, Described, Range
 from pmixseg.errors import InputError
 from pmixseg.types import Features, Presence
 
@@ -246,6 +246,7 @@ class MixtureAnchor(WeightedAnchor):
     """
 
     fixed: Tensor
+    ranges: ClassVar[Mapping[str, Range]] = {"weights": NOT_NEGATIVE}
 
     def __init__(
         self,
@@ -253,16 +254,8 @@ class MixtureAnchor(WeightedAnchor):
         shared: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(weights, str):
-            valid = weights in ("learned", "uniform")
-        else:
-            numbers = torch.tensor([float(w) for w in weights])
-            valid = bool(numbers.isfinite().all() and (numbers >= 0).all() and numbers.sum() > 0)
-        if not valid:
-            raise InputError(
-                f"MixtureAnchor: weights {weights!r} are neither 'learned', nor 'uniform', nor "
-                "numbers that are 0 or more with one above 0; give one of these."
-            )
+        if not isinstance(weights, str) and not any(weights):
+            raise InputError(f"MixtureAnchor: weights is {weights}; give one number above 0.")
         self.kind = weights
         self.shared = shared
 
