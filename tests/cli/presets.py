@@ -38,6 +38,14 @@ def fit(store, run, *files_and_flags):
     )
 
 
+def score(store, run, *flags):
+    """``pmixseg test`` of a run on the whole cohort of a store, seen or not; the exit code."""
+    checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"
+    whole = ["--data.split=pmixseg.data.splits.WholeCohort", "--force"]
+    quiet = "--trainer.enable_progress_bar=false"
+    return main(["test", checkpoint, f"--data.store={store}", *whole, quiet, *flags])
+
+
 def metrics(run):
     """Last value of every column of ``metrics.csv``."""
     table = pd.read_csv(Path(run) / "metrics.csv")

@@ -15,7 +15,7 @@ from pmixseg.data.missing import FixedList, UniformCombinations
 from pmixseg.data.store.store import Store
 from pmixseg.modules import StudentModule, load
 from pmixseg.task import BRATS
-from tests.cli.presets import EXPERIMENTS, SMALL_UNET, fit, last_of_each
+from tests.cli.presets import EXPERIMENTS, SMALL_UNET, fit, last_of_each, score
 
 README = (EXPERIMENTS / "missingness" / "README.md").read_text()
 ROWS = [shlex.split(row) for row in re.findall(r"^\| `(.+?)` \| (?:sampler|mask) \|", README, re.M)]
@@ -84,17 +84,8 @@ def test_masks_that_stay_with_a_case_in_training_and_at_test(
     assert any(not all(acquired) for _, acquired, _ in seen)
     for _, acquired, present in seen:
         assert not any(p and not a for p, a in zip(present, acquired, strict=True))
-    test = [
-        "test",
-        f"--ckpt_path={tmp_path}/run/checkpoints/last.ckpt",
-        f"--data.store={phantom_store}",
-        "--data.split=pmixseg.data.splits.WholeCohort",
-        "--force",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.limit_test_batches=3",
-        *flags,
-    ]
-    assert main(test) == 0
+    few = "--trainer.limit_test_batches=3"
+    assert score(phantom_store, tmp_path / "run", few, *flags) == 0
     records = pd.read_csv(tmp_path / "run" / "records.csv")
     per_case = records.groupby("case")["combination"].nunique()
     assert (per_case < 15).any()
@@ -128,14 +119,7 @@ def test_a_case_without_a_file_is_never_imputed(seen, phantom_root, tmp_path):
         assert acquired == [True, case != name, True, True]
         assert acquired[1] or not present[1]
     assert name in {case for case, _, _ in seen}
-    test = [
-        "test",
-        f"--ckpt_path={run}/checkpoints/last.ckpt",
-        f"--data.store={store}",
-        split,
-        "--force",
-    ]
-    assert main([*test, "--trainer.enable_progress_bar=false"]) == 0
+    assert score(store, run) == 0
     table = pd.read_csv(run / "records.csv").groupby("case")["combination"].unique()
     assert not [c for c in table[name] if "t1ce" in c.split("+")]
     assert len(table[name]) == 7
@@ -152,17 +136,8 @@ def test_protocols_beside_the_full_table_at_test(phantom_store, tmp_path):
     flags = ["--data.split=pmixseg.data.splits.WholeCohort", "--data.split.part=train"]
     assert fit(phantom_store, tmp_path, *STUDENT, *flags) == 0
     path = EXPERIMENTS / "missingness" / "test-protocols.yaml"
-    test = [
-        "test",
-        f"--config={path}",
-        f"--ckpt_path={tmp_path}/checkpoints/last.ckpt",
-        f"--data.store={phantom_store}",
-        "--data.split=pmixseg.data.splits.WholeCohort",
-        "--force",
-        "--trainer.limit_test_batches=2",
-        "--trainer.enable_progress_bar=false",
-    ]
-    assert main(test) == 0
+    config, few = f"--config={path}", "--trainer.limit_test_batches="
+    assert score(phantom_store, tmp_path, config, f"{few}2") == 0
     scores = pd.read_csv(tmp_path / "protocols.csv").set_index(["protocol", "region"])
     raw = yaml.safe_load(path.read_text())["trainer"]["callbacks+"][0]
     assert set(scores.index.get_level_values(0)) == set(raw["init_args"]["protocols"])
@@ -178,7 +153,7 @@ def test_protocols_beside_the_full_table_at_test(phantom_store, tmp_path):
     (tmp_path / "protocols.csv").mkdir()
     (tmp_path / "records.csv").unlink()
     with pytest.warns(UserWarning, match=r"protocols\.csv cannot be written \(Is a directory\)"):
-        assert main(last_of_each([*test, "--trainer.limit_test_batches=1"])) == 0
+        assert score(phantom_store, tmp_path, config, f"{few}1") == 0
     assert (tmp_path / "records.csv").is_file()
     assert not list(tmp_path.glob(".*.csv"))
 
