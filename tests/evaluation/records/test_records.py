@@ -273,19 +273,23 @@ def test_a_damaged_table_is_named(tmp_path, name, content, words):
         ("{", "cannot be read as JSON"),
         ("[]", "no JSON object"),
         ('{"format": 99}', "format 99 is not known"),
-        ('{"format": 1}', "the task cannot be read"),
-        ('{"format": 1, "git": 3, "conventions": [1]}', "conventions, git cannot be read"),
-        ('{"format": 1, "conventions": {"a": []}}', r"conventions\.\* cannot be read"),
-        ('{"format": 1, "checkpoint": {"sha256": 3}, "git": {"commit": 1}}', "256, git.commit can"),
-        ('{"format": 1, "config": {"evaluation": 3}}', r"config\.evaluation cannot be read"),
+        ('{"format": 1}', r"records\.json cannot be read \(a task is a mapping"),
+        ({"config": 3}, r"\(Sidecar: config is 3; give a mapping\); restore the file"),
+        ({"git": 3}, "git is 3; give a mapping or null"),
+        ({"conventions": [1]}, r"conventions is \[1\]; give a mapping"),
+        ({"conventions": {"a": []}}, r"conventions holds \[\]; give a text or a number or null"),
+        ({"checkpoint": {"sha256": 3}, "git": {"commit": 1}}, r"256, git\.commit cannot be read"),
+        ({"config": {"evaluation": 3}}, r"config\.evaluation cannot be read"),
         (
-            '{"format": 1, "config": {"evaluation": {"temperatures": {"1": "x"}}}}',
+            {"config": {"evaluation": {"temperatures": {"1": "x"}}}},
             r"config\.evaluation\.temperatures\.\* cannot be read",
         ),
     ],
 )
 def test_a_damaged_sidecar_is_named(tmp_path, content, words):
     made(row()).write(tmp_path)
+    if isinstance(content, dict):
+        content = json.dumps({"format": 1, "task": BRATS.to_dict(), **content})
     (tmp_path / "records.json").write_text(content)
     with pytest.raises(InputError, match=words):
         Records.read(tmp_path)
