@@ -164,15 +164,15 @@ class Preparation:
             InputError: neither the settings nor a training gave one, or the backbone's largest
                 stride does not divide it.
         """
-        size = tuple(settings.window or self.patch or ())
-        if len(size) != 3:
+        size = settings.window or self.patch
+        if size is None:
             raise InputError("no window size is known; give evaluation.window, three voxel counts.")
         if any(s % strides[-1] for s in size):
             raise InputError(
                 f"the window {size} must be divisible by the backbone's largest stride, "
                 f"{strides[-1]}; change evaluation.window or data.patch_size."
             )
-        return size[0], size[1], size[2]
+        return size
 
     def target_spacing(self) -> tuple[float, float, float] | None:
         """Voxel size in mm that a new scan is brought to; ``None`` keeps the scan's own.
