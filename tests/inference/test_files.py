@@ -271,7 +271,7 @@ def test_command_says_what_is_wrong(checkpoint, cases, tmp_path, capsys):
         ([str(checkpoint), str(tmp_path), "--name=x", *out], "is a folder without --raw; leave it"),
         ([str(checkpoint), scan, "--atlas=m.nii", *out], "is a 4-D file without --raw; leave it"),
         ([str(checkpoint), "--t3", scan, *out], "'--t3' is neither an option nor a scan"),
-        ([str(checkpoint), "--t1", scan, "--overlap", "1", *out], "at least 0 and below 1"),
+        ([str(checkpoint), "--t1", scan, "--overlap", "1", *out], "give 0 or more, below 1"),
         ([str(checkpoint), "--t1", scan, "--postprocess", "fill_holes,polish", *out], "'polish'"),
         ([str(tmp_path / "none.ckpt"), "--t1", scan, *out], "does not exist"),
         (["--t1", scan, str(checkpoint), *out], "the checkpoint comes first"),
