@@ -154,7 +154,7 @@ class PatchDataset(Dataset[Sample]):
 
 
 class CaseDataset(Dataset[CaseItem]):
-    """Read whole cases, for evaluation.
+    """Read whole cases, for evaluation; what is read first is proved by its checksums.
 
     Args:
         store: prepared cohort.
@@ -172,12 +172,16 @@ class CaseDataset(Dataset[CaseItem]):
     ) -> None:
         self.store, self.cases, self.seed = store, tuple(cases), seed
         self.allowed = dict(allowed or {})
+        self._proved: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(self, index: int) -> CaseItem:
         stored = self.store.read(self.cases[index])
+        if stored.case_id not in self._proved:  # once: it takes as long as reading them
+            stored.prove()
+            self._proved.add(stored.case_id)
         acquired = self.allowed.get(stored.case_id, stored.acquired)
         volumes = stored.image
         image = torch.zeros(volumes.shape)

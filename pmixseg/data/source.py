@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pmixseg.data.cohorts.layouts import LabelNames, find_cases, search
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
@@ -78,6 +79,13 @@ class CohortSource:
             InputError: there is no store, or no case under ``root``.
         """
         if self.root is None:
+            if unlisted := self.store.unlisted:
+                they = count_of(len(unlisted), "case of the store is", "cases of the store are")
+                rank_zero_warn(
+                    f"{they} damaged, incomplete or prepared with other parameters, and left out "
+                    f"({listed(unlisted)}), so a split may be another one than before; run "
+                    f"`pmixseg prepare ROOT {self.path}` again."
+                )
             return self.store.cases
         cohort = find_cases(self.root, self.task, self.layout, self.labels)
         ids = {case.case_id for case in cohort}

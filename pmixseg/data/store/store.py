@@ -37,6 +37,9 @@ class Store:
         cases: names of the prepared cases, sorted.
     """
 
+    unlisted: tuple[str, ...] = ()
+    """Folders of cases that cannot be used; see :meth:`open`."""
+
     def __init__(self, root: Path, description: Mapping[str, Any], cases: tuple[str, ...]) -> None:
         self.root, self._description = root, description
         self.task = Task.from_dict(description["task"])
@@ -53,7 +56,8 @@ class Store:
     def open(cls, root: Path | str) -> Store:
         """Open a store and list its cases.
 
-        Cases prepared with parameters other than the store's present ones are not listed.
+        Cases that are incomplete, damaged or prepared with parameters other than the store's
+        present ones are not listed, but named in ``unlisted``.
 
         Raises:
             InputError: there is no store, or one of another format version.
@@ -77,7 +81,9 @@ class Store:
         metas = {f.name: read_meta(f) for f in folders}
         parameters = description["parameters"]
         names = tuple(n for n, m in metas.items() if m and m["parameters"] == parameters)
-        return cls(root, description, names)
+        store = cls(root, description, names)
+        store.unlisted = tuple(name for name in metas if name not in names)
+        return store
 
     @checked
     def read(self, case_id: str) -> StoredCase:

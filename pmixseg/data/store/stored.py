@@ -152,6 +152,15 @@ class StoredCase:
         self.geometry.canonical_view(result)[box.slices] = part
         return result
 
+    def prove(self) -> None:
+        """Compare the arrays with the checksums of what was written.
+
+        Raises:
+            InputError: they differ, or a file is missing.
+        """
+        if not is_whole(self.folder, self.meta):
+            raise damaged(self.folder, "other arrays than were written")
+
     def __reduce__(self) -> tuple[Callable[[Path], StoredCase], tuple[Path]]:
         return StoredCase.open, (self.folder,)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from pmixseg.cli import main
 from pmixseg.data.datamodule import BraTSDataModule
+from pmixseg.data.patches import CaseDataset
 from pmixseg.data.store.arrays import open_maps
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.data.store.stored import read_meta, seal, unseal
@@ -58,6 +60,32 @@ def test_a_flipped_bit_in_a_voxel_is_not_up_to_date(store, case, name):
     flip(store / "cases" / case.case_id / name, -30)
     assert prepare([case], store, BRATS, progress=False).prepared == [case.case_id]
     assert prepare([case], store, BRATS, progress=False).kept == [case.case_id]
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy"])
+def test_a_whole_case_is_proved_before_it_is_scored(store, case, name):
+    """One bit of one voxel, or another case's array of the same size, changes a published score."""
+    dataset = CaseDataset(Store.open(store), [case.case_id])
+    assert dataset[0]["case_id"] == case.case_id
+    flip(store / "cases" / case.case_id / name, -30)
+    dataset[0]  # proved once, when it was read first
+    with pytest.raises(InputError, match=r"holds other arrays than were written; run `pmixseg"):
+        CaseDataset(Store.open(store), [case.case_id])[0]
+
+
+@pytest.mark.parametrize("damage", ["meta.json", "image.npy", "label.npy"])
+def test_a_case_that_cannot_be_used_is_told(make_case, tmp_path, damage):
+    cases = [make_case(f"case_{i}") for i in range(3)]
+    prepare(cases, tmp_path / "store", BRATS, progress=False)
+    data = BraTSDataModule(store=tmp_path / "store", patch_size=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(data.cases) == 3
+    path = tmp_path / "store" / "cases" / "case_1" / damage
+    path.write_bytes(path.read_bytes()[:-1])
+    data = BraTSDataModule(store=tmp_path / "store", patch_size=8)
+    with pytest.warns(UserWarning, match=r"1 case of the store is damaged, .* left out \(case_1\)"):
+        assert data.cases == ("case_0", "case_2")
 
 
 def test_an_edited_meta_json_is_no_case(store, case):
