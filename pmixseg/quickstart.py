@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,10 @@ def prepare_cohort(root: Path, store: Path) -> None:
 
 def printed(work: Callable[[Path, int, Arm], None], out: Path, seed: int, arm: Arm) -> str:
     """Do a piece of work in its own process, and return what it prints: lines of two would mix."""
-    silence_lightning()
-    keep_freed_memory()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the split is known by now
+    if parent_process() is not None:
+        silence_lightning()
+        keep_freed_memory()
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the split is told
     with redirect_stdout(io.StringIO()) as text:
         work(out, seed, arm)
     return text.getvalue()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ import pmixseg
 from pmixseg.cli import import_modules, main, print_anything
 from pmixseg.cli.arguments import option
 from pmixseg.cli.checkpoint_settings import (
-    differences,
     with_checkpoint_defaults,
     with_evaluation,
 )
+from pmixseg.describe import differences
 from pmixseg.errors import warn_in_one_line
 from pmixseg.interrupt import stopping_code
 from tests.cli.test_training import TINY
@@ -145,11 +146,12 @@ def test_differences_are_named_by_their_path():
     current = {"a": 1, "b": {"class_path": "X", "init_args": {"w": 4}}, "c": 2, "task": 2}
     weights = "model.b.init_args.w is 4, the checkpoint had 8"
     other = {**current, "b": {"class_path": "Y", "init_args": {"v": 1}}}
-    assert differences(stored, other) == ["model.b is Y, the checkpoint had X"]
+    told = partial(differences, where="model")
+    assert told(stored, other) == ["model.b is Y, the checkpoint had X"]
     # What the checkpoint does not state has its default, unless a flag names it.
-    assert differences(stored, current) == [weights]
+    assert told(stored, current) == [weights]
     named = ["test", "--model.init_args.c=2"]
-    assert differences(stored, current, named) == [weights, "model.c is 2, the checkpoint had None"]
+    assert told(stored, current, named) == [weights, "model.c is 2, the checkpoint had None"]
 
 
 def test_another_class_of_module_is_a_difference():
@@ -158,7 +160,7 @@ def test_another_class_of_module_is_a_difference():
         for name in ("StudentModule", "TeacherModule")
     )
     told = "model.class is TeacherModule, the checkpoint had StudentModule"
-    assert differences(student, teacher) == [told]
+    assert differences(student, teacher, where="model") == [told]
     assert differences(student, student) == []
 
 

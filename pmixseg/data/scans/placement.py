@@ -3,8 +3,7 @@
 Everything is done at about 4 mm, on intensities as bins of equal population: whatever the sequence,
 scans that lie on each other share information.
 
-Heuristics with thresholds that were chosen on real cases and damaged copies of them. They find
-gross mistakes and prove nothing: what passes may still be wrong.
+The thresholds were chosen on real cases and damaged copies of them: what passes may still be wrong.
 """
 
 from __future__ import annotations

@@ -349,11 +349,7 @@ def gather(rank, folder):
     place = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
     cases = [["a", "c", "e"], ["b", "d", "a"]][rank]  # the sampler repeats "a" on rank 1
-    rows = [
-        {"case": c, "combination": k, "region": "WT", "dice": 0.5, "rank": rank}
-        for c in cases
-        for k in ("flair", "t1")
-    ]
+    rows = [row(c, k, rank=rank) for c in cases for k in ("flair", "t1")]
     (folder / f"{rank}.json").write_text(json.dumps(gather_rows(rows)))
     dist.destroy_process_group()
 
@@ -372,8 +368,7 @@ def test_two_ranks_give_every_case_once(tmp_path):
 def write_often(name, path, barrier):
     barrier.wait(60)
     for i in range(12):
-        row = {"case": f"{name}{i}", "combination": "t1", "region": "WT", "dice": 0.5}
-        Records.from_rows([row], "r", Sidecar(BRATS)).write(path)
+        Records.from_rows([row(f"{name}{i}")], "r", Sidecar(BRATS)).write(path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="writing is locked on POSIX only")
