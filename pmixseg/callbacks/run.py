@@ -57,8 +57,8 @@ class RunLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the run."""
-        return self._run.name
+        """Nothing: a checkpoint without a folder of its own goes to ``<save_dir>/<name>``."""
+        return ""
 
     @property
     def version(self) -> str:

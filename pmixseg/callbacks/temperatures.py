@@ -110,7 +110,7 @@ class TemperatureFitting(Callback):
         ]
         if ends:
             yield (
-                f"with {' and '.join(ends)} shown the temperature is at an end of its range "
+                f"with {', '.join(ends)} shown the temperature is at an end of its range "
                 f"({least:g} to {most:g}), so it is no optimum: the model is not trained, or the "
                 "validation cases are too few."
             )
@@ -121,7 +121,7 @@ class TemperatureFitting(Callback):
         ]
         if worse:
             yield (
-                f"with {' and '.join(worse)} shown the calibration error (ECE) rises although "
+                f"with {', '.join(worse)} shown the calibration error (ECE) rises although "
                 "cross-entropy falls: one temperature for all voxels softens sure background too. "
                 "Compare the records of both checkpoints before using this one."
             )

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pmixseg.backbones import MultiEncoderUNet
@@ -54,6 +55,20 @@ def test_what_is_no_log_is_written_anew(tmp_path, content):
         logger.log_metrics({"train/loss": 1.0}, step=3)
     logger.finalize("success")
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [3]
+
+
+def test_a_checkpoint_without_a_folder_lies_beside_the_others(tmp_path):
+    trainer = quiet_trainer(
+        tmp_path,
+        callbacks=[ModelCheckpoint(save_last=True)],
+        logger=RunLogger(tmp_path),
+        enable_checkpointing=True,
+        limit_train_batches=1,
+        limit_val_batches=0,
+    )
+    backbone = MultiEncoderUNet(BRATS.modalities, 4, width=2, levels=2)
+    trainer.fit(StudentModule(backbone=backbone), MemoryData())
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
 
 
 OLD = "epoch,step,gap/ratio\n-1,0,0.5\n0,0,0.4\n7,70,0.3\n"

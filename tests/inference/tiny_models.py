@@ -18,6 +18,7 @@ class Glance(Backbone):
 
     def __init__(self, modalities=BRATS.modalities, num_classes=4, width=3):
         super().__init__(modalities, num_classes, [width], [4])
+        torch.manual_seed(5)  # the same weights, whatever was drawn before
         self.strided = nn.ModuleList(nn.Conv3d(1, width, 5, 4, padding=2) for _ in modalities)
         self.norm = nn.InstanceNorm3d(width, affine=True)
         self.head = nn.Conv3d(width, num_classes, 1)
