@@ -78,7 +78,9 @@ def on_one_grid(
             if place.oriented != places[chosen].oriented:
                 raise  # where it lies is not known, so it cannot be resampled
             if strict:
-                raise InputError(f"{error} Without strict (--strict) it would be resampled.") from error
+                raise InputError(
+                    f"{error} Without strict (--strict) it would be resampled."
+                ) from error
             common.images[name] = _resampled(reader, images[name], name, grids[chosen], chosen)
             common.notes.append(f"{name} was resampled from its own grid to that of {chosen}")
     common.digests = reader.digests
