@@ -69,6 +69,7 @@ class PatchTransform(Described, ABC):
 class PatchDataset(Dataset[Sample]):
     """Read patches of labelled cases by (epoch, index).
 
+    The first epoch proves each case by its checksums, which reads all of it once.
     With probability ``foreground`` a patch is centred on a tumour voxel (of a class chosen
     uniformly among those the case has), as far as the volume's border allows; otherwise its
     position is uniform. Where the volume is smaller than the patch it lies in the middle of zeros.
@@ -97,10 +98,14 @@ class PatchDataset(Dataset[Sample]):
         self.seed, self.foreground = seed, foreground
         self.allowed, self.transform = dict(allowed or {}), transform
         self._tumour: dict[str, list[npt.NDArray[np.int64]]] = {}
+        self._first: int | None = None
 
     def __getitem__(self, at: tuple[int, int]) -> Sample:
         epoch, index = at
-        stored = self.store.read(self.cases[index % len(self.cases)])
+        if self._first is None:
+            self._first = epoch
+        # In later epochs other workers would read whole cases again.
+        stored = self.store.read(self.cases[index % len(self.cases)], prove=epoch == self._first)
         acquired = self.allowed.get(stored.case_id, stored.acquired)
         key = make_key(self.seed, epoch, index)
         start = self._start(stored, acquired, key)
@@ -154,7 +159,7 @@ class PatchDataset(Dataset[Sample]):
 
 
 class CaseDataset(Dataset[CaseItem]):
-    """Read whole cases, for evaluation; what is read first is proved by its checksums.
+    """Read whole cases, for evaluation, each proved by its checksums when it is read first.
 
     Args:
         store: prepared cohort.
@@ -172,16 +177,12 @@ class CaseDataset(Dataset[CaseItem]):
     ) -> None:
         self.store, self.cases, self.seed = store, tuple(cases), seed
         self.allowed = dict(allowed or {})
-        self._proved: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(self, index: int) -> CaseItem:
-        stored = self.store.read(self.cases[index])
-        if stored.case_id not in self._proved:  # once: it takes as long as reading them
-            stored.prove()
-            self._proved.add(stored.case_id)
+        stored = self.store.read(self.cases[index], prove=True)
         acquired = self.allowed.get(stored.case_id, stored.acquired)
         volumes = stored.image
         image = torch.zeros(volumes.shape)

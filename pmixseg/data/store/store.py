@@ -49,6 +49,7 @@ class Store:
         self.dtype: str = description["parameters"]["dtype"]
         self.cases = cases
         self._opened: dict[str, StoredCase] = {}
+        self._proved: set[str] = set()
         self._maps = open_maps()
 
     @classmethod
@@ -86,11 +87,15 @@ class Store:
         return store
 
     @checked
-    def read(self, case_id: str) -> StoredCase:
+    def read(self, case_id: str, prove: bool = False) -> StoredCase:
         """Open one case; opening it again is free.
 
+        Args:
+            case_id: name of the case.
+            prove: compare its arrays with their checksums, the first time that this is asked for.
+
         Raises:
-            InputError: the store has no such case.
+            InputError: the store has no such case, or its arrays are not those that were written.
         """
         if case_id not in self._opened:
             if case_id not in self.cases:
@@ -99,6 +104,9 @@ class Store:
                     f"{count_of(len(self.cases), 'case')}; see `pmixseg inspect`, or prepare it."
                 )
             self._opened[case_id] = StoredCase.open(self.root / CASES / case_id, self._maps)
+        if prove and case_id not in self._proved:
+            self._opened[case_id].prove()
+            self._proved.add(case_id)
         return self._opened[case_id]
 
     def __len__(self) -> int:

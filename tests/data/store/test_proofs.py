@@ -18,7 +18,7 @@ import pytest
 
 from pmixseg.cli import main
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.patches import CaseDataset
+from pmixseg.data.patches import CaseDataset, PatchDataset
 from pmixseg.data.store.arrays import open_maps
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.data.store.stored import read_meta, seal, unseal
@@ -71,6 +71,13 @@ def test_a_whole_case_is_proved_before_it_is_scored(store, case, name):
     dataset[0]  # proved once, when it was read first
     with pytest.raises(InputError, match=r"holds other arrays than were written; run `pmixseg"):
         CaseDataset(Store.open(store), [case.case_id])[0]
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy"])
+def test_a_training_proves_a_case_in_its_first_epoch(store, case, name):
+    flip(store / "cases" / case.case_id / name, -30)
+    with pytest.raises(InputError, match=r"holds other arrays than were written; run `pmixseg"):
+        PatchDataset(Store.open(store), [case.case_id], (8, 8, 8))[3, 0]  # as one that is resumed
 
 
 @pytest.mark.parametrize("damage", ["meta.json", "image.npy", "label.npy"])
