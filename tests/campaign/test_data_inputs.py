@@ -128,6 +128,48 @@ class Scans(Generator):
         return True
 
 
+class Stores(Generator):
+    """A file of a prepared store: cut, with flipped bits, gone, or another case's."""
+
+    name = "store"
+
+    def __init__(self, root: Path) -> None:
+        self.healthy, self.truth = root, self.read(Store.open(root))
+
+    def read(self, store):
+        cases = {name: store.read(name, prove=True) for name in store.cases}
+        return {name: (c.image.tobytes(), c.label.tobytes()) for name, c in cases.items()}
+
+    def damage(self, folder, random):
+        shutil.copytree(self.healthy, folder / "store")
+        files = sorted(p for p in (folder / "store").rglob("*") if p.is_file())
+        path = files[int(random.integers(len(files)))]
+        raw = path.read_bytes()
+        kind = ("cut", "bits", "gone", "other")[int(random.integers(4))]
+        if kind == "gone":
+            path.unlink()
+        elif kind == "cut":
+            path.write_bytes(raw[: int(random.integers(len(raw)))])
+        elif kind == "bits":
+            path.write_bytes(flip_bits(raw, random))
+        else:
+            alike = [p for p in files if p.name == path.name]
+            path.write_bytes(alike[int(random.integers(len(alike)))].read_bytes())
+        return f"{path.name} {kind}"
+
+    def use(self, folder):
+        def ask():
+            store = Store.open(folder / "store")
+            self.found = self.read(store)
+            if store.unlisted:
+                raise InputError(f"{store.unlisted} left out")  # as a training warns
+
+        return asked(ask)
+
+    def is_right(self, folder):
+        return self.found == self.truth
+
+
 class Texts(Generator):
     """A text file, damaged; ``ask`` reads it and returns an exit code, whose 0 is believed."""
 
@@ -236,6 +278,31 @@ def test_scans(healthy, tmp_path, part):
     tally = Tally()
     seeds = range(part * SEEDS, (part + 1) * SEEDS)
     campaign(Scans(healthy), seeds, tmp_path / "work", tmp_path / "faults", tally)
+    check(tally, tmp_path / "faults")
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(range(10), id="few"),
+        pytest.param(range(10, 2 * SEEDS), id="many", marks=pytest.mark.slow),
+    ],
+)
+def test_stores(healthy, tmp_path, seeds):
+    cohort = tmp_path / "cohort"
+    for number in range(3):
+        name = f"BraTS2021_0000{number}"
+        for file in healthy.iterdir():
+            (cohort / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, cohort / name / file.name.replace(NAME, name))
+        flair = cohort / name / f"{name}_flair.nii.gz"
+        scan = nib.load(flair)
+        voxels = np.asarray(scan.dataobj)
+        voxels[5, 5, 5 : 6 + number] += 100  # no two patients have one scan
+        nib.save(nib.Nifti1Image(voxels, scan.affine), flair)
+    assert prepared(cohort, tmp_path / "store") == 0
+    tally = Tally()
+    campaign(Stores(tmp_path / "store"), seeds, tmp_path / "work", tmp_path / "faults", tally)
     check(tally, tmp_path / "faults")
 
 
