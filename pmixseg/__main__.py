@@ -26,7 +26,7 @@ def main() -> int:
     sys.unraisablehook = _without_loaders
     try:
         from pmixseg import cli  # after the line above: this import takes a while
-        from pmixseg.allocator import keep_freed_memory
+        from pmixseg.cli.allocator import keep_freed_memory
         from pmixseg.errors import warn_in_one_line
 
         keep_freed_memory()

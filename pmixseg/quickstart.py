@@ -21,7 +21,6 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.console import Console
 
-from pmixseg.allocator import keep_freed_memory
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, GapMonitor, PmixAlignment, RunCheckpoint, RunLogger
 from pmixseg.callbacks.silence import silence_lightning
@@ -146,7 +145,6 @@ def printed(work: Callable[[Path, int, Arm], None], out: Path, seed: int, arm: A
     """Do a piece of work in its own process, and return what it prints: lines of two would mix."""
     if parent_process() is not None:
         silence_lightning()
-        keep_freed_memory()
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the split is told
     with redirect_stdout(io.StringIO()) as text:
         work(out, seed, arm)

@@ -37,8 +37,8 @@ from measuring import (
 )
 from torch import Tensor, nn
 
-from pmixseg.allocator import keep_freed_memory
 from pmixseg.backbones import MultiEncoderUNet, RFNet
+from pmixseg.cli.allocator import keep_freed_memory
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.scans.canonical import canonicalise
 from pmixseg.evaluation.prediction.windows import iterate_combinations

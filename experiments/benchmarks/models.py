@@ -23,7 +23,6 @@ import torch
 from measuring import torch_layers
 from torch.utils.flop_counter import FlopCounterMode
 
-from pmixseg.allocator import keep_freed_memory
 from pmixseg.backbones import (
     UHVED,
     Backbone,
@@ -34,6 +33,7 @@ from pmixseg.backbones import (
     RFNet,
     ShaSpec,
 )
+from pmixseg.cli.allocator import keep_freed_memory
 from pmixseg.evaluation.prediction.windows import iterate_combinations
 from pmixseg.losses import DiceCE
 

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from pmixseg.allocator import keep_freed_memory
+from pmixseg.cli.allocator import keep_freed_memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 SCRIPT = r'''
 import resource, sys
 import torch
-from pmixseg.allocator import keep_freed_memory
+from pmixseg.cli.allocator import keep_freed_memory
 
 def faults():
     """Page faults of writing one large block, median of several."""
@@ -57,7 +57,7 @@ def test_the_console_script_keeps_and_the_function_does_not(monkeypatch):
     from pmixseg import __main__, cli
 
     called = []
-    monkeypatch.setattr("pmixseg.allocator.keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr("pmixseg.cli.allocator.keep_freed_memory", lambda: called.append("kept"))
     monkeypatch.setattr(cli, "main", lambda: called.append("run") or 0)
     assert __main__.main() == 0
     assert called == ["kept", "run"]
