@@ -257,7 +257,7 @@ def _processes_with(mark):
 
 
 def test_names_as_long_as_names_can_be(make_case, tmp_path):
-    case, long = make_case(), "n" * 236
+    case, long = make_case(), "n" * 255
     report = prepare([case, replace(case, case_id=long)], tmp_path / "store", BRATS, progress=False)
     assert sorted(report.prepared) == sorted([case.case_id, long])
 
