@@ -268,6 +268,8 @@ def _check_kind(
 def _with_tuples(value: Any, kinds: Iterable[Kind]) -> Any:
     """Return a value with tuples for the lists that stand for them."""
     kind = next((kind for kind in kinds if kind.takes(value)), None)
+    if kind is not None and kind.types is not type(value):
+        value = plain(value)
     if kind is None or not kind.inside:
         return value
     if isinstance(value, dict):
@@ -275,6 +277,19 @@ def _with_tuples(value: Any, kinds: Iterable[Kind]) -> Any:
     if kind.fixed and isinstance(value, list | tuple):
         return tuple(_with_tuples(part, kind.inside) for part in value)
     return value
+
+
+def plain(value: Any) -> Any:
+    """Return numbers and arrays of NumPy as Python's own numbers and lists.
+
+    Example:
+        >>> import numpy
+        >>> plain([numpy.int64(1), numpy.arange(2)])
+        [1, [0, 1]]
+    """
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def _check_argument(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from pmixseg.argument_checks import argument_check, takes_no
+from pmixseg.argument_checks import argument_check, plain, takes_no
 from pmixseg.errors import InputError
 from pmixseg.old_paths import current_path
 
@@ -119,6 +119,7 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def remember(self: Any, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = plain(args), {name: plain(value) for name, value in kwargs.items()}
         outermost = "_init_args" not in self.__dict__
         if outermost:
             try:
@@ -214,6 +215,7 @@ def describe(value: Any, where: str = "value") -> Any:
         >>> describe({"a": (1, 2.5)})
         {'a': [1, 2.5]}
     """
+    value = plain(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
@@ -237,7 +239,8 @@ def describe(value: Any, where: str = "value") -> Any:
         )
     raise InputError(
         f"{where}: a {type(value).__module__}.{type(value).__qualname__} cannot be written to a "
-        "checkpoint; give it as {'class_path': ..., 'init_args': {...}} instead of an instance."
+        "checkpoint; give plain numbers, texts and lists, or what it is made from as "
+        "{'class_path': ..., 'init_args': {...}}."
     )
 
 

@@ -313,6 +313,20 @@ def test_kinds_that_fit_are_taken():
     assert describe(student(fill_levels=[0]))["init_args"]["fill_levels"] == [0]
 
 
+def test_numbers_and_arrays_of_numpy_are_plain_ones():
+    assert PmixAlignment(levels=np.arange(2), ratio=np.float32(0.5)).levels == [0, 1]
+    sgd = functools.partial(torch.optim.SGD, lr=np.float64(0.5), nesterov=np.bool_(False))
+    made = student(anchor=MixtureAnchor(np.arange(4)), fill_levels=[np.int64(0)], optimizer=sgd)
+    given = describe(made)["init_args"]
+    assert given["anchor"]["init_args"]["weights"] == [0, 1, 2, 3]
+    assert given["fill_levels"] == [0]
+    assert given["optimizer"]["init_args"] == {"lr": 0.5, "nesterov": False}
+    with pytest.raises(InputError, match="weights is \\[1.0, -2.0"):
+        MixtureAnchor(np.array([1.0, -2.0, 3.0, 4.0]))
+    settings = SegmentSettings(window=np.array([16, 16, 32]), overlap=np.float32(0.5))
+    assert repr((settings.window, settings.overlap)) == "((16, 16, 32), 0.5)"
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
