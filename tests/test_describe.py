@@ -321,7 +321,7 @@ def test_numbers_and_arrays_of_numpy_are_plain_ones():
     assert given["anchor"]["init_args"]["weights"] == [0, 1, 2, 3]
     assert given["fill_levels"] == [0]
     assert given["optimizer"]["init_args"] == {"lr": 0.5, "nesterov": False}
-    with pytest.raises(InputError, match="weights is \\[1.0, -2.0"):
+    with pytest.raises(InputError, match=r"weights is \[1.0, -2.0"):
         MixtureAnchor(np.array([1.0, -2.0, 3.0, 4.0]))
     settings = SegmentSettings(window=np.array([16, 16, 32]), overlap=np.float32(0.5))
     assert repr((settings.window, settings.overlap)) == "((16, 16, 32), 0.5)"
