@@ -167,7 +167,7 @@ def study(out: Path, seed: int, arm: Arm) -> None:
     """Fit the student of an arm's teacher, and score it on every combination of sequences.
 
     Latents that only shrank or fell onto a line are close as well; so those of both students are
-    held against those of the teacher without alignment.
+    compared with those of the teacher without alignment.
     """
     data, run = cohort(out / "store", seed), out / "runs" / f"student-{arm.name}"
     checkpoint = out / "runs" / f"teacher-{arm.name}" / "checkpoints" / "last.ckpt"

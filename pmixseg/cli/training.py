@@ -337,6 +337,8 @@ class TrainingCLI(LightningCLI):
         had = {"patch_size": patch, "spacing": spacing}
         # A checkpoint without a patch does not tell it; one without a spacing kept each case's own.
         had = {k: had[k] for k in data if had[k] or k == "spacing"}
+        if self.subcommand == "fit":  # a resumed training tells it
+            had.pop("patch_size", None)
         lines = differences(had, data, where="data")
         # Without a window of its own, a model is evaluated in windows of the patch.
         windows = [now["window"] or data["patch_size"], stored["window"] or patch]

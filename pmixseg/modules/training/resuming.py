@@ -30,7 +30,10 @@ PENDING = "pending_metrics"
 CIRCUMSTANCES = "circumstances"
 """Entry of a checkpoint: see :func:`circumstances`."""
 
-OF_DATA = ("batch_size", "patches_per_case", "foreground", "seed", "augmentation", "masks")
+OF_DATA = (
+    *("batch_size", "patch_size", "patches_per_case", "foreground"),
+    *("seed", "augmentation", "masks"),
+)
 OF_TRAINER = (
     *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
     *("limit_train_batches", "world_size"),

@@ -259,6 +259,7 @@ def test_another_batch_size_precision_or_seed_is_told(tmp_path, caplog):
     def go_on(folder, batch_size, epochs, resume=None, seed=0, weight=0.1, **arguments):
         data = MemoryData(batch_size=batch_size)
         data.seed = seed
+        data.patch_size = (8, 8, 8) if seed else data.patch_size
         data.augmentation = None if seed else Augmentation()
         align = PmixAlignment(weight, distance=NMSE() if seed else "mse")
         keep = {"enable_checkpointing": True, "callbacks": [align, RunCheckpoint(folder)]}
@@ -274,7 +275,9 @@ def test_another_batch_size_precision_or_seed_is_told(tmp_path, caplog):
     assert go_on(tmp_path, 2, 2, last) == []
     (line,) = go_on(tmp_path, 4, 3, last, 7, 0.2, precision="bf16-mixed", accumulate_grad_batches=2)
     assert line == (
-        "data.batch_size is 4, the checkpoint had 2; data.seed is 7, the checkpoint had 0; "
+        "data.batch_size is 4, the checkpoint had 2; "
+        f"data.patch_size is [8, 8, 8], the checkpoint had {list(MemoryData.patch_size)}; "
+        "data.seed is 7, the checkpoint had 0; "
         f"data.augmentation is None, the checkpoint had {describe(Augmentation())}; "
         "trainer.precision is bf16-mixed, the checkpoint had 32-true; "
         "trainer.accumulate_grad_batches is 2, the checkpoint had 1; "
