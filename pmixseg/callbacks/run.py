@@ -22,6 +22,7 @@ from torch.nn import Module
 from pmixseg.errors import InputError
 from pmixseg.files import lock_folder, whole
 from pmixseg.modules.checkpoint import write_checkpoint
+from pmixseg.modules.training.optimization import validates
 
 Kept: TypeAlias = Literal["none", "before", "all"]
 """Rows of an earlier file that stay: none, those before the first new step, or all."""
@@ -197,9 +198,7 @@ class RunCheckpoint(ModelCheckpoint):
         if writes and self._held is None:
             # Not the run folder: a test of its best checkpoint may write records there meanwhile.
             self._held = lock_folder(self._folder)
-        data = getattr(trainer, "datamodule", None)
-        validated = trainer.limit_val_batches and (data is None or data.parts.val)
-        if not validated:
+        if not validates(trainer):
             self.monitor, self.save_top_k = None, 0
         self._to_compare, self._kept_at = False, -1
         super().setup(trainer, pl_module, stage)
