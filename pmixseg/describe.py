@@ -60,6 +60,10 @@ POSITIVE = Range(0, open=True)
 NOT_NEGATIVE = Range(0)
 COUNT = Range(1)
 SHARE = Range(0, 1, below=True)
+FRACTION = Range(0, 1)
+
+Ranges = dict[str, Range]
+"""Argument -> what it may be, as in ``Ranges(width=COUNT, dropout=Range(0, 1))``."""
 
 
 class Described:
@@ -250,12 +254,15 @@ def _class_and_arguments(value: Any) -> tuple[type, Mapping[str, Any]] | None:
         return type(value), value.init_args
     if inspect.isclass(value):
         return value, {}
-    if isinstance(value, functools.partial):
-        # jsonargparse wraps the class of an OptimizerCallable behind its own functions.
-        classes = [f for f in (value.func, *value.args) if inspect.isclass(f)]
-        if len(classes) == 1:
-            return classes[0], value.keywords
+    if isinstance(value, functools.partial) and (cls := class_behind(value)) is not None:
+        return cls, value.keywords
     return None
+
+
+def class_behind(made: functools.partial[Any]) -> type | None:
+    """Return the class that a partial makes; jsonargparse wraps it behind its own functions."""
+    classes = [f for f in (made.func, *made.args) if inspect.isclass(f)]
+    return classes[0] if len(classes) == 1 else None
 
 
 def _is_module(value: Any) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from pmixseg.describe import COUNT, Described, Range
+from pmixseg.describe import COUNT, Described, Ranges
 from pmixseg.errors import InputError
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -42,7 +41,7 @@ class Backbone(nn.Module, Described, ABC):
     shares_encoding: bool = True
     fillable: bool = True
     needs_acquired: bool = False
-    ranges: ClassVar[Mapping[str, Range]] = {"num_classes": COUNT}
+    ranges = Ranges(num_classes=COUNT)
 
     def __init__(
         self,

@@ -6,9 +6,8 @@ Tumor Segmentation (kk42yy/DeMoSeg at 73cd4bb).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import NormAct, norm_act
 from pmixseg.backbones.slots import check_input, encode_slots, join_levels
 from pmixseg.backbones.unet import SLOPE, conv_block, draw_weights
-from pmixseg.describe import COUNT, Range
+from pmixseg.describe import COUNT, Range, Ranges
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -127,7 +126,7 @@ class DeMoSeg(Backbone):
 
     fillable = False
 
-    ranges: ClassVar[Mapping[str, Range]] = {"width": COUNT, "levels": Range(2)}
+    ranges = Ranges(width=COUNT, levels=Range(2))
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -31,7 +31,7 @@ from pmixseg.backbones.slots import (
     join_levels,
 )
 from pmixseg.borrowed import Borrowed
-from pmixseg.describe import COUNT, Range
+from pmixseg.describe import COUNT, FRACTION, Ranges
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -260,10 +260,7 @@ class MMFormer(Backbone):
     four unused ``decode_conv``, 36.39 M here). Different: the token order unless ``official``.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("width", "heads", "hidden"), COUNT),
-        "dropout": Range(0, 1),
-    }
+    ranges = Ranges(width=COUNT, heads=COUNT, hidden=COUNT, dropout=FRACTION)
 
     def __init__(
         self,

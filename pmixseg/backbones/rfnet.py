@@ -7,8 +7,8 @@ level. Region descriptors are one matrix product of latents and region maps, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, cast
+from collections.abc import Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from pmixseg.backbones.slots import (
     masked_weight,
     side_by_side,
 )
-from pmixseg.describe import COUNT, Range
+from pmixseg.describe import COUNT, Ranges
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput, full_precision
 
@@ -296,7 +296,7 @@ class RFNet(Backbone):
     computed in the cheap form above, and outputs are logits where the code has probabilities.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"width": COUNT}
+    ranges = Ranges(width=COUNT)
 
     def __init__(
         self,

@@ -6,8 +6,7 @@ Shared-Specific Feature Modelling (CVPR 2023).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from pmixseg.backbones.slots import (
     map_slots,
 )
 from pmixseg.backbones.unet import SLOPE, Encoder, conv_block
-from pmixseg.describe import COUNT, Range
+from pmixseg.describe import COUNT, Ranges
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -74,7 +73,7 @@ class ShaSpec(Backbone):
 
     fillable = False
 
-    ranges: ClassVar[Mapping[str, Range]] = {"width": COUNT, "levels": COUNT}
+    ranges = Ranges(width=COUNT, levels=COUNT)
 
     def __init__(
         self,

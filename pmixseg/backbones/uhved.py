@@ -6,10 +6,9 @@ Modality Completion and Segmentation (MICCAI 2019).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from pmixseg.backbones.layers.grouped import Groupable
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import norm_act
 from pmixseg.backbones.slots import EncodedLatents, check_input, encode_slots, join_levels
-from pmixseg.describe import COUNT, Range
+from pmixseg.describe import COUNT, Ranges
 from pmixseg.errors import InputError
 from pmixseg.gaussians import gaussian_kl
 from pmixseg.task import BRATS
@@ -170,7 +169,7 @@ class UHVED(Backbone):
 
     fillable = False
 
-    ranges: ClassVar[Mapping[str, Range]] = {"width": COUNT}
+    ranges = Ranges(width=COUNT)
 
     def __init__(
         self,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from pmixseg.backbones.layers.grouped import Groupable
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import NormAct
 from pmixseg.backbones.slots import SlotConv, check_input, encode_slots, join_levels
-from pmixseg.describe import COUNT, Range
+from pmixseg.describe import COUNT, FRACTION, Range, Ranges
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -115,11 +114,7 @@ class MultiEncoderUNet(Backbone):
         (torch.Size([1, 4, 16, 16, 16]), (1, 4, 16, 4, 4, 4))
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "width": COUNT,
-        "levels": Range(2),
-        "dropout": Range(0, 1),
-    }
+    ranges = Ranges(width=COUNT, levels=Range(2), dropout=FRACTION)
 
     def __init__(
         self,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from inspect import signature
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,7 +13,7 @@ from pmixseg.borrowed import Borrowed
 from pmixseg.callbacks.gradient_ratio import GradientRatio
 from pmixseg.callbacks.term import TermCallback
 from pmixseg.callbacks.without_effect import settings_without_effect, unmoved_weights
-from pmixseg.describe import COUNT, POSITIVE, Range, build
+from pmixseg.describe import COUNT, POSITIVE, Ranges, build
 from pmixseg.errors import InputError
 from pmixseg.losses.alignment import AlignmentLoss, resolve_levels
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
@@ -60,7 +60,7 @@ class PmixAlignment(TermCallback):
             learned weights that no segmentation loss would reach; unknown levels.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"ratio": POSITIVE, "ratio_steps": COUNT}
+    ranges = Ranges(ratio=POSITIVE, ratio_steps=COUNT)
 
     def __init__(
         self,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.borrowed import evaluating
 from pmixseg.callbacks.term import listed_before
-from pmixseg.describe import COUNT, Described, Range
+from pmixseg.describe import COUNT, Described, Range, Ranges
 from pmixseg.errors import InputError
 from pmixseg.evaluation.gap.guards import FEWEST_CASES, low_guards
 from pmixseg.evaluation.gap.latents import (
@@ -69,7 +69,7 @@ class GapMonitor(Callback, Described):
             that has no gap.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"every": COUNT, "cases": COUNT, "points": Range(2)}
+    ranges = Ranges(every=COUNT, cases=COUNT, points=Range(2))
 
     def __init__(
         self,

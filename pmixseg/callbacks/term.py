@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
-from pmixseg.describe import NOT_NEGATIVE, Described, Range
+from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.base import SegmentationModule
@@ -32,9 +30,7 @@ class TermCallback(Callback, Described, ABC):
         InputError: a negative weight.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = dict.fromkeys(
-        ("weight", "start_epoch", "warmup_epochs"), NOT_NEGATIVE
-    )
+    ranges = Ranges(weight=NOT_NEGATIVE, start_epoch=NOT_NEGATIVE, warmup_epochs=NOT_NEGATIVE)
 
     def __init__(
         self, name: str, weight: float, start_epoch: int = 0, warmup_epochs: int = 0

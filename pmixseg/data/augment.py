@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -12,7 +11,7 @@ from torch import Tensor
 from pmixseg.data.augment_batch import change_batch, turn_batch
 from pmixseg.data.keys import generator, uniform
 from pmixseg.data.resample import Turn, turn_patch
-from pmixseg.describe import NOT_NEGATIVE, SHARE, Described, Range
+from pmixseg.describe import FRACTION, NOT_NEGATIVE, SHARE, Described, Ranges
 from pmixseg.execution import on_cpu
 from pmixseg.types import Batch, Keys
 
@@ -45,13 +44,11 @@ class Augmentation(Described):
     every sample and turns flips, shift and scale about all axes.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(
-            ("flip", "resample", "gamma_probability", "noise_probability"), Range(0, 1)
-        ),
+    ranges = Ranges(
+        **dict.fromkeys(("flip", "resample", "gamma_probability", "noise_probability"), FRACTION),
         **dict.fromkeys(("rotation", "shift", "gamma", "noise"), NOT_NEGATIVE),
         **dict.fromkeys(("zoom", "scale"), SHARE),
-    }
+    )
 
     def __init__(
         self,

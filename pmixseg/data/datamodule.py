@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from pmixseg.data.source import CohortSource, spacing_of
 from pmixseg.data.splits import Fractions, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.data.training_cases import shared_scans
-from pmixseg.describe import COUNT, NOT_NEGATIVE, Described, Range, build
+from pmixseg.describe import COUNT, FRACTION, NOT_NEGATIVE, Described, Ranges, build
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task
@@ -83,11 +83,11 @@ class BraTSDataModule(LightningDataModule, Described):
             out of range.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
+    ranges = Ranges(
         **dict.fromkeys(("patch_size", "patches_per_case", "batch_size", "val_cases"), COUNT),
-        "num_workers": NOT_NEGATIVE,
-        "foreground": Range(0, 1),
-    }
+        num_workers=NOT_NEGATIVE,
+        foreground=FRACTION,
+    )
 
     def __init__(
         self,

@@ -12,14 +12,14 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.keys import make_key
 from pmixseg.data.parts import PARTS, Split, SplittableCase, deal, leave_none_empty
-from pmixseg.describe import NOT_NEGATIVE, Described, Range
+from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
 
@@ -131,7 +131,7 @@ class SplitJson(SplitPlan):
         missing: ``skip`` goes on with the cases that are there, and records how many are not.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"fold": NOT_NEGATIVE}
+    ranges = Ranges(fold=NOT_NEGATIVE)
 
     def __init__(self, path: str | Path, fold: int = 0, missing: Missing = "refuse") -> None:
         self.path, self.fold, self.missing = Path(path), fold, missing

@@ -14,14 +14,14 @@ single-modality and mixture anchors; Dorent et al., U-HVED (MICCAI 2019) for the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pmixseg.describe import NOT_NEGATIVE, Described, Range
+from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
 from pmixseg.types import Features, Presence
 
@@ -246,7 +246,7 @@ class MixtureAnchor(WeightedAnchor):
     """
 
     fixed: Tensor
-    ranges: ClassVar[Mapping[str, Range]] = {"weights": NOT_NEGATIVE}
+    ranges = Ranges(weights=NOT_NEGATIVE)
 
     def __init__(
         self,

@@ -24,13 +24,12 @@ convolutions before it mix them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from pmixseg.describe import COUNT, NOT_NEGATIVE, Described, Range
+from pmixseg.describe import COUNT, NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide
 from pmixseg.types import Latents, Presence, Scalar, full_precision
@@ -147,7 +146,7 @@ class April2025Alignment(OfficialAlignment):
     """
 
     fused = True
-    ranges: ClassVar[Mapping[str, Range]] = {"modalities": COUNT, "level": NOT_NEGATIVE}
+    ranges = Ranges(modalities=COUNT, level=NOT_NEGATIVE)
 
     def __init__(self, modalities: int = 4, level: int = 0) -> None:
         super().__init__()

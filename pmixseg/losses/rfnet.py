@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pmixseg.describe import NOT_NEGATIVE, Range
+from pmixseg.describe import NOT_NEGATIVE, Ranges
 from pmixseg.execution import runs_static
 from pmixseg.losses.ranks import SharedSums, world_size
 from pmixseg.losses.segmentation import DEEP_SUPERVISION, Criterion, enlarged
@@ -64,7 +63,7 @@ class RFNetCriterion(Criterion):
     Source: Ding et al., RFNet (ICCV 2021), section 3.4 and published code.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"fusion_start_epoch": NOT_NEGATIVE}
+    ranges = Ranges(fusion_start_epoch=NOT_NEGATIVE)
 
     def __init__(self, fusion_start_epoch: int = 0) -> None:
         super().__init__()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pmixseg.describe import NOT_NEGATIVE, Described, Range
+from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
 from pmixseg.losses.ranks import SharedSums
 from pmixseg.types import Batch, Label, Scalar, SegOutput, full_precision
 
@@ -115,8 +114,8 @@ class DiceCE(Criterion):
     Source: Isensee et al., nnU-Net (Nature Methods 2021), for the sum and the weights.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = dict.fromkeys(
-        ("dice_weight", "ce_weight", "deep_supervision_decay"), NOT_NEGATIVE
+    ranges = Ranges(
+        dice_weight=NOT_NEGATIVE, ce_weight=NOT_NEGATIVE, deep_supervision_decay=NOT_NEGATIVE
     )
 
     def __init__(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import combinations
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmixseg.describe import NOT_NEGATIVE, Range
+from pmixseg.describe import NOT_NEGATIVE, Ranges
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.types import Batch, Scalar, SegOutput, full_precision
 
@@ -38,9 +36,7 @@ class ShaSpecCriterion(Criterion):
     loss is Dice + binary cross-entropy on the three regions; here it is on the labels.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = dict.fromkeys(
-        ("shared_weight", "specific_weight"), NOT_NEGATIVE
-    )
+    ranges = Ranges(shared_weight=NOT_NEGATIVE, specific_weight=NOT_NEGATIVE)
 
     def __init__(self, shared_weight: float = 0.1, specific_weight: float = 0.02) -> None:
         super().__init__()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from pmixseg.describe import NOT_NEGATIVE, Range
+from pmixseg.describe import NOT_NEGATIVE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.types import Batch, Scalar, SegOutput, full_precision
@@ -39,9 +36,7 @@ class UHVEDCriterion(Criterion):
     Source: Dorent et al., U-HVED (MICCAI 2019); ReubenDo/U-HVED, extensions/u_hved.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = dict.fromkeys(
-        ("kl_weight", "reconstruction_weight"), NOT_NEGATIVE
-    )
+    ranges = Ranges(kl_weight=NOT_NEGATIVE, reconstruction_weight=NOT_NEGATIVE)
 
     def __init__(self, kl_weight: float = 0.1, reconstruction_weight: float = 0.1) -> None:
         super().__init__()

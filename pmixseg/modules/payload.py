@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from pmixseg.argument_checks import check_fields
-from pmixseg.describe import NOT_NEGATIVE, Range, describe
+from pmixseg.describe import NOT_NEGATIVE, Ranges, describe
 from pmixseg.errors import InputError
 from pmixseg.modules.preparation import Preparation
 from pmixseg.plurals import count_of
@@ -35,7 +35,7 @@ class Payload:
         fill_levels: levels that are filled; ``None``: all.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"fill_levels": NOT_NEGATIVE}
+    ranges = Ranges(fill_levels=NOT_NEGATIVE)
 
     class_path: str
     init_args: Mapping[str, Any]

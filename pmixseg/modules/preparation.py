@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -20,7 +20,7 @@ from pmixseg.data.training_cases import (
     training_cases,
     voxel_sizes,
 )
-from pmixseg.describe import COUNT, POSITIVE, Range, describe
+from pmixseg.describe import COUNT, POSITIVE, Ranges, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.plurals import count_of
@@ -46,10 +46,7 @@ class Preparation:
             in mm; ``None``: not known.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("spacing", "voxels"), POSITIVE),
-        "patch": COUNT,
-    }
+    ranges = Ranges(spacing=POSITIVE, voxels=POSITIVE, patch=COUNT)
 
     spacing: tuple[float, float, float] | None = None
     normalisation: str | None = None

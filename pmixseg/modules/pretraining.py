@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pmixseg.data.keys import uniform
 from pmixseg.data.missing import MissingnessSampler, UniformSizes
 from pmixseg.data.patches import CaseItem
-from pmixseg.describe import COUNT, SHARE, Range
+from pmixseg.describe import COUNT, SHARE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction
 from pmixseg.evaluation.prediction.segmentation import Segmentation
@@ -115,7 +115,7 @@ class MaskedPretraining(StudentModule):
     (35.7 M numbers tied to one grid), so their penalty on the template has no counterpart.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"block": COUNT, "share": SHARE}
+    ranges = Ranges(block=COUNT, share=SHARE)
 
     def __init__(
         self,

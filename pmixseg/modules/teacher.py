@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from pmixseg.data.patches import CaseItem
-from pmixseg.describe import NOT_NEGATIVE, Range
+from pmixseg.describe import NOT_NEGATIVE, Ranges
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.task import Combination
 from pmixseg.types import Batch, Latents, Presence
@@ -28,7 +27,7 @@ class TeacherModule(SegmentationModule):
     """
 
     draws = False
-    ranges: ClassVar[Mapping[str, Range]] = {"fill_weight": NOT_NEGATIVE}
+    ranges = Ranges(fill_weight=NOT_NEGATIVE)
 
     def __init__(self, fill_weight: float = 0.5, **kwargs: Any) -> None:
         self.fill_weight = fill_weight

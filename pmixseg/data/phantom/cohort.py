@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -28,7 +28,7 @@ from pmixseg.data.formats.headers import SYNTHETIC
 from pmixseg.data.phantom.anatomy import Deformation, Grid, stream
 from pmixseg.data.phantom.contrast import CONTRASTS, Contrast, Scanner, Shared, scan
 from pmixseg.data.phantom.tumour import GROWTH_GRID, displacement, grow
-from pmixseg.describe import Range
+from pmixseg.describe import FRACTION, Range, Ranges
 from pmixseg.errors import InputError, writing
 from pmixseg.files import hidden_folder_near, whole
 from pmixseg.task import BRATS
@@ -64,10 +64,10 @@ class PhantomSettings:
         InputError: a value out of its range, or a modality without a contrast.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("high_grade", "not_enhancing", "multifocal", "mass_effect"), Range(0, 1)),
-        "spacing": Range(1, 6),
-    }
+    ranges = Ranges(
+        **dict.fromkeys(("high_grade", "not_enhancing", "multifocal", "mass_effect"), FRACTION),
+        spacing=Range(1, 6),
+    )
 
     spacing: float = 3.0
     shape: tuple[int, int, int] | None = None

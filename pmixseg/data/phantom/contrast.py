@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from scipy import ndimage
 from pmixseg.argument_checks import check_fields
 from pmixseg.data.phantom.anatomy import Field, Grid, Tissues, smooth_noise, stream
 from pmixseg.data.phantom.tumour import Tumour
-from pmixseg.describe import Range
+from pmixseg.describe import FRACTION, Ranges
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,7 @@ class Scanner:
         InputError: a share, correlation or probability out of 0 to 1.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = dict.fromkeys(
-        ("private_signal", "dependence", "thick_slices"), Range(0, 1)
-    )
+    ranges = Ranges(private_signal=FRACTION, dependence=FRACTION, thick_slices=FRACTION)
 
     noise: float = 0.05
     bias: float = 0.10

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from pmixseg.argument_checks import check_fields, takes_no
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.scans.boxes import Box
 from pmixseg.data.scans.geometry import Geometry
-from pmixseg.describe import COUNT, NOT_NEGATIVE, SHARE, Range
+from pmixseg.describe import COUNT, NOT_NEGATIVE, SHARE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.postprocess import check_names, postprocess
 from pmixseg.evaluation.prediction.windows import (
@@ -70,11 +70,7 @@ class EvaluationSettings:
             another ending.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("window", "batch_size"), COUNT),
-        "overlap": SHARE,
-        "examples": NOT_NEGATIVE,
-    }
+    ranges = Ranges(window=COUNT, batch_size=COUNT, overlap=SHARE, examples=NOT_NEGATIVE)
 
     window: tuple[int, int, int] | None = None
     overlap: float = 0.5

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations as subsets_of_size
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from pmixseg.data.scans.grids import CommonGrid, on_one_grid
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.training_cases import other_voxels, voxel_side
-from pmixseg.describe import COUNT, SHARE, Range
+from pmixseg.describe import COUNT, SHARE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
 from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
@@ -60,7 +60,7 @@ class SegmentSettings:
         InputError: a window, overlap, post-processing, precision or rounding that does not exist.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"window": COUNT, "overlap": SHARE}
+    ranges = Ranges(window=COUNT, overlap=SHARE)
 
     tta: bool = False
     overlap: float | None = None

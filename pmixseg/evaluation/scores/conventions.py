@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pmixseg.argument_checks import check_fields
-from pmixseg.describe import NOT_NEGATIVE, Range
+from pmixseg.describe import NOT_NEGATIVE, Ranges
 
 BRATS_PENALTY_MM = 373.12866
 """Diagonal of the 240 × 240 × 155 mm BraTS volume: the HD95 of a missed or invented region."""
@@ -71,7 +71,7 @@ class Conventions:
         373.12866
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"nsd_tolerance_mm": NOT_NEGATIVE}
+    ranges = Ranges(nsd_tolerance_mm=NOT_NEGATIVE)
 
     hd95: EmptyRule = "brats"
     percentile: PercentileRule = "pooled"

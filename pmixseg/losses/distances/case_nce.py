@@ -2,13 +2,10 @@ r"""Contrast between places and patients: a latent must know its own anchor amon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from pmixseg.describe import COUNT, POSITIVE, Range
+from pmixseg.describe import COUNT, POSITIVE, Ranges
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
 from pmixseg.losses.distances.moments import unit
@@ -62,7 +59,7 @@ class CaseNCE(Distance):
     compares_directions = True
     smallest_batch = 2
 
-    ranges: ClassVar[Mapping[str, Range]] = {"temperature": POSITIVE, "points": COUNT}
+    ranges = Ranges(temperature=POSITIVE, points=COUNT)
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ Sources: docs/method/alignment.md; Liu et al., Mind the Gap (arXiv 2409.19366).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pmixseg.describe import NOT_NEGATIVE, Described, Range
+from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor, NormalAnchor, ProductAnchor
 from pmixseg.losses.ranks import SharedSums
@@ -76,7 +76,7 @@ class Distance(nn.Module, Described, ABC):
     couples_samples: bool = False
     smallest_batch: int = 1
     compares_directions: bool = False
-    ranges: ClassVar[Mapping[str, Range]] = {"epsilon": NOT_NEGATIVE}
+    ranges = Ranges(epsilon=NOT_NEGATIVE)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -12,14 +12,13 @@ disagree. It is the special case ``correlation = 0`` of :class:`JointKL`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmixseg.describe import POSITIVE, Range
+from pmixseg.describe import POSITIVE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
@@ -69,7 +68,7 @@ class JointKL(Distance):
 
     name = "joint"
 
-    ranges: ClassVar[Mapping[str, Range]] = {"ridge": POSITIVE}
+    ranges = Ranges(ridge=POSITIVE)
 
     def __init__(self, correlation: float | Literal["matched"] = 0.5, ridge: float = 1e-2) -> None:
         super().__init__()

@@ -10,13 +10,11 @@ Sources: docs/method/alignment.md; Liu et al., Mind the Gap (arXiv 2409.19366).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
 
 from torch.nn import functional as F
 
-from pmixseg.describe import POSITIVE, Range
+from pmixseg.describe import POSITIVE, Ranges
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances.contract import (
     Detach,
@@ -98,7 +96,7 @@ class SmoothL1(Distance):
 
     name = "smooth_l1"
 
-    ranges: ClassVar[Mapping[str, Range]] = {"beta": POSITIVE}
+    ranges = Ranges(beta=POSITIVE)
 
     def __init__(self, beta: float = 1.0, epsilon: float = 1e-5) -> None:
         super().__init__()

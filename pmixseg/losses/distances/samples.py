@@ -7,14 +7,12 @@ brain voxels are drawn without replacement (see ``points.py``); samples do not d
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from pmixseg.describe import COUNT, Range
+from pmixseg.describe import COUNT, Ranges
 from pmixseg.losses.anchors import Anchor, NormalAnchor
 from pmixseg.losses.distances.contract import (
     Detach,
@@ -39,7 +37,7 @@ class SampledDistance(Distance):
         seed: of places, directions and normal vectors.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"points": COUNT}
+    ranges = Ranges(points=COUNT)
 
     def __init__(self, points: int = 512, seed: int = 0) -> None:
         super().__init__()
@@ -148,7 +146,7 @@ class SlicedWasserstein(SampledDistance):
 
     name = "sliced_wasserstein"
 
-    ranges: ClassVar[Mapping[str, Range]] = {"projections": COUNT}
+    ranges = Ranges(projections=COUNT)
 
     def __init__(self, projections: int = 128, points: int = 512, seed: int = 0) -> None:
         super().__init__(points, seed)

@@ -2,12 +2,9 @@ r"""Squared difference with guards against collapse."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 
-from pmixseg.describe import NOT_NEGATIVE, Range
+from pmixseg.describe import NOT_NEGATIVE, Ranges
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances.contract import (
     Detach,
@@ -41,10 +38,7 @@ class VIC(Distance):
 
     name = "vic"
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "covariance_weight": NOT_NEGATIVE,
-        "variance_weight": NOT_NEGATIVE,
-    }
+    ranges = Ranges(covariance_weight=NOT_NEGATIVE, variance_weight=NOT_NEGATIVE)
 
     def __init__(
         self, covariance_weight: float = 4.0, variance_weight: float = 1.0, epsilon: float = 1e-5

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from pmixseg.describe import POSITIVE, Range
+from pmixseg.describe import POSITIVE, Ranges
 from pmixseg.losses.distances import mean_over_shown
 from pmixseg.losses.distillation.pairing import LatentLoss, Pair, brain_of, mean_latent, mean_vector
 from pmixseg.losses.ranks import gather_constants
@@ -48,7 +47,7 @@ class ContrastiveMatch(LatentLoss):
 
     compares_cases = True
 
-    ranges: ClassVar[Mapping[str, Range]] = {"margin": POSITIVE}
+    ranges = Ranges(margin=POSITIVE)
 
     def __init__(
         self, weight: float = 0.5, margin: float = 1.0, strides: Sequence[int] | None = None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
-from pmixseg.describe import NOT_NEGATIVE, Described, Range
+from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.types import Batch, Presence, Scalar, SegOutput
@@ -63,7 +63,7 @@ class DistillationLoss(nn.Module, Described, ABC):
     student_sees: Literal["shown", "single"] = "shown"
     reads_extras: bool = False
     compares_cases: bool = False
-    ranges: ClassVar[Mapping[str, Range]] = {"weight": NOT_NEGATIVE, "epsilon": NOT_NEGATIVE}
+    ranges = Ranges(weight=NOT_NEGATIVE, epsilon=NOT_NEGATIVE)
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
-from pmixseg.describe import NOT_NEGATIVE, POSITIVE, Range
+from pmixseg.describe import NOT_NEGATIVE, POSITIVE, Ranges
 from pmixseg.losses.distillation.loss import DistillationLoss
 from pmixseg.losses.ranks import sum_over_ranks
 from pmixseg.types import Batch, Scalar, SegOutput, full_precision
@@ -35,7 +34,7 @@ class LogitKL(DistillationLoss):
     Source: Hinton et al. (arXiv 1503.02531).
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"temperature": POSITIVE}
+    ranges = Ranges(temperature=POSITIVE)
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0, squared: bool = True) -> None:
         super().__init__(weight)
@@ -69,7 +68,7 @@ class WeightedSoftCE(DistillationLoss):
     Source: Chen et al., PMKL (IEEE TMI 2022).
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"temperature": POSITIVE}
+    ranges = Ranges(temperature=POSITIVE)
 
     def __init__(self, weight: float = 0.5, temperature: float = 10.0) -> None:
         super().__init__(weight)
@@ -117,7 +116,7 @@ class ProbabilityMSE(DistillationLoss):
     al., SMU-Net (MIDL 2022).
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"ramp_epochs": NOT_NEGATIVE}
+    ranges = Ranges(ramp_epochs=NOT_NEGATIVE)
 
     def __init__(
         self,

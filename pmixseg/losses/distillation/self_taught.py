@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmixseg.describe import NOT_NEGATIVE, POSITIVE, Range
+from pmixseg.describe import NOT_NEGATIVE, POSITIVE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distillation.loss import DistillationLoss, Network
@@ -77,11 +76,7 @@ class SelfDistillation(DistillationLoss):
 
     self_taught = True
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "logit_weight": NOT_NEGATIVE,
-        "prototype_weight": NOT_NEGATIVE,
-        "temperature": POSITIVE,
-    }
+    ranges = Ranges(logit_weight=NOT_NEGATIVE, prototype_weight=NOT_NEGATIVE, temperature=POSITIVE)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from pmixseg.describe import NOT_NEGATIVE, Described, Range, build, find_class, is_description
+from pmixseg.describe import (
+    FRACTION,
+    NOT_NEGATIVE,
+    Described,
+    Ranges,
+    build,
+    class_behind,
+    find_class,
+    is_description,
+)
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
 
@@ -48,7 +57,7 @@ class Polynomial(Schedule):
         warmup_steps: steps over which the rate rises linearly from 0.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"power": NOT_NEGATIVE, "warmup_steps": NOT_NEGATIVE}
+    ranges = Ranges(power=NOT_NEGATIVE, warmup_steps=NOT_NEGATIVE)
 
     def __init__(self, power: float = 0.9, warmup_steps: int = 0) -> None:
         self.power = power
@@ -72,7 +81,7 @@ class OneCycle(Schedule):
         warmup_fraction: share of the steps in which the rate rises.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"warmup_fraction": Range(0, 1)}
+    ranges = Ranges(warmup_fraction=FRACTION)
 
     def __init__(self, warmup_fraction: float = 0.3) -> None:
         self.warmup_fraction = warmup_fraction
@@ -126,15 +135,11 @@ def directed(
     """Give a plateau schedule the direction of its metric; anything else stays what it is.
 
     PyTorch's default, ``mode: min``, lowers the rate while Dice rises.
-
-    Args:
-        make: a schedule, or what makes a scheduler from an optimizer.
     """
     if not isinstance(make, functools.partial):
         return make
-    # jsonargparse wraps the class behind its own functions.
-    classes = [f for f in (make.func, *make.args) if inspect.isclass(f)]
-    if not any(issubclass(cls, ReduceLROnPlateau) for cls in classes):
+    cls = class_behind(make)
+    if cls is None or not issubclass(cls, ReduceLROnPlateau):
         return make
     mode = mode_of(make.keywords.get("monitor", VALIDATION))
     return make if mode is None else functools.partial(make, mode=mode)
@@ -243,9 +248,7 @@ def rate_of(make_optimizer: Callable[..., Any]) -> float:
     if isinstance(make_optimizer, functools.partial):
         if "lr" in make_optimizer.keywords:
             return float(make_optimizer.keywords["lr"])
-        # jsonargparse wraps the class behind its own functions.
-        classes = (f for f in (make_optimizer.func, *make_optimizer.args) if inspect.isclass(f))
-        make_optimizer = next(classes, make_optimizer.func)
+        make_optimizer = class_behind(make_optimizer) or make_optimizer.func
     default = inspect.signature(make_optimizer).parameters.get("lr")
     return float(default.default) if default is not None else math.nan
 
@@ -309,12 +312,8 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     matrices = [p for name, p in trainable if decays(name, p)]
     vectors = [p for name, p in trainable if not decays(name, p)]
-    groups: list[dict[str, Any]] = []
-    if matrices:
-        groups.append({"params": matrices})
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
-    return groups
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def decays(name: str, parameter: Tensor) -> bool:
