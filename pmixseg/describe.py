@@ -69,7 +69,9 @@ Ranges = dict[str, Range]
 class Described:
     """Base of classes whose instances remember their constructor's arguments.
 
-    A class names in ``ranges`` what numbers its arguments may be; every number must be finite.
+    A class names in ``ranges`` what numbers its arguments may be; every number must be finite. One
+    out of its range, or a value of another kind than the annotation's, is an ``InputError``; the
+    classes do not say so again.
 
     Example:
         >>> class Ball(Described):

@@ -25,9 +25,6 @@ class TermCallback(Callback, Described, ABC):
         weight: factor of the term; 0 switches it off: nothing is built.
         start_epoch: first epoch with a weight above 0; before it the term is multiplied by 0.
         warmup_epochs: epochs over which the weight rises linearly.
-
-    Raises:
-        InputError: a negative weight.
     """
 
     ranges = Ranges(weight=NOT_NEGATIVE, start_epoch=NOT_NEGATIVE, warmup_epochs=NOT_NEGATIVE)

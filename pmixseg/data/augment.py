@@ -37,9 +37,6 @@ class Augmentation(Described):
             ``noise_probability``.
         noise_probability: per modality.
 
-    Raises:
-        InputError: a probability outside [0, 1], or a range that is negative or reaches zoom 0.
-
     The defaults of flip, rotation, shift and scale are those of RFNet's public code, which rotates
     every sample and turns flips, shift and scale about all axes.
     """

@@ -57,9 +57,6 @@ class RFNetCriterion(Criterion):
         fusion_start_epoch: before it, the fused output's loss is multiplied by 0, so that encoders
             and region maps come first (20 of 300 in RFNet's script; 0 in mmFormer's).
 
-    Raises:
-        InputError: ``fusion_start_epoch`` is negative.
-
     Source: Ding et al., RFNet (ICCV 2021), section 3.4 and published code.
     """
 

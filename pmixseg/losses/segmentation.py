@@ -108,9 +108,6 @@ class DiceCE(Criterion):
             MONAI's ``batch``).
         deep_supervision_decay: weight of ``ds<k>`` is this to the power k.
 
-    Raises:
-        InputError: a negative weight.
-
     Source: Isensee et al., nnU-Net (Nature Methods 2021), for the sum and the weights.
     """
 

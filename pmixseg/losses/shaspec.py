@@ -29,9 +29,6 @@ class ShaSpecCriterion(Criterion):
         shared_weight: λ_s, 0.1 in the published code.
         specific_weight: λ_c, 0.02 there.
 
-    Raises:
-        InputError: a negative weight.
-
     Source: Wang et al., ShaSpec (CVPR 2023); billhhh/ShaSpec, train_SS.py. There the segmentation
     loss is Dice + binary cross-entropy on the three regions; here it is on the labels.
     """

@@ -48,9 +48,6 @@ class CaseNCE(Distance):
         epsilon: added to the variance and to squared lengths.
         seed: of the places.
 
-    Raises:
-        InputError: a temperature that is not above 0.
-
     Source: van den Oord et al., Contrastive Predictive Coding (arXiv 1807.03748) for the contrast;
     docs/method/alignment.md for centring and leaving out.
     """

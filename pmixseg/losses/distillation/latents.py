@@ -54,9 +54,6 @@ class LatentMatch(LatentLoss):
     Preset ``smunet`` (content): 0.2. Theirs are plain squared errors, which the division by the
     variance makes comparable.
 
-    Raises:
-        InputError: an unknown target.
-
     Source: docs/method/distillation.md.
     """
 
@@ -208,9 +205,6 @@ class GramMatch(SlotwiseLoss):
 
     Preset ``smunet``: 1e-4 with its own normalisation, beside :class:`LatentMatch` ("content")
     with 0.2.
-
-    Raises:
-        InputError: another normalisation.
 
     Source: Gatys et al. (CVPR 2016); Azad et al., SMU-Net (MIDL 2022).
     """

@@ -50,9 +50,6 @@ class DistillationLoss(nn.Module, Described, ABC):
         reads_extras: auxiliary outputs are compared, so a student that teaches itself does so in
             training mode: in eval mode a backbone has none.
         compares_cases: the loss tells cases apart, and reads ``batch["case"]`` where it is given.
-
-    Raises:
-        InputError: a negative weight.
     """
 
     __call__: Callable[..., Scalar]  # of forward, with its type

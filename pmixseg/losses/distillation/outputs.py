@@ -109,9 +109,6 @@ class ProbabilityMSE(DistillationLoss):
     Presets ``acn`` and ``smunet``: 10, over the foreground, ramp of 20 epochs. Theirs are sigmoids
     of three channels; here they are the classes of a softmax.
 
-    Raises:
-        InputError: another word, or a negative ramp.
-
     Source: Laine and Aila (arXiv 1610.02242) for the ramp; Wang et al., ACN (MICCAI 2021); Azad et
     al., SMU-Net (MIDL 2022).
     """

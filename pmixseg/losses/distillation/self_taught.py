@@ -68,9 +68,6 @@ class SelfDistillation(DistillationLoss):
 
     Preset ``passion``: 0.5, 0.1, T = 4; without their preference weights.
 
-    Raises:
-        InputError: temperature 0 or less, or another word for what the student sees.
-
     Source: Shi et al., PASSION (ACM MM 2024).
     """
 
