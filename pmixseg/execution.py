@@ -40,10 +40,6 @@ def seed_device(device: torch.device, seed: int) -> None:
     """Seed the CPU's random numbers and those of one device.
 
     ``torch.manual_seed`` seeds every kind of device there could be, in most of a millisecond.
-
-    Args:
-        device: where a step runs.
-        seed: any 63 bits.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":

@@ -23,9 +23,6 @@ def whole(path: Path) -> Iterator[Path]:
     cannot be foretold and ends like that of ``path``. Where the block succeeds the file takes its
     name, in place of what had it; where it fails nothing remains. The folder is made.
 
-    Args:
-        path: the file to write.
-
     Raises:
         InputError: the disk is full or read-only, or the path cannot be written, or is a device.
 
@@ -146,10 +143,6 @@ def not_beside(out: Path, sources: Iterable[Path]) -> None:
 
     A label map beside scans would be taken for the label that somebody drew.
 
-    Args:
-        out: the folder of the results.
-        sources: files that are read for them.
-
     Raises:
         InputError: one lies in it.
     """
@@ -164,10 +157,6 @@ def not_beside(out: Path, sources: Iterable[Path]) -> None:
 def not_within(out: Path, folder: Path) -> None:
     """Refuse a folder of results that is, or lies in, the folder which is searched for scans.
 
-    Args:
-        out: the folder of the results.
-        folder: that is searched.
-
     Raises:
         InputError: it does.
     """
@@ -180,10 +169,6 @@ def not_within(out: Path, folder: Path) -> None:
 
 def not_among(out: Path, sources: Iterable[Path]) -> None:
     """Refuse an output that would take the place of what it is made from.
-
-    Args:
-        out: the file to write.
-        sources: files that are read for it.
 
     Raises:
         InputError: it is one of them, by whatever name.

@@ -70,9 +70,6 @@ def stopping_code(error: BaseException | None) -> int | None:
 def report_stop(code: int = STOPPED) -> int:
     """Print the one line of a stopped command.
 
-    Args:
-        code: the exit code.
-
     Returns:
         The exit code.
     """

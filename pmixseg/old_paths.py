@@ -109,9 +109,6 @@ def current_word(word: str) -> str:
 def current_yaml(value: Any) -> Any:
     """Translate the class paths of a configuration, at any depth.
 
-    Args:
-        value: a parsed YAML file.
-
     Example:
         >>> current_yaml({"class_path": "pmixseg.evaluation.cases.EvaluationSettings"})
         {'class_path': 'pmixseg.evaluation.prediction.cases.EvaluationSettings'}

@@ -185,13 +185,7 @@ class Fusion(nn.Module):
 
 
 class FusedDecoder(Decoder):
-    """Fuses every level and decodes, with logits at every coarser level.
-
-    Args:
-        slots: number of modalities.
-        widths: channels per level, finest first.
-        num_classes: softmax classes.
-    """
+    """Fuses every level and decodes, with logits at every coarser level."""
 
     def __init__(self, slots: int, widths: Sequence[int], num_classes: int) -> None:
         super().__init__(widths, num_classes, PreNorm)

@@ -231,13 +231,7 @@ class RegionAwareFusion(nn.Module):
 
 
 class RegionDecoder(Decoder):
-    """The fused decoder: region map and region-aware fusion at every level.
-
-    Args:
-        slots: number of modalities.
-        widths: channels per level, finest first.
-        num_classes: classes and regions.
-    """
+    """The fused decoder: region map and region-aware fusion at every level."""
 
     def __init__(self, slots: int, widths: Sequence[int], num_classes: int) -> None:
         super().__init__(widths, num_classes, PostNorm)

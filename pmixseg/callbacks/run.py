@@ -38,9 +38,6 @@ class RunLogger(Logger):
     resumed would lose its history. Here rows before the first new step are kept, rows from that
     step on are those of the training that is resumed from a checkpoint before them. A training
     that resumes nothing starts the file anew; validating or testing keeps all of it.
-
-    Args:
-        run: the run folder.
     """
 
     def __init__(self, run: str | Path) -> None:
@@ -169,9 +166,6 @@ class RunCheckpoint(ModelCheckpoint):
     ``best`` improves, so what came later would be lost. A validation within an epoch
     (``val_check_interval``) can write ``best`` there. Without validation there is no best epoch,
     only the last.
-
-    Args:
-        run: the run folder.
     """
 
     def __init__(self, run: str | Path) -> None:

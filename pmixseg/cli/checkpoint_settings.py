@@ -53,11 +53,6 @@ def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -
 def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, Any]:
     """Store and split of a training, as far as the command line does not name its own.
 
-    Args:
-        cases: of the training.
-        args: of the command line.
-        path: of the checkpoint.
-
     Raises:
         InputError: the store is gone, and no other is named.
     """

@@ -239,12 +239,7 @@ _TAKEN = {
 
 
 def check_flags(options: argparse.Namespace, what: str) -> None:
-    """Refuse flags that would be passed over, as ``--layout`` beside scans that are named.
-
-    Args:
-        options: the flags.
-        what: is segmented.
-    """
+    """Refuse flags that would be passed over, as ``--layout`` beside scans that are named."""
     given = {flag: getattr(options, flag) for flag in " ".join(_TAKEN.values()).split()}
     given |= {"brain": options.brain != "atlas", "atlas": options.atlas}  # of --raw
     taken = f"{_TAKEN[what]} {'brain atlas' if options.raw else ''}".split()

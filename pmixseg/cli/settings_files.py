@@ -43,9 +43,6 @@ def check_settings(text: str) -> None:
 
     YAML silently keeps the last of two keys.
 
-    Args:
-        text: YAML.
-
     Raises:
         BadSettings: there is such a key or alias.
         yaml.YAMLError: the text is no YAML.
@@ -143,11 +140,7 @@ def _values(root: yaml.Node | None, keys: Sequence[str]) -> Iterator[yaml.Scalar
 
 
 def wrong_class(path: Path) -> str | None:
-    """Return the first setting of a file that names a class in a wrong way, in a sentence.
-
-    Args:
-        path: of a file that is YAML.
-    """
+    """Return the first setting of a file that names a class in a wrong way, in a sentence."""
     for mapping in _mappings(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)):
         entries = {key.value: (key, value) for key, value in mapping.value}
         if not {"class_path", "init_args"} & set(entries):

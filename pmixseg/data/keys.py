@@ -64,9 +64,6 @@ def uniform(keys: Keys, stream: str, n: int) -> Float[Tensor, "b n"]:
 def number_of(name: str) -> int:
     """Return the number that stands for a case's or a patient's name in :func:`make_key`.
 
-    Args:
-        name: of the case or patient.
-
     Example:
         >>> number_of("a"), number_of("ab")
         (97, 24930)

@@ -272,11 +272,7 @@ class Fractions(SplitPlan):
 
 
 class WholeCohort(SplitPlan):
-    """Put every case into one part, to test on a cohort that no training has seen.
-
-    Args:
-        part: which part.
-    """
+    """Put every case into one part, to test on a cohort that no training has seen."""
 
     def __init__(self, part: Literal["train", "val", "test"] = "test") -> None:
         self.part = part
@@ -287,12 +283,7 @@ class WholeCohort(SplitPlan):
 
 
 def divided_patients(split: Split, cases: Iterable[SplittableCase]) -> list[str]:
-    """Patients with cases in more than one part, as a split file may have them.
-
-    Args:
-        split: of the cohort.
-        cases: the cohort.
-    """
+    """Patients with cases in more than one part, as a split file may have them."""
     parts: dict[str, set[str]] = defaultdict(set)
     part_of = {case: part for part in PARTS for case in getattr(split, part)}
     for case in cases:

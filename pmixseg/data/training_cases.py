@@ -161,10 +161,6 @@ def scans_of(case: StoredCase) -> Scans:
 def shared_scans(split: Split, cases: Iterable[StoredCase]) -> list[str]:
     """Pairs of cases, under different names in different parts of a split, that share a scan.
 
-    Args:
-        split: of the cohort.
-        cases: the cohort.
-
     Returns:
         Phrases such as ``a and b``.
     """
@@ -246,12 +242,7 @@ def other_voxels(
 
 
 def refusal_of_seen(seen: Sequence[SeenCase], part: str) -> str:
-    """Return one sentence that refuses to score cases that a model knows.
-
-    Args:
-        seen: the cases, at least one.
-        part: of the split that was to be scored.
-    """
+    """Return one sentence that refuses to score cases that a model knows."""
     cases = count_of(len(seen), f"case of the {part} part is", f"cases of the {part} part are")
     return (
         f"{cases} known to this model from its training "

@@ -87,11 +87,6 @@ def notes_on_strays(case: Case, strays: Sequence[Path], task: Task) -> tuple[str
     """Return sentences about the files beside a case's scans that its layout has no name for.
 
     Other common sequences and label maps are passed over.
-
-    Args:
-        case: as its layout has it.
-        strays: files beside its scans.
-        task: whose modalities are looked for.
     """
     kinds = [(path.name, read_name(stem_of(path).lower(), task.modalities).kind) for path in strays]
     unread = [name for name, kind in kinds if kind not in ("label", "foreign")]

@@ -52,12 +52,7 @@ class Outputs:
             )
 
     def write(self, result: Segmentation, images: Mapping[str, Source]) -> dict[str, Path]:
-        """Write one result; see :meth:`pmixseg.Segmentation.save`.
-
-        Args:
-            result: what the model made.
-            images: the scans, for the overview.
-        """
+        """Write one result; see :meth:`pmixseg.Segmentation.save`."""
         files = result.save(
             self.folder,
             probabilities=self.probabilities,

@@ -33,14 +33,7 @@ _BRIGHTEST = 99.5
 def scans_on_grid(
     images: Mapping[str, Source], shape: tuple[int, ...], affine: ArrayLike, where: str
 ) -> dict[str, NDArray[np.float32]]:
-    """Read the scans that lie on a result's grid; others cannot be drawn under it.
-
-    Args:
-        images: modality -> source.
-        shape: of the result.
-        affine: of the result, in mm.
-        where: how messages name the case.
-    """
+    """Read the scans that lie on a result's grid; others cannot be drawn under it."""
     scans = {}
     for modality, source in images.items():
         scan = ScanReader(where).read(source, modality)

@@ -57,10 +57,6 @@ class Payload:
     def from_dict(cls, raw: Any, where: str = "the checkpoint") -> Payload:
         """Read what :meth:`to_dict` wrote; what older versions did not write is not known.
 
-        Args:
-            raw: the entry.
-            where: how errors name the checkpoint.
-
         Raises:
             InputError: there is no entry, it is of another format, or damaged.
         """

@@ -35,10 +35,6 @@ class Reconstruction(Term):
 
     with y the network's output ``[B, C, D, H, W]``, W a 1x1x1 convolution to the M sequences and A
     what was acquired: hidden sequences and hidden blocks count as well as visible ones.
-
-    Args:
-        num_classes: C.
-        modalities: M.
     """
 
     def __init__(self, num_classes: int, modalities: int) -> None:

@@ -66,9 +66,6 @@ def brats_grid() -> Any:
 def read_atlas(path: Path) -> Atlas:
     """Read an atlas of one's own: a skull-stripped template, whose grid becomes the atlas space.
 
-    Args:
-        path: NIfTI; background 0.
-
     Raises:
         InputError: not readable, or no background.
     """

@@ -50,10 +50,6 @@ def register(fixed: sitk.Image, moving: sitk.Image) -> sitk.Transform:
     The start is the better of two: the scanner's coordinates, and the volumes' centres of mass laid
     upon each other.
 
-    Args:
-        fixed: scalar volume.
-        moving: scalar volume.
-
     Returns:
         Points of ``fixed`` -> points of ``moving``.
 

@@ -301,9 +301,6 @@ def odd_ones_out(cases: Iterable[Case]) -> frozenset[str]:
     Some converters set ``qform_code`` and ``sform_code`` to 0. A reader then guesses, and beside
     cases that need no guess such a case may be mirrored or turned. Headers alone are read.
 
-    Args:
-        cases: the cohort.
-
     Returns:
         Names of these cases; empty where all cases say it, or none does.
     """

@@ -30,10 +30,6 @@ def class_colours(count: int) -> list[str]:
 def slicer_table(codes: Mapping[str, int], task: Task) -> str:
     """Return a colour table of 3D Slicer (``.ctbl``): number, name, red, green, blue, opacity.
 
-    Args:
-        codes: label name -> number in the file.
-        task: order of the labels.
-
     Example:
         >>> from pmixseg.task import BRATS
         >>> print(slicer_table({"NCR": 1, "ED": 2, "ET": 4}, BRATS))
@@ -52,12 +48,7 @@ def slicer_table(codes: Mapping[str, int], task: Task) -> str:
 
 
 def snap_table(codes: Mapping[str, int], task: Task) -> str:
-    """Return a label description of ITK-SNAP.
-
-    Args:
-        codes: label name -> number in the file.
-        task: order of the labels.
-    """
+    """Return a label description of ITK-SNAP."""
     lines = ['    0     0    0    0        0  0  0    "Clear Label"']
     for number, name, (red, green, blue) in _rows(codes, task):
         quoted = name.replace('"', "'")

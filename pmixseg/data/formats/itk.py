@@ -39,10 +39,6 @@ _SAYS_HOW_IT_LIES = re.compile(
 def read_itk(path: Path, where: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], bool]:
     """Read one MetaImage or NRRD file.
 
-    Args:
-        path: the file.
-        where: how messages name the case.
-
     Returns:
         ``[X, Y, Z]`` or ``[X, Y, Z, C]`` numbers, the affine to mm in RAS (ITK's own axes are
         LPS), and whether the file says how it lies.

@@ -136,11 +136,7 @@ class ScanReader:
         return self._channel(_opened(source, str(name)), None, role)
 
     def frame(self, source: Source) -> Frame | None:
-        """Say where a volume lies, from its header alone; ``None`` if there is no usable one.
-
-        Args:
-            source: where it is.
-        """
+        """Say where a volume lies, from its header alone; ``None`` if there is no usable one."""
         path = source[0] if isinstance(source, tuple) else source
         try:
             if not isinstance(path, Path | str):
@@ -155,11 +151,7 @@ class ScanReader:
             return None  # who reads the voxels says so
 
     def channels(self, path: Path) -> int | None:
-        """Count the volumes of a NIfTI file by its header; ``None`` where that does not tell.
-
-        Args:
-            path: the file.
-        """
+        """Count the volumes of a NIfTI file by its header; ``None`` where that does not tell."""
         try:
             with path.open("rb") as file:
                 header = read_header(first_bytes(file.read(_HEAD_PACKED), HEAD))

@@ -37,12 +37,7 @@ def check_normalisation(name: str) -> None:
 
 
 def computed_dtype(name: str, dtype: npt.DTypeLike) -> npt.DTypeLike:
-    """Return the number type that a case is read in, before :func:`normalised`.
-
-    Args:
-        name: of the normalisation.
-        dtype: of the result.
-    """
+    """Return the number type that a case is read in, before :func:`normalised`."""
     return dtype if name == NORMALISATION else np.float32
 
 

@@ -213,9 +213,6 @@ def misplaced(overview: Overview) -> list[str]:
     half of the brain, and at most 1.02 with two. With one of four shifted by 10 mm it is at least
     1.9, turned by 15 degrees 1.28, mirrored left-right 1.67; by 6 mm, 1.09.
 
-    Args:
-        overview: of the scans.
-
     Returns:
         A phrase for the scan with the largest g, if that is above :data:`MAX_GAIN`.
     """

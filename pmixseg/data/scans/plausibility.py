@@ -75,13 +75,7 @@ LARGEST_SHARE = 0.5
 
 
 def misfit_label(case: CanonicalCase, overview: Overview, task: Task) -> list[str]:
-    """Suspect a label that is of other scans, is mirrored or shifted, or marks the brain.
-
-    Args:
-        case: with or without a label.
-        overview: of its scans.
-        task: names of its labels.
-    """
+    """Suspect a label that is of other scans, is mirrored or shifted, or marks the brain."""
     tumour = np.flatnonzero(case.label) if case.label is not None else np.zeros(0, np.intp)
     total = case.label_beyond + len(tumour)
     if total == 0:
@@ -111,10 +105,6 @@ def odd_label(case: CanonicalCase, task: Task) -> list[str]:
 
     Oedema lies outside, and what enhances is bright in T1ce; see :data:`LEAST_OUTSIDE` and
     :data:`LEAST_BRIGHTER`.
-
-    Args:
-        case: with or without a label.
-        task: names of its labels and channels.
     """
     if case.label is None:
         return []
@@ -175,11 +165,7 @@ class Verdict:
     remarks: tuple[str, ...] = ()
 
     def refusal(self, where: str) -> str:
-        """Return the sentence by which the case is refused.
-
-        Args:
-            where: how messages name the case.
-        """
+        """Return the sentence by which the case is refused."""
         return (
             f"{where}: {'; '.join(self.findings)}. Scans are expected skull-stripped, registered "
             "to each other, with background 0: prepare them so, or go on all the same with force "
@@ -187,11 +173,7 @@ class Verdict:
         )
 
     def notes(self, where: str) -> list[str]:
-        """Return sentences about a case that is used.
-
-        Args:
-            where: how messages name the case.
-        """
+        """Return sentences about a case that is used."""
         notes = [] if self.oriented else [f"{where}: its scans {TAKEN_AS_LAS}"]
         notes += [f"{where}: {text}." for text in self.remarks]
         return [*notes, *(f"{where}: {text}; went on because of force." for text in self.findings)]
@@ -265,9 +247,6 @@ def exchanged(overview: Overview) -> list[str]:
     """Remark on FLAIR and T2, or T1 and contrast-enhanced T1, that look like each other.
 
     Fluid is dark in T1 and bright in T2, but not in FLAIR; vessels are bright in T1ce alone.
-
-    Args:
-        overview: of the scans.
     """
     names = {common_sequence(name): name for name in overview.codes}
     inside = np.all([codes > 0 for codes in overview.codes.values()], axis=0)

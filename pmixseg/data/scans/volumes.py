@@ -72,11 +72,6 @@ def place_of(scan: Scan, spacing: Spacing | None, where: str) -> Place:
 def same_grid(first: Place, other: Place, where: str) -> Geometry:
     """Compare two files of one case after both are in canonical orientation.
 
-    Args:
-        first: the reference file.
-        other: the file in question.
-        where: how messages name the case.
-
     Returns:
         The geometry by which the other file is read: the reference's where both have the same
         axes. Of axes near 45 degrees, rounding must not decide twice which is which.
@@ -336,12 +331,6 @@ def label_map(
     where: str,
 ) -> LabelMap:
     """Read a label file.
-
-    Args:
-        scan: the file.
-        geometry: how it lies.
-        coding: what its numbers mean.
-        where: how messages name the case.
 
     Raises:
         InputError: a number that is no integer or that the coding does not know, a number whose

@@ -28,9 +28,6 @@ def open_maps(limit: int = MAX_MAPS) -> Maps:
     """Keep memory maps of a store's arrays; of more than ``limit`` the oldest is let go first.
 
     An array that is still in use keeps its own map open.
-
-    Args:
-        limit: how many.
     """
     return functools.lru_cache(limit)(read_only_map)
 

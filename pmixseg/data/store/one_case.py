@@ -67,10 +67,6 @@ def prepare_case(settings: StoreSettings, case: Case) -> Outcome | InputError:
 
     A case that was kept by force stays, as long as its files are the same.
 
-    Args:
-        settings: what it is prepared with.
-        case: where its files lie.
-
     Raises:
         OSError: the store cannot be written.
     """

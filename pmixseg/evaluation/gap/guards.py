@@ -52,11 +52,7 @@ def effective_rank(covariance: Float[Tensor, "c c"]) -> float:
 
 
 def rank_within(vectors: Vectors) -> float:
-    """Return the mean over modalities of the effective rank of a modality's own covariance.
-
-    Args:
-        vectors: ``[n, M, C]``.
-    """
+    """Return the mean over modalities of the effective rank of a modality's own covariance."""
     ranks = [
         effective_rank(torch.cov(own.T, correction=0).reshape(own.shape[1], -1))
         for own in vectors.double().unbind(1)
@@ -69,10 +65,6 @@ def whitened_gap(vectors: Vectors, targets: Float[Tensor, "n c"]) -> float:
 
     :math:`S_W` is the mean of :math:`(f_m - P)(f_m - P)^T`, :math:`S_T` the covariance of all
     latents together. No invertible linear map of the channels changes it (but for the ridge).
-
-    Args:
-        vectors: ``[n, M, C]``.
-        targets: the anchor, ``[n, C]``.
 
     Returns:
         0 for constant latents.

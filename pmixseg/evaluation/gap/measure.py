@@ -149,11 +149,6 @@ def corrected_total_correlation(vectors: Vectors, seed: int = 0, shuffles: int =
 
     The plain estimate is far above 0 for independent modalities (13.6 nats with 64 channels and
     1024 voxels); the mean over shuffles, which breaks every dependence, is subtracted.
-
-    Args:
-        vectors: ``[n, M, C]``.
-        seed: of the shuffles.
-        shuffles: how many.
     """
     count, modalities, channels = vectors.shape
     generator = torch.Generator().manual_seed(seed)

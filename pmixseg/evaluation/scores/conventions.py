@@ -33,11 +33,6 @@ _EMPTY: Mapping[str, tuple[float, float]] = {
 def dice(predicted: int, true: int, shared: int) -> float:
     """Return the Dice of a region from its numbers of voxels; 1 where both masks are empty.
 
-    Args:
-        predicted: voxels of the prediction.
-        true: voxels of the truth.
-        shared: voxels of both.
-
     Example:
         >>> dice(3, 1, 1), dice(3, 0, 0), dice(0, 0, 0)
         (0.5, 0.0, 1.0)
