@@ -49,6 +49,13 @@ def whole(path: Path) -> Iterator[Path]:
                 part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write a file of text in UTF-8, as a whole or not at all."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
+
+
 def _new_file(path: Path) -> Path:
     # Readers such as nibabel tell a format by the end of the name.
     ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix

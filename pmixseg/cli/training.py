@@ -45,7 +45,7 @@ from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe, differences, find_class
 from pmixseg.errors import InputError
-from pmixseg.files import whole
+from pmixseg.files import write_text
 from pmixseg.interrupt import raise_on_interrupt
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
@@ -88,8 +88,7 @@ class SaveRunConfig(SaveConfigCallback):
         """
         folder = Path(trainer.default_root_dir)
         text = self.parser.dump(self.config, skip_none=False)
-        with whole(folder / "config.yaml") as part:
-            part.write_text(text, encoding="utf-8")
+        write_text(folder / "config.yaml", text)
         for logger in trainer.loggers:
             if not isinstance(logger, RunLogger):
                 logger.log_hyperparams(yaml.safe_load(text))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError
-from pmixseg.files import file_hash, whole
+from pmixseg.files import file_hash, whole, write_text
 
 DESCRIPTION = "pmixseg.json"
 WEIGHTS = "model.safetensors"
@@ -78,10 +78,8 @@ def write_published(
         "about": dict(about),
         "description": dict(description),
     }
-    with whole(folder / CARD) as part:
-        part.write_text(card, encoding="utf-8")
-    with whole(folder / DESCRIPTION) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / CARD, card)
+    write_text(folder / DESCRIPTION, json.dumps(content, indent=1) + "\n")
     return folder
 
 

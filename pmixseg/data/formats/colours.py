@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pmixseg.files import whole
+from pmixseg.files import write_text
 from pmixseg.task import Task
 
 CLASS_COLOURS = ("#e0563b", "#38a880", "#f4cf4a", "#6f8fe8", "#c77bd0", "#8fd0e8")
@@ -74,12 +74,7 @@ def write_tables(stem: Path, codes: Mapping[str, int], task: Task) -> dict[str, 
         "slicer": (f"{stem.name}.ctbl", slicer_table(codes, task)),
         "itksnap": (f"{stem.name}_itksnap.txt", snap_table(codes, task)),
     }
-    made = {}
-    for what, (name, text) in texts.items():
-        made[what] = stem.with_name(name)
-        with whole(made[what]) as part:
-            part.write_text(text, encoding="utf-8")
-    return made
+    return {what: write_text(stem.with_name(name), text) for what, (name, text) in texts.items()}
 
 
 def _rows(codes: Mapping[str, int], task: Task) -> list[tuple[int, str, tuple[int, int, int]]]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmixseg.errors import InputError
-from pmixseg.files import whole
+from pmixseg.files import whole, write_text
 from pmixseg.task import Task
 
 NOTICE = b"pmixseg: research use only"
@@ -110,7 +110,4 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> Path:
     Raises:
         InputError: it cannot be written.
     """
-    text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
-    with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
-    return path
+    return write_text(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")

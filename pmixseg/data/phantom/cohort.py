@@ -30,7 +30,7 @@ from pmixseg.data.phantom.contrast import CONTRASTS, Contrast, Scanner, Shared, 
 from pmixseg.data.phantom.tumour import GROWTH_GRID, displacement, grow
 from pmixseg.describe import FRACTION, Range, Ranges
 from pmixseg.errors import InputError, writing
-from pmixseg.files import hidden_folder_near, whole
+from pmixseg.files import hidden_folder_near, write_text
 from pmixseg.task import BRATS
 from pmixseg.workers import results
 
@@ -288,8 +288,7 @@ def _claim(out: Path, seed: int, settings: PhantomSettings) -> None:
         raise InputError(
             f"phantom: {out} is not empty and holds no {marker.name}; choose an empty folder."
         )
-    with whole(marker) as part:
-        part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    write_text(marker, json.dumps(described, indent=1) + "\n")
 
 
 def _write_case(out: Path, seed: int, settings: PhantomSettings, index: int) -> None:

@@ -10,7 +10,7 @@ import yaml
 from pmixseg.data.phantom.cohort import LABEL_CODES
 from pmixseg.data.phantom.contrast import CONTRASTS, Contrast
 from pmixseg.errors import InputError
-from pmixseg.files import whole
+from pmixseg.files import write_text
 from pmixseg.task import Task
 
 LAYOUT_FILE = "layout.yaml"
@@ -74,7 +74,4 @@ def write_layout(out: Path, task: Task, codes: Mapping[str, int]) -> Path:
         "codes": dict(codes),
         "ignored": [code for code in LABEL_CODES.values() if code not in codes.values()],
     }
-    path = out / LAYOUT_FILE
-    with whole(path) as part:
-        part.write_text(yaml.safe_dump(layout, sort_keys=False), encoding="utf-8")
-    return path
+    return write_text(out / LAYOUT_FILE, yaml.safe_dump(layout, sort_keys=False))

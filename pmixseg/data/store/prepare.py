@@ -33,7 +33,7 @@ from pmixseg.data.store.stored import (
     seal,
 )
 from pmixseg.errors import InputError
-from pmixseg.files import whole
+from pmixseg.files import write_text
 from pmixseg.task import Task
 from pmixseg.workers import results
 
@@ -157,8 +157,7 @@ def _open_store(out: Path, task: Task, parameters: dict[str, Any]) -> None:
         raise InputError(f"{out} holds files and is no store; name a new folder for the store.")
     out.mkdir(parents=True, exist_ok=True)
     text = seal({"format": FORMAT, "task": task.to_dict(), "parameters": parameters})
-    with whole(out / STORE_JSON) as part:
-        part.write_text(text, encoding="utf-8")
+    write_text(out / STORE_JSON, text)
     (out / CASES).mkdir(exist_ok=True)
     for left in (out / CASES).glob(".*"):
         try:

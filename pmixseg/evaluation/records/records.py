@@ -49,7 +49,7 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.records.measures import MEASURES
 from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
 from pmixseg.evaluation.records.spreadsheets import quote_formulas, unquote_formulas
-from pmixseg.files import file_hash, whole
+from pmixseg.files import file_hash, whole, write_text
 from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task, format_combination, parse_combination
 
@@ -188,9 +188,8 @@ class Records:
                     quote_formulas(self.table).to_csv(part, index=False)
                 digest = file_hash(part)
             table = {"file": path.name, "rows": len(self.table), "sha256": digest}
-            with whole(path.with_suffix(".json")) as part:
-                text = json.dumps({**self.sidecar.to_dict(), "table": table}, indent=2)
-                part.write_text(text + "\n", encoding="utf-8")
+            text = json.dumps({**self.sidecar.to_dict(), "table": table}, indent=2)
+            write_text(path.with_suffix(".json"), text + "\n")
         return path
 
 

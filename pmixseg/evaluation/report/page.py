@@ -53,7 +53,7 @@ from pmixseg.evaluation.report.summary import (
     temperatures,
     worst_cases,
 )
-from pmixseg.files import file_hash, whole
+from pmixseg.files import file_hash, whole, write_text
 from pmixseg.task import Task
 from pmixseg.version import __version__
 
@@ -140,9 +140,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str, images: bool = Tru
     with writing(assets):
         assets.mkdir(parents=True, exist_ok=True)
         page = _page(read_runs, assets, images)
-    with whole(out) as part:
-        part.write_text(page, encoding="utf-8")
-    return out
+    return write_text(out, page)
 
 
 def html_table(table: Tabulation) -> str:
@@ -352,8 +350,7 @@ def _write_figures(assets: Path, figures: dict[str, Figure]) -> dict[str, Markup
     shown = {}
     for name, figure in figures.items():
         svg = as_svg(figure)
-        with whole(assets / f"{name}.svg") as part:
-            part.write_text(svg, encoding="utf-8")
+        write_text(assets / f"{name}.svg", svg)
         save_png(figure, assets / f"{name}.png")
         shown[name] = themed(svg)
     return shown
@@ -366,9 +363,8 @@ def _write_tables(assets: Path, tables: list[Tabulation], records: list[Records]
         stem = f"table_{table.measure.name}"
         with whole(assets / f"{stem}.csv") as part:
             quote_formulas(table.frame()).to_csv(part, index=False)
-        with whole(assets / f"{stem}.tex") as part:
-            comment = "\n".join([f"cases: {table.sizes_of_means}", *rules])
-            part.write_text(table.latex(comment), encoding="utf-8")
+        comment = "\n".join([f"cases: {table.sizes_of_means}", *rules])
+        write_text(assets / f"{stem}.tex", table.latex(comment))
     summaries = [vars(s) for s in region_summaries(records)]
     with whole(assets / "summary.csv") as part:
         quote_formulas(pd.DataFrame(summaries)).to_csv(part, index=False)
