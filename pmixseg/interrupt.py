@@ -11,6 +11,7 @@ import atexit
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 STOPPED = 130
@@ -56,15 +57,21 @@ def stopping_code(error: BaseException | None) -> int | None:
     Libraries make other errors of it: Lightning exits with 1. What is raised while the signal ends
     an import or a library's call counts as well.
     """
+    for cause in causes_of(error):
+        if isinstance(cause, Terminated) or type(cause).__name__ == "SIGTERMException":
+            return TERMINATED  # the second is Lightning's, which would exit with 0
+        if isinstance(cause, KeyboardInterrupt):
+            return STOPPED
+    return None
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Go through an error, what it was raised from or amid, and so on, each of them once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, Terminated) or type(error).__name__ == "SIGTERMException":
-            return TERMINATED  # the second is Lightning's, which would exit with 0
-        if isinstance(error, KeyboardInterrupt):
-            return STOPPED
+        yield error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return None
 
 
 def report_stop(code: int = STOPPED) -> int:

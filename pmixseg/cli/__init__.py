@@ -15,7 +15,7 @@ from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.cli.arguments import take_out
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
 from pmixseg.errors import InputError, disk_error, memory_error, restoring_error
-from pmixseg.interrupt import raise_on_interrupt, report_stop, stopping_code
+from pmixseg.interrupt import causes_of, raise_on_interrupt, report_stop, stopping_code
 from pmixseg.version import __version__
 
 TRAINING = {
@@ -149,13 +149,7 @@ def input_error(error: BaseException | None) -> InputError | None:
 
     jsonargparse wraps what a constructor says in the types that it tried.
     """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, InputError):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
+    return next((cause for cause in causes_of(error) if isinstance(cause, InputError)), None)
 
 
 def no_text(args: Sequence[str]) -> InputError | None:
