@@ -14,11 +14,12 @@ from pmixseg.errors import InputError
 from pmixseg.workers import NOT_BEGUN, end_if_read_anew
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without torch.distributed."""
+def rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
+    """This process's rank and the number of processes, as given or else as torch says."""
+    here = (0, 1)
     if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+        here = distributed.get_rank(), distributed.get_world_size()
+    return here[0] if rank is None else rank, here[1] if world is None else world
 
 
 class EpochSampler(DistributedSampler[tuple[int, int]]):
@@ -54,9 +55,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         rank: int | None = None,
         world: int | None = None,
     ) -> None:
-        here = rank_and_world()
-        self.rank = here[0] if rank is None else rank
-        self.num_replicas = here[1] if world is None else world
+        self.rank, self.num_replicas = rank_and_world(rank, world)
         self.cases, self.batch_size, self.seed = cases, batch_size, seed
         self.epoch = self.done = 0
         step = batch_size * self.num_replicas
@@ -135,9 +134,7 @@ class CaseSampler(DistributedSampler[int]):
     """
 
     def __init__(self, cases: int, rank: int | None = None, world: int | None = None) -> None:
-        here = rank_and_world()
-        self.rank = here[0] if rank is None else rank
-        self.num_replicas = here[1] if world is None else world
+        self.rank, self.num_replicas = rank_and_world(rank, world)
         dealt = range(cases)[self.rank :: self.num_replicas]
         self.indices = list(dealt) or [self.rank % cases] if cases else []
 

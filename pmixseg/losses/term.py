@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -61,6 +62,7 @@ class Term(nn.Module, ABC):
         return latents
 
 
+@dataclass
 class TermWeight:
     """Say how much a term counts in each epoch: 0 at first, then a linear warm-up.
 
@@ -75,10 +77,9 @@ class TermWeight:
         [0.0, 0.2, 0.4, 0.4, 0.4]
     """
 
-    def __init__(self, weight: float, start_epoch: int = 0, warmup_epochs: int = 0) -> None:
-        self.weight = weight
-        self.start_epoch = start_epoch
-        self.warmup_epochs = warmup_epochs
+    weight: float
+    start_epoch: int = 0
+    warmup_epochs: int = 0
 
     def at(self, epoch: int) -> float:
         """Weight in ``epoch``."""
