@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pmixseg.borrowed import Borrowed, evaluating
 from pmixseg.callbacks.term import TermCallback
+from pmixseg.data.scans.geometry import spacing_of
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.losses.distillation import DistillationLoss, LatentMatch, LogitKL, case_numbers
@@ -135,7 +136,7 @@ class Distillation(TermCallback):
         if teacher is None:
             return
         trained = teacher.preparation.spacing
-        spacing = None if data.spacing is None else tuple(float(s) for s in data.spacing)
+        spacing = None if data.spacing is None else spacing_of(data.spacing)
         if trained != spacing:
             raise InputError(
                 f"the teacher {self.teacher} was trained at the spacing {trained} mm, the data are "

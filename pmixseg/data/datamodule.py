@@ -30,7 +30,8 @@ from pmixseg.data.patches import (
     warn_of_padding,
 )
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, SameOrder
-from pmixseg.data.source import CohortSource, spacing_of
+from pmixseg.data.scans.geometry import spacing_of
+from pmixseg.data.source import CohortSource
 from pmixseg.data.splits import Fractions, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.data.training_cases import shared_scans

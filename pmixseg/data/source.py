@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pmixseg.data.cohorts.layouts import LabelNames, find_cases, search
 from pmixseg.data.cohorts.problems import listed
+from pmixseg.data.scans.geometry import spacing_of
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
@@ -123,9 +124,3 @@ def _beside(root: Path, spacing: Sequence[float] | None) -> Path:
     """Return the store that belongs to a cohort where none is named."""
     grid = "" if spacing is None else "-" + "x".join(f"{s:g}" for s in spacing)
     return root.resolve().parent / f"{root.resolve().name}-store{grid}"
-
-
-def spacing_of(values: Sequence[float]) -> tuple[float, float, float]:
-    """Three voxel sizes in mm."""
-    d, h, w = (float(v) for v in values)
-    return d, h, w

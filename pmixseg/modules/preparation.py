@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pmixseg.argument_checks import check_fields
 from pmixseg.data.cohorts.problems import listed
+from pmixseg.data.scans.geometry import spacing_of
 from pmixseg.data.scans.normalisation import NORMALISATIONS
 from pmixseg.data.training_cases import (
     SeenCase,
@@ -96,7 +97,7 @@ class Preparation:
                 "checkpoint needs to prepare a new scan alike; subclass pmixseg.BraTSDataModule, "
                 "or give it these attributes."
             )
-        spacing: Any = None if data.spacing is None else tuple(float(s) for s in data.spacing)
+        spacing = None if data.spacing is None else spacing_of(data.spacing)
         theirs = Preparation(
             spacing=spacing,
             normalisation=data.normalisation,

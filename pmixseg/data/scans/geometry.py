@@ -106,12 +106,12 @@ class Geometry:
                 "distances need right angles: resample it"
             )
         order = _axes_of(matrix)
-        source = _spacing(zooms[a] for a, _ in order)
+        source = spacing_of(zooms[a] for a, _ in order)
         canonical = triple(shape[a] for a, _ in order)
         grid, grid_shape = source, canonical
         if spacing is not None:
             pairs = list(zip(source, spacing, strict=True))
-            grid = _spacing(s if abs(s - t) <= _SAME_SPACING * t else t for s, t in pairs)
+            grid = spacing_of(s if abs(s - t) <= _SAME_SPACING * t else t for s, t in pairs)
             extent = (n * s / t for n, s, t in zip(canonical, source, grid, strict=True))
             # A hundredth is spared: header noise such as 1.00001 mm must not add a voxel.
             grid_shape = triple(max(1, math.ceil(e - 0.01)) for e in extent)
@@ -154,7 +154,7 @@ class Geometry:
         zooms = [0.0, 0.0, 0.0]
         for canonical_axis, (source_axis, _) in enumerate(_axes_of(self.affine)):
             zooms[source_axis] = self.source_spacing[canonical_axis]
-        return _spacing(zooms)
+        return spacing_of(zooms)
 
     def box(self, combination: Iterable[str] | None = None) -> Box:
         """Union of the boxes of a combination's modalities (``None``: of all acquired).
@@ -303,10 +303,10 @@ class Geometry:
         return cls(
             source_shape=triple(raw["source_shape"]),
             source_affine=tuple(tuple(float(v) for v in row) for row in raw["source_affine"]),
-            source_spacing=_spacing(raw["source_spacing"]),
+            source_spacing=spacing_of(raw["source_spacing"]),
             canonical_shape=triple(raw["canonical_shape"]),
             grid_shape=triple(raw["grid_shape"]),
-            grid_spacing=_spacing(raw["grid_spacing"]),
+            grid_spacing=spacing_of(raw["grid_spacing"]),
             boxes={name: Box.from_dict(box) for name, box in raw["boxes"].items()},
             unit=float(raw.get("unit", 1.0)),
         )
@@ -385,6 +385,7 @@ def _is_whole(value: float) -> bool:
     return abs(value - round(value)) < 1e-6
 
 
-def _spacing(values: Iterable[float]) -> Spacing:
+def spacing_of(values: Iterable[float]) -> Spacing:
+    """Return three voxel sizes in mm, which YAML and JSON have in a list."""
     a, b, c = (float(v) for v in values)
     return a, b, c

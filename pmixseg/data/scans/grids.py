@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -69,7 +70,7 @@ def on_one_grid(
         return CommonGrid(dict(images))
     grids = {name: place.geometry for name, place in places.items()}
     # Rounded: header noise such as 0.99999994 mm makes no scan the finest.
-    chosen = reference or min(grids, key=lambda n: round(_voxel_mm3(grids[n]), 3))
+    chosen = reference or min(grids, key=lambda n: round(math.prod(grids[n].source_spacing), 3))
     common = CommonGrid(dict(images), grids[chosen])
     for name, place in places.items():
         try:
@@ -97,10 +98,6 @@ def _place_of(reader: ScanReader, source: Source, name: str) -> Place | None:
     except ValueError:
         return None
     return Place(geometry, name, frame.oriented)
-
-
-def _voxel_mm3(grid: Geometry) -> float:
-    return float(np.prod(grid.source_spacing))
 
 
 def _resampled(

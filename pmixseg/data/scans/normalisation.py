@@ -143,9 +143,8 @@ def _intensities(zscores: npt.NDArray[np.float32], case: CanonicalCase) -> npt.N
 def _moved(array: npt.NDArray[Number], old: Box, new: Box) -> npt.NDArray[Number]:
     """Move the last three axes from one box to another of a grid; 0 where the old one ends."""
     made: npt.NDArray[Number] = np.zeros((*array.shape[:-3], *new.shape), array.dtype)
-    lo = triple(map(max, zip(old.lo, new.lo, strict=True)))
-    hi = triple(map(min, zip(old.hi, new.hi, strict=True)))
-    both = Box(lo, hi)
+    both = old.intersection(new)
+    assert both is not None  # a crop holds the brain
     made[(..., *both.relative_to(new).slices)] = array[(..., *both.relative_to(old).slices)]
     return made
 
