@@ -230,6 +230,7 @@ def describe(value: Any, where: str = "value") -> Any:
         return {str(k): describe(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [describe(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    # An object of ours, a class, or a partial of one; or what describes itself.
     made = _class_and_arguments(value)
     if made is not None:
         cls, arguments = made

@@ -99,6 +99,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
     began = time.monotonic()
     silence_lightning()
     out.mkdir(parents=True, exist_ok=True)
+    # Data, if there are none, then the store and its split.
     root = data or out / "cohort"
     if data is None:
         with stage(f"phantom: {CASES} synthetic patients"):
@@ -108,6 +109,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
         parts = cohort(out / "store", seed).parts
         sizes = f"{len(parts.train)} train, {len(parts.val)} val, {len(parts.test)} test"
         CONSOLE.print(f"  split: {sizes}")
+    # Each stage does both arms at once.
     for what, work in (("fit: the teachers", teach), ("fit and test: the students", study)):
         title = f"{what}, without alignment and with it, side by side"
         with stage(title), CONSOLE.status("training"):

@@ -158,6 +158,7 @@ def segmented(
     from pmixseg.inference.outputs import Outputs
     from pmixseg.inference.segment import channels_of, segment_files, segment_folder
 
+    # One INPUT, or a scan per modality.
     source: Path | None = options.input
     if (source is None) == (not scans):
         raise InputError(
@@ -172,6 +173,7 @@ def segmented(
         png=options.png,
         plain=options.nnunet,
     )
+    # What it is: a DICOM study, a folder, a 4-D file or scans by flag, raw or ready.
     share = Share.parse(options.part)
     folder = source if source is not None and source.is_dir() else None
     study = folder if folder and holds_dicom(folder, options, module.task) else None
@@ -185,6 +187,7 @@ def segmented(
 
         raw = RawSettings(options.brain, options.atlas, onto=options.reference)
         settings = replace(settings, reference=None)
+    # Each kind has a function of its own.
     codes, name = codes_of(options.codes), options.name
     if study:
         from pmixseg.inference.dicom import segment_study

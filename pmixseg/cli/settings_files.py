@@ -91,6 +91,7 @@ def broken_file(path: Path | str, text: str | None = None) -> str | None:
         path: the file, or the flag that has its content as value.
         text: that content.
     """
+    # Is it text, YAML, and without keys that stand twice?
     try:
         text = Path(path).read_text(encoding="utf-8") if text is None else text
         check_settings(text)
@@ -104,6 +105,7 @@ def broken_file(path: Path | str, text: str | None = None) -> str | None:
         return f"{path} is nested too deeply to be read; correct it."
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return f"{path} cannot be read ({' '.join(str(error).split())}); correct it."
+    # Does it hold settings, where there must be some, and name files that there are?
     if not isinstance(content, dict):
         return f"{path} holds no settings, but a {type(content).__name__}; write `key: value`."
     for keys, kinds in GROUPS.items():

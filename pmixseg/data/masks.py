@@ -134,6 +134,7 @@ class MaskFile(CaseMasks):
         return [(row[name].strip(), row[mask]) for row in rows]
 
     def _flags(self, case: str, value: Any, modalities: Sequence[str]) -> Flags:
+        # A list in text: of flags, or of names.
         if isinstance(value, str) and value.strip().startswith("["):
             words = [w.strip().strip("'\"") for w in value.strip(" []").split(",")]
             truth = {"true": True, "1": True, "false": False, "0": False}

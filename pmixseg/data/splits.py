@@ -149,6 +149,7 @@ class SplitJson(SplitPlan):
             raise
         except (ValueError, RecursionError) as error:
             raise InputError(f"split file {self.path} is not JSON: {error}.") from error
+        # A list of folds, or one split.
         if isinstance(raw, list):
             if not 0 <= self.fold < len(raw):
                 raise InputError(

@@ -88,6 +88,7 @@ def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
             f"{first.series.label} is not certain: {first.reason}; say what it is with "
             f"--series MODALITY={first.series.number}, or which series to use instead of it."
         )
+    # One series for each modality.
     chosen: dict[str, Series] = {}
     for r in recognised:
         if r.modality is None:

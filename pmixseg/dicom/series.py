@@ -167,6 +167,7 @@ def _why_no_volume(slices: Sequence[Any], error: Exception) -> tuple[str, str]:
     Returns:
         Two phrases, without anything that tells the patient.
     """
+    # What the headers lack, and what the library says.
     lacking = [name for name in PLACE if any(name not in header for header in slices)]
     if lacking and not any("NumberOfFrames" in header for header in slices):
         return f"its slices do not say their {', '.join(lacking)}", "export the series again"
@@ -182,6 +183,7 @@ def _why_no_volume(slices: Sequence[Any], error: Exception) -> tuple[str, str]:
         rows = np.array([float(v) for v in slices[0].ImageOrientationPatient]).reshape(2, 3)
     except (TypeError, ValueError):
         return "the places of its slices are no numbers", "export the series again"
+    # Places along the normal: one twice, one left out, or the slices shifted aside.
     depths = places @ np.cross(rows[0], rows[1])
     steps = np.diff(np.sort(depths))
     if twice := int((steps < _SAME_PLACE).sum()):

@@ -45,6 +45,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
     Raises:
         InputError: a file whose modality is not known or not certain, or two files of one modality.
     """
+    # Each file is a scan, a label map, or odd.
     files: dict[str, Path] = {}
     labels: list[str] = []
     odd: dict[str, str] = {}
@@ -75,6 +76,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
             f"({_flags(task.modalities)}), rename or move files, or leave these out with force "
             "(--force)."
         )
+    # What is passed over is told.
     notes = []
     if labels:
         notes.append(f"{listed(labels)} taken for no scan, by name")

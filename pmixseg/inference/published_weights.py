@@ -180,6 +180,7 @@ def _network(
             f"task '{task.name}' has the modalities in the order {', '.join(task.modalities)}, the "
             f"checkpoint in the order {', '.join(ORDER)}; use that order in the task."
         )
+    # Sizes that the weights tell.
     if kind == "rfnet":
         return RFNet(ORDER, classes, width=width), 80
     position, hidden = state.get("encoders.0.pos"), state.get("multimodal_transformer.feed_in.bias")

@@ -229,6 +229,7 @@ def seen_cases(
                 "(--data.split), or WholeCohort for cases that it has never seen."
             )
         return []
+    # By their names and by their scans; names may be of other patients in another store.
     cases = {name: scans_of(store.read(name)) for name in getattr(parts, part)}
     known = {c: scans_of(store.read(c)) for c in trained.cases.scans if c in store.cases}
     if other := _replaced(TrainingCases(str(store.root), scans=known), trained.cases):

@@ -78,6 +78,7 @@ def _by_program(scan: Any, name: str) -> Any:
             "environment of its own and put its command on the PATH, give a mask file, or use "
             "--brain atlas."
         )
+    # It reads one file and writes another.
     with tempfile.TemporaryDirectory() as folder:
         places = {
             "scan": f"{folder}/scan.nii.gz",

@@ -112,11 +112,13 @@ def _label_in_atlas(case: Case, done: Preprocessed, task: Task) -> tuple[Any, tu
     notes = [f"of {case.label}, {line}" for line in ignored_lines({case.case_id: seen.ignored})]
     if set(seen.ignored).intersection(coding.unannotated):
         return None, (*notes, "nobody annotated these voxels, so it is left without a label")
+    # The numbers of BraTS 2021 where the task has its labels, or else those of the file.
     written = LAYOUTS["brats2021"].codes
     table = code_table(written if set(written) == set(task.labels) else coding.numbers, task, where)
     numbers = np.zeros(geometry.source_shape, np.int16)
     geometry.canonical_view(numbers)[seen.box.slices] = table[seen.classes]
     label = image_of(numbers, scan.affine)
+    # Moved as the scan that it was drawn on.
     drawn = [m for m, scan in done.sources.items() if _same_grid(label, scan)]
     if not drawn:
         raise InputError(

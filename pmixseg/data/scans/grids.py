@@ -110,6 +110,7 @@ def _resampled(
         raise InputError(
             f"{reader.where}: {scan.name} is 0 everywhere; leave the file out or replace it."
         )
+    # Interpolated over the voxels of the head alone, so that its border is not dimmed.
     place = (target.source_shape, target.affine)
     summed, weight = (
         np.asarray(

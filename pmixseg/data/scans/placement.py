@@ -226,6 +226,7 @@ def misplaced(overview: Overview) -> list[str]:
             smaller = min(np.count_nonzero(codes[name]), np.count_nonzero(codes[other]))
             if both < 0.25 * smaller:
                 return [f"{name} and {other} hardly overlap"]
+    # The move that helps most; what helps little on an eighth of the voxels is not tried on all.
     worst, words = MAX_GAIN, ""
     for name in names:
         others = [codes[n] for n in names if n != name]
@@ -259,6 +260,7 @@ def misplaced_label(
     """
     if len(tumour) == 0:
         return []
+    # Information that the label shares with the scans, in nats times blocks, where it lies.
     sample = tumour[:: 1 + len(tumour) // LABEL_SAMPLE]
     weight = len(tumour) / len(sample) / math.prod(overview.blocks)
     codes = np.stack(list(overview.codes.values()))
@@ -276,6 +278,7 @@ def misplaced_label(
         own = entr(p.sum(axis=0)).sum(axis=1) + entr(p.sum(axis=2)).sum(axis=0)
         return float(count @ (own - entr(p).sum(axis=(0, 2))))
 
+    # The same at every other place; the best must stand out from most of them.
     here, there = evidence(sample), []
     places = _elsewhere(sample + first, shape)
     for points, how in chain(places, _shifted(sample + first, overview) if shifts else ()):

@@ -115,12 +115,14 @@ def odd_label(case: CanonicalCase, task: Task) -> list[str]:
     counts = np.bincount(label.ravel(), minlength=task.num_classes)
     index = {name: i + 1 for i, name in enumerate(task.labels) if counts[i + 1] >= JUDGED_VOXELS}
     words = "look as if each were the other ({}); see that their numbers in the file are right"
+    # Who meets healthy tissue is the oedema.
     contact = _contact_with_healthy(label, task.num_classes)
     for name in ("NCR", "ET"):
         if {name, "ED"} <= set(index):
             more = contact[index[name]] - contact[index["ED"]]
             if more > LEAST_OUTSIDE:
                 return [f"{name} and ED {words.format('oedema surrounds the tumour')}"]
+    # Who is brighter in T1ce is what enhances.
     contrast = [i for i, name in enumerate(task.modalities) if common_sequence(name) == "t1ce"]
     if {"NCR", "ET"} <= set(index) and contrast and case.acquired[contrast[0]]:
         scan = case.image[contrast[0]][box.slices]
@@ -202,11 +204,13 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
     label = misfit_label(case, overview, task)
     size = f"its brain is {' × '.join(f'{e:.3g}' for e in case.extent)} mm"
     too_small = [f"{size}, {WRONG_UNIT}"] if max(case.extent) < MIN_LENGTH_MM else []
+    # Findings refuse the case; the slow search for a better place comes where there is no other.
     findings = [*case.doubts, *too_small, *copies(overview), *label] or misplaced(overview)
     if odd_one_out and not case.oriented:
         findings.append(f"its scans {SILENT}, where other cases of the cohort do")
     if findings:
         return Verdict(tuple(findings), case.oriented)
+    # Remarks are told, and the case is used.
     remarks, length = [], max(case.extent)
     if length > LONGEST_MM:
         remarks.append(f"{size}, longer than any; look for voxels outside of it that are not 0")
@@ -254,18 +258,21 @@ def exchanged(overview: Overview) -> list[str]:
         return []
     words = "look as if each were the other ({}); see that their names are right"
     remarks = []
+    # FLAIR and T2: which of them resembles T1?
     if {"t1", "t2", "flair"} <= set(names):
         t1, t2, flair = (overview.codes[names[m]][inside] for m in ("t1", "t2", "flair"))
         likeness = np.corrcoef([t1, t2, flair])[0]
         if likeness[2] - likeness[1] < LEAST_LIKENESS:
             why = words.format("fluid is bright in the first, dark in the second")
             remarks.append(f"{names['flair']} and {names['t2']} {why}")
+    # T1 and T2: on which side of the middle lies fluid?
     if {"t1", "t2"} <= set(names) and not remarks:
         values = (overview.volumes[names[m]][inside] for m in ("t1", "t2"))
         dark, bright = (np.divide(*_tails(v, 0.02, 0.98)) for v in values)
         if bright < dark:
             why = words.format("fluid is dark in the first, bright in the second")
             remarks.append(f"{names['t1']} and {names['t2']} {why}, and dark and bright")
+    # T1 and T1ce: which of them has the vessels bright?
     if {"t1", "t1ce"} <= set(names):
         plain, enhanced = (overview.volumes[names[m]][inside] for m in ("t1", "t1ce"))
         scaled = [(v - np.median(v)) / max(float(v.std()), 1e-6) for v in (plain, enhanced)]

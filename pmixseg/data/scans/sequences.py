@@ -126,16 +126,19 @@ def read_name(name: str, modalities: Iterable[str]) -> Reading:
     own, rest = _named_outright(words, names)
     pieces = _pieces(rest)
     base = _base(pieces)
+    # A label map, unless a sequence comes after the word that says so.
     labels = [i for i, word in enumerate(rest) if word in _LABELS]
     if labels:
         sure = not any(pieces[i].word > labels[-1] for i in base)
         return Reading("label") if sure else Reading("unknown", doubt="it may be a label map")
+    # A modality of the task that is named as it is.
     if own:
         tells = {"contrast", "after"}
         clash = base or any(p.kind in tells and p.word > own[0][1] for p in pieces)
         if len(own) > 1 or clash:
             return Reading("unknown", doubt="it names more than one sequence")
         return Reading("scan", own[0][0])
+    # A common sequence, in whatever words, and which modality of the task it is.
     sequence, doubt = _sequence(pieces)
     if sequence is None:
         return Reading("unknown", doubt=doubt)

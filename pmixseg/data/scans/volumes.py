@@ -89,6 +89,7 @@ def same_grid(first: Place, other: Place, where: str) -> Geometry:
             f"{where}: {other.name} has shape {two.source_shape}, but {first.name} has "
             f"{one.source_shape}; co-register the files of a case to one grid."
         )
+    # Of axes in another order, the grids may still be one.
     distance = _apart(one.canonical_affine, two.canonical_affine, one.canonical_shape)
     if distance > limit:
         if first.oriented != other.oriented:

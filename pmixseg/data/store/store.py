@@ -70,6 +70,7 @@ class Store:
                 f"{root} is not a prepared store (no {STORE_JSON}); make one with "
                 "`pmixseg prepare ROOT STORE`."
             )
+        # The description, then the cases that were prepared as it says.
         description = unseal(path)
         if description is None or description.get("format") != FORMAT:
             raise InputError(_no_description(path))

@@ -160,6 +160,7 @@ def _check(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], measure: str) -
             lacking = [c for c in (*KEY, "n_present", "dice") if c not in run]
             if lacking:
                 raise InputError(f"{where} lacks the columns {lacking}; test the run again.")
+            # A measure of numbers that has a better side, and each row once.
             known = _measures(run)
             for column in ("dice", measure):
                 if column not in known and len(run):

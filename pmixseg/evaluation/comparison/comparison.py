@@ -70,6 +70,7 @@ class Comparison:
             file=stream, width=width, color_system=None, highlight=False, markup=False
         )
         test = self.primary
+        # What is compared, the primary endpoint, remarks, then what only explores.
         kind = "Two methods" if self.of_methods else "Two checkpoints, not two methods"
         console.print(f"{kind}: A = {', '.join(self.runs_a)}; B = {', '.join(self.runs_b)}")
         console.print(f"{test.pairs} pair(s) of runs, {len(self.cases)} case(s) in all of them\n")

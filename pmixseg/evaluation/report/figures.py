@@ -190,6 +190,7 @@ def by_count(tables: Tabulation) -> Figure:
         count = len(task.regions)
         figure = Figure(figsize=(min(3.0 * count, 9.2), 2.5), layout="constrained")
         all_axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+        # A plot per region: the mean of each size, and every combination as a point.
         for axes, (region, lines) in zip(all_axes, tables.by_region(), strict=True):
             for k, line in enumerate(lines):
                 colour, mean = COLOURS[k % len(COLOURS)], means[line.run, region]

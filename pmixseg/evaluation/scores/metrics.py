@@ -102,6 +102,7 @@ class CaseMetrics:
                 f"the prediction has shape {predicted.shape} but the truth {self.truth.shape}; "
                 "bring the prediction into the truth's grid."
             )
+        # Of each region, what is asked for alone.
         shared = self.truth.shared(predicted)
         rows = []
         for r, region in enumerate(self.task.regions):

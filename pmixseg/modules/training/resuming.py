@@ -227,11 +227,13 @@ class Resuming:
         A schedule is a function of the number of steps, so it is stepped anew. One that follows a
         metric keeps its counts and how often it lowered the rate.
         """
+        # Settings of the optimizers, but for how far a plateau has lowered the rate.
         lowered = [_lowered(optimizer) for optimizer in trainer.optimizers]
         for optimizer, groups in zip(trainer.optimizers, wanted, strict=True):
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update(copy.deepcopy(settings))
             place_steps(optimizer)
+        # A plateau keeps what it has counted; other schedules make their steps anew.
         for config, state in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
             scheduler = config.scheduler
             if isinstance(scheduler, ReduceLROnPlateau):
