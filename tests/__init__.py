@@ -15,7 +15,7 @@ Numbers that were silently wrong
 * Background other than 0, skull, label map as scan, scans that do not lie on each other:
   data/test_one_judge.py::test_a_background_that_is_not_0,
   data/test_one_judge.py::test_a_label_map_given_as_a_scan,
-  data/test_one_judge.py::test_unregistered_scans,
+  data/test_one_judge.py::test_scans_that_do_not_lie_on_each_other_are_refused,
   inference/test_refusals.py::test_scans_with_skull_or_background
 * Headers in metres or microns, absurd voxels, grids larger than memory:
   data/test_one_judge.py::test_units_of_the_header_are_honoured,
@@ -50,7 +50,7 @@ Numbers that were silently wrong
 Tracebacks
 
 * overfit_batches, one callback for a list, a short OneCycle:
-  cli/test_trainer_flags.py::test_works,
+  cli/test_trainer_flags.py::test_flags_of_the_trainer_work,
   modules/training/test_optimization.py::test_one_cycle_has_any_number_of_steps
 * Precisions that change the weights:
   modules/training/test_machine.py::test_weights_of_another_type_are_refused_before_anything_runs
@@ -123,7 +123,8 @@ Damaged files, malice, machine and load
 * Output that is not UTF-8:
   cli/test_main.py::test_output_that_is_not_utf_8_loses_signs_and_nothing_else
 * Damaged logs, sidecars, layouts and checkpoints; lack of memory; box plots of many cases:
-  campaign/test_result_inputs.py::test_results, campaign/test_data_inputs.py::test_texts,
+  campaign/test_result_inputs.py::test_damaged_results_cause_no_fault,
+  campaign/test_data_inputs.py::test_damaged_texts_cause_no_fault,
   evaluation/gap/test_changes.py::test_a_damaged_log_has_the_changes_that_it_holds,
   evaluation/records/test_records.py::test_a_damaged_sidecar_is_named,
   data/cohorts/test_described_layouts.py::test_a_field_that_is_no_expression,

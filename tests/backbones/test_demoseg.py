@@ -50,7 +50,7 @@ def test_it_keeps_the_contract():
 
 
 @pytest.mark.parametrize("names", [("flair",), ("flair", "t2"), ("a", "b", "c"), tuple("abcde")])
-def test_other_modalities(names):
+def test_it_holds_the_contract_for_any_modalities(names):
     check_backbone(DeMoSeg(names, 2, width=8, levels=2), skip=["bf16", "sizes"])
 
 

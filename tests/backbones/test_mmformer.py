@@ -19,7 +19,7 @@ TINY = {"width": 2, "embedding": 8, "heads": 2, "hidden": 16, "patch_size": 32}
     ],
     ids=["three", "two"],
 )
-def test_contract(net):
+def test_it_holds_the_contract(net):
     check_backbone(net)
 
 

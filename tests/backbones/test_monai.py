@@ -67,7 +67,7 @@ class Plain(nn.Module):
 
 
 @pytest.mark.parametrize(("name", "arguments"), NETWORKS)
-def test_contract(name, arguments):
+def test_networks_of_monai_hold_the_contract(name, arguments):
     check_backbone(EarlyFusion(network(name, arguments), ("pet", "ct", "mr"), num_classes=2))
 
 

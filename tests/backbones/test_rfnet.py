@@ -73,7 +73,7 @@ def test_region_map_reads_the_decoder_everywhere_but_at_the_lowest_level():
     [RFNet(width=4), RFNet(("pet", "ct"), num_classes=2, width=4, separate="none")],
     ids=["four", "two"],
 )
-def test_contract(net):
+def test_it_holds_the_contract(net):
     check_backbone(net)
 
 

@@ -10,7 +10,7 @@ from pmixseg.testing import check_backbone
 
 
 @pytest.mark.parametrize("modalities", [("flair", "t1ce", "t1", "t2"), ("ct", "pet")])
-def test_contract(modalities):
+def test_it_holds_the_contract(modalities):
     check_backbone(ShaSpec(modalities, num_classes=3, width=2, levels=3))
 
 

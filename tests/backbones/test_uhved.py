@@ -14,7 +14,7 @@ from pmixseg.types import Latents
     [UHVED(width=2), UHVED(("pet", "ct"), num_classes=2, width=4, reconstruct=False)],
     ids=["four", "two"],
 )
-def test_contract(net):
+def test_it_holds_the_contract(net):
     check_backbone(net)
 
 

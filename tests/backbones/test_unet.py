@@ -16,7 +16,7 @@ from pmixseg.testing import check_backbone
     ],
     ids=["four", "two", "one", "stem"],
 )
-def test_contract(net):
+def test_it_holds_the_contract(net):
     check_backbone(net)
 
 

@@ -193,7 +193,7 @@ def tried(generator, seeds, tmp_path):
 
 
 @pytest.mark.parametrize("seeds", sizes(40, 400))
-def test_plain_flags(checkpoint, tmp_path, seeds):
+def test_damaged_flags_cause_no_fault(checkpoint, tmp_path, seeds):
     write_case(tmp_path / "cohort" / NAME)
     tried(PlainFlags(tmp_path / "cohort", checkpoint), seeds, tmp_path)
 
@@ -204,11 +204,11 @@ def test_flags_of_trainings(phantom_store, checkpoint, tmp_path, seeds):
 
 
 @pytest.mark.parametrize("seeds", sizes(3, 120))
-def test_configuration_files(phantom_store, checkpoint, tmp_path, seeds):
+def test_damaged_configurations_cause_no_fault(phantom_store, checkpoint, tmp_path, seeds):
     tried(Configs(phantom_store, checkpoint), seeds, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_environments(phantom_store, checkpoint, tmp_path):
+def test_odd_environments_cause_no_fault(phantom_store, checkpoint, tmp_path):
     tried(Environment(phantom_store, checkpoint), range(40), tmp_path)

@@ -274,7 +274,7 @@ def test_a_case_that_is_not_damaged_is_taken(healthy, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-def test_scans(healthy, tmp_path, part):
+def test_damaged_scans_cause_no_fault(healthy, tmp_path, part):
     tally = Tally()
     seeds = range(part * SEEDS, (part + 1) * SEEDS)
     campaign(Scans(healthy), seeds, tmp_path / "work", tmp_path / "faults", tally)
@@ -288,7 +288,7 @@ def test_scans(healthy, tmp_path, part):
         pytest.param(range(10, 2 * SEEDS), id="many", marks=pytest.mark.slow),
     ],
 )
-def test_stores(healthy, tmp_path, seeds):
+def test_damaged_stores_cause_no_fault(healthy, tmp_path, seeds):
     cohort = tmp_path / "cohort"
     for number in range(3):
         name = f"BraTS2021_0000{number}"
@@ -308,7 +308,7 @@ def test_stores(healthy, tmp_path, seeds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", TEXTS, ids=lambda g: g.name)
-def test_texts(tmp_path, generator):
+def test_damaged_texts_cause_no_fault(tmp_path, generator):
     tally = Tally()
     campaign(generator, range(SEEDS), tmp_path / "work", tmp_path / "faults", tally)
     check(tally, tmp_path / "faults")

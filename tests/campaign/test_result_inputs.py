@@ -199,7 +199,7 @@ SIZES = [
 
 @pytest.mark.parametrize("seeds", SIZES)
 @pytest.mark.parametrize("ending", [".csv", ".json", ".npz", ".parquet"])
-def test_results(runs, tmp_path, seeds, ending):
+def test_damaged_results_cause_no_fault(runs, tmp_path, seeds, ending):
     if ending == ".parquet":
         pytest.importorskip("pyarrow")
     tally = Tally()
@@ -208,7 +208,7 @@ def test_results(runs, tmp_path, seeds, ending):
 
 
 @pytest.mark.parametrize("seeds", SIZES)
-def test_checkpoints(checkpoint, tmp_path, seeds):
+def test_damaged_checkpoints_cause_no_fault(checkpoint, tmp_path, seeds):
     tally = Tally()
     campaign(Checkpoints(checkpoint), seeds, tmp_path / "work", tmp_path / "faults", tally)
     check(tally, tmp_path / "faults")
@@ -221,7 +221,7 @@ def test_checkpoints(checkpoint, tmp_path, seeds):
         pytest.param(range(2, 150), id="many", marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
     ],
 )
-def test_resumed_trainings(training, tmp_path, seeds):
+def test_trainings_resumed_from_damage_cause_no_fault(training, tmp_path, seeds):
     tally = Tally()
     campaign(training, seeds, tmp_path / "work", tmp_path / "faults", tally)
     check(tally, tmp_path / "faults")

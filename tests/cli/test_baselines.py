@@ -58,7 +58,7 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe(name, phantom_store, tmp_path):
+def test_every_recipe_trains_its_own_network(name, phantom_store, tmp_path):
     assert fit(phantom_store, tmp_path, f"baselines/{name}.yaml", *FEW[name]) == 0
     assert math.isfinite(metrics(tmp_path)["train/loss"])
     module = load(tmp_path / "checkpoints" / "last.ckpt")
@@ -68,7 +68,7 @@ def test_recipe(name, phantom_store, tmp_path):
 
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_common_recipe(name, aligned, phantom_store, tmp_path, capsys):
+def test_every_backbone_trains_by_the_common_recipe(name, aligned, phantom_store, tmp_path, capsys):
     assert len(BACKBONES) == 7
     files = ["baselines/common.yaml", *BACKBONES[name]]
     if aligned:

@@ -93,7 +93,7 @@ def test_masks_that_stay_with_a_case_in_training_and_at_test(
         assert set(records["combination"]) == {"flair", "t2", "flair+t2"}
 
 
-def test_json_masks(seen, phantom_store, tmp_path):
+def test_a_json_file_says_what_each_case_lacks(seen, phantom_store, tmp_path):
     listed = {case: ["t1ce", "t1"] for case in Store.open(phantom_store).cases}
     (tmp_path / "m.json").write_text(json.dumps(listed))
     flags = [f"--data.mask_file={tmp_path / 'm.json'}"]

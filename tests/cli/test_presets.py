@@ -49,7 +49,7 @@ def test_mind_the_gap_is_the_teacher_with_alignment(teachers):
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_preset(name, teachers, phantom_store, tmp_path):
+def test_every_preset_adds_its_terms_to_the_loss(name, teachers, phantom_store, tmp_path):
     """Each student from the aligned teacher, which is mind-the-gap with that student."""
     taught = [] if name in SELF_TAUGHT else [taught_by(teachers, "aligned")]
     small = SMALLER.get(name, SMALL)

@@ -46,7 +46,7 @@ def trained(store, run, *flags):
         [ONE_CYCLE, "--trainer.fast_dev_run=true"],
     ],
 )
-def test_works(phantom_store, tmp_path, flags, recwarn):
+def test_flags_of_the_trainer_work(phantom_store, tmp_path, flags, recwarn):
     assert fit(phantom_store, tmp_path, *flags) == 0
     assert not [w for w in recwarn if "overfit" in str(w.message)]
 

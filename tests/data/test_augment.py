@@ -168,7 +168,7 @@ def test_flip_only_changes_nothing_but_order():
 @pytest.mark.parametrize(
     "wrong", [{"flip": 1.5}, {"flip": (0.5, 0.5)}, {"resample": -0.1}, {"zoom": 1.0}, {"noise": -1}]
 )
-def test_impossible_settings(wrong):
+def test_impossible_settings_are_refused(wrong):
     with pytest.raises(InputError):
         Augmentation(**wrong)
 

@@ -334,7 +334,7 @@ def test_a_published_split_is_named_in_the_log(phantom_store, tmp_path, monkeypa
     assert data.split_name == "the phantom's split"
 
 
-def test_torchio_instead(phantom_store):
+def test_transforms_of_torchio_take_the_place_of_ours(phantom_store):
     pytest.importorskip("torchio")
     affine = {"class_path": "torchio.RandomAffine", "init_args": {"degrees": 20}}
     noise = {"class_path": "torchio.RandomNoise", "init_args": {"std": [0.5, 0.5]}}
@@ -381,7 +381,7 @@ def test_unlabelled_cases_cannot_train(phantom_root, tmp_path):
 
 @pytest.mark.real
 @pytest.mark.skipif(not REAL.exists(), reason="../shared/data/brats2021 is not there")
-def test_real_scans(tmp_path):
+def test_real_scans_become_batches(tmp_path):
     root = tmp_path / "two"
     root.mkdir()
     for name in ("BraTS2021_00000", "BraTS2021_00014"):

@@ -79,7 +79,7 @@ def test_descriptions_instead_of_objects(phantom_store):
         ({"store": "s", "patch_size": (8, 0, 8)}, "patch_size"),
     ],
 )
-def test_impossible_arguments(arguments, words):
+def test_impossible_arguments_are_refused(arguments, words):
     with pytest.raises(InputError, match=words):
         BraTSDataModule(**arguments)
 

@@ -21,7 +21,7 @@ def rate(allowed, cases, m):
     return 1 - np.mean([allowed[c.case_id][m] for c in cases])
 
 
-def test_passion_csv(tmp_path):
+def test_a_csv_file_of_passion_is_read(tmp_path):
     path = tmp_path / "mr2468.csv"
     path.write_text(
         "data_name,mask_id,mask,pos_mask_ids\n"
@@ -49,7 +49,7 @@ def test_passion_csv(tmp_path):
         ("m.json", "\ufeff" + json.dumps({"a": "flair+t1"})),
     ],
 )
-def test_notations(tmp_path, name, text):
+def test_every_notation_says_the_same(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert MaskFile(tmp_path / name).allowed([case("a")], M) == {"a": (True, False, True, False)}
 
@@ -74,7 +74,7 @@ def test_notations(tmp_path, name, text):
         ("none.csv", None, "cannot be read"),
     ],
 )
-def test_file_errors(tmp_path, name, text, words):
+def test_faults_of_a_mask_file_are_named(tmp_path, name, text, words):
     if text is not None:
         (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=words):
@@ -105,7 +105,7 @@ def test_random_masks_never_give_what_is_not_acquired():
         assert not flags[0] and not flags[2]
 
 
-def test_site_masks():
+def test_each_site_has_rates_of_its_own():
     cases = [case(f"Brats18_{site}_{i}_1") for site in ("CBICA", "TCIA") for i in range(1000)]
     allowed = SiteMasks("Brats18_([A-Z]+)", {"TCIA": {"t1ce": 0.7}}).allowed(cases, M)
     assert rate(allowed, cases[:1000], 1) == 0

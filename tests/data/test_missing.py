@@ -60,13 +60,13 @@ def normalised(weights):
 @pytest.mark.parametrize(
     "acquired", [(True,) * 4, (True, False, True, True), (False, True, False, False)]
 )
-def test_uniform_combinations(acquired):
+def test_uniform_combinations_are_equally_frequent(acquired):
     each = subsets(acquired)
     assert_frequencies(UniformCombinations(), dict.fromkeys(each, 1 / len(each)), acquired)
 
 
 @pytest.mark.parametrize("acquired", [(True,) * 4, (False, True, True, True)])
-def test_uniform_sizes(acquired):
+def test_uniform_sizes_are_equally_frequent(acquired):
     n = sum(acquired)
     expected = {c: 1 / n / math.comb(n, sum(c)) for c in subsets(acquired)}
     assert_frequencies(UniformSizes(), expected, acquired)
@@ -116,7 +116,7 @@ def test_protocols_are_a_weighted_list():
 
 
 @pytest.mark.parametrize("acquired", [(True,) * 4, (True, True, False, True)])
-def test_dependent(acquired):
+def test_dependent_rates_follow_what_is_missing(acquired):
     def weight(c):
         flair, t1ce, t1, t2 = c
         p = 0.7 if flair else 0.3
@@ -165,7 +165,7 @@ def test_rebuilt_from_its_description(sampler):
         (lambda: FixedList(["pd"]).draw(KEYS[:1], torch.ones(1, 4).bool(), M), "pd"),
     ],
 )
-def test_errors(make, words):
+def test_impossible_rates_and_unknown_modalities_are_refused(make, words):
     with pytest.raises(InputError, match=words):
         make()
 

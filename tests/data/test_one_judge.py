@@ -139,7 +139,7 @@ def test_a_label_map_given_as_a_scan(make_case, tmp_path, label):
     assert problems == [refused] == [segmented]
 
 
-def test_unregistered_scans(phantom_root, tmp_path):
+def test_scans_that_do_not_lie_on_each_other_are_refused(phantom_root, tmp_path):
     case = find_cases(phantom_root, BRATS)[0]
     folder = tmp_path / "cohort" / "BraTS2021_00001"
     folder.mkdir(parents=True)

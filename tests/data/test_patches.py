@@ -99,7 +99,7 @@ def test_foreground_patches_are_centred_on_every_class(store):
     assert abs(centres[3] / 300 - 0.5) < 0.1
 
 
-def test_foreground_share(store):
+def test_a_share_of_patches_is_centred_on_the_tumour(store):
     dataset = PatchDataset(store, store.cases[:1], (3, 3, 3), foreground=0.25)
     hits = sum(int(dataset[0, i]["label"][1, 1, 1]) > 0 for i in range(400))
     stored = store.read(store.cases[0])
@@ -154,7 +154,7 @@ def test_withheld_modalities_do_not_widen_the_volume(store):
         assert (start >= inner.lo).all() and (start + 8 <= inner.hi).all()
 
 
-def test_case_items(store):
+def test_an_item_of_a_case_is_what_is_stored(store):
     dataset = CaseDataset(store, store.cases, seed=2)
     item = dataset[1]
     stored = store.read(store.cases[1])
@@ -166,7 +166,7 @@ def test_case_items(store):
     assert item["key"] != CaseDataset(store, store.cases[1:2], seed=3)[0]["key"]
 
 
-def test_collated(store):
+def test_a_batch_stacks_its_patches(store):
     dataset = PatchDataset(store, store.cases, (8, 8, 8))
     batch = collate_patches([dataset[0, 0], dataset[0, 1]])
     assert batch["image"].shape == (2, 4, 8, 8, 8) and batch["label"].shape == (2, 8, 8, 8)

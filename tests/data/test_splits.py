@@ -55,7 +55,7 @@ def test_hash_ignores_order_and_tells_parts_apart():
     assert Split(("a", "b"), ("c",)).hash != Split(("a", "b"), (), ("c",)).hash
 
 
-def test_files(tmp_path):
+def test_a_split_is_read_from_lists_of_cases(tmp_path):
     (tmp_path / "train.txt").write_text("\ufeffb\na  # the first\n\n# comment\n", encoding="utf-8")
     (tmp_path / "test.txt").write_text("c\r\nd\r\n")
     plan = SplitFiles(tmp_path / "train.txt", test=tmp_path / "test.txt")
@@ -83,7 +83,7 @@ def test_names_with_a_hash_are_read_whole(tmp_path):
         SplitFiles(tmp_path / "t.txt").split([case(c) for c in names[1:]])
 
 
-def test_json(tmp_path):
+def test_a_split_is_read_from_json(tmp_path):
     path = tmp_path / "split.json"
     path.write_text(json.dumps({"train": ["a"], "val": ["b"], "test": ["c"]}))
     assert SplitJson(path).split([case(c) for c in "abc"]) == Split(("a",), ("b",), ("c",))
@@ -134,7 +134,7 @@ def test_deal_depends_on_seed_not_on_order():
     assert Fractions().split(cases).hash == build(describe(Fractions())).split(cases).hash
 
 
-def test_deal_golden():
+def test_the_deal_is_the_same_in_every_version():
     # The deal must not change between versions: results would no longer be comparable.
     split = Fractions(0.5, 0.25, 0.25, seed=3).split([case(f"c{i}") for i in range(8)])
     assert split == Split(("c1", "c3", "c5", "c7"), ("c0", "c4"), ("c2", "c6"))
@@ -185,7 +185,7 @@ def test_fractions_are_met_within_one_case_per_grade(hgg, lgg, seed):
         assert abs(sum(c.grade == "LGG" for c in part) - share * lgg) <= 2
 
 
-def test_impossible_plans():
+def test_impossible_plans_are_refused():
     with pytest.raises(InputError, match="leave test without"):
         KFold(2, 3, 0).split([case("a"), case("b")])
     with pytest.raises(InputError, match="2 cases leave"):
@@ -202,7 +202,7 @@ def test_share_zero_gets_nothing():
     assert KFold(0, 5, 0.0).split(cohort()).val == ()
 
 
-def test_whole_cohort():
+def test_a_whole_cohort_is_one_share():
     assert WholeCohort().split([case("b"), case("a")]) == Split(test=("a", "b"))
 
 

@@ -31,7 +31,7 @@ def test_every_tutorial_is_run():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(DOCS)))
-def test_page(page, tmp_path):
+def test_every_page_runs_as_written(page, tmp_path):
     done = run(script(page.read_text()), tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 

@@ -102,7 +102,7 @@ def done(words, capsys):
     assert code == 0, f"{' '.join(words)}: {capsys.readouterr().err[-2000:]}"
 
 
-def test_the_readme(folder, capsys, monkeypatch):
+def test_the_readme_runs_as_written(folder, capsys, monkeypatch):
     shown = commands("README.md", folder)
     assert len(shown) == 6
     for words in shown:

@@ -90,7 +90,7 @@ def test_a_fixed_combination_is_the_model(module, windows):
     )
 
 
-def test_onnx(module, windows, tmp_path):
+def test_onnx_answers_as_the_module(module, windows, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
     pytest.importorskip("onnxscript", reason="needs the extra 'export'")
     made = export(module, tmp_path / "m.onnx", "onnx", PAIR)

@@ -82,7 +82,7 @@ def test_only_scans_on_the_grid_of_the_result(model, cropped_root):
     assert not scans_on_grid(files, result.classes.shape, moved, "case 'x'")
 
 
-def test_the_command(checkpoint, cropped_root, tmp_path, capsys):
+def test_segment_draws_a_picture_beside_the_label_map(checkpoint, cropped_root, tmp_path, capsys):
     arguments = ["segment", str(checkpoint), str(cropped_root), "-o", str(tmp_path), "--png"]
     assert main([*arguments, "--part=1/2"]) == 0
     (picture,) = tmp_path.glob("*_seg.png")

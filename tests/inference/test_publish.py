@@ -130,7 +130,7 @@ def test_records_of_another_checkpoint_are_refused(checkpoint, tmp_path):
         publish(checkpoint, tmp_path / "model", records=path)
 
 
-def test_the_commands(checkpoint, tmp_path, capsys):
+def test_a_model_is_published_and_imported_by_command(checkpoint, tmp_path, capsys):
     folder, back = tmp_path / "model", tmp_path / "back.ckpt"
     assert main(["publish", str(checkpoint), str(folder), "--title", "Tiny"]) == 0
     assert main(["import", "pmixseg", str(folder), "-o", str(back)]) == 0

@@ -63,7 +63,7 @@ def test_missing_and_damaged_files(model, tmp_path):
         model.segment({"t1": tmp_path / "text.nii.gz"})
 
 
-def test_other_normalisation(images):
+def test_an_unknown_normalisation_is_refused(images):
     module = tiny_student()
     module.preparation = Preparation(normalisation="minmax", patch=(32, 32, 32))
     with pytest.raises(InputError, match="normalisation 'minmax'"):

@@ -311,7 +311,7 @@ def test_a_loss_is_one_graph_whatever_is_shown(make):
             assert compiled(*arguments).item() == pytest.approx(term(*arguments).item(), rel=1e-5)
 
 
-def test_preset_constants():
+def test_terms_begin_with_the_constants_of_the_docs():
     """The constants of docs/method/distillation.md."""
     assert WeightedSoftCE().init_args == {"weight": 0.5, "temperature": 10.0}
     assert ContrastiveMatch().init_args["weight"] == 0.5

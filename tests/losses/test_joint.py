@@ -198,7 +198,7 @@ def test_what_is_out_of_range_is_refused(options):
         JointKL("learned")
 
 
-def test_described():
+def test_the_joint_distance_is_described_and_built_again():
     again = build(describe(JointKL("matched", 0.1)))
     assert (again.correlation, again.ridge) == ("matched", 0.1)
 

@@ -239,7 +239,7 @@ def test_everything_is_kept(patient, module, tmp_path):
         ({"atlas": Path("nowhere.nii")}, "does not exist"),
     ],
 )
-def test_one_sentence(patient, change, sentence, monkeypatch):
+def test_what_is_not_there_is_refused_in_a_sentence(patient, change, sentence, monkeypatch):
     monkeypatch.setenv("PATH", "")
     if "brain" in change:
         atlas = type("A", (), {"grid": None, "brain": None})

@@ -56,7 +56,7 @@ def close_gradients(ours, theirs, inputs):
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("slab", [None, 1 << 21, 3 * 2 * 20 * 8, 1])
-def test_norm_act(layout, samples, affine, slab, monkeypatch):
+def test_norm_act_is_instance_norm_and_leaky_relu(layout, samples, affine, slab, monkeypatch):
     if slab is not None:  # all at once, two slices (the last slab one), one
         monkeypatch.setattr(norm_module, "SMALL", 0)
         monkeypatch.setattr(lean, "SLAB", slab)
@@ -156,7 +156,7 @@ def test_norm_of_many_channels_last_voxels_is_exact_where_torch_s_is_not():
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("prepare", "channels"), INPUTS, ids=["one", "cat", "up"])
-def test_convolution(layout, padding, stride, prepare, channels):
+def test_a_lean_convolution_is_the_plain_one(layout, padding, stride, prepare, channels):
     torch.manual_seed(0)
     conv = LeanConv3d(3, 2, stride=stride, padding=padding).double()
     inputs = [draw(c, 2, 4, 6) for c in channels]
@@ -166,7 +166,7 @@ def test_convolution(layout, padding, stride, prepare, channels):
 
 
 @pytest.mark.parametrize(("prepare", "channels"), INPUTS, ids=["one", "cat", "up"])
-def test_pointwise_convolution(prepare, channels):
+def test_a_lean_pointwise_convolution_is_the_plain_one(prepare, channels):
     torch.manual_seed(0)
     conv = LeanConv3d(3, 5, 1).double()
     inputs = [draw(c, 2, 2, 3) for c in channels]

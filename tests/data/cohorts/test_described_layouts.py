@@ -19,7 +19,7 @@ MSD_CHANNELS = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
 MSD_LABELS = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
 
 
-def test_msd(touch):
+def test_dataset_json_of_msd_describes_the_cohort(touch):
     files = ["imagesTr/BRATS_001.nii.gz", "labelsTr/BRATS_001.nii.gz", "imagesTr/BRATS_002.nii.gz"]
     root = touch(*files, "imagesTr/._BRATS_001.nii.gz", "imagesTs/BRATS_485.nii.gz")
     cohort = search(dataset_json(root, modality=MSD_CHANNELS, labels=MSD_LABELS), BRATS)
@@ -68,7 +68,7 @@ NNUNET_FILES = [f"imagesTr/case_1_000{i}.nii.gz" for i in range(4)] + ["labelsTr
         ),
     ],
 )
-def test_nnunet(touch, content, codes, ignored):
+def test_dataset_json_of_nnunet_describes_the_cohort(touch, content, codes, ignored):
     root = dataset_json(touch(*NNUNET_FILES), **content)
     (case,) = find_cases(root, BRATS)
     check([case], "nnunet", ["case_1"], codes)

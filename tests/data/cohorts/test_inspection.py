@@ -98,7 +98,7 @@ def test_nothing_is_changed(make_case):
 
 
 @pytest.mark.real
-def test_real_cohort(real_root):
+def test_a_real_cohort_has_no_problems(real_root):
     inspection = inspect_cohort(real_root, BRATS)
     assert inspection.problems == [] and len(inspection.cases) == 7
     voxels = {c.case_id[-5:]: c.voxels for c in inspection.cases}

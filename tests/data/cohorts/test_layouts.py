@@ -24,7 +24,7 @@ from tests.data.cohorts.layout_scenes import NEW, NEW_CODES, OLD_CODES, brats_fi
         ("brats", "phantom_007", "phantom_008"),
     ],
 )
-def test_graded(touch, layout, one, two):
+def test_folders_of_grades_are_read(touch, layout, one, two):
     root = touch(*brats_files(one, folder="HGG/"), *brats_files(two, folder="LGG/"))
     cases = find_cases(root, BRATS)
     check(cases, layout, sorted([one, two]), OLD_CODES)
@@ -70,7 +70,7 @@ def test_2020_and_its_misnamed_label(touch):
     assert find_cases(root, BRATS)[1].label.name == "BraTS20_Training_355_seg.nii"
 
 
-def test_2021(touch):
+def test_brats_2021_is_recognised(touch):
     root = touch(*brats_files("BraTS2021_00000"), *brats_files("BraTS2021_01666"))
     check(find_cases(root, BRATS), "brats2021", ["BraTS2021_00000", "BraTS2021_01666"], OLD_CODES)
 
@@ -217,7 +217,7 @@ def test_every_file_of_a_big_tree_is_matched_quickly(touch):
 
 
 @pytest.mark.real
-def test_real_cohort(real_root):
+def test_a_real_cohort_is_recognised(real_root):
     cohort = search(real_root, BRATS)
     assert len(cohort.cases) == 7 and not cohort.stray
     assert {c.layout for c in cohort.cases} == {"brats2021"}

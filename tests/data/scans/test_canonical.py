@@ -59,7 +59,7 @@ def test_equals_the_plain_rule(make_case, spacing):
     np.testing.assert_array_equal(half.image, made.image.astype(np.float16))
 
 
-def test_golden_zscore(tmp_path, save):
+def test_zscore_is_over_the_brain_alone(tmp_path, save):
     data = np.zeros((8, 8, 8), np.int16)
     data[2, 2, 2:6] = [1, 2, 3, 6]  # mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5
     made = canonicalise({"t1": save(tmp_path / "a.nii", data)}, None, ONE, dtype="float32")
@@ -251,7 +251,7 @@ def test_codes_that_cannot_be(codes, ignored):
         Coding.of(BRATS, codes, ignored)
 
 
-def test_unknown_modality(make_case):
+def test_an_unknown_modality_or_none_is_refused(make_case):
     case = make_case()
     with pytest.raises(InputError, match=r"\['pd'\] given, but task 'brats' has the modalities"):
         canonicalise({**case.images, "pd": case.images["t1"]}, None, BRATS, CODES)

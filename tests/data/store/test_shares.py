@@ -104,7 +104,7 @@ def test_a_store_that_another_process_is_just_making_is_a_store(cases, tmp_path,
     assert prepare(cases[:2], out, BRATS, progress=False).kept == [cases[0].case_id]
 
 
-def test_the_command(cases, tmp_path, capsys):
+def test_two_commands_prepare_a_share_each(cases, tmp_path, capsys):
     root, out = cases[0].label.parents[1], tmp_path / "store"
     for part, count in {"1/2": 3, "2/2": 2}.items():
         assert main(["prepare", str(root), str(out), "--workers=0", f"--part={part}"]) == 0

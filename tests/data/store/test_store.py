@@ -318,7 +318,7 @@ def test_an_older_format_is_done_again(cohort, out, monkeypatch):
         Store.open(out)
 
 
-def test_refusals(cohort, tmp_path):
+def test_what_is_no_store_or_cannot_become_one_is_refused(cohort, tmp_path):
     with pytest.raises(InputError, match="is not a prepared store"):
         Store.open(tmp_path)
     for damaged in (b"{", b"[]", b"\xff\x80"):

@@ -52,7 +52,7 @@ def test_equal_modalities_have_no_gap():
     assert gap.total_correlation > 5  # one determines the others
 
 
-def test_independent_modalities():
+def test_independent_modalities_share_nothing():
     gap = gap_of(gaussian(4000, 4, 8))
     assert gap.ratio == pytest.approx(0.75, abs=0.02)  # 1 - 1/M of the variance is between them
     assert gap.cka < 0.02 and gap.total_correlation == pytest.approx(0.0, abs=0.05)

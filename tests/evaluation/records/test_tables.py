@@ -123,7 +123,7 @@ def test_combinations_that_no_case_has_take_no_row():
     assert (table.caption, len(table.rows)) == (None, 2)  # of "a" and of the mean
 
 
-def test_latex_golden():
+def test_a_table_in_latex_is_as_written_here():
     text = tabulate([records(FIRST)]).latex("percentile: pooled")
     assert text == (
         "% Dice (%)\n"
@@ -141,7 +141,7 @@ def test_latex_golden():
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
-def test_latex_compiles(tmp_path, rows):
+def test_a_table_in_latex_compiles(tmp_path, rows):
     runs = [Records.from_rows(rows, n, Sidecar(BRATS)) for n in ("a_b", "50% & {x}~^\\")]
     body = tabulate(runs).latex()
     (tmp_path / "t.tex").write_text(

@@ -206,7 +206,7 @@ def test_published_rows_stand_beside_but_are_not_ranked(tmp_path, monkeypatch):
     assert "DeMoSeg" not in Page(plain_report([named[0], other], tmp_path)).text
 
 
-def test_any_task(tmp_path):
+def test_a_task_of_one_sequence_has_a_report(tmp_path):
     task = Task("lesions", ("ct",), ("lesion",), {"lesion": ("lesion",)})
     rows = [{"case": "1", "combination": "ct", "region": "lesion", "dice": 0.5}]
     run = tmp_path / "r"
