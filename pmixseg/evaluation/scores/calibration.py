@@ -208,7 +208,7 @@ class Temperatures:
 
     Example:
         >>> softer = Temperatures({1: 2.0})
-        >>> [round(v, 3) for v in softer.apply(torch.tensor([0.9, 0.1]), 1).tolist()]
+        >>> [round(v, 3) for v in tempered(torch.tensor([0.9, 0.1]), softer.by_size[1]).tolist()]
         [0.75, 0.25]
     """
 
@@ -219,12 +219,6 @@ class Temperatures:
         bad = {k: v for k, v in self.by_size.items() if not (math.isfinite(v) and v > 0)}
         if bad:
             raise InputError(f"temperatures {bad} are not positive numbers; fit or correct them.")
-
-    def apply(
-        self, probabilities: Float[Tensor, "c ..."], n_present: int
-    ) -> Float[Tensor, "c ..."]:
-        """Temper the probabilities of a network that was shown ``n_present`` modalities."""
-        return tempered(probabilities, self.by_size.get(n_present, 1.0))
 
 
 @dataclass

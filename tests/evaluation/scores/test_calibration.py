@@ -18,6 +18,7 @@ from pmixseg.evaluation.scores.calibration import (
     TemperatureFit,
     Temperatures,
     reliability,
+    tempered,
 )
 from pmixseg.task import BRATS
 
@@ -133,7 +134,7 @@ def test_the_fit_is_the_least_cross_entropy_and_mends_calibration():
     oracle = minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-8}).x
     assert temperatures.by_size[3] == pytest.approx(oracle, rel=1e-4)
     before = logits.softmax(0)
-    after = temperatures.apply(before, 3)
+    after = tempered(before, temperatures.by_size[3])
     torch.testing.assert_close(
         after, (logits / temperatures.by_size[3]).softmax(0), atol=1e-3, rtol=0
     )
@@ -156,7 +157,8 @@ def test_logits_and_log_probabilities_fit_alike():
 
 def test_a_size_without_a_temperature_is_left_alone():
     probabilities, _ = made_up()
-    assert Temperatures({1: 2.0}).apply(probabilities, 2) is probabilities
+    unlisted = EvaluationSettings(temperatures={1: 2.0}).temperature(2)
+    assert tempered(probabilities, unlisted) is probabilities
 
 
 def test_temperatures_survive_json_and_bad_ones_are_refused():
