@@ -17,7 +17,6 @@ from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.cli import main
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from tests.docs.pages import ROOT
-from tests.inference.tiny_models import save, tiny_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -73,11 +72,6 @@ def cohort(tmp_path_factory):
     root = tmp_path_factory.mktemp("readmes")
     write_cohort(root, 10, 1, PhantomSettings(spacing=6.0))
     return root
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save(tiny_student(), tmp_path_factory.mktemp("weights") / "tiny.ckpt")
 
 
 @pytest.fixture

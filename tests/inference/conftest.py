@@ -42,6 +42,16 @@ def phantom_store(phantom_root, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def case(phantom_root):
+    return find_cases(phantom_root, BRATS)[0]
+
+
+@pytest.fixture(scope="session")
+def images(case):
+    return {m: nib.load(p) for m, p in case.images.items()}
+
+
+@pytest.fixture(scope="session")
 def cropped_root(phantom_root, tmp_path_factory) -> Path:
     """Two phantom cases of which every modality covers another part of the brain."""
     root = tmp_path_factory.mktemp("cropped")

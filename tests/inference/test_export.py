@@ -14,7 +14,6 @@ from torch import nn
 
 from pmixseg.backbones import Backbone, MultiEncoderUNet
 from pmixseg.cli import main
-from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.scans.canonical import canonicalise
 from pmixseg.data.scans.grids import on_one_grid
 from pmixseg.errors import InputError
@@ -117,12 +116,11 @@ def test_a_bundle_that_monai_loads(module, windows, tmp_path):
     assert meta["combination"] == "flair+t1"
 
 
-def test_the_configuration_of_a_bundle_prepares_scans_as_segment_does(phantom_root, tmp_path):
+def test_the_configuration_of_a_bundle_prepares_scans_as_segment_does(case, tmp_path):
     from monai.bundle import ConfigParser
 
     module = tiny_student(window=16, backbone=Local())
     made = export(module, tmp_path / "local", "bundle", PAIR)
-    case = find_cases(phantom_root, BRATS)[0]
     parser = ConfigParser()
     parser.read_config(made.path / "configs" / "inference.json")
     parser.read_meta(made.path / "configs" / "metadata.json")
@@ -159,12 +157,11 @@ def gradients_stay_as_they_were():
     torch.set_grad_enabled(was)
 
 
-def test_the_bundle_runs_as_a_workflow(module, phantom_root, tmp_path):
+def test_the_bundle_runs_as_a_workflow(module, case, tmp_path):
     pytest.importorskip("ignite", reason="MONAI's evaluators need pytorch-ignite")
     from monai.bundle import ConfigWorkflow
 
     made = export(module, tmp_path / "tumour", "bundle", PAIR)
-    case = find_cases(phantom_root, BRATS)[0]
     workflow = ConfigWorkflow(
         workflow_type="infer",
         config_file=str(made.path / "configs" / "inference.json"),

@@ -20,11 +20,6 @@ from tests.inference.tiny_models import tiny_student
 PLAIN = Task("plain", ("flair", "t1"), ("tumour",), {"all": ("tumour",)})
 
 
-@pytest.fixture(scope="module")
-def case(phantom_root):
-    return find_cases(phantom_root, BRATS)[0]
-
-
 @pytest.fixture
 def patient(case, tmp_path):
     """A folder with scans under names of one's own."""

@@ -25,11 +25,6 @@ from pmixseg.task import BRATS
 from tests.inference.tiny_models import tiny_student
 
 
-@pytest.fixture(scope="module")
-def images(phantom_root):
-    return {m: nib.load(p) for m, p in find_cases(phantom_root, BRATS)[0].images.items()}
-
-
 def changed(image, change):
     return nib.Nifti1Image(change(np.asarray(image.dataobj)), image.affine)
 
@@ -264,8 +259,8 @@ def test_thresholds_by_hand():
     assert "100% of the box" in not_a_brain(np.ones((20, 20, 20), np.float16), (1.0,) * 3, "t1")
 
 
-def test_a_label_map_is_no_scan(model, phantom_root):
-    label = find_cases(phantom_root, BRATS)[0].label
+def test_a_label_map_is_no_scan(model, case):
+    label = case.label
     with pytest.raises(InputError, match="t1 has 3 different values only"):
         model.segment({"t1": label})
 

@@ -76,16 +76,6 @@ def reoriented(image, axcodes):
 
 
 @pytest.fixture(scope="module")
-def case(phantom_root):
-    return find_cases(phantom_root, BRATS)[0]
-
-
-@pytest.fixture(scope="module")
-def images(case):
-    return {m: nib.load(p) for m, p in case.images.items()}
-
-
-@pytest.fixture(scope="module")
 def whole(model, images):
     return model.segment(images)
 
