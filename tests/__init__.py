@@ -60,8 +60,9 @@ Tracebacks
   modules/training/test_optimization.py::test_the_tuner_sets_what_it_finds,
   modules/training/test_optimization.py::test_the_rate_is_read_and_set_on_the_module
 * What Lightning, YAML and jsonargparse complain of; a wrong distance of weight 0:
-  cli/test_mistakes.py::test_what_lightning_complains_of, cli/test_mistakes.py::test_a_wrong_flag,
-  cli/test_mistakes.py::test_a_wrong_file,
+  cli/test_mistakes.py::test_a_complaint_of_lightning_is_a_sentence,
+  cli/test_mistakes.py::test_a_wrong_flag_is_a_sentence,
+  cli/test_mistakes.py::test_a_wrong_file_is_a_sentence,
   cli/test_mistakes.py::test_a_wrong_distance_is_found_where_its_weight_is_0
 * Masked pre-training of a dedicated network:
   modules/test_pretraining.py::test_a_dedicated_network_is_compared_with_its_own_sequences
@@ -73,14 +74,14 @@ Sentences that did not help
   modules/test_trust.py::test_a_class_of_a_script_is_found_in_the_module_that_is_named
 * ITK's vectors, dataset.json of other spellings, challenges, other files and endings:
   data/cohorts/test_public_cohorts.py::test_vectors_as_itk_writes_them,
-  data/cohorts/test_public_cohorts.py::test_usual_spellings_of_labels,
+  data/cohorts/test_public_cohorts.py::test_usual_spellings_of_labels_are_read,
   data/cohorts/test_public_cohorts.py::test_channels_as_a_list_or_the_other_way_round,
   data/cohorts/test_public_cohorts.py::test_the_ignore_label_of_nnunet_is_read_or_made_background,
   data/cohorts/test_public_cohorts.py::test_damaged_descriptions_are_told_once,
   data/cohorts/test_public_cohorts.py::test_challenges_of_2023_and_later,
   data/cohorts/test_public_cohorts.py::test_files_that_are_not_read_are_named_as_the_cause,
   data/cohorts/test_public_cohorts.py::test_itk_formats_are_read_as_nifti_is,
-  data/cohorts/test_public_cohorts.py::test_other_spellings_of_files
+  data/cohorts/test_public_cohorts.py::test_other_spellings_of_files_are_read
 * Labels that are NaN or between integers:
   data/test_bad_input.py::test_a_damaged_case_gives_its_sentence_and_stops_no_other
 * A misnamed file; axes at 45 degrees; channels that were dropped:

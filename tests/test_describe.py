@@ -75,7 +75,7 @@ def test_description_is_nested_and_can_be_built_again():
     assert describe(build(describe(network))) == describe(network)
 
 
-def test_paths_tuples_and_partials():
+def test_paths_tuples_and_partials_are_described():
     assert describe({"p": Path("a/b"), "t": (1, 2)}) == {"p": "a/b", "t": [1, 2]}
     made = functools.partial(torch.optim.SGD, lr=0.1)
     assert describe(made)["class_path"].endswith("SGD")

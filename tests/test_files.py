@@ -138,7 +138,7 @@ def test_a_plain_name_stays_in_its_folder(tmp_path, name):
     assert inside(tmp_path, name, "case") == tmp_path / name
 
 
-def test_hash_of_a_file(tmp_path):
+def test_the_hash_of_a_file_is_sha_256(tmp_path):
     # SHA-256 of b"abc", FIPS 180-2, appendix B.1
     (tmp_path / "x").write_bytes(b"abc")
     assert file_hash(tmp_path / "x") == (

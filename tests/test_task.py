@@ -74,6 +74,6 @@ def test_impossible_tasks_are_refused_in_words(change, words):
         Task(**{**fields, **change})
 
 
-def test_any_number_of_modalities():
+def test_combinations_of_any_number_of_modalities_are_listed():
     assert len(all_combinations(tuple("abcdef"))) == 63
     assert all_combinations(("ct",)) == [("ct",)]

@@ -54,7 +54,7 @@ def test_deep_supervision_at_every_stride_but_the_lowest_in_training_only():
     assert not net.eval()(image, present).extras
 
 
-def test_widths_and_strides():
+def test_widths_and_strides_double_with_every_level():
     net = MultiEncoderUNet(width=5, levels=3)
     assert (net.channels, net.strides) == ((5, 10, 20), (1, 2, 4))
     assert MultiEncoderUNet(width=5, levels=3, stem=2).strides == (2, 4, 8)

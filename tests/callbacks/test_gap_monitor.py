@@ -83,7 +83,7 @@ def test_every_level_before_training_and_after_every_validation(run):
     assert "gap/ratio" in run[1].callback_metrics  # a sweep or a checkpoint may follow it
 
 
-def test_pictures_before_and_after(run):
+def test_pictures_are_drawn_before_and_after(run):
     for name in ("before", "after"):
         pixels = matplotlib.image.imread(run[0] / "gap" / f"{name}.png")
         assert pixels.shape[0] > 300

@@ -197,7 +197,7 @@ def test_a_writer_of_ones_own_is_kept(tmp_path):
         ("[rank: 1] the loss is not finite", True),
     ],
 )
-def test_chatter_of_any_rank(message, kept):
+def test_chatter_of_any_rank_is_silenced(message, kept):
     silence_lightning()
     logger = logging.getLogger("lightning.fabric.utilities.seed")
     record = logger.makeRecord(logger.name, logging.INFO, "", 0, message, (), None)

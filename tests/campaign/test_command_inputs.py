@@ -199,7 +199,7 @@ def test_damaged_flags_cause_no_fault(checkpoint, tmp_path, seeds):
 
 
 @pytest.mark.parametrize("seeds", sizes(3, 200))
-def test_flags_of_trainings(phantom_store, checkpoint, tmp_path, seeds):
+def test_damaged_flags_of_trainings_cause_no_fault(phantom_store, checkpoint, tmp_path, seeds):
     tried(Flags(phantom_store, checkpoint), seeds, tmp_path)
 
 

@@ -37,7 +37,7 @@ DEFAULT = "case_nce"
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in DISTANCES]
 )
-def test_every_distance_by_name(name, phantom_store, tmp_path, values):
+def test_every_name_of_a_distance_trains_with_another_value(name, phantom_store, tmp_path, values):
     flags = [f"--align.distance={name}", *([NORMAL] if name == "vid" else [])]
     value = train(phantom_store, tmp_path, *flags)
     assert values.setdefault(value, flags) == (() if name == DEFAULT else flags)
@@ -61,7 +61,7 @@ def test_anchors_projections_levels_and_stop_gradients(flags, phantom_store, tmp
     assert values.setdefault(value, flags) is flags
 
 
-def test_a_distance_with_arguments(phantom_store, tmp_path):
+def test_arguments_of_a_distance_are_stored(phantom_store, tmp_path):
     flags = ["--align.distance=pmixseg.losses.JointKL", "--align.distance.correlation=matched"]
     train(phantom_store, tmp_path, *flags)
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())

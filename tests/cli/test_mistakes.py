@@ -92,7 +92,7 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--config={data: 3}", "--config: data is 3, but must hold settings; write them below it"),
     ],
 )
-def test_a_wrong_flag(capsys, flag, sentence):
+def test_a_wrong_flag_is_a_sentence(capsys, flag, sentence):
     start = [word for word in FIT if not flag.startswith("--model=") or "model" not in word]
     code, text = said(capsys, *start, flag)
     assert code == 2
@@ -254,7 +254,7 @@ BOMB = "a: &a [1, 1]\n" + "".join(
         ("trainer:\n  callbacks: {x: 1}\n", "Callback takes no 'x'; it takes no arguments."),
     ],
 )
-def test_a_wrong_file(tmp_path, capsys, content, sentence):
+def test_a_wrong_file_is_a_sentence(tmp_path, capsys, content, sentence):
     path = tmp_path / "a.yaml"
     path.write_text(content)
     code, text = said(capsys, "fit", "-c", str(path))
@@ -284,7 +284,7 @@ def test_a_file_that_is_missing(capsys):
         (["fit", "--config=."], "--config: the path is not a file: '"),
     ],
 )
-def test_a_wrong_plain_command(capsys, args, sentence):
+def test_a_wrong_plain_command_is_a_sentence(capsys, args, sentence):
     code, text = said(capsys, *args)
     assert code == 2
     assert sentence in text
@@ -316,7 +316,7 @@ def test_a_wrong_plain_command(capsys, args, sentence):
         ),
     ],
 )
-def test_what_lightning_complains_of(phantom_store, tmp_path, capsys, flags, sentence):
+def test_a_complaint_of_lightning_is_a_sentence(phantom_store, tmp_path, capsys, flags, sentence):
     command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
     if "gpu" in flags[0]:
         command.remove("--trainer.accelerator=cpu")
@@ -372,7 +372,7 @@ def test_an_error_that_only_passes_through_a_library_is_no_complaint():
         assert complaint(error) is None
 
 
-def test_a_setting_of_wandb():
+def test_a_wrong_setting_of_wandb_is_a_sentence():
     wandb = pytest.importorskip("wandb")
     with pytest.raises(ValueError) as refused:
         wandb.Settings(mode="odd")

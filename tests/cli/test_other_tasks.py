@@ -59,7 +59,7 @@ SLOW = ("three", "five")
 @pytest.mark.parametrize(
     "name", [n if n not in SLOW else pytest.param(n, marks=pytest.mark.slow) for n in LABELS]
 )
-def test_the_whole_path(name, tmp_path, capsys):
+def test_any_task_goes_the_whole_path(name, tmp_path, capsys):
     file, cohort, store = TASKS / f"{name}.yaml", tmp_path / "cohort", tmp_path / "store"
     if name in WRITTEN:
         file = tmp_path / f"{name}.yaml"
@@ -99,7 +99,7 @@ def test_labels_are_tissues_of_the_phantom():
             label_codes(two, labels)
 
 
-def test_contrasts_of_a_file(tmp_path, capsys):
+def test_a_phantom_of_another_sequence_needs_its_contrasts(tmp_path, capsys):
     (tmp_path / "task.yaml").write_text(
         "name: swi\nmodalities: [swi]\nlabels: [NCR, ED, ET]\nregions: {ET: [ET]}\n"
     )

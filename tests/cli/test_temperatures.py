@@ -131,7 +131,7 @@ def test_only_validation_cases_are_fitted_on(run, phantom_store, capsys):
     assert "pmixseg validate" in capsys.readouterr().err
 
 
-def test_settings_that_cannot_be(run, phantom_store, capsys):
+def test_impossible_settings_are_refused(run, phantom_store, capsys):
     for name in ("records.xlsx", "elsewhere/records.csv"):
         flags = [f"--model.evaluation.records={name}", f"--run={run / 'never'}"]
         assert main(command("test", run / "raw.ckpt", phantom_store, run, *flags)) == 1

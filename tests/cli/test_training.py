@@ -283,7 +283,7 @@ def test_resuming_with_other_terms_is_one_sentence(teacher_run, phantom_store, t
     assert "--init_from" in capsys.readouterr().err
 
 
-def test_own_student_by_subclassing(phantom_store, tmp_path, monkeypatch):
+def test_an_own_student_is_trained_by_name(phantom_store, tmp_path, monkeypatch):
     (tmp_path / "mine_for_test.py").write_text(
         "from pmixseg.backbones import MultiEncoderUNet\n"
         "from pmixseg.modules import StudentModule\n\n"

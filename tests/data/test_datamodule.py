@@ -196,7 +196,7 @@ def test_two_ranks_share_an_epoch(phantom_store, tmp_path):
     assert len(set(cases)) == len(cases) == 4
 
 
-def test_test_and_predict(phantom_store):
+def test_test_and_predict_read_the_cases_of_the_test(phantom_store):
     data = BraTSDataModule(phantom_store, **SMALL)
     module = Recorder()
     trainer().test(module, data, verbose=False)

@@ -55,7 +55,7 @@ data:
     assert batch["image"].shape == (1, 4, 16, 16, 24)
 
 
-def test_descriptions_instead_of_objects(phantom_store):
+def test_descriptions_stand_for_objects(phantom_store):
     data = BraTSDataModule(
         phantom_store,
         split={"class_path": "pmixseg.data.splits.KFold", "init_args": {"fold": 1}},

@@ -87,12 +87,12 @@ def test_bernoulli_is_conditioned_on_not_being_empty(acquired):
     assert_frequencies(Bernoulli(rates), normalised(weights), acquired)
 
 
-def test_bernoulli_with_one_rate():
+def test_bernoulli_drops_each_at_its_rate():
     weights = {c: 0.7 ** sum(c) * 0.3 ** (4 - sum(c)) for c in subsets()}
     assert_frequencies(Bernoulli(0.3), normalised(weights))
 
 
-def test_fixed_list_with_weights():
+def test_a_fixed_list_follows_its_weights():
     sampler = FixedList(["flair+t1", "t1ce"], [1, 3])
     assert_frequencies(
         sampler, {(True, False, True, False): 0.25, (False, True, False, False): 0.75}
@@ -146,7 +146,7 @@ def test_never_empty_within_acquired_and_row_by_row(sampler, acquired, key):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
-def test_rebuilt_from_its_description(sampler):
+def test_a_sampler_rebuilt_from_its_description_draws_alike(sampler):
     again = build(describe(sampler))
     acquired = torch.ones(50, 4, dtype=torch.bool)
     assert torch.equal(again.draw(KEYS[:50], acquired, M), sampler.draw(KEYS[:50], acquired, M))

@@ -110,7 +110,7 @@ def test_uniform_is_splitmix64_in_plain_integers(key, stream):
     assert _uniform_there(torch.tensor([key]), stream, 4)[0].tolist() == expected
 
 
-def test_splitmix64_reference_value():
+def test_splitmix64_gives_the_published_value():
     # First output of SplitMix64 with seed 0, from the published generator.
     assert slow_mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
 

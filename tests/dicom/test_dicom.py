@@ -135,7 +135,7 @@ def test_volumes_are_the_scans(study, scans):
 
 
 @pytest.mark.parametrize("write", [write_series, write_enhanced])
-def test_oblique_and_anisotropic_volumes(write, tmp_path):
+def test_oblique_and_anisotropic_volumes_keep_their_place(write, tmp_path):
     values = np.random.default_rng(0).integers(0, 999, (12, 10, 11))
     turn = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]])  # a 7-24-25 triangle
     affine = np.eye(4)

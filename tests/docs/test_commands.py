@@ -150,7 +150,7 @@ def job(file, folder, task=1):
 
 
 @pytest.mark.parametrize("file", BATCH_FILES, ids=lambda file: file.stem)
-def test_a_batch_file(file, tmp_path, checkpoint, monkeypatch):
+def test_a_batch_file_has_flags_that_exist(file, tmp_path, checkpoint, monkeypatch):
     assert set(options(file)) <= OPTIONS
     words, _ = job(file, tmp_path)
     test_a_command_is_taken(words, checkpoint, monkeypatch)

@@ -48,7 +48,7 @@ def test_planes_are_upright_whatever_the_axes_of_the_file(head, affine):
         assert plane[0, 0] == 100 and plane[-1, -1] == 50
 
 
-def test_contours_colours_and_volumes(head):
+def test_an_overview_shows_contours_colours_and_volumes(head):
     scan, classes = head
     volumes = {"WT": 12.34, "TC": 5.0, "ET": 0.0}
     figure = overview({"t1": scan, "t2": scan}, classes, AFFINE, BRATS, name="x7", volumes=volumes)

@@ -30,7 +30,7 @@ def records_of(dice, checkpoint, phantom=True):
     return Records.from_rows(rows, "demo", about)
 
 
-def test_there_and_back_again(checkpoint, tmp_path):
+def test_a_published_model_answers_as_its_checkpoint(checkpoint, tmp_path):
     folder = publish(checkpoint, tmp_path / "model", Facts(title="Tiny", licence="CC-BY-4.0"))
     back = as_checkpoint(folder, tmp_path / "back.ckpt")
     image, shown = torch.randn(1, 4, 32, 32, 32), torch.tensor([[True, False, True, False]])

@@ -50,7 +50,7 @@ def test_a_dedicated_student_says_what_it_reads(images):
     assert module.segment({"flair": images["flair"]}).combination == ("flair",)
 
 
-def test_missing_and_damaged_files(model, tmp_path):
+def test_missing_and_damaged_files_are_refused(model, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         model.segment({"t1": tmp_path / "none.nii.gz"})
     (tmp_path / "text.nii.gz").write_text("hello")

@@ -102,7 +102,7 @@ def test_compressed_or_not_is_the_same(model, case, images, whole, tmp_path):
         assert np.array_equal(source.classes, whole.classes)
 
 
-def test_four_dimensional_file(model, images, whole, tmp_path):
+def test_a_file_of_four_dimensions_is_its_volumes(model, images, whole, tmp_path):
     order = ("t2", "flair", "t1", "t1ce")
     stacked = np.stack([np.asarray(images[m].dataobj) for m in order], axis=-1)
     path = tmp_path / "all.nii.gz"

@@ -231,7 +231,7 @@ def test_every_parameter_is_in_the_graph_even_if_nothing_is_shown(name):
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-def test_float32_inside_autocast(name):
+def test_distances_are_in_float32_inside_autocast(name):
     f = torch.randn(2, 4, 3, 2, 2, 2)
     anchor = anchor_for(name)
     every = torch.ones(2, 4, dtype=torch.bool)

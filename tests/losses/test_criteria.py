@@ -251,7 +251,7 @@ def train_step(present, **weights):
     return output, batch, UHVEDCriterion(**weights)(output, batch, 0)
 
 
-def test_sum_of_its_parts():
+def test_the_loss_is_the_sum_of_its_parts():
     present = torch.tensor([[True, False, False, True]])
     output, batch, loss = train_step(present)
     rebuilt = (output.extras["reconstruction"] - batch["image"]).square().mean()

@@ -231,7 +231,7 @@ def test_a_checkpoint_without_lists_refuses_a_split_that_it_did_not_have(
     assert main(["test", *flags, *split]) == 0
 
 
-def test_in_python_as_well(trained, store, tmp_path):
+def test_known_cases_are_refused_in_python_as_well(trained, store, tmp_path):
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     module = load(trained)
     data = BraTSDataModule(store, split=WholeCohort("test"), patch_size=16)

@@ -114,7 +114,7 @@ def test_layers_with_a_way_of_their_own_get_no_hook():
 
 
 @pytest.mark.slow
-def test_compiled_lean_layers():
+def test_compiled_lean_layers_have_the_same_gradients():
     torch.manual_seed(0)
     conv = LeanConv3d(32, 32, padding="zeros")
     x = torch.randn(2, 32, 2, 3, 3)

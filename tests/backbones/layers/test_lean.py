@@ -281,7 +281,7 @@ def test_voxel_rows_are_a_view(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("slab", [1 << 21, 100])
-def test_mixing_by_region(layout, slab, monkeypatch):
+def test_mixing_by_region_is_the_plain_product(layout, slab, monkeypatch):
     monkeypatch.setattr(lean, "SLAB", slab)
     torch.manual_seed(0)
     x, regions = draw(6, 3, 2, 4), draw(3, 3, 2, 4).detach().softmax(1)

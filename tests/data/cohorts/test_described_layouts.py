@@ -191,7 +191,7 @@ def test_yaml_that_begins_from_a_preset(touch, tmp_path):
         ("base: brats\nanchored: 'no'\n", "anchored is 'no'; give true or false"),
     ],
 )
-def test_yaml_that_is_wrong(tmp_path, text, sentence):
+def test_wrong_yaml_is_refused_in_a_sentence(tmp_path, text, sentence):
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(InputError, match=sentence):
         load_layout(tmp_path / "wrong.yaml")

@@ -16,7 +16,7 @@ def printed(inspection, width=100):
     return console.export_text()
 
 
-def test_a_healthy_cohort(make_case, label):
+def test_a_healthy_cohort_is_told_case_by_case(make_case, label):
     make_case()
     make_case("BraTS2021_00002", modalities=("flair", "t2"), labelled=False)
     root = make_case("BraTS2021_00003").label.parents[1]

@@ -86,7 +86,7 @@ def test_2023_time_points_share_a_patient(touch):
     assert {c.doubtful for c in cases} == {(4,)}, "whether 4 is a cavity is seen in each label"
 
 
-def test_2024_by_its_numbers(touch):
+def test_brats_2024_is_recognised_by_its_numbers(touch):
     root = touch(*brats_files("BraTS-GLI-00005-100", NEW, "-"))
     (case,) = find_cases(root, BRATS)
     check([case], "brats2024", ["BraTS-GLI-00005-100"], NEW_CODES)

@@ -51,7 +51,7 @@ def test_challenges_of_2023_and_later(touch, stem, layout):
         lambda n: n.replace(".nii.gz", ".nii/0000012_brain.nii"),  # as some programs unpack
     ],
 )
-def test_other_spellings_of_files(touch, rename):
+def test_other_spellings_of_files_are_read(touch, rename):
     names = [rename(n) for n in brats_files("BraTS2021_00003")]
     cohort = search(touch(*names), BRATS)
     check(cohort.cases, "brats2021", ["BraTS2021_00003"], OLD_CODES)
@@ -172,7 +172,7 @@ FILES = [f"imagesTr/c_000{i}.nii.gz" for i in range(4)] + ["labelsTr/c.nii.gz"]
         ({"whole tumor": [1, 2, 3], "tumor core": ["2", 3], "enhancing tumor": 3}, (2, 1, 3), {}),
     ],
 )
-def test_usual_spellings_of_labels(touch, labels, codes, also):
+def test_usual_spellings_of_labels_are_read(touch, labels, codes, also):
     root = describe(touch(*FILES), channel_names=CHANNELS, labels={"background": 0, **labels})
     (case,) = find_cases(root, BRATS)
     assert tuple(case.codes[n] for n in ("NCR", "ED", "ET")) == codes and case.also == also

@@ -255,7 +255,7 @@ def test_settings_survive_json(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_size_case():
+def test_a_case_of_1_mm_has_the_size_of_brats():
     case = make_case(0, 0, PhantomSettings(spacing=1.0))
     assert case.label.shape == (240, 240, 155)
     assert set(np.unique(case.label)) == {0, 1, 2, 3}

@@ -246,7 +246,7 @@ def test_label_outside_the_brain_box_is_kept_natively(make_case, label, save, tm
         ({"NCR": 1, "ED": 2, "ET": 4, "RC": 5}, ()),
     ],
 )
-def test_codes_that_cannot_be(codes, ignored):
+def test_impossible_codes_are_refused(codes, ignored):
     with pytest.raises(InputError, match="a number of its own from 1 to 255"):
         Coding.of(BRATS, codes, ignored)
 

@@ -139,7 +139,7 @@ def test_labels_survive_down_and_up_where_they_are_large():
     np.testing.assert_array_equal(back, source)
 
 
-def test_box_of_a_combination():
+def test_the_box_of_a_combination_holds_all_its_boxes():
     boxes = {"flair": Box((0, 0, 0), (8, 8, 8)), "t1": Box((8, 0, 0), (16, 8, 24))}
     geometry = Geometry.of((32, 32, 32), np.eye(4), boxes=boxes)
     assert geometry.box(["t1"]) == boxes["t1"]

@@ -55,7 +55,7 @@ def test_names_that_leave_a_doubt_mean_nothing():
         assert reading.doubt, name
 
 
-def test_labels_and_results():
+def test_labels_and_results_are_no_scans():
     for name in ("x7_seg", "T1_seg", "t1_mask", "T1_CE_mask", "MASK", "tumour mask", "x7_entropy"):
         assert read_name(name, BRATS.modalities).kind == "label", name
 

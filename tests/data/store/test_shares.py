@@ -114,7 +114,7 @@ def test_two_commands_prepare_a_share_each(cases, tmp_path, capsys):
     assert "part 3/2 does not exist; count from 1/2 to 2/2" in capsys.readouterr().err
 
 
-def test_more_parts_than_cases(cases, tmp_path):
+def test_a_share_may_be_empty_but_no_cohort(cases, tmp_path):
     report = prepare(cases[:2], tmp_path / "s", BRATS, progress=False, share=Share(3, 3))
     assert not report.prepared and not report.failed
     with pytest.raises(InputError, match="there is no case"):
@@ -132,7 +132,7 @@ def test_shares_divide_a_cohort_without_loss(cases, total):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_a_share_by_hand():
+def test_a_share_is_every_nth_case_by_name():
     assert Share.parse("2/3").of(["e", "a", "d", "b", "c"]) == ["b", "e"]
     assert str(Share.parse(" 2/3 ")) == "2/3"
 
@@ -149,6 +149,6 @@ def test_a_share_by_hand():
         ("", "not of the form 2/8"),
     ],
 )
-def test_no_such_share(text, says):
+def test_a_share_that_does_not_exist_is_refused(text, says):
     with pytest.raises(InputError, match=says):
         Share.parse(text)

@@ -73,7 +73,7 @@ def test_the_native_label_survives_resampling(cohort, out, spacing, label):
     np.testing.assert_array_equal(np.array([0, 1, 2, 4])[stored.native_label()], label)
 
 
-def test_lacking_modalities_and_label(make_case, out):
+def test_a_case_may_lack_modalities_and_label(make_case, out):
     report = quietly([make_case(modalities=("t1", "t2"), labelled=False)], out)
     assert report.unlabelled == ["BraTS2021_00001"] and not report.failed
     assert "without a label, so of no use for training: BraTS2021_00001" in report.summary()
@@ -283,7 +283,7 @@ def test_interrupted_or_full_leaves_no_half_case(cohort, out, monkeypatch, at, s
     assert quietly(cohort, out).prepared == [cohort[2].case_id], "goes on where it stopped"
 
 
-def test_a_really_full_disk(cohort, tmp_path):
+def test_a_really_full_disk_is_one_sentence(cohort, tmp_path):
     """A file size limit gives the operating system's own error, not a mocked one."""
     said = said_of_a_full_disk(lambda: quietly(cohort, tmp_path / "s"))
     assert "the store cannot be written" in said

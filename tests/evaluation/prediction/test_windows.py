@@ -283,7 +283,7 @@ CASES = [(name, value, words) for name, several in WRONG.items() for value, word
 
 
 @pytest.mark.parametrize(("name", "value", "words"), CASES)
-def test_what_does_not_exist(name, value, words):
+def test_settings_that_do_not_exist_are_refused(name, value, words):
     with pytest.raises(InputError, match=words):
         EvaluationSettings(**{name: value})
     with pytest.raises(InputError, match=words):

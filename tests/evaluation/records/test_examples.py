@@ -97,7 +97,7 @@ def test_disagreement_by_hand():
     assert labelled(grey, truth)[0, 0].tolist() == labelled(grey, truth)[0, 1].tolist() != [0, 0, 0]
 
 
-def test_rows_of_a_case():
+def test_the_panels_of_a_case_are_in_rows():
     rows = panels({"r": example()}, BRATS)
     assert [p.title for p in rows[0]] == ["FLAIR", "T1", "Truth"]
     assert [p.note for p in rows[1]] == ["from FLAIR + T1", "from FLAIR"]

@@ -236,7 +236,7 @@ def test_runs_that_do_not_belong_together():
         tabulate([missing], HD95)
 
 
-def test_numbers_as_printed():
+def test_numbers_are_rounded_as_printed():
     assert DICE.show(12.345) == "12.35" or DICE.show(12.345) == "12.34"
     assert DICE.show(float("nan")) == "–"
     assert HD95.show(373.12866) == "373.1"
@@ -337,7 +337,7 @@ def test_stated_means_that_are_not_the_mean_of_their_row(on_split):
     assert odd == {("MAVP", "TC")}  # docs/method/published.md: re-averages to 76.09
 
 
-def test_nothing_beside_anything_else(on_split, rows):
+def test_no_reference_stands_beside_another_split_or_task(on_split, rows):
     assert recognised_split(on_split()) == SPLIT
     assert references(on_split(phantom=True)) == []
     assert references(on_split(split=None)) == []

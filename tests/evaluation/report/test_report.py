@@ -133,7 +133,7 @@ def test_a_page_of_several_runs_ranks_them_and_escapes_their_names(written):
     assert [r["run"] for r in json.loads(payload)["cases"][0]["runs"]] == ["plain", "<b>&</b>"]
 
 
-def test_files_beside_the_page(written):
+def test_figures_and_tables_are_files_beside_the_page(written):
     names = {p.name for p in (written / "two" / "report_files").iterdir()}
     stems = ("heat_dice", "heat_hd95", "cases_dice", "sequences_dice", "training", "training_1")
     assert names >= {f"{s}.{kind}" for s in stems for kind in ("svg", "png")}

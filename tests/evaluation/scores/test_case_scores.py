@@ -87,7 +87,7 @@ def test_two_processes_equal_one():
         assert dict(results) == {(rank, i): alone for rank in range(2) for i in range(len(SHARES))}
 
 
-def test_moves_and_survives_pickling():
+def test_scores_survive_pickling_and_a_move():
     scores = filled([0, 1])
     copy = pickle.loads(pickle.dumps(scores)).to(torch.device("cpu"))
     torch.testing.assert_close(copy.compute(), scores.compute(), rtol=0, atol=0, equal_nan=True)

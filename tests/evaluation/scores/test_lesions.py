@@ -83,7 +83,7 @@ def test_brats_2023_joins_lesions_whose_dilations_touch(gap, lesions):
     assert lesion_rows("panoptica-0.0.10", nothing, truth)["ET"][4] == 2
 
 
-def test_no_lesion_anywhere():
+def test_a_case_without_lesions_has_the_values_of_its_convention():
     nothing = np.zeros((5, 5, 5), np.uint8)
     for map_ in (nothing, volume(((1, 1, 1), CUBE, 2))):
         assert lesion_rows("brats2023-gli", map_, map_)["ET"] == [1.0, 0.0, 0, 0, 0]
