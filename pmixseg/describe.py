@@ -197,8 +197,7 @@ def _not_whole(made: Any) -> InputError | None:
                 break
             last = base
     else:
-        torch = sys.modules.get("torch")
-        if torch is None or not isinstance(made, torch.nn.Module) or "_modules" in made.__dict__:
+        if not _is_module(made) or "_modules" in made.__dict__:
             return None
     return InputError(
         f"{type(made).__name__}: {last.__name__}.__init__ does not call super().__init__(...); let "
@@ -235,7 +234,12 @@ def describe(value: Any, where: str = "value") -> Any:
     if made is not None:
         cls, arguments = made
         inner = {k: describe(v, f"{where}.{k}") for k, v in arguments.items()}
-        return {"class_path": _path_of(cls, where), "init_args": inner}
+        if "<locals>" in cls.__qualname__:
+            raise InputError(
+                f"{where}: {cls.__qualname__} is defined inside a function, so no checkpoint can "
+                "name it; move it to the top of a module."
+            )
+        return {"class_path": public_path(cls), "init_args": inner}
     if callable(getattr(value, "to_dict", None)) and not _is_module(value):
         return describe(value.to_dict(), where)
     if inspect.isroutine(value) or isinstance(value, functools.partial):
@@ -269,18 +273,8 @@ def class_behind(made: functools.partial[Any]) -> type | None:
 
 
 def _is_module(value: Any) -> bool:
-    from torch import nn  # not above: the command line answers --help without torch
-
-    return isinstance(value, nn.Module)
-
-
-def _path_of(obj: Any, where: str) -> str:
-    if "<locals>" in obj.__qualname__:
-        raise InputError(
-            f"{where}: {obj.__qualname__} is defined inside a function, so no checkpoint can name "
-            "it; move it to the top of a module."
-        )
-    return public_path(obj)
+    torch = sys.modules.get("torch")  # not imported: the command line answers --help without it
+    return torch is not None and isinstance(value, torch.nn.Module)
 
 
 def public_path(obj: Any) -> str:
