@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
+from pmixseg.data.formats.colours import class_colours
 from pmixseg.dicom.series import Series, discreet
 from pmixseg.errors import InputError
 from pmixseg.files import whole
@@ -23,6 +24,10 @@ CODES: Mapping[str, tuple[str, str, str]] = {
     "ET": ("C113842", "NCIt", "Enhancing Lesion"),
 }
 """Label -> code value, scheme, meaning. Labels of other tasks get a code of this package's own."""
+
+COPIED = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
+COPIED += ("StudyID", "StudyDate", "StudyTime", "AccessionNumber")
+"""Of patient and study; empty in the object where a series was made anonymous and has none."""
 
 NOTICE = "Research use only: not a medical device"
 
@@ -56,6 +61,9 @@ def write_segmentation(
     numbered = np.zeros(classes.shape, np.uint8)
     for number, index in enumerate(present, 1):
         numbered[classes == index] = number
+    for tag in COPIED:
+        sources[0].setdefault(tag, None)
+    colours = class_colours(len(task.labels))
     code = highdicom.sr.CodedConcept
     about = highdicom.AlgorithmIdentificationSequence(
         name="pmixseg",
@@ -72,6 +80,7 @@ def write_segmentation(
             segmented_property_type=_code(task.labels[index - 1], task),
             algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=about,
+            display_color=highdicom.color.CIELabColor.from_string(colours[index - 1]),
         )
         for number, index in enumerate(present, 1)
     ]
@@ -79,6 +88,7 @@ def write_segmentation(
         with discreet():
             made = highdicom.seg.Segmentation(
                 source_images=sources,
+                specific_character_set="ISO_IR 192",  # UTF-8 has the letters of all others
                 pixel_array=volume.with_array(numbered),
                 segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
                 segment_descriptions=segments,

@@ -9,12 +9,14 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from highdicom.color import CIELabColor
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, generate_uid
 
 from pmixseg.cli import main
+from pmixseg.data.formats.colours import class_colours
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.dicom import is_dicom_folder, read_folder, recognise, write_segmentation
 from pmixseg.dicom.example import (
@@ -311,6 +313,53 @@ def test_a_segmentation_lies_on_its_series(study, model, tmp_path):
     for number, index in zip(made.segment_numbers, order, strict=True):
         expected[back == number] = index
     np.testing.assert_array_equal(expected, labels)
+
+
+def written(study, folder):
+    """The DICOM-SEG of a study's last series, in which a cube of each label is marked."""
+    one = read_folder(study)[-1]
+    labels = np.zeros(one.volume().shape, int)
+    for index in (1, 2, 3):
+        labels[4 + index, 5:8, 5:8] = index
+    return highdicom.seg.segread(write_segmentation(folder / "x.dcm", labels, BRATS, one, "x"))
+
+
+@pytest.mark.filterwarnings("ignore:Unknown encoding")
+@pytest.mark.parametrize(
+    ("letters", "name"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+        ("ISO_IR 144", "Иванов^Иван"),
+        ("ISO_IR 999", "Doe^Jane"),
+    ],
+)
+def test_patients_keep_their_names_in_any_letters(scans, tmp_path, letters, name):
+    write_study(tmp_path / "study", {"t2": scans["t2"]}, PATIENT)
+    for path in (tmp_path / "study").iterdir():
+        header = pydicom.dcmread(path)
+        header.SpecificCharacterSet, header.PatientName = letters, name
+        header.save_as(path)
+    assert str(written(tmp_path / "study", tmp_path).PatientName) == name
+
+
+def test_scans_that_were_made_anonymous_get_their_object(scans, tmp_path):
+    gone = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID")
+    write_study(tmp_path / "study", {"t2": scans["t2"]}, PATIENT)
+    for path in (tmp_path / "study").iterdir():
+        header = pydicom.dcmread(path)
+        for tag in (*gone, "AccessionNumber", "StudyDate", "StudyTime", "ReferringPhysicianName"):
+            delattr(header, tag)
+        header.save_as(path)
+    made = written(tmp_path / "study", tmp_path)
+    assert not any(made[tag].value for tag in gone)
+
+
+def test_segments_have_the_colours_of_the_other_files(study, tmp_path):
+    for about, colour in zip(
+        written(study, tmp_path).SegmentSequence, class_colours(3), strict=True
+    ):
+        shown = CIELabColor.from_dicom_value(about.RecommendedDisplayCIELabValue).to_rgb()
+        assert "#" + bytes(shown).hex() == colour
 
 
 def test_nothing_segmented_is_no_object(study, tmp_path):
