@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -194,7 +193,9 @@ def training_cases(data: Any) -> TrainingCases | None:
 
 
 def voxel_sizes(data: Any, part: str) -> tuple[float, float] | None:
-    """Least and largest voxel of a part of the split, each as the side of a cube of its volume.
+    """Least and largest side of the voxels of a part of the split, in mm.
+
+    Sides, and not volumes: thick slices of 0.45 x 0.45 x 5 mm have the volume of a 1 mm cube.
 
     Args:
         data: a data module; ``None`` is returned for one that has no store and split.
@@ -203,18 +204,8 @@ def voxel_sizes(data: Any, part: str) -> tuple[float, float] | None:
     names, store = getattr(getattr(data, "parts", None), part, ()), getattr(data, "store", None)
     if not names or store is None:
         return None
-    sides = [voxel_side(store.read(name).geometry.grid_spacing) for name in names]
-    return min(sides), max(sides)
-
-
-def voxel_side(spacing: Iterable[float]) -> float:
-    """Side in mm of a cube with the volume of a voxel.
-
-    Example:
-        >>> voxel_side((1, 1, 8))
-        2.0
-    """
-    return round(math.prod(spacing) ** (1 / 3), 3)
+    sides = [side for name in names for side in store.read(name).geometry.grid_spacing]
+    return round(min(sides), 3), round(max(sides), 3)
 
 
 def other_voxels(

@@ -43,8 +43,8 @@ class Preparation:
             augmentation, missingness) of that training, as far as known.
         dtype: rounding of the normalised intensities; ``None``: not known.
         cases: the split of that training, and what tells its cases; ``None``: not known.
-        voxels: least and largest voxel of the training cases, as the side of a cube of its volume
-            in mm; ``None``: not known.
+        voxels: least and largest side in mm of the voxels of the training cases; ``None``: not
+            known.
     """
 
     ranges = Ranges(spacing=POSITIVE, voxels=POSITIVE, patch=COUNT)

@@ -69,7 +69,8 @@ def test_data_at_another_spacing_are_refused_however_the_model_was_made(
         )
 
 
-def test_voxels_of_another_size_than_in_training_are_told(trained, phantom_root, tmp_path):
+@pytest.mark.parametrize("scale", [(0.7, 0.7, 0.7), (0.7, 0.7, 2.04)], ids=["finer", "slices"])
+def test_voxels_of_another_size_than_in_training_are_told(trained, phantom_root, tmp_path, scale):
     """Both keep the scans' own spacing, so nothing brings one to the other."""
     side = load(trained).preparation.voxels[0]
     cohort = tmp_path / "cohort"
@@ -78,11 +79,10 @@ def test_voxels_of_another_size_than_in_training_are_told(trained, phantom_root,
         own.mkdir(parents=True)
         for path in (*case.images.values(), case.label):
             image = nib.load(path)
-            finer = image.affine @ np.diag([0.7, 0.7, 0.7, 1])
-            nib.save(nib.Nifti1Image(np.asarray(image.dataobj), finer), own / path.name)
-    sentence = (
-        rf"voxels of {0.7 * side:.3g} mm meet a model that was trained on voxels of {side:.3g}"
-    )
+            other = image.affine @ np.diag([*scale, 1])
+            nib.save(nib.Nifti1Image(np.asarray(image.dataobj), other), own / path.name)
+    met = " to ".join(f"{factor * side:.3g}" for factor in dict.fromkeys(scale))
+    sentence = rf"voxels of {met} mm meet a model that was trained on voxels of {side:.3g}"
     with pytest.warns(UserWarning, match=sentence):
         load(trained).segment(find_cases(cohort, BRATS)[0].images)
     store = another_store(cohort, tmp_path / "st")

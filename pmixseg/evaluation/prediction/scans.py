@@ -22,7 +22,7 @@ from pmixseg.data.scans.geometry import Geometry, Spacing
 from pmixseg.data.scans.grids import CommonGrid, on_one_grid
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.plausibility import judge
-from pmixseg.data.training_cases import other_voxels, voxel_side
+from pmixseg.data.training_cases import other_voxels
 from pmixseg.describe import COUNT, SHARE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
@@ -100,8 +100,7 @@ class Recipe:
         normalisation: name of the one that the model was trained on.
         device: where the network is.
         checkpoint: identity of the file that the weights came from.
-        voxels: least and largest voxel it was trained on, as the side of a cube of its volume in
-            mm; ``None``: not known.
+        voxels: least and largest side in mm of the voxels it was trained on; ``None``: not known.
         synthetic: whether every case that it was trained on was a phantom's.
     """
 
@@ -168,8 +167,8 @@ def segment_scans(
     if plausibility.findings and not settings.force:
         raise InputError(plausibility.refusal(where))
     notes = [f"{where}: {note}." for note in grid.notes] + plausibility.notes(where)
-    side = voxel_side(case.geometry.grid_spacing)
-    if other := other_voxels(recipe.voxels, (side, side)):
+    sides = case.geometry.grid_spacing
+    if other := other_voxels(recipe.voxels, (min(sides), max(sides))):
         notes.append(f"{where}: {other}.")
     if recipe.synthetic and not case.synthetic:
         notes.append(
