@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from pmixseg.argument_checks import check_fields
-from pmixseg.data.cohorts.problems import listed
+from pmixseg.data.cohorts.problems import listed, same_scans
 from pmixseg.data.parts import PARTS, Split
 from pmixseg.data.store.store import StoredCase
+from pmixseg.data.store.stored import scan_hashes
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.plurals import count_of
@@ -19,9 +20,6 @@ Scans = tuple[str, ...]
 
 OTHER_VOXEL = 1.3
 """Ratio of sides from which voxels are others than those of the training."""
-
-HASH_DIGITS = 16
-"""Hexadecimal digits that are kept of a scan's SHA-256: a cohort of 10^5 scans has no collision."""
 
 
 @dataclass(frozen=True)
@@ -143,18 +141,8 @@ class TrainingCases:
 
 
 def scans_of(case: StoredCase) -> Scans:
-    """Hashes that tell the scans of a stored case, whatever it is called.
-
-    A file is told by the SHA-256 of its bytes. A copy that was packed anew has other bytes; it is
-    told by the checksums of the prepared arrays, where both were prepared in the same way.
-    """
-    sources = case.meta["sources"]
-    hashes = {s["sha256"][:HASH_DIGITS] for role, s in sources.items() if role != "label"}
-    files = [facts for _, facts in sorted(case.meta["files"].items())]
-    checks = [f"{facts['crc32']:08x}" for facts in files if "crc32" in facts]
-    if len(checks) > 1:  # 32 bits alone would meet by chance
-        hashes.add("".join(checks))
-    return tuple(sorted(hashes))
+    """Hashes that tell the scans of a stored case, whatever it is called."""
+    return scan_hashes(case.meta)
 
 
 def shared_scans(split: Split, cases: Iterable[StoredCase]) -> list[str]:
@@ -164,16 +152,8 @@ def shared_scans(split: Split, cases: Iterable[StoredCase]) -> list[str]:
         Phrases such as ``a and b``.
     """
     part_of = {case: part for part in PARTS for case in getattr(split, part)}
-    owner: dict[str, str] = {}
-    pairs = set()
-    for case in cases:
-        if case.case_id not in part_of:
-            continue
-        for scan in scans_of(case):
-            first = owner.setdefault(scan, case.case_id)
-            if part_of[first] != part_of[case.case_id]:
-                pairs.add(f"{first} and {case.case_id}")
-    return sorted(pairs)
+    scans = {case.case_id: scans_of(case) for case in cases if case.case_id in part_of}
+    return [f"{one} and {two}" for one, two in same_scans(scans) if part_of[one] != part_of[two]]
 
 
 def training_cases(data: Any) -> TrainingCases | None:

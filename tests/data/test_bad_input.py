@@ -17,6 +17,7 @@ from pmixseg.task import BRATS
 SHAPE = (44, 40, 36)
 
 
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 SHEAR = np.eye(4)
 SHEAR[0, 2] = 0.5
 
@@ -115,6 +116,11 @@ DAMAGE = {
         "t1",
         lambda p: rewrite(p, lambda d: d.astype(np.complex64)),
         r"t1\.nii\.gz holds complex64 numbers, but a scan is integers or floats; convert it\.",
+    ),
+    "colours": (
+        "t1",
+        lambda p: rewrite(p, lambda d: np.stack([d.astype("u1")] * 3, -1).view(RGB)[..., 0]),
+        r"t1\.nii\.gz holds colours, but a scan is integers or floats; convert it\.",
     ),
     "other shape": (
         "t2",

@@ -153,6 +153,35 @@ def test_exchanged_sequences_are_told(phantom_root, tmp_path, one, other):
         tiny_student().segment(case.images)
 
 
+@pytest.mark.parametrize(("given", "name"), [("t2", "t1"), ("t2", "t1ce"), ("t1", "t2")])
+def test_a_scan_whose_fluid_is_not_that_of_its_name_is_told(phantom_root, given, name):
+    scans, _ = scans_of(phantom_root, 0)
+    (alone,) = judge(canonicalise({name: scans[given]}, None, BRATS), BRATS).remarks
+    assert alone.startswith(f"{name} shows fluid {'bright' if given == 't2' else 'dark'}")
+    together = canonicalise({name: scans[given], "flair": scans["flair"]}, None, BRATS)
+    assert alone in judge(together, BRATS).remarks
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ((1, 0, 2), "like its mirror image back-front rather than left-right"),
+        ((2, 1, 0), "like its mirror image down-up rather than left-right"),
+        ((0, 2, 1), "longer down-up than back-front"),
+        ((1, 2, 0), "like its mirror image down-up rather than left-right"),
+    ],
+)
+def test_arrays_that_were_turned_under_their_headers_are_told(phantom_root, axes, words):
+    """As where one program counts the axes of an array from the other end."""
+    scans, _ = scans_of(phantom_root)
+    turned = {
+        m: nib.Nifti1Image(np.asarray(i.dataobj).transpose(axes), i.affine)
+        for m, i in scans.items()
+    }
+    (told,) = judge(canonicalise(turned, None, BRATS), BRATS).remarks
+    assert words in told
+
+
 def noisy(flair):
     noise = np.random.default_rng(0).normal(0, 0.1 * flair[flair > 0].std(), flair.shape)
     return np.maximum(flair + noise, 1)

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.layouts import Case, LabelNames, Layout, search
-from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
+from pmixseg.data.cohorts.problems import doubled_line, grouped, ignored_lines, listed
 from pmixseg.data.formats.nifti import Scan, ScanReader
 from pmixseg.data.scans.canonical import STORE_DTYPE, add_label, join
 from pmixseg.data.scans.plausibility import judge
@@ -53,6 +53,7 @@ class CaseFacts:
         orientation: axis codes of the file, such as ``LPS``.
         voxels: label name -> voxels, where the label could be read.
         ignored: number in the label file that becomes background -> voxels of it.
+        scans: SHA-256 of the files of its scans.
         problems: sentences; a case with one is not prepared.
         notes: sentences about a case that is prepared all the same.
     """
@@ -65,6 +66,7 @@ class CaseFacts:
     orientation: str = ""
     voxels: dict[str, int] | None = None
     ignored: dict[int, int] = field(default_factory=dict)
+    scans: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -143,6 +145,8 @@ class Inspection:
                 f"no label map holds {', '.join(absent)}; see that the numbers in them are those "
                 f"of layout '{self.layout}'."
             )
+        lines += self._of_one_class()
+        lines += doubled_line({c.case_id: c.scans for c in self.cases})
         lines += self.cohort
         lines += self._use()
         lines += grouped((c.case_id, note) for c in self.cases for note in c.notes)
@@ -158,6 +162,17 @@ class Inspection:
         for case in self.cases:
             counts.update(case.voxels or {})
         return [name for name in self.task.labels if counts.total() and not counts[name]]
+
+    def _of_one_class(self) -> Iterator[str]:
+        """Name label maps of one label where most hold them all: as masks of the whole tumour."""
+        labelled = [c for c in self.cases if c.voxels and any(c.voxels.values())]
+        held = {c.case_id: [n for n, count in (c.voxels or {}).items() if count] for c in labelled}
+        full = sum(len(names) == len(self.task.labels) for names in held.values())
+        alone = {case: names[0] for case, names in held.items() if len(names) == 1}
+        if alone and 2 * full >= len(held) and len(self.task.labels) > 1:
+            names = listed([f"{case} {name}" for case, name in alone.items()])
+            maps = count_of(len(alone), "label map holds one label", "label maps hold one label")
+            yield f"{maps} alone ({names}), as a mask of the whole tumour does; look at it."
 
     def _use(self) -> Iterator[str]:
         """Say what becomes of the cases that are not as the others."""
@@ -225,7 +240,8 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
     signals: dict[str, Signal] = {}
     labels: LabelMap | None = None
     oriented = False
-    for role, scan in _readable(case, task, where, problems):
+    reader = ScanReader(where)
+    for role, scan in _readable(case, task, reader, problems):
         with _noted(problems):
             place = place_of(scan, None, where)
             geometry, reference = place.geometry, reference or place
@@ -257,6 +273,7 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
         orientation="".join(nib.aff2axcodes(reference.geometry.affine)) if reference else "",
         voxels=None if labels is None else _voxels(labels, task),
         ignored={} if labels is None else dict(labels.ignored),
+        scans=tuple(digest for role, digest in reader.digests.items() if role != "label"),
         problems=tuple(problems),
         notes=tuple(notes),
     )
@@ -277,10 +294,9 @@ def _noted(problems: list[str]) -> Iterator[None]:
 
 
 def _readable(
-    case: Case, task: Task, where: str, problems: list[str]
+    case: Case, task: Task, reader: ScanReader, problems: list[str]
 ) -> Iterator[tuple[str, Scan]]:
     """Yield the case's files that can be decoded; the others become problems."""
-    reader = ScanReader(where)
     sources = [(m, case.images[m]) for m in task.modalities if m in case.images]
     for role, source in [*sources, *([("label", case.label)] if case.label else [])]:
         scan: Scan | None = None

@@ -38,6 +38,7 @@ _NOT_READ = {
     ".mgz": "not looked for: convert it to .nii.gz",
     ".img": "not looked for: convert it to .nii.gz",
     ".h5": "no scan, but slices of one: use the original files",
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".rar", ".7z"), "an archive: unpack it first"),
     ".npy": "an array without geometry: use the original files",
 }
 _LOOKED_AT = 2000

@@ -75,6 +75,33 @@ def ignored_lines(ignored: Mapping[str, Mapping[int, int]]) -> list[str]:
     ]
 
 
+def same_scans(scans: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
+    """Return pairs of cases that share a scan: one patient under two names, as a rule.
+
+    Args:
+        scans: case -> hashes of its scans.
+
+    Example:
+        >>> same_scans({"a": ["1", "2"], "b": ["3"], "c": ["2"]})
+        [('a', 'c')]
+    """
+    owner: dict[str, str] = {}
+    held = [(case, one) for case, hashes in scans.items() for one in hashes]
+    return sorted({(first, c) for c, one in held if (first := owner.setdefault(one, c)) != c})
+
+
+def doubled_line(scans: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return a sentence about :func:`same_scans`, if there are any."""
+    pairs = [" and ".join(pair) for pair in same_scans(scans)]
+    if not pairs:
+        return []
+    hold = "hold" if len(pairs) > 1 else "holds"
+    return [
+        f"{count_of(len(pairs), 'pair')} of cases {hold} the same scan ({listed(pairs)}), so one "
+        "patient counts twice and may come into training and test; keep one of each."
+    ]
+
+
 def _shape(case: str, sentence: str) -> str:
     """Return a sentence without what differs between cases."""
     plain = re.sub(r"[^\s'()]*/", "", sentence.replace(case, "@"))

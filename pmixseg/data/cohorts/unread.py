@@ -71,6 +71,8 @@ def reasons(tree: Tree) -> list[str]:
     for path in tree.files[:_LOOKED_AT]:
         if fitting := _fitting(path):
             layout, folder = fitting
+            if folder == path.parent.name:
+                return [f"of layout '{layout}' there are label maps and no scans"]
             return [f"layout '{layout}' would have {path.name} in a folder named '{folder}'"]
     return []
 

@@ -233,9 +233,9 @@ class ScanReader:
 
     def _check(self, path: Path, header: Header) -> None:
         if header.dtype.kind not in "iuf":
+            what = "colours" if header.dtype.names else f"{header.dtype} numbers"
             raise InputError(
-                f"{self.where}: {path} holds {header.dtype} numbers, but a scan is integers or "
-                "floats; convert it."
+                f"{self.where}: {path} holds {what}, but a scan is integers or floats; convert it."
             )
         if header.offset + header.size > MAX_BYTES:
             raise InputError(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmixseg.data.scans.boxes import bounds
-from pmixseg.data.scans.brains import odd_slices
+from pmixseg.data.scans.brains import odd_slices, turned
 from pmixseg.data.scans.canonical import CanonicalCase
 from pmixseg.data.scans.placement import Overview, copies, misplaced, misplaced_label, outlines
 from pmixseg.data.scans.sequences import common_sequence
@@ -54,6 +54,10 @@ LEAST_TAIL, LEAST_ENHANCED = 0.7, 0.5
 """Least ratio of the bright tails of T1ce and T1, for vessels enhance: 64 real cases have 1.08 and
 more; and of what is brighter in T1ce to what is brighter in T1: they have 1.41 and more, phantoms
 without enhancement 0.7. T1ce falls below both where it is the T1."""
+
+CREDIBLE_FLUID = {"t1": (0.0, 1.65), "t1ce": (0.0, 1.65), "t2": (0.8, math.inf)}
+"""Credible ratio of a scan's bright tail to its dark one: fluid is dark in T1 and bright in T2. Of
+64 real cases T1 has at most 1.12, T1ce 1.41, T2 at least 1.07; of 98 phantoms 1.53, 1.48, 0.92."""
 
 JUDGED_BLOCKS = 1000
 """Fewer blocks of 4 mm tell nothing about which sequence a scan is."""
@@ -216,6 +220,8 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
         remarks.append(f"{size}, longer than any; look for voxels outside of it that are not 0")
     elif length < USUAL_LENGTH_MM or min(case.extent) < LEAST_WIDTH * length:
         remarks.append(f"{size}, {PERHAPS_A_PART}")
+    else:
+        remarks += turned(np.any([c > 0 for c in overview.codes.values()], axis=0), case.extent)
     slices: list[str] = []
     for name, scan in scans.items():
         spread = case.statistics[name][1]
@@ -248,7 +254,7 @@ def _tails(values: npt.NDArray[np.float32], low: float, high: float = 0.999) -> 
 
 
 def exchanged(overview: Overview) -> list[str]:
-    """Remark on FLAIR and T2, or T1 and contrast-enhanced T1, that look like each other.
+    """Remark on two sequences that look like each other, and on T1 or T2 that looks like neither.
 
     Fluid is dark in T1 and bright in T2, but not in FLAIR; vessels are bright in T1ce alone.
     """
@@ -281,4 +287,13 @@ def exchanged(overview: Overview) -> list[str]:
         if brighter < LEAST_ENHANCED * darker and own < LEAST_TAIL * others:
             why = words.format("what enhances is bright in the first alone")
             remarks.append(f"{names['t1']} and {names['t1ce']} {why}")
+    if not remarks:
+        for kind in (k for k in CREDIBLE_FLUID if k in names):
+            ratio = np.divide(*_tails(overview.volumes[names[kind]][inside], 0.1, 0.9))
+            least, most = CREDIBLE_FLUID[kind]
+            if not least <= ratio <= most:
+                remarks.append(
+                    f"{names[kind]} shows fluid {'bright' if ratio > most else 'dark'}, as another "
+                    "sequence does; see that its name is right, and dark and bright"
+                )
     return remarks

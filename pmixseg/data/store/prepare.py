@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.inspection import odd_ones_out
 from pmixseg.data.cohorts.layouts import Case
+from pmixseg.data.cohorts.problems import doubled_line
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.scans.canonical import BOX_MULTIPLE, NORMALISATION, STORE_DTYPE
 from pmixseg.data.scans.geometry import Spacing, check_spacing
@@ -30,6 +31,7 @@ from pmixseg.data.store.stored import (
     origin_of,
     read_meta,
     remove_case,
+    scan_hashes,
     seal,
 )
 from pmixseg.errors import InputError
@@ -170,20 +172,26 @@ def _open_store(out: Path, task: Task, parameters: dict[str, Any]) -> None:
 def _reconcile(
     report: PrepareReport, names: set[str], parameters: dict[str, Any], prune: bool
 ) -> None:
-    """Find cases of the store that were not given, and remove those whose sources are gone."""
+    """Find cases of the store that were not given, and remove those whose sources are gone.
+
+    Of what stays, cases that share a scan are found.
+    """
+    scans: dict[str, tuple[str, ...]] = {}
     for folder in sorted((report.store / CASES).iterdir()):
         # Hidden folders are cases that other processes are writing.
-        meta = None if folder.name in names or folder.name[0] == "." else read_meta(folder)
+        meta = None if folder.name[0] == "." else read_meta(folder)
         if meta is None or meta["parameters"] != parameters:
             continue  # not listed by Store.open, so nobody trains on it
         origin = origin_of(folder)
-        if origin is not None and Path(origin).exists():
-            report.elsewhere.append(folder.name)
-        elif prune:
+        gone = folder.name not in names and (origin is None or not Path(origin).exists())
+        if gone and prune:
             remove_case(folder)
             report.pruned.append(folder.name)
-        else:
-            report.gone.append(folder.name)
+            continue
+        if folder.name not in names:
+            (report.gone if gone else report.elsewhere).append(folder.name)
+        scans[folder.name] = scan_hashes(meta)
+    report.doubled = doubled_line(scans)
 
 
 def _watched(

@@ -44,6 +44,9 @@ STORE_JSON, CASES = "store.json", "cases"
 IMAGE, LABEL, NATIVE, META = "image.npy", "label.npy", "label_native.npy", "meta.json"
 ORIGIN = "origin.txt"
 
+HASH_DIGITS = 16
+"""Hexadecimal digits that are kept of a scan's SHA-256: a cohort of 10^5 scans has no collision."""
+
 
 @dataclass(frozen=True)
 class StoredCase:
@@ -229,6 +232,24 @@ def _of_format_1(facts: dict[str, Any]) -> dict[str, Any] | None:
 
 def _content_hash(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def scan_hashes(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """Hashes that tell the scans of a stored case, whatever it is called.
+
+    A file is told by the SHA-256 of its bytes. A copy that was packed anew has other bytes; it is
+    told by the checksums of the prepared arrays, where both were prepared in the same way.
+
+    Args:
+        meta: of the case.
+    """
+    sources = meta["sources"]
+    hashes = {s["sha256"][:HASH_DIGITS] for role, s in sources.items() if role != "label"}
+    files = [facts for _, facts in sorted(meta["files"].items())]
+    checks = [f"{facts['crc32']:08x}" for facts in files if "crc32" in facts]
+    if len(checks) > 1:  # 32 bits alone would meet by chance
+        hashes.add("".join(checks))
+    return tuple(sorted(hashes))
 
 
 def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origin: str) -> None:

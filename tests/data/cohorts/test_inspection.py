@@ -1,4 +1,6 @@
+import gzip
 import io
+import shutil
 from dataclasses import asdict
 
 import nibabel as nib
@@ -7,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from pmixseg.data.cohorts.inspection import inspect_cohort
+from pmixseg.data.store.store import prepare
 from pmixseg.task import BRATS
 
 
@@ -24,7 +27,7 @@ def test_a_healthy_cohort_is_told_case_by_case(make_case, label):
     assert inspection.problems == [] and inspection.layout == "brats2021"
     one, two, _ = inspection.cases
     counts = {n: int((label == c).sum()) for n, c in (("NCR", 1), ("ED", 2), ("ET", 4))}
-    assert asdict(one) == {
+    assert asdict(one) | {"scans": None} == {
         "case_id": "BraTS2021_00001",
         "modalities": BRATS.modalities,
         "labelled": True,
@@ -33,6 +36,7 @@ def test_a_healthy_cohort_is_told_case_by_case(make_case, label):
         "orientation": "LPS",
         "voxels": counts,
         "ignored": {},
+        "scans": None,
         "problems": (),
         "notes": (
             "case 'BraTS2021_00001': its brain is 42 × 38 × 34 mm, shorter than a whole one; if "
@@ -77,6 +81,32 @@ def test_labels_that_no_case_has_are_named(make_case):
     nib.save(nib.Nifti1Image(whole, image.affine), case.label)
     summary = inspect_cohort(root, BRATS).summary()
     assert "no label map holds ED, ET; see that" in summary and "layout 'brats2021'" in summary
+
+
+def test_a_mask_of_the_whole_tumour_among_label_maps_is_named(phantom_root, tmp_path):
+    root = shutil.copytree(phantom_root, tmp_path / "cohort")
+    assert "holds one label" not in inspect_cohort(root, BRATS).summary()
+    path = sorted(root.rglob("*_seg.nii.gz"))[0]
+    image = nib.load(path)
+    whole = (np.asarray(image.dataobj) > 0).astype(np.uint8)
+    nib.save(nib.Nifti1Image(whole, image.affine), path)
+    name = path.name.removesuffix("_seg.nii.gz")
+    told = f"1 label map holds one label alone ({name} NCR), as a mask of the whole tumour does"
+    assert told in inspect_cohort(root, BRATS).summary()
+
+
+def test_scans_under_two_names_are_told(make_case, tmp_path):
+    """`prepare` also tells a copy whose files were packed anew."""
+    one, two = make_case(), make_case("BraTS2021_00002")
+    told = "1 pair of cases holds the same scan (BraTS2021_00001 and BraTS2021_00002), so one"
+    assert told in inspect_cohort(one.label.parents[1], BRATS).summary()
+    for path in (*two.images.values(), two.label):
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1, mtime=5))
+    report = prepare([one], tmp_path / "store", BRATS, force=True, progress=False)
+    assert not report.doubled
+    for _ in range(2):  # also where it was prepared before
+        report = prepare([two], tmp_path / "store", BRATS, force=True, progress=False)
+        assert told in report.summary()
 
 
 def test_a_case_that_the_layout_cannot_use(make_case):

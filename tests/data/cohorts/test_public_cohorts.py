@@ -58,9 +58,18 @@ def test_other_spellings_of_files_are_read(touch, rename):
     assert cohort.stray == [] and cohort.cases[0].label is not None
 
 
-def test_files_that_are_not_read_are_named_as_the_cause(tmp_path):
-    (tmp_path / "IM0001.dcm").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"but IM0001\.dcm, which is DICOM: .* dcm2niix"):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("IM0001.dcm", r"but IM0001\.dcm, which is DICOM: .* dcm2niix"),
+        ("BraTS2021.tar", r"but BraTS2021\.tar, which is an archive: unpack it first"),
+        ("p1/p1_seg.nii.gz", r"\(of layout 'brats' there are label maps and no scans\)"),
+    ],
+)
+def test_files_that_are_not_read_are_named_as_the_cause(tmp_path, name, words):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=words):
         find_cases(tmp_path, BRATS)
 
 
