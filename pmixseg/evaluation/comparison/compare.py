@@ -200,12 +200,14 @@ def _aligned(runs: Sequence[pd.DataFrame], column: str, notes: list[str]) -> pd.
         )
     left = len(everything) - len(common)
     if left:
-        lost = set(everything.index.get_level_values("case")) - set(
-            common.index.get_level_values("case")
-        )
+        gone = {
+            level: set(everything.index.unique(level)) - set(common.index.unique(level))
+            for level in KEY
+        }
+        lost = [count_of(len(names), f"whole {level}") for level, names in gone.items() if names]
         notes.append(
             f"{left} of {len(everything)} rows lack '{column}' in some run and were left out"
-            + (f", with them {count_of(len(lost), 'whole case')}." if lost else ".")
+            + (f", with them {', '.join(lost)}." if lost else ".")
         )
     return common
 

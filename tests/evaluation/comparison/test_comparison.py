@@ -242,7 +242,11 @@ def test_rows_that_some_run_lacks_are_left_out_and_said():
     a.loc[5, "dice"] = np.nan
     comparison = compare([a], [b])
     assert len(comparison.cases) == 9
-    assert any("46 of 450 rows" in note and "1 whole case" in note for note in comparison.notes)
+    assert any("46 of 450 rows" in note and "1 whole case." in note for note in comparison.notes)
+    # Of which the means of the headline are then not.
+    b = b[(b["region"] != "ET") & (b["combination"] != "t1")]
+    told = compare([a], [b]).notes
+    assert any("1 whole case, 1 whole combination, 1 whole region." in note for note in told)
 
 
 def test_wrong_records_are_refused():
