@@ -283,7 +283,7 @@ def raw_scans(source: Path, task: Task, *, force: bool) -> Mapping[str, Path]:
     """
     from pmixseg.inference.folders import scans_in
 
-    images = scans_in(source, task, force=force).images if source.is_dir() else {}
+    images = scans_in(source, task, force=force)[0] if source.is_dir() else {}
     if not images:
         raise InputError(
             f"{source}: --raw takes one patient, a folder of files named by sequence or one "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from pmixseg.data.cohorts.cases import Case, stem_of
@@ -14,20 +13,9 @@ from pmixseg.errors import InputError
 from pmixseg.task import Task
 
 
-@dataclass(frozen=True)
-class FolderScans:
-    """What :func:`scans_in` finds.
-
-    Args:
-        images: modality -> file, in the task's order.
-        notes: phrases about files that are no scan or were left out.
-    """
-
-    images: Mapping[str, Path]
-    notes: tuple[str, ...] = ()
-
-
-def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
+def scans_in(
+    folder: Path, task: Task, *, force: bool = False
+) -> tuple[dict[str, Path], tuple[str, ...]]:
     """Scans of one patient whose files are named by modality: ``T1.nii``, ``x7_T1_post.nii.gz``.
 
     Every NIfTI file of the folder must be accounted for: a scan that is left out, or taken for
@@ -40,7 +28,8 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
         force: leave out files that no modality is known for, instead of refusing the folder.
 
     Returns:
-        No images where no file is named by a modality: then it is no such folder.
+        Modality -> file, in the task's order, none where no file is named by a modality: then it
+        is no such folder. And phrases about files that are no scan or were left out.
 
     Raises:
         InputError: a file whose modality is not known or not certain, or two files of one modality.
@@ -67,7 +56,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
         else:
             files[reading.modality] = path
     if not files:
-        return FolderScans({})
+        return {}, ()
     if odd and not force:
         reasons = listed([f"{name} ({doubt})" for name, doubt in odd.items()])
         raise InputError(
@@ -82,7 +71,7 @@ def scans_in(folder: Path, task: Task, *, force: bool = False) -> FolderScans:
         notes.append(f"{listed(labels)} taken for no scan, by name")
     if odd:
         notes.append(f"{listed(list(odd))} left out because of force")
-    return FolderScans({m: files[m] for m in task.modalities if m in files}, tuple(notes))
+    return {m: files[m] for m in task.modalities if m in files}, tuple(notes)
 
 
 def notes_on_strays(case: Case, strays: Sequence[Path], task: Task) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.sequences import modality_of
 from pmixseg.errors import InputError, stops_all
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings, check_scans, part_of
-from pmixseg.inference.folders import FolderScans, notes_on_strays, scans_in
+from pmixseg.inference.folders import notes_on_strays, scans_in
 from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.modules import SegmentationModule
 from pmixseg.plurals import count_of
@@ -117,12 +117,12 @@ def segment_folder(
     except InputError:
         if layout is not None:
             raise
-        scans = scans_in(Path(root), module.task, force=force)
-        if not scans.images or share is not None:
+        scans, phrases = scans_in(Path(root), module.task, force=force)
+        if not scans or share is not None:
             raise
         cohort = None
     if cohort is None:  # not in the handler above: what fails here is no fault of the layout
-        yield _named_by_modality(module, scans, outputs, settings, codes, progress)
+        yield _named_by_modality(module, scans, phrases, outputs, settings, codes, progress)
         return
     if codes:
         raise InputError(
@@ -297,25 +297,26 @@ def _codes_beside(task: Task, files: Sequence[Path]) -> Mapping[str, int] | None
 
 def _named_by_modality(
     module: SegmentationModule,
-    scans: FolderScans,
+    scans: Mapping[str, Path],
+    phrases: Sequence[str],
     outputs: Outputs,
     settings: SegmentSettings | None,
     codes: Mapping[str, int] | None,
     progress: Progress | None,
 ) -> CaseResult:
-    name = common_name(scans.images)
-    images = {m: path for m, path in scans.images.items() if m in module.modalities}
+    name = common_name(scans)
+    images = {m: path for m, path in scans.items() if m in module.modalities}
     if not images:
-        return CaseResult(name, problem=_of_no_use(module, name, list(scans.images)))
+        return CaseResult(name, problem=_of_no_use(module, name, list(scans)))
     used = codes or {label: i + 1 for i, label in enumerate(module.task.labels)}
     numbers = ", ".join(f"{label} {number}" for label, number in used.items())
     scans_named = ", ".join(f"{m} {path.name}" for m, path in images.items())
     notes = [
         f"case '{name}': no layout fits this folder, so its scans were recognised by their names "
         f"({scans_named}) and the labels are numbered {numbers}.",
-        *(f"case '{name}': {note}." for note in scans.notes),
+        *(f"case '{name}': {phrase}." for phrase in phrases),
     ]
-    useless = [path.name for m, path in scans.images.items() if m not in images]
+    useless = [path.name for m, path in scans.items() if m not in images]
     if useless:
         notes.append(f"case '{name}': this model does not read {', '.join(useless)}.")
     try:

@@ -90,7 +90,7 @@ def test_scans_told_by_their_names(tmp_path, files, expected):
     (tmp_path / "out").mkdir()
     for name in files:
         (tmp_path / name).touch()
-    images = scans_in(tmp_path, BRATS).images
+    images, _ = scans_in(tmp_path, BRATS)
     assert {m: p.name for m, p in images.items()} == expected
 
 
@@ -115,9 +115,9 @@ def test_files_of_which_nobody_knows_what_they_are(tmp_path, files, task, says):
         with pytest.raises(InputError, match=says):
             scans_in(tmp_path, task, force=True)
     else:
-        scans = scans_in(tmp_path, task, force=True)
-        assert len(scans.images) == 1
-        assert "left out because of force" in scans.notes[0]
+        images, notes = scans_in(tmp_path, task, force=True)
+        assert len(images) == 1
+        assert "left out because of force" in notes[0]
 
 
 def test_a_contrast_enhanced_scan_is_not_plain(patient, run, model, case, tmp_path):

@@ -24,8 +24,9 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -128,26 +129,20 @@ class Example:
             InputError: the folder or the file cannot be written.
         """
         path = inside(run / FOLDER, f"{self.case}.npz", "case")
+        arrays: dict[str, Any] = {"format": FORMAT, **vars(self)}
+        del arrays["case"]
+        arrays["combinations"] = [format_combination(c) for c in self.combinations]
+        for name in ("spacing", "slice_spacing"):
+            arrays[name] = np.array(arrays[name], np.float32)
         nothing = np.zeros(0, np.uint8)
         with whole(path) as part:
-            np.savez_compressed(
-                part,
-                format=np.array(FORMAT),
-                modalities=np.array(self.modalities),
-                combinations=np.array([format_combination(c) for c in self.combinations]),
-                spacing=np.array(self.spacing, np.float32),
-                image=self.image,
-                truth=nothing if self.truth is None else self.truth,
-                predictions=self.predictions,
-                slice_spacing=np.array(self.slice_spacing, np.float32),
-                slice_image=self.slice_image,
-                slice_truth=nothing if self.slice_truth is None else self.slice_truth,
-                slice_predictions=self.slice_predictions,
-            )
+            np.savez_compressed(part, **{k: nothing if v is None else v for k, v in arrays.items()})
         return path
 
     def _check_shapes(self) -> None:
         """Raise ``ValueError`` where arrays do not belong together."""
+        if (len(self.spacing), len(self.slice_spacing)) != (3, 2):
+            raise ValueError("its spacings are not of three axes and two")
         counts = len(self.modalities), len(self.combinations)
         for truth, *stacks in (
             (self.truth, self.image, self.predictions),
@@ -171,27 +166,19 @@ class Example:
         """
         try:
             with np.load(path, allow_pickle=False) as raw:
-                arrays = {name: raw[name] for name in raw.files}
+                arrays: dict[str, Any] = {name: raw[name] for name in raw.files}
             if int(arrays["format"]) != FORMAT:
                 raise InputError(
                     f"{path}: format {arrays['format']} is not known to this version of pmixseg; "
                     "upgrade it or test again."
                 )
-            spacing = arrays["spacing"].tolist()
-            plane = arrays["slice_spacing"].tolist()
-            read = cls(
-                case=path.stem,
-                modalities=tuple(arrays["modalities"].tolist()),
-                combinations=tuple(tuple(c.split("+")) for c in arrays["combinations"].tolist()),
-                spacing=(spacing[0], spacing[1], spacing[2]),
-                image=arrays["image"],
-                truth=arrays["truth"] if arrays["truth"].size else None,
-                predictions=arrays["predictions"],
-                slice_spacing=(plane[0], plane[1]),
-                slice_image=arrays["slice_image"],
-                slice_truth=arrays["slice_truth"] if arrays["slice_truth"].size else None,
-                slice_predictions=arrays["slice_predictions"],
-            )
+            arrays["case"] = path.stem
+            for name in ("modalities", "spacing", "slice_spacing"):
+                arrays[name] = tuple(arrays[name].tolist())
+            arrays["combinations"] = tuple(tuple(c.split("+")) for c in arrays["combinations"])
+            for name in ("truth", "slice_truth"):
+                arrays[name] = arrays[name] if arrays[name].size else None
+            read = cls(**{field.name: arrays[field.name] for field in fields(cls)})
             read._check_shapes()
             return read
         except InputError:

@@ -342,17 +342,11 @@ def _tidy(table: pd.DataFrame, task: Task, where: str) -> pd.DataFrame:
     if "hd95" not in table:
         table["hd95"] = float("nan")
     table = table.drop_duplicates(list(KEY), keep="last")
-    combinations = [format_combination(c) for c in task.combinations()]
     # Rows by case, then combinations and regions in the order of the task.
-    order = pd.DataFrame(
-        {
-            "case": table["case"],
-            "c": table["combination"].map(combinations.index),
-            "r": table["region"].map(list(task.regions).index),
-        }
-    ).sort_values(["case", "c", "r"])
-    columns = [*FIRST_COLUMNS, *(c for c in table if c not in FIRST_COLUMNS)]
-    return table.loc[order.index, columns].reset_index(drop=True)
+    combinations = [format_combination(c) for c in task.combinations()]
+    place = {"case": str, "combination": combinations.index, "region": list(task.regions).index}
+    table = table.sort_values(list(KEY), key=lambda c: c.map(place[c.name]), ignore_index=True)
+    return table[[*FIRST_COLUMNS, *(c for c in table if c not in FIRST_COLUMNS)]]
 
 
 def _guess_task(table: pd.DataFrame) -> Task:

@@ -22,7 +22,6 @@ Components are 26-connected in both.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,8 +131,8 @@ class Components:
         return table.reshape(self.count + 1, other.count + 1)
 
 
-class Lesions(ABC):
-    """The lesions of one truth, which predictions are scored against.
+class Brats2023Lesions:
+    """The lesions of one truth under ``brats2023-gli``, which predictions are scored against.
 
     Args:
         truth: the region inside ``box``.
@@ -143,22 +142,6 @@ class Lesions(ABC):
 
     def __init__(self, truth: Mask, box: Box, spacing: Spacing) -> None:
         self._spacing = spacing
-
-    @abstractmethod
-    def score(self, prediction: Mask, box: Box) -> LesionScore:
-        """Score one prediction.
-
-        Args:
-            prediction: the region inside ``box``.
-            box: where it lies in the volume.
-        """
-
-
-class Brats2023Lesions(Lesions):
-    """Lesions of one truth under ``brats2023-gli``."""
-
-    def __init__(self, truth: Mask, box: Box, spacing: Spacing) -> None:
-        super().__init__(truth, box, spacing)
         self._surfels: dict[int, Surfels] = {}
         # Dilations that meet beyond the volume's border also meet inside it, so it may be crossed.
         around = box.widened(DILATIONS)
@@ -170,7 +153,12 @@ class Brats2023Lesions(Lesions):
         self._sizes = self._lesions.sizes()
 
     def score(self, prediction: Mask, box: Box) -> LesionScore:
-        """Score one prediction; arguments as in :class:`Lesions`."""
+        """Score one prediction.
+
+        Args:
+            prediction: the region inside ``box``.
+            box: where it lies in the volume.
+        """
         predicted = Components.of(prediction, box)
         # Which predicted components reach into the dilation of which lesion.
         reached = self._zones.shared(predicted) > 0
@@ -206,16 +194,16 @@ class Brats2023Lesions(Lesions):
         return self._surfels[lesion]
 
 
-class PanopticaLesions(Lesions):
-    """Lesions of one truth under ``panoptica-0.0.10``."""
+class PanopticaLesions:
+    """The same under ``panoptica-0.0.10``."""
 
     def __init__(self, truth: Mask, box: Box, spacing: Spacing) -> None:
-        super().__init__(truth, box, spacing)
+        self._spacing = spacing
         self._truth = Components.of(truth, box)
         self._surfaces: dict[int, Points] = {}
 
     def score(self, prediction: Mask, box: Box) -> LesionScore:
-        """Score one prediction; arguments as in :class:`Lesions`."""
+        """Score one prediction; arguments as in :class:`Brats2023Lesions`."""
         truth, predicted = self._truth, Components.of(prediction, box)
         if not truth.count and not predicted.count:
             return LesionScore(math.nan, math.nan, 0, 0, 0)
@@ -250,6 +238,8 @@ def _best_matches(truth: Components, predicted: Components) -> list[tuple[int, i
     pairs = zip(rows, columns, strict=True)
     return [(int(i) + 1, int(j) + 1, float(dice[i, j])) for i, j in pairs if cost[i, j] < 1]
 
+
+Lesions = Brats2023Lesions | PanopticaLesions
 
 RULES: Mapping[LesionRule, type[Lesions]] = {
     "brats2023-gli": Brats2023Lesions,
