@@ -153,9 +153,9 @@ class CaseMetrics:
         if not predicted.sizes[r] or not self.truth.sizes[r]:
             return float(predicted.sizes[r] == self.truth.sizes[r])
         a, b = predicted.surfels(r), self.truth.surfels(r)
-        tolerance = self.conventions.nsd_tolerance_mm
-        agreed = a.areas[b.points.within(a.points, tolerance)].sum()
-        agreed += b.areas[a.points.within(b.points, tolerance)].sum()
+        near = self.conventions.nsd_tolerance_mm + 1e-9  # a billionth for rounding
+        agreed = a.areas[b.points.distances_from(a.points, near) <= near].sum()
+        agreed += b.areas[a.points.distances_from(b.points, near) <= near].sum()
         return float(agreed / (a.areas.sum() + b.areas.sum()))
 
     def _lesion_wise(self, predicted: RegionMasks, r: int) -> dict[str, float]:

@@ -61,43 +61,28 @@ class Points:
         occupied[tuple((self.coordinates - low).T)] = True
         return low, occupied
 
-    def distances_from(self, others: Points) -> Distances:
+    def distances_from(self, others: Points, limit: float = np.inf) -> Distances:
         """Distance in mm from each of ``others`` to the nearest of these points, ``[n]``.
+
+        Args:
+            others: where from.
+            limit: what is further away may be infinitely far.
 
         Raises:
             ValueError: there are no points here.
         """
         if not len(self):
             raise ValueError("no point to measure the distance to; treat empty masks beforehand.")
-        nearest = np.empty(len(others))
-        unknown = np.arange(len(others))
-        for distance, rows in self._near(others, np.inf):
+        nearest = np.full(len(others), np.inf)
+        # By the stencil, as far as it holds every neighbour; the rest by the tree.
+        for distance, rows in self._near(others, limit):
             nearest[rows] = distance
-            unknown[rows] = -1
-        unknown = unknown[unknown >= 0]
-        if len(unknown):
+        unknown = np.flatnonzero(np.isinf(nearest))
+        if len(unknown) and limit >= _complete(self.spacing):
             where = others.coordinates[unknown] * np.asarray(self.spacing)
-            nearest[unknown] = self.tree.query(where)[0]
+            bound = np.nextafter(limit, np.inf)
+            nearest[unknown] = self.tree.query(where, distance_upper_bound=bound)[0]
         return nearest
-
-    def within(self, others: Points, tolerance: float) -> NDArray[np.bool_]:
-        """Say which of ``others`` are at most ``tolerance`` mm from one of these points, ``[n]``.
-
-        A billionth of a millimetre is granted for rounding.
-        """
-        if not len(self):
-            return np.zeros(len(others), bool)
-        tolerance += 1e-9
-        if tolerance >= _complete(self.spacing):
-            where = others.coordinates * np.asarray(self.spacing)
-            nearest = self.tree.query(where, distance_upper_bound=np.nextafter(tolerance, np.inf))[
-                0
-            ]
-            return np.asarray(nearest <= tolerance)
-        near = np.zeros(len(others), bool)
-        for _, rows in self._near(others, tolerance):
-            near[rows] = True
-        return near
 
     def _near(self, others: Points, limit: float) -> Sequence[tuple[float, NDArray[np.int64]]]:
         """Rows of ``others`` by their distance, as far as the stencil tells and up to ``limit``."""
