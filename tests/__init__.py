@@ -24,6 +24,13 @@ Numbers that were silently wrong
 * Visits of one patient in training and test:
   data/cohorts/test_public_cohorts.py::test_visits_of_a_patient_stay_together,
   data/cohorts/test_public_cohorts.py::test_names_that_tell_no_patient_are_remarked_upon
+* One patient under two names; a mask of the whole tumour among label maps:
+  data/cohorts/test_inspection.py::test_scans_under_two_names_are_told,
+  data/cohorts/test_inspection.py::test_a_mask_of_the_whole_tumour_among_label_maps_is_named
+* Arrays that were turned under their headers; T2 under the name of T1; thick slices:
+  data/test_plausibility.py::test_arrays_that_were_turned_under_their_headers_are_told,
+  data/test_plausibility.py::test_a_scan_whose_fluid_is_not_that_of_its_name_is_told,
+  modules/test_foreign_checkpoints.py::test_voxels_of_another_size_than_in_training_are_told
 * A plateau schedule followed Dice upside down, or failed without a validation:
   modules/training/test_optimization.py::test_the_rate_falls_when_the_metric_gets_no_better,
   modules/training/test_optimization.py::test_a_plateau_without_any_validation_is_one_sentence
@@ -69,6 +76,9 @@ Tracebacks
 
 Sentences that did not help
 
+* A DICOM study in two sets of letters, or of nobody:
+  dicom/test_dicom.py::test_patients_keep_their_names_in_any_letters,
+  dicom/test_dicom.py::test_scans_that_were_made_anonymous_get_their_object
 * A script without a main guard: data/store/test_proofs.py::test_a_script_without_a_main_guard
 * A class of a script:
   modules/test_trust.py::test_a_class_of_a_script_is_found_in_the_module_that_is_named
