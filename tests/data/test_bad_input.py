@@ -80,7 +80,7 @@ DAMAGE = {
     "empty file": (
         "t1ce",
         lambda p: p.write_bytes(b""),
-        r"t1ce\.nii\.gz is not a NIfTI file .*; convert or download it again\.",
+        r"t1ce\.nii\.gz is not a NIfTI file .*; it is empty; download it again\.",
     ),
     "wrong magic": (
         "flair",
@@ -90,7 +90,12 @@ DAMAGE = {
     "text that calls itself NIfTI": (
         "flair",
         lambda p: p.write_text("<html>404 not found</html>" * 40),
-        r"flair\.nii\.gz is not a NIfTI file",
+        r"flair\.nii\.gz is not a NIfTI file .*; it is a web page, as .*; fetch the file itself\.",
+    ),
+    "a pointer": (
+        "flair",
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n"),
+        r"flair\.nii\.gz is not a NIfTI file .*; it is a pointer of git LFS; fetch the file itself",
     ),
     "gzip of something else": (
         "flair",

@@ -146,8 +146,8 @@ def _chosen(
             codes.append(int(one))
         else:
             raise InputError(
-                f"{where}: {one!r} is given for {label}; give a number"
-                + (f", or one of {known}." if known else ".")
+                f"{where}: {'nothing' if one is None else repr(one)} is given for {label}; give a "
+                "number" + (f", or one of {known}." if known else ".")
             )
     return tuple(dict.fromkeys(codes))
 

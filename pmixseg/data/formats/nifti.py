@@ -35,6 +35,13 @@ Source: TypeAlias = Path | str | tuple[Path | str, int] | SpatialImage
 _HEAD_PACKED = 1 << 16
 """So many bytes of a packed file hold its header."""
 
+_NO_SCANS = {
+    b"version https://git-lfs": "a pointer of git LFS",
+    b"/annex/": "a pointer of git-annex",
+    b"<": "a web page, as of a download without login",
+}
+"""How files begin that stand for a scan."""
+
 _UNREADABLE = (ImageFileError, HeaderDataError, ValueError, *DAMAGED)
 
 
@@ -297,9 +304,15 @@ def _frame(shape: tuple[int, ...], facts: Header | Scan) -> Frame:
 
 
 def _advice(path: Path) -> str:
+    """Say what helps, by the beginning of a file that is none of NIfTI."""
     if path.suffix.lower() in (".dcm", ".ima"):
         return "DICOM is not read: convert the series to NIfTI, with dcm2niix for one"
-    return "convert or download it again"
+    with path.open("rb") as file:
+        start = file.read(24)
+    for beginning, kind in _NO_SCANS.items():
+        if start.startswith(beginning):
+            return f"it is {kind}; fetch the file itself"
+    return "convert or download it again" if start else "it is empty; download it again"
 
 
 def _digest(packed: bytes) -> str:

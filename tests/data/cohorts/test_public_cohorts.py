@@ -247,7 +247,7 @@ def test_labels_can_be_named_by_hand(make_case, touch, tmp_path, capsys):
     table = np.array([0, 5, 2, 0, 6], np.uint8)
     nib.save(nib.Nifti1Image(table[data], image.affine), case.label)
     here = str(case.label.parents[1] / case.case_id)
-    with pytest.raises(InputError, match=r"^these labels: None is given for ET; give a number"):
+    with pytest.raises(InputError, match=r"^these labels: nothing is given for ET; give a number"):
         find_cases(here, BRATS, labels={"NCR": 5, "ED": 2})
     flags = ["--labels", "NCR=5", "ED=2", "ET=6"]
     assert main(["inspect", here]) == 1 and "label values 5, 6" in capsys.readouterr().out
