@@ -8,6 +8,7 @@ import pytest
 
 from pmixseg.data.cohorts.inspection import inspect_cohort
 from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.formats.outputs import nifti_image
 from pmixseg.data.phantom.cohort import PhantomSettings, make_case
 from pmixseg.data.phantom.contrast import Scanner
 from pmixseg.data.scans.canonical import canonicalise
@@ -180,6 +181,16 @@ def test_arrays_that_were_turned_under_their_headers_are_told(phantom_root, axes
     }
     (told,) = judge(canonicalise(turned, None, BRATS), BRATS).remarks
     assert words in told
+
+
+def test_a_result_of_this_package_in_the_place_of_a_label_is_told(phantom_root, tmp_path):
+    scans, label = scans_of(phantom_root)
+    case = written(scans, label, tmp_path)
+    rewritten = nifti_image(np.asarray(label.dataobj), label.affine)
+    nib.save(rewritten, case.label)
+    (note,) = inspect_cohort(tmp_path / "cohort", BRATS).cases[0].notes
+    assert "its label was written by pmixseg: a result, and no annotation" in note
+    assert prepare([case], tmp_path / "st", BRATS, progress=False).notes[case.case_id] == (note,)
 
 
 def noisy(flair):

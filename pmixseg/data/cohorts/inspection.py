@@ -256,7 +256,7 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
     notes: list[str] = []
     if reference is not None and signals and not problems:
         ready = join(signals, reference.geometry, task, STORE_DTYPE)
-        ready.oriented = oriented
+        ready.oriented, ready.predicted = oriented, reader.predicted
         if labels is not None and not _partly_annotated(labels, case):
             add_label(ready, labels)
         verdict = judge(ready, task, odd_one_out=case.case_id in odd)

@@ -50,7 +50,7 @@ class Header:
         affine: 4 x 4, voxel index -> mm, whatever the file's unit.
         unit: mm per unit of the file.
         oriented: whether the file says how it lies (``qform_code`` or ``sform_code`` above 0).
-        synthetic: whether the file says that it is of a phantom, see :data:`SYNTHETIC`.
+        descrip: what the program wrote that made the file.
     """
 
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ class Header:
     affine: npt.NDArray[np.float64]
     unit: float
     oriented: bool
-    synthetic: bool = False
+    descrip: bytes = b""
 
     @property
     def size(self) -> int:
@@ -100,7 +100,7 @@ def read_header(raw: bytes) -> Header | None:
             affine=in_mm(header.get_best_affine(), unit := unit_of(header)),
             unit=unit,
             oriented=is_oriented(header),
-            synthetic=bytes(header["descrip"]).startswith(SYNTHETIC),
+            descrip=bytes(header["descrip"]),
         )
         check_directions(header)
     except (HeaderDataError, ValueError, OverflowError, KeyError, np.linalg.LinAlgError) as error:

@@ -26,6 +26,7 @@ from pmixseg.data.formats.headers import (
     unit_of,
 )
 from pmixseg.data.formats.itk import ITK_ENDINGS, read_itk
+from pmixseg.data.formats.outputs import NOTICE
 from pmixseg.data.formats.packed import DAMAGED, TooLong, first_bytes, is_packed, unpack
 from pmixseg.errors import InputError
 
@@ -113,7 +114,7 @@ class ScanReader:
         self.where = where
         self.digests: dict[str, str] = {}
         """Role -> SHA-256 of the file's bytes as they are on disk (compressed, if they are)."""
-        self.synthetic = False
+        self.synthetic = self.predicted = False
         """Whether a file that was read says that it is of a phantom."""
         self._held: tuple[Path, Scan, str] | None = None
 
@@ -138,9 +139,14 @@ class ScanReader:
                 "image of nibabel."
             )
         if isinstance(source.header, nib.Nifti1Header):
-            self.synthetic |= bytes(source.header["descrip"]).startswith(SYNTHETIC)
+            self._note(bytes(source.header["descrip"]))
         name = source.get_filename() or "an image in memory"
         return self._channel(_opened(source, str(name)), None, role)
+
+    def _note(self, descrip: bytes) -> None:
+        """Remember whether a file is of a phantom, or a result of this package."""
+        self.synthetic |= descrip.startswith(SYNTHETIC)
+        self.predicted |= descrip.startswith(NOTICE)
 
     def frame(self, source: Source) -> Frame | None:
         """Say where a volume lies, from its header alone; ``None`` if there is no usable one."""
@@ -204,7 +210,7 @@ class ScanReader:
             if header is None:
                 return self._other_format(path)
             self._check(path, header)
-            self.synthetic |= header.synthetic
+            self._note(header.descrip)
             needed = header.offset + header.size
             raw = unpack(packed, needed)
         except BadHeader as error:

@@ -65,6 +65,7 @@ class CanonicalCase:
         label_box: where ``label_native`` lies in the canonical volume.
         label_beyond: labelled voxels of the grid that lie outside the box of the scans.
         synthetic: a file says that it is of a phantom.
+        predicted: a file says that it is a result of this package.
         extent: sides of the box of all non-zero voxels in mm.
         geometry: the grids, and the way back.
         digests: modality or ``label`` -> SHA-256 of its file's bytes.
@@ -89,6 +90,7 @@ class CanonicalCase:
     label_beyond: int = 0
     extent: tuple[float, ...] = ()
     synthetic: bool = False
+    predicted: bool = False
 
 
 def canonicalise(
@@ -152,6 +154,7 @@ def canonicalise(
                 case.ignored = seen.ignored  # to train on, or be scored by, half a label is wrong
             else:
                 add_label(case, seen)
+        case.predicted = reader.predicted
         return case
 
 

@@ -105,13 +105,17 @@ def misfit_label(case: CanonicalCase, overview: Overview, task: Task) -> list[st
 
 
 def odd_label(case: CanonicalCase, task: Task) -> list[str]:
-    """Remark on a label that is empty, or whose numbers look exchanged.
+    """Remark on a label that is a result or empty, or whose numbers look exchanged.
 
     Oedema lies outside, and what enhances is bright in T1ce; see :data:`LEAST_OUTSIDE` and
     :data:`LEAST_BRIGHTER`.
     """
     if case.label is None:
         return []
+    if case.predicted:
+        return [
+            "its label was written by pmixseg: a result, and no annotation to train or score on"
+        ]
     box = bounds(case.label)
     if box is None:
         return [] if case.label_beyond else ["its label marks nothing"]
