@@ -187,7 +187,7 @@ def _prepare(subparsers: Any) -> None:
             share=Share.parse(args.part),
             normalisation=args.normalisation,
         )
-        report.cohort = cohort.remarks
+        report.cohort = (*cohort.remarks, *report.cohort)
         console.print(report.summary())
         return 1 if report.failed else 0
 

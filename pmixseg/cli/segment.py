@@ -203,7 +203,7 @@ def segmented(
             name=name,
             progress=progress,
             tell=lambda recognised: console.print(series_table(recognised)),
-        ).case
+        )
     elif raw is not None:
         from pmixseg.inference.raw import segment_raw
 

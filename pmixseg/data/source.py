@@ -107,7 +107,7 @@ class CohortSource:
         # What was opened before may have changed.
         self.__dict__.pop("store", None)
         self.__dict__.pop("cases", None)
-        report.cohort = cohort.remarks
+        report.cohort = (*cohort.remarks, *report.cohort)
         rank_zero_info(report.summary())
         if left := (*report.gone, *report.elsewhere):
             others = count_of(len(left), "case of the store is", "cases of the store are")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -28,19 +28,6 @@ from pmixseg.task import Task
 
 UNNAMED = "study"
 """Name of a case without one: a patient's name or number never becomes a file name by itself."""
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """What became of a study.
-
-    Args:
-        case: as for other scans; ``files["dicom"]`` is the DICOM-SEG.
-        recognised: what every series was taken for.
-    """
-
-    case: CaseResult
-    recognised: tuple[Recognised, ...]
 
 
 def is_study(folder: Path, task: Task, out: Path, *, force: bool = False) -> bool:
@@ -75,8 +62,8 @@ def segment_study(
     name: str | None = None,
     progress: Progress | None = None,
     tell: Callable[[Sequence[Recognised]], None] | None = None,
-) -> StudyResult:
-    """Segment one study of DICOM series.
+) -> CaseResult:
+    """Segment one study of DICOM series; the result's ``files["dicom"]`` is the DICOM-SEG.
 
     Args:
         module: a loaded model.
@@ -120,7 +107,7 @@ def segment_study(
     else:
         note = f"case '{called}': nothing was segmented, so no DICOM-SEG was written."
         case = replace(case, warnings=(*case.warnings, note))
-    return StudyResult(case, tuple(recognised))
+    return case
 
 
 def _same_grid(result: Path, images: Mapping[str, Path]) -> str:

@@ -288,7 +288,7 @@ def test_times_and_descriptions_may_hold_anything(study, tmp_path):
 
 
 def test_a_segmentation_lies_on_its_series(study, model, tmp_path):
-    result = segment_study(model, study, Outputs(tmp_path), name="x").case
+    result = segment_study(model, study, Outputs(tmp_path), name="x")
     labels = np.asarray(nib.load(result.files["seg"]).dataobj)
     assert labels.any()
     made = highdicom.seg.segread(result.files["dicom"])

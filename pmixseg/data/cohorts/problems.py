@@ -90,16 +90,15 @@ def same_scans(scans: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
     return sorted({(first, c) for c, one in held if (first := owner.setdefault(one, c)) != c})
 
 
-def doubled_line(scans: Mapping[str, Iterable[str]]) -> list[str]:
+def doubled_line(scans: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
     """Return a sentence about :func:`same_scans`, if there are any."""
     pairs = [" and ".join(pair) for pair in same_scans(scans)]
-    if not pairs:
-        return []
     hold = "hold" if len(pairs) > 1 else "holds"
-    return [
+    sentence = (
         f"{count_of(len(pairs), 'pair')} of cases {hold} the same scan ({listed(pairs)}), so one "
         "patient counts twice and may come into training and test; keep one of each."
-    ]
+    )
+    return (sentence,) if pairs else ()
 
 
 def _shape(case: str, sentence: str) -> str:

@@ -191,7 +191,7 @@ def _reconcile(
         if folder.name not in names:
             (report.gone if gone else report.elsewhere).append(folder.name)
         scans[folder.name] = scan_hashes(meta)
-    report.doubled = doubled_line(scans)
+    report.cohort += doubled_line(scans)
 
 
 def _watched(

@@ -24,7 +24,6 @@ class PrepareReport:
         gone: cases that were prepared into the store before, are not among these, and whose
             source is where it was no longer; they are still split and trained on.
         elsewhere: the same, but their source is still there: another cohort's, as a rule.
-        doubled: sentences about cases of the store that share a scan.
         pruned: cases that were gone and have been removed from the store.
         cohort: sentences about the cohort as a whole.
         seconds: wall time.
@@ -39,7 +38,6 @@ class PrepareReport:
     unlabelled: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
-    doubled: list[str] = field(default_factory=list)
     pruned: list[str] = field(default_factory=list)
     cohort: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -50,7 +48,6 @@ class PrepareReport:
         lines = [
             f"{self.store}: {done}, {len(self.failed)} left out, in {self.seconds:.1f} s",
             *self.cohort,
-            *self.doubled,
             *ignored_lines(self.ignored),
             *grouped((case, text) for case, texts in self.notes.items() for text in texts),
         ]

@@ -103,7 +103,7 @@ def test_scans_under_two_names_are_told(make_case, tmp_path):
     for path in (*two.images.values(), two.label):
         path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1, mtime=5))
     report = prepare([one], tmp_path / "store", BRATS, force=True, progress=False)
-    assert not report.doubled
+    assert not report.cohort
     for _ in range(2):  # also where it was prepared before
         report = prepare([two], tmp_path / "store", BRATS, force=True, progress=False)
         assert told in report.summary()
