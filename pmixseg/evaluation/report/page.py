@@ -220,7 +220,7 @@ def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
 def _shown_cases(pictures: list[PicturedCase], task: Task) -> dict[str, Any]:
     """Return the pictures of cases, what the viewer reads, and the legend of both."""
     return {
-        "pictures": [(p.case, p.note, panels(p.examples, task)) for p in pictures],
+        "pictures": [(p.case, p.note, p.ratio, panels(p.examples, task)) for p in pictures],
         "viewer": {
             "cases": [viewer_case(p.examples) for p in pictures],
             "names": {m: task.show(m) for m in task.modalities},
@@ -316,6 +316,13 @@ class PicturedCase(NamedTuple):
     case: str
     note: str
     examples: dict[str, Example]
+
+    @property
+    def ratio(self) -> float:
+        """Width of its plane over its height, in mm."""
+        one = next(iter(self.examples.values()))
+        _, columns, rows = one.slice_image.shape
+        return columns * one.slice_spacing[0] / (rows * one.slice_spacing[1])
 
 
 def _pictures(runs: list[Run]) -> list[PicturedCase]:

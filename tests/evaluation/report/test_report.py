@@ -15,6 +15,7 @@ from pmixseg.data.parts import PUBLISHED, hash_cases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records import published
 from pmixseg.evaluation.records.curves import read_curves
+from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar, checkpoint_identity
 from pmixseg.evaluation.records.tables import tabulate
@@ -166,6 +167,14 @@ def test_the_worst_cases_are_shown(tmp_path):
         ("case_006", "50.0", "middle"),
         ("case_004", "90.0", "highest"),
     ]
+
+
+def test_pictures_of_thick_slices_have_the_shape_of_the_brain(tmp_path):
+    run = make_run(tmp_path, "r", made_up_rows(1), course=False, pictures=("case_000",))
+    (path,) = examples_of(run).values()
+    replace(Example.load(path), slice_spacing=(5.0, 0.75)).save(run)
+    # 12 x 10 voxels: 60 mm across, 7.5 mm along.
+    assert 'style="aspect-ratio: 8.0"' in Page(plain_report([run], tmp_path)).source
 
 
 def test_scans_carry_a_notice_also_when_nothing_is_known_of_them(tmp_path):
