@@ -29,8 +29,6 @@ TEMPERATURE_RANGE = (0.05, 20.0)
 class Reliability:
     """Predicted probability against observed frequency, in bins of equal width.
 
-    Two may be added: voxels of several cases together.
-
     Args:
         count: voxels per bin, ``[bins]``.
         confidence: sum of their predicted probabilities.
@@ -42,14 +40,6 @@ class Reliability:
     confidence: NDArray[np.float64]
     positive: NDArray[np.int64]
     squared: float
-
-    def __add__(self, other: Reliability) -> Reliability:
-        return Reliability(
-            self.count + other.count,
-            self.confidence + other.confidence,
-            self.positive + other.positive,
-            self.squared + other.squared,
-        )
 
     @property
     def ece(self) -> float:
@@ -68,12 +58,6 @@ class Reliability:
         """Brier score: mean of (p - y)². NaN without voxels."""
         voxels = int(self.count.sum())
         return self.squared / voxels if voxels else math.nan
-
-    def curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-        """Return the mean probability, frequency and voxels of the bins that hold any."""
-        held = self.count > 0
-        count = self.count[held]
-        return self.confidence[held] / count, self.positive[held] / count, count
 
 
 class CaseCalibration:
