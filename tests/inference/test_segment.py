@@ -18,7 +18,7 @@ from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.store import Store
 from pmixseg.data.training_cases import TrainingCases, training_cases
 from pmixseg.evaluation.prediction.scans import SegmentSettings
-from pmixseg.evaluation.prediction.segmentation import place_warnings
+from pmixseg.evaluation.prediction.segmentation import doubts
 from pmixseg.modules import load
 from pmixseg.task import BRATS
 from pmixseg.types import SegOutput
@@ -275,8 +275,9 @@ def test_a_model_of_phantoms_says_so_of_a_patient(phantom_store, scans_of, tmp_p
 def test_voxels_that_resampling_alone_made_raise_no_doubt_of_place():
     whole = np.ones((4, 4, 4), bool)
     made = SimpleNamespace(
-        prediction=SimpleNamespace(on_grid=lambda: torch.zeros(4, 4, 4, dtype=torch.int64))
+        prediction=SimpleNamespace(on_grid=lambda: torch.zeros(4, 4, 4, dtype=torch.int64)),
+        volumes={"WT": 1.0},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # 0 of 0 voxels
-        assert place_warnings(made, whole, "case 'x'") == []
+        assert doubts(made, whole, 1.0, "case 'x'") == ()

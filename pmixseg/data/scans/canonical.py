@@ -186,8 +186,13 @@ def join(
     tight = functools.reduce(Box.union, (s.box for s in signals.values()))
     boxes = {n: s.box.grow(BOX_MULTIPLE, geometry.grid_shape) for n, s in signals.items()}
     geometry = replace(geometry, boxes=boxes)
+    box = geometry.box()
+    image = np.zeros((task.num_modalities, *box.shape), dtype=dtype)
+    for name, signal in signals.items():
+        inner = signal.box.relative_to(box)
+        signal.write_zscores(image[(task.modalities.index(name), *inner.slices)])
     return CanonicalCase(
-        image=_joined(signals, geometry.box(), task, dtype),
+        image=image,
         acquired=tuple(n in signals for n in task.modalities),
         label=None,
         label_native=None,
@@ -198,18 +203,6 @@ def join(
         statistics={name: (s.mean, s.deviation) for name, s in signals.items()},
         extent=tuple(n * z for n, z in zip(tight.shape, geometry.grid_spacing, strict=True)),
     )
-
-
-def _joined(
-    signals: Mapping[str, Signal], box: Box, task: Task, dtype: npt.DTypeLike
-) -> npt.NDArray[Any]:
-    """z-scores of all modalities on the union of their boxes."""
-    image = np.zeros((task.num_modalities, *box.shape), dtype=dtype)
-    for index, name in enumerate(task.modalities):
-        if name in signals:
-            inner = signals[name].box.relative_to(box)
-            signals[name].write_zscores(image[(index, *inner.slices)])
-    return image
 
 
 def add_label(case: CanonicalCase, seen: LabelMap) -> None:

@@ -307,45 +307,32 @@ def score_case(
     Returns:
         One row per combination and region; none where the case has no label.
     """
-    truth = item["stored"].native_label()
+    truth, geometry = item["stored"].native_label(), item["stored"].geometry
     if truth is None:  # then nothing is predicted either
         return []
-    scores = _CaseScores(truth, task, item, settings)
-    return [row for rows in each(scores.rows, predictions) for row in rows]
+    # What all predictions of the case are compared with.
+    metrics = CaseMetrics(truth, task, geometry.source_zooms, settings.conventions)
+    calibration: CaseCalibration | None = None
+    if settings.calibration:
+        brain = (item["image"] != 0).any(0).cpu()
+        calibration = CaseCalibration(item["label"], task, brain)
 
-
-class _CaseScores:
-    """What all predictions of a case are compared with."""
-
-    def __init__(
-        self,
-        truth: UInt8[np.ndarray, "x y z"],
-        task: Task,
-        item: CaseItem,
-        settings: EvaluationSettings,
-    ) -> None:
-        geometry = item["stored"].geometry
-        self.case, self.whole = item["case_id"], geometry.box()
-        self.metrics = CaseMetrics(truth, task, geometry.source_zooms, settings.conventions)
-        self.calibration: CaseCalibration | None = None
-        if settings.calibration:
-            brain = (item["image"] != 0).any(0).cpu()
-            self.calibration = CaseCalibration(item["label"], task, brain)
-
-    def rows(self, prediction: CasePrediction) -> Rows:
+    def scored(prediction: CasePrediction) -> Rows:
         """Return one row per region."""
         bins = {}
-        if self.calibration is not None:
-            place = prediction.box.relative_to(self.whole).slices
-            bins = self.calibration.score(prediction.calibrated, place)
+        if calibration is not None:
+            place = prediction.box.relative_to(geometry.box()).slices
+            bins = calibration.score(prediction.calibrated, place)
         named = {
-            "case": self.case,
+            "case": item["case_id"],
             "combination": format_combination(prediction.combination),
             "n_present": len(prediction.combination),
         }
         rows = []
-        for row in self.metrics.score(prediction.labels()):
+        for row in metrics.score(prediction.labels()):
             if row["region"] in bins:
                 row |= {"ece": bins[row["region"]].ece, "brier": bins[row["region"]].brier}
             rows.append(named | row)
         return rows
+
+    return [row for rows in each(scored, predictions) for row in rows]

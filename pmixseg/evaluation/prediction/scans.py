@@ -27,11 +27,7 @@ from pmixseg.describe import COUNT, SHARE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings, predict_case
 from pmixseg.evaluation.prediction.postprocess import check_names, check_steps
-from pmixseg.evaluation.prediction.segmentation import (
-    Segmentation,
-    place_warnings,
-    size_warnings,
-)
+from pmixseg.evaluation.prediction.segmentation import Segmentation, doubts
 from pmixseg.evaluation.prediction.windows import Predictor
 from pmixseg.task import Combination, Task
 
@@ -177,9 +173,7 @@ def segment_scans(
         )
     for note in notes:
         warnings.warn(note, stacklevel=4)
-    voxel = math.prod(case.geometry.grid_spacing) / 1000
     inside = (case.image != 0).any(0)
-    brain = float(inside.sum()) * voxel
     case = normalised(case, recipe.normalisation, dtype)
     columns = [task.modalities.index(m) for m in predictor.modalities]
     image = torch.from_numpy(case.image[columns]).to(recipe.device, torch.float32)
@@ -189,10 +183,10 @@ def segment_scans(
     del case  # its arrays are as large as all windows' sums
     prediction = _predict(predictor, recipe, image, geometry, chosen, settings, progress)
     made = Segmentation(name, prediction, codes, inputs, facts, recipe.checkpoint, tuple(notes))
-    implausible = size_warnings(made, brain, where) or place_warnings(made, inside, where)
-    for note in implausible:
+    doubtful = doubts(made, inside, math.prod(sides) / 1000, where)
+    for note in doubtful:
         warnings.warn(note, stacklevel=4)
-    return replace(made, warnings=(*made.warnings, *implausible))
+    return replace(made, warnings=(*made.warnings, *doubtful))
 
 
 def check_scans(images: object, where: str) -> None:

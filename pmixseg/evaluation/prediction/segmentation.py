@@ -174,46 +174,38 @@ class Segmentation:
         }
 
 
-def size_warnings(made: Segmentation, brain: float, where: str) -> list[str]:
-    """Return a sentence about a segmentation that is empty, or larger than a tumour.
-
-    Args:
-        made: the segmentation.
-        brain: volume of the scans' foreground in ml.
-        where: the case, for the sentence.
-    """
-    shown = format_combination(made.combination)
-    largest = max(made.volumes.values(), default=0.0)
-    if largest == 0:
-        return [
-            f"{where}: nothing was segmented from {shown}; if there is a tumour, look at the scans "
-            "and their names, or give more of them."
-        ]
-    if largest > LARGEST_SHARE * brain:
-        return [
-            f"{where}: {largest:.0f} ml are segmented in a brain of {brain:.0f} ml, more than a "
-            "tumour takes; look at the result, and at the scans: skull-stripped, and rightly "
-            "named."
-        ]
-    return []
-
-
-def place_warnings(made: Segmentation, inside: NDArray[np.bool_], where: str) -> list[str]:
-    """Return a sentence about a segmentation that lies beside the brain.
+def doubts(
+    made: Segmentation, inside: NDArray[np.bool_], voxel: float, where: str
+) -> tuple[str, ...]:
+    """Return a sentence about a segmentation that is empty, too large, or beside the brain.
 
     Args:
         made: the segmentation.
         inside: which voxels of the prepared case are brain.
+        voxel: their volume in ml.
         where: the case, for the sentence.
     """
+    brain, largest = float(inside.sum()) * voxel, max(made.volumes.values(), default=0.0)
+    if largest == 0:
+        shown = format_combination(made.combination)
+        return (
+            f"{where}: nothing was segmented from {shown}; if there is a tumour, look at the scans "
+            "and their names, or give more of them.",
+        )
+    if largest > LARGEST_SHARE * brain:
+        return (
+            f"{where}: {largest:.0f} ml are segmented in a brain of {brain:.0f} ml, more than a "
+            "tumour takes; look at the result, and at the scans: skull-stripped, and rightly "
+            "named.",
+        )
     segmented = made.prediction.on_grid().cpu().numpy() > 0
     # A published network has a crop of its own; resampling alone may leave single voxels.
     if segmented.shape != inside.shape or not segmented.any():
-        return []
+        return ()
     share = float((segmented & ~inside).sum() / segmented.sum())
     if share <= LARGEST_OUTSIDE:
-        return []
-    return [
+        return ()
+    return (
         f"{where}: {share:.0%} of what is segmented lies outside the brain, where no tumour is; "
-        "look at the result, and at the scans: of the kind that the model was trained on."
-    ]
+        "look at the result, and at the scans: of the kind that the model was trained on.",
+    )
