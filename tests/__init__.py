@@ -24,9 +24,10 @@ Numbers that were silently wrong
 * Visits of one patient in training and test:
   data/cohorts/test_public_cohorts.py::test_visits_of_a_patient_stay_together,
   data/cohorts/test_public_cohorts.py::test_names_that_tell_no_patient_are_remarked_upon
-* One patient under two names; a mask of the whole tumour among label maps:
+* One patient under two names; a result or a mask of the whole tumour for a label map:
   data/cohorts/test_inspection.py::test_scans_under_two_names_are_told,
-  data/cohorts/test_inspection.py::test_a_mask_of_the_whole_tumour_among_label_maps_is_named
+  data/cohorts/test_inspection.py::test_a_mask_of_the_whole_tumour_among_label_maps_is_named,
+  data/test_plausibility.py::test_a_result_of_this_package_in_the_place_of_a_label_is_told
 * Arrays that were turned under their headers; T2 under the name of T1; thick slices:
   data/test_plausibility.py::test_arrays_that_were_turned_under_their_headers_are_told,
   data/test_plausibility.py::test_a_scan_whose_fluid_is_not_that_of_its_name_is_told,
