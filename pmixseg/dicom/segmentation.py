@@ -25,8 +25,10 @@ CODES: Mapping[str, tuple[str, str, str]] = {
 }
 """Label -> code value, scheme, meaning. Labels of other tasks get a code of this package's own."""
 
-COPIED = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
-COPIED += ("StudyID", "StudyDate", "StudyTime", "AccessionNumber")
+COPIED = (
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
+    *("StudyID", "StudyDate", "StudyTime", "AccessionNumber"),
+)
 """Of patient and study; empty in the object where a series was made anonymous and has none."""
 
 NOTICE = "Research use only: not a medical device"

@@ -134,9 +134,10 @@ class Example:
         arrays["combinations"] = [format_combination(c) for c in self.combinations]
         for name in ("spacing", "slice_spacing"):
             arrays[name] = np.array(arrays[name], np.float32)
-        nothing = np.zeros(0, np.uint8)
+        for name in ("truth", "slice_truth"):
+            arrays[name] = np.zeros(0, np.uint8) if arrays[name] is None else arrays[name]
         with whole(path) as part:
-            np.savez_compressed(part, **{k: nothing if v is None else v for k, v in arrays.items()})
+            np.savez_compressed(part, **arrays)
         return path
 
     def _check_shapes(self) -> None:

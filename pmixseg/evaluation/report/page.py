@@ -322,7 +322,7 @@ class PicturedCase(NamedTuple):
         """Width of its plane over its height, in mm."""
         one = next(iter(self.examples.values()))
         _, columns, rows = one.slice_image.shape
-        return columns * one.slice_spacing[0] / (rows * one.slice_spacing[1])
+        return float(columns * one.slice_spacing[0] / (rows * one.slice_spacing[1]))
 
 
 def _pictures(runs: list[Run]) -> list[PicturedCase]:
