@@ -183,6 +183,15 @@ def test_arrays_that_were_turned_under_their_headers_are_told(phantom_root, axes
     assert words in told
 
 
+def test_a_label_that_a_spacing_leaves_nothing_of_is_told(phantom_root):
+    scans, label = scans_of(phantom_root)
+    one = np.zeros(label.shape, np.uint8)
+    one[tuple(np.argwhere(np.asarray(label.dataobj))[0])] = 3
+    case = canonicalise(scans, nib.Nifti1Image(one, label.affine), BRATS, spacing=(20.0,) * 3)
+    assert not case.label.any()
+    assert "its label is too small for voxels of this spacing" in judge(case, BRATS).remarks
+
+
 def test_a_result_of_this_package_in_the_place_of_a_label_is_told(phantom_root, tmp_path):
     scans, label = scans_of(phantom_root)
     case = written(scans, label, tmp_path)

@@ -118,7 +118,9 @@ def odd_label(case: CanonicalCase, task: Task) -> list[str]:
         ]
     box = bounds(case.label)
     if box is None:
-        return [] if case.label_beyond else ["its label marks nothing"]
+        vanished = case.label_native is not None and case.label_native.any()
+        what = "is too small for voxels of this spacing" if vanished else "marks nothing"
+        return [] if case.label_beyond else [f"its label {what}"]
     label = case.label[box.slices]
     counts = np.bincount(label.ravel(), minlength=task.num_classes)
     index = {name: i + 1 for i, name in enumerate(task.labels) if counts[i + 1] >= JUDGED_VOXELS}
