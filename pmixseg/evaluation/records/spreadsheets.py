@@ -10,9 +10,9 @@ import pandas as pd
 _FORMULA = re.compile(r"'*[=+\-@\t\r].")
 
 
-def _acts(text: str) -> bool:
+def _acts(text: Any) -> bool:
     """Say whether a spreadsheet may run it, or it is such a text with apostrophes before it."""
-    if not _FORMULA.match(text):
+    if not isinstance(text, str) or not _FORMULA.match(text):
         return False
     try:
         float(text)
@@ -29,11 +29,7 @@ def quote_formulas(table: pd.DataFrame) -> pd.DataFrame:
         >>> quote_formulas(table).run.tolist()
         ["'=1+1", "'-x", 'a']
     """
-
-    def quoted(cell: Any) -> Any:
-        return f"'{cell}" if isinstance(cell, str) and _acts(cell) else cell
-
-    return table.map(quoted)
+    return table.map(lambda cell: f"'{cell}" if _acts(cell) else cell)
 
 
 def unquote_formulas(table: pd.DataFrame) -> pd.DataFrame:
@@ -45,8 +41,7 @@ def unquote_formulas(table: pd.DataFrame) -> pd.DataFrame:
         True
     """
 
-    def bare(cell: Any) -> Any:
-        quoted = isinstance(cell, str) and cell.startswith("'") and _acts(cell[1:])
-        return cell[1:] if quoted else cell
+    def quoted(cell: Any) -> bool:
+        return isinstance(cell, str) and cell.startswith("'") and _acts(cell[1:])
 
-    return table.map(bare)
+    return table.map(lambda cell: cell[1:] if quoted(cell) else cell)
