@@ -29,19 +29,6 @@ class BySize(Lines):
 
     sizes: tuple[int, ...]
 
-    def frame(self) -> pd.DataFrame:
-        """Return one row per region and run; columns ``1`` to ``M``, and ``mean``."""
-        numbers = [str(n) for n in range(1, len(self.sizes) + 1)]
-        return pd.DataFrame(
-            {
-                "region": line.region,
-                "run": line.run,
-                **dict(zip(numbers, line.values, strict=True)),
-                "mean": line.mean,
-            }
-            for line in self.lines
-        )
-
     def rich(self) -> Table:
         """For a terminal: a column per number of sequences shown."""
         table = Table(title=f"{self.title} by number of sequences shown", box=HORIZONTALS)
