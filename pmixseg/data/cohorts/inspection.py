@@ -20,7 +20,7 @@ from rich.text import Text
 from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.layouts import Case, LabelNames, Layout, search
 from pmixseg.data.cohorts.problems import doubled_line, grouped, ignored_lines, listed
-from pmixseg.data.formats.nifti import Scan, ScanReader
+from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.scans.canonical import STORE_DTYPE, add_label, join
 from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.scans.volumes import (
@@ -241,8 +241,10 @@ def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
     labels: LabelMap | None = None
     oriented = False
     reader = ScanReader(where)
-    for role, scan in _readable(case, task, reader, problems):
+    scans = [(m, case.images[m]) for m in modalities]
+    for role, source in [*scans, *([("label", case.label)] if case.label else [])]:
         with _noted(problems):
+            scan = reader.read(source, role)
             place = place_of(scan, None, where)
             geometry, reference = place.geometry, reference or place
             with _noted(problems):
@@ -291,19 +293,6 @@ def _noted(problems: list[str]) -> Iterator[None]:
         yield
     except InputError as error:
         problems.append(str(error))
-
-
-def _readable(
-    case: Case, task: Task, reader: ScanReader, problems: list[str]
-) -> Iterator[tuple[str, Scan]]:
-    """Yield the case's files that can be decoded; the others become problems."""
-    sources = [(m, case.images[m]) for m in task.modalities if m in case.images]
-    for role, source in [*sources, *([("label", case.label)] if case.label else [])]:
-        scan: Scan | None = None
-        with _noted(problems):
-            scan = reader.read(source, role)
-        if scan is not None:
-            yield role, scan
 
 
 def _voxels(labels: LabelMap, task: Task) -> dict[str, int]:
