@@ -109,11 +109,11 @@ def constructor_arguments(cls: Any) -> list[str]:
         cls: a class; of anything else nothing is known.
     """
     names: dict[str, None] = {}
-    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for base in getattr(cls, "__mro__", ()):
         if "__init__" in vars(base):
             parameters = inspect.signature(base.__init__).parameters.values()
-            names |= {p.name: None for p in parameters if p.kind in plain and p.name != "self"}
+            names |= {p.name: None for p in parameters if p.kind in by_name and p.name != "self"}
             if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
                 break
     return list(names)
@@ -343,8 +343,8 @@ def build(value: Any, **extra: Any) -> Any:
         InputError: the class cannot be found or does not take the arguments; or a word, list or
             other mapping stands where an object belongs.
     """
-    plain = isinstance(value, str | list | tuple | int | float | Mapping)
-    if plain and not isinstance(value, bool) and not is_description(value):
+    primitive = isinstance(value, str | list | tuple | int | float | Mapping)
+    if primitive and not isinstance(value, bool) and not is_description(value):
         raise InputError(
             f"{value!r} stands where an object belongs; give the object itself, as in RFNet() and "
             "not 'RFNet', or its class as {'class_path': 'RFNet', 'init_args': {...}}."
