@@ -19,6 +19,7 @@ from pmixseg.losses.alignment import AlignmentLoss, resolve_levels
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.distances import KL, Distance, distance_named
 from pmixseg.losses.official import OfficialAlignment
+from pmixseg.losses.ranks import world_size
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.training.loss_log import gradient_scaler
@@ -116,10 +117,10 @@ class PmixAlignment(TermCallback):
         return self.weight > 0 or self.ratio is not None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Build the term, and refuse batches that its distance has no meaning for.
+        """Build the term, and warn of settings without effect.
 
         Raises:
-            InputError: see :class:`TermCallback`; or too few samples in a step.
+            InputError: see :class:`TermCallback`; or a ratio that cannot be measured.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
@@ -130,7 +131,6 @@ class PmixAlignment(TermCallback):
                 resolve_levels(self.levels, len(module.backbone.channels))
             return
         term = cast(AlignmentTerm, module.terms[self.name])
-        self._check_batch(trainer, term)
         for sentence in term.settings_without_effect(self.name, module):
             rank_zero_warn(sentence)
         if self.ratio is not None:
@@ -141,15 +141,6 @@ class PmixAlignment(TermCallback):
                 )
             self.ratio.start()
             term.measured = (self.ratio, Borrowed(module))
-
-    def _check_batch(self, trainer: Trainer, term: AlignmentTerm) -> None:
-        least = getattr(getattr(term.alignment, "distance", None), "smallest_batch", 1)
-        size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
-        if size is not None and size * trainer.world_size < least:
-            raise InputError(
-                f"the distance of {self.name} compares patients, but a step has {size} sample; use "
-                f"a batch_size of {least} or more (--data.batch_size), or another distance."
-            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse learned weights of a level that is aligned and not filled: nothing trains them."""
@@ -302,6 +293,24 @@ class AlignmentTerm(Term):
         self.sample = sample
         self.aligned_levels = alignment.levels
         self.measured: tuple[GradientRatio, Borrowed[SegmentationModule]] | None = None
+        self._begun = False
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Refuse, at the first step, batches that the distance has no meaning for.
+
+        Raises:
+            InputError: too few samples in a step of all processes.
+        """
+        distance = getattr(self.alignment, "distance", None)
+        samples = len(batch["image"]) * world_size()
+        if not self._begun and distance is not None and samples < distance.smallest_batch:
+            raise InputError(
+                f"the distance '{distance.name}' compares patients, but a step has {samples} "
+                f"sample; use a batch_size of {distance.smallest_batch} or more "
+                "(--data.batch_size), or another distance."
+            )
+        self._begun = True
+        return batch
 
     def settings_without_effect(self, name: str, module: SegmentationModule) -> list[str]:
         """Return a sentence for each setting that does nothing."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pmixseg.borrowed import Borrowed, evaluating
 from pmixseg.callbacks.term import TermCallback
-from pmixseg.data.scans.geometry import spacing_of
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.losses.distillation import DistillationLoss, LatentMatch, LogitKL, case_numbers
@@ -125,28 +124,16 @@ class Distillation(TermCallback):
             raise InputError(f"{self.name}.teacher is {teacher!r}; name a checkpoint, or load it.")
         return module.eval().requires_grad_(False)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Load the teacher and build the term; compare the teacher's spacing with the data's."""
-        super().setup(trainer, pl_module, stage)
-        data = getattr(trainer, "datamodule", None)
-        if stage != "fit" or self.weight == 0 or data is None:
-            return
-        assert isinstance(pl_module, SegmentationModule)
-        teacher = cast(DistillationTerm, pl_module.terms[self.name]).teacher
-        if teacher is None:
-            return
-        trained = teacher.preparation.spacing
-        spacing = None if data.spacing is None else spacing_of(data.spacing)
-        if trained != spacing:
-            raise InputError(
-                f"the teacher {self.teacher} was trained at the spacing {trained} mm, the data are "
-                f"at {spacing} mm; prepare a store at the teacher's spacing."
-            )
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the teacher, which nobody else does, to the student's device."""
+        """Compare the teacher's data with the student's, and move it, as nobody else does.
+
+        Raises:
+            InputError: the teacher was trained at another spacing or normalisation.
+        """
         term = self._term(pl_module)
         if term is not None and term.teacher is not None:
+            student = cast(SegmentationModule, pl_module)
+            term.teacher.preparation.refuse_other(student.preparation, "the teacher")
             term.teacher.to(pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

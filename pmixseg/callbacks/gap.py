@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.borrowed import evaluating
-from pmixseg.callbacks.term import listed_before
+from pmixseg.callbacks.term import listed_before, own_module
 from pmixseg.describe import COUNT, Described, Range, Ranges
 from pmixseg.errors import InputError
 from pmixseg.evaluation.gap.guards import FEWEST_CASES, low_guards
@@ -113,7 +113,8 @@ class GapMonitor(Callback, Described):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what cannot be measured, and read the reference."""
-        module = _checked(pl_module)
+        module = own_module(self, pl_module)
+        refuse_single_latents(module)
         self._levels_of(module)
         if self.reference is not None:
             self._guard = read_reference(Path(self.reference))
@@ -123,7 +124,7 @@ class GapMonitor(Callback, Described):
         """Measure before the first step; a resumed training has done so."""
         if trainer.global_step:
             return
-        module = _checked(pl_module)
+        module = own_module(self, pl_module)
         _log(trainer, {**self._measure(trainer, module), "epoch": -1.0}, step=0)
         self._draw(trainer, module, "before")
 
@@ -134,13 +135,13 @@ class GapMonitor(Callback, Described):
         self._validations += 1
         if self._validations % self.every:
             return
-        values = self._measure(trainer, _checked(pl_module))
+        values = self._measure(trainer, own_module(self, pl_module))
         self._last_step = trainer.global_step
         pl_module.log_dict(values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the latents, and measure them if the last validation did not."""
-        module, step = _checked(pl_module), trainer.global_step
+        module, step = own_module(self, pl_module), trainer.global_step
         if self._last_step != step:
             values = self._measure(trainer, module)
             _log(trainer, {**values, "epoch": float(trainer.current_epoch - 1)}, step=step)
@@ -325,18 +326,13 @@ def read_reference(run: Path) -> dict[str, float]:
     return {name: float(table[name].dropna().iloc[-1]) for name in names}
 
 
-def _checked(module: LightningModule) -> SegmentationModule:
-    if not isinstance(module, SegmentationModule):
-        raise InputError(
-            f"GapMonitor needs a SegmentationModule, not a {type(module).__name__}; derive yours "
-            "from TeacherModule or StudentModule."
-        )
+def refuse_single_latents(module: SegmentationModule) -> None:
+    """Refuse a network that has no gap."""
     if module.backbone.slots != module.backbone.modalities or len(module.modalities) < 2:
         raise InputError(
             f"{type(module.backbone).__name__} has the latents {list(module.backbone.slots)}, and "
             "a gap lies between the latents of two modalities or more; leave GapMonitor out."
         )
-    return module
 
 
 def _log(trainer: Trainer, values: dict[str, float], step: int) -> None:

@@ -59,7 +59,12 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write ``<case>_seg.nii.gz``, and what else was asked for."""
-        assert isinstance(prediction, CasePrediction)
+        if not isinstance(prediction, CasePrediction):
+            raise InputError(
+                f"PredictionWriter writes a CasePrediction, but predict_step of this "
+                f"{type(pl_module).__name__} returned a {type(prediction).__name__}; let it return "
+                "what super().predict_step does, or leave PredictionWriter out."
+            )
         folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions")
         stored = batch["stored"]
         write_labels(

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from pmixseg.callbacks.term import own_module
 from pmixseg.data.keys import make_key
 from pmixseg.data.missing import MissingnessSampler
 from pmixseg.describe import Described, build
@@ -19,7 +20,6 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.records.records import Row, gather_rows
 from pmixseg.evaluation.records.spreadsheets import quote_formulas
 from pmixseg.files import whole
-from pmixseg.modules.scoring import ScoredNetwork
 from pmixseg.task import Combination, format_combination, parse_combination, presence
 
 
@@ -49,14 +49,12 @@ class ProtocolScores(Callback, Described):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the rows of all processes."""
-        assert isinstance(pl_module, ScoredNetwork)
-        rows = gather_rows(pl_module.records)
+        module = own_module(self, pl_module)
+        rows = gather_rows(module.records)
         if not rows:
             return  # the module says that no case has a label
         tables = [
-            protocol_scores(rows, sampler, pl_module.task.modalities, self.draws).assign(
-                protocol=name
-            )
+            protocol_scores(rows, sampler, module.task.modalities, self.draws).assign(protocol=name)
             for name, sampler in self.protocols.items()
         ]
         for name, table in zip(self.protocols, tables, strict=True):

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from pmixseg.callbacks.term import own_module
 from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError
 from pmixseg.evaluation.scores.calibration import (
@@ -19,7 +20,6 @@ from pmixseg.evaluation.scores.calibration import (
     TemperatureFit,
     Temperatures,
 )
-from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import write_temperatures
 from pmixseg.task import Task
 
@@ -69,7 +69,7 @@ class TemperatureFitting(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add one case, seen through each of its combinations."""
-        module, item = cast(SegmentationModule, pl_module), cast(CaseItem, batch)
+        module, item = own_module(self, pl_module), cast(CaseItem, batch)
         brain = (item["image"] != 0).any(0)
         whole = item["stored"].geometry.box()
         for prediction in module.predict_item(item, module.test_combinations(item)):
@@ -87,7 +87,7 @@ class TemperatureFitting(Callback):
         """
         temperatures = self.fit.temperatures()
         write_temperatures(self._source(trainer, pl_module), temperatures, self.out)
-        task = cast(SegmentationModule, pl_module).task
+        task = own_module(self, pl_module).task
         console = Console(highlight=False, markup=False, soft_wrap=True)
         console.print(self._table(temperatures, task))
         for warning in self.cautions(temperatures, task):
@@ -95,7 +95,7 @@ class TemperatureFitting(Callback):
         console.print(f"wrote {self.out}")
 
     def _source(self, trainer: Trainer, pl_module: LightningModule) -> str | Path:
-        source = trainer.ckpt_path or cast(SegmentationModule, pl_module).loaded_from
+        source = trainer.ckpt_path or own_module(self, pl_module).loaded_from
         if source is None:
             raise InputError("temperatures belong to a checkpoint; name it with --ckpt_path.")
         return source

@@ -60,20 +60,16 @@ class TermCallback(Callback, Described, ABC):
         """
         if stage != "fit" or not self.active:
             return
-        if not isinstance(pl_module, SegmentationModule):
-            raise InputError(
-                f"{type(self).__name__} needs a SegmentationModule, not a "
-                f"{type(pl_module).__name__}; derive yours from TeacherModule or StudentModule."
-            )
+        module = own_module(self, pl_module)
         self._check_neighbours(trainer)
-        term = self.build_term(pl_module)
+        term = self.build_term(module)
         if not isinstance(term, Term):
             raise InputError(
                 f"{type(self).__name__}.build_term made a {type(term).__name__}; let it return a "
                 "pmixseg.losses.term.Term."
             )
         self.schedule = TermWeight(self.weight, self.start_epoch, self.warmup_epochs)
-        pl_module.add_term(self.name, term, self.schedule, of_callback=True)
+        module.add_term(self.name, term, self.schedule, of_callback=True)
 
     def _check_neighbours(self, trainer: Trainer) -> None:
         for other in listed_before(self, trainer):
@@ -86,6 +82,20 @@ class TermCallback(Callback, Described, ABC):
                 raise InputError(
                     f"two terms are called '{self.name}'; give one of the callbacks another name."
                 )
+
+
+def own_module(callback: Callback, module: LightningModule) -> SegmentationModule:
+    """Return a module as one of pmixseg, which a callback needs.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(module, SegmentationModule):
+        raise InputError(
+            f"{type(callback).__name__} needs a SegmentationModule, not a {type(module).__name__}; "
+            "derive yours from TeacherModule or StudentModule."
+        )
+    return module
 
 
 def listed_before(callback: Callback, trainer: Trainer) -> list[Callback]:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pmixseg.argument_checks import check_fields
 from pmixseg.data.cohorts.problems import listed
+from pmixseg.data.scans.canonical import NORMALISATION, STORE_DTYPE
 from pmixseg.data.scans.geometry import spacing_of
 from pmixseg.data.scans.normalisation import NORMALISATIONS
 from pmixseg.data.training_cases import (
@@ -24,7 +26,9 @@ from pmixseg.data.training_cases import (
 from pmixseg.describe import COUNT, POSITIVE, Ranges, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
+from pmixseg.evaluation.prediction.scans import Recipe
 from pmixseg.plurals import count_of
+from pmixseg.task import Task
 
 DATA_ATTRIBUTES = ("spacing", "normalisation", "patch_size", "split_name")
 """Attributes of a data module that a model reads."""
@@ -144,15 +148,15 @@ class Preparation:
         # The weights still know what they were trained with before.
         return self.cases if cases is None else cases.after(self.cases)
 
-    def refuse_other(self, data: Preparation) -> None:
+    def refuse_other(self, data: Preparation, whose: str = "the checkpoint") -> None:
         """Refuse data of another spacing or normalisation than this, where both are known."""
         if self.normalisation is None or data.normalisation is None:
             return
         for what in ("spacing", "normalisation"):
             if getattr(self, what) != getattr(data, what):
                 raise InputError(
-                    f"the checkpoint was trained with {what} {getattr(self, what)}, but the data "
-                    f"have {getattr(data, what)}; prepare a store with the checkpoint's {what}."
+                    f"{whose} was trained with {what} {getattr(self, what)}, but the data have "
+                    f"{getattr(data, what)}; prepare a store with {whose}'s {what}."
                 )
 
     def window(self, settings: EvaluationSettings, strides: Sequence[int]) -> tuple[int, int, int]:
@@ -171,6 +175,28 @@ class Preparation:
                 f"{strides[-1]}; change evaluation.window or data.patch_size."
             )
         return size
+
+    def recipe(
+        self,
+        task: Task,
+        settings: EvaluationSettings,
+        strides: Sequence[int],
+        device: torch.device,
+        checkpoint: Mapping[str, str] | None,
+    ) -> Recipe:
+        """Say what new scans must be brought to, and how they are segmented."""
+        return Recipe(
+            task,
+            self.window(settings, strides),
+            settings,
+            self.target_spacing(),
+            self.dtype or STORE_DTYPE,
+            self.normalisation or NORMALISATION,
+            device,
+            checkpoint,
+            self.voxels,
+            self.cases is not None and self.cases.synthetic,
+        )
 
     def target_spacing(self) -> tuple[float, float, float] | None:
         """Voxel size in mm that a new scan is brought to; ``None`` keeps the scan's own.

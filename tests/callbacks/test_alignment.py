@@ -134,6 +134,9 @@ def test_impossible_ratios_are_refused(tmp_path):
     with pytest.raises(InputError, match="compares patients"):
         one = MemoryData(((True,) * 4,) * 2, batch_size=1)
         fit(tmp_path, student(), PmixAlignment(weight=0.1, distance="case_nce"), data=one)
+    trainer = quiet_trainer(tmp_path, callbacks=[PmixAlignment(weight=0.1)])
+    with pytest.raises(InputError, match="a step has 1 sample"):  # of a loader of one's own
+        trainer.fit(student(), one.train_dataloader())
 
 
 def ranks(folder, processes):

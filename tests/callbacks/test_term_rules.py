@@ -4,9 +4,19 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from pmixseg.backbones import MultiEncoderUNet
-from pmixseg.callbacks import Distillation, PmixAlignment, TermCallback
+from pmixseg.callbacks import (
+    Distillation,
+    GapMonitor,
+    PmixAlignment,
+    PredictionWriter,
+    ProtocolScores,
+    TemperatureFitting,
+    TermCallback,
+)
+from pmixseg.data.missing import UniformCombinations
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.distillation import SelfDistillation, SubsetMatch
@@ -157,12 +167,40 @@ def test_teacher_of_another_task_is_refused(teacher_path, task, sentence):
         Distillation(teacher_path, weight=1.0).build_term(StudentModule(task=task))
 
 
-def test_teacher_at_another_spacing_is_refused(tmp_path, teacher_path):
+@pytest.mark.parametrize(
+    ("what", "other"), [("spacing", (2.0, 2.0, 2.0)), ("normalisation", "zscore-joint-mask")]
+)
+def test_a_teacher_of_data_that_were_prepared_otherwise_is_refused(
+    tmp_path, teacher_path, what, other
+):
     data = MemoryData()
-    data.spacing = (2.0, 2.0, 2.0)
+    setattr(data, what, other)
     trainer = quiet_trainer(tmp_path, callbacks=[Distillation(teacher_path, weight=1.0)])
-    with pytest.raises(InputError, match="spacing"):
+    with pytest.raises(InputError, match=f"the teacher was trained with {what} .* the teacher's"):
         trainer.fit(student(), data)
+
+
+@pytest.mark.parametrize(
+    ("callback", "run"),
+    [
+        (PullCallback(), "fit"),
+        (GapMonitor(), "fit"),
+        (TemperatureFitting("out.ckpt"), "validate"),
+        (ProtocolScores({"all": UniformCombinations()}), "test"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_module_of_another_kind_is_one_sentence(tmp_path, callback, run):
+    trainer = quiet_trainer(tmp_path, callbacks=[callback])
+    sentence = f"{type(callback).__name__} needs a SegmentationModule, not a BoringModel"
+    with pytest.raises(InputError, match=sentence):
+        getattr(trainer, run)(BoringModel())
+
+
+def test_a_writer_of_predictions_says_what_it_writes(tmp_path):
+    trainer = quiet_trainer(tmp_path, callbacks=[PredictionWriter()])
+    with pytest.raises(InputError, match="predict_step of this BoringModel returned a Tensor"):
+        trainer.predict(BoringModel())
 
 
 def test_distillation_without_a_teacher_is_refused(tmp_path):
