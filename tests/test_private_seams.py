@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import launchers
 
 import pmixseg
 
@@ -20,6 +21,10 @@ HOME = Path(pmixseg.__file__).parent
 
 SEAMS = {
     "_AppendAction": (argparse, "flags that may stand more than once on a command line"),
+    "_MultiProcessingLauncher": (
+        launchers,
+        "whether a training runs in processes that its caller does not see",
+    ),
     "_actions": (
         argparse.ArgumentParser(),
         "options of a parser, to propose the one that was meant",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from pmixseg.borrowed import evaluating
 from pmixseg.data.formats.nifti import Source
 from pmixseg.data.missing import MissingnessSampler, UniformCombinations
 from pmixseg.data.patches import CaseItem
-from pmixseg.data.scans.canonical import NORMALISATION, STORE_DTYPE
 from pmixseg.describe import Described, build, describe
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import (
@@ -28,14 +28,14 @@ from pmixseg.evaluation.prediction.cases import (
     predict_case,
 )
 from pmixseg.evaluation.prediction.postprocess import check_steps
-from pmixseg.evaluation.prediction.scans import Recipe, SegmentSettings, segment_scans
+from pmixseg.evaluation.prediction.scans import SegmentSettings, segment_scans
 from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.fill import fill_with_anchor
-from pmixseg.modules.payload import Payload, weights_for, weights_of
+from pmixseg.modules.payload import ENTRY, Payload, weights_for, weights_of
 from pmixseg.modules.preparation import Preparation
-from pmixseg.modules.training.compilation import Compile
+from pmixseg.modules.training.compilation import Compile, compiled
 from pmixseg.modules.training.trainer_checks import check_item, check_stage
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
@@ -82,14 +82,7 @@ class SegmentationNetwork(LightningModule, Described):
         if compile not in (True, False, "auto"):
             raise InputError(f"compile is {compile!r}; use auto, true or false.")
         self.compile_setting: Compile = compile
-        self._compiled: tuple[Callable[..., Latents], Callable[..., SegOutput]] | None = None
-        if compile is True:
-            # A compiled backbone would be bypassed: encode and decode are called, not forward.
-            # Patches and windows have one size each: symbolic ones only let inductor fail.
-            self._compiled = (
-                torch.compile(self.backbone.encode, dynamic=False),
-                torch.compile(self.backbone.decode, dynamic=False),
-            )
+        self._compiles = compile is True
 
     # ---------------------------------------------------------------- construction
 
@@ -182,15 +175,18 @@ class SegmentationNetwork(LightningModule, Described):
 
     def encode(self, image: Image, present: Presence) -> Latents:
         """Encode the modalities that are present; columns are :attr:`modalities`."""
-        # The plain function, here and below, where a compiler already traces what calls it.
-        if self._compiled is None or torch.compiler.is_compiling():
-            return self.backbone.encode(image, present)
-        return self._compiled[0](image, present)
+        return cast(Latents, self._run("encode", image, present))
 
     def _decode(self, latents: Latents) -> SegOutput:
-        if self._compiled is None or torch.compiler.is_compiling():
-            return self.backbone.decode(latents)
-        return self._compiled[1](latents)
+        return cast(SegOutput, self._run("decode", latents))
+
+    def _run(self, method: str, *inputs: Any) -> Any:
+        """Call a method of the backbone, compiled where that was asked for."""
+        # The plain one where a compiler already traces what calls it.
+        if not self._compiles or torch.compiler.is_compiling():
+            return getattr(self.backbone, method)(*inputs)
+        # Compiled for the class, not for this object: a copy must use its own weights.
+        return compiled(getattr(type(self.backbone), method))(self.backbone, *inputs)
 
     def decode(self, latents: Latents) -> SegOutput:
         """Fill the slots of missing modalities as in training, and segment.
@@ -264,7 +260,7 @@ class SegmentationNetwork(LightningModule, Described):
 
     def _of_one_shape(self, settings: EvaluationSettings) -> EvaluationSettings:
         """Windows one by one where each other number of them would be compiled anew."""
-        if self._compiled is None or settings.batch_size != "auto":
+        if not self._compiles or settings.batch_size != "auto":
             return settings
         return replace(settings, batch_size=1)
 
@@ -295,17 +291,8 @@ class SegmentationNetwork(LightningModule, Described):
         """
         settings = settings or SegmentSettings()
         evaluation = self._of_one_shape(settings.over(self.evaluation))
-        recipe = Recipe(
-            self.task,
-            self.preparation.window(evaluation, self.strides),
-            evaluation,
-            self.preparation.target_spacing(),
-            self.preparation.dtype or STORE_DTYPE,
-            self.preparation.normalisation or NORMALISATION,
-            self.device,
-            self.identity,
-            self.preparation.voxels,
-            self.preparation.cases is not None and self.preparation.cases.synthetic,
+        recipe = self.preparation.recipe(
+            self.task, evaluation, self.strides, self.device, self.identity
         )
         with evaluating(self):
             return segment_scans(
@@ -316,7 +303,7 @@ class SegmentationNetwork(LightningModule, Described):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write what :func:`pmixseg.load` needs, primitives only."""
-        checkpoint["pmixseg"] = self.payload().to_dict()
+        checkpoint[ENTRY] = self.payload().to_dict()
         # Said once: a second description could come to say something else.
         own = checkpoint.get("hyper_parameters", {})
         if set(own) <= set(self.init_args):
@@ -350,7 +337,7 @@ class SegmentationNetwork(LightningModule, Described):
                 data had another spacing or normalisation; its weights are not finite; or a
                 training is resumed with other terms.
         """
-        payload = Payload.from_dict(checkpoint.get("pmixseg"))
+        payload = Payload.from_dict(checkpoint.get(ENTRY))
         payload.refuse_other_task(self.task)
         if fitting:
             payload.refuse_other_terms(self.terms)
@@ -366,19 +353,32 @@ class SegmentationNetwork(LightningModule, Described):
         self.preparation = data.after(trained) if fitting else trained.on(data)
         return state
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Refuse what would lose a part of the model; use :func:`pmixseg.load`."""
-        raise InputError(
-            "Lightning's load_from_checkpoint would lose the backbone, temperatures, window and "
-            f"post-processing of this model; use pmixseg.load({str(checkpoint_path)!r})."
-        )
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume with the same terms; test, validate and predict without any."""
         checkpoint["state_dict"] = self.take_over(checkpoint, fitting=self.is_fitting)
         if self._trainer is not None and self.trainer.ckpt_path and not self.is_fitting:
             self.identity = checkpoint_identity(Path(self.trainer.ckpt_path))
+
+    def teardown(self, stage: str) -> None:
+        """Let a training in processes of its own (as in a notebook) tell all that it found.
+
+        Lightning brings its weights to the process that asked for it, and nothing else.
+        """
+        if stage == "fit" and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            told = {ENTRY: self.payload().to_dict()}
+            self.register_state_dict_post_hook(lambda _, state, *further: state.update(told))  # type: ignore[no-untyped-call]  # untyped in torch
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **named: Any) -> Any:
+        """Load weights, and what a training in processes of its own has told with them."""
+        if ENTRY in state_dict:
+            payload = Payload.from_dict(state_dict[ENTRY])
+            self.loaded_from = self.identity = None
+            self.preparation = payload.preparation
+            self.follow_levels(payload.fill_levels)
+            self.evaluation = EvaluationSettings.of(payload.init_args.get("evaluation"))
+            self.remember(**payload.init_args)
+            state_dict = {key: value for key, value in state_dict.items() if key != ENTRY}
+        return super().load_state_dict(state_dict, *args, **named)
 
     def begin_anew(self) -> None:
         """Forget, before a training, what was true of the weights that it begins with."""

@@ -15,8 +15,11 @@ from pmixseg.modules.preparation import Preparation
 from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
+ENTRY = "pmixseg"
+"""Where a checkpoint holds the description."""
+
 FORMAT = 1
-"""Version of the ``pmixseg`` entry of a checkpoint."""
+"""Its version."""
 
 Weights = Mapping[str, Tensor]
 

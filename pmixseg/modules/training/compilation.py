@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,16 @@ class Plan:
     def __str__(self) -> str:
         graphs = "CUDA graphs" if self.cuda_graphs else "without CUDA graphs"
         return f"{graphs}, channels last" if self.channels_last else graphs
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function compiled; the same one at each call.
+
+    Patches and windows have one size each: symbolic ones only let inductor fail.
+    """
+    made: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return made
 
 
 def plan(setting: Compile, device: torch.device, trainer: Trainer) -> Plan | None:
