@@ -13,7 +13,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -135,12 +135,7 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
                 init(self, *args, **kwargs)  # raises it anew, with the name of the class
                 raise
             bound.apply_defaults()
-            arguments: dict[str, Any] = {}
-            for name, value in list(bound.arguments.items())[1:]:
-                if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                    arguments.update(value)
-                else:
-                    arguments[name] = value
+            arguments = _by_name(type(self), bound)
             # nn.Module.__setattr__ is not ready before super().__init__().
             object.__setattr__(self, "_init_args", arguments)
         check(self, args, kwargs)
@@ -163,6 +158,26 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
 
     remember.remembers = True  # type: ignore[attr-defined]  # a mark
     return remember
+
+
+def _by_name(cls: type[Any], bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Return what a constructor was given; what ``*args`` hands on has the name it has there."""
+    arguments: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            further = [n for n in constructor_arguments(cls) if n not in arguments]
+            if len(value) > len(further):
+                raise InputError(
+                    f"{cls.__name__}: {len(value)} values of *{name} have no names, by which a "
+                    "checkpoint could hold them; let the constructor take a list."
+                )
+            arguments |= zip(further, value, strict=False)
+        else:
+            arguments[name] = value
+    return arguments
 
 
 def _refuse_unknown(cls: type[Any], given: Mapping[str, Any], message: str) -> None:
@@ -365,33 +380,3 @@ def build(value: Any, **extra: Any) -> Any:
             f"{value['class_path']} cannot be made from {sorted(arguments)}: "
             f"{str(error).rstrip('.')}."
         ) from error
-
-
-def differences(
-    stored: Any, current: Any, args: Sequence[str] = (), where: str | None = None
-) -> list[str]:
-    """Leaves in which two descriptions differ, in words.
-
-    What a checkpoint does not state had its default, and has it still unless a flag says otherwise.
-
-    Args:
-        stored: the checkpoint's description.
-        current: that of the model as it is now.
-        args: the command line.
-        where: the name of what is described, if it has one.
-    """
-    if isinstance(stored, dict) and isinstance(current, dict):
-        classes = [description.get("class_path") for description in (stored, current)]
-        if classes[0] != classes[1]:  # whose arguments have nothing in common
-            return [f"{where} is {classes[1]}, the checkpoint had {classes[0]}"]
-        # Arguments that the checkpoint lacks count where a flag names them.
-        flagged = [g for g in current if g not in stored and any(f".{g}" in arg for arg in args)]
-        return [
-            line
-            for key in [*(k for k in stored if k != "task"), *flagged]
-            for name in (f"{where}.{key}" if where else key,)
-            for line in differences(stored.get(key), current.get(key), args, name)
-        ]
-    if stored == current:
-        return []
-    return [f"{where} is {current}, the checkpoint had {stored}"]

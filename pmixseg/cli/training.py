@@ -43,7 +43,7 @@ from pmixseg.cli.settings_files import broken_file, lacking_value
 from pmixseg.cli.training_parser import TrainingParser, whole_numbers_first, with_files
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.describe import describe, differences, find_class
+from pmixseg.describe import describe, find_class
 from pmixseg.errors import InputError
 from pmixseg.files import write_text
 from pmixseg.interrupt import raise_on_interrupt
@@ -52,6 +52,7 @@ from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
 from pmixseg.modules.payload import Payload
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.optimization import schedule_from
+from pmixseg.modules.training.resuming import differences
 from pmixseg.modules.training.trainer_checks import check_processes
 from pmixseg.modules.trust import offline, resolve
 from pmixseg.old_paths import current_word

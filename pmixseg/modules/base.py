@@ -104,6 +104,8 @@ class SegmentationModule(ScoredNetwork):
         super().__init__(task, backbone, fill, anchor, fill_levels, sampler, evaluation, compile)
         self.criterion: Criterion = build(criterion) or DiceCE()
         self.make_optimizer = callable_from(optimizer)
+        if "_lr" in self.__dict__:  # of a subclass that set its rate before this class was made
+            self.lr = self.lr
         self.make_scheduler = schedule_from(scheduler)
         if isinstance(self.make_scheduler, functools.partial):
             self.remember(scheduler=self.make_scheduler)  # with the direction of its metric
@@ -170,17 +172,13 @@ class SegmentationModule(ScoredNetwork):
         """
         # What a term may look at and the network may not is encoded, but never decoded.
         encode_all = self.needs_hidden and self.shares_encoding
-        encoded_mask = batch["acquired"] if encode_all else batch["present"]
-        latents = self.encode(batch["image"], encoded_mask)
+        latents = self.encode(batch["image"], batch["acquired" if encode_all else "present"])
         if self.terms:
             latents = latents.with_brain(batch["of_task"]["image"])
-        decoder_input = latents
+        read = latents  # by the decoder
         for term in self.terms.values():
-            decoder_input = cast(Term, term).decoded(decoder_input)
-        if encode_all:
-            decoded = self.decode_subset(decoder_input, batch["present"])
-        else:
-            decoded = self.decode(decoder_input)
+            read = cast(Term, term).decoded(read)
+        decoded = self.decode_subset(read, batch["present"]) if encode_all else self.decode(read)
         output = replace(decoded, latents=latents)
         parts: dict[str, Tensor] = {"seg": self.segmentation_loss(output, batch, epoch)}
         total = parts["seg"] + self.extra_loss(latents, batch, epoch, parts)

@@ -18,7 +18,7 @@ from pmixseg.errors import InputError, writing
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings
 from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.grouped import result_table
-from pmixseg.evaluation.records.records import Records, gather_rows, mean_over_cases
+from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.modules.preparation import Preparation, are_synthetic
 from pmixseg.plurals import count_of
@@ -92,10 +92,10 @@ class Recording:
         preparation: Preparation,
         seen: Sequence[str] = (),
     ) -> dict[str, float]:
-        """Gather the rows of all ranks, write the records and their sidecar, print the table.
+        """Write the records and their sidecar, and print the table.
 
         Args:
-            rows: of this rank.
+            rows: of all ranks.
             checkpoint: identity of the weights' file, if they are from one.
             data: the data module whose test cases were given; ``None``: none.
             preparation: of the model's training data.
@@ -108,8 +108,7 @@ class Recording:
         Raises:
             InputError: no test case has a label.
         """
-        every = gather_rows(rows)
-        if not every:
+        if not rows:
             raise InputError("no test case has a label, so there is nothing to score; use predict.")
         # Everything that a reader must know before comparing the numbers.
         part = getattr(getattr(data, "parts", None), "test", None)
@@ -130,7 +129,7 @@ class Recording:
                 "seed": preparation.seed,
             },
         ).stamped()
-        records = Records.from_rows(every, self.folder.resolve().name, sidecar)
+        records = Records.from_rows(rows, self.folder.resolve().name, sidecar)
         self._publish(records)
         regions = records.table.groupby("region", sort=False)
         by_region = {f"test/dice/{region}": mean_over_cases(part) for region, part in regions}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,6 +15,7 @@ from pmixseg.data.training_cases import SeenCase, refusal_of_seen
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows, score_case
 from pmixseg.evaluation.prediction.scoring import CaseRows, scorers
+from pmixseg.evaluation.records.records import gather_rows
 from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.execution import static_on
@@ -57,6 +58,8 @@ class ScoredNetwork(SegmentationNetwork):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/dice`` and ``val/dice/<region>``, averaged over cases of all ranks."""
+        if not self.validation_dice.update_called:
+            return  # a subclass validates in its own way
         # torchmetrics hands the mean of one region back as a tensor without a dimension.
         means = self.validation_dice.compute().reshape(-1)
         self.validation_dice.reset()
@@ -124,14 +127,25 @@ class ScoredNetwork(SegmentationNetwork):
 
     def on_test_epoch_end(self) -> None:
         """Write the records of all ranks and log ``test/dice`` and ``test/dice/<region>``."""
+        rows = gather_rows(self.records)
+        if not rows and type(self).test_step is not ScoredNetwork.test_step:
+            return  # a subclass tests in its own way
         scores = self.recording.write(
-            self.records,
+            rows,
             self.identity,
             getattr(self.trainer, "datamodule", None),
             self.preparation,
             [case.name for case in self.seen],
         )
         self.log_dict(scores)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Refuse what would lose a part of the model; use :func:`pmixseg.load`."""
+        raise InputError(
+            "Lightning's load_from_checkpoint would lose the backbone, temperatures, window and "
+            f"post-processing of this model; use pmixseg.load({str(checkpoint_path)!r})."
+        )
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse to trace what depends on the modalities shown; ``pmixseg export`` does it."""

@@ -26,14 +26,8 @@ class Example:
 
     def leaves(self) -> list[Tensor]:
         """Return every floating tensor of the output that a term may differentiate."""
-        out = self.output
-        return [
-            out.logits,
-            *out.latents.features,
-            *(out.latents.log_variance or []),
-            *out.extras.values(),
-            *out.decoder,
-        ]
+        named = self.everything().items()
+        return [t for name, t in named if name.startswith("output") and t.is_floating_point()]
 
     def everything(self) -> dict[str, Tensor]:
         """Return every tensor, by the name that an error gives it."""

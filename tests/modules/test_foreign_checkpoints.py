@@ -15,6 +15,7 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.modules import StudentModule, load
+from pmixseg.modules.checkpoint import write_checkpoint
 from pmixseg.task import BRATS, Task
 
 QUIET = {
@@ -165,3 +166,27 @@ class Fixed:
 
     def on_grid(self):
         return self.classes
+
+
+class Passing(StudentModule):
+    """Hands on whatever it is given, as many subclasses do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class Naming(StudentModule):
+    def __init__(self, *names):
+        super().__init__(names)
+
+
+@pytest.mark.parametrize("given", [(), ("t1+t2",)])
+def test_arguments_that_a_subclass_hands_on_by_place_have_their_names(tmp_path, given):
+    net = MultiEncoderUNet(("t1", "t2") if given else BRATS.modalities, width=2, levels=2)
+    module, content = Passing(*given, backbone=net), {}
+    content["state_dict"] = module.state_dict()
+    module.on_save_checkpoint(content)
+    again = load(write_checkpoint(content, tmp_path / "a.ckpt"), modules=[__name__])
+    assert again.modalities == module.modalities
+    with pytest.raises(InputError, match=r"Naming: 2 values of \*names have no names"):
+        Naming("flair", "t1")

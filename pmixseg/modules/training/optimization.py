@@ -168,12 +168,7 @@ def scheduler_from(
     if not isinstance(scheduler, ReduceLROnPlateau):
         return scheduler, {"monitor": monitor}
     # A plateau follows a metric: in its direction, and only where it is measured.
-    mode = mode_of(monitor)
-    if mode is not None and scheduler.mode != mode:
-        raise InputError(
-            f"ReduceLROnPlateau watches {monitor} with mode {scheduler.mode}, but it is better "
-            f"{'lower' if mode == 'min' else 'higher'}; give it mode: {mode}."
-        )
+    check_mode("ReduceLROnPlateau", monitor, scheduler.mode)
     if not monitor.startswith("val/") or trainer is None:
         return scheduler, {"monitor": monitor, "strict": False}
     if not validates(trainer):
@@ -196,12 +191,19 @@ def scheduled(
         make: a :class:`Schedule`, stepped after every step of the optimizer; or what makes a
             scheduler of PyTorch, see :func:`scheduler_from`.
         trainer: of the training.
+
+    Raises:
+        InputError: a schedule over a training that no trainer knows the length of.
     """
     if make is None:
         return optimizer
     config: dict[str, Any]
     if isinstance(make, Schedule):
-        assert trainer is not None
+        if trainer is None:
+            raise InputError(
+                f"{type(make).__name__} needs the length of the training, which a trainer knows; "
+                "in a loop of your own call it with the optimizer and the number of steps."
+            )
         config = {"scheduler": make(optimizer, total_steps(trainer)), "interval": "step"}
     else:
         scheduler, settings = scheduler_from(make, optimizer, trainer)
@@ -274,6 +276,16 @@ def mode_of(metric: str) -> Literal["min", "max"] | None:
     if stage not in ("val", "test") or measure not in MEASURES:
         return None
     return "min" if direction_of(measure) == "lower" else "max"
+
+
+def check_mode(who: str, metric: str, mode: str) -> None:
+    """Refuse to watch a metric in the wrong direction."""
+    right = mode_of(metric)
+    if right not in (None, mode):
+        raise InputError(
+            f"{who} watches {metric} with mode {mode}, but it is better "
+            f"{'lower' if right == 'min' else 'higher'}; give it mode: {right}."
+        )
 
 
 def fuse(optimizer: Optimizer) -> Optimizer:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pmixseg.data.sampling import EpochSampler
-from pmixseg.describe import Described, describe, differences
+from pmixseg.describe import Described, describe
 from pmixseg.errors import InputError
 from pmixseg.modules.training.optimization import accumulation, place_steps
 from pmixseg.plurals import count_of
@@ -115,6 +116,36 @@ def circumstances(trainer: Trainer) -> dict[str, Any]:
         with suppress(InputError):  # an object of the user's own
             primitives[name] = describe(value, name)
     return primitives
+
+
+def differences(
+    stored: Any, current: Any, args: Sequence[str] = (), where: str | None = None
+) -> list[str]:
+    """Leaves in which two descriptions differ, in words.
+
+    What a checkpoint does not state had its default, and has it still unless a flag says otherwise.
+
+    Args:
+        stored: the checkpoint's description.
+        current: that of the model as it is now.
+        args: the command line.
+        where: the name of what is described, if it has one.
+    """
+    if isinstance(stored, dict) and isinstance(current, dict):
+        classes = [description.get("class_path") for description in (stored, current)]
+        if classes[0] != classes[1]:  # whose arguments have nothing in common
+            return [f"{where} is {classes[1]}, the checkpoint had {classes[0]}"]
+        # Arguments that the checkpoint lacks count where a flag names them.
+        flagged = [g for g in current if g not in stored and any(f".{g}" in arg for arg in args)]
+        return [
+            line
+            for key in [*(k for k in stored if k != "task"), *flagged]
+            for name in (f"{where}.{key}" if where else key,)
+            for line in differences(stored.get(key), current.get(key), args, name)
+        ]
+    if stored == current:
+        return []
+    return [f"{where} is {current}, the checkpoint had {stored}"]
 
 
 def _report_changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -216,7 +247,11 @@ class Resuming:
         if self.pending is not None:
             _report_changes(self.earlier, circumstances(trainer))
             _go_on_within_epoch(trainer)
-            if self._groups is not None:
+            # Only Lightning's own steps can be counted; a module that makes them itself keeps what
+            # its checkpoint says.
+            module = trainer.lightning_module
+            own = not module.automatic_optimization or is_overridden("lr_scheduler_step", module)
+            if self._groups is not None and not own:
                 self._apply_settings(trainer, self._groups, self.pending)
 
     def _apply_settings(

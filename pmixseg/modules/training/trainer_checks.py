@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -17,7 +22,7 @@ from torch import Tensor, nn
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.patches import CaseDataset, CaseItem, PatchDataset
 from pmixseg.errors import InputError
-from pmixseg.modules.training.optimization import mode_of, validates
+from pmixseg.modules.training.optimization import check_mode, validates
 from pmixseg.plurals import count_of
 from pmixseg.task import Task
 from pmixseg.types import Batch
@@ -80,11 +85,14 @@ def check_stage(module: LightningModule, stage: str) -> None:
     name = f"limit_{stage.replace('validate', 'val')}_batches"
     if stage != "fit" and not getattr(module.trainer, name):
         rank_zero_warn(f"{name} (--trainer.{name}) is 0, so there is nothing to do; leave it out.")
-    if module._compiler_ctx is not None:
-        name = type(module).__name__
+    name, parts = type(module).__name__, module.named_modules()
+    within = [n for n, part in parts if isinstance(part, torch._dynamo.OptimizedModule)]
+    if module._compiler_ctx is not None or within:
+        what = f"{within[0]}, whose weights" if within else f"the whole {name}, whose steps"
+        why = "a checkpoint would name otherwise" if within else "also log and draw"
         raise InputError(
-            f"torch.compile was put around the whole {name}, whose steps also log and draw; use "
-            f"its own option instead: {name}(compile=True), or --model.compile true."
+            f"torch.compile was put around {what} {why}; use the module's own option instead: "
+            f"{name}(compile=True), or --model.compile true."
         )
 
 
@@ -120,12 +128,7 @@ def check_trainer(trainer: Trainer) -> None:
             continue
         if getattr(callback, "strict", True):
             _check_name(type(callback).__name__, callback.monitor, trainer)
-        mode = mode_of(callback.monitor)
-        if mode is not None and callback.mode != mode:
-            raise InputError(
-                f"{type(callback).__name__} watches {callback.monitor} with mode {callback.mode}, "
-                f"but it is better {'lower' if mode == 'min' else 'higher'}; give it mode: {mode}."
-            )
+        check_mode(type(callback).__name__, callback.monitor, callback.mode)
 
 
 def check_loaders(trainer: Trainer, *loaders: Any) -> None:
@@ -252,11 +255,14 @@ def _check_name(who: str, metric: str, trainer: Trainer) -> None:
     """Refuse a metric that a training does not log, where all that it logs is known."""
     module: Any = trainer.lightning_module
     everybody = [module, *trainer.callbacks]  # type: ignore[attr-defined]  # as above
-    if any(type(o).__module__.partition(".")[0] not in ("pmixseg", "lightning") for o in everybody):
-        return  # classes of the user's own may log anything
+    own = [type(o).__module__.partition(".")[0] not in ("pmixseg", "lightning") for o in everybody]
+    if any(own) or any(isinstance(o, LambdaCallback) for o in everybody):
+        return  # code of the user's own may log anything
     metrics = ["loss", "train/loss", "train/seg", *(f"train/{name}" for name in module.terms)]
     if validates(trainer):
         metrics += ["val/dice", *(f"val/dice/{region}" for region in module.task.regions)]
+    if who == ModelCheckpoint.__name__:
+        metrics += ["epoch", "step"]  # which it counts itself
     parts = ("train/", "gap/", "anchor/")  # what terms and monitors log in detail
     if metric in metrics or metric.startswith(parts):
         return

@@ -1,12 +1,19 @@
 """Precisions, strategies and loaders of a user: they work, or one sentence refuses them."""
 
+import copy
+import pickle
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -22,7 +29,8 @@ from pmixseg.data import BraTSDataModule
 from pmixseg.data.splits import Fractions
 from pmixseg.errors import InputError
 from pmixseg.losses import ContrastiveMatch
-from pmixseg.modules import StudentModule, TeacherModule
+from pmixseg.modules import StudentModule, TeacherModule, load
+from pmixseg.modules.training.compilation import compiled
 from pmixseg.modules.training.trainer_checks import check_machine
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
@@ -92,6 +100,41 @@ def test_a_compiler_round_the_whole_module_is_refused(tmp_path):
         quiet_trainer(tmp_path).fit(module, MemoryData())
 
 
+def test_a_compiler_round_a_part_of_the_module_is_refused(tmp_path):
+    module = StudentModule(backbone=tiny(levels=2))
+    module.backbone = torch.compile(module.backbone, backend="eager")
+    with pytest.raises(InputError, match=r"around backbone, whose weights.*\(compile=True\)"):
+        quiet_trainer(tmp_path).fit(module, MemoryData())
+
+
+def test_a_copy_of_a_compiled_model_uses_its_own_weights(monkeypatch):
+    compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function, **how: lambda *a: function(*a))
+    module = StudentModule(backbone=tiny(levels=2), compile=True).eval()
+    copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    image, present = torch.ones(1, 4, 8, 8, 8), torch.ones(1, 4, dtype=torch.bool)
+    for other in copies:
+        torch.nn.init.zeros_(next(other.backbone.parameters()))
+        assert not torch.equal(other(image, present).logits, module(image, present).logits)
+    compiled.cache_clear()
+
+
+@pytest.mark.ddp
+def test_a_training_in_processes_of_its_own_tells_all_that_it_found(tmp_path, checkpoint):
+    module = load(checkpoint)
+    trainer = quiet_trainer(
+        tmp_path, callbacks=[PmixAlignment(weight=0.1, levels=[1])], strategy="ddp_fork", devices=2
+    )
+    data = MemoryData(batch_size=1)
+    data.patch_size = (32, 32, 32)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "here.ckpt")
+    for one in (module, load(tmp_path / "here.ckpt")):
+        assert one.preparation.patch == (32, 32, 32)
+        assert one.fill_levels == [1]
+    assert module.identity is module.loaded_from is None  # of the weights that it began with
+
+
 def test_loaders_without_their_data_module_are_refused(tmp_path, phantom_store):
     split = Fractions(0.5, 0.25)
     data = BraTSDataModule(phantom_store, patch_size=16, num_workers=0, split=split)
@@ -113,6 +156,23 @@ def test_a_data_module_that_does_not_say_how_it_was_prepared_is_refused(tmp_path
 
     with pytest.raises(InputError, match="Silent does not say normalisation, split_name"):
         quiet_trainer(tmp_path).fit(StudentModule(backbone=tiny()), Silent())
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        [ModelCheckpoint(monitor="step", mode="max", save_top_k=2)],
+        [
+            LambdaCallback(on_train_epoch_end=lambda _, module: module.log("mine", 1.0)),
+            EarlyStopping("mine"),
+        ],
+    ],
+    ids=["counted", "logged by a function"],
+)
+def test_a_metric_that_a_training_has_may_be_watched(tmp_path, callbacks):
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(StudentModule(backbone=tiny(levels=2)), MemoryData())
+    assert trainer.state.finished
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,21 @@ def test_a_schedule_of_a_training_without_end_is_one_sentence(tmp_path, schedule
         quiet_trainer(tmp_path, max_epochs=-1).fit(student(scheduler=schedule), MemoryData())
 
 
+class WithRate(StudentModule):
+    def __init__(self, lr=0.125, **arguments):
+        self.lr = lr
+        super().__init__(**arguments)
+
+
+def test_a_rate_that_a_subclass_sets_first_is_that_of_its_optimizer():
+    assert WithRate(backbone=tiny(levels=2)).configure_optimizers().defaults["lr"] == 0.125
+
+
+def test_a_schedule_without_a_trainer_is_one_sentence():
+    with pytest.raises(InputError, match="Polynomial needs the length of the training"):
+        student(scheduler=Polynomial()).configure_optimizers()
+
+
 def test_the_rate_is_read_and_set_on_the_module():
     assert student().lr == 1e-3  # AdamW's own default
     module = student(optimizer=functools.partial(SGD, lr=0.5, momentum=0.9))

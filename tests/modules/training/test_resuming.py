@@ -347,3 +347,42 @@ def test_weights_that_were_averaged_are_told_where_nothing_averages_any_more(tmp
     last = tmp_path / "checkpoints" / "last.ckpt"
     with pytest.warns(UserWarning, match="goes on from the averaged weights; give EMAWeightAver"):
         train(tmp_path, sgd(), epochs=2, resume=last)
+
+
+class Manual(StudentModule):
+    """Steps its optimizer itself, and its schedule at every batch."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        return [optimizer], [StepLR(optimizer, 1, 0.8)]
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.lr_schedulers().step()
+
+
+def test_a_module_that_steps_by_itself_goes_on_where_it_was(tmp_path):
+    def trained(folder, epochs, resume=None):
+        torch.manual_seed(0)
+        module = Manual(backbone=tiny(levels=2))
+        keep = RunCheckpoint(folder)
+        trainer = quiet_trainer(
+            folder, max_epochs=epochs, enable_checkpointing=True, callbacks=[keep]
+        )
+        trainer.fit(module, MemoryData(), ckpt_path=resume, weights_only=True)
+        return [*module.state_dict().values(), trainer.optimizers[0].param_groups[0]["lr"]]
+
+    whole = trained(tmp_path / "whole", 3)
+    trained(tmp_path / "part", 1)
+    resumed = trained(tmp_path / "part", 3, tmp_path / "part" / "checkpoints" / "last.ckpt")
+    assert whole[-1] == pytest.approx(0.1 * 0.8**6)
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))

@@ -12,6 +12,7 @@ from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.task import BRATS, Task, balanced_combinations, format_combination
+from tests.callbacks.memory_data import MemoryData, quiet_trainer
 
 SEGRESNET = {
     "class_path": "monai.networks.nets.SegResNet",
@@ -124,3 +125,21 @@ def test_every_region_has_a_mean(regions, monkeypatch):
     module.on_validation_epoch_end()
     expected = {"val/dice": 0.6, **{f"val/dice/{region}": 0.6 for region in regions}}
     assert {name: float(value) for name, value in logged.items()} == pytest.approx(expected)
+
+
+class OwnSteps(StudentModule):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/own", 1.0, batch_size=1)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/own", 2.0, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("run", "logged"), [("validate", {"val/own": 1.0}), ("test", {"test/own": 2.0})]
+)
+def test_a_subclass_scores_in_its_own_way(tmp_path, run, logged):
+    module = OwnSteps(backbone=MultiEncoderUNet(width=2, levels=2))
+    trainer = quiet_trainer(tmp_path)
+    loader = MemoryData().train_dataloader()
+    assert getattr(trainer, run)(module, loader, verbose=False) == [logged]
