@@ -95,7 +95,9 @@ def encode_slots(
         if all(encoder is first for encoder in encoders):
             joined = _run(first, torch.cat(channels), again)
             return _apart(joined, len(channels))
-        if static_on(image.device) and all(isinstance(e, Groupable) for e in encoders):
+        alike = all(isinstance(encoder, Groupable) for encoder in encoders)
+        # What a user puts around a weight (pruning, spectral norms) has buffers of one encoder.
+        if static_on(image.device) and alike and not dict(first.named_buffers()):
             # Not under the compiler of a CPU, whose grouped convolutions are slow.
             together = functools.partial(encode_together, list(encoders))
             return _apart(_run(together, shown, again), len(channels), 1)

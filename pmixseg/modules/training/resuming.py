@@ -204,7 +204,7 @@ class Resuming:
         self._patience = [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
         self._groups: _Groups | None = None
         self._schedules: list[dict[str, Any]] = []
-        self._goes_on = self._has_written = self._averaged = False
+        self._goes_on = self._has_written = self._averaged = self._scheduled = False
 
     def write(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Note in a checkpoint what a training needs that goes on from it."""
@@ -215,6 +215,7 @@ class Resuming:
     def read(self, checkpoint: Mapping[str, Any]) -> None:
         """Take it from a checkpoint that is restored; an older one may know less."""
         self.pending = dict(checkpoint.get(PENDING, {}))
+        self._scheduled = bool(checkpoint.get("lr_schedulers"))
         self._averaged = "current_model_state" in checkpoint  # Lightning's WeightAveraging
         if not self._has_written:  # a tuner puts back what it has tried by a checkpoint of its own
             self.earlier = dict(checkpoint.get(CIRCUMSTANCES, {}))
@@ -260,13 +261,17 @@ class Resuming:
         """Bring restored optimizers to these settings, and each schedule to the step reached.
 
         A schedule is a function of the number of steps, so it is stepped anew. One that follows a
-        metric keeps its counts and how often it lowered the rate.
+        metric keeps its counts and how often it lowered the rate, as does code without a schedule.
         """
         # Settings of the optimizers, but for how far a plateau has lowered the rate.
         lowered = [_lowered(optimizer) for optimizer in trainer.optimizers]
         for optimizer, groups in zip(trainer.optimizers, wanted, strict=True):
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                rate, first = group["lr"], group.get("initial_lr", group["lr"])
                 group.update(copy.deepcopy(settings))
+                # One that changed without any schedule was changed by code of the user's own.
+                if rate != first and not self._scheduled and not trainer.lr_scheduler_configs:
+                    group["lr"] = rate * (group["initial_lr"] / first)
             place_steps(optimizer)
         # A plateau keeps what it has counted; other schedules make their steps anew.
         for config, state in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
@@ -284,8 +289,15 @@ class Resuming:
                 if value is not None and _epochs(trainer) % config.frequency == 0:
                     scheduler.step(value)
             elif isinstance(scheduler, LRScheduler):
+                made = _steps(trainer, config.interval) // config.frequency
+                if config.interval == "step" and config.frequency > 1:
+                    # Lightning counts the batches of every epoch anew; the schedule itself does
+                    # not, or the first of those that it chains.
+                    restored = scheduler.state_dict()
+                    chained = restored.get("_schedulers", [{}])[0]
+                    made = restored.get("last_epoch", chained.get("last_epoch", made))
                 scheduler.load_state_dict(copy.deepcopy(state))
-                _replay(scheduler, _steps(trainer, config.interval) // config.frequency)
+                _replay(scheduler, made)
 
     def end(self, trainer: Trainer) -> None:
         """Say so if nothing was trained, as where a checkpoint had made all steps."""

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     EarlyStopping,
     LambdaCallback,
     ModelCheckpoint,
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.patches import CaseDataset, CaseItem, PatchDataset
 from pmixseg.errors import InputError
-from pmixseg.modules.training.optimization import check_mode, validates
+from pmixseg.modules.training.optimization import Schedule, check_mode, validates
 from pmixseg.plurals import count_of
 from pmixseg.task import Task
 from pmixseg.types import Batch
@@ -120,6 +121,14 @@ def check_trainer(trainer: Trainer) -> None:
                 "StochasticWeightAveraging puts the averaged weights into the model after the last "
                 "checkpoint is written, so no checkpoint holds them; use "
                 "lightning.pytorch.callbacks.EMAWeightAveraging, whose checkpoints do."
+            )
+        schedule = getattr(trainer.lightning_module, "make_scheduler", None)
+        if isinstance(callback, BaseFinetuning) and isinstance(schedule, Schedule):
+            name = type(schedule).__name__
+            raise InputError(
+                f"{type(callback).__name__} adds parameters to the optimizer during the training, "
+                f"for which {name} has no rates; leave the schedule out, or use one of PyTorch's "
+                "that multiplies the present rate, such as StepLR."
             )
         if isinstance(callback, EarlyStopping) and callback.patience < 0:
             raise InputError(f"EarlyStopping has patience {callback.patience}; give 0 or more.")

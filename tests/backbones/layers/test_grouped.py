@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmixseg.backbones import UHVED, DeMoSeg, MMFormer, MultiEncoderUNet, RFNet, ShaSpec
@@ -76,6 +77,19 @@ def test_gradients_and_latents_are_those_of_a_cpu(name):
     for ours, theirs in zip(static, lean, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
     assert list(net.state_dict()) == keys
+
+
+def test_pruned_encoders_run_one_by_one():
+    net = MultiEncoderUNet(width=4, levels=2).double()
+    for part in net.modules():
+        if isinstance(part, LeanConv3d):
+            prune.l1_unstructured(part, "weight", 0.5)
+    image = image_for("unet", net)
+    present = torch.ones(2, 4, dtype=torch.bool)
+    expected = net.encode(image, present).features
+    with as_on_gpu():
+        for one, other in zip(net.encode(image, present).features, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 class Convolutions(TorchDispatchMode):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     LambdaCallback,
@@ -29,7 +30,7 @@ from pmixseg.data import BraTSDataModule
 from pmixseg.data.splits import Fractions
 from pmixseg.errors import InputError
 from pmixseg.losses import ContrastiveMatch
-from pmixseg.modules import StudentModule, TeacherModule, load
+from pmixseg.modules import Polynomial, StudentModule, TeacherModule, load
 from pmixseg.modules.training.compilation import compiled
 from pmixseg.modules.training.trainer_checks import check_machine
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
@@ -156,6 +157,12 @@ def test_a_data_module_that_does_not_say_how_it_was_prepared_is_refused(tmp_path
 
     with pytest.raises(InputError, match="Silent does not say normalisation, split_name"):
         quiet_trainer(tmp_path).fit(StudentModule(backbone=tiny()), Silent())
+
+
+def test_a_finetuning_and_a_schedule_over_all_steps_are_refused(tmp_path):
+    trainer = quiet_trainer(tmp_path, callbacks=[BackboneFinetuning(1)])
+    with pytest.raises(InputError, match=r"BackboneFinetuning adds parameters .* Polynomial"):
+        trainer.fit(StudentModule(backbone=tiny(levels=2), scheduler=Polynomial()), MemoryData())
 
 
 @pytest.mark.parametrize(

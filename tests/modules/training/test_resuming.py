@@ -369,20 +369,40 @@ class Manual(StudentModule):
         self.lr_schedulers().step()
 
 
-def test_a_module_that_steps_by_itself_goes_on_where_it_was(tmp_path):
+class Seldom(StudentModule):
+    """Steps its schedule at every second batch, by Lightning's count once in an epoch of three."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        schedule = {"scheduler": StepLR(optimizer, 1, 0.8), "interval": "step", "frequency": 2}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class Once(StudentModule):
+    """Changes its rate without a schedule."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            for group in self.optimizers().param_groups:
+                group["lr"] = 0.08
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(Manual, 9), (Seldom, 3), (Once, 1)])
+def test_the_rate_of_a_subclass_goes_on_where_it_was(tmp_path, kind, steps):
     def trained(folder, epochs, resume=None):
         torch.manual_seed(0)
-        module = Manual(backbone=tiny(levels=2))
+        module = kind(backbone=tiny(levels=2))
         keep = RunCheckpoint(folder)
         trainer = quiet_trainer(
             folder, max_epochs=epochs, enable_checkpointing=True, callbacks=[keep]
         )
-        trainer.fit(module, MemoryData(), ckpt_path=resume, weights_only=True)
+        data = MemoryData(((True,) * 4,) * 6)
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         return [*module.state_dict().values(), trainer.optimizers[0].param_groups[0]["lr"]]
 
     whole = trained(tmp_path / "whole", 3)
-    trained(tmp_path / "part", 1)
+    trained(tmp_path / "part", 2)
     resumed = trained(tmp_path / "part", 3, tmp_path / "part" / "checkpoints" / "last.ckpt")
-    assert whole[-1] == pytest.approx(0.1 * 0.8**6)
+    assert whole[-1] == pytest.approx(0.1 * 0.8**steps)
     for one, other in zip(whole, resumed, strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
