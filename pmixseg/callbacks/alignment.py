@@ -131,8 +131,10 @@ class PmixAlignment(TermCallback):
                 resolve_levels(self.levels, len(module.backbone.channels))
             return
         term = cast(AlignmentTerm, module.terms[self.name])
-        for sentence in term.settings_without_effect(self.name, module):
-            rank_zero_warn(sentence)
+        loss, anchor = term.alignment, term.borrowed.value
+        if isinstance(loss, AlignmentLoss) and anchor is not None:
+            for sentence in settings_without_effect(self.name, loss, anchor, module, self.sample):
+                rank_zero_warn(sentence)
         if self.ratio is not None:
             if not term.aligned_levels:
                 raise InputError(
@@ -289,7 +291,7 @@ class AlignmentTerm(Term):
         super().__init__()
         self.alignment = alignment
         self.anchor = anchor if owned else None
-        self._anchor = Borrowed(anchor)
+        self.borrowed = Borrowed(anchor)
         self.sample = sample
         self.aligned_levels = alignment.levels
         self.measured: tuple[GradientRatio, Borrowed[SegmentationModule]] | None = None
@@ -312,13 +314,6 @@ class AlignmentTerm(Term):
         self._begun = True
         return batch
 
-    def settings_without_effect(self, name: str, module: SegmentationModule) -> list[str]:
-        """Return a sentence for each setting that does nothing."""
-        anchor = self._anchor.value
-        if isinstance(self.alignment, OfficialAlignment) or anchor is None:
-            return []
-        return list(settings_without_effect(name, self.alignment, anchor, module, self.sample))
-
     def decoded(self, latents: Latents) -> Latents:
         """Samples of the aligned levels, where asked for."""
         if not self.sample:
@@ -329,10 +324,10 @@ class AlignmentTerm(Term):
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
         """Return the alignment loss of one batch."""
         latents = output.latents
-        if self._anchor.value is None:
+        if self.borrowed.value is None:
             shown = latents.usable[0]
             return self.alignment(latents, None, shown, shown)
-        value = self.alignment(latents, self._anchor.value, batch["present"], batch["acquired"])
+        value = self.alignment(latents, self.borrowed.value, batch["present"], batch["acquired"])
         if self.eager and self.measured is not None and value.requires_grad:
             ratio, module = self.measured
             features = [latents.features[level] for level in self.aligned_levels]

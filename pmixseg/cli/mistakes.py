@@ -348,6 +348,7 @@ def line_of(path: Path, keys: Sequence[str]) -> int | None:
     """Find the line of a YAML file with the last of ``keys``, below those before it."""
     node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     line, left = None, list(keys)
+    # A level at a time; `init_args` is a level of the file that no key names.
     while left and isinstance(node, yaml.MappingNode):
         entries = {key.value: (key, value) for key, value in node.value}
         for name in (left[0], "init_args"):

@@ -198,6 +198,7 @@ def lacking_value(cls: Any, settings: Any, place: str) -> str | None:
         parameter = parameters.get(name)
         if value is None and parameter is not None and not _may_be_null(parameter):
             return f"{place}.{name}"
+        # Then what the class of this argument, if it names one, is given itself.
         inner, path = getattr(value, "init_args", None), getattr(value, "class_path", None)
         if inner is not None and isinstance(path, str):
             try:

@@ -315,6 +315,8 @@ class SegmentationModule(ScoredNetwork):
             self._drop_earlier_terms()
             self.follow_levels(self.aligned_levels())
             check_trainer(self.trainer)
+            if self.trainer.checkpoint_callbacks:
+                self.payload()  # what no checkpoint can hold is told now, not after an epoch
             self._resuming, self._rate_changed = Resuming(self.trainer), False
 
     def on_fit_start(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -55,6 +56,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as fault:  # a damaged pickle can fail in any way, KeyError included
+        if named := re.search(r"Unsupported global: GLOBAL (\S+)", str(fault)):
+            raise InputError(
+                f"{path} holds an object of {named[1]}, and making one could run code, so it is "
+                "not read; let whoever puts it there (a callback's state_dict, "
+                "save_hyperparameters) give plain numbers and texts."
+            ) from fault
         reason = (str(fault).splitlines() or [type(fault).__name__])[0].split(". ")[0]
         raise InputError(
             f"{path} cannot be read as a checkpoint ({reason}); it is damaged or another kind of "

@@ -305,9 +305,9 @@ class SegmentationNetwork(LightningModule, Described):
         """Write what :func:`pmixseg.load` needs, primitives only."""
         checkpoint[ENTRY] = self.payload().to_dict()
         # Said once: a second description could come to say something else.
-        own = checkpoint.get("hyper_parameters", {})
-        if set(own) <= set(self.init_args):
-            checkpoint.pop("hyper_parameters", None)
+        own = checkpoint.pop("hyper_parameters", {})
+        if further := {key: own[key] for key in own if key not in self.init_args}:
+            checkpoint["hyper_parameters"] = describe(further, "hyper_parameters")
 
     def payload(self) -> Payload:
         """Say what a checkpoint must say about this module."""

@@ -190,3 +190,30 @@ def test_arguments_that_a_subclass_hands_on_by_place_have_their_names(tmp_path, 
     assert again.modalities == module.modalities
     with pytest.raises(InputError, match=r"Naming: 2 values of \*names have no names"):
         Naming("flair", "t1")
+
+
+class Noting(StudentModule):
+    """Saves its arguments as Lightning's documentation does, and a note beside them."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.save_hyperparameters()
+        self.save_hyperparameters({"commit": "abc"})
+
+
+def test_notes_among_the_hyperparameters_are_kept_and_arguments_said_once(tmp_path):
+    module = Noting(backbone=MultiEncoderUNet(width=2, levels=2))
+    trainer = Trainer(default_root_dir=tmp_path, **QUIET)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert content["hyper_parameters"] == {"commit": "abc"}
+    assert load(tmp_path / "a.ckpt", modules=[__name__]).backbone.channels == (2, 4)
+
+
+def test_an_object_that_would_be_made_from_a_checkpoint_is_named(tmp_path):
+    module, content = student(), {"callbacks": {"Mine": {"best": np.float64(0.5)}}}
+    content["state_dict"] = module.state_dict()
+    module.on_save_checkpoint(content)
+    with pytest.raises(InputError, match=r"holds an object of numpy\S+scalar, .* plain numbers"):
+        load(write_checkpoint(content, tmp_path / "a.ckpt"))

@@ -105,15 +105,18 @@ class CaseNCE(Distance):
         # A slot that is not shown enters the statistics by its value, without a gradient.
         values = torch.where(latents.shown[:, :, None, None], flat, flat.detach())
         weight = (latents.subset[:, :, None] & brain[:, None]).to(flat)  # [B, M, V]
+        # The mean at each position, over all samples and sequences that have brain there.
         samples = (latents.subset.any(1)[:, None] & brain).to(flat).sum(0)
         constants = latents.sums.add(torch.stack([weight.sum((0, 1)), samples])).detach()
         count, samples = constants.unbind()
         centre = latents.sums.add((values * weight[:, :, None]).sum((0, 1))) / count.clamp_min(1)
+        # One deviation per channel around it, over the positions that two patients share.
         compared = brain & (samples > 1)
         weight = weight * compared[:, None]
         squares = ((values - centre).square() * weight[:, :, None]).sum((0, 1, 3))
         total = latents.sums.add(weight.sum().view(1)).detach().clamp_min(1)
         scale = (latents.sums.add(squares) / total + self.epsilon).rsqrt()
+        # Centred and divided at some of these positions, the same in every step.
         share = max(self.points // (len(flat) * world_size()), 1)
         places, inside = brain_points(
             compared.view(latents.brain.shape), share, self.seed * 1000 + latents.level

@@ -119,28 +119,16 @@ def schedule_from(value: Any) -> Schedule | Callable[..., Any] | None:
     """Return a :class:`Schedule`, or what makes a scheduler, from an object or a description.
 
     PyTorch's schedulers cannot be built before there is an optimizer, so of these a description
-    becomes a partial.
+    becomes a partial. A plateau schedule gets the direction of its metric: PyTorch's default,
+    ``mode: min``, lowers the rate while Dice rises.
     """
-    if is_description(value):
-        cls = find_class(value["class_path"])
-        if not (inspect.isclass(cls) and issubclass(cls, Schedule)):
-            return directed(callable_from(value))
-    made: Schedule | Callable[..., Any] | None = build(value)
-    return directed(made)
-
-
-def directed(
-    make: Schedule | Callable[..., Any] | None,
-) -> Schedule | Callable[..., Any] | None:
-    """Give a plateau schedule the direction of its metric; anything else stays what it is.
-
-    PyTorch's default, ``mode: min``, lowers the rate while Dice rises.
-    """
-    if not isinstance(make, functools.partial):
-        return make
-    cls = class_behind(make)
+    named = find_class(value["class_path"]) if is_description(value) else Schedule
+    own = inspect.isclass(named) and issubclass(named, Schedule)
+    make: Schedule | Callable[..., Any] | None = build(value) if own else callable_from(value)
+    cls = class_behind(make) if isinstance(make, functools.partial) else None
     if cls is None or not issubclass(cls, ReduceLROnPlateau):
         return make
+    assert isinstance(make, functools.partial)  # of which alone a class is known
     mode = mode_of(make.keywords.get("monitor", VALIDATION))
     return make if mode is None else functools.partial(make, mode=mode)
 
@@ -348,6 +336,7 @@ def regroup(state: dict[str, Any], module: nn.Module) -> None:
         state: of one optimizer, of :func:`parameter_groups` of ``module``; changed in place.
         module: whose training goes on.
     """
+    # Weights come first, then the rest, each in the order of the module: today's and then.
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     now = sorted(range(len(named)), key=lambda i: not decays(*named[i]))
     before = sorted(range(len(named)), key=lambda i: named[i][1].ndim <= 1)
@@ -355,6 +344,7 @@ def regroup(state: dict[str, Any], module: nn.Module) -> None:
     groups = state["param_groups"]
     if [len(group["params"]) for group in groups] != [matrices, len(named) - matrices]:
         return
+    # An optimizer's state is by number: from numbers to parameters, and to today's numbers.
     numbers = [number for group in groups for number in group["params"]]
     of_parameter = {i: state["state"].get(n) for i, n in zip(before, numbers, strict=True)}
     state["state"] = {n: of_parameter[i] for n, i in enumerate(now) if of_parameter[i] is not None}

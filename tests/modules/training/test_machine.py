@@ -159,6 +159,16 @@ def test_a_data_module_that_does_not_say_how_it_was_prepared_is_refused(tmp_path
         quiet_trainer(tmp_path).fit(StudentModule(backbone=tiny()), Silent())
 
 
+def test_a_class_that_no_checkpoint_can_name_is_refused_before_the_first_step(tmp_path):
+    class Local(StudentModule):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("a step was made")
+
+    trainer = quiet_trainer(tmp_path, enable_checkpointing=True)
+    with pytest.raises(InputError, match="Local is defined inside a function"):
+        trainer.fit(Local(backbone=tiny(levels=2)), MemoryData())
+
+
 def test_a_finetuning_and_a_schedule_over_all_steps_are_refused(tmp_path):
     trainer = quiet_trainer(tmp_path, callbacks=[BackboneFinetuning(1)])
     with pytest.raises(InputError, match=r"BackboneFinetuning adds parameters .* Polynomial"):
