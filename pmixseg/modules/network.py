@@ -33,7 +33,7 @@ from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.modules.fill import fill_with_anchor
-from pmixseg.modules.payload import ENTRY, Payload, weights_for, weights_of
+from pmixseg.modules.payload import ENTRY, TOLD, Payload, weights_for, weights_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.compilation import Compile, compiled
 from pmixseg.modules.training.trainer_checks import check_item, check_stage
@@ -365,19 +365,19 @@ class SegmentationNetwork(LightningModule, Described):
         Lightning brings its weights to the process that asked for it, and nothing else.
         """
         if stage == "fit" and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
-            told = {ENTRY: self.payload().to_dict()}
+            told = {TOLD: self.payload().to_dict()}
             self.register_state_dict_post_hook(lambda _, state, *further: state.update(told))  # type: ignore[no-untyped-call]  # untyped in torch
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **named: Any) -> Any:
         """Load weights, and what a training in processes of its own has told with them."""
-        if ENTRY in state_dict:
-            payload = Payload.from_dict(state_dict[ENTRY])
+        if TOLD in state_dict:
+            payload = Payload.from_dict(state_dict[TOLD])
             self.loaded_from = self.identity = None
             self.preparation = payload.preparation
             self.follow_levels(payload.fill_levels)
             self.evaluation = EvaluationSettings.of(payload.init_args.get("evaluation"))
             self.remember(**payload.init_args)
-            state_dict = {key: value for key, value in state_dict.items() if key != ENTRY}
+            state_dict = {key: value for key, value in state_dict.items() if key != TOLD}
         return super().load_state_dict(state_dict, *args, **named)
 
     def begin_anew(self) -> None:

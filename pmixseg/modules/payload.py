@@ -18,8 +18,11 @@ from pmixseg.task import Task
 ENTRY = "pmixseg"
 """Where a checkpoint holds the description."""
 
+TOLD = "told"
+"""Beside weights that another process brings: what its checkpoint would say of them."""
+
 FORMAT = 1
-"""Its version."""
+"""Version of the description."""
 
 Weights = Mapping[str, Tensor]
 
