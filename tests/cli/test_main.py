@@ -21,9 +21,9 @@ from pmixseg.cli.checkpoint_settings import (
     with_checkpoint_defaults,
     with_evaluation,
 )
-from pmixseg.describe import differences
 from pmixseg.errors import warn_in_one_line
 from pmixseg.interrupt import stopping_code
+from pmixseg.modules.training.resuming import differences
 from tests.cli.test_training import TINY
 
 
