@@ -8,7 +8,7 @@ Numbers that were silently wrong
   modules/training/test_resuming.py::test_decay_and_betas_of_adam_are_those_given_now,
   cli/test_trainer_flags.py::test_another_rate_is_said_stored_and_used
 * Terms of an earlier fit stayed in the loss:
-  modules/training/test_own_terms_only.py::test_a_term_of_an_earlier_fit_is_gone
+  modules/training/test_own_parts.py::test_a_term_of_an_earlier_fit_is_gone
 * One number meant two labels in one cohort; ignored numbers were not told:
   data/test_odd_files.py::test_mixed_codings_are_judged_case_by_case,
   data/test_odd_files.py::test_a_cavity_is_ignored_counted_and_shown

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
@@ -30,6 +30,9 @@ PENDING = "pending_metrics"
 
 CIRCUMSTANCES = "circumstances"
 """Entry of a checkpoint: see :func:`circumstances`."""
+
+FROZEN = "frozen"
+"""Entry of a checkpoint: parameters that a finetuning callback has not yet let go."""
 
 OF_DATA = (
     *("batch_size", "patch_size", "patches_per_case", "foreground"),
@@ -183,6 +186,11 @@ def _go_on_within_epoch(trainer: Trainer) -> None:
         )
 
 
+def _finetunes(trainer: Trainer) -> bool:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+    return any(isinstance(callback, BaseFinetuning) for callback in callbacks)
+
+
 class Resuming:
     """Give a resumed training the settings of its new call, in place of the checkpoint's.
 
@@ -204,6 +212,7 @@ class Resuming:
         self._patience = [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
         self._groups: _Groups | None = None
         self._schedules: list[dict[str, Any]] = []
+        self._frozen: list[str] | None = None
         self._goes_on = self._has_written = self._averaged = self._scheduled = False
 
     def write(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
@@ -211,10 +220,14 @@ class Resuming:
         self._has_written = True
         checkpoint[PENDING] = pending_metrics(trainer)
         checkpoint[CIRCUMSTANCES] = circumstances(trainer)
+        if _finetunes(trainer):
+            named = trainer.lightning_module.named_parameters()
+            checkpoint[FROZEN] = [name for name, p in named if not p.requires_grad]
 
     def read(self, checkpoint: Mapping[str, Any]) -> None:
         """Take it from a checkpoint that is restored; an older one may know less."""
         self.pending = dict(checkpoint.get(PENDING, {}))
+        self._frozen = checkpoint.get(FROZEN)
         self._scheduled = bool(checkpoint.get("lr_schedulers"))
         self._averaged = "current_model_state" in checkpoint  # Lightning's WeightAveraging
         if not self._has_written:  # a tuner puts back what it has tried by a checkpoint of its own
@@ -245,6 +258,10 @@ class Resuming:
                 "goes on from the averaged weights; give EMAWeightAveraging again to go on from "
                 "the others."
             )
+        if self._frozen is not None and _finetunes(trainer):
+            # The callback freezes anew what it had let go, and never comes back to it.
+            for name, parameter in trainer.lightning_module.named_parameters():
+                parameter.requires_grad_(name not in self._frozen)
         if self.pending is not None:
             _report_changes(self.earlier, circumstances(trainer))
             _go_on_within_epoch(trainer)

@@ -1,6 +1,9 @@
-"""A fit has the terms of its own callbacks and of its module, and no others."""
+"""A fit has the terms, rates and schedules of its own module and callbacks, and no others."""
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch.optim.lr_scheduler import StepLR
 
 from pmixseg.callbacks import Distillation, PmixAlignment, RunCheckpoint
 from pmixseg.modules import StudentModule, TeacherModule
@@ -74,3 +77,76 @@ def test_a_modules_own_term_stays(tmp_path):
     for _ in range(2):
         names, _ = fit(tmp_path, module, limit_val_batches=0)
         assert names == {"train/reconstruct"}
+
+
+class Manual(StudentModule):
+    """Steps its optimizer itself, and its schedule at every batch."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        return [optimizer], [StepLR(optimizer, 1, 0.8)]
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.lr_schedulers().step()
+
+
+class Seldom(StudentModule):
+    """Steps its schedule at every second batch, by Lightning's count once in an epoch of three."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        schedule = {"scheduler": StepLR(optimizer, 1, 0.8), "interval": "step", "frequency": 2}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class Thaw(BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.backbone.encoders)
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.backbone.encoders, optimizer, lr=1e-4)
+
+
+class Once(StudentModule):
+    """Changes its rate without a schedule."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            for group in self.optimizers().param_groups:
+                group["lr"] = 0.08
+
+
+def trained(kind, folder, epochs, resume=None, callbacks=()):
+    """Weights and the learning rate at the end."""
+    torch.manual_seed(0)
+    module = kind(backbone=tiny(levels=2))
+    keep = [RunCheckpoint(folder), *callbacks]
+    trainer = quiet_trainer(folder, max_epochs=epochs, enable_checkpointing=True, callbacks=keep)
+    trainer.fit(module, MemoryData(((True,) * 4,) * 6), ckpt_path=resume, weights_only=True)
+    return [*module.state_dict().values(), trainer.optimizers[0].param_groups[0]["lr"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"), [(Manual, 0.1 * 0.8**9), (Seldom, 0.1 * 0.8**3), (Once, 0.08), (None, 1e-3)]
+)
+def test_what_a_users_own_code_has_done_is_gone_on_with(tmp_path, kind, rate):
+    def run(*where):
+        callbacks = [Thaw()] if kind is None else []
+        return trained(kind or StudentModule, *where, callbacks=callbacks)
+
+    whole = run(tmp_path / "whole", 3)
+    run(tmp_path / "part", 2)
+    resumed = run(tmp_path / "part", 3, tmp_path / "part" / "checkpoints" / "last.ckpt")
+    assert whole[-1] == pytest.approx(rate)
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
