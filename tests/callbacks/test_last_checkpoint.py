@@ -170,10 +170,11 @@ def test_a_disk_without_links_gets_two_files(tmp_path, monkeypatch):
     assert_equal(weights, seen.last)
 
 
-def test_without_the_score_of_the_best_it_says_so(tmp_path):
-    class Silent(Falling):
-        def validation_step(self, batch, batch_idx): ...
+class Silent(Falling):
+    def validation_step(self, batch, batch_idx): ...
 
+
+def test_without_the_score_of_the_best_it_says_so(tmp_path):
     trainer = quiet_trainer(
         tmp_path, callbacks=[RunCheckpoint(tmp_path)], enable_checkpointing=True
     )
