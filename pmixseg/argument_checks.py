@@ -1,7 +1,7 @@
 """Refuse an argument whose value is of another kind than its annotation, in one sentence.
 
-Only plain annotations are read: numbers, texts, words, lists and mappings of them; of a function
-classes as well. What is more is left to whoever takes it.
+Only plain annotations are read: numbers, texts, words, lists and mappings of them, and classes.
+What is more is left to whoever takes it.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def argument_check(
         del parameters[first]
 
     @functools.cache  # at the first call, when all names of the module exist
-    def expected() -> dict[str, list[Kind]]:
-        names = {} if making else function.__globals__
-        return {name: _kinds(str(p.annotation), names) for name, p in parameters.items()}
+    def expected(name: str, classes: bool) -> list[Kind]:
+        annotation = parameters[name].annotation if name in parameters else ""
+        return _kinds(str(annotation), function.__globals__ if classes else {})
 
     def check(self: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         of = self if inspect.isclass(self) else type(self)
@@ -103,10 +103,13 @@ def argument_check(
         owner = of.__name__ if making else method
         classes = type(self).__mro__ if making else ()
         for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
-            kinds = expected().get(name, [])
-            # An object may stand for its description; what names a file is none.
-            plain = isinstance(value, _PLAIN) or not making or _KINDS["Path"] in kinds
-            given = kinds and plain and value is not parameters[name].default
+            kinds, an_object = expected(name, not making), not isinstance(value, _PLAIN)
+            # To a constructor an object may stand for its description, and a description for it.
+            if making and an_object and not kinds and not inspect.isclass(value):
+                kinds = expected(name, True)
+            elif making and an_object and _KINDS["Path"] not in kinds:
+                kinds = []
+            given = kinds and value is not parameters[name].default
             _check_argument(owner, classes, name, value, kinds if given else ())
 
     return check
@@ -166,6 +169,8 @@ _CONTAINERS = {
 }
 
 _NAMED = {
+    "Backbone": "a pmixseg.backbones.Backbone (EarlyFusion for a network of MONAI)",
+    "Criterion": "a pmixseg.losses.Criterion (it may call a loss of torch or MONAI)",
     "Task": "a pmixseg.Task, such as pmixseg.BRATS",
     "SegmentSettings": "SegmentSettings(...)",
 }

@@ -360,9 +360,11 @@ def build(value: Any, **extra: Any) -> Any:
     """
     primitive = isinstance(value, str | list | tuple | int | float | Mapping)
     if primitive and not isinstance(value, bool) and not is_description(value):
+        name = value if str(value)[:1].isupper() and str(value).isidentifier() else "RFNet"
         raise InputError(
-            f"{value!r} stands where an object belongs; give the object itself, as in RFNet() and "
-            "not 'RFNet', or its class as {'class_path': 'RFNet', 'init_args': {...}}."
+            f"{value!r} stands where an object belongs; give the object itself, as in {name}() and "
+            f"not '{name}', or the path of its class, as in {{'class_path': "
+            "'pmixseg.backbones.RFNet', 'init_args': {...}}."
         )
     if inspect.isclass(value) and issubclass(value, Described):
         name = value.__name__

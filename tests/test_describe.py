@@ -25,7 +25,7 @@ from pmixseg import (
 )
 from pmixseg.argument_checks import argument_check
 from pmixseg.backbones import MultiEncoderUNet
-from pmixseg.callbacks import TermCallback
+from pmixseg.callbacks import RunCheckpoint, TermCallback
 from pmixseg.data import Augmentation, Fractions, Store, find_cases, prepare
 from pmixseg.describe import Described, build, constructor_arguments, describe
 from pmixseg.errors import InputError
@@ -138,6 +138,13 @@ def test_wrong_names_and_arguments_are_sentences():
         (lambda: Augmentation(noise=math.nan), "noise is nan"),
         (lambda: Fractions(math.nan, 0.1, 0.2), "train is nan"),
         (lambda: StudentModule(backbone="RFNet"), "'RFNet' stands where an object belongs"),
+        (lambda: StudentModule(backbone="RFNet"), r"as in RFNet\(\) and not 'RFNet', or the path"),
+        (lambda: StudentModule(backbone=nn.Conv3d(4, 4, 3)), "backbone is Conv3d.*EarlyFusion"),
+        (lambda: StudentModule(criterion=nn.CrossEntropyLoss()), "give a pmixseg.losses.Criterion"),
+        (lambda: PmixAlignment(distance=nn.MSELoss()), "is MSELoss.*an object of Distance"),
+        (lambda: PmixAlignment(anchor=nn.MSELoss()), "give an object of Anchor or null"),
+        (lambda: BraTSDataModule("store", split=Fractions), "Fractions is a class; give an"),
+        (lambda: RunCheckpoint(3), "RunCheckpoint: run is 3; give a text or a path"),
         (lambda: StudentModule(criterion="dice"), "'dice' stands where"),
         (lambda: StudentModule(scheduler="cosine"), "'cosine' stands where"),
         (lambda: StudentModule(optimizer="AdamW"), "'AdamW' makes no optimizer"),

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 
+from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError
 from pmixseg.files import lock_folder, whole
 from pmixseg.modules.checkpoint import write_checkpoint
@@ -168,6 +169,7 @@ class RunCheckpoint(ModelCheckpoint):
     only the last.
     """
 
+    @checked
     def __init__(self, run: str | Path) -> None:
         super().__init__(
             Path(run) / "checkpoints",

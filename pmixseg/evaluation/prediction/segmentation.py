@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
+from pmixseg.argument_checks import checked
 from pmixseg.data.formats.colours import write_tables
 from pmixseg.data.formats.outputs import (
     code_table,
@@ -108,6 +109,7 @@ class Segmentation:
         """:attr:`labels` as a ``nibabel.Nifti1Image``, with the header of the files written."""
         return nifti_image(self.labels, self.affine, self.prediction.geometry.unit)
 
+    @checked
     def save(
         self,
         folder: str | Path,

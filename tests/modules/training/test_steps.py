@@ -215,7 +215,7 @@ def test_term_in_warm_up_is_multiplied_by_zero_not_skipped(batch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"backbone": torch.nn.Conv3d(1, 1, 1)}, "cannot be written to a checkpoint"),
+        ({"backbone": torch.nn.Conv3d(1, 1, 1)}, "give a pmixseg.backbones.Backbone"),
         ({"fill": "anchor", "anchor": NormalAnchor()}, "no features to fill"),
     ],
 )
