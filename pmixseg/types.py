@@ -29,6 +29,13 @@ def full_precision(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
+def kind_of(value: object) -> str:
+    """Name type and shape of a tensor, as ``float32 [2, 4]``; of anything else the type."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
 class Batch(TypedDict):
     """Training samples. ``present`` is drawn by the module, never by the data module.
 

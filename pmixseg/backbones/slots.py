@@ -19,7 +19,7 @@ from pmixseg.backbones.layers.grouped import Groupable, encode_together
 from pmixseg.backbones.layers.lean import fast_layout, is_channels_last, mix_channels
 from pmixseg.errors import InputError
 from pmixseg.execution import runs_static, static_on
-from pmixseg.types import Image, Latents, Presence
+from pmixseg.types import Image, Latents, Presence, kind_of
 
 Pieces = list[list[Tensor] | None]
 """Per modality what its encoder made of the samples that have it, finest level first."""
@@ -42,20 +42,18 @@ def check_input(
         least: voxels that each side must have at the lowest level; reflect padding needs 2.
 
     Raises:
-        InputError: wrong number of channels or flags, flags that are no bool, a side that the
-            largest stride does not divide, or so small a patch that one voxel is left (instance
-            norm would erase it).
+        InputError: no tensors of that kind and shape, a side that the largest stride does not
+            divide, or so small a patch that one voxel is left (instance norm would erase it).
     """
-    if image.ndim != 5 or image.shape[1] != len(modalities) or image.shape[:2] != present.shape:
+    kinds = isinstance(image, Tensor) and isinstance(present, Tensor)
+    kinds = kinds and image.is_floating_point() and present.dtype == torch.bool
+    slots = len(modalities)
+    if not kinds or image.ndim != 5 or image.shape[1] != slots or image.shape[:2] != present.shape:
         raise InputError(
-            f"the network takes images [B, {len(modalities)}, D, H, W] with the channels "
-            f"{list(modalities)} and one flag for each, but got an image "
-            f"{list(image.shape)} and flags {list(present.shape)}; give one channel per modality."
-        )
-    if present.dtype != torch.bool:
-        raise InputError(
-            f"the flags of presence are {str(present.dtype).removeprefix('torch.')}; give true or "
-            "false for each modality: present.bool()."
+            f"the network takes a float image [B, {slots}, D, H, W] and bool flags [B, {slots}] of "
+            f"what is shown, one channel per modality of {list(modalities)}, but got "
+            f"{kind_of(image)} and {kind_of(present)}; convert them, as by image.float() and "
+            "present.bool()."
         )
     stride = max(strides)
     sides = image.shape[2:]

@@ -40,6 +40,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         InputError: no such file, not a checkpoint, not one of pmixseg, or of a newer format.
     """
     path = local_copy(path)
+    if (path / "checkpoints").is_dir():
+        raise InputError(f"{path} is the folder of a run; give {path}/checkpoints/best.ckpt.")
     if path.is_dir():
         return _checked(read_published(path), path)
     if not path.is_file():

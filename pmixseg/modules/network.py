@@ -36,7 +36,7 @@ from pmixseg.modules.fill import fill_with_anchor
 from pmixseg.modules.payload import ENTRY, TOLD, Payload, weights_for, weights_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.compilation import Compile, compiled
-from pmixseg.modules.training.trainer_checks import check_item, check_stage
+from pmixseg.modules.training.trainer_checks import check_item, check_stage, check_task
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -220,13 +220,23 @@ class SegmentationNetwork(LightningModule, Described):
         """Take spacing, normalisation and patch from the data; compare them with a checkpoint's.
 
         Raises:
-            InputError: a precision or strategy of the trainer that would change the model, or a
-                compiler put around it.
+            InputError: a precision or strategy of the trainer that would change the model, a
+                compiler put around it, or data of another task.
         """
         check_stage(self, stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
+            check_task(data, self.task)
             self.preparation = self.preparation.merge(data, self.evaluation, fitting=stage == "fit")
+
+    def train_dataloader(self) -> Any:
+        """Refuse to run without data: Lightning asks here where none were given."""
+        raise InputError(
+            "no data were given to the trainer; give them as in trainer.fit(module, "
+            "datamodule=pmixseg.BraTSDataModule(store='store'))."
+        )
+
+    test_dataloader = predict_dataloader = train_dataloader
 
     def acquired_names(self, item: CaseItem) -> Combination:
         """Return what the case has of the module's modalities.

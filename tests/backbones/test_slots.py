@@ -160,10 +160,28 @@ def test_check_input_says_what_does_not_fit(shape, words):
         check_input(*flat, least=2)
 
 
-@pytest.mark.parametrize("flags", [torch.ones(1, 2), torch.ones(1, 2).long()])
-def test_flags_of_presence_are_true_or_false(flags):
-    with pytest.raises(InputError, match=f"presence are {str(flags.dtype)[6:]}; give true or"):
-        check_input(torch.zeros(1, 2, 8, 8, 8), flags, ("pet", "ct"), (1, 2))
+IMAGE, FLAGS = torch.zeros(1, 2, 8, 8, 8), torch.ones(1, 2).bool()
+
+
+@pytest.mark.parametrize(
+    ("image", "flags", "got"),
+    [
+        (IMAGE, FLAGS.float(), r"got float32 \[1, 2, 8, 8, 8\] and float32 \[1, 2\]"),
+        (IMAGE, FLAGS.long(), "and int64"),
+        (IMAGE, FLAGS[0], r"and bool \[2\]"),
+        (IMAGE, [True, False], "and list"),
+        (IMAGE, ("pet",), "and tuple"),
+        (IMAGE, None, "and NoneType"),
+        (IMAGE, FLAGS.numpy(), "and ndarray"),
+        (IMAGE.numpy(), FLAGS, "got ndarray and bool"),
+        (IMAGE.byte(), FLAGS, "got uint8"),
+        (IMAGE[0], FLAGS, r"got float32 \[2, 8, 8, 8\]"),
+        (IMAGE.movedim(1, -1), FLAGS, r"got float32 \[1, 8, 8, 8, 2\]"),
+    ],
+)
+def test_what_is_no_image_or_no_flags_of_presence_is_named(image, flags, got):
+    with pytest.raises(InputError, match=got):
+        check_input(image, flags, ("pet", "ct"), (1, 2))
 
 
 @pytest.mark.parametrize("kind", [MultiEncoderUNet, RFNet, MMFormer])

@@ -139,6 +139,11 @@ def test_the_teacher_is_moved_once_and_never_seen_by_the_student(tmp_path):
     assert not ours & {id(p) for p in teacher.parameters()}
 
 
+def test_a_teacher_without_a_weight_is_told(tmp_path):
+    with pytest.warns(UserWarning, match="distill.weight is 0, so the teacher is not used"):
+        fit(tmp_path, student(), Distillation("not read.ckpt"), max_epochs=1)
+
+
 def test_cases_are_numbered_for_losses_that_tell_them_apart(tmp_path):
     teacher = TeacherModule(backbone=MultiEncoderUNet(width=4, levels=3))
     seen = []

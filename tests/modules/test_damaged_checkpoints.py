@@ -215,6 +215,12 @@ def test_an_output_that_is_not_finite_is_one_sentence(phantom_root):
         module.segment({"flair": case})
 
 
+def test_the_folder_of_a_run_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match=r"is the folder of a run; give .*/best\.ckpt"):
+        pmixseg.load(tmp_path)
+
+
 def test_lightnings_own_loading_names_ours(checkpoint):
     with pytest.raises(InputError, match=r"use pmixseg\.load\('.*a\.ckpt'\)"):
         pmixseg.StudentModule.load_from_checkpoint(checkpoint)

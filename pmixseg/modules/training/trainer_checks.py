@@ -26,7 +26,7 @@ from pmixseg.errors import InputError
 from pmixseg.modules.training.optimization import Schedule, check_mode, validates
 from pmixseg.plurals import count_of
 from pmixseg.task import Task
-from pmixseg.types import Batch
+from pmixseg.types import Batch, kind_of
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 """Those that keep weights, sums and scores in float32."""
@@ -95,6 +95,16 @@ def check_stage(module: LightningModule, stage: str) -> None:
             f"torch.compile was put around {what} {why}; use the module's own option instead: "
             f"{name}(compile=True), or --model.compile true."
         )
+
+
+def check_task(data: object, task: Task) -> None:
+    """Refuse data of another task, whose channels and classes would be taken for others."""
+    theirs: Task = getattr(data, "task", task)
+    if (theirs.modalities, theirs.labels) != (task.modalities, task.labels):
+        has, needs = (
+            f"'{t.name}' ({', '.join(t.modalities)}; {', '.join(t.labels)})" for t in (theirs, task)
+        )
+        raise InputError(f"the data are of the task {has}, the module of {needs}; give both one.")
 
 
 def _loss_of(precision: str) -> str:
@@ -173,8 +183,10 @@ def check_batch(trainer: Trainer | None, batch: Batch, task: Task) -> None:
     if trainer is None or _prepared(trainer):
         return
     holds = (
-        "a dictionary with image [B, M, D, H, W], label [B, D, H, W] of class indices, acquired "
-        "[B, M], key [B] and case_id, a list of B names, as pmixseg.types.Batch says"
+        f"a dictionary with image [B, {task.num_modalities}, D, H, W] "
+        f"({', '.join(task.modalities)}), label [B, D, H, W] of class indices, acquired "
+        f"[B, {task.num_modalities}], key [B] and case_id, a list of B names, as "
+        "pmixseg.types.Batch says"
     )
     given: Any = batch
     if not isinstance(given, Mapping):
@@ -185,24 +197,23 @@ def check_batch(trainer: Trainer | None, batch: Batch, task: Task) -> None:
     if lacking:
         raise InputError(f"a batch of the loader has no {', '.join(lacking)}; give {holds}.")
     # The image says how many samples and voxels everything else must have.
-    image = batch["image"]
-    if image.ndim != 5:
-        raise InputError(f"a batch of the loader has an image {list(image.shape)}; give {holds}.")
-    samples, _, *voxels = image.shape
-    kind = image.dtype if image.is_floating_point() else torch.float32
+    image: Any = given["image"]
+    shape = list(image.shape) if isinstance(image, Tensor) else []
+    if len(shape) != 5 or shape[1] != task.num_modalities:
+        raise InputError(f"image of the loader's batch is {kind_of(image)}; give {holds}.")
+    samples, _, *voxels = shape
+    half = "16" in str(trainer.precision) and image.dtype in (torch.float16, torch.bfloat16)
     expected = {
-        "image": (kind, [samples, task.num_modalities, *voxels]),
+        "image": (image.dtype if half else torch.float32, shape),
         "label": (torch.int64, [samples, *voxels]),
         "acquired": (torch.bool, [samples, task.num_modalities]),
         "key": (torch.int64, [samples]),
     }
     for name, (dtype, shape) in expected.items():
-        tensor: Tensor = given[name]
-        if tensor.dtype != dtype or list(tensor.shape) != shape:
-            raise InputError(
-                f"{name} of the loader's batch is {_kind(tensor.dtype)} {list(tensor.shape)}; "
-                f"give {_kind(dtype)} {shape}."
-            )
+        wanted = f"{str(dtype).removeprefix('torch.')} {shape}"
+        if (got := kind_of(given[name])) != wanted:
+            meaning = " of class indices" if name == "label" else ""
+            raise InputError(f"{name} of the loader's batch is {got}; give {wanted}{meaning}.")
     # Asking for a value makes a GPU wait.
     label = batch["label"]
     if label.device.type == "cpu" or trainer.global_step == 0:
@@ -232,10 +243,6 @@ def check_item(trainer: Trainer | None, item: CaseItem) -> None:
 def _prepared(trainer: Trainer) -> bool:
     """Say whether its loaders are those of this package."""
     return type(trainer.datamodule) is BraTSDataModule  # type: ignore[attr-defined]  # as above
-
-
-def _kind(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_parameters(module: nn.Module, trainer: Trainer) -> None:

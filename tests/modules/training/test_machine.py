@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,7 @@ from pmixseg.losses import ContrastiveMatch
 from pmixseg.modules import Polynomial, StudentModule, TeacherModule, load
 from pmixseg.modules.training.compilation import compiled
 from pmixseg.modules.training.trainer_checks import check_machine
+from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 TRUE = ("bf16-true", "16-true", "64-true")
@@ -201,6 +203,21 @@ def test_numbers_of_the_trainer_that_make_no_sense_are_refused(tmp_path, name, v
         quiet_trainer(tmp_path, **{name: value}).fit(StudentModule(backbone=tiny()), MemoryData())
 
 
+def test_data_of_another_task_are_refused(tmp_path, phantom_store):
+    """In another order, channels would be taken for others without a word."""
+    task = replace(BRATS, modalities=("t1ce", "flair", "t1", "t2"))
+    module = StudentModule(task=task, backbone=tiny(levels=2))
+    with pytest.raises(InputError, match=r"'brats' \(flair, .* module of 'brats' \(t1ce, "):
+        quiet_trainer(tmp_path).test(module, BraTSDataModule(phantom_store, patch_size=16))
+
+
+@pytest.mark.parametrize("what", ["fit", "test", "predict"])
+def test_a_trainer_without_data_says_how_they_are_given(tmp_path, what):
+    run = getattr(quiet_trainer(tmp_path), what)
+    with pytest.raises(InputError, match=r"no data were given .* trainer.fit\(module, datamodule="):
+        run(StudentModule(backbone=tiny(levels=2)))
+
+
 def loader_of(change):
     """A loader of a user's own, of one batch."""
     batch = next(iter(MemoryData().train_dataloader()))
@@ -213,8 +230,13 @@ WITHOUT = {
 }
 WRONG = {
     "gives a list": lambda b: list(b.values())[:2],
-    "has an image [2, 16, 16, 16]": lambda b: b | {"image": b["image"][:, 0]},
+    "is float32 [2, 16, 16, 16]; give a dictionary": lambda b: b | {"image": b["image"][:, 0]},
     "image of the loader's batch is float32 [2, 3, 16": lambda b: b | {"image": b["image"][:, :3]},
+    "image of the loader's batch is float64": lambda b: b | {"image": b["image"].double()},
+    "image of the loader's batch is float16": lambda b: b | {"image": b["image"].half()},
+    "image of the loader's batch is list": lambda b: b | {"image": b["image"].tolist()},
+    "acquired of the loader's batch is list": lambda b: b | {"acquired": b["acquired"].tolist()},
+    "key of the loader's batch is int; give int64 [2]": lambda b: b | {"key": 3},
     "label of the loader's batch is int64 [2, 1, 16": lambda b: b | {"label": b["label"][:, None]},
     "label of the loader's batch is float32": lambda b: b | {"label": b["label"].float()},
     "acquired of the loader's batch is int64": lambda b: b | {"acquired": b["acquired"].long()},
