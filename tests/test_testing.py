@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
 from pmixseg.errors import InputError
+from pmixseg.losses import DistillationLoss, LatentMatch, LogitKL
 from pmixseg.testing import ConformanceError, check_backbone, check_term
 from pmixseg.types import Latents, SegOutput
 
@@ -390,3 +391,16 @@ def test_every_term_rule_is_broken_once():
 @pytest.mark.parametrize("backbone", [None, Small(("only",))])
 def test_a_sound_term_passes(backbone):
     check_term(Term, backbone)
+
+
+class Constant(DistillationLoss):
+    def compare(self, student, teacher, batch):
+        return teacher.logits.square().mean()
+
+
+def test_a_distillation_loss_is_checked_as_it_is():
+    for loss in (LogitKL, LatentMatch()):
+        check_term(loss)
+    with pytest.raises(ConformanceError) as caught:
+        check_term(Constant())
+    assert "no graph" in caught.value.broken["gradient"]

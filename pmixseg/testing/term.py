@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pmixseg.argument_checks import checked
 from pmixseg.backbones.base import Backbone
 from pmixseg.backbones.unet import MultiEncoderUNet
+from pmixseg.losses.distillation import DistillationLoss
 from pmixseg.testing.findings import TOLERANCE, difference, expect, run_rules
 from pmixseg.testing.probe import NOISE, default_size
 from pmixseg.types import Batch, Latents, SegOutput
@@ -48,18 +49,18 @@ class Stage:
 
     Args:
         net: the backbone; a copy of it is run.
-        factory: makes the term anew for every rule, since a term may keep a running state.
+        term: copied for every rule, since a term may keep a running state.
     """
 
-    def __init__(self, net: Backbone, factory: Callable[[], nn.Module]) -> None:
+    def __init__(self, net: Backbone, term: nn.Module) -> None:
         self.net = copy.deepcopy(net).train()
-        self.factory = factory
+        self.original = term
         self.device = next(self.net.parameters()).device
 
     def term(self) -> nn.Module:
         """Return a fresh term in training mode, on the backbone's device."""
         torch.manual_seed(0)
-        return self.factory().to(self.device).train()
+        return copy.deepcopy(self.original).to(self.device).train()
 
     def flags(self, rows: list[list[int]]) -> Tensor:
         """Presence with ``rows`` of modality indices."""
@@ -108,6 +109,22 @@ class Stage:
         return self.example(present, self.flags([everything, everything[:-1] or [0]]), bf16=bf16)
 
 
+class TaughtByItself(nn.Module):
+    """Call a distillation loss as a term: the teacher's output is half of the student's."""
+
+    def __init__(self, loss: DistillationLoss, net: Backbone) -> None:
+        super().__init__()
+        self.loss = loss
+        loss.bind(net, net)
+
+    def forward(self, output: SegOutput, batch: Batch) -> Tensor:
+        """Return the loss."""
+        half = copy.deepcopy(output)
+        for tensor in Example(half, batch).leaves():
+            tensor.requires_grad_(False).mul_(0.5)
+        return self.loss(output, half, batch)
+
+
 @checked
 def check_term(
     term: nn.Module | Callable[[], nn.Module],
@@ -120,7 +137,8 @@ def check_term(
     The rules: ``scalar, inputs, gradient, parameters, absent, one sample, one modality, bf16``.
 
     Args:
-        term: the term, bound to its backbone if it needs to be, or a function that makes it.
+        term: the term, bound to its backbone if it needs to be, or a function that makes it. A
+            :class:`~pmixseg.losses.DistillationLoss` is bound, and taught by half of the output.
         backbone: makes the examples; default a small :class:`MultiEncoderUNet` of four modalities.
         skip: rules not to check.
 
@@ -134,13 +152,14 @@ def check_term(
         ...         return output.logits.float().softmax(1).amax(1).mean()
         >>> check_term(Confidence())
     """
-    if isinstance(term, nn.Module):
-        original = term
-        name, factory = type(term).__name__, lambda: copy.deepcopy(original)
-    else:
-        name, factory = type(term()).__name__, term
+    net = backbone or MultiEncoderUNet(width=4, levels=3)
     with torch.random.fork_rng(devices=[]):
-        stage = Stage(backbone or MultiEncoderUNet(width=4, levels=3), factory)
+        torch.manual_seed(0)
+        made = term if isinstance(term, nn.Module) else term()
+        name = type(made).__name__
+        if isinstance(made, DistillationLoss):
+            made = TaughtByItself(copy.deepcopy(made), net)
+        stage = Stage(net, made)
         rules: dict[str, Callable[[], None]] = {
             "scalar": lambda: _scalar(stage),
             "inputs": lambda: _inputs(stage),
