@@ -48,6 +48,10 @@ class PredictionWriter(BasePredictionWriter):
         self.probabilities = probabilities
         self.entropy = entropy
 
+    def path(self, trainer: Trainer) -> Path:
+        """Return the folder that is written into."""
+        return Path(self.folder or Path(trainer.default_root_dir) / "predictions")
+
     def write_on_batch_end(
         self,
         trainer: Trainer,
@@ -65,7 +69,7 @@ class PredictionWriter(BasePredictionWriter):
                 f"{type(pl_module).__name__} returned a {type(prediction).__name__}; let it return "
                 "what super().predict_step does, or leave PredictionWriter out."
             )
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions")
+        folder = self.path(trainer)
         stored = batch["stored"]
         write_labels(
             inside(folder, f"{stored.case_id}{self.ending}", "case"),

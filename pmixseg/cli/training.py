@@ -21,7 +21,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from pmixseg.callbacks.alignment import PmixAlignment
 from pmixseg.callbacks.distillation import Distillation
@@ -318,6 +318,19 @@ class TrainingCLI(LightningCLI):
         self.model.force = bool(self._get(self.config, "force"))
         if start := self._get(self.config, "init_from"):
             restore(self.model, read_checkpoint(start))
+
+    def after_fit(self) -> None:
+        """Say which checkpoints there are; Lightning calls this after the command."""
+        for kept in self.trainer.checkpoint_callbacks:
+            paths = [getattr(kept, name, "") for name in ("best_model_path", "last_model_path")]
+            if any(paths):
+                rank_zero_info(f"Written: {', '.join(map(os.path.relpath, filter(None, paths)))}")
+
+    def after_predict(self) -> None:
+        """Say where the predictions lie."""
+        for kept in self.trainer.callbacks:  # type: ignore[attr-defined]  # of Trainer.__init__
+            if isinstance(kept, PredictionWriter):
+                rank_zero_info(f"Written: {kept.path(self.trainer)}")
 
     def changed_data(
         self, trained: Preparation, stored: dict[str, Any], now: dict[str, Any]

@@ -62,7 +62,7 @@ def test_another_measure_and_everything_as_json(arms, tmp_path, capsys):
     out = tmp_path / "new" / "found.json"
     command = ["compare", "--a", *a, "--b", *b, "--measure", "hd95", "-o", str(out)]
     assert main(command) == 0
-    assert "EXPLORATORY: hd95" in capsys.readouterr().out
+    assert "EXPLORATORY: HD95 (mm) per" in capsys.readouterr().out
     comparison = json.loads(out.read_text())
     assert comparison["exploratory"]["measure"] == "hd95"
     assert comparison["primary"]["difference"] == pytest.approx(0.1, abs=0.01)

@@ -237,8 +237,8 @@ SMALL = [
 ]
 
 OURS = re.compile(
-    r"(INFO: )?Split: |\s*(Dice|FLAIR|[─●○]|mean )|\d+ cases?; .*records\.csv, conventions in|"
-    r"[┏┡└┃│]|\s*$"
+    r"(INFO: )?(Split|Written): |\s*(Dice|FLAIR|[─●○]|mean )|"
+    r"\d+ cases?; .*records\.csv, conventions in|[┏┡└┃│]|\s*$"
 )
 
 
@@ -249,6 +249,8 @@ def test_a_whole_training_and_its_test_print_our_lines_alone(phantom_store, tmp_
     lines = (done.stdout + done.stderr).splitlines()
     assert [line for line in lines if not OURS.match(line)] == []
     assert any("Split: " in line for line in lines)
+    written = "Written: run/checkpoints/best.ckpt, run/checkpoints/last.ckpt"
+    assert any(written in line for line in lines)
 
 
 def test_a_training_that_sigterm_stops_does_not_end_as_if_it_were_done(

@@ -148,10 +148,14 @@ def test_pictures_that_cannot_be_written_cost_no_results(
     assert "were scored" not in " ".join(remarks([whole]))
 
 
-def test_predict_writes_nifti_that_overlays_its_source(student_run, phantom_store, phantom_root):
+def test_predict_writes_nifti_that_overlays_its_source(
+    student_run, phantom_store, phantom_root, caplog
+):
     checkpoint = f"--ckpt_path={student_run}/checkpoints/last.ckpt"
     quiet = "--trainer.enable_progress_bar=false"
-    assert main(["predict", checkpoint, f"--data.store={phantom_store}", quiet]) == 0
+    with caplog.at_level("INFO"):
+        assert main(["predict", checkpoint, f"--data.store={phantom_store}", quiet]) == 0
+    assert f"Written: {student_run / 'predictions'}" in caplog.text
     written = sorted((student_run / "predictions").glob("*_seg.nii.gz"))
     assert written
     for path in written:

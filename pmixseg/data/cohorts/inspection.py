@@ -97,7 +97,8 @@ class Inspection:
     def table(self) -> Table:
         """Return one row per case: lacking modalities, voxels per label, number of problems."""
         table = Table(
-            title=f"{self.root} · layout {self.layout} · {count_of(len(self.cases), 'case')}",
+            title=f"{self.root} · layout {self.layout} · {count_of(len(self.cases), 'case')}; "
+            "labels in voxels, !: problems",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             pad_edge=False,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pmixseg.evaluation.comparison.paired_tests import LEVEL, Interval, PairedTest
+from pmixseg.evaluation.records.measures import DICE, MEASURES
 from pmixseg.plurals import count_of
 
 SHOWN_VIOLATIONS = 10
@@ -74,8 +75,8 @@ class Comparison:
         kind = "Two methods" if self.of_methods else "Two checkpoints, not two methods"
         console.print(f"{kind}: A = {', '.join(self.runs_a)}; B = {', '.join(self.runs_b)}")
         console.print(f"{test.pairs} pair(s) of runs, {len(self.cases)} case(s) in all of them\n")
-        console.print("PRIMARY: mean Dice per case over all combinations and regions")
-        console.print(f"  A {self.mean_a:.4f}   B {self.mean_b:.4f}")
+        console.print("PRIMARY: mean Dice (%) per case over all combinations and regions")
+        console.print(f"  A {DICE.scale * self.mean_a:.2f}   B {DICE.scale * self.mean_b:.2f}")
         console.print(f"  {self.conclusion()}")
         drawn = "runs and cases" if self.of_methods else "cases"
         console.print(f"  bootstrap over {drawn}: {_range(self.bootstrap)}")
@@ -91,7 +92,7 @@ class Comparison:
     def conclusion(self) -> str:
         """Return one sentence on the primary endpoint that claims no more than the test shows."""
         test = self.primary
-        size = f"A - B = {test.difference:+.4f} Dice"
+        size = f"A - B = {_signed(test.difference)} points of Dice"
         if math.isnan(test.p):
             return f"{size}; no test of the methods is possible."
         measured = f"{size} (95 % interval {_range(test.interval)}, p = {test.p:.3g}, paired t)"
@@ -134,10 +135,14 @@ class Comparison:
         }
 
 
-def _range(interval: Interval) -> str:
+def _signed(value: float, scale: float = DICE.scale) -> str:
+    return f"{value * scale:+.{2 if scale > 1 else 4}f}"
+
+
+def _range(interval: Interval, scale: float = DICE.scale) -> str:
     if math.isnan(interval[0]):
         return "not defined"
-    return f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    return " to ".join(_signed(end, scale) for end in interval)
 
 
 def _probability(p: float) -> str:
@@ -145,11 +150,14 @@ def _probability(p: float) -> str:
 
 
 def _exploratory(comparison: Comparison) -> Table:
+    measure = MEASURES.get(comparison.measure)
+    what = f"{measure.title} ({measure.unit})" if measure else comparison.measure
+    scale = measure.scale if measure else 1.0
     table = Table(
         box=HORIZONTALS,
         padding=0,  # the table fits 80 characters
         show_edge=False,
-        title=f"\nEXPLORATORY: {comparison.measure} per region and combination, A - B",
+        title=f"\nEXPLORATORY: {what} per region and combination, A - B",
         caption=(
             "p: paired t over runs; Holm: corrected for all rows. "
             if comparison.of_methods
@@ -167,8 +175,8 @@ def _exploratory(comparison: Comparison) -> Table:
         table.add_row(
             str(row.region),
             str(row.combination),
-            f"{row.difference:+.4f}",
-            _range((row.low, row.high)),
+            _signed(row.difference, scale),
+            _range((row.low, row.high), scale),
             str(row.cases),
             str(row.wins),
             str(row.losses),
@@ -181,11 +189,12 @@ def _exploratory(comparison: Comparison) -> Table:
 def _violations(name: str, table: pd.DataFrame) -> str:
     if table.empty:
         return f"{name}: no modality hurts when it is added."
-    lines = [f"{name}: {len(table)} times a modality hurts when it is added (mean Dice falls):"]
+    count = count_of(len(table), "time")
+    lines = [f"{name}: {count} a modality hurts when it is added (points of mean Dice):"]
     for row in table.head(SHOWN_VIOLATIONS).itertuples(index=False):
         clear = "" if row.clear else ", may be chance"
         lines.append(
-            f"  {row.region}: {row.combination} + {row.added}: {row.change:+.4f} "
+            f"  {row.region}: {row.added} added to {row.combination}: {_signed(row.change)} "
             f"({_range((row.low, row.high))}; {row.hurt} of {count_of(row.cases, 'case')}{clear})"
         )
     if len(table) > SHOWN_VIOLATIONS:
