@@ -95,7 +95,8 @@ def mechanics() -> None:
         f"{50 * wrong:.0f} %", "0 %")  # fmt: skip
     present = repaired.encode(image, every).restrict(torch.tensor([[True, False, False, False]]))
     levels = len(present.features)
-    row("levels at which a missing slot is filled", f"1 of {levels}", f"{levels} of {levels}")
+    row("levels at which a missing slot is filled", f"1 of {levels}",
+        f"the aligned ones, else {levels} of {levels}")  # fmt: skip
     row("alignment alone, 500 steps from w = 0.7, 0.1, 0.1, 0.1: w of the first", *drift())
     scores = INITIAL_DEVIATION * torch.randn(200_000, 4, dtype=torch.float64)
     raw = scores / scores.sum(1, keepdim=True)
@@ -156,11 +157,12 @@ def drift() -> tuple[float, float]:
 
 
 def trainings(steps: int, weight: float, folder: Path) -> None:
-    """Three short trainings on one phantom cohort, and what their latents are like."""
+    """Short trainings on one phantom cohort, and what their latents are like."""
     root, store = folder / "phantom", folder / "store"
     write_cohort(root, CASES, seed=1, settings=PhantomSettings(spacing=SPACING))
     prepare(find_cases(root, BRATS), store, BRATS, progress=False)
-    row("arm", "level", "MSE to the anchor", "variance", "gap", "rank", "test WT Dice (%)")
+    row("arm", "level", "MSE to the anchor", "variance", "gap", "rank within a modality",
+        "test WT Dice (%)")  # fmt: skip
     row("---", "---", "---", "---", "---", "---", "---")
     arms = {
         "no alignment": (StudentModule, PmixAlignment()),
@@ -168,9 +170,16 @@ def trainings(steps: int, weight: float, folder: Path) -> None:
             July2025Student,
             PmixAlignment(weight, official=July2025Alignment()),
         ),
-        "mse, detached": (StudentModule, PmixAlignment(weight, distance="mse", levels=[0])),
-        "nmse at the same level": (StudentModule, PmixAlignment(weight, levels=[0])),
-        "repaired default": (StudentModule, PmixAlignment(weight)),
+        "`mse` at level 0, anchor detached": (
+            StudentModule,
+            PmixAlignment(weight, distance="mse", levels=[0]),
+        ),
+        "`nmse` at level 0": (StudentModule, PmixAlignment(weight, distance="nmse", levels=[0])),
+        "`nmse`, the two coarsest levels": (StudentModule, PmixAlignment(weight, distance="nmse")),
+        "repaired default (`case_nce`, the two coarsest levels)": (
+            StudentModule,
+            PmixAlignment(weight),
+        ),
     }
     for name, (make, alignment) in arms.items():
         torch.manual_seed(0)
