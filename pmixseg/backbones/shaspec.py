@@ -24,6 +24,7 @@ from pmixseg.backbones.slots import (
 )
 from pmixseg.backbones.unet import SLOPE, Encoder, conv_block
 from pmixseg.describe import COUNT, Ranges
+from pmixseg.slot_sums import choose_slots, weighted_sum
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -141,7 +142,7 @@ class ShaSpec(Backbone):
 def _slots(latents: Latents, level: int) -> Tensor:
     """``[B, M·C, d, h, w]``, the mean of the shared features where a slot is absent."""
     own, shared = latents.features[level].chunk(2, 2)
-    flags = latents.flags(level)
-    count = flags.sum(1, keepdim=True).clamp(min=1)
-    mean = torch.where(flags, shared, 0.0).sum(1, keepdim=True) / count
-    return torch.where(flags, own, mean.to(own.dtype)).flatten(1, 2)
+    flags = latents.usable[level]
+    count = flags.sum(1).clamp(min=1)[:, None, None, None, None]
+    mean = weighted_sum(shared, flags.to(shared.dtype), flags) / count
+    return choose_slots(flags, own, mean[:, None]).flatten(1, 2)

@@ -23,6 +23,7 @@ from pmixseg.backbones.slots import EncodedLatents, check_input, encode_slots, j
 from pmixseg.describe import COUNT, Ranges
 from pmixseg.errors import InputError
 from pmixseg.gaussians import gaussian_kl
+from pmixseg.slot_sums import hide
 from pmixseg.task import BRATS
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -113,10 +114,10 @@ def product_of_gaussians(latents: Latents, level: int) -> tuple[Tensor, Tensor]:
     """
     if latents.log_variance is None:
         raise ValueError("these latents have no log_variance; encode them with a UHVED.")
-    flags = latents.flags(level)
+    flags = latents.usable[level]
     exact = torch.promote_types(latents.features[level].dtype, torch.float32)
-    precision = torch.where(flags, (-latents.log_variance[level].to(exact)).exp(), 0.0)
-    means = torch.where(flags, latents.features[level].to(exact), 0.0)
+    precision = hide((-latents.log_variance[level].to(exact)).exp(), flags)
+    means = hide(latents.features[level].to(exact), flags)
     total = 1 + precision.sum(1)
     return (precision * means).sum(1) / total, -total.log()
 

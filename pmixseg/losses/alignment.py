@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError
-from pmixseg.losses.anchors import Anchor, hide
+from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.distances import (
     KL,
     Detach,
@@ -32,6 +32,7 @@ from pmixseg.losses.distances import (
 )
 from pmixseg.losses.projections import SlotLinear
 from pmixseg.losses.ranks import SharedSums
+from pmixseg.slot_sums import hide
 from pmixseg.types import Latents, Presence, Scalar
 
 

@@ -18,15 +18,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
-from pmixseg.types import Features, Presence
-
-AnchorMap = Float[Tensor, "b c d h w"]
-Weights = Float[Tensor, "b m"]
+from pmixseg.slot_sums import hide, weighted_sum
+from pmixseg.types import AnchorMap, Features, Presence, Weights
 
 
 class Anchor(nn.Module, Described, ABC):
@@ -326,39 +323,6 @@ class ProductAnchor(Anchor):
         precision = hide(-log_variance, subset, -torch.inf).exp()
         total = 1 + precision.sum(1)
         return (precision * hide(mean, subset)).sum(1) / total, -total.log()
-
-
-def hide(features: Features, subset: Presence, value: float = 0.0) -> Features:
-    """Put ``value`` into every slot outside ``subset``; such slots receive no gradient.
-
-    Args:
-        features: ``[B, M, C, D, H, W]``.
-        subset: ``[B, M]``.
-        value: what hidden slots hold afterwards.
-    """
-    return torch.where(subset.to(features.device)[:, :, None, None, None, None], features, value)
-
-
-def weighted_sum(features: Features, weights: Weights, subset: Presence) -> AnchorMap:
-    """``Σ_m weights[:, m] · features[:, m]`` over the slots in ``subset``.
-
-    Args:
-        features: ``[B, M, C, D, H, W]``; slots outside ``subset`` may hold NaN.
-        weights: ``[B, M]``.
-        subset: ``[B, M]``.
-    """
-    # A slot at a time, so that no copy of all slots is made; unbind, because the backward pass of
-    # indexing would write the whole tensor once per slot. Slots are cleaned before they are
-    # weighed: 0 · NaN would reach the gradient of the weights. (A batched matrix product is no
-    # faster, and would change the dtype under autocast.)
-    shape = (-1, *[1] * (features.ndim - 2))
-    total: Tensor | None = None
-    flags = subset.to(features.device).unbind(1)
-    for slot, weight, flag in zip(features.unbind(1), weights.unbind(1), flags, strict=True):
-        slot, weight = torch.where(flag.view(shape), slot, 0.0), weight.view(shape)
-        total = slot * weight if total is None else torch.addcmul(total, slot, weight)
-    assert total is not None  # a task has at least one modality
-    return total
 
 
 def _uniform(subset: Presence) -> Weights:

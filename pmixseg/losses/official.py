@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from pmixseg.describe import COUNT, NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
-from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide
+from pmixseg.losses.anchors import Anchor, MixtureAnchor
+from pmixseg.slot_sums import choose_slots, hide
 from pmixseg.types import Latents, Presence, Scalar, full_precision
 
 INITIAL_DEVIATION = 0.1
@@ -120,7 +121,7 @@ def fill_july_2025(
     hidden = latents.restrict(present)
     raw, shown = latents.features[0], hidden.usable[0]
     mixed = anchor(raw, latents.usable[0] if training else shown, 0)[:, None]
-    filled = torch.where(hidden.flags(0), raw, mixed)
+    filled = choose_slots(shown, raw, mixed)
     if not training:
         weights = anchor.weights(torch.ones_like(shown), 0).to(raw.dtype)
         filled = filled * weights[:, :, None, None, None, None]

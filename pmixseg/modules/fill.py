@@ -13,6 +13,7 @@ from torch import Tensor
 from pmixseg.errors import InputError
 from pmixseg.execution import runs_static
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
+from pmixseg.slot_sums import choose_slots
 from pmixseg.types import Latents
 
 
@@ -47,7 +48,7 @@ def fill_with_anchor(
         if not runs_static(raw) and bool(present.all()):
             continue
         mixed = anchor(raw, present, level).unsqueeze(1)
-        features[level] = torch.where(latents.flags(level), raw, mixed)
+        features[level] = choose_slots(present, raw, mixed)
         flags[level] = torch.ones_like(present)
     return latents.with_features(features, flags)
 

@@ -15,9 +15,9 @@ from pmixseg.losses.anchors import (
     ModalityAnchor,
     NormalAnchor,
     ProductAnchor,
-    weighted_sum,
 )
 from pmixseg.losses.distances import DISTANCES, NMSE
+from pmixseg.slot_sums import weighted_sum
 from tests.losses.scenes import NAMES, align, anchor_for, bound, flags, latents_of, values
 
 

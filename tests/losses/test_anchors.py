@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
+from pmixseg.execution import as_on_gpu
 from pmixseg.losses.anchors import (
     MixtureAnchor,
     ModalityAnchor,
@@ -16,6 +17,7 @@ from pmixseg.losses.anchors import (
     ProductAnchor,
     WeightedAnchor,
 )
+from pmixseg.slot_sums import choose_slots, hide, weighted_sum
 
 NAMES = ("flair", "t1ce", "t1", "t2")
 
@@ -189,6 +191,32 @@ def test_product_gradients_are_right():
     assert torch.autograd.gradcheck(
         lambda a, b: anchor.gaussian(a, b, subset, 0), (f.requires_grad_(), lv.requires_grad_())
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_a_cpu_sums_and_chooses_slots_as_masks_do(dtype, side_by_side):
+    """No slot, one, several and all are shown; what is not holds NaN."""
+    subset = flags([0, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1])
+    torch.manual_seed(0)
+    raw = torch.randn(4, 3 * 2, 2, 3, 2, dtype=dtype)
+    if side_by_side:
+        raw = raw.contiguous(memory_format=torch.channels_last_3d)
+    raw = raw.view(4, 3, 2, 2, 3, 2)
+    raw[~subset] = torch.nan
+    leaves = raw, torch.randn(4, 1, 2, 2, 3, 2, dtype=dtype), torch.rand(4, 3, dtype=dtype)
+
+    def values(on_gpu):
+        features, other, weights = (leaf.clone().requires_grad_() for leaf in leaves)
+        with as_on_gpu(on_gpu):
+            total = weighted_sum(features, weights, subset)
+            chosen, hidden = choose_slots(subset, features, other), hide(features, subset, 7.0)
+            (total.square().sum() + chosen.square().sum() + hidden.square().sum()).backward()
+        return total, chosen, hidden, features.grad, other.grad, weights.grad
+
+    for lean, masked in zip(values(False), values(True), strict=True):
+        assert lean.stride() == masked.stride()
+        torch.testing.assert_close(lean, masked)
 
 
 def test_detached_weights_leave_the_features_gradient():

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from pmixseg.borrowed import Borrowed
 from pmixseg.errors import InputError
-from pmixseg.losses.anchors import Anchor, MixtureAnchor, hide, weighted_sum
+from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.losses.distances import PerSlot, mean_over_shown, pooled_moments
 from pmixseg.losses.distillation.loss import DistillationLoss, Network
 from pmixseg.losses.projections import SlotLinear
 from pmixseg.losses.ranks import SharedSums
+from pmixseg.slot_sums import hide, weighted_sum
 from pmixseg.types import Batch, Brain, Features, Presence, Scalar, SegOutput, full_precision
 
 
