@@ -206,22 +206,23 @@ def signal_of(scan: Scan, geometry: Geometry, where: str, role: str = "a scan") 
 def _statistics(values: npt.NDArray[Any]) -> tuple[int, float, float]:
     """Return the number, mean and population standard deviation of the non-zero voxels.
 
-    Blocks are summed in float32 around their own mean, and joined in float64 after Chan, Golub and
-    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+    Voxels are summed in float64 as distances from the largest one. Sums of integers are exact
+    there, so that a scan has one mean, however its axes lie in the file.
     """
     slow = values.transpose(memory_order(values))
-    counts, means, squares = [], [], []
+    pivot = float(values.max() or values.min())
+    count, sums, squares = 0, [], []
     for start in range(0, len(slow), _BLOCK):
-        planes = slow[start : start + _BLOCK].astype(np.float32).reshape(-1, slow[0].size)
+        planes = slow[start : start + _BLOCK].astype(np.float64).ravel()
         brain = planes != 0
-        counts.append(np.count_nonzero(brain))
-        means.append(planes.sum(axis=1).sum(dtype=np.float64) / max(counts[-1], 1))
-        planes -= np.multiply(brain, np.float32(means[-1]), dtype=np.float32)
-        squares.append(np.square(planes, out=planes).sum(axis=1).sum(dtype=np.float64))
-    count = sum(counts)
-    mean = float(np.dot(counts, means)) / max(count, 1)
-    spread = sum(squares) + float(np.dot(counts, (np.array(means) - mean) ** 2))
-    return int(count), mean, math.sqrt(spread / max(count, 1))
+        count += int(np.count_nonzero(brain))
+        planes -= np.multiply(brain, pivot)
+        sums.append(float(planes.sum()))
+        squares.append(float(np.dot(planes, planes)))
+    total = math.fsum(sums)
+    # No voxel is further from the mean than √count deviations: little is lost by the difference.
+    spread = max(math.fsum(squares) - total * total / max(count, 1), 0.0)
+    return count, pivot + total / max(count, 1), math.sqrt(spread / max(count, 1))
 
 
 def _rounded(values: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

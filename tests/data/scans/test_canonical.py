@@ -1,5 +1,8 @@
 import gzip
 import itertools
+import math
+from fractions import Fraction
+from itertools import permutations
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +11,7 @@ from scipy import ndimage
 
 from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.scans.canonical import BOX_MULTIPLE, canonicalise
-from pmixseg.data.scans.volumes import Coding
+from pmixseg.data.scans.volumes import Coding, _statistics
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS, Task, all_combinations
 
@@ -82,6 +85,18 @@ def test_statistics_do_not_cancel(tmp_path, save, offset, scale, atol):
     brain = data.astype(np.float32)[data != 0].astype(np.float64)
     expected = np.sort((brain - brain.mean()) / brain.std())
     np.testing.assert_allclose(np.sort(values), expected, atol=atol)
+
+
+def test_sums_over_voxels_are_exact_in_whatever_order_axes_lie():
+    random = np.random.default_rng(5)
+    data = random.lognormal(6, 1, (30, 40, 50)).clip(0, 32767).astype(np.int16)
+    voxels = data[data != 0].tolist()
+    mean = Fraction(sum(voxels), len(voxels))
+    variance = Fraction(sum(v * v for v in voxels), len(voxels)) - mean * mean
+    expected = len(voxels), float(mean), math.sqrt(variance)
+    found = {_statistics(np.asfortranarray(data.transpose(t))) for t in permutations(range(3))}
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(expected, rel=1e-12)
 
 
 def test_background_is_exactly_and_positively_zero(make_case):
