@@ -1,4 +1,7 @@
-"""The exception for a mistake in the input: one sentence with what, where and what to do."""
+"""The exception for a mistake in the input: one sentence with what, where and what to do.
+
+And the words of such sentences: what a disk or a memory says, and counts.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,21 @@ class InputError(ValueError):
             self.add_note(message)
         else:
             super().__init__(*args)
+
+
+def count_of(number: int, one: str, many: str | None = None) -> str:
+    """Say how many there are of something.
+
+    Args:
+        number: how many.
+        one: what one of them is called.
+        many: what several are called; by default ``one`` with an ``s``.
+
+    Example:
+        >>> count_of(1, "case"), count_of(2000, "case"), count_of(0, "case has", "cases have")
+        ('1 case', '2,000 cases', '0 cases have')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.data.store.prepare import prepare
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.report.page import write_report
 from pmixseg.losses import DiceCE, MixtureAnchor
 from pmixseg.modules import (
@@ -40,7 +40,6 @@ from pmixseg.modules import (
     load,
 )
 from pmixseg.modules.checkpoint import read_checkpoint, restore
-from pmixseg.plurals import count_of
 from pmixseg.task import BRATS
 from pmixseg.workers import results
 

@@ -26,10 +26,9 @@ from experiments.study.tables import (
     scored,
     spell,
 )
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.comparison.compare import compare
 from pmixseg.evaluation.comparison.paired_tests import holm, paired_t, two_way_bootstrap
-from pmixseg.plurals import count_of
 
 
 def arms(results: StudyResults, entry: Entry) -> str:

@@ -20,9 +20,8 @@ from rich.progress import (
 
 from pmixseg.cli.arguments import parted
 from pmixseg.data.cohorts.shares import Share
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.files import not_among
-from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task
 from pmixseg.workers import start_server
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pmixseg.cli.commands import bar, command, console, part_flag, read_task
 from pmixseg.data.cohorts.shares import Share
+from pmixseg.errors import count_of
 from pmixseg.files import not_within
-from pmixseg.plurals import count_of
 
 
 def add_to(subparsers: Any) -> None:

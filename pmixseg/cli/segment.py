@@ -18,9 +18,8 @@ from pmixseg.cli.commands import bar, console, device_of, part_flag
 from pmixseg.cli.mistakes import Parser
 from pmixseg.cli.weights import MODEL
 from pmixseg.data.cohorts.shares import Share
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.interrupt import raise_on_interrupt
-from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task, format_combination
 
 if TYPE_CHECKING:

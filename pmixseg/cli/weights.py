@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pmixseg.cli.commands import command, console, read_task
+from pmixseg.errors import count_of
 from pmixseg.files import not_among
-from pmixseg.plurals import count_of
 
 MODEL = "a .ckpt file, or a name or address that `pmixseg models` tells of"
 

@@ -36,8 +36,7 @@ from pmixseg.data.splits import Fractions, SplitPlan, divided_patients
 from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.data.training_cases import shared_scans
 from pmixseg.describe import COUNT, FRACTION, NOT_NEGATIVE, Described, Ranges, build
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Batch
 

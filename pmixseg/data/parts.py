@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from pmixseg.data.keys import make_key, number_of
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 
 if TYPE_CHECKING:  # which only cases in hand have imported
     from pmixseg.data.cohorts.cases import Case

@@ -12,8 +12,7 @@ from pmixseg.data.cohorts.layouts import LabelNames, find_cases, search
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.geometry import spacing_of
 from pmixseg.data.store.store import Store, prepare
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 from pmixseg.task import Task
 
 

@@ -20,8 +20,7 @@ from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.keys import make_key
 from pmixseg.data.parts import PARTS, Split, SplittableCase, deal, leave_none_empty
 from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 
 Missing = Literal["refuse", "skip"]
 """What to do about cases that a split file names and the cohort lacks."""

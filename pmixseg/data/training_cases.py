@@ -12,8 +12,7 @@ from pmixseg.data.parts import PARTS, Split
 from pmixseg.data.store.store import StoredCase
 from pmixseg.data.store.stored import scan_hashes
 from pmixseg.describe import describe
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 
 Scans = tuple[str, ...]
 """Hashes of the scans of one case, sorted."""

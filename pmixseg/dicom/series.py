@@ -16,8 +16,7 @@ import numpy as np
 import pydicom
 
 from pmixseg.argument_checks import checked
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 
 HEADER = (
     "SOPClassUID",

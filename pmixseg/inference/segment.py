@@ -14,12 +14,11 @@ from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.cohorts.unread import strays_of
 from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.sequences import modality_of
-from pmixseg.errors import InputError, stops_all
+from pmixseg.errors import InputError, count_of, stops_all
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings, check_scans, part_of
 from pmixseg.inference.folders import notes_on_strays, scans_in
 from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.modules import SegmentationModule
-from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 UNNAMED = "scan"

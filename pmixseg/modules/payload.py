@@ -10,9 +10,8 @@ from torch import Tensor
 
 from pmixseg.argument_checks import check_fields
 from pmixseg.describe import NOT_NEGATIVE, Ranges, describe
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.modules.preparation import Preparation
-from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 ENTRY = "pmixseg"

@@ -24,10 +24,9 @@ from pmixseg.data.training_cases import (
     voxel_sizes,
 )
 from pmixseg.describe import COUNT, POSITIVE, Ranges, describe
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.prediction.scans import Recipe
-from pmixseg.plurals import count_of
 from pmixseg.task import Task
 
 DATA_ATTRIBUTES = ("spacing", "normalisation", "patch_size", "split_name")

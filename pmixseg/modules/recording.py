@@ -14,14 +14,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from pmixseg.data.patches import CaseItem
-from pmixseg.errors import InputError, writing
+from pmixseg.errors import InputError, count_of, writing
 from pmixseg.evaluation.prediction.cases import CasePrediction, EvaluationSettings
 from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.grouped import result_table
 from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.modules.preparation import Preparation, are_synthetic
-from pmixseg.plurals import count_of
 from pmixseg.task import Combination, Task
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.training_cases import SeenCase, refusal_of_seen
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows, score_case
 from pmixseg.evaluation.prediction.scoring import CaseRows, scorers
 from pmixseg.evaluation.records.records import gather_rows
@@ -23,7 +23,6 @@ from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.modules.preparation import seen_cases
 from pmixseg.modules.recording import Recording
 from pmixseg.modules.training.trainer_checks import check_item, check_loaders
-from pmixseg.plurals import count_of
 from pmixseg.task import Combination
 
 

@@ -32,8 +32,7 @@ from pmixseg.data.scans.volumes import (
     same_grid,
     signal_of,
 )
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 from pmixseg.task import Task
 
 _ENDLESS = 10_000

@@ -14,8 +14,7 @@ from pmixseg.data.cohorts.cases import ENDINGS, Case, ImageFile, Layout, check_n
 from pmixseg.data.cohorts.patients import patient_of
 from pmixseg.data.cohorts.presets import LAYOUTS
 from pmixseg.data.cohorts.problems import listed
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 
 _MAX_DEPTH = 8
 

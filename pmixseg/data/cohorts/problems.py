@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from pmixseg.plurals import count_of
+from pmixseg.errors import count_of
 
 FEW = 5
 """So many names stand in a line; the rest is counted."""

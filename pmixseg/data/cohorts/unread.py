@@ -14,7 +14,7 @@ from pmixseg.data.cohorts.matching import Cohort, Tree
 from pmixseg.data.cohorts.presets import LAYOUTS
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.sequences import read_name
-from pmixseg.plurals import count_of
+from pmixseg.errors import count_of
 from pmixseg.task import Task
 
 _LOOKED_AT = 50

@@ -21,8 +21,7 @@ from pmixseg.data.store.stored import (
     write_case,
     write_origin,
 )
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 from pmixseg.task import Task
 
 

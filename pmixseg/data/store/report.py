@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmixseg.data.cohorts.problems import grouped, ignored_lines, listed
-from pmixseg.plurals import count_of
+from pmixseg.errors import count_of
 
 
 @dataclass

@@ -19,8 +19,7 @@ from pmixseg.data.store.stored import (
     read_meta,
     unseal,
 )
-from pmixseg.errors import InputError
-from pmixseg.plurals import count_of
+from pmixseg.errors import InputError, count_of
 from pmixseg.task import Task
 
 __all__ = ["PrepareReport", "Store", "StoredCase", "prepare"]

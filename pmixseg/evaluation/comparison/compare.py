@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pmixseg.argument_checks import checked
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.comparison.comparison import Comparison
 from pmixseg.evaluation.comparison.monotonicity import violations
 from pmixseg.evaluation.comparison.paired_tests import (
@@ -27,7 +27,6 @@ from pmixseg.evaluation.comparison.paired_tests import (
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
 from pmixseg.evaluation.records.records import KEY, Records
 from pmixseg.evaluation.records.tables import run_name
-from pmixseg.plurals import count_of
 
 ENOUGH_PAIRS = 8
 ENOUGH_CASES = 20

@@ -12,9 +12,9 @@ from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
+from pmixseg.errors import count_of
 from pmixseg.evaluation.comparison.paired_tests import LEVEL, Interval, PairedTest
 from pmixseg.evaluation.records.measures import DICE, MEASURES
-from pmixseg.plurals import count_of
 
 SHOWN_VIOLATIONS = 10
 

@@ -45,12 +45,11 @@ from pandas.api.types import is_numeric_dtype
 
 from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.problems import listed
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.records.measures import MEASURES
 from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
 from pmixseg.evaluation.records.spreadsheets import quote_formulas, unquote_formulas
 from pmixseg.files import file_hash, whole, write_text
-from pmixseg.plurals import count_of
 from pmixseg.task import BRATS, Task, format_combination, parse_combination
 
 if sys.platform != "win32":

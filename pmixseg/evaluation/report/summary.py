@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pmixseg.errors import count_of
 from pmixseg.evaluation.comparison.monotonicity import added_modalities
 from pmixseg.evaluation.records.grouped import group_by_size
 from pmixseg.evaluation.records.measures import BRIER, DICE, ECE, HD95
 from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.evaluation.records.tables import run_name, tabulate
-from pmixseg.plurals import count_of
 from pmixseg.task import format_combination
 
 FEW_CASES = 10

@@ -18,9 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pmixseg.data.sampling import EpochSampler
 from pmixseg.describe import Described, describe
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.modules.training.optimization import accumulation, place_steps
-from pmixseg.plurals import count_of
 
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 """What a plateau schedule counts; everything else in its state is a setting."""

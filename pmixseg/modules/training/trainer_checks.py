@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.patches import CaseDataset, CaseItem, PatchDataset
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 from pmixseg.modules.training.optimization import Schedule, check_mode, validates
-from pmixseg.plurals import count_of
 from pmixseg.task import Task
 from pmixseg.types import Batch, kind_of
 
