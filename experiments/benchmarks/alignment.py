@@ -115,7 +115,7 @@ def main() -> None:
     if args.peak:
         print(peak_growth(args.peak, args.size, args.batch))
         return
-    times = measure_times(args.arms, args.rounds, args.size, args.batch)
+    # Memory first: Linux counts a new process's peak from that of the process that started it.
     peaks: dict[str, float] = {}
     for arm in () if args.no_memory else args.arms:
         command = [sys.executable, __file__, "--peak", arm, "--size", str(args.size)]
@@ -123,6 +123,7 @@ def main() -> None:
             [*command, "--batch", str(args.batch)], capture_output=True, text=True, check=True
         )
         peaks[arm] = float(done.stdout)
+    times = measure_times(args.arms, args.rounds, args.size, args.batch)
     print("| step | ms | time | 10 % to 90 % | MB | memory |")
     print("|---|---|---|---|---|---|")
     for arm in args.arms:

@@ -84,6 +84,17 @@ def convolve(
     return fast_layout(y)
 
 
+def leaves_onednn(x: Tensor) -> bool:
+    """Say whether torch takes a path twenty times slower than oneDNN for a convolution's gradients.
+
+    It does so for a single sample with few planes, which is what an encoder sees of a small batch.
+    A tensor in oneDNN's own layout never takes it. (``ConvParams::use_mkldnn`` in torch's
+    ``Convolution.cpp``.)
+    """
+    single = len(x) == 1 and x.dtype == torch.float32 and x.shape[1:4].numel() <= 20480
+    return single and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # untyped in torch
+
+
 def _canonical(x: Tensor) -> Tensor:
     """Channels-last as oneDNN recognises it: a view of one sample may have any batch stride."""
     _, c, d, h, w = x.shape
@@ -378,17 +389,9 @@ def _convolution_backward(
     if misses_kernel(x.dtype, x.shape[2], weight.shape[2], padding):
         wide = _convolution_backward(g.float(), x.float(), weight.float(), stride, padding, needs)
         return [None if part is None else part.to(x.dtype) for part in wide]
-    gradients: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(
-        g,
-        x,
-        weight,
-        [len(weight)],
-        stride,
-        [padding] * 3,
-        [1] * 3,
-        False,
-        [0] * 3,
-        1,
-        needs,
+    if leaves_onednn(x):
+        g, x = g.to_mkldnn(), x.to_mkldnn()
+    to_x, *others = torch.ops.aten.convolution_backward(
+        g, x, weight, [len(weight)], stride, [padding] * 3, [1] * 3, False, [0] * 3, 1, needs
     )
-    return list(gradients)
+    return [fast_layout(to_x.to_dense()) if x.is_mkldnn and needs[0] else to_x, *others]

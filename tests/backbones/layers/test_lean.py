@@ -16,6 +16,7 @@ from pmixseg.backbones.layers.lean import (
     LeanConv3d,
     fast_layout,
     is_channels_last,
+    leaves_onednn,
     mix_channels,
     voxel_rows,
 )
@@ -163,6 +164,26 @@ def test_a_lean_convolution_is_the_plain_one(layout, padding, stride, prepare, c
     ours = conv(*(x.contiguous(memory_format=layout) for x in inputs), prepare=prepare)
     plain = nn.Conv3d.forward(conv, prepare.plain(*inputs))
     close_gradients(ours, plain, (*inputs, conv.weight, conv.bias))
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_samples_one_by_one_have_the_gradients_of_their_batch(padding, stride):
+    """A single small sample goes another way backwards."""
+    torch.manual_seed(0)
+    conv = LeanConv3d(4, 6, 3, stride, padding)
+    batch = torch.randn(2, 4, 8, 10, 12)
+    assert leaves_onednn(batch[:1]) and not leaves_onednn(batch)
+
+    def gradients(parts):
+        conv.zero_grad()
+        parts = [part.clone().requires_grad_() for part in parts]
+        sum(conv(part).square().sum() for part in parts).backward()
+        to_x = torch.cat([part.grad for part in parts])
+        return to_x, conv.weight.grad.clone(), conv.bias.grad.clone()
+
+    for apart, together in zip(gradients(batch.split(1)), gradients([batch]), strict=True):
+        torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("prepare", "channels"), INPUTS, ids=["one", "cat", "up"])
