@@ -2,10 +2,10 @@
 
 On a CPU, 3-D convolutions with few channels are faster on the channels-last layout (oneDNN need
 not reorder), and so is trilinear upsampling; 1x1x1 convolutions and instance norm are slow there,
-unless written as here and in :mod:`pmixseg.backbones.layers.norm`. Torch's own layers take 1.14
-times the time of a training step of the U-Net in float32 and 0.93 times in bfloat16, where nothing
-is gained; of RFNet 1.2 times in both. In training, a
-layer keeps only what it cannot cheaply make again: a norm with LeakyReLU keeps its result instead
+unless written as here and in :mod:`pmixseg.backbones.layers.norm`. Torch's own layers take 2.4
+times the time of a training step of the U-Net in float32 (single samples, which they leave to a
+slow path) and 1.0 to 1.1 times in bfloat16; of RFNet 1.2 times in both. In training, a layer keeps
+only what it cannot cheaply make again: a norm with LeakyReLU keeps its result instead
 of its input and its result, a convolution what stood before padding, concatenation or upsampling.
 Measurements: ``experiments/benchmarks/README.md``, section Backbones.
 
