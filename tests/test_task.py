@@ -51,6 +51,7 @@ def test_unknown_modality_is_named(text, word):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"name": 5}, "name is 5; give a text"),
         ({"modalities": ("a", "a")}, "different names"),
         ({"modalities": ()}, "one or more"),
         ({"labels": ("x+y",)}, "without '\\+'"),
@@ -72,6 +73,11 @@ def test_impossible_tasks_are_refused_in_words(change, words):
     fields = {"name": "t", "modalities": ("a",), "labels": ("x",), "regions": {"R": ("x",)}}
     with pytest.raises(InputError, match=words):
         Task(**{**fields, **change})
+
+
+def test_an_unknown_region_is_named_beside_those_that_there_are():
+    with pytest.raises(InputError, match="no region 'XT'; use one of .*'WT'"):
+        BRATS.region_classes("XT")
 
 
 def test_combinations_of_any_number_of_modalities_are_listed():
