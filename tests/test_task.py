@@ -76,7 +76,7 @@ def test_impossible_tasks_are_refused_in_words(change, words):
 
 
 def test_an_unknown_region_is_named_beside_those_that_there_are():
-    with pytest.raises(InputError, match="no region 'XT'; use one of .*'WT'"):
+    with pytest.raises(InputError, match=r"no region 'XT'; use one of .*'WT'"):
         BRATS.region_classes("XT")
 
 

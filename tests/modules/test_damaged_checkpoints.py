@@ -14,13 +14,14 @@ from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation
 from pmixseg.cli import main
 from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore, write_checkpoint
 from pmixseg.modules.payload import Payload
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.loss_log import FiniteLoss
 from pmixseg.task import BRATS
-from tests.callbacks.memory_data import MemoryData, quiet_trainer
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 
 def student():
@@ -230,3 +231,35 @@ def test_a_resumed_training_refuses_them(diverged, tmp_path):
     trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, logger=False, accelerator="cpu")
     with pytest.raises(InputError, match="are not finite"):
         trainer.fit(student(), MemoryData(), ckpt_path=diverged, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (None, "was not written by pmixseg"),
+        ([1], "does not describe a model and its task; it is damaged"),
+        ({"format": 99}, "has checkpoint format 99, this version of pmixseg reads 1; update"),
+    ],
+)
+def test_an_entry_of_another_kind_is_told_from_a_damaged_one(entry, words):
+    with pytest.raises(InputError, match=words):
+        Payload.from_dict(entry)
+
+
+def test_a_training_is_not_resumed_with_other_terms():
+    made = StudentModule(backbone=tiny(levels=2)).payload()
+    with pytest.raises(InputError, match=r"the terms \[\], this training has \['align'\]"):
+        made.refuse_other_terms(["align"])
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"), [(None, "no window size is known"), ((16, 16, 12), "largest stride, 8")]
+)
+def test_a_window_that_cannot_be_is_told(patch, words):
+    with pytest.raises(InputError, match=words):
+        Preparation(patch=patch).window(EvaluationSettings(), (1, 2, 4, 8))
+
+
+def test_intensities_that_nobody_makes_any_more_are_told():
+    with pytest.raises(InputError, match="'histogram', but this version of pmixseg makes"):
+        Preparation(normalisation="histogram").target_spacing()
