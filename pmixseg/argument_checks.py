@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from types import UnionType
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, Union, get_origin
 
 from pmixseg.errors import InputError
 
@@ -95,7 +96,8 @@ def argument_check(
     @functools.cache  # at the first call, when all names of the module exist
     def expected(name: str, classes: bool) -> list[Kind]:
         annotation = parameters[name].annotation if name in parameters else ""
-        return _kinds(str(annotation), function.__globals__ if classes else {})
+        names = function.__globals__
+        return _kinds(str(annotation), names if classes else _choices(names))
 
     def check(self: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         of = self if inspect.isclass(self) else type(self)
@@ -113,6 +115,11 @@ def argument_check(
             _check_argument(owner, classes, name, value, kinds if given else ())
 
     return check
+
+
+def _choices(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return names of a module that stand for a ``Literal`` or a union of kinds."""
+    return {name: a for name, a in names.items() if get_origin(a) in (Literal, Union, UnionType)}
 
 
 class Kind(NamedTuple):

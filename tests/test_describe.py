@@ -126,7 +126,7 @@ def test_wrong_names_and_arguments_are_sentences():
     [
         (lambda: StudentModule(fill="anchr"), "StudentModule: fill is 'anchr'; give zero or"),
         (lambda: StudentModule(fill_levels=[4]), "fill_levels is .4., but MultiEncoderUNet has"),
-        (lambda: StudentModule(compile="fast"), "compile is .fast.; use auto, true"),
+        (lambda: StudentModule(compile="fast"), "StudentModule: compile is .fast.; give true"),
         (lambda: MixtureAnchor(weights="lerned"), "weights is 'lerned'; give learned or uniform"),
         (lambda: LatentMatch(target="ancor"), "target is 'ancor'; give anchor or same or fused"),
         (lambda: PmixAlignment(detach="all"), "detach is 'all'; give anchor or none or features"),

@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -25,7 +25,7 @@ from pmixseg.execution import seed_device, static_on
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.segmentation import Criterion, DiceCE
 from pmixseg.losses.term import Term, TermWeight
-from pmixseg.modules.fill import learned_weights
+from pmixseg.modules.fill import Fill, learned_weights
 from pmixseg.modules.scoring import ScoredNetwork
 from pmixseg.modules.training.compilation import Compile, CompiledStep, Losses, plan
 from pmixseg.modules.training.loss_log import LossLog
@@ -92,7 +92,7 @@ class SegmentationModule(ScoredNetwork):
         task: Task = BRATS,
         backbone: Backbone | None = None,
         criterion: Criterion | None = None,
-        fill: Literal["zero", "anchor"] | None = None,
+        fill: Fill | None = None,
         anchor: Anchor | None = None,
         fill_levels: Sequence[int] | None = None,
         sampler: MissingnessSampler | None = None,

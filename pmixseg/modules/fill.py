@@ -1,4 +1,4 @@
-"""Fill the slot of a missing modality between encoder and decoder.
+"""Fill the slot of a missing modality between encoder and decoder: by which rule, with what.
 
 The method: docs/method/filling.md.
 """
@@ -6,15 +6,50 @@ The method: docs/method/filling.md.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pmixseg.backbones.base import Backbone
 from pmixseg.errors import InputError
 from pmixseg.execution import runs_static
 from pmixseg.losses.anchors import Anchor, MixtureAnchor
 from pmixseg.slot_sums import choose_slots
 from pmixseg.types import Latents
+
+Fill = Literal["zero", "anchor"]
+
+
+def default_fill(backbone: Backbone, shows_subsets: bool) -> Fill:
+    """Return the anchor for a network with slots to fill that ever misses one, else zero."""
+    several = len(backbone.slots) > 1 and shows_subsets
+    return "anchor" if several and backbone.fillable else "zero"
+
+
+def fitting_anchor(anchor: Anchor | None, fill: Fill, backbone: Backbone) -> Anchor | None:
+    """Return the anchor with a place for each slot and level; the default where none is named."""
+    if anchor is None and fill == "zero":
+        return None
+    anchor = MixtureAnchor() if anchor is None else anchor
+    if fill == "anchor" and not anchor.can_fill:
+        raise InputError(
+            f"{type(anchor).__name__} has no features to fill a slot with; use fill: zero or "
+            "a mixture or single-modality anchor."
+        )
+    anchor.bind(backbone.slots, len(backbone.channels))
+    return anchor
+
+
+def known_levels(levels: Sequence[int], backbone: Backbone) -> list[int]:
+    """Return the levels to fill, each one that the network has."""
+    count = len(backbone.channels)
+    if not set(levels) <= set(range(count)):
+        raise InputError(
+            f"fill_levels is {list(levels)}, but {type(backbone).__name__} has levels 0 "
+            f"to {count - 1}; name some of these."
+        )
+    return list(levels)
 
 
 def fill_with_anchor(

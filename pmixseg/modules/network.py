@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -31,8 +31,8 @@ from pmixseg.evaluation.prediction.postprocess import check_steps
 from pmixseg.evaluation.prediction.scans import SegmentSettings, segment_scans
 from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
-from pmixseg.losses.anchors import Anchor, MixtureAnchor
-from pmixseg.modules.fill import fill_with_anchor
+from pmixseg.losses.anchors import Anchor
+from pmixseg.modules.fill import Fill, default_fill, fill_with_anchor, fitting_anchor, known_levels
 from pmixseg.modules.payload import ENTRY, TOLD, Payload, weights_for, weights_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.compilation import Compile, compiled
@@ -55,7 +55,7 @@ class SegmentationNetwork(LightningModule, Described):
         self,
         task: Task,
         backbone: Backbone | None,
-        fill: Literal["zero", "anchor"] | None,
+        fill: Fill | None,
         anchor: Anchor | None,
         fill_levels: Sequence[int] | None,
         sampler: MissingnessSampler | None,
@@ -69,19 +69,17 @@ class SegmentationNetwork(LightningModule, Described):
         describe(self.init_args, type(self).__name__)  # refuse now what no checkpoint could hold
         self.modalities: tuple[str, ...] = self.select_modalities()
         self.backbone = self._fit_backbone(build(backbone))
-        self.fill = fill or self._default_fill()
-        self.fill_levels = None if fill_levels is None else self._known_levels(fill_levels)
+        self.fill = fill or default_fill(self.backbone, self.shows_subsets)
+        self.fill_levels = None if fill_levels is None else known_levels(fill_levels, self.backbone)
         self._levels_follow = fill_levels is None
-        self.anchor = self._make_anchor(build(anchor))
+        self.anchor = fitting_anchor(build(anchor), self.fill, self.backbone)
         self.sampler: MissingnessSampler = build(sampler) or UniformCombinations()
         self.evaluation = EvaluationSettings.of(evaluation)
         check_steps(self.evaluation.postprocess, self.task)  # not after a training, in its test
         self.preparation = Preparation()
         self.loaded_from: str | None = None
         self.identity: Mapping[str, str] | None = None  # of the checkpoint that the weights are of
-        if compile not in (True, False, "auto"):
-            raise InputError(f"compile is {compile!r}; use auto, true or false.")
-        self.compile_setting: Compile = compile
+        self.compile_setting = compile
         self._compiles = compile is True
 
     # ---------------------------------------------------------------- construction
@@ -116,31 +114,6 @@ class SegmentationNetwork(LightningModule, Described):
         description["init_args"].update(needs)
         fitted: Backbone = build(description)
         return fitted
-
-    def _default_fill(self) -> Literal["zero", "anchor"]:
-        several = len(self.backbone.slots) > 1 and self.shows_subsets
-        return "anchor" if several and self.backbone.fillable else "zero"
-
-    def _make_anchor(self, anchor: Anchor | None) -> Anchor | None:
-        if anchor is None and self.fill == "zero":
-            return None
-        anchor = MixtureAnchor() if anchor is None else anchor
-        if self.fill == "anchor" and not anchor.can_fill:
-            raise InputError(
-                f"{type(anchor).__name__} has no features to fill a slot with; use fill: zero or "
-                "a mixture or single-modality anchor."
-            )
-        anchor.bind(self.backbone.slots, len(self.backbone.channels))
-        return anchor
-
-    def _known_levels(self, levels: Sequence[int]) -> list[int]:
-        count = len(self.backbone.channels)
-        if not set(levels) <= set(range(count)):
-            raise InputError(
-                f"fill_levels is {list(levels)}, but {type(self.backbone).__name__} has levels 0 "
-                f"to {count - 1}; name some of these."
-            )
-        return list(levels)
 
     def follow_levels(self, levels: Sequence[int] | None) -> None:
         """Fill these levels where the user has named none; the checkpoint then names them.
