@@ -29,14 +29,8 @@ def turn_batch(
 ) -> tuple[Tensor, Tensor]:
     """Turn every sample as :func:`~pmixseg.data.resample.turn_patch` does.
 
-    Args:
-        image: float32; sides of 2 voxels or more.
-        label: class indices.
-        turns: one for each sample.
-        spacing: voxel size in mm.
-
-    Returns:
-        Image and label; samples that are only flipped are not interpolated.
+    Sides are 2 voxels or more, the spacing is in mm. Samples that are only flipped are not
+    interpolated.
     """
     device, size = image.device, image.shape[2:]
     flipped, moved = image, label
@@ -70,10 +64,7 @@ def change_batch(
 ) -> Tensor:
     """Change intensities of every modality where it is not 0; see the class.
 
-    Args:
-        image: float32.
-        table: scale, shift, γ and standard deviation of the noise, on the CPU.
-        keys: ``[B]`` on the CPU.
+    The table, on the CPU like the keys, holds scale, shift, γ and standard deviation of the noise.
     """
     here = table.to(image.dtype).to(image.device, non_blocking=True)[:, :, :, None, None, None]
     changed = image

@@ -23,16 +23,10 @@ _SIGN = 1 << 64
 
 
 def make_key(seed: int, epoch: int | None, index: int) -> int:
-    """Hash (seed, epoch, index) to 63 well-mixed bits.
+    """Hash (seed, epoch, index) to 63 well-mixed bits, an integer in ``[0, 2^63)``.
 
-    Args:
-        seed: the run's seed, any integer.
-        epoch: training epoch; ``None`` for validation, test and prediction, whose draws must not
-            change from epoch to epoch.
-        index: number of the sample.
-
-    Returns:
-        An integer in ``[0, 2^63)``.
+    The epoch is ``None`` for validation, test and prediction, whose draws must not change from
+    epoch to epoch.
 
     Example:
         >>> make_key(0, 1, 2) != make_key(0, 2, 1)
@@ -46,12 +40,8 @@ def uniform(keys: Keys, stream: str, n: int) -> Float[Tensor, "b n"]:
 
     Number j of stream s is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
     generators", OOPSLA 2014, figure 17) seeded with mix(key xor hash(s)), at position j + 1, of
-    which the upper 53 bits are kept. A longer draw begins with the shorter one.
-
-    Args:
-        keys: ``[B]`` int64.
-        stream: name of the draw; different names are independent.
-        n: numbers per key.
+    which the upper 53 bits are kept. A longer draw begins with the shorter one. Streams of
+    different names are independent.
     """
     if keys.device.type != "cpu":
         return _uniform_there(keys, stream, n)
@@ -75,11 +65,6 @@ def generator(key: int, stream: str, device: torch.device | str = "cpu") -> torc
     """Return a torch generator for noise fields, seeded from (key, stream).
 
     Equal seeds give different fields on different kinds of device; on one kind they agree.
-
-    Args:
-        key: one key.
-        stream: name of the draw.
-        device: where the field will be made.
     """
     made = torch.Generator(device=device)
     made.manual_seed(_hash63(f"{stream}/{key}"))

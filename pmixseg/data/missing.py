@@ -260,11 +260,7 @@ def check_rates(rates: float | Mapping[str, float], where: str) -> None:
 def rate_row(
     rates: float | Mapping[str, float], modalities: Sequence[str], where: str
 ) -> Float[Tensor, " m"]:
-    """Missing rate per modality, float64; names left out are never missing.
-
-    Raises:
-        InputError: an unknown name.
-    """
+    """Missing rate per modality, float64; names left out are never missing."""
     if not isinstance(rates, Mapping):
         return torch.full((len(modalities),), float(rates), dtype=torch.float64)
     row = torch.zeros(len(modalities), dtype=torch.float64)

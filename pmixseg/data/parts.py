@@ -97,15 +97,9 @@ def deal(
 ) -> list[list[SplittableCase]]:
     """Deal patients to parts, grade by grade, in an order that the seed shuffles.
 
-    Each patient goes to the part that is furthest behind its share, in the grade and in all.
-
-    Args:
-        cases: the cohort; all cases of a patient go together, under the patient's first grade.
-        shares: share of each part, summing to 1.
-        seed: which order.
-
-    Returns:
-        The cases of each part, sorted by id.
+    Each patient goes to the part that is furthest behind its share, in the grade and in all. Shares
+    sum to 1. All cases of a patient go together, under the patient's first grade; the cases of each
+    part are sorted by id.
     """
     # All scans of a patient, under the first grade that one of them has.
     patients: dict[str, list[SplittableCase]] = defaultdict(list)

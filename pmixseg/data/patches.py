@@ -262,11 +262,7 @@ def warn_of_padding(
 ) -> None:
     """Warn of patches that are far larger than every case.
 
-    Args:
-        patch: voxels of a patch.
-        shapes: voxels of the training cases.
-        batch_size: patches in a batch.
-        volumes: patches of a batch times sequences of each.
+    ``volumes`` are the patches of a batch times the sequences of each.
     """
     largest = np.max(shapes, axis=0)
     times = np.prod(patch) / np.prod(largest)

@@ -38,11 +38,7 @@ class Turn:
         return self.degrees != 0.0 or self.zoom != 1.0
 
     def inverse(self, spacing: tuple[float, float, float]) -> Float[Tensor, "3 3"]:
-        """Matrix from output to source voxel offsets, both from the patch's centre.
-
-        Args:
-            spacing: voxel size; the turn is rigid in mm.
-        """
+        """Matrix from output to source voxel offsets from the patch's centre; rigid in mm."""
         first, second = self.plane
         sign = [-1.0 if flipped else 1.0 for flipped in self.flips]
         cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
@@ -69,13 +65,8 @@ def turn_patch(
 ) -> None:
     """Turn a patch in place: the image trilinearly, the label by nearest neighbour, 0 from outside.
 
-    Equals ``grid_sample(image, affine_grid(...), padding_mode="zeros", align_corners=True)``.
-
-    Args:
-        image: float32.
-        label: class indices below 256.
-        turn: what to do; flips alone are exact.
-        spacing: voxel size in mm.
+    Equals ``grid_sample(image, affine_grid(...), padding_mode="zeros", align_corners=True)``. Class
+    indices are below 256. Flips alone are exact.
     """
     if not turn.resamples:
         flipped = [axis for axis in range(3) if turn.flips[axis]]

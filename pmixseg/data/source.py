@@ -51,11 +51,7 @@ class CohortSource:
 
     @cached_property
     def store(self) -> Store:
-        """The opened store.
-
-        Raises:
-            InputError: it is missing, or was made for another task or spacing.
-        """
+        """The opened store."""
         store = Store.open(self.path)
         theirs, ours = store.task, self.task
         if (theirs.modalities, theirs.labels) != (ours.modalities, ours.labels):
@@ -73,11 +69,7 @@ class CohortSource:
 
     @cached_property
     def cases(self) -> tuple[str, ...]:
-        """The cases of the store, of which a file lies under ``root``.
-
-        Raises:
-            InputError: there is no store, or no case under ``root``.
-        """
+        """The cases of the store, of which a file lies under ``root``."""
         if self.root is None:
             if unlisted := self.store.unlisted:
                 they = count_of(len(unlisted), "case of the store is", "cases of the store are")
@@ -92,11 +84,7 @@ class CohortSource:
         return tuple(name for name in self.store.cases if name in ids)
 
     def prepare(self) -> None:
-        """Bring the store up to date with ``root``, where there is one.
-
-        Raises:
-            InputError: no case is found, or some cannot be prepared.
-        """
+        """Bring the store up to date with ``root``, where there is one."""
         if self.root is None:
             return
         cohort = search(self.root, self.task, self.layout, self.labels)

@@ -95,11 +95,9 @@ class TrainingCases:
     def seen(
         self, cases: Mapping[str, Scans], parts: Iterable[str] = ("training", "validation")
     ) -> list[SeenCase]:
-        """Find cases that the model knows, by name or by the content of a scan.
+        """Find cases (name -> hashes) that the model knows, by name or by the content of a scan.
 
-        Args:
-            cases: name -> hashes, of what is to be scored.
-            parts: which parts count beside those of earlier trainings.
+        ``parts`` count beside those of earlier trainings.
         """
         # The part that each name was in: training before validation before earlier trainings.
         where = dict.fromkeys(self.earlier, "earlier training")
@@ -124,11 +122,7 @@ class TrainingCases:
 
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> TrainingCases:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            InputError: not of this form.
-        """
+        """Read what :meth:`to_dict` wrote."""
         try:
             known = {field.name: raw[field.name] for field in fields(cls)[:-1]}
             # Checkpoints of before do not tell.
@@ -145,11 +139,7 @@ def scans_of(case: StoredCase) -> Scans:
 
 
 def shared_scans(split: Split, cases: Iterable[StoredCase]) -> list[str]:
-    """Pairs of cases, under different names in different parts of a split, that share a scan.
-
-    Returns:
-        Phrases such as ``a and b``.
-    """
+    """Pairs of cases in different parts of a split that share a scan, as ``a and b``."""
     part_of = {case: part for part in PARTS for case in getattr(split, part)}
     scans = {case.case_id: scans_of(case) for case in cases if case.case_id in part_of}
     return [f"{one} and {two}" for one, two in same_scans(scans) if part_of[one] != part_of[two]]
@@ -174,11 +164,8 @@ def training_cases(data: Any) -> TrainingCases | None:
 def voxel_sizes(data: Any, part: str) -> tuple[float, float] | None:
     """Least and largest side of the voxels of a part of the split, in mm.
 
-    Sides, and not volumes: thick slices of 0.45 x 0.45 x 5 mm have the volume of a 1 mm cube.
-
-    Args:
-        data: a data module; ``None`` is returned for one that has no store and split.
-        part: ``train``, ``val`` or ``test``.
+    Sides, and not volumes: thick slices of 0.45 x 0.45 x 5 mm have the volume of a 1 mm cube. A
+    data module that has no store and split gives ``None``.
     """
     names, store = getattr(getattr(data, "parts", None), part, ()), getattr(data, "store", None)
     if not names or store is None:
@@ -190,14 +177,10 @@ def voxel_sizes(data: Any, part: str) -> tuple[float, float] | None:
 def other_voxels(
     trained: tuple[float, float] | None, met: tuple[float, float] | None
 ) -> str | None:
-    """Say that a network meets voxels of another size than it was trained on.
+    """Say in a phrase that a network meets voxels of another size than it was trained on.
 
-    Args:
-        trained: least and largest side, see :func:`voxel_sizes`; ``None``: not known.
-        met: the same of what it is to segment.
-
-    Returns:
-        A phrase, or ``None`` where they are alike.
+    Sizes are the least and largest side, see :func:`voxel_sizes`; ``None`` is not known. Alike,
+    they give ``None``.
     """
     if trained is None or met is None:
         return None

@@ -194,11 +194,7 @@ def file_of(source: ImageFile) -> Path:
 
 
 def check_name(case_id: str) -> None:
-    """Refuse a case whose name can name no folder of a store.
-
-    Raises:
-        InputError: it holds a separator, begins with '.', or is too long.
-    """
+    """Refuse a case whose name can name no folder of a store: with a separator, or too long."""
     inside(Path(), case_id, "case")
     if case_id.startswith(".") or len(os.fsencode(case_id)) > _LONGEST:
         raise InputError(

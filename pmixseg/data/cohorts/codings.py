@@ -67,15 +67,10 @@ def coding_by_names(
 ) -> NamedCoding:
     """Match the labels of a cohort to those of a task.
 
-    Args:
-        numbers: the cohort's name of a label, or of a region, -> its numbers.
-        task: whose labels or regions are looked for, by the usual spellings.
-        where: how messages name the file.
-        labels: the task's label -> name or number(s); where given, spellings are not used, and
-            what it does not name is ignored. Voxels that nobody annotated then become background.
-
-    Raises:
-        InputError: they cannot be matched.
+    ``numbers`` maps the cohort's name of a label, or of a region, to its numbers; the task's are
+    looked for in the usual spellings. Where ``labels`` (the task's label -> name or numbers) are
+    given, spellings are not used, and what they do not name is ignored. Voxels that nobody
+    annotated then become background.
     """
     if labels:
         chosen = {label: _chosen(labels, label, numbers, where) for label in task.labels}
@@ -119,16 +114,7 @@ def _numbers_of(names: Iterable[str], numbers: Mapping[str, Numbers]) -> Numbers
 
 
 def coding_by_numbers(labels: Mapping[str, Any], task: Task, where: str) -> NamedCoding:
-    """Return the coding of a cohort that has no names for its labels.
-
-    Args:
-        labels: the task's label -> number or numbers.
-        task: its labels.
-        where: how messages name what was given.
-
-    Raises:
-        InputError: a label without a number.
-    """
+    """Return the coding of a cohort that has no names for its labels."""
     return _coding({label: _chosen(labels, label, {}, where) for label in task.labels}, ())
 
 

@@ -21,13 +21,11 @@ def described_layout(
 ) -> Layout:
     """Fill in what the cohort's ``dataset.json`` says.
 
-    Args:
-        layout: the preset ``msd`` (one 4-D file per case) or ``nnunet`` (a file per channel), or a
-            layout based on one. What it says itself of images and codes is kept.
-        tree: the cohort.
-        task: whose modalities and labels the file's names are matched to, by the usual spellings;
-            nnU-Net's region labels (``whole tumor: [1, 2, 3]``) are matched to the task's regions.
-        labels: the task's label -> its name or number(s) in the file, where spellings do not tell.
+    The layout is the preset ``msd`` (one 4-D file per case) or ``nnunet`` (a file per channel), or
+    one based on these; what it says itself of images and codes is kept. Modalities and labels of
+    the task are matched by the usual spellings, nnU-Net's region labels (``whole tumor: [1, 2,
+    3]``) to the task's regions. Where spellings do not tell, ``labels`` gives the task's label ->
+    its name or numbers in the file.
 
     Raises:
         InputError: no such file, or names in it that cannot be matched.

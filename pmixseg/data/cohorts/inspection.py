@@ -209,12 +209,7 @@ def inspect_cohort(
 ) -> Inspection:
     """Read every file of a cohort and list what is there and what is wrong; nothing is changed.
 
-    Args:
-        root: the cohort's folder.
-        task: which modalities and labels are looked for.
-        layout: see :func:`~pmixseg.data.cohorts.layouts.find_cases`.
-        labels: likewise.
-        progress: show a progress bar with the time left.
+    Layout and labels are those of :func:`~pmixseg.data.cohorts.layouts.find_cases`.
 
     Raises:
         InputError: the folder is missing or unreadable, or no layout fits.
@@ -301,13 +296,10 @@ def _voxels(labels: LabelMap, task: Task) -> dict[str, int]:
 
 
 def odd_ones_out(cases: Iterable[Case]) -> frozenset[str]:
-    """Find cases none of whose scans says how it lies, where other cases of the cohort do.
+    """Name cases none of whose scans says how it lies, where other cases of the cohort do.
 
     Some converters set ``qform_code`` and ``sform_code`` to 0. A reader then guesses, and beside
     cases that need no guess such a case may be mirrored or turned. Headers alone are read.
-
-    Returns:
-        Names of these cases; empty where all cases say it, or none does.
     """
     oriented = {case.case_id: _is_oriented(case) for case in cases if case.problem is None}
     silent = frozenset(name for name, known in oriented.items() if known is False)

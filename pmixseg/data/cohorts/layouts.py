@@ -81,12 +81,7 @@ def search(
 ) -> Cohort:
     """:func:`find_cases`, together with the files that belong to no case, and remarks.
 
-    Args:
-        root: see :func:`find_cases`, as the next three.
-        task: likewise.
-        layout: likewise.
-        labels: likewise.
-        trusted: a layout that is recognised may leave out scans, as one that is named.
+    ``trusted``: a layout that is recognised may leave out scans, as one that is named.
     """
     tree = Tree.of(root)
     if layout is None:

@@ -65,11 +65,7 @@ class Tree:
 
     @classmethod
     def of(cls, root: Path | str) -> Tree:
-        """Walk a folder, through links, without hidden files.
-
-        Raises:
-            InputError: the root is missing, no folder, or unreadable.
-        """
+        """Walk a folder, through links, without hidden files."""
         root = Path(root)
         if not root.is_dir():
             what = "is not a folder" if root.exists() else "does not exist"
@@ -144,11 +140,8 @@ def _holds_scans(folder: Path) -> bool:
 class _CaseFiles:
     """What was sorted into one case so far.
 
-    Args:
-        case_id: its name.
-        files: role -> rank of the pattern that was met, and the file.
-        fields: what the fields of the patterns stand for; the first file that has one names it.
-        problem: why nobody can use the case.
+    ``files`` maps a role to the rank of the pattern that was met, and the file. Of ``fields``,
+    which the patterns' fields stand for, the first file that has one names it.
     """
 
     case_id: str
@@ -159,12 +152,8 @@ class _CaseFiles:
     def add(self, role: str, rank: int, source: ImageFile, *, ranked: bool) -> None:
         """Take a file for a role; of two the one of lower rank stays.
 
-        Args:
-            role: modality, or ``label``.
-            rank: of the pattern.
-            source: the file.
-            ranked: the user wrote the patterns in this order; otherwise two files that differ are a
-                problem, for which of them is right is not known.
+        ``ranked``: the user wrote the patterns in this order; otherwise two files that differ are a
+        problem, for which of them is right is not known.
         """
         if role not in self.files:
             self.files[role] = (rank, source)
@@ -270,12 +259,7 @@ def _equal(one: Path, other: Path) -> bool:
 
 
 def _remark_on_patients(cases: Sequence[Case], named: bool) -> tuple[str, ...]:
-    """Say where visits of one patient may be taken for patients of their own.
-
-    Args:
-        cases: the cohort.
-        named: its layout says itself who the patient is.
-    """
+    """Say where visits of one patient may be taken for patients of their own."""
     own = [c for c in cases if c.patient in ("", c.case_id) and c.layout not in ONE_SCAN_EACH]
     if named or not own:
         return ()

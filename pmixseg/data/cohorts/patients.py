@@ -24,13 +24,9 @@ _KNOWN = (
 def patient_of(case_id: str, pattern: str = "") -> str:
     """Whose scan a case is.
 
-    Args:
-        case_id: name of the case.
-        pattern: regular expression that the whole name must match; its first group is the patient.
-            By default, the names of public cohorts and of visits.
-
-    Returns:
-        The name of the case where no pattern fits: a patient of its own.
+    The first group of ``pattern``, which the whole name must match, is the patient; by default
+    names of public cohorts and of visits are known. A case that no pattern fits is a patient of its
+    own.
 
     Example:
         >>> patient_of("BraTS-GLI-00005-101"), patient_of("p7_ses-02"), patient_of("BRATS_001")
@@ -43,11 +39,7 @@ def patient_of(case_id: str, pattern: str = "") -> str:
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """Refuse a pattern that names no patient.
-
-    Raises:
-        InputError: no regular expression, or one without a group.
-    """
+    """Refuse a pattern that names no patient: no regular expression, or one without a group."""
     try:
         groups = re.compile(pattern).groups
     except (re.error, RecursionError, OverflowError) as error:

@@ -29,10 +29,8 @@ def listed(names: Sequence[str]) -> str:
 def grouped(sentences: Iterable[tuple[str, str]]) -> list[str]:
     """Return one line for each problem that more than three cases share, else one for each case.
 
-    Sentences are of one problem if they differ in the case's name, folders and numbers only.
-
-    Args:
-        sentences: (case, sentence), in the order of the lines.
+    Sentences are of one problem if they differ in the case's name, folders and numbers only. They
+    come as (case, sentence), in the order of the lines.
 
     Example:
         >>> many = [(f"p{i}", f"case 'p{i}': t1 has {i} ml.") for i in range(1, 51)]
@@ -55,9 +53,6 @@ def grouped(sentences: Iterable[tuple[str, str]]) -> list[str]:
 def ignored_lines(ignored: Mapping[str, Mapping[int, int]]) -> list[str]:
     """Say which label numbers became background, in how many voxels of how many cases.
 
-    Args:
-        ignored: case -> number -> voxels.
-
     Example:
         >>> ignored_lines({"a": {4: 10}, "b": {4: 5}, "c": {}})
         ['label value 4 is ignored, it becomes background: 15 voxels in 2 cases (a, b)']
@@ -76,10 +71,7 @@ def ignored_lines(ignored: Mapping[str, Mapping[int, int]]) -> list[str]:
 
 
 def same_scans(scans: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
-    """Return pairs of cases that share a scan: one patient under two names, as a rule.
-
-    Args:
-        scans: case -> hashes of its scans.
+    """Return pairs of cases that share the hash of a scan: mostly one patient under two names.
 
     Example:
         >>> same_scans({"a": ["1", "2"], "b": ["3"], "c": ["2"]})

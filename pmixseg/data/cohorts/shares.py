@@ -46,11 +46,7 @@ class Share:
 
     @classmethod
     def parse(cls, text: str | None) -> Share | None:
-        """Read ``2/8``, the second of eight; ``None`` where nothing is given.
-
-        Raises:
-            InputError: not of this form, or there is no such share.
-        """
+        """Read ``2/8``, the second of eight; ``None`` where nothing is given."""
         if text is None:
             return None
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
@@ -59,10 +55,5 @@ class Share:
         return cls(int(match[1]), int(match[2]))
 
     def of(self, items: Sequence[Item], name: Callable[[Item], str] = str) -> list[Item]:
-        """Return the items of this share.
-
-        Args:
-            items: the whole cohort.
-            name: of an item; no two are equal.
-        """
+        """Return the items of this share of a cohort; no two have the same name."""
         return sorted(items, key=name)[self.number - 1 :: self.total]

@@ -22,16 +22,10 @@ _LOOKED_AT = 50
 
 
 def with_unread(cohort: Cohort, tree: Tree, task: Task, *, recognised: bool) -> Cohort:
-    """Say of a cohort which scan files belong to no case, and make problems of those that seem to.
+    """Say which scan files belong to no case, and make problems of those that seem to.
 
     Half a cohort under other names, or a sequence under another name, would be left out without a
     word. A layout that was chosen by the user leaves out what it has no names for.
-
-    Args:
-        cohort: what a layout found.
-        tree: where.
-        task: whose modalities are looked for in names.
-        recognised: the layout was found by looking.
     """
     if not cohort.stray:
         return cohort

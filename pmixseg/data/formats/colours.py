@@ -59,16 +59,7 @@ def snap_table(codes: Mapping[str, int], task: Task) -> str:
 def write_tables(stem: Path, codes: Mapping[str, int], task: Task) -> dict[str, Path]:
     """Write ``<stem>.ctbl`` for 3D Slicer and ``<stem>_itksnap.txt`` for ITK-SNAP.
 
-    Args:
-        stem: path of the label map, without its ending.
-        codes: label name -> number in the file.
-        task: order of the labels.
-
-    Returns:
-        What it is -> where it is.
-
-    Raises:
-        InputError: a file cannot be written.
+    ``stem`` is the label map's path without ending. The tables' paths are returned by program.
     """
     texts = {
         "slicer": (f"{stem.name}.ctbl", slicer_table(codes, task)),

@@ -72,11 +72,8 @@ class Header:
 def read_header(raw: bytes) -> Header | None:
     """Decode the header at the start of a single-file NIfTI.
 
-    Args:
-        raw: the file's first :data:`HEAD` bytes, or more.
-
-    Returns:
-        ``None`` if this is no single-file NIfTI.
+    The file's first :data:`HEAD` bytes are enough. Other files than single-file NIfTI give
+    ``None``.
 
     Raises:
         BadHeader: it cannot be true.
@@ -139,13 +136,10 @@ def unit_of(header: Any) -> float:
 
 
 def check_directions(header: Any) -> None:
-    """Refuse a header that says in two ways how its volume lies, and not the same.
+    """Refuse a header that says in two ways how its volume lies, over 60 degrees apart.
 
     Programs differ in which of the two they read, so the volume is mirrored or turned in one of
     them. Places and small angles may differ, as after a registration that moved the sform alone.
-
-    Raises:
-        BadHeader: the two point an axis more than 60 degrees apart.
     """
     if int(header["qform_code"]) <= 0 or int(header["sform_code"]) <= 0:
         return

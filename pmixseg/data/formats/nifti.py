@@ -104,11 +104,7 @@ class Scan:
 
 
 class ScanReader:
-    """Reads scans of one case; a 4-D file with several modalities is decompressed once.
-
-    Args:
-        where: how messages name the case.
-    """
+    """Reads scans of one case; a 4-D file with several modalities is decompressed once."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -119,11 +115,7 @@ class ScanReader:
         self._held: tuple[Path, Scan, str] | None = None
 
     def read(self, source: Source, role: str) -> Scan:
-        """Read one volume.
-
-        Args:
-            source: where it is.
-            role: what it is (a modality, ``label``), under which its digest is kept.
+        """Read one volume, and keep the digest of its file under ``role`` (a modality, ``label``).
 
         Raises:
             InputError: the file is missing, unreadable, truncated, not NIfTI, or not a volume.
@@ -181,11 +173,7 @@ class ScanReader:
         return self._held[1]
 
     def digest(self, source: Path | str | tuple[Path | str, int]) -> str:
-        """SHA-256 of a file's bytes, without decoding them.
-
-        Raises:
-            InputError: the file is missing or unreadable.
-        """
+        """SHA-256 of a file's bytes, without decoding them."""
         return _digest(self._bytes(Path(source[0] if isinstance(source, tuple) else source)))
 
     def _bytes(self, path: Path) -> bytes:

@@ -29,27 +29,14 @@ def write_labels(
 ) -> Path:
     """Write class indices as the source's label codes, in the number type that holds them.
 
-    Args:
-        path: ends in ``.nii`` or ``.nii.gz``.
-        labels: class indices in the source grid and orientation.
-        affine: the source's affine, 4x4, voxels to mm.
-        codes: label name -> code in the source (BraTS 2018: ET is 4).
-        task: order of the classes.
-        unit: mm per unit of the source's header, which the file has, too.
-
-    Raises:
-        InputError: see :func:`code_table`, or the file cannot be written.
+    ``codes`` is label name -> code in the source (BraTS 2018: ET is 4), ``affine`` and ``unit`` (mm
+    per unit of its header) are the source's, too.
     """
     return write_volume(path, code_table(codes, task, str(path))[labels], affine, unit)
 
 
 def code_table(codes: Mapping[str, int], task: Task, where: str) -> NDArray[np.integer[Any]]:
     """Return the code of every class, background 0 first, in the smallest usual type of NIfTI.
-
-    Args:
-        codes: label name -> code.
-        task: order of the classes.
-        where: what messages begin with.
 
     Raises:
         InputError: a label without a code, or a code that no whole number of 32 bits is.
@@ -76,10 +63,7 @@ def code_table(codes: Mapping[str, int], task: Task, where: str) -> NDArray[np.i
 def nifti_image(volume: np.ndarray, affine: ArrayLike, unit: float = 1.0) -> Any:
     """Return a ``nibabel.Nifti1Image`` with the research-use notice, in scanner coordinates.
 
-    Args:
-        volume: three or four axes.
-        affine: 4 x 4, voxels to mm.
-        unit: mm per unit of the file; its affine is in this unit, as that of the scans it is of.
+    The affine is in units of ``unit`` mm, as that of the scans it is of.
     """
     scale = np.diag([1 / unit, 1 / unit, 1 / unit, 1.0])
     image: Any = nib.Nifti1Image(volume, scale @ np.asarray(affine, dtype=np.float64))
@@ -93,11 +77,7 @@ def nifti_image(volume: np.ndarray, affine: ArrayLike, unit: float = 1.0) -> Any
 def write_volume(
     path: Path, volume: np.ndarray, affine: Sequence[Sequence[float]], unit: float = 1.0
 ) -> Path:
-    """Write an array as NIfTI, complete or not at all, with the research-use notice.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write an array as NIfTI, complete or not at all, with the research-use notice."""
     image = nifti_image(volume, affine, unit)
     with whole(path) as part:
         nib.save(image, part)
@@ -105,9 +85,5 @@ def write_volume(
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> Path:
-    """Write primitives as JSON, complete or not at all.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write primitives as JSON, complete or not at all."""
     return write_text(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")

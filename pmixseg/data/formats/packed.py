@@ -39,10 +39,8 @@ def first_bytes(raw: bytes, count: int) -> bytes:
 def unpack(raw: bytes, enough: int) -> bytes:
     """Return the content of a file, checked against gzip's own checksum.
 
-    Args:
-        raw: the file's bytes, gzip or not.
-        enough: how many bytes are needed. Members of a gzip file are joined until they are there;
-            some padding behind them is accepted.
+    Members of a gzip file are joined until there are ``enough`` bytes; padding behind them is
+    accepted.
 
     Raises:
         EOFError, OSError, zlib.error: the file is truncated or damaged.

@@ -104,16 +104,11 @@ def _separable(values: Field, weights: list[Field]) -> Field:
 
 
 def smooth_noise(rng: np.random.Generator, grid: Grid, wavelength: float) -> Field:
-    """Smooth Gaussian field of mean 0 and variance 1 at every voxel.
+    """Smooth Gaussian field of mean 0 and variance 1; its shortest period is ``wavelength`` mm.
 
     Standard normal coefficients on a lattice of half the wavelength that covers the field of view,
     interpolated by cubic B-splines and divided by the standard deviation that this leaves. The
     coefficients do not depend on ``grid``.
-
-    Args:
-        rng: source of the coefficients.
-        grid: where to evaluate.
-        wavelength: shortest period, in mm.
     """
     step = wavelength / 2
     counts = [int(np.ceil(extent / step)) + 7 for extent in FIELD_OF_VIEW]
@@ -213,11 +208,9 @@ class Deformation:
     def tissues(self, grid: Grid, moved: Field | None = None) -> Tissues:
         """Tissue shares of the deformed brain on ``grid``.
 
-        Args:
-            grid: voxels of the patient.
-            moved: how far a tumour pushed tissue, ``[3, X, Y, Z]`` in mm and LPS: a voxel shows
-                what was at its position minus this. The skull does not give way: the brain mask
-                stays that of the healthy head.
+        ``moved`` says how far a tumour pushed tissue, ``[3, X, Y, Z]`` in mm and LPS: a voxel shows
+        what was at its position minus this. The skull does not give way: the brain mask stays that
+        of the healthy head.
         """
         position = self.template_positions(grid)
         wm_map, gm_map, mask_map, size = _templates(grid.spacing >= 2)

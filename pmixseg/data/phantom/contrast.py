@@ -135,16 +135,9 @@ class Shared:
 
 
 def scan(shared: Shared, modality: str, contrast: Contrast, scanner: Scanner) -> NDArray[np.int16]:
-    """Return one sequence of one case.
+    """Return one sequence of one case, ``[X, Y, Z]``: at least 1 in the brain, exactly 0 outside.
 
-    Args:
-        shared: anatomy, tumour and the fields that modalities share.
-        modality: its name, which selects the random numbers.
-        contrast: its signals.
-        scanner: its imperfections.
-
-    Returns:
-        ``[X, Y, Z]``, at least 1 inside the brain and exactly 0 outside.
+    The name of the modality selects the random numbers.
     """
     grid, tissues, tumour = shared.grid, shared.tissues, shared.tumour
     rng = stream(*shared.key, f"scan {modality}")

@@ -18,11 +18,7 @@ LAYOUT_FILE = "layout.yaml"
 
 
 def read_contrasts(path: Path | None) -> dict[str, Contrast]:
-    """Contrasts of a YAML file: name -> fields of :class:`~pmixseg.data.phantom.contrast.Contrast`.
-
-    Raises:
-        InputError: no such file, or not contrasts.
-    """
+    """Read contrasts (name -> :class:`~pmixseg.data.phantom.contrast.Contrast`) from a YAML file."""
     if path is None:
         return {}
     try:
@@ -38,13 +34,8 @@ def read_contrasts(path: Path | None) -> dict[str, Contrast]:
 def label_codes(task: Task, labels: Mapping[str, str]) -> dict[str, int]:
     """Return the number in the phantom's label files of each label of a task.
 
-    Args:
-        task: the task.
-        labels: label of the task -> tissue of the phantom (NCR, ED or ET); a label that bears a
-            tissue's name needs no entry.
-
-    Raises:
-        InputError: a label without a tissue, an unknown label or tissue, or a tissue twice.
+    ``labels`` maps labels to tissues (NCR, ED or ET); one that bears a tissue's name needs no
+    entry.
     """
     tissue = {label: labels.get(label, label) for label in task.labels}
     wrong = [label for label, name in tissue.items() if name not in LABEL_CODES]
@@ -59,13 +50,7 @@ def label_codes(task: Task, labels: Mapping[str, str]) -> dict[str, int]:
 
 
 def write_layout(out: Path, task: Task, codes: Mapping[str, int]) -> Path:
-    """Write the layout file of a phantom cohort.
-
-    Args:
-        out: folder of the cohort.
-        task: whose sequences were made.
-        codes: see :func:`label_codes`; numbers of other tissues become background.
-    """
+    """Write the layout file of a phantom cohort; numbers of other tissues become background."""
     stem = "{grade}/{case}/{case}_"
     layout = {
         "name": "phantom",

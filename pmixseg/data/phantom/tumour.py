@@ -95,16 +95,9 @@ def grow(
     The enhancing part has random numbers of its own and nothing else in the case depends on it:
     what share of the core enhances (0-100 %, 80 % on average), how thick the rim is, and where it
     has gaps cannot be read from the core's or the oedema's shape. Only the grade shows a little in
-    geometry (low grades have less oedema and a smoother core), and they never enhance.
-
-    Args:
-        seed: the cohort's seed.
-        index: the case.
-        anatomy: the patient's brain.
-        high_grade: larger oedema and a less regular core than in a low-grade tumour.
-        foci: number of tumour centres.
-        enhancing: whether any of the core enhances.
-        mass_effect: 0 pushes no tissue aside; 1 displaces up to the core's own volume.
+    geometry (low grades have less oedema and a smoother core), and they never enhance. Low grades
+    are ``high_grade=False``; a ``mass_effect`` of 1 displaces up to the core's own volume, 0 pushes
+    no tissue aside.
     """
     rng = stream(seed, index, "tumour")
     healthy = anatomy.tissues(GROWTH_GRID)
@@ -127,11 +120,9 @@ def enhancement(rng: np.random.Generator, core: Field) -> Field:
     """Depth inside the enhancing share of a core.
 
     A voxel scores by its nearness to the core's border plus random patches, and the best share is
-    taken: without patches a closed rim, with them a rim with gaps, islands, or a solid nodule.
-
-    Args:
-        rng: random numbers that nothing else in the case uses.
-        core: depth inside the core in mm, on :data:`GROWTH_GRID`.
+    taken: without patches a closed rim, with them a rim with gaps, islands, or a solid nodule. The
+    depth inside the core is in mm, on :data:`GROWTH_GRID`; nothing else in the case uses the random
+    numbers.
     """
     # Most cores enhance for the larger part, so that without T1ce guessing pays, as it does in
     # published results; about every seventh core may have any share.

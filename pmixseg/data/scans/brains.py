@@ -72,9 +72,7 @@ def turned(brain: npt.NDArray[np.bool_], sides: tuple[float, ...]) -> list[str]:
     Programs count the axes of an array from either end; where one writes what another has read, the
     array is turned and its header is not.
 
-    Args:
-        brain: ``[D, H, W]``, which voxels are brain.
-        sides: of its box, in mm.
+    ``brain`` is ``[D, H, W]``; ``sides`` are those of its box, in mm.
     """
     box = bounds(brain)
     if box is None:
@@ -99,11 +97,8 @@ def odd_slices(
 ) -> Iterator[str]:
     """Remark on slices that resemble no neighbour or are there twice, and on wrapped intensities.
 
-    Args:
-        scores: ``[D, H, W]`` z-scores, background 0.
-        zooms: voxel size in mm.
-        spread: standard deviation of the intensities.
-        name: how the phrases name it.
+    Scores are z-scores ``[D, H, W]`` with background 0, ``spread`` is the deviation of the
+    intensities.
     """
     thin = [2 * max(0, round((THIN_MM / z - 1) / 2)) + 1 for z in zooms]  # odd: meets all slices
     sample = scores[tuple(slice(None, None, n) for n in thin)].astype(np.float32)
@@ -153,12 +148,8 @@ def not_a_brain(
 ) -> str | None:
     """Suspect a skull, a background that is not 0, inverted intensities, or a label map.
 
-    Args:
-        scan: ``[D, H, W]`` intensities, or their tight box.
-        zooms: voxel size in mm.
-        name: how the phrase names it.
-        whole: the non-zero voxels reach all faces of the volume, of which ``scan`` is their tight
-            box; by default, ``scan`` is the volume.
+    ``scan`` holds intensities ``[D, H, W]``; where they are the tight box of the non-zero voxels,
+    ``whole`` says whether these reach all faces of the volume.
     """
     inner, voxel = float(scan.size), float(np.prod(zooms)) / 1000
     if whole is None:

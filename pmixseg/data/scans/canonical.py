@@ -174,14 +174,8 @@ def join(
 ) -> CanonicalCase:
     """Put the modalities of a case on the union of their boxes.
 
-    Args:
-        signals: modality -> its non-zero part; one or more, all on the grid of ``geometry``.
-        geometry: the grids, without boxes.
-        task: order of the channels.
-        dtype: ``float16`` or ``float32``.
-
-    Returns:
-        A case without a label.
+    ``signals`` are the non-zero parts by modality, all on the grid of ``geometry``; the case has no
+    label yet.
     """
     tight = functools.reduce(Box.union, (s.box for s in signals.values()))
     boxes = {n: s.box.grow(BOX_MULTIPLE, geometry.grid_shape) for n, s in signals.items()}
@@ -206,12 +200,7 @@ def join(
 
 
 def add_label(case: CanonicalCase, seen: LabelMap) -> None:
-    """Put a label map on the grid of a case.
-
-    Args:
-        case: of the same grid; changed in place.
-        seen: the label map.
-    """
+    """Put a label map on the grid of a case, which is changed in place."""
     geometry, box = case.geometry, case.geometry.box()
     case.ignored = seen.ignored
     inside = box.contains(seen.box) or seen.classes.size == 0

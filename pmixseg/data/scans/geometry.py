@@ -78,12 +78,7 @@ class Geometry:
     ) -> Geometry:
         """Return the grids that follow from a file's shape and affine.
 
-        Args:
-            shape: voxels of the source file.
-            affine: its affine.
-            spacing: voxel size of the grid in mm per canonical axis; ``None`` keeps the source's.
-            boxes: see the class.
-            unit: see the class.
+        A spacing of ``None`` keeps the source's; the other arguments are fields of the class.
 
         Raises:
             ValueError: the affine is singular or not finite, so it has no orientation; its axes are
@@ -210,9 +205,7 @@ class Geometry:
     ) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
         """Resample ``[*, D, H, W]`` from the canonical volume to the full grid.
 
-        Args:
-            canonical: an array of shape ``[*, *canonical_shape]``.
-            order: 1 linear (result float32), 0 nearest (result uint8, for labels).
+        Order 1 is linear and gives float32; 0, for labels, is nearest and gives uint8.
         """
         return _resample(canonical, self.source_spacing, self.grid_spacing, self.grid_shape, order)
 
@@ -221,19 +214,9 @@ class Geometry:
     ) -> npt.NDArray[Any]:
         """Put a box of the grid back into the source file's shape and orientation.
 
-        Args:
-            volume: ``[*, d, h, w]``, an array that fills ``box``.
-            box: where it lies in the grid.
-            order: how to resample if the spacing differs: 1 linear, for probabilities; 0 nearest,
-                for labels.
-            first: value outside the box of ``volume[0]``: 1 where that is the background's
-                probability.
-
-        Returns:
-            ``[*, *source_shape]``, contiguous, 0 outside the box but for ``first``.
-
-        Raises:
-            ValueError: the array does not have the shape of the box.
+        ``[*, d, h, w]`` becomes ``[*, *source_shape]``, contiguous, 0 outside the box; ``first``
+        stands there in ``volume[0]``: 1 where that is the background's probability. Order is 1
+        (linear) for probabilities, 0 (nearest) for labels, where the spacing differs.
         """
         return self._placed(*self._source_part(volume, box, order, first), first)
 
@@ -242,9 +225,7 @@ class Geometry:
     ) -> npt.NDArray[np.uint8]:
         """Return the most probable class, of equal ones the first, that :meth:`to_source` gives.
 
-        Args:
-            probabilities: ``[C, d, h, w]``, background first, an array that fills ``box``.
-            box: where it lies in the grid; outside all is background.
+        Outside the box of ``[C, d, h, w]``, background first, all is background.
         """
         part, place = self._source_part(probabilities, box, 1, first=1)
         # Many times faster than argmax.
@@ -315,12 +296,8 @@ class Geometry:
 def check_spacing(spacing: Iterable[float], what: str) -> None:
     """Compare a voxel size with what scanners make.
 
-    Args:
-        spacing: mm per axis.
-        what: has it, how the message begins.
-
-    Raises:
-        ValueError: a size outside :data:`MIN_SPACING` to :data:`MAX_SPACING`; the text is a phrase.
+    The ``ValueError`` of a size outside :data:`MIN_SPACING` to :data:`MAX_SPACING` is a phrase that
+    begins with ``what``.
     """
     sizes = list(spacing)
     if not all(MIN_SPACING <= s <= MAX_SPACING for s in sizes):

@@ -25,11 +25,7 @@ SMALLEST_SIDE = 128
 
 
 def check_normalisation(name: str) -> None:
-    """Refuse a normalisation that does not exist.
-
-    Raises:
-        InputError: it does not.
-    """
+    """Refuse a normalisation that does not exist."""
     if name not in NORMALISATIONS:
         raise InputError(
             f"normalisation '{name}' is not known; use one of {', '.join(NORMALISATIONS)}."
@@ -44,14 +40,7 @@ def computed_dtype(name: str, dtype: npt.DTypeLike) -> npt.DTypeLike:
 def normalised(case: CanonicalCase, name: str, dtype: npt.DTypeLike) -> CanonicalCase:
     """Return a case in a named normalisation.
 
-    Args:
-        case: as :func:`~pmixseg.data.scans.canonical.canonicalise` makes it, in
-            :func:`computed_dtype`.
-        name: of the normalisation.
-        dtype: ``float16`` or ``float32``, of the result.
-
-    Raises:
-        InputError: there is no such normalisation.
+    The case is in :func:`computed_dtype`; ``dtype`` is the result's.
     """
     check_normalisation(name)
     return case if name == NORMALISATION else joint_mask(case, dtype)
@@ -67,11 +56,8 @@ def joint_mask(case: CanonicalCase, dtype: npt.DTypeLike = np.float32) -> Canoni
     Axes count to the left, back and top, as in the files of BraTS. One crop serves all
     combinations. Scans that were not acquired stay 0.
 
-    The published code always has four scans; with fewer, the mask is that of the acquired ones.
-
-    Args:
-        case: in float32, for its rounding would show.
-        dtype: of the result.
+    The published code always has four scans; with fewer, the mask is that of the acquired ones. The
+    case must be in float32, for its rounding would show.
     """
     inner = bounds(np.any(case.image, axis=0))
     assert inner is not None  # a case has a scan that is not 0 everywhere

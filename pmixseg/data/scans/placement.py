@@ -96,11 +96,8 @@ class Overview:
     def of(cls, scans: Mapping[str, npt.NDArray[np.generic]], zooms: Sequence[float]) -> Overview:
         """Return the overview of scans.
 
-        Of small voxels every second per axis is read, which is 8 of 64 in a block at 1 mm.
-
-        Args:
-            scans: sequence -> ``[D, H, W]``, all of one shape.
-            zooms: voxel size in mm.
+        Of small voxels every second per axis is read, which is 8 of 64 in a block at 1 mm. Scans
+        are ``[D, H, W]``, all of one shape.
         """
         every = [2 if z <= COARSE_MM / 4 else 1 for z in zooms]
         steps = [max(1, round(COARSE_MM / (z * e))) for z, e in zip(zooms, every, strict=True)]
@@ -211,10 +208,8 @@ def misplaced(overview: Overview) -> list[str]:
 
     The seven real cases have max g between 0.33 and 0.89 with all four scans, also where one covers
     half of the brain, and at most 1.02 with two. With one of four shifted by 10 mm it is at least
-    1.9, turned by 15 degrees 1.28, mirrored left-right 1.67; by 6 mm, 1.09.
-
-    Returns:
-        A phrase for the scan with the largest g, if that is above :data:`MAX_GAIN`.
+    1.9, turned by 15 degrees 1.28, mirrored left-right 1.67; by 6 mm, 1.09. The scan with the
+    largest g is named, if that is above :data:`MAX_GAIN`.
     """
     codes, size = overview.codes, overview.zooms
     names = list(codes)
@@ -250,13 +245,9 @@ def misplaced_label(
     """Suspect a label that is mirrored, shifted or has other axes against the scans.
 
     That a voxel is labelled, and the intensities there, share information: see :data:`LABEL_GAIN`.
-
-    Args:
-        tumour: ``[voxels, 3]``, labelled voxels in the part that the overview shows.
-        first: where that part begins in the grid.
-        shape: of the grid.
-        overview: of the scans.
-        shifts: also try shifts; known to be safe for whole gliomas in four sequences alone.
+    ``tumour`` holds the labelled voxels ``[voxels, 3]``, counted from ``first``, where the overview
+    begins in the grid of ``shape``. ``shifts`` are known to be safe for whole gliomas in four
+    sequences alone.
     """
     if len(tumour) == 0:
         return []
@@ -377,12 +368,8 @@ def _quantised(scan: Volume) -> Codes:
 def _information(scans: Codes, others: Codes, enough: float) -> npt.NDArray[np.float64]:
     """Mutual information of each other scan with all scans, in nats, summed over the scans.
 
-    Entropies are corrected for the number of voxels (Miller and Madow 1955).
-
-    Args:
-        scans: ``[scans, voxels]``.
-        others: ``[others, voxels]``; voxels where either is 0 do not count.
-        enough: scans that have fewer voxels than this do not count.
+    Entropies are corrected for the number of voxels (Miller and Madow 1955). Voxels ``[scans,
+    voxels]`` where either is 0 do not count, nor do scans with fewer than ``enough``.
     """
     pairs, rows = (len(others), len(scans)), BINS + 1
     table = np.arange(math.prod(pairs), dtype=np.int32).reshape(*pairs, 1)

@@ -202,11 +202,8 @@ TAKEN_AS_LAS = (
 def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verdict:
     """Judge a case: `inspect`, `prepare` and `segment` all ask here.
 
-    Args:
-        case: a canonical case.
-        task: names of its channels.
-        odd_one_out: other cases of its cohort say how they lie; if this one does not, it may be
-            mirrored or turned against them.
+    With ``odd_one_out``, other cases of its cohort say how they lie; if this one does not, it may
+    be mirrored or turned against them.
     """
     pairs = zip(task.modalities, case.image, case.acquired, strict=True)
     scans = {name: scan for name, scan, there in pairs if there}
@@ -237,12 +234,7 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
 
 
 def speck(scan: npt.NDArray[np.generic], name: str) -> list[str]:
-    """Remark on a voxel that is far brighter than the brain.
-
-    Args:
-        scan: z-scores.
-        name: how the phrase names it.
-    """
+    """Remark on a voxel that is far brighter than the brain."""
     # As whole numbers without the sign: numpy compares halves of floats slowly.
     bits = f"u{scan.itemsize}"
     if (scan.view(bits) << 1).max() <= np.array(BRIGHTEST, scan.dtype).view(bits) << 1:

@@ -111,11 +111,9 @@ def modality_of(name: str, modalities: Iterable[str]) -> str | None:
 
 
 def read_name(name: str, modalities: Iterable[str]) -> Reading:
-    """Read the name of a file.
+    """Read the name of a file, without folder and ending.
 
-    Args:
-        name: without folder and ending.
-        modalities: of the task; one that is no T1, T2 or FLAIR is looked for by its own name.
+    A modality of the task that is no T1, T2 or FLAIR is looked for by its own name.
 
     Example:
         >>> read_name("t2_star", ("t1", "t2")).doubt

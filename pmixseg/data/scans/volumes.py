@@ -47,12 +47,7 @@ class Place:
 
 
 def place_of(scan: Scan, spacing: Spacing | None, where: str) -> Place:
-    """Say where a file lies.
-
-    Args:
-        scan: the file.
-        spacing: voxel size of the grid in mm; ``None`` keeps the file's.
-        where: how messages name the case.
+    """Say where a file lies, on a grid of ``spacing`` or, with ``None``, of its own.
 
     Raises:
         InputError: its affine has no orientation, or its voxels or its grid have a size that no
@@ -72,9 +67,8 @@ def place_of(scan: Scan, spacing: Spacing | None, where: str) -> Place:
 def same_grid(first: Place, other: Place, where: str) -> Geometry:
     """Compare two files of one case after both are in canonical orientation.
 
-    Returns:
-        The geometry by which the other file is read: the reference's where both have the same
-        axes. Of axes near 45 degrees, rounding must not decide twice which is which.
+    The other file is read by the geometry that is returned: the reference's where both have the
+    same axes. Of axes near 45 degrees, rounding must not decide twice which is which.
 
     Raises:
         InputError: shapes differ, or some corner lies further apart than a tenth of a voxel.
@@ -140,8 +134,7 @@ class Signal:
     def write_zscores(self, target: npt.NDArray[Any]) -> None:
         """Write (x - mean) / deviation in non-zero voxels, and 0 elsewhere.
 
-        Args:
-            target: float16 or float32, canonical orientation, the shape of :attr:`box`.
+        The target is float16 or float32, in canonical orientation and of the shape of :attr:`box`.
         """
         view = target if self.geometry.resampled else self.geometry.source_view(target)
         order = memory_order(self.values)
@@ -161,11 +154,7 @@ class Signal:
 def signal_of(scan: Scan, geometry: Geometry, where: str, role: str = "a scan") -> Signal:
     """Find a modality's non-zero voxels in the grid, after resampling if the grid asks for it.
 
-    Args:
-        scan: the file.
-        geometry: its grids.
-        where: how messages name the case.
-        role: how a doubt about it names the modality.
+    ``role`` is how a doubt about it names the modality.
 
     Raises:
         InputError: NaN or infinity, no non-zero voxel, the same value in all of them, or values
@@ -280,14 +269,8 @@ class Coding:
     ) -> Coding:
         """Return the coding of one layout.
 
-        Args:
-            task: its labels, class index = position + 1.
-            codes: label name -> number (``None``: class index).
-            ignored: numbers that become background.
-            doubtful: see the class.
-            witness: see the class.
-            also: further number -> label name.
-            unannotated: see the class.
+        Each ``also`` is a further number -> label name, codes of ``None`` are class indices; the
+        rest are fields of the class.
 
         Raises:
             InputError: a label without a number of its own from 1 to 255, or a name too many.

@@ -36,10 +36,8 @@ def copy_box(box: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a contiguous copy of a box sliced from a stored array.
 
     Its rows are moved as one item each, which takes two thirds to four fifths of the time of
-    ``box.copy()``: numpy's loop over many short rows costs more than the bytes.
-
-    Args:
-        box: a slice, without steps, of an array that is contiguous along its last axis.
+    ``box.copy()``: numpy's loop over many short rows costs more than the bytes. It is a slice,
+    without steps, of an array that is contiguous along its last axis.
     """
     if box.size == 0:
         return box.copy()
@@ -51,14 +49,6 @@ def read_only_map(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray
     """Map an array by torch: a map of Python's holds the file open as long as it is.
 
     What the file must begin with is known, so nothing has to be parsed that may be damaged.
-
-    Args:
-        path: a ``.npy`` file.
-        dtype: that it must have.
-        shape: that it must have.
-
-    Raises:
-        InputError: the file is missing, or is not this array.
     """
     head = _head(dtype, shape)
     size = len(head) + math.prod(shape) * np.dtype(dtype).itemsize
@@ -90,12 +80,7 @@ def damaged(path: Path, what: str) -> InputError:
 def write_array(path: Path, array: npt.NDArray[Any]) -> dict[str, int]:
     """Write a .npy file by plain writes: ``tofile`` hides errno, a map dies of a full disk.
 
-    Args:
-        path: of the file.
-        array: of any order; its file is in C order.
-
-    Returns:
-        Its size and its checksum.
+    The file is in C order, whatever the array's. Its size and checksum are returned.
     """
     array = np.ascontiguousarray(array)
     head = _head(array.dtype.str, array.shape)

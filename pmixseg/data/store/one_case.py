@@ -65,9 +65,6 @@ def prepare_case(settings: StoreSettings, case: Case) -> Outcome | InputError:
     """Bring one case up to date; a bad one is an outcome, a bad disk is an exception.
 
     A case that was kept by force stays, as long as its files are the same.
-
-    Raises:
-        OSError: the store cannot be written.
     """
     own = settings.cases / case.case_id
     where = f"case '{case.case_id}'"

@@ -170,11 +170,7 @@ class StoredCase:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """``meta.json`` of a case folder, if it is as it was written and its arrays are all there.
-
-    Returns:
-        ``None`` for a case of another format, or one that is not complete.
-    """
+    """Read ``meta.json`` of a case, if it is as it was written and the arrays are all there."""
     meta = unseal(folder / META)
     if meta is None or meta.get("format") != FORMAT:
         return None
@@ -239,9 +235,6 @@ def scan_hashes(meta: Mapping[str, Any]) -> tuple[str, ...]:
 
     A file is told by the SHA-256 of its bytes. A copy that was packed anew has other bytes; it is
     told by the checksums of the prepared arrays, where both were prepared in the same way.
-
-    Args:
-        meta: of the case.
     """
     sources = meta["sources"]
     hashes = {s["sha256"][:HASH_DIGITS] for role, s in sources.items() if role != "label"}
@@ -255,17 +248,11 @@ def scan_hashes(meta: Mapping[str, Any]) -> tuple[str, ...]:
 def write_case(folder: Path, case: CanonicalCase, meta: Mapping[str, Any], origin: str) -> None:
     """Write a case folder in one step; what had its name before is replaced.
 
-    Args:
-        folder: the case's folder, inside a folder that exists.
-        case: the arrays.
-        meta: what is known beside them: ``case_id``, ``patient``, ``grade``, ``layout``,
-            ``codes``, ``modalities``, ``parameters`` (what the result depends on besides the
-            sources) and ``sources`` (role -> file name, channel, SHA-256). ``format``,
-            ``geometry``, ``label_box`` and ``files`` (name -> size, checksum) are added.
-        origin: path of one of the sources, see :func:`origin_of`.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written; nothing of the case remains.
+    ``meta`` holds ``case_id``, ``patient``, ``grade``, ``layout``, ``codes``, ``modalities``,
+    ``parameters`` (what the result depends on besides the sources) and ``sources`` (role -> file
+    name, channel, SHA-256). ``format``, ``geometry``, ``label_box`` and ``files`` (name -> size,
+    checksum) are added. ``origin`` is the path of one of the sources, see :func:`origin_of`. Where
+    the disk does not take the case, nothing of it remains.
     """
     arrays: dict[str, npt.NDArray[Any] | None] = {
         IMAGE: case.image,
@@ -301,11 +288,7 @@ def write_origin(folder: Path, origin: str) -> None:
 
 
 def remove_case(folder: Path) -> None:
-    """Remove a case folder; nobody sees a half of it.
-
-    Raises:
-        OSError: the store cannot be written.
-    """
+    """Remove a case folder; nobody sees a half of it."""
     with (
         hidden_folder_near(folder) as aside,
         suppress(FileNotFoundError),
