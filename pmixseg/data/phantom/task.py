@@ -18,7 +18,7 @@ LAYOUT_FILE = "layout.yaml"
 
 
 def read_contrasts(path: Path | None) -> dict[str, Contrast]:
-    """Read contrasts (name -> :class:`~pmixseg.data.phantom.contrast.Contrast`) from a YAML file."""
+    """Read contrasts (name -> :class:`~pmixseg.data.phantom.contrast.Contrast`) of a YAML file."""
     if path is None:
         return {}
     try:

@@ -42,9 +42,8 @@ def paired_by_seed(a: Sequence[Records], b: Sequence[Records]) -> list[Records]:
 def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
     """Refuse one training counted twice; say where matched runs had other seeds.
 
-    Returns:
-        Sentences for :func:`compare`. Seeds are compared
-        as far as the sidecars of both runs know them.
+    The sentences are for :func:`compare`. Seeds are compared as far as the sidecars of both runs
+    know them.
 
     Raises:
         InputError: the same checkpoint twice on one side, or the same results on both.
@@ -98,13 +97,10 @@ def compare(
 ) -> Comparison:
     """Compare two methods.
 
-    Args:
-        a: records of the runs of A, one table per run, with ``run``, ``case``, ``combination``,
-            ``n_present``, ``region``, ``dice`` and ``measure``.
-        b: of B; run i has the seed of run i of A.
-        measure: column of the exploratory table. The primary endpoint is Dice in any case.
-        notes: what is known of the runs besides and belongs beside the numbers, see
-            :func:`matching_notes`.
+    Each run's table has ``run``, ``case``, ``combination``, ``n_present``, ``region``, ``dice`` and
+    ``measure``; run i of B has the seed of run i of A. ``measure`` is the column of the exploratory
+    table: the primary endpoint is Dice in any case. ``notes`` belong beside the numbers, see
+    :func:`matching_notes`.
 
     Raises:
         InputError: no run, unequal numbers of runs, a column is missing or holds no numbers, rows

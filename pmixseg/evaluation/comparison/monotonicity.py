@@ -22,18 +22,12 @@ COLUMNS = ["region", "combination", "added", "change", "low", "high", "cases", "
 def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Measure what each added modality does to Dice, for one method.
 
-    Args:
-        runs: records of the method's runs, with ``case``, ``combination``, ``region``, ``dice``.
-
     Returns:
         One row per region, combination and modality that it lacks, worst change first:
         ``region``, ``combination``, ``added``, ``change`` (mean Dice after minus before, over runs
         and the cases that have both), ``low`` and ``high`` (95 %, bootstrap over runs and cases),
         ``cases``, ``hurt`` (cases whose mean over runs fell), ``clear`` (it fell in these trained
         networks by a t-test over the cases' means, at 5 % after Holm's correction for all rows).
-
-    Raises:
-        InputError: no run.
     """
     if not runs:
         raise InputError("no run to look at; name at least one with records.")

@@ -43,14 +43,11 @@ class PairedTest:
 
 
 def paired_t(differences: Array) -> PairedTest:
-    """Test whether the methods differ: t over the runs' mean differences.
+    """Test whether the methods differ: t over the runs' means of differences ``[runs, cases]``.
 
     The unit is a training, not a case: cases of one training share its luck, and a test over
     cases calls that luck an effect, with one run a side in 56 % of studies
     (docs/method/evidence.md).
-
-    Args:
-        differences: ``[runs, cases]``.
 
     Example:
         >>> test = paired_t(np.array([[1.0], [2.0], [3.0]]))
@@ -72,16 +69,11 @@ def paired_t(differences: Array) -> PairedTest:
 
 
 def two_way_bootstrap(differences: Array, repeats: int = 4000, seed: int = 0) -> Interval:
-    """95 % percentile interval of the mean, drawing runs and cases anew, each with replacement.
+    """95 % percentile interval of the mean of ``[runs, cases]``, each drawn with replacement.
 
     With one run, cases alone are drawn: the interval then says nothing about another training.
     With few runs it is too narrow: without a true effect (simulation of docs/method/evidence.md) it
     holds 0 in 71 % of studies with 2 pairs, 82 % with 3, 90 % with 5, 91 % with 8, 94 % with 12.
-
-    Args:
-        differences: ``[runs, cases]``.
-        repeats: number of draws.
-        seed: of the draws.
 
     Source: Owen 2007, "The pigeonhole bootstrap".
     """

@@ -35,13 +35,8 @@ class GapChange:
 def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
     """Return what ``GapMonitor`` logged in a run, first and last, by level.
 
-    Args:
-        run: the run folder.
-        best: after means the epoch with the highest ``val/dice`` (whose weights ``best.ckpt``
-            holds), not the last.
-
-    Returns:
-        Nothing where no gap was measured.
+    With ``best``, after means the epoch with the highest ``val/dice`` (whose weights ``best.ckpt``
+    holds), not the last.
     """
     table = read_log(run)
     names = [str(c) for c in table.columns]
@@ -69,9 +64,7 @@ def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
 def _of_best(table: pd.DataFrame, rows: pd.DataFrame) -> pd.Series | None:
     """The measurement of the weights with the highest ``val/dice``; the last without validation.
 
-    Args:
-        table: the log.
-        rows: those of it that hold a gap, which need not be those of every validation.
+    ``rows`` are those of the log that hold a gap, which need not be those of every validation.
     """
     if "val/dice" not in table or not table["val/dice"].notna().any():
         return rows.iloc[-1]

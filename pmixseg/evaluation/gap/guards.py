@@ -65,9 +65,7 @@ def whitened_gap(vectors: Vectors, targets: Float[Tensor, "n c"]) -> float:
 
     :math:`S_W` is the mean of :math:`(f_m - P)(f_m - P)^T`, :math:`S_T` the covariance of all
     latents together. No invertible linear map of the channels changes it (but for the ridge).
-
-    Returns:
-        0 for constant latents.
+    Constant latents give 0.
     """
     vectors, targets = vectors.double(), targets.double()
     channels = vectors.shape[2]
@@ -88,16 +86,9 @@ def decodability(
 
     A ridge regression on standardised channels is fitted to the voxels of all cases but one and
     tested on that one, in turn; with a single case, to all but a fifth of its voxels. The mean over
-    modalities is taken.
-
-    Args:
-        vectors: latents of brain voxels, ``[n, M, C]``.
-        regions: share of each region in those voxels, ``[n, R]``.
-        cases: number of the case of each voxel.
-
-    Returns:
-        At most 1; below 0 where the fit is worse than the mean; NaN for a region that no voxel or
-        every voxel belongs to.
+    modalities is taken. The number of each voxel's case tells them apart, ``regions`` is the share
+    of each region in the voxels. A result is at most 1, below 0 where the fit is worse than the
+    mean, and NaN for a region that no voxel or every voxel belongs to.
     """
     regions = regions.double()
     several = len(set(cases.tolist())) > 1
@@ -131,10 +122,9 @@ def low_guards(
 ) -> list[str]:
     """Return names of the guards of one level that are lost against a reference.
 
-    Args:
-        values: ``rank_within`` and, where labels are known, ``decodability``.
-        reference: the same of the run without alignment, or from before it began.
-        cases: how many were measured; see :data:`FEWEST_CASES`.
+    Values are ``rank_within`` and, where labels are known, ``decodability``; the reference is the
+    run without alignment, or from before it began. For the number of cases see
+    :data:`FEWEST_CASES`.
     """
     low = []
     if values["rank_within"] < RANK_SHARE * reference.get("rank_within", 0.0):

@@ -30,14 +30,10 @@ Covariance = Float[Tensor, "k k"]
 
 
 def total_correlation(covariance: Covariance, sizes: Sequence[int]) -> float:
-    r"""Total correlation of the blocks of a Gaussian vector.
+    r"""Total correlation of blocks, of these sizes and in this order, of a Gaussian vector.
 
     .. math:: TC = KL\bigl(q(Z) \| \textstyle\prod_m q(z_m)\bigr)
                  = \tfrac12 \Bigl( \sum_m \log\det \Sigma_{mm} - \log\det \Sigma \Bigr)
-
-    Args:
-        covariance: of the joined vector.
-        sizes: dimensions of the blocks, in order.
 
     Example:
         >>> round(total_correlation(torch.tensor([[1.0, 0.6], [0.6, 1.0]]), [1, 1]), 6)
@@ -61,12 +57,7 @@ def jensen_shannon(
     .. math:: JSD_w = \sum_m w_m KL\bigl(q_m \| \textstyle\sum_j w_j q_j\bigr)
               \in \bigl[0,\; \textstyle -\sum_m w_m \log w_m\bigr]
 
-    Args:
-        means: one per Gaussian.
-        covariances: one per Gaussian.
-        weights: w, summing to 1; equal if not given.
-        samples: drawn from each Gaussian; the standard error falls with its root.
-        seed: of the samples.
+    Every Gaussian is sampled equally often; the standard error falls with the root of ``samples``.
     """
     shares = [1 / len(means)] * len(means) if weights is None else list(weights)
     w = torch.tensor(shares, dtype=torch.float64)

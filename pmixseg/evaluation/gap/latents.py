@@ -68,17 +68,11 @@ def sample_latents(
 ) -> dict[int, LatentSample]:
     """Latents of complete cases, in one window of each around the middle of the brain.
 
-    Args:
-        predictor: a module or backbone in eval mode, one latent per modality.
-        images: cases with every modality, background 0.
-        window: size in voxels, divisible by the largest stride.
-        anchor: the model's; a uniform mixture where there is none, or it has no features.
-        levels: which levels.
-        points: voxels in all of each level, spread evenly over the cases.
-        regions: of each case, 1 inside a region and 0 outside, on the image's grid.
-
-    Returns:
-        Level -> vectors inside the brain; empty if there is no image.
+    The predictor is a module or backbone in eval mode, with one latent per modality; images have
+    every modality and background 0. Where the model has no anchor, or one without features, a
+    uniform mixture takes its place. ``points`` voxels of each level, inside the brain, are spread
+    evenly over the cases. ``regions`` are 1 inside and 0 outside, on the image's grid. Without an
+    image the result is empty.
     """
     names = tuple(predictor.modalities)
     images = list(images)
@@ -141,10 +135,7 @@ def centre_window(
 ) -> Tensor:
     """Cut a window around the middle of the non-zero voxels, padded with 0 beyond the image.
 
-    Args:
-        image: to be cut.
-        size: of the window.
-        around: image whose voxels are meant, on the same grid; ``image`` itself if not given.
+    ``around`` is the image whose voxels are meant, on the same grid; by default ``image`` itself.
     """
     places = ((image if around is None else around) != 0).any(0).nonzero().double()
     shape = torch.tensor(image.shape[1:], dtype=torch.double)

@@ -76,15 +76,9 @@ def voxel_vectors(
 ) -> tuple[Vectors, Targets]:
     """Latents and anchor at voxels drawn without replacement.
 
-    Args:
-        features: latents of one level, all slots encoded, ``[B, M, C, D, H, W]``.
-        anchor: P at the same level.
-        mask: voxels that count (the brain), at the level's grid; all if not given.
-        points: how many are drawn; all if there are fewer.
-        seed: of the draw.
-
-    Returns:
-        ``[n, M, C]`` and ``[n, C]``, float64 on the CPU.
+    ``features`` are those of one level with all slots encoded, ``anchor`` is P at that level. Of
+    the voxels in ``mask`` (the brain; all if not given) at most ``points`` are drawn. The results
+    ``[n, M, C]`` and ``[n, C]`` are float64 on the CPU.
     """
     vectors = features.detach().movedim((1, 2), (-2, -1)).flatten(0, 3)
     targets = anchor.detach().movedim(1, -1).flatten(0, 3)
@@ -97,11 +91,8 @@ def voxel_vectors(
 def measure_gap(vectors: Vectors, targets: Targets, seed: int = 0, samples: int = 4096) -> Gap:
     """Return all numbers of :class:`Gap`.
 
-    Args:
-        vectors: latents of the same n voxels in M modalities, ``[n, M, C]``.
-        targets: the anchor there, ``[n, C]``.
-        seed: of Monte Carlo samples and shuffles.
-        samples: Monte Carlo samples per modality.
+    Targets are the anchor at the same n voxels; the seed is that of Monte Carlo samples and
+    shuffles.
 
     Raises:
         ValueError: fewer than two voxels.

@@ -231,18 +231,9 @@ def predict_case(
     Combinations with equal boxes share windows, and with them the encoding; so the result for a
     combination is what :func:`pmixseg.inference.segment` computes from these files alone.
 
-    Args:
-        predictor: a module or backbone in eval mode.
-        image: channels in the order of ``predictor.modalities``, in ``geometry.box()``.
-        geometry: geometry of the prepared case.
-        task: the task.
-        combinations: subsets of what the case has.
-        window: window size in voxels.
-        settings: overlap, blending, post-processing.
-        progress: called with (windows done, windows in all) of each group.
-
-    Yields:
-        One prediction per combination, grouped by box.
+    The predictor is in eval mode, and the image, in ``geometry.box()``, has its channels in the
+    order of ``predictor.modalities``. Combinations are subsets of what the case has; predictions
+    come grouped by box. ``progress`` gets (windows done, windows in all) of each group.
     """
     # Combinations whose modalities fill the same box share its windows.
     groups: dict[Box, list[Combination]] = {}
@@ -297,15 +288,8 @@ def score_case(
     Calibration (``ece``, ``brier``) is measured in the prepared grid, where probabilities live,
     over the voxels in which any sequence of the case has signal: the same for every combination.
 
-    Args:
-        predictions: of one case.
-        item: the case.
-        task: names the regions.
-        settings: conventions, and whether calibration is measured.
-        each: how a function is applied to all predictions, in their order; several threads may.
-
-    Returns:
-        One row per combination and region; none where the case has no label.
+    One row per combination and region; none where the case has no label. ``each`` applies a
+    function to all predictions, in their order; several threads may.
     """
     truth, geometry = item["stored"].native_label(), item["stored"].geometry
     if truth is None:  # then nothing is predicted either

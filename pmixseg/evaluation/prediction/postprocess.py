@@ -26,14 +26,7 @@ def postprocess(
 ) -> Labels:
     """Apply steps by name, in order.
 
-    Args:
-        labels: class indices; not changed.
-        steps: names among :data:`STEPS`; none by default everywhere in the package.
-        task: meaning of the classes.
-        affine: voxel to mm, for steps with a volume.
-
-    Raises:
-        InputError: an unknown step, or one that the task has no meaning for.
+    Steps are names among :data:`STEPS`; the affine (voxel to mm) is for those with a volume.
 
     Example:
         >>> from pmixseg.task import BRATS
@@ -57,11 +50,7 @@ def check_steps(steps: Sequence[str], task: Task) -> None:
 
 
 def check_names(steps: Sequence[str]) -> None:
-    """Refuse names that are no step, whatever the task.
-
-    Raises:
-        InputError: an unknown name, or one name where a list belongs.
-    """
+    """Refuse names that are no step, whatever the task."""
     for name in [steps] if isinstance(steps, str) else steps:
         if name not in STEPS:
             raise InputError(f"post-processing '{name}' is unknown; use names of {list(STEPS)}.")

@@ -127,14 +127,8 @@ def segment_scans(
     The same canonicalisation as ``pmixseg prepare`` and the same prediction as ``pmixseg test``:
     the result for the scans of a combination is the tested one of that combination.
 
-    Args:
-        predictor: the network, in eval mode.
-        recipe: what it was trained on.
-        images: modality -> file, (4-D file, channel), or nibabel image.
-        settings: how.
-        codes: label name -> number in the result; by default the class index.
-        name: of the case, for messages and files.
-        progress: called with the windows done and in all.
+    An image is a file, a (4-D file, channel) or a nibabel image; ``codes`` maps a label to its
+    number in the result, by default the class index. ``progress`` gets the windows done and in all.
 
     Raises:
         InputError: no scan, an unknown modality or one that the network has no input for, damaged

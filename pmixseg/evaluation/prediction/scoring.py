@@ -54,12 +54,9 @@ class CaseRows:
     ) -> None:
         """Score a case.
 
-        Args:
-            score: makes rows of predictions.
-            predictions: of one case; the network runs while they are iterated over, here.
-            apart: score in a thread; the rows come later, and so does an error. On a CPU it would
-                take the time of the network.
-            device: where the predictions lie.
+        The network runs while the predictions are iterated over, here. Where they are scored
+        ``apart``, in a thread, the rows come later, and so does an error; on a CPU it would take
+        the time of the network.
         """
         if not apart:
             self._rows += score(predictions, map)

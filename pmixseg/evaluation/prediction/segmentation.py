@@ -181,11 +181,7 @@ def doubts(
 ) -> tuple[str, ...]:
     """Return a sentence about a segmentation that is empty, too large, or beside the brain.
 
-    Args:
-        made: the segmentation.
-        inside: which voxels of the prepared case are brain.
-        voxel: their volume in ml.
-        where: the case, for the sentence.
+    ``inside`` says which voxels of the prepared case, of ``voxel`` ml each, are brain.
     """
     brain, largest = float(inside.sum()) * voxel, max(made.volumes.values(), default=0.0)
     if largest == 0:

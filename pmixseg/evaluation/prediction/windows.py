@@ -168,13 +168,7 @@ def _add(
     sums: Float[Tensor, "k c d h w"],
     at_once: int,
 ) -> int:
-    """Add what the network answers in some windows; in halves where memory does not hold them.
-
-    The order of sums is the same in every case.
-
-    Returns:
-        How many windows memory held.
-    """
+    """Add what the network answers in some windows, and return how many of them memory held."""
     done = 0
     stack = torch.stack([padded[(slice(None), *w)] for w in windows]).to(flags.device)
     try:

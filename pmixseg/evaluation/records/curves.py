@@ -32,11 +32,7 @@ class Chart:
 
 
 def read_log(run: Path) -> pd.DataFrame:
-    """``metrics.csv`` of a run; a table without columns where nothing was logged.
-
-    Raises:
-        InputError: the file is not a table, or holds words where numbers belong.
-    """
+    """``metrics.csv`` of a run; a table without columns where nothing was logged."""
     path = run / "metrics.csv"
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame()
@@ -54,12 +50,9 @@ def read_log(run: Path) -> pd.DataFrame:
 def read_curves(run: Path) -> list[Chart]:
     """Curves of ``metrics.csv`` (Lightning's CSVLogger or this package's), grouped by name.
 
-    ``train/loss`` and other training losses share a chart, ``val/dice`` and its regions another,
-    as do names of three parts with the first two in common (``anchor/level3/t1``), and levels of
-    one measure of the gap (``gap/level3/ratio``).
-
-    Returns:
-        Nothing if the run has no such file.
+    ``train/loss`` and other training losses share a chart, ``val/dice`` and its regions another, as
+    do names of three parts with the first two in common (``anchor/level3/t1``), and levels of one
+    measure of the gap (``gap/level3/ratio``). A run without such a file has none.
     """
     table = read_log(run)
     axis = next((name for name in ("epoch", "step") if name in table), None)

@@ -78,17 +78,9 @@ class Example:
     ) -> Example:
         """Shrink volumes by a whole factor and cut the plane with most tumour.
 
-        Args:
-            case: case id.
-            modalities: names of the channels.
-            image: RAS, background 0.
-            truth: class indices, if known.
-            predictions: combination -> class indices in the same grid; at least one.
-            spacing: mm.
-            max_side: longest side of the small volumes, in voxels.
-
-        Raises:
-            InputError: no prediction, or shapes that differ.
+        The image is RAS with background 0, its ``spacing`` in mm; truth and the predictions, of
+        which there is at least one, lie on its grid. The longest side of the small volumes has
+        ``max_side`` voxels.
         """
         labels = [p for p in (truth, *predictions.values()) if p is not None]
         if not predictions or any(p.shape != image.shape[1:] for p in labels):
@@ -123,11 +115,7 @@ class Example:
         )
 
     def save(self, run: Path) -> Path:
-        """Write ``slices/<case>.npz`` into a run folder; a reader never sees half a file.
-
-        Raises:
-            InputError: the folder or the file cannot be written.
-        """
+        """Write ``slices/<case>.npz`` into a run folder; a reader never sees half a file."""
         path = inside(run / FOLDER, f"{self.case}.npz", "case")
         arrays: dict[str, Any] = {"format": FORMAT, **vars(self)}
         del arrays["case"]
@@ -160,11 +148,7 @@ class Example:
 
     @classmethod
     def load(cls, path: Path) -> Example:
-        """Read one file.
-
-        Raises:
-            InputError: damaged, or of another format.
-        """
+        """Read one file."""
         try:
             with np.load(path, allow_pickle=False) as raw:
                 arrays: dict[str, Any] = {name: raw[name] for name in raw.files}

@@ -65,10 +65,7 @@ def result_table(
 ) -> Table:
     """For a terminal: every combination where these are 15 or fewer, else grouped by size.
 
-    Args:
-        records: one run, or several to be compared.
-        measure: what to print.
-        width: characters of the terminal.
+    ``width`` counts the characters of the terminal.
     """
     table = tabulate([records] if isinstance(records, Records) else records, measure)
     if len(table.combinations) > MOST_COLUMNS:

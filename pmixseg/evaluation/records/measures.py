@@ -66,11 +66,7 @@ class Measure:
         return -value if self.higher else abs(value)
 
     def show(self, value: float, digits: int | None = None) -> str:
-        """Write a scaled value as text, a dash where there is none.
-
-        Args:
-            value: in ``unit``.
-            digits: after the decimal point; those of the measure by default.
+        """Write a value in ``unit`` as text, a dash where there is none.
 
         Example:
             >>> DICE.show(87.264), DICE.show(87.264, digits=0), DICE.show(float("nan"))

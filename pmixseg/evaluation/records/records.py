@@ -66,11 +66,8 @@ def mean_over_cases(table: pd.DataFrame, column: str = "dice") -> float:
     """Average a measure over cases, each case's combinations and regions first.
 
     The primary endpoint of every comparison, and the one mean of a run: a case that lacks a
-    sequence has fewer combinations, and counts as much as a complete one.
-
-    Args:
-        table: rows with ``case`` and the column; where it is NaN, a row is left out.
-        column: the measure.
+    sequence has fewer combinations, and counts as much as a complete one. Rows with NaN in the
+    column are left out.
 
     Example:
         >>> table = pd.DataFrame({"case": ["a", "a", "b"], "dice": [0.9, 0.7, 0.2]})
@@ -211,12 +208,7 @@ def gather_rows(rows: Sequence[Row]) -> list[Row]:
 
 @checked
 def read_comparable(paths: Iterable[Path | str]) -> list[Records]:
-    """Read the records of several runs that were scored in the same way.
-
-    Raises:
-        InputError: see :meth:`Records.read`; or runs with another task, convention or
-            post-processing.
-    """
+    """Read the records of several runs that were scored in the same way."""
     pairs = [(str(path), Records.read(path)) for path in paths]
     for path, one in pairs[1:]:
         differ = [d for d in one.sidecar.differences(pairs[0][1].sidecar) if d != "checkpoint"]
@@ -239,9 +231,6 @@ def find_records(path: Path) -> Path:
     """Return the table that ``path`` names: itself, or the one in that run folder.
 
     A folder may hold a table of either kind; the sidecar names the one that was written last.
-
-    Raises:
-        InputError: there is none.
     """
     if path.is_file():
         return path

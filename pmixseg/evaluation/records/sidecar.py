@@ -82,11 +82,7 @@ class Sidecar:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "sidecar") -> Sidecar:
-        """Read what :meth:`to_dict` wrote, in this and every older format.
-
-        Raises:
-            InputError: a newer format, or fields that are missing.
-        """
+        """Read what :meth:`to_dict` wrote, in this and every older format."""
         number = raw.get("format")
         if not isinstance(number, int) or not 0 <= number <= FORMAT:
             raise InputError(
@@ -140,11 +136,7 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _no_sideca
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """Return the raw JSON of one sidecar.
-
-    Raises:
-        InputError: not readable as a JSON object.
-    """
+    """Return the raw JSON of one sidecar."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -137,11 +137,7 @@ class Tabulation(Lines):
         )
 
     def rich(self, width: int | None = None) -> Table:
-        """For a terminal: combinations as columns if ``width`` allows, else as rows.
-
-        Args:
-            width: characters of the terminal; ``None``: as wide as the table needs.
-        """
+        """For a terminal: combinations as columns if ``width`` allows, else as rows."""
         names = [self.task.show(n) for n in (*self.task.modalities, *self.task.regions)]
         labels = max(map(len, (*names, *map(self.label, self.lines))))
         needed = labels + (len(self.combinations) + 1) * 6 + 2
@@ -183,11 +179,7 @@ class Tabulation(Lines):
         table.add_row("mean", *blank, *(c[-1] for c in columns))
 
     def latex(self, comment: str = "") -> str:
-        r"""Return a ``tabular`` for the packages booktabs and amssymb, to be read with ``\input``.
-
-        Args:
-            comment: lines written above it, e.g. conventions.
-        """
+        r"""Return a comment and a ``tabular`` for booktabs and amssymb, to be read with ``\input``."""
         several = len(self.runs) > 1
         lead = ["", ""] if several else [""]
         count = len(self.combinations)
@@ -226,9 +218,7 @@ class Tabulation(Lines):
 def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
     """Means over cases of one measure, for one run or several side by side.
 
-    Args:
-        runs: results; run names must differ and tasks be equal.
-        measure: what to print. Cases in which it is NaN are left out.
+    Names of runs must differ and tasks be equal. Cases in which the measure is NaN are left out.
 
     Raises:
         InputError: no run, runs of different tasks or with one name, or a column that is missing.
@@ -289,11 +279,7 @@ def dots(combination: Iterable[str], task: Task) -> list[str]:
 
 
 def check_together(runs: Sequence[Records]) -> None:
-    """Refuse runs that no table can hold together.
-
-    Raises:
-        InputError: no run, an empty one, different tasks, or one name twice.
-    """
+    """Refuse runs that no table can hold together: none, an empty one, two tasks, a name twice."""
     if not runs or any(one.table.empty for one in runs):
         raise InputError("there is no record to tabulate; test a run first.")
     first = runs[0].task

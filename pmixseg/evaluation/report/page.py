@@ -86,11 +86,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Read a run folder.
-
-        Raises:
-            InputError: no records, or a damaged file.
-        """
+        """Read a run folder."""
         records = Records.read(folder)
         home = folder if folder.is_dir() else folder.parent
         tested = (records.sidecar.checkpoint or {}).get("file", "")
@@ -119,18 +115,9 @@ def write_report(runs: Sequence[Path | str], out: Path | str, images: bool = Tru
     """Write a report of one run, or of several side by side.
 
     The page needs no network and no other file. Beside it, ``<name>_files/`` holds the tables as
-    CSV and LaTeX and the figures as PNG and SVG.
-
-    Args:
-        runs: run folders with ``records.csv`` (or tables of records).
-        out: the page, ``.html``; or a folder, which gets ``report.html``.
-        images: whether pictures of scans are embedded.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        InputError: a run without records, runs of different tasks, or nowhere to write.
+    CSV and LaTeX and the figures as PNG and SVG. Runs are folders with ``records.csv``, or tables
+    of records; ``out`` is an ``.html`` file, or a folder, which gets ``report.html``. The page's
+    path is returned.
     """
     out = Path(out)
     out = out if out.suffix in (".html", ".htm") else out / "report.html"

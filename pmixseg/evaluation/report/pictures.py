@@ -84,9 +84,7 @@ def shown_combinations(available: Sequence[Combination], task: Task) -> list[Com
 def panels(runs: Mapping[str, Example], task: Task) -> list[list[Panel]]:
     """Rows of pictures of one case: its modalities and truth; per run predictions and errors.
 
-    Args:
-        runs: name -> the case as that run kept it; image and truth are the first one's.
-        task: names of modalities.
+    Image and truth are those of the first run.
     """
     first = next(iter(runs.values()))
     truth = first.slice_truth

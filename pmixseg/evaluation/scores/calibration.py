@@ -94,11 +94,8 @@ class CaseCalibration:
     ) -> dict[str, Reliability]:
         """Bins of one prediction, per region.
 
-        The probability of a region is the sum over its classes.
-
-        Args:
-            probabilities: softmax probabilities.
-            box: where they lie in the truth's array; default all of it.
+        The probability of a region is the sum over its classes. ``box`` says where the prediction
+        lies in the truth's array; default all of it.
         """
         # Other accelerators than CUDA have no float64.
         device = probabilities.device if probabilities.is_cuda else torch.device("cpu")
@@ -167,9 +164,7 @@ def reliability(
 def tempered(probabilities: Float[Tensor, "c ..."], temperature: float) -> Float[Tensor, "c ..."]:
     """softmax(log p / T): what logits divided by T would have given; no label changes.
 
-    Args:
-        probabilities: softmax probabilities, classes first.
-        temperature: T > 0; above 1 makes them less certain.
+    T > 1 makes them less certain. Classes come first.
     """
     if temperature == 1.0:
         return probabilities
@@ -236,11 +231,8 @@ class TemperatureFit:
     ) -> None:
         """Add one validation case seen through one combination.
 
-        Args:
-            logits: class logits, or logarithms of probabilities (averaged over windows).
-            truth: class indices.
-            n_present: how many modalities the network was shown.
-            where: voxels that count; default all.
+        Logits may be logarithms of probabilities (averaged over windows); ``where`` are the voxels
+        that count, by default all.
         """
         chosen = logits.flatten(1) if where is None else logits[:, where]
         labels = truth.flatten() if where is None else truth[where]
@@ -256,9 +248,6 @@ class TemperatureFit:
 
         Cross-entropy is convex in 1/T, so its only root of slope is found by bisection, inside
         :data:`TEMPERATURE_RANGE`.
-
-        Raises:
-            InputError: no voxel was added.
         """
         if not any(len(t) for parts in self._truth.values() for t in parts):
             raise InputError("no validation voxel to fit temperatures on; give labelled cases.")

@@ -56,12 +56,7 @@ class CaseMeans(Metric):
         self._start()
 
     def update(self, numbers: Tensor, case_id: str) -> None:
-        """Take the numbers of one case.
-
-        Args:
-            numbers: of ``shape``.
-            case_id: cases with the same id count once.
-        """
+        """Take the numbers of one case; cases with the same id count once."""
         digest = hashlib.blake2b(case_id.encode(), digest_size=8).digest()
         key = int.from_bytes(digest) >> 1
         self.keys.append(torch.tensor([key], device=self.device))

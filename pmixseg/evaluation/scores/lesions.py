@@ -117,9 +117,7 @@ class Components:
     def shared(self, other: Components, own: Labels | None = None) -> NDArray[np.int64]:
         """Count voxels that component i here and j there share, ``[count + 1, count + 1]``.
 
-        Args:
-            other: components of another mask of the same volume.
-            own: counted instead of ``labels``; the same shape and numbers.
+        ``own``, of the same shape and numbers, is counted instead of ``labels``.
         """
         common = self.box.intersection(other.box)
         if common is None:
@@ -153,12 +151,7 @@ class Brats2023Lesions:
         self._sizes = self._lesions.sizes()
 
     def score(self, prediction: Mask, box: Box) -> LesionScore:
-        """Score one prediction.
-
-        Args:
-            prediction: the region inside ``box``.
-            box: where it lies in the volume.
-        """
+        """Score one prediction, cut to ``box``, which is where it lies in the volume."""
         predicted = Components.of(prediction, box)
         # Which predicted components reach into the dilation of which lesion.
         reached = self._zones.shared(predicted) > 0

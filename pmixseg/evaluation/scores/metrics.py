@@ -74,11 +74,7 @@ class CaseMetrics:
     def score(
         self, prediction: LabelMap, only: Collection[str] | None = None
     ) -> list[dict[str, Any]]:
-        """Return every measure of every region.
-
-        Args:
-            prediction: class indices, ``[d, h, w]`` as the truth.
-            only: names among :attr:`measures`; others are not computed. Default: all.
+        """Return every measure of every region, or only some of :attr:`measures`.
 
         Returns:
             One dict per region of the task: ``region``, ``dice``, ``hd95``, ``asd`` (mm), ``nsd``,
@@ -175,11 +171,6 @@ def region_dice(
     """Dice of every region of one case, quickly and on the tensors' device (for validation).
 
     2·|P∩T| / (|P| + |T|); both empty gives 1.
-
-    Args:
-        prediction: class indices, any shape.
-        truth: class indices, the same shape.
-        task: names the regions.
 
     Example:
         >>> from pmixseg.task import BRATS

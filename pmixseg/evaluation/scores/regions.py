@@ -80,11 +80,7 @@ class RegionMasks:
 
 
 def region_words(task: Task) -> NDArray[Any]:
-    """Return a word per class, whose bit r is set where it belongs to region r, ``[C]``.
-
-    Raises:
-        InputError: more than 64 regions.
-    """
+    """Return a word per class, whose bit r is set where it belongs to region r, ``[C]``."""
     count = len(task.regions)
     sizes = (np.uint8, np.uint16, np.uint32, np.uint64)
     kind = next((k for k in sizes if count <= np.iinfo(k).bits), None)

@@ -62,14 +62,9 @@ class Points:
         return low, occupied
 
     def distances_from(self, others: Points, limit: float = np.inf) -> Distances:
-        """Distance in mm from each of ``others`` to the nearest of these points, ``[n]``.
+        """Distance in mm from each other point to the nearest of these (at least one), ``[n]``.
 
-        Args:
-            others: where from.
-            limit: what is further away may be infinitely far.
-
-        Raises:
-            ValueError: there are no points here.
+        What is further away than ``limit`` may be infinitely far.
         """
         if not len(self):
             raise ValueError("no point to measure the distance to; treat empty masks beforehand.")
@@ -124,15 +119,10 @@ def _shells(spacing: Spacing) -> tuple[tuple[float, Coordinates], ...]:
 def surface_bits(bits: NDArray[Word]) -> NDArray[Word]:
     """Surface voxels of several masks at once.
 
-    A voxel belongs to the surface of a mask if it is in the mask and one of its six face
-    neighbours is not; beyond the array there is nothing. That is the mask without its erosion by
-    the 6-neighbourhood: the surface of medpy and of MONAI.
-
-    Args:
-        bits: ``[d, h, w]``; bit r of a voxel says whether it is in mask r.
-
-    Returns:
-        The surfaces in the same coding.
+    A voxel belongs to the surface of a mask if it is in the mask and one of its six face neighbours
+    is not; beyond the array there is nothing. That is the mask without its erosion by the
+    6-neighbourhood: the surface of medpy and of MONAI. Bit r of a voxel of ``[d, h, w]`` says
+    whether it is in mask r, or on its surface.
     """
     inner = bits.copy()
     for axis in range(3):
@@ -146,12 +136,9 @@ def surface_bits(bits: NDArray[Word]) -> NDArray[Word]:
 
 
 def voxel_surface(mask: NDArray[np.bool_], origin: Sequence[int], spacing: Spacing) -> Points:
-    """Surface voxels of one mask, as in :func:`surface_bits`.
+    """Surface voxels of one mask, ``[d, h, w]``, as in :func:`surface_bits`.
 
-    Args:
-        mask: ``[d, h, w]``; beyond it there is nothing.
-        origin: coordinates of its first voxel in the whole volume.
-        spacing: mm along each axis.
+    Its first voxel lies at ``origin`` in the whole volume; the spacing is in mm.
     """
     inner = np.argwhere(surface_bits(mask.view(np.uint8)))
     return Points(inner + np.asarray(origin), spacing)
@@ -174,10 +161,7 @@ class Surfels:
 def surfels(mask: NDArray[np.bool_], origin: Sequence[int], spacing: Spacing) -> Surfels:
     """Surface elements of a mask, as in the surface-distance package (Nikolov et al. 2018).
 
-    Args:
-        mask: ``[d, h, w]``; beyond it there is nothing.
-        origin: coordinates of its first voxel in the whole volume.
-        spacing: mm along each axis.
+    Arguments are those of :func:`voxel_surface`.
     """
     areas, weights = _area_table(spacing)
     padded = np.pad(mask.astype(np.uint8), 1)
