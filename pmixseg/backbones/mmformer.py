@@ -141,8 +141,7 @@ class ModalityEncoder(nn.Module):
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Transform the tokens, the last of what :class:`Convolutions` returns.
 
-        Returns:
-            Levels 1 to 4, the transformed tokens as a volume, level 5 before the transformer.
+        They are levels 1 to 4, the transformed tokens as a volume, level 5 before the transformer.
         """
         *finer, lowest, embedded = features
         position = self.position(embedded.shape[2:])
@@ -201,13 +200,9 @@ class FusedDecoder(Decoder):
     ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """Decode the latents.
 
-        Args:
-            latents: slots of all levels but the lowest.
-            lowest: ``[B, M·C, d, h, w]``, the lowest level after the inter-modal transformer.
-
-        Returns:
-            Logits; in training logits ``ds1 …`` at strides 2, 4, …; the feature maps after every
-            join, finest last.
+        ``lowest`` is the lowest level after the inter-modal transformer, ``[B, M·C, d, h, w]``.
+        Logits come first; then in training logits ``ds1 …`` at strides 2, 4, …; then the feature
+        maps after every join, finest last.
         """
         extras: dict[str, Tensor] = {}
         maps: list[Tensor] = []

@@ -118,15 +118,7 @@ class ModalWeights(nn.Module):
 
 
 def weigh(descriptors: Tensor, regions: Sequence[nn.Module]) -> Tensor:
-    """Return weights of the modalities in all regions at once.
-
-    Args:
-        descriptors: ``[B, R, M·C + 1]``.
-        regions: R :class:`ModalWeights`.
-
-    Returns:
-        ``[B, R, M]``.
-    """
+    """Return weights ``[B, R, M]`` of the modalities in all regions from ``[B, R, M·C + 1]``."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         layers = [cast(nn.Conv3d, cast(ModalWeights, r).weight_layer[name]) for r in regions]
@@ -150,13 +142,8 @@ class RegionFusion(nn.Module):
     def forward(self, x: Tensor, mixing: Tensor, regions: Tensor) -> Tensor:
         """Fuse ``p_r Σ_k α_kr x_k``; see :func:`~pmixseg.backbones.layers.regions.mix_regions`.
 
-        Args:
-            x: ``[B, M·C, D, H, W]``.
-            mixing: ``[B, R·C, M·C]``.
-            regions: ``[B, R, D, H, W]``.
-
-        Returns:
-            ``[B, C/2, D, H, W]``.
+        ``x`` is ``[B, M·C, D, H, W]``, ``mixing`` ``[B, R·C, M·C]``, ``regions``
+        ``[B, R, D, H, W]``.
         """
         first = cast(PostNorm, self.fusion_layer[0]).conv
         mixed = mix_regions(x, mixing, regions, first.weight.flatten(1), first.bias)
@@ -201,15 +188,9 @@ class RegionAwareFusion(nn.Module):
         self.short_cut = SlotStack(slots, width, width, width // 2)
 
     def forward(self, latents: Latents, level: int, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Fuse a level.
+        """Fuse a level; return the two halves of the result, ``[B, C/2, D, H, W]`` each.
 
-        Args:
-            latents: where the slots are.
-            level: which level.
-            regions: ``[B, R, D, H, W]``, summing to 1 over R; no gradient flows into it.
-
-        Returns:
-            The two halves of the result, ``[B, C/2, D, H, W]`` each.
+        Regions ``[B, R, D, H, W]`` sum to 1 over R; no gradient flows into them.
         """
         x = side_by_side(latents, level)
         flags = latents.usable[level]
@@ -243,9 +224,8 @@ class RegionDecoder(Decoder):
     def forward(self, latents: Latents) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Decode the latents.
 
-        Returns:
-            Logits; the region maps' logits, finest first, each at its own resolution; the feature
-            maps after every join, finest last.
+        Logits come first; then the region maps' logits, finest first, each at its own resolution;
+        then the feature maps after every join, finest last.
         """
         regions: list[Tensor] = []
         maps: list[Tensor] = []

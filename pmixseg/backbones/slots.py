@@ -34,12 +34,7 @@ def check_input(
 ) -> None:
     """Refuse an image that a backbone cannot process.
 
-    Args:
-        image: ``[B, M, D, H, W]``.
-        present: ``[B, M]``.
-        modalities: names of the backbone's input channels.
-        strides: the backbone's strides, finest first.
-        least: voxels that each side must have at the lowest level; reflect padding needs 2.
+    Each side must have ``least`` voxels at the lowest level; reflect padding needs 2.
 
     Raises:
         InputError: no tensors of that kind and shape, a side that the largest stride does not
@@ -74,13 +69,9 @@ def encode_slots(
 ) -> Pieces:
     """Run encoder m on channel m of the samples that have modality m, or of all samples.
 
-    Args:
-        encoders: one per modality; each maps ``[b, 1, D, H, W]`` to a list of feature maps, finest
-            first.
-        image: ``[B, M, D, H, W]``.
-        present: ``[B, M]``.
-        recompute: in training, keep only what the encoders return and run each once more in the
-            backward pass (activation checkpointing): less memory for more time.
+    An encoder maps ``[b, 1, D, H, W]`` to a list of feature maps, finest first. With ``recompute``,
+    a training keeps only what they return, and runs each once more in the backward pass (activation
+    checkpointing): less memory for more time.
 
     Raises:
         InputError: no sample has any modality; not where a step is static.
@@ -133,13 +124,8 @@ def _apart(joined: Sequence[Tensor], slots: int, axis: int = 0) -> Pieces:
 def map_slots(function: Callable[..., list[Tensor]], *pieces: Pieces) -> Pieces:
     """Apply one function to what there is of every slot.
 
-    Args:
-        function: takes as many lists of maps as there are ``pieces``, and returns one; it must
-            treat samples by themselves.
-        pieces: what encoders made.
-
-    Returns:
-        Per slot what the function made of its maps, None where there are none.
+    The function takes as many lists of maps as there are ``pieces`` (what encoders made), and
+    returns one; it must treat samples by themselves. A slot without pieces gives None.
     """
     whole = [[maps for maps in some if maps is not None] for some in pieces]
     if whole[0] and runs_static(whole[0][0][0]):
@@ -155,14 +141,10 @@ def map_slots(function: Callable[..., list[Tensor]], *pieces: Pieces) -> Pieces:
 def join_slots(pieces: Sequence[Tensor | None], present: Presence) -> Tensor:
     """Put the rows of every modality into their places.
 
-    Args:
-        pieces: per modality ``[b, C, D, H, W]`` of the b samples that have it, or None.
-        present: ``[B, M]``.
-
-    Returns:
-        ``[B, M, C, D, H, W]``, 0 where no piece has a row, which is so for every slot that is not
-        present unless a step is static. In memory the channels of all slots lie side by side where
-        those of the pieces do, so that ``flatten(1, 2)`` is a view.
+    Pieces are, per modality, ``[b, C, D, H, W]`` of the b samples that have it, or None. Of the
+    result ``[B, M, C, D, H, W]``, rows without a piece are 0, which is so for every slot that is
+    not present unless a step is static. In memory the channels of all slots lie side by side where
+    those of the pieces do, so that ``flatten(1, 2)`` is a view.
     """
     some = next(piece for piece in pieces if piece is not None)
     if runs_static(some):
@@ -206,15 +188,10 @@ class EncodedLatents(Latents):
 
 
 def decode_slots(decoder: nn.Module, latents: EncodedLatents, levels: Sequence[int]) -> Tensor:
-    """Run one decoder on every encoded slot.
+    """Run one decoder on every encoded slot, from these levels of its maps.
 
-    Args:
-        decoder: maps a list of feature maps ``[b, C, d, h, w]`` to ``[b, C', D, H, W]``.
-        latents: what was encoded.
-        levels: which of an encoder's maps the decoder takes.
-
-    Returns:
-        ``[B, M, C', D, H, W]``, 0 where no piece has a row; see :func:`join_slots`.
+    From feature maps ``[b, C, d, h, w]`` it makes ``[b, C', D, H, W]``. They are joined as in
+    :func:`join_slots`.
     """
     pieces: Pieces = [
         None if maps is None else [maps[level] for level in levels] for maps in latents.pieces
@@ -232,14 +209,8 @@ def side_by_side(latents: Latents, level: int) -> Tensor:
 def masked_weight(weight: Tensor, flags: Presence) -> Tensor:
     """Return weights of a 1x1x1 convolution that reads no absent slot: its columns are 0.
 
-    Features of absent slots need not be copied and masked then; they must be finite.
-
-    Args:
-        weight: ``[out, M·C]`` or ``[B, out, M·C]``.
-        flags: ``[B, M]``.
-
-    Returns:
-        ``[B, out, M·C]``.
+    Features of absent slots need not be copied and masked then; they must be finite. Weights
+    ``[out, M·C]`` or ``[B, out, M·C]`` become ``[B, out, M·C]``.
     """
     slots = flags[:, None, :, None].to(weight.dtype)
     return (weight.view(*weight.shape[:-1], flags.shape[1], -1) * slots).flatten(-2)
@@ -273,15 +244,9 @@ class SlotConv(nn.Conv3d):
         self.before = before or _nothing
 
     def forward(self, latents: Latents, level: int, name: str) -> Tensor:  # type: ignore[override]  # reads slots, not one tensor
-        """Fuse one level.
+        """Fuse one level to ``[B, out_channels, D, H, W]``.
 
-        Args:
-            latents: where the slots are; those of absent ones must be finite.
-            level: which level.
-            name: the convolution's own name, under which its terms are kept.
-
-        Returns:
-            ``[B, out_channels, D, H, W]``.
+        Absent slots must be finite. Terms are kept under ``name``, the convolution's own.
         """
         weight, present = self.weight.flatten(1), latents.usable[level]
         if torch.is_grad_enabled():

@@ -82,8 +82,7 @@ class Decoder(nn.Module):
     def forward(self, codes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Decode one code per level, finest first.
 
-        Returns:
-            ``[b, outside, D, H, W]``, and the feature maps of the blocks, finest last.
+        The result ``[b, outside, D, H, W]`` comes with the feature maps of the blocks, finest last.
         """
         maps: list[Tensor] = []
         x = codes[-1]
@@ -100,10 +99,6 @@ def product_of_gaussians(latents: Latents, level: int) -> tuple[Tensor, Tensor]:
 
     .. math:: \sigma^{-2} = 1 + \sum_{m \in A} \sigma_m^{-2}, \qquad
               \mu = \sigma^2 \sum_{m \in A} \mu_m / \sigma_m^2
-
-    Args:
-        latents: means in ``features``, and ``log_variance``.
-        level: which level.
 
     Returns:
         Mean and log-variance, float32 or float64 ``[B, C, D, H, W]``; with no modality the

@@ -298,11 +298,7 @@ class AlignmentTerm(Term):
         self._begun = False
 
     def prepare(self, batch: Batch) -> Batch:
-        """Refuse, at the first step, batches that the distance has no meaning for.
-
-        Raises:
-            InputError: too few samples in a step of all processes.
-        """
+        """Refuse, at the first step, batches that the distance has no meaning for."""
         distance = getattr(self.alignment, "distance", None)
         samples = len(batch["image"]) * world_size()
         if not self._begun and distance is not None and samples < distance.smallest_batch:

@@ -234,13 +234,8 @@ class DistillationTerm(Term):
         """Return what a teacher makes of everything acquired, or of a combination drawn apart.
 
         As at test: auxiliary decoders do not run, and nothing in it is random. With extras it is as
-        in training, but for the auxiliary decoders of single modalities.
-
-        Args:
-            batch: of the step.
-            own: whether the student is the teacher.
-            which: ``acquired`` or ``drawn``.
-            with_extras: see above.
+        in training, but for the auxiliary decoders of single modalities. ``own``: the student is
+        the teacher.
         """
         teacher = self._student.value if own else self.teacher
         assert teacher is not None  # build_term() loads one if a loss needs it

@@ -272,13 +272,9 @@ def _decodability(sample: LatentSample, regions: Sequence[str]) -> dict[str, flo
 def complete_cases(
     trainer: Trainer, module: SegmentationModule, count: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    """Windows of validation cases with all modalities of the module, first by name.
+    """Windows of validation cases with all modalities of the module, first by name, and regions.
 
-    Returns:
-        Images, and the regions in the same windows; ``None`` if a case has no label.
-
-    Raises:
-        InputError: there is none.
+    The regions in these windows are ``None`` if a case has no label.
     """
     data = getattr(trainer, "datamodule", None)
     items = data.items("val") if data is not None and hasattr(data, "items") else ()
@@ -309,11 +305,7 @@ def region_maps(label: torch.Tensor, task: Task) -> torch.Tensor:
 
 
 def read_reference(run: Path) -> dict[str, float]:
-    """Last rank and decodability of every level in a run's ``metrics.csv``.
-
-    Raises:
-        InputError: no such file, or no gap in it.
-    """
+    """Last rank and decodability of every level in a run's ``metrics.csv``."""
     if not (run / "metrics.csv").is_file():
         raise InputError(f"GapMonitor.reference: {run / 'metrics.csv'} cannot be read; correct it.")
     table = read_log(run).dropna(axis="columns", how="all")

@@ -56,12 +56,8 @@ class GradientRatio:
     ) -> None:
         """Keep the squared gradients of a step at the latents; asks the device for nothing.
 
-        Args:
-            segmentation: the loss of the segmentation.
-            term: the loss whose weight is to be found.
-            latents: of the aligned levels.
-            scaler: of a training in float16, in which gradients at latents are too small to be
-                held without it; it scales both losses alike, and cancels.
+        The latents are those of the aligned levels. In a training in float16 gradients at latents
+        are too small to be held without its scaler, which scales both losses alike, and cancels.
         """
         both = []
         for loss in (segmentation, term):
@@ -81,11 +77,7 @@ class GradientRatio:
             self.pending = None
 
     def weight(self) -> float:
-        """Return the weight, once all steps are measured.
-
-        Raises:
-            InputError: one of the losses does not move the latents at all.
-        """
+        """Return the weight, once all steps are measured."""
         segmentation, term = (
             torch.stack([s.double().cpu() for s in self.squares]).sqrt().sum(0).tolist()
         )

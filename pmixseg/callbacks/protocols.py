@@ -65,16 +65,9 @@ class ProtocolScores(Callback, Described):
 def protocol_scores(
     rows: Sequence[Row], sampler: MissingnessSampler, modalities: Sequence[str], draws: int
 ) -> pd.DataFrame:
-    """Return the Dice of each region that is to be expected under a protocol.
+    """Return the Dice of each region that is to be expected under a protocol, a mean over cases.
 
-    Args:
-        rows: records: case, combination, region, dice.
-        sampler: the protocol.
-        modalities: of the task.
-        draws: see :class:`ProtocolScores`.
-
-    Returns:
-        Columns ``region``, ``dice`` (mean over cases) and ``cases``.
+    For the draws see :class:`ProtocolScores`. Columns are ``region``, ``dice`` and ``cases``.
     """
     table = pd.DataFrame(rows)
     odds: dict[Combination, Mapping[str, float]] = {}

@@ -85,11 +85,7 @@ class TermCallback(Callback, Described, ABC):
 
 
 def own_module(callback: Callback, module: LightningModule) -> SegmentationModule:
-    """Return a module as one of pmixseg, which a callback needs.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Return a module as one of pmixseg, which a callback needs."""
     if not isinstance(module, SegmentationModule):
         raise InputError(
             f"{type(callback).__name__} needs a SegmentationModule, not a {type(module).__name__}; "

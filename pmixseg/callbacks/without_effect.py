@@ -23,12 +23,7 @@ def settings_without_effect(
 ) -> Iterator[str]:
     """Say what will do nothing in a training that begins.
 
-    Args:
-        name: of the alignment, for messages.
-        alignment: the loss.
-        anchor: what it aligns to.
-        module: what is trained.
-        sample: whether the decoder reads samples of the distance's Gaussians.
+    ``sample``: the decoder reads samples of the distance's Gaussians.
     """
     distance = alignment.distance
     if len(module.backbone.slots) == 1 and isinstance(anchor, WeightedAnchor):

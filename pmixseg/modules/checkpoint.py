@@ -151,13 +151,7 @@ def describing(payload: Mapping[str, Any]) -> dict[str, Any]:
 def write_temperatures(source: str | Path, temperatures: Temperatures, out: str | Path) -> Path:
     """Write a checkpoint that equals another but for the temperatures of its probabilities.
 
-    Args:
-        source: the checkpoint that the temperatures were fitted for.
-        temperatures: one temperature per number of shown modalities.
-        out: where to; may be ``source``. Complete or not at all.
-
-    Raises:
-        InputError: see :func:`read_checkpoint`; or ``out`` cannot be written.
+    ``out`` may be ``source``: it is written as a whole or not at all.
     """
     checkpoint = read_checkpoint(source)
     arguments = checkpoint["pmixseg"]["init_args"]
@@ -167,11 +161,7 @@ def write_temperatures(source: str | Path, temperatures: Temperatures, out: str 
 
 
 def write_checkpoint(checkpoint: dict[str, Any], out: str | Path) -> Path:
-    """Write a checkpoint, complete or not at all.
-
-    Raises:
-        InputError: ``out`` cannot be written.
-    """
+    """Write a checkpoint, complete or not at all."""
     out = Path(out)
     with whole(out) as part, part.open("wb") as file:
         torch.save(checkpoint, file)

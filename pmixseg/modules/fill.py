@@ -58,15 +58,9 @@ def fill_with_anchor(
     """Replace absent slots by the anchor over the present ones, and mark them usable.
 
     ``z_m = f_m`` where modality m is shown, ``z_m = Σ_{j∈A} w'_j f_j`` where it is not (for a
-    mixture anchor). The same rule holds in training and at test.
-
-    Args:
-        latents: raw latents, restricted to the combination A.
-        anchor: what to fill with.
-        levels: levels to fill; others keep their absent slots. ``None`` fills all.
-
-    Returns:
-        Latents that share every feature that needed no filling.
+    mixture anchor). The same rule holds in training and at test. Of levels that are not named
+    (``None``: all are filled) absent slots stay. Features that needed no filling are shared, not
+    copied.
 
     Raises:
         InputError: latents of a variational backbone, which combines present slots itself.

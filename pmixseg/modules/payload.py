@@ -60,11 +60,7 @@ class Payload:
 
     @classmethod
     def from_dict(cls, raw: Any, where: str = "the checkpoint") -> Payload:
-        """Read what :meth:`to_dict` wrote; what older versions did not write is not known.
-
-        Raises:
-            InputError: there is no entry, it is of another format, or damaged.
-        """
+        """Read what :meth:`to_dict` wrote; what older versions did not write is not known."""
         if raw is None:
             raise InputError(
                 f"{where} was not written by pmixseg (it has no 'pmixseg' entry); import "
@@ -113,11 +109,7 @@ class Payload:
 
 
 def weights_of(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> Weights:
-    """Return the weights that a checkpoint holds.
-
-    Raises:
-        InputError: there are none, or other things than tensors.
-    """
+    """Return the weights that a checkpoint holds."""
     state = checkpoint.get("state_dict")
     tensors = isinstance(state, Mapping) and all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
@@ -135,13 +127,6 @@ def weights_for(
 
     Weights of terms that the network does not have are left out. Its own terms keep what the
     checkpoint does not have of them, unless a training is resumed.
-
-    Args:
-        own: state of the network.
-        saved: state of the checkpoint.
-        terms: names of the network's terms.
-        name: of the network's class, for errors.
-        fitting: whether a training is resumed.
 
     Raises:
         InputError: it is the state of another network, or not finite.

@@ -71,11 +71,7 @@ class Preparation:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> Preparation:
-        """Read what :meth:`to_dict` wrote; keys that an older version did not write are not known.
-
-        Raises:
-            InputError: a value that is none of its kind.
-        """
+        """Read what :meth:`to_dict` wrote; what an older version did not write is not known."""
         known = {field.name: raw.get(field.name) for field in fields(cls)}
         if known["cases"] is not None:
             known["cases"] = TrainingCases.from_dict(known["cases"], where)
@@ -118,11 +114,7 @@ class Preparation:
         return self.on(theirs)
 
     def on(self, data: Preparation) -> Preparation:
-        """Return the preparation of data that a trained model meets, with the model's own split.
-
-        Args:
-            data: of the data; unknown where there are none yet.
-        """
+        """Return the preparation of data that a trained model meets; the split stays its own."""
         if data.normalisation is None:
             return self
         if other := other_voxels(self.voxels, data.voxels):
@@ -231,16 +223,10 @@ def are_synthetic(data: Any, part: str) -> bool | None:
 def seen_cases(
     data: Any, part: str, trained: Preparation, counted: Sequence[str]
 ) -> list[SeenCase]:
-    """Find cases of a data module that a model knows from its training.
+    """Find cases in a part of a data module's split that a model knows from its training.
 
-    Args:
-        data: the data module, or ``None``.
-        part: of its split that is to be scored.
-        trained: preparation of the model.
-        counted: parts of the training's split that count.
-
-    Raises:
-        InputError: it cannot be known, and the data were split in another way than the training's.
+    ``counted`` are the parts of the training's split that count. What cannot be known, and where
+    the data were split in another way than the training's, is refused.
     """
     parts, store = getattr(data, "parts", None), getattr(data, "store", None)
     if parts is None or store is None:

@@ -43,11 +43,7 @@ class Reconstruction(Term):
         self.whole: Image | None = None
 
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
-        """Return the squared error over every acquired sequence of the image before hiding.
-
-        Raises:
-            RuntimeError: no image has been given.
-        """
+        """Return the squared error over every acquired sequence of the image before hiding."""
         if self.whole is None:
             raise RuntimeError("Reconstruction needs the whole image; set `whole` before the step.")
         # Sums over a million voxels do not fit half precision.
@@ -61,16 +57,8 @@ class Reconstruction(Term):
 def hide_blocks(image: Image, keys: Keys, block: int, share: float) -> Image:
     """Set a share of the cubes of every sequence to 0, each sequence its own.
 
-    The grid of cubes begins at the first voxel; the last ones may be cut off.
-
-    Args:
-        image: ``[B, M, D, H, W]``.
-        keys: ``[B]``; what is hidden follows from them alone.
-        block: side of a cube in voxels.
-        share: of the cubes that are hidden, in [0, 1); rounded down, so that one is left.
-
-    Returns:
-        A new tensor.
+    The grid of cubes begins at the first voxel; the last ones may be cut off. What is hidden
+    follows from the keys alone; the share is rounded down, so that one is left.
 
     Example:
         >>> image = torch.ones(1, 2, 4, 4, 4)

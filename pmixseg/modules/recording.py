@@ -93,12 +93,8 @@ class Recording:
     ) -> dict[str, float]:
         """Write the records and their sidecar, and print the table.
 
-        Args:
-            rows: of all ranks.
-            checkpoint: identity of the weights' file, if they are from one.
-            data: the data module whose test cases were given; ``None``: none.
-            preparation: of the model's training data.
-            seen: test cases that the model was trained or selected with.
+        Rows are those of all ranks, ``data`` the data module whose test cases were given, ``seen``
+        the test cases that the model was trained or selected with.
 
         Returns:
             ``test/dice`` and ``test/dice/<region>``: see

@@ -163,11 +163,7 @@ def _lies_in(cls: type, modules: Sequence[str]) -> bool:
 
 @contextmanager
 def offline(where: str) -> Iterator[None]:
-    """Within this block the calling thread reaches no network, and no repository of ``torch.hub``.
-
-    Raises:
-        InputError: something was to be fetched.
-    """
+    """Let the calling thread reach no network, and no repository of ``torch.hub``, in a block."""
     thread = get_ident()
 
     def shut(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,11 +18,7 @@ from torch.utils.hooks import RemovableHandle
 def misses_kernel(dtype: torch.dtype, depth: int, kernel: int, padding: int) -> bool:
     """Say whether oneDNN would not write a convolution's weight gradient.
 
-    Args:
-        dtype: of the volume that is convolved.
-        depth: voxels of its first axis.
-        kernel: voxels of the kernel along this axis.
-        padding: zeros on each side along this axis.
+    ``depth``, ``kernel`` and ``padding`` (zeros on each side) are those of its first axis.
     """
     return dtype == torch.bfloat16 and padding > 0 and 1 < depth < kernel
 
@@ -47,10 +43,8 @@ def repair_gradients(network: nn.Module) -> list[RemovableHandle]:
     """Let the convolutions of ``network``, whoever wrote it, go by :func:`convolve_wholly`.
 
     Parameters and their names stay as they are, and so does inference. Layers with a ``forward`` of
-    their own are left alone; this package's see to it themselves.
-
-    Returns:
-        Handles; removing them takes the repair back.
+    their own are left alone; this package's see to it themselves. The handles that are returned
+    take the repair back.
     """
     return [
         module.register_forward_hook(_repaired)

@@ -31,11 +31,7 @@ class Groupable(nn.Module):
 
 
 def encode_together(encoders: Sequence[nn.Module], image: Tensor) -> list[Tensor]:
-    """Run encoder m on channel m, all of them at once.
-
-    Args:
-        encoders: M equal :class:`Groupable` encoders, each with weights of its own.
-        image: ``[B, M, D, H, W]``.
+    """Run encoder m (equal :class:`Groupable`, each with own weights) on channel m, all at once.
 
     Returns:
         Per level ``[B, M·C, d, h, w]``: the channels of encoder 0, then those of encoder 1, ….
@@ -48,9 +44,8 @@ def encode_together(encoders: Sequence[nn.Module], image: Tensor) -> list[Tensor
 def convolve_groups(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """Convolve with kernels of several layers, each of which reads channels of its own.
 
-    Args:
-        conv: one of the layers, with the kernels of all, ``[M·out, in, k, k, k]``.
-        x: ``[B, M·in, D, H, W]``.
+    ``conv`` is one of the layers, with the kernels of all, ``[M·out, in, k, k, k]``; ``x`` is
+    ``[B, M·in, D, H, W]``.
     """
     padding = [int(side) for side in conv.padding]
     if conv.padding_mode != "zeros":
@@ -84,12 +79,8 @@ def _with_zeros(weight: Tensor, groups: int) -> Tensor:
 def map_groups(linear: nn.Linear, x: Tensor) -> Tensor:
     """Map features by a linear layer, or by those of several encoders, each its own features.
 
-    Args:
-        linear: one of the layers, with the weights of all, ``[M·out, in]``.
-        x: ``[B, M·in]``.
-
-    Returns:
-        ``[B, M·out]``.
+    ``linear`` is one of the layers, with the weights of all, ``[M·out, in]``: ``[B, M·in]`` becomes
+    ``[B, M·out]``.
     """
     groups = x.shape[1] // linear.in_features
     if groups == 1:

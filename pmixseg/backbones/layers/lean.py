@@ -126,13 +126,7 @@ def as_autocast(*tensors: Tensor | None) -> list[Any]:
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """1x1x1 convolution, possibly with weights of each sample's own.
 
-    Args:
-        x: ``[B, C, D, H, W]``.
-        weight: ``[B, C', C]`` or ``[C', C]``.
-        bias: ``[C']``.
-
-    Returns:
-        ``[B, C', D, H, W]``.
+    Weights ``[B, C', C]`` or ``[C', C]`` turn ``[B, C, D, H, W]`` into ``[B, C', D, H, W]``.
     """
     if runs_lean(x):
         y: Tensor = _Mix.apply(*as_autocast(x, weight, bias))  # type: ignore[no-untyped-call]  # untyped in torch

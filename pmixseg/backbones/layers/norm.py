@@ -65,13 +65,9 @@ def norm_act(
     torch's own norms of channels-last tensors add a million values one by one on a CPU, which costs
     three digits; here they are summed pairwise.
 
-    Args:
-        x: ``[B, C, D, H, W]``.
-        slope: negative slope of the LeakyReLU.
-        weight: scale, ``[C]``.
-        bias: shift, ``[C]``.
-        reuse: nobody needs ``x`` again, so the result may take its memory (fresh pages cost as much
-            as the arithmetic); with a scale only where no gradient is wanted.
+    ``weight`` (scale) and ``bias`` (shift) are ``[C]``. ``reuse``: nobody needs ``x`` again, so the
+    result may take its memory (fresh pages cost as much as the arithmetic); with a scale only where
+    no gradient is wanted.
     """
     y: Tensor
     if torch.compiler.is_compiling():

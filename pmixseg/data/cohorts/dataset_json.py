@@ -23,9 +23,9 @@ def described_layout(
 
     The layout is the preset ``msd`` (one 4-D file per case) or ``nnunet`` (a file per channel), or
     one based on these; what it says itself of images and codes is kept. Modalities and labels of
-    the task are matched by the usual spellings, nnU-Net's region labels (``whole tumor: [1, 2,
-    3]``) to the task's regions. Where spellings do not tell, ``labels`` gives the task's label ->
-    its name or numbers in the file.
+    the task are matched by the usual spellings, nnU-Net's region labels
+    (``whole tumor: [1, 2, 3]``) to the task's regions. Where spellings do not tell, ``labels``
+    gives the task's label -> its name or numbers in the file.
 
     Raises:
         InputError: no such file, or names in it that cannot be matched.

@@ -368,8 +368,8 @@ def _quantised(scan: Volume) -> Codes:
 def _information(scans: Codes, others: Codes, enough: float) -> npt.NDArray[np.float64]:
     """Mutual information of each other scan with all scans, in nats, summed over the scans.
 
-    Entropies are corrected for the number of voxels (Miller and Madow 1955). Voxels ``[scans,
-    voxels]`` where either is 0 do not count, nor do scans with fewer than ``enough``.
+    Entropies are corrected for the number of voxels (Miller and Madow 1955). Voxels
+    ``[scans, voxels]`` where either is 0 do not count, nor do scans with fewer than ``enough``.
     """
     pairs, rows = (len(others), len(scans)), BINS + 1
     table = np.arange(math.prod(pairs), dtype=np.int32).reshape(*pairs, 1)

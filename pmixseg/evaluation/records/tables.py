@@ -179,7 +179,7 @@ class Tabulation(Lines):
         table.add_row("mean", *blank, *(c[-1] for c in columns))
 
     def latex(self, comment: str = "") -> str:
-        r"""Return a comment and a ``tabular`` for booktabs and amssymb, to be read with ``\input``."""
+        r"""Return a ``tabular`` (booktabs and amssymb) for LaTeX's ``\input``, below a comment."""
         several = len(self.runs) > 1
         lead = ["", ""] if several else [""]
         count = len(self.combinations)

@@ -66,11 +66,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def plan(setting: Compile, device: torch.device, trainer: Trainer) -> Plan | None:
-    """Decide whether and how a training compiles its step.
-
-    Returns:
-        ``None``: it does not.
-    """
+    """Decide how a training compiles its step, if it does."""
     if setting is False or (setting == "auto" and not _pays(device, trainer)):
         return None
     alone = not is_parallel(trainer)
@@ -178,12 +174,7 @@ class CompiledStep:
 
 
 def arrange(module: nn.Module, layout: torch.memory_format) -> None:
-    """Lay the weights of 3-D convolutions in memory in another order; no value changes.
-
-    Args:
-        module: whose parameters with five axes are laid anew.
-        layout: ``torch.channels_last_3d`` or ``torch.contiguous_format``.
-    """
+    """Lay the weights of 3-D convolutions in memory in another order; no value changes."""
     for parameter in module.parameters():
         if parameter.dim() == 5:
             parameter.data = parameter.data.contiguous(memory_format=layout)

@@ -40,20 +40,10 @@ class LossLog:
         batch_idx: int,
         module: LightningModule,
     ) -> Tensor | None:
-        """Take in the losses of one step.
+        """Take in the losses of one step, and return the one to show, if any.
 
-        Args:
-            names: of the parts; the last is their sum.
-            values: one vector, detached.
-            samples: in the batch.
-            batch_idx: of the step in its epoch.
-            module: that is trained, by a trainer or by itself.
-
-        Returns:
-            The loss to show, if any.
-
-        Raises:
-            InputError: some part is not finite, and that is known without waiting.
+        The last name is that of the sum; the values are one vector, detached. A part that is not
+        finite is refused where that is known without waiting.
         """
         self.means.add(names, values, samples)
         if module._trainer is None:
@@ -110,11 +100,7 @@ class LateValue:
         self._last: Tensor | None = None
 
     def put(self, value: Tensor) -> Tensor | None:
-        """Send for a scalar, on any device.
-
-        Returns:
-            The newest number that has arrived, on the CPU; ``None`` before the first.
-        """
+        """Send for a scalar, and return the newest number that has arrived, if any has."""
         value = value.detach()
         if value.device.type != "cuda":
             return value
@@ -143,13 +129,7 @@ class FiniteLoss:
         self._first: Tensor | None = None
 
     def see(self, names: tuple[str, ...], values: Tensor, step: int) -> None:
-        """Look at the parts of the loss of one step.
-
-        Args:
-            names: of the parts; the same in every step.
-            values: one vector, detached.
-            step: number of the optimizer step.
-        """
+        """Look at the parts of the loss of one step."""
         if self._first is None or names != self._names:
             self._names = names
             self._first = torch.full(values.shape, NEVER, device=values.device)
@@ -157,14 +137,7 @@ class FiniteLoss:
         self._first = torch.minimum(self._first, now)
 
     def check(self, rate: Callable[[], float]) -> None:
-        """Ask for the values.
-
-        Args:
-            rate: tells the learning rate of the training, for the advice.
-
-        Raises:
-            InputError: some part was not finite.
-        """
+        """Ask for the values, and refuse a part that was not finite, with advice on the rate."""
         if self._first is None:
             return
         steps: Sequence[int] = self._first.tolist()

@@ -99,11 +99,7 @@ class OneCycle(Schedule):
 
 
 def callable_from(value: Callable[..., Any] | Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a callable as it is; a ``{class_path, init_args}`` as a partial of the class.
-
-    Raises:
-        InputError: it is neither.
-    """
+    """Return a callable as it is; a ``{class_path, init_args}`` as a partial of the class."""
     if is_description(value):
         assert isinstance(value, Mapping)
         return functools.partial(find_class(value["class_path"]), **(value.get("init_args") or {}))
@@ -138,14 +134,9 @@ def scheduler_from(
 ) -> tuple[LRScheduler | ReduceLROnPlateau, dict[str, Any]]:
     """Build a scheduler of PyTorch, and say when Lightning is to step it.
 
-    Args:
-        make: called with the optimizer.
-        optimizer: whose rate is scheduled.
-        trainer: says when validations come; none where a module stands alone.
-
-    Returns:
-        The scheduler, and Lightning's settings for it: per epoch, or per validation for one that
-        follows a validation metric.
+    Without a trainer, which says when validations come, a module stands alone. Lightning's settings
+    for the scheduler come with it: per epoch, or per validation for one that follows a validation
+    metric.
 
     Raises:
         InputError: a scheduler that follows a validation metric in a training that validates
@@ -174,14 +165,8 @@ def scheduled(
 ) -> OptimizerLRScheduler:
     """Return an optimizer with its schedule, as ``configure_optimizers`` must.
 
-    Args:
-        optimizer: of the training.
-        make: a :class:`Schedule`, stepped after every step of the optimizer; or what makes a
-            scheduler of PyTorch, see :func:`scheduler_from`.
-        trainer: of the training.
-
-    Raises:
-        InputError: a schedule over a training that no trainer knows the length of.
+    A :class:`Schedule` is stepped after every step of the optimizer; for what makes a scheduler of
+    PyTorch see :func:`scheduler_from`.
     """
     if make is None:
         return optimizer
@@ -200,11 +185,7 @@ def scheduled(
 
 
 def total_steps(trainer: Trainer) -> int:
-    """Optimizer steps of a training, which a schedule has to know.
-
-    Raises:
-        InputError: the training has no end.
-    """
+    """Optimizer steps of a training, which a schedule has to know."""
     steps = trainer.estimated_stepping_batches
     if steps == math.inf:
         raise InputError(
@@ -330,11 +311,8 @@ def regroup(state: dict[str, Any], module: nn.Module) -> None:
     """Bring the state of an optimizer that spared fewer parameters into today's groups.
 
     Checkpoints up to 0.1 told weights from the rest by their dimensions alone. A state in today's
-    groups, or of other parameters, stays what it is.
-
-    Args:
-        state: of one optimizer, of :func:`parameter_groups` of ``module``; changed in place.
-        module: whose training goes on.
+    groups, or of other parameters, stays what it is. The state is that of one optimizer of
+    ``module``'s :func:`parameter_groups`; it is changed in place.
     """
     # Weights come first, then the rest, each in the order of the module: today's and then.
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -371,11 +349,8 @@ def complete_gradients(module: nn.Module, optimizers: Sequence[Optimizer]) -> No
     """Give parameters that a step did not use a gradient of 0.
 
     Optimizers pass over a parameter without one: its momentum and weight decay would wait for the
-    next step that uses it, and a training would depend on which encoders are skipped.
-
-    Args:
-        module: whose parameters, where no optimizer has them: to look for them takes a millisecond.
-        optimizers: that have them.
+    next step that uses it, and a training would depend on which encoders are skipped. Without
+    optimizers the module's parameters are taken: to look for them takes a millisecond.
     """
     groups: Sequence[Iterable[nn.Parameter]]
     groups = [group["params"] for one in optimizers for group in one.param_groups]

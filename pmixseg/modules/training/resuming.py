@@ -101,8 +101,7 @@ def pending_metrics(trainer: Trainer) -> dict[str, float]:
 def circumstances(trainer: Trainer) -> dict[str, Any]:
     """Return what steps depend on besides model, optimizer and cases; primitives.
 
-    Returns:
-        Setting, by its name on the command line -> value; without those that no checkpoint holds.
+    Settings have their names on the command line; those that no checkpoint holds are left out.
     """
     data = getattr(trainer, "datamodule", None)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
@@ -126,12 +125,7 @@ def differences(
     """Leaves in which two descriptions differ, in words.
 
     What a checkpoint does not state had its default, and has it still unless a flag says otherwise.
-
-    Args:
-        stored: the checkpoint's description.
-        current: that of the model as it is now.
-        args: the command line.
-        where: the name of what is described, if it has one.
+    ``where`` is the name of what is described, if it has one.
     """
     if isinstance(stored, dict) and isinstance(current, dict):
         classes = [description.get("class_path") for description in (stored, current)]

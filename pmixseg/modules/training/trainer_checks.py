@@ -169,15 +169,8 @@ def check_loaders(trainer: Trainer, *loaders: Any) -> None:
 def check_batch(trainer: Trainer | None, batch: Batch, task: Task) -> None:
     """Refuse a training batch of a user's own loader that is no :class:`~pmixseg.types.Batch`.
 
-    A GPU is asked for the values of a label in the first step alone.
-
-    Args:
-        trainer: that trains; none where a step is called by hand.
-        batch: before the step.
-        task: of the module.
-
-    Raises:
-        InputError: what is missing, of another shape or type, or no class of the task.
+    A GPU is asked for the values of a label in the first step alone. Where a step is called by hand
+    there is no trainer.
     """
     if trainer is None or _prepared(trainer):
         return
