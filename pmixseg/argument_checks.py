@@ -79,13 +79,9 @@ def check_fields(made: Any) -> None:
 def argument_check(
     function: Callable[..., Any],
 ) -> Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]:
-    """Make a function that checks the arguments of a call of another.
+    """Make a function that checks calls of another: an ``__init__``, other method, or function.
 
-    Args:
-        function: ``__init__`` of a class, another method, or a function.
-
-    Returns:
-        A function of the instance, the positional arguments after it, and those by name.
+    It takes the instance, the positional arguments after it, and those by name.
     """
     making = function.__name__ == "__init__"
     parameters = dict(inspect.signature(function).parameters)
@@ -189,10 +185,6 @@ _PLAIN = (str, bytes, Real, type(None), list, tuple, set, Mapping)
 
 def _kinds(annotation: str, names: Mapping[str, Any] | None = None) -> list[Kind]:
     """Return what an annotation takes; nothing where it takes more than is known here.
-
-    Args:
-        annotation: as it is written.
-        names: what further names in it stand for.
 
     Example:
         >>> [kind.words for kind in _kinds('int | Literal["auto"] | None')]

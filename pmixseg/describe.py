@@ -103,11 +103,7 @@ class Described:
 
 
 def constructor_arguments(cls: Any) -> list[str]:
-    """Return names of what a constructor takes, those that it hands on included.
-
-    Args:
-        cls: a class; of anything else nothing is known.
-    """
+    """Return names of what a class's constructor takes, those that it hands on included."""
     names: dict[str, None] = {}
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for base in getattr(cls, "__mro__", ()):
@@ -223,10 +219,8 @@ def _not_whole(made: Any) -> InputError | None:
 def describe(value: Any, where: str = "value") -> Any:
     """Write ``value`` with primitives only.
 
-    Args:
-        value: a primitive, path, list, mapping, :class:`Described` object, class, or
-            ``functools.partial`` of a class.
-        where: how the error names it.
+    The value is a primitive, path, list, mapping, :class:`Described` object, class, or
+    ``functools.partial`` of a class; ``where`` is how the error names it.
 
     Raises:
         InputError: the object cannot be rebuilt from primitives.
@@ -296,10 +290,8 @@ def public_path(obj: Any) -> str:
     """Return the shortest dotted path under which a package exports a class.
 
     A file may move to another folder of its package; what ``__all__`` exports may not. So a
-    checkpoint names ``pmixseg.losses.DiceCE``, and never the file that holds the class today.
-
-    Args:
-        obj: a class or function. One that no package exports keeps the path of its module.
+    checkpoint names ``pmixseg.losses.DiceCE``, and never the file that holds the class today. A
+    class or function that no package exports keeps the path of its module.
 
     Example:
         >>> from pmixseg.losses.segmentation import DiceCE
@@ -323,13 +315,8 @@ def is_description(value: Any) -> bool:
 def find_class(class_path: str) -> Any:
     """Import the object that ``class_path`` names.
 
-    What a *checkpoint* names is judged first, see :func:`pmixseg.modules.trust.resolve`.
-
-    Args:
-        class_path: dotted path of a class, today's or one of an earlier version.
-
-    Raises:
-        InputError: not importable.
+    What a *checkpoint* names is judged first, see :func:`pmixseg.modules.trust.resolve`. Paths of
+    earlier versions are known.
     """
     class_path = current_path(class_path)
     parts = class_path.split(".")
@@ -347,16 +334,9 @@ def find_class(class_path: str) -> Any:
 def build(value: Any, **extra: Any) -> Any:
     """Undo :func:`describe` for one object: instantiate a ``{class_path, init_args}``.
 
-    A ready object is returned as it is. Nested descriptions are left to the class, which builds
-    its own arguments.
-
-    Args:
-        value: a description or a ready object.
-        extra: arguments added to ``init_args`` where those do not have them.
-
-    Raises:
-        InputError: the class cannot be found or does not take the arguments; or a word, list or
-            other mapping stands where an object belongs.
+    A ready object is returned as it is. Nested descriptions are left to the class, which builds its
+    own arguments. ``extra`` arguments are added where ``init_args`` does not have them. A word,
+    list or other mapping where an object belongs is refused.
     """
     primitive = isinstance(value, str | list | tuple | int | float | Mapping)
     if primitive and not isinstance(value, bool) and not is_description(value):

@@ -85,12 +85,7 @@ class InputError(ValueError):
 
 
 def count_of(number: int, one: str, many: str | None = None) -> str:
-    """Say how many there are of something.
-
-    Args:
-        number: how many.
-        one: what one of them is called.
-        many: what several are called; by default ``one`` with an ``s``.
+    """Say how many there are of something; several are by default ``one`` with an ``s``.
 
     Example:
         >>> count_of(1, "case"), count_of(2000, "case"), count_of(0, "case has", "cases have")
@@ -104,9 +99,6 @@ def writing(path: str | PathLike[str]) -> Iterator[None]:
     """Within this block an :class:`OSError` means that ``path`` cannot be written.
 
     So does what PyTorch says where a disk refuses a part of its file.
-
-    Raises:
-        InputError: it cannot.
     """
     try:
         yield

@@ -13,11 +13,7 @@ _as_on_gpu = False
 
 @contextlib.contextmanager
 def as_on_gpu(on: bool = True) -> Iterator[None]:
-    """Compute on a CPU as on a GPU, so that tests and counts see what runs there.
-
-    Args:
-        on: ``False`` computes as on a CPU again, inside another such block.
-    """
+    """Compute on a CPU as on a GPU, or not, so that tests and counts see what runs there."""
     global _as_on_gpu
     before, _as_on_gpu = _as_on_gpu, on
     try:

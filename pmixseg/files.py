@@ -73,13 +73,8 @@ def _new_file(path: Path) -> Path:
 def hidden_folder_near(folder: Path) -> Iterator[Path]:
     """Make a hidden, empty folder on the same disk as ``folder``, to be renamed to it when full.
 
-    What has not been renamed by the end of the block is removed.
-
-    Args:
-        folder: need not exist; the folder around it must.
-
-    Raises:
-        OSError: it cannot be made.
+    What has not been renamed by the end of the block is removed. The folder need not exist; the one
+    around it must.
     """
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
     try:
@@ -92,13 +87,8 @@ def hidden_folder_near(folder: Path) -> Iterator[Path]:
 def lock_folder(folder: Path) -> int | None:
     """Lock a folder against other processes that ask for it, until the descriptor is closed.
 
-    A process that ends, however it does, lets go of it.
-
-    Args:
-        folder: it is made.
-
-    Returns:
-        ``None`` where the system or the disk knows no such locks.
+    A process that ends, however it does, lets go of it. The folder is made. ``None``: the system or
+    the disk knows no such locks.
 
     Raises:
         InputError: another process, or another part of this one, holds it.
@@ -125,10 +115,7 @@ def lock_folder(folder: Path) -> int | None:
 def inside(folder: Path, name: str, what: str) -> Path:
     """Return the path of ``name`` in ``folder``, where a name must not lead anywhere else.
 
-    Args:
-        folder: of the outputs.
-        name: of a file or case, as a person, a layout or a checkpoint says it.
-        what: what the name is of, for the error.
+    ``what`` the name is of, for the error, is said by a person, a layout or a checkpoint.
 
     Raises:
         InputError: it holds a separator or a control character, or is no name at all.
@@ -149,9 +136,6 @@ def not_beside(out: Path, sources: Iterable[Path]) -> None:
     """Refuse a folder of results that holds what they are made from.
 
     A label map beside scans would be taken for the label that somebody drew.
-
-    Raises:
-        InputError: one lies in it.
     """
     for source in sources:
         if source.parent.resolve() == out.resolve():
@@ -162,11 +146,7 @@ def not_beside(out: Path, sources: Iterable[Path]) -> None:
 
 
 def not_within(out: Path, folder: Path) -> None:
-    """Refuse a folder of results that is, or lies in, the folder which is searched for scans.
-
-    Raises:
-        InputError: it does.
-    """
+    """Refuse a folder of results that is, or lies in, the folder which is searched for scans."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise InputError(
             f"{out} lies in {folder}, which is searched for scans, so results would be taken for "
@@ -175,11 +155,7 @@ def not_within(out: Path, folder: Path) -> None:
 
 
 def not_among(out: Path, sources: Iterable[Path]) -> None:
-    """Refuse an output that would take the place of what it is made from.
-
-    Raises:
-        InputError: it is one of them, by whatever name.
-    """
+    """Refuse an output that, under whatever name, would take the place of what it is made from."""
     if out.resolve() in {source.resolve() for source in sources}:
         raise InputError(f"{out} is read here and would be replaced; choose another output.")
 

@@ -14,11 +14,7 @@ def gaussian_kl(
     .. math:: \tfrac12 \left( \log \frac{\sigma_P^2}{\sigma^2}
               + \frac{\sigma^2 + (\mu - \mu_P)^2}{\sigma_P^2} - 1 \right)
 
-    Args:
-        mean: μ.
-        log_variance: log σ².
-        mean_p: μ_P; all four broadcast.
-        log_variance_p: log σ_P².
+    All four broadcast.
 
     Example:
         >>> zero = torch.zeros(1)

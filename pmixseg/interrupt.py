@@ -42,9 +42,8 @@ def raise_on_interrupt(*, trains: bool = False) -> None:
     In an import they still end the process at once. Changes nothing in a process that has handlers
     of its own.
 
-    Args:
-        trains: leave SIGTERM to Lightning, whose training ends with the step in hand; a cluster may
-            queue it again.
+    With ``trains``, SIGTERM is left to Lightning, whose training ends with the step in hand; a
+    cluster may queue it again.
     """
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, _raise)
@@ -75,11 +74,7 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def report_stop(code: int = STOPPED) -> int:
-    """Print the one line of a stopped command.
-
-    Returns:
-        The exit code.
-    """
+    """Print the one line of a stopped command, and return its exit code."""
     print("pmixseg: stopped.", file=sys.stderr, flush=True)  # noqa: T201  # the command line's own output
     return code
 

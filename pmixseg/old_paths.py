@@ -77,10 +77,7 @@ name public paths (:func:`pmixseg.describe.public_path`)."""
 
 
 def current_path(class_path: str) -> str:
-    """Translate the dotted path of a class, where its module has moved since.
-
-    Args:
-        class_path: as a checkpoint or a YAML file names it.
+    """Translate the dotted path of a class in a checkpoint or YAML file, where its module moved.
 
     Example:
         >>> current_path("pmixseg.evaluation.conventions.Conventions")
@@ -93,10 +90,7 @@ def current_path(class_path: str) -> str:
 
 
 def current_word(word: str) -> str:
-    """Translate the class path in a word of a command line.
-
-    Args:
-        word: ``--flag=path``, or a path alone.
+    """Translate the class path in a word of a command line: ``--flag=path``, or a path alone.
 
     Example:
         >>> current_word("--model.scheduler=pmixseg.modules.optimization.OneCycle")
@@ -150,11 +144,7 @@ class MovedModules(MetaPathFinder, Loader):
 
 
 def names_of(module: str) -> Callable[[str], Any]:
-    """Return a ``__getattr__`` for a folder that has the name of an earlier module.
-
-    Args:
-        module: where the names of the earlier module are today.
-    """
+    """Return a ``__getattr__`` for a folder with the name of an earlier module, now ``module``."""
 
     def getattr_of_folder(name: str) -> Any:
         if name.startswith("__"):

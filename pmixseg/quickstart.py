@@ -123,11 +123,7 @@ def quickstart(out: Path, data: Path | None = None, seed: int = 0) -> Path:
 
 
 def prepare_cohort(root: Path, store: Path) -> None:
-    """Build the store, or bring it up to date.
-
-    Raises:
-        InputError: a case cannot be prepared, or the store holds cases of another cohort.
-    """
+    """Build the store, or bring it up to date."""
     spacing = (SPACING, SPACING, SPACING)
     report = prepare(
         find_cases(root, BRATS), store, BRATS, spacing=spacing, workers=WORKERS, prune=True

@@ -19,10 +19,7 @@ from pmixseg.types import AnchorMap, Features, Presence, Weights
 def weighted_sum(features: Features, weights: Weights, subset: Presence) -> AnchorMap:
     """``Σ_m weights[:, m] · features[:, m]`` over the slots in ``subset``.
 
-    Args:
-        features: ``[B, M, C, D, H, W]``; slots outside ``subset`` may hold NaN.
-        weights: ``[B, M]``.
-        subset: ``[B, M]``.
+    Slots outside ``subset`` may hold NaN.
     """
     subset = subset.to(features.device)
     if _reads_flags(features) and features.dtype == weights.dtype:
@@ -45,10 +42,7 @@ def weighted_sum(features: Features, weights: Weights, subset: Presence) -> Anch
 def choose_slots(flags: Presence, features: Features, other: Features) -> Features:
     """Take the slots that ``flags`` names, and ``other`` in place of the rest.
 
-    Args:
-        flags: ``[B, M]``.
-        features: ``[B, M, C, D, H, W]``.
-        other: ``[B, 1, C, D, H, W]``, for every slot of a sample.
+    ``other`` is ``[B, 1, C, D, H, W]``, for every slot of a sample.
     """
     if _reads_flags(features) and features.dtype == other.dtype:
         read: Tensor = _ChooseSlots.apply(flags, features, other)  # type: ignore[no-untyped-call]  # untyped in torch
@@ -57,13 +51,7 @@ def choose_slots(flags: Presence, features: Features, other: Features) -> Featur
 
 
 def hide(features: Features, subset: Presence, value: float = 0.0) -> Features:
-    """Put ``value`` into every slot outside ``subset``; such slots receive no gradient.
-
-    Args:
-        features: ``[B, M, C, D, H, W]``.
-        subset: ``[B, M]``.
-        value: what hidden slots hold afterwards.
-    """
+    """Put ``value`` into every slot outside ``subset``; such slots receive no gradient."""
     of_sample = features.new_full((), value).expand_as(features[:, :1])
     return choose_slots(subset, features, of_sample)
 

@@ -159,11 +159,8 @@ def balanced_combinations(modalities: Sequence[str], turn: int = 0) -> list[Comb
     """Return a few combinations in which every modality is shown equally often.
 
     Of M modalities in a circle: neighbours, from 1 to M/2 of them, each beside all the others, and
-    everything. 5 of the 15 of four modalities.
-
-    Args:
-        modalities: names, in task order.
-        turn: where on the circle to begin, so that another modality stands alone.
+    everything. 5 of the 15 of four modalities. ``turn`` is where on the circle to begin, so that
+    another modality stands alone.
 
     Example:
         >>> [format_combination(c) for c in balanced_combinations(["a", "b", "c", "d"])]
@@ -187,9 +184,6 @@ def format_combination(combination: Iterable[str]) -> str:
 
 def parse_combination(text: str | Iterable[str], modalities: Sequence[str]) -> Combination:
     """Read ``"t1ce+flair"`` (or an iterable of names) into task order.
-
-    Raises:
-        InputError: no name, or a name that is not among ``modalities``.
 
     Example:
         >>> parse_combination("t1+flair", BRATS.modalities)

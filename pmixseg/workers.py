@@ -50,12 +50,10 @@ def results(
     piece of work in hand clears up, and no other is begun. Workers leave Ctrl-C to this process,
     use one core, and die when it dies.
 
-    Args:
-        work: a function of a module, or a ``partial`` of one; other processes import it.
-        items: what it is called with.
-        workers: processes beside this one; 0 or less does the work here.
-        where: how the message about a worker that was killed begins.
-        preload: modules that are imported once, not once a worker, where the system allows it.
+    Work is a function of a module, or a ``partial`` of one: other processes import it. With 0
+    workers or less it is done here. The message about a worker that was killed begins with
+    ``where``. Modules to ``preload`` are imported once, not once a worker, where the system allows
+    it.
 
     Raises:
         InputError: a worker was killed, most likely for lack of memory.
@@ -171,16 +169,9 @@ def _end_with_parent() -> None:
 def start_server(preload: Sequence[str]) -> BaseContext:
     """Start the process that forks workers, and let it import what they need meanwhile.
 
-    Not a plain fork: this process may hold threads (torch, the progress bar) that it breaks.
-
-    Args:
-        preload: modules; a server that runs already imports no more.
-
-    Returns:
-        The way to start workers: by that server, or anew where the system has none.
-
-    Raises:
-        InputError: the system starts no more processes.
+    Not a plain fork: this process may hold threads (torch, the progress bar) that it breaks. A
+    server that runs already imports no more. The way to start workers is returned: by that server,
+    or anew where the system has none.
     """
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")

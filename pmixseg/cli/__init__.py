@@ -75,9 +75,6 @@ def main(args: Sequence[str] | None = None) -> int:
 def check_ranks(environment: Mapping[str, str]) -> None:
     """Refuse a number of a process that is none; Lightning and torch fail on it as they import.
 
-    Raises:
-        InputError: a variable that several processes are counted by holds no number.
-
     Example:
         >>> check_ranks({"RANK": "0", "HOME": "/"})
         >>> check_ranks({"RANK": "first"})
@@ -96,9 +93,6 @@ def check_ranks(environment: Mapping[str, str]) -> None:
 
 def check_words(words: Sequence[str]) -> None:
     """Refuse an empty word: as a path it would be the working folder, which nobody has named.
-
-    Raises:
-        UsageError: there is one.
 
     Example:
         >>> check_words(["phantom", "."])
@@ -121,11 +115,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def check_folder() -> None:
-    """Refuse a working folder that somebody removed; torch ends the process as it is imported.
-
-    Raises:
-        InputError: it is gone.
-    """
+    """Refuse a working folder that somebody removed; torch ends the process as it is imported."""
     try:
         Path.cwd()
     except OSError as error:
@@ -153,11 +143,7 @@ def input_error(error: BaseException | None) -> InputError | None:
 
 
 def no_text(args: Sequence[str]) -> InputError | None:
-    """Find a YAML file among the arguments that is no UTF-8, which jsonargparse does not say.
-
-    Args:
-        args: of the command line, ``--config FILE`` or ``--config=FILE``.
-    """
+    """Find a YAML file among the arguments that is no UTF-8, which jsonargparse does not say."""
     for arg in args:
         path = Path(arg.partition("=")[2] or arg)
         if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
@@ -171,11 +157,7 @@ def no_text(args: Sequence[str]) -> InputError | None:
 def import_modules(args: list[str]) -> tuple[list[str], list[str]]:
     """Take ``--import MODULE`` out of the arguments, and import the modules.
 
-    Returns:
-        The other arguments, and the modules' names: a checkpoint may use their classes.
-
-    Raises:
-        InputError: a module that cannot be imported.
+    The other arguments are returned with the modules' names: a checkpoint may use their classes.
     """
     names, left = take_out(args, "--import")
     for name in names:
@@ -198,11 +180,7 @@ def run_plain(args: Sequence[str], modules: Sequence[str] = ()) -> int:
 
 
 def parse_plain(args: Sequence[str], modules: Sequence[str] = ()) -> argparse.Namespace:
-    """Parse a command that is not Lightning's.
-
-    Raises:
-        UsageError: a flag or argument is wrong.
-    """
+    """Parse a command that is not Lightning's."""
     parser = Parser(
         prog="pmixseg",
         description="Brain-tumour segmentation when MRI sequences are missing. Research use only.",

@@ -101,10 +101,7 @@ def config_files(args: Sequence[str]) -> list[Path]:
 
 
 def take_out(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
-    """Split a flag that may come several times off the arguments.
-
-    Returns:
-        Its values, and the other arguments.
+    """Split a flag that may come several times off the arguments: its values, and the others.
 
     Example:
         >>> take_out(["fit", "--import", "a", "--x=1", "--import=b"], "--import")
@@ -124,11 +121,7 @@ def take_out(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
 
 
 def with_checkpoint_path(args: Sequence[str]) -> list[str]:
-    """Replace ``--ckpt_path last`` or ``best`` by that file of the run folder.
-
-    Raises:
-        InputError: no ``--run`` says which run is meant.
-    """
+    """Replace ``--ckpt_path last`` or ``best`` by that file of the run folder."""
     name = option(args, "--ckpt_path")
     if name not in ("last", "best"):
         return list(args)
@@ -143,11 +136,7 @@ def with_checkpoint_path(args: Sequence[str]) -> list[str]:
 
 
 def with_split_class(args: Sequence[str]) -> list[str]:
-    """Name the class of a split whose arguments alone are given.
-
-    Raises:
-        InputError: no split takes all of them.
-    """
+    """Name the class of a split whose arguments alone are given."""
     prefix = "--data.split."
     arguments = {
         flag_name(flag).removeprefix(prefix): value
@@ -171,9 +160,6 @@ def _names_split(path: Path) -> bool:
 
 def split_class(arguments: Mapping[str, Any]) -> str:
     """Return the class of a split, from the names and kinds of its arguments.
-
-    Raises:
-        InputError: no split takes all of them.
 
     Example:
         >>> split_class({"train": "train.txt", "val": "val.txt"})
@@ -227,12 +213,7 @@ def parted(texts: Iterable[str]) -> list[str]:
 
 
 def numbers_of(flag: str, pairs: Sequence[str], form: str) -> dict[str, int]:
-    """Read ``NAME=NUMBER`` of a flag.
-
-    Args:
-        flag: its name.
-        pairs: its values.
-        form: an example, for the message about another form.
+    """Read ``NAME=NUMBER`` of a flag; ``form`` is an example for the message about another form.
 
     Example:
         >>> numbers_of("--series", ["t1ce=5,flair=3", "t2=1"], "t1ce=5")

@@ -22,13 +22,6 @@ def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -
 
     ``test --ckpt_path x.ckpt`` then needs nothing else: store, split, patch and window are those
     of the training.
-
-    Args:
-        args: of the command line.
-        modules: whose classes the checkpoint may name.
-
-    Raises:
-        InputError: the checkpoint cannot be read, or names what it may not.
     """
     words = list(args)
     if not words or words[0] not in ("validate", "test", "predict"):
@@ -51,11 +44,7 @@ def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -
 
 
 def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, Any]:
-    """Store and split of a training, as far as the command line does not name its own.
-
-    Raises:
-        InputError: the store is gone, and no other is named.
-    """
+    """Store and split of a training, as far as the command line does not name its own."""
     data: dict[str, Any] = {}
     files = ("-c", "--config", "--data=", "--data.root", "--data.store")
     if cases.store and not any(a.startswith(files) for a in args):

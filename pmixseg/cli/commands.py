@@ -265,9 +265,6 @@ def part_flag(parser: Any) -> None:
 def label_names(pairs: list[str] | None) -> dict[str, str | int | list[str | int]] | None:
     """Read ``LABEL=NAME`` and ``LABEL=1,3``.
 
-    Raises:
-        InputError: not of this form.
-
     Example:
         >>> label_names(["NCR=necrosis,ET=3,4"])
         {'NCR': ['necrosis'], 'ET': ['3', '4']}
@@ -282,11 +279,7 @@ def label_names(pairs: list[str] | None) -> dict[str, str | int | list[str | int
 
 
 def read_task(path: Path | None) -> Task:
-    """Return a task from a YAML file; BraTS without one.
-
-    Raises:
-        InputError: no such file, or not a task.
-    """
+    """Return a task from a YAML file; BraTS without one."""
     if path is None:
         return BRATS
     import yaml
@@ -322,11 +315,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def device_of(name: str) -> str:
-    """``auto`` is a CUDA device if there is one, else the CPU.
-
-    Raises:
-        InputError: the device does not exist here.
-    """
+    """``auto`` is a CUDA device if there is one, else the CPU."""
     import torch
 
     if name == "auto":

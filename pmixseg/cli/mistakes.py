@@ -49,11 +49,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # its overloads say no more
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse; a flag that comes twice, of which argparse silently keeps the last, is refused.
-
-        Raises:
-            UsageError: a flag or an argument is wrong.
-        """
+        """Parse; a flag that comes twice, of which argparse silently keeps the last, is refused."""
         names = [name for name, _ in options(args or ())]
         for action in self._actions:
             if sum(names.count(flag) for flag in action.option_strings) > 1 and not isinstance(
@@ -64,11 +60,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, left
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage text.
-
-        Raises:
-            UsageError: always.
-        """
+        """Raise instead of printing the usage text."""
         raise UsageError(plain_sentence(message, self))
 
 
@@ -103,10 +95,7 @@ def plain_sentence(message: str, parser: argparse.ArgumentParser) -> str:
 def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -> str:
     """Say what jsonargparse says of the flags and files of a training command.
 
-    Args:
-        message: its text, which may name every type that was tried.
-        args: the command line.
-        known: flags that the command takes.
+    The message may name every type that was tried; ``known`` are the flags of the command.
     """
     # A file that cannot be read.
     if "Problems parsing config" in message or message.startswith("Unexpected config"):
@@ -162,11 +151,7 @@ def _unknown_inside(
 ) -> str:
     """Say that an argument which is a group of settings has no such key.
 
-    Args:
-        class_path: of the class that has the argument.
-        own: the argument, and the key below it.
-        keys: names of the setting, the outermost first.
-        args: the command line.
+    ``own`` names the argument, and the key below it; ``keys`` the setting, the outermost first.
     """
     group: Any = find_class(class_path)
     for key in own[:-1]:

@@ -37,15 +37,7 @@ spacing; the result lies on the grid of the scans. Research use only: not a medi
 
 
 def run(args: Sequence[str], modules: Sequence[str] = ()) -> int:
-    """Run the command; its flags depend on the checkpoint's task.
-
-    Args:
-        args: what follows ``segment`` on the command line.
-        modules: whose classes the checkpoint may name.
-
-    Returns:
-        0, or 1 if a case of a cohort failed.
-    """
+    """Run the command, whose flags depend on the checkpoint's task; return 1 if a case failed."""
     if not args or args[0] in ("-h", "--help"):
         parser_for(BRATS).parse_args(["--help"])
     if args[0].startswith("-"):
@@ -148,12 +140,7 @@ def segmented(
     settings: SegmentSettings,
     progress: Callable[[int, int], None],
 ) -> Iterator[CaseResult]:
-    """Find out what was given, and segment it.
-
-    Raises:
-        InputError: both or neither of an input and scans, flags that do not fit them, or scans
-            that are not certain.
-    """
+    """Find out what was given, and segment it."""
     from pmixseg.inference.outputs import Outputs
     from pmixseg.inference.segment import channels_of, segment_files, segment_folder
 
@@ -275,11 +262,7 @@ def series_table(recognised: Sequence[Recognised]) -> Table:
 
 
 def raw_scans(source: Path, task: Task, *, force: bool) -> Mapping[str, Path]:
-    """Return the files of one patient's raw scans.
-
-    Raises:
-        InputError: a cohort, a 4-D file, or a folder in which a sequence is not certain.
-    """
+    """Return the files of one patient's raw scans."""
     from pmixseg.inference.folders import scans_in
 
     images = scans_in(source, task, force=force)[0] if source.is_dir() else {}

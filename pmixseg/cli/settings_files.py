@@ -85,12 +85,7 @@ def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
 
 
 def broken_file(path: Path | str, text: str | None = None) -> str | None:
-    """Why a file is no YAML, or holds no settings, in a sentence.
-
-    Args:
-        path: the file, or the flag that has its content as value.
-        text: that content.
-    """
+    """Why a file, or the text that a flag has as value, is no YAML or holds no settings."""
     # Is it text, YAML, and without keys that stand twice?
     try:
         text = Path(path).read_text(encoding="utf-8") if text is None else text
@@ -185,10 +180,7 @@ def _names_in(module: str) -> list[str]:
 def lacking_value(cls: Any, settings: Any, place: str) -> str | None:
     """Return the first argument that is null where its type knows none, with its place.
 
-    Args:
-        cls: the class.
-        settings: its arguments, by name; those that name a class are looked into.
-        place: where they stand.
+    Settings that name a class are looked into.
     """
     try:
         parameters = inspect.signature(cls).parameters

@@ -82,11 +82,7 @@ class SaveRunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the configuration into the run's folder and the logger.
-
-        Raises:
-            InputError: the run folder cannot be written.
-        """
+        """Write the configuration into the run's folder and the logger."""
         folder = Path(trainer.default_root_dir)
         text = self.parser.dump(self.config, skip_none=False)
         write_text(folder / "config.yaml", text)
@@ -129,11 +125,7 @@ class TrainingCLI(LightningCLI):
         return {name: every[name] for name in every if name == self.words[0]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line.
-
-        Raises:
-            UsageError: a flag, a file or a value is wrong.
-        """
+        """Parse the command line."""
         for path in config_files(self.words):
             if broken := broken_file(path):
                 raise UsageError(broken)
@@ -242,11 +234,7 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def fitting(self, out: str) -> Callback:
-        """Return the callback of ``--calibrate``.
-
-        Raises:
-            InputError: another command than validate.
-        """
+        """Return the callback of ``--calibrate``."""
         if self.subcommand != "validate":
             raise InputError(
                 "--calibrate fits on validation cases; use `pmixseg validate --ckpt_path … "
@@ -289,11 +277,7 @@ class TrainingCLI(LightningCLI):
             settings.init_args.mode = made.keywords.get("mode", settings.init_args.mode)
 
     def after_instantiate_classes(self) -> None:
-        """Start from given weights; say where flags differ from the checkpoint.
-
-        Raises:
-            InputError: a checkpoint without what Lightning writes besides weights.
-        """
+        """Start from given weights; say where flags differ from the checkpoint."""
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint:
             content = read_checkpoint(checkpoint)
@@ -335,13 +319,7 @@ class TrainingCLI(LightningCLI):
     def changed_data(
         self, trained: Preparation, stored: dict[str, Any], now: dict[str, Any]
     ) -> list[str]:
-        """Say where patch, spacing and inference window are not those of the training, in words.
-
-        Args:
-            trained: of the checkpoint's data.
-            stored: its evaluation settings.
-            now: those of the model.
-        """
+        """Say where patch, spacing and inference window are not those of the training, in words."""
         data = {"patch_size": list(self.datamodule.patch_size)}
         if (spacing := self._get(self.config, "data.spacing")) is not None:
             data["spacing"] = list(spacing)

@@ -32,15 +32,8 @@ def _read_settings(text: str, folder: Path) -> Any:
 def with_named_files(config: Any, folder: Path) -> Any:
     """Put what the files of a task and of a split hold in place of their names.
 
-    A split without a class gets the one that its arguments are of.
-
-    Args:
-        config: the content of a file of settings, which is changed.
-        folder: where else a file may lie than in the working folder, which is that of the settings
-            while they are parsed.
-
-    Raises:
-        InputError: a file holds no task or split.
+    A split without a class gets the one that its arguments are of. The config is changed. A file
+    may also lie in ``folder``: the working folder is that of the settings while they are parsed.
     """
     for place, name in (
         (("data",), "task"),
@@ -99,9 +92,6 @@ def with_files(args: Sequence[str]) -> list[str]:
     """Put what the files of a task and of a split hold in place of their names.
 
     The parser takes a name for a class first, and imports a module that has it.
-
-    Raises:
-        InputError: a file holds no task or split.
     """
     words = list(args)
     for index, word in enumerate(args):

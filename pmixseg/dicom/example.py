@@ -65,15 +65,7 @@ def write_study(
 ) -> Path:
     """Write one patient's scans as a study, a file per slice, all series in one folder.
 
-    Each series is described as in :data:`PROTOCOLS`.
-
-    Args:
-        folder: made if needed.
-        scans: modality -> NIfTI file.
-        person: whose study it is.
-
-    Returns:
-        The folder.
+    Each series is described as in :data:`PROTOCOLS`. The folder is made if needed.
     """
     study = pydicom.uid.generate_uid()
     for number, (modality, path) in enumerate(scans.items(), 2):
@@ -95,14 +87,7 @@ def write_series(
 ) -> None:
     """Write a volume as one classic MR series.
 
-    Args:
-        folder: made if needed.
-        values: ``[x, y, z]``, 0 to 65535; z is the slice.
-        affine: voxels to mm, RAS, as nibabel has it.
-        number: of the series.
-        protocol: how it is described.
-        study: UID of the study.
-        person: whose it is.
+    Values are ``[x, y, z]``, 0 to 65535, and z is the slice; the affine is RAS, as nibabel has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM speaks LPS
@@ -136,12 +121,7 @@ def write_series(
 def header(kind: str, number: int, protocol: Protocol, study: str, person: Person) -> Any:
     """Return a dataset with what every MR image has.
 
-    Args:
-        kind: SOP class.
-        number: of the series.
-        protocol: how the series is described.
-        study: UID of the study.
-        person: whose it is.
+    ``kind`` is its SOP class.
     """
     meta = pydicom.dataset.FileMetaDataset()
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian

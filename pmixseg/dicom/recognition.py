@@ -49,10 +49,7 @@ def recognise(
 ) -> list[Recognised]:
     """Tell which series is which sequence.
 
-    Args:
-        series: of one study.
-        modalities: of the task.
-        chosen: modality -> series number, said by the user; goes before everything else.
+    ``chosen`` (modality -> series number) is said by the user, and goes before everything else.
 
     Raises:
         InputError: ``chosen`` names no series or no modality of the task.
@@ -76,11 +73,7 @@ def recognise(
 
 
 def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
-    """Return one series per sequence.
-
-    Raises:
-        InputError: none, two of one sequence, or a series that may be one, but which is unclear.
-    """
+    """Return one series per sequence."""
     doubtful = [r for r in recognised if r.doubtful]
     if doubtful:
         first = doubtful[0]
@@ -152,10 +145,7 @@ def _why_no_scan(series: Series, reading: Reading) -> str:
 
 
 def weighting(series: Series) -> tuple[str | None, str]:
-    """Tell ``t1``, ``t2`` or ``flair`` from the times of a series.
-
-    Returns:
-        The weighting, or ``None``; and the times in words.
+    """Tell ``t1``, ``t2`` or ``flair``, if any, from the times of a series, and put these in words.
 
     Example:
         >>> weighting(Series("1", 1, "", (), 30, echo=120, repetition=9000, inversion=2500))

@@ -39,17 +39,9 @@ def write_segmentation(
 ) -> Path:
     """Write a label map on the grid of a series.
 
-    Patient and study are copied from the series, as DICOM asks: the object belongs to them.
-
-    Args:
-        path: file to write, ``.dcm``.
-        classes: class indices ``[x, y, z]``, 0 background, in the voxels of ``series.volume()``.
-        task: names of the classes.
-        series: which the label map lies on, and refers to.
-        name: label of the content.
-
-    Raises:
-        InputError: nothing was segmented, the shapes differ, or the file cannot be written.
+    Patient and study are copied from the series, as DICOM asks: the object belongs to them. Classes
+    are indices ``[x, y, z]``, 0 background, in the voxels of ``series.volume()``; ``name`` is the
+    label of the content.
     """
     volume, sources = series.volume(), series.datasets()
     if classes.shape != volume.shape:

@@ -120,11 +120,7 @@ class Series:
         return files
 
     def volume(self) -> Any:
-        """Return the voxels and their place as a ``highdicom.Volume`` (LPS, mm).
-
-        Raises:
-            InputError: slices that are missing, of several sizes, or not parallel.
-        """
+        """Return the voxels and their place as a ``highdicom.Volume`` (LPS, mm)."""
         datasets = []
         try:
             datasets = self.datasets()
@@ -142,11 +138,7 @@ class Series:
             ) from error
 
     def _check_grey(self, slices: Sequence[Any]) -> None:
-        """Refuse voxels that are no signal, bright where it is strong; libraries differ in those.
-
-        Raises:
-            InputError: they are colours, or dark where the signal is strong.
-        """
+        """Refuse voxels that are no signal, bright where it is strong: libraries differ here."""
         kinds = {str(header.get("PhotometricInterpretation", _GREY)) for header in slices}
         for kind in sorted(kinds - {_GREY}):
             what = "dark where the signal is strong" if kind == "MONOCHROME1" else "colours"
@@ -157,14 +149,9 @@ class Series:
 
 
 def _why_no_volume(slices: Sequence[Any], error: Exception) -> tuple[str, str]:
-    """Say why a library could not put slices together, and what helps; it names one cause of many.
+    """Say why a library could not put slices together, and what helps: one cause of many.
 
-    Args:
-        slices: of the series; none where their files cannot be read.
-        error: of the library.
-
-    Returns:
-        Two phrases, without anything that tells the patient.
+    Neither phrase tells the patient. There are no slices where their files cannot be read.
     """
     # What the headers lack, and what the library says.
     lacking = [name for name in PLACE if any(name not in header for header in slices)]
@@ -207,12 +194,7 @@ def discreet() -> Iterator[None]:
 
 
 def is_dicom_folder(folder: Path, modality: str = "") -> bool:
-    """Return whether a folder holds at least one DICOM file, at any depth.
-
-    Args:
-        folder: looked through.
-        modality: such as ``MR``; of any by default.
-    """
+    """Return whether a folder holds, at any depth, a DICOM file (of a modality such as ``MR``)."""
     headers = (not modality or _header(path) for path in _dicom_files(folder))
     return any(h is True or (h and h.get("Modality") == modality) for h in headers)
 
@@ -222,9 +204,6 @@ def read_folder(folder: Path) -> list[Series]:
     """Read the headers of every MR series under a folder.
 
     Files of other kinds are passed over. Series may be mixed in one folder.
-
-    Args:
-        folder: looked through at any depth.
 
     Returns:
         Series in the order of their numbers.

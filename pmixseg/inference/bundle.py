@@ -41,12 +41,10 @@ softmax(log p / T).
 def write_bundle(
     traced: torch.jit.ScriptModule, folder: Path, facts: Mapping[str, Any]
 ) -> torch.jit.ScriptModule:
-    """Write a bundle folder, complete or not at all.
+    """Write a bundle folder, complete or not at all; it must not exist, or be empty.
 
-    Args:
-        traced: ``[1, K, D, H, W]`` to probabilities ``[1, C, D, H, W]``.
-        folder: must not exist, or be empty.
-        facts: of :func:`~pmixseg.inference.export.describe_export`.
+    The model maps ``[1, K, D, H, W]`` to probabilities ``[1, C, D, H, W]``; for the facts see
+    :func:`~pmixseg.inference.export.describe_export`.
 
     Returns:
         The model, read back as MONAI reads it.

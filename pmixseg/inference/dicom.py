@@ -65,16 +65,10 @@ def segment_study(
 ) -> CaseResult:
     """Segment one study of DICOM series; the result's ``files["dicom"]`` is the DICOM-SEG.
 
-    Args:
-        module: a loaded model.
-        folder: of the study; series may be mixed in it.
-        outputs: where to; ``<name>_seg.dcm`` is written beside the NIfTI result.
-        settings: how to segment.
-        raw: how to preprocess; ``None`` for scans that are registered and skull-stripped.
-        chosen: modality -> series number, where headers do not tell.
-        name: of the case, in the names of the results.
-        progress: called with (windows done, windows in all).
-        tell: called with what every series was taken for, before anything is segmented.
+    Series may be mixed in the folder. ``raw`` is ``None`` for scans that are registered and
+    skull-stripped. ``chosen`` maps a modality to a series number, where headers do not tell.
+    ``progress`` is called with (windows done, windows in all), ``tell`` with what every series was
+    taken for, before anything is segmented.
 
     Raises:
         InputError: see :func:`~pmixseg.dicom.read_folder`, :func:`~pmixseg.dicom.recognise`,

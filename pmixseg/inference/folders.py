@@ -19,13 +19,9 @@ def scans_in(
     """Scans of one patient whose files are named by modality: ``T1.nii``, ``x7_T1_post.nii.gz``.
 
     Every NIfTI file of the folder must be accounted for: a scan that is left out, or taken for
-    another sequence, changes the result without a word. See
-    :mod:`pmixseg.data.scans.sequences` for how names are read.
-
-    Args:
-        folder: holds the files itself.
-        task: whose modalities are looked for.
-        force: leave out files that no modality is known for, instead of refusing the folder.
+    another sequence, changes the result without a word. See :mod:`pmixseg.data.scans.sequences` for
+    how names are read. The folder holds the files itself. With ``force``, files that no modality is
+    known for are left out.
 
     Returns:
         Modality -> file, in the task's order, none where no file is named by a modality: then it

@@ -101,13 +101,8 @@ class Outputs:
     def check(self, name: str, files: Sequence[Path], *, of_cohort: bool = True) -> None:
         """Refuse results that would take the place of a scan, or be taken for a case's label.
 
-        Args:
-            name: of the case.
-            files: its scans, and its label.
-            of_cohort: they lie as a layout has them, which may have a label beside them.
-
-        Raises:
-            InputError: they would, or the name leads out of the folder.
+        A name that leads out of the folder is refused, too. ``of_cohort``: the scans lie as a
+        layout has them, which may have a label beside them.
         """
         inside(self.folder, name, "case")
         if of_cohort:

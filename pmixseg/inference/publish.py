@@ -73,14 +73,8 @@ def publish(
 ) -> Path:
     """Write a model as three files that cannot run code, to be put on a server as they are.
 
-    Args:
-        checkpoint: what :func:`pmixseg.load` reads.
-        out: folder of ``model.safetensors``, ``pmixseg.json`` and ``README.md``.
-        facts: for the card.
-        records: a tested run, its folder or its table; results with intervals go into the card.
-
-    Returns:
-        The folder.
+    ``out`` is the folder of ``model.safetensors``, ``pmixseg.json`` and ``README.md``; the facts go
+    into this card, as do results with intervals of tested records (a run's folder or table).
 
     Raises:
         InputError: not a checkpoint, records of another checkpoint, or ``out`` cannot be written.
@@ -110,15 +104,7 @@ def publish(
 
 @checked
 def as_checkpoint(source: str | Path, out: str | Path) -> Path:
-    """Turn a published model back into a checkpoint that Lightning's commands take.
-
-    Args:
-        source: its folder, name or address.
-        out: checkpoint to write.
-
-    Raises:
-        InputError: see :func:`~pmixseg.weights.read_published`; or ``out`` cannot be written.
-    """
+    """Turn a published model (folder, name, address) into a checkpoint for Lightning's commands."""
     folder = local_copy(source)
     if not folder.is_dir():
         raise InputError(f"{source} is no folder of a published model; see `pmixseg publish`.")
@@ -127,12 +113,7 @@ def as_checkpoint(source: str | Path, out: str | Path) -> Path:
 
 
 def results_of(records: Records, task: Task) -> list[Result]:
-    """Tabulate Dice per region: over all combinations, then for each of them.
-
-    Args:
-        records: of one run.
-        task: names and order of regions and combinations.
-    """
+    """Tabulate Dice per region: over all combinations, then for each of them."""
     table = records.table
     names = [format_combination(c) for c in task.combinations()]
     rows: list[Result] = []

@@ -82,11 +82,7 @@ class Imported:
     epoch: int | None
 
     def save(self, path: str | Path) -> Path:
-        """Write a checkpoint that :func:`pmixseg.load`, ``test`` and ``segment`` read.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
+        """Write a checkpoint that :func:`pmixseg.load`, ``test`` and ``segment`` read."""
         checkpoint = {
             "pytorch-lightning_version": version("lightning"),  # Lightning asks for these three
             "epoch": 0,

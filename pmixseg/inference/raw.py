@@ -62,15 +62,8 @@ def segment_raw(
     Beside ``<name>_seg.nii.gz`` on the grid of an original scan, a folder ``atlas`` is written: the
     scans in atlas space, the brain mask, every transform, and the segmentation there.
 
-    Args:
-        module: a loaded model.
-        images: modality -> file; any subset of the model's modalities.
-        outputs: where to.
-        settings: how to segment.
-        raw: how to preprocess.
-        codes: label name -> number in the result; by default the class index.
-        name: of the case; by default what the files' names have in common.
-        progress: called with (windows done, windows in all).
+    Images are any subset of the model's modalities. The name is by default what the files' names
+    have in common, the codes are class indices. ``progress`` gets (windows done, windows in all).
 
     Raises:
         InputError: see :func:`~pmixseg.preprocess.preprocess_scans` and

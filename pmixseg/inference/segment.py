@@ -42,16 +42,9 @@ def segment_files(
 ) -> CaseResult:
     """Segment one patient from named files, and write the result.
 
-    Args:
-        module: a loaded model.
-        images: modality -> file, (4-D file, channel) or nibabel image.
-        outputs: where to.
-        settings: how.
-        codes: label name -> number in the result; by default that of the layout of the files'
-            folder, as if the folder were segmented, or else the class index.
-        name: of the case; by default what the files' names have in common.
-        notes: sentences that are added to the result's warnings.
-        progress: called with (windows done, windows in all).
+    An image is a file, a (4-D file, channel) or a nibabel image. By default, codes are those of the
+    layout of the files' folder, as if the folder were segmented, or else class indices, and the
+    name is what the files' names have in common. Notes are added to the result's warnings.
 
     Raises:
         InputError: see :meth:`~pmixseg.SegmentationModule.segment`, and :meth:`Outputs.check`.
@@ -90,21 +83,9 @@ def segment_folder(
     label codes of its layout. A case that fails is reported, and the next one is done. Where no
     layout fits, files that are named by modality are one patient's, see
     :func:`~pmixseg.inference.folders.scans_in`. A scan that is not read is named, and one that may
-    be a modality of the model is refused.
-
-    Args:
-        module: a loaded model.
-        root: the folder of a cohort or a case.
-        outputs: where to.
-        settings: how.
-        layout: see :func:`~pmixseg.data.cohorts.layouts.find_cases`.
-        codes: label name -> number in the results, where no layout fits.
-        share: segment only these cases.
-        progress: called with (windows done, windows in all), over all cases as if they were of
-            equal size.
-
-    Yields:
-        One result per case, as it is done.
+    be a modality of the model is refused. Codes are for where no layout fits, ``share`` for a part
+    of the cases. ``progress`` is called with (windows done, windows in all), over all cases as if
+    they were of equal size.
 
     Raises:
         InputError: no case can be found, it is not certain which file is which modality, codes
@@ -158,13 +139,7 @@ def segment_case(
 ) -> CaseResult:
     """Segment one case that a layout found; scans that the model does not read are left out.
 
-    Args:
-        module: a loaded model.
-        case: what a layout found.
-        outputs: where to.
-        settings: how.
-        notes: sentences that are added to the result's warnings.
-        progress: called with (windows done, windows in all).
+    Notes are added to the result's warnings.
 
     Raises:
         InputError: the case cannot be used, or has no scan that the model reads.
@@ -201,12 +176,8 @@ def channels_of(path: Path, names: str | None, module: SegmentationModule) -> di
     """Return the modalities of a 4-D file, from their names in the order of its channels.
 
     There is no default: public data sets disagree about the order, and scans taken for each other
-    give a segmentation all the same.
-
-    Args:
-        path: the file.
-        names: ``"flair,t1,t1ce,t2"``, or spaces between; ``-`` for a channel that is not read.
-        module: its task knows the names.
+    give a segmentation all the same. Names are ``"flair,t1,t1ce,t2"``, or with spaces between;
+    ``-`` is a channel that is not read.
 
     Raises:
         InputError: no such file, a name twice, none, or not one for each channel; unknown names

@@ -107,16 +107,9 @@ def fill_july_2025(
     Training: a shown slot keeps :math:`f_m`; a hidden one becomes :math:`\sum_j w_j f_j` over
     everything encoded, itself included. Test: shown slots become :math:`w_m f_m`, hidden ones
     :math:`w_m P` with P over the shown modalities; :math:`w_m` is *not* renormalised there. Only
-    the finest level is filled.
-
-    Args:
-        latents: raw latents; in training with the hidden modalities encoded.
-        present: modalities that are shown, ``[B, M]``.
-        anchor: bound to the network.
-        training: which of the two rules.
-
-    Returns:
-        Latents whose finest level is usable throughout; other levels show ``present``.
+    the finest level is filled. Raw latents come in, in training with the hidden modalities encoded;
+    of those that go out the finest level is usable throughout, and other levels show ``present``.
+    The anchor is bound to the network.
     """
     hidden = latents.restrict(present)
     raw, shown = latents.features[0], hidden.usable[0]

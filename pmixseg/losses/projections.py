@@ -40,14 +40,7 @@ class SlotLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(slots, outputs, 1)) if bias else None
 
     def forward(self, features: Features) -> Tensor:
-        """Map every voxel.
-
-        Args:
-            features: ``[B, M, C, D, H, W]``, finite in every slot.
-
-        Returns:
-            ``[B, M, outputs, D, H, W]``.
-        """
+        """Map every voxel; features are finite in every slot."""
         mapped = self.weight.to(features.dtype) @ features.flatten(3)
         if self.bias is not None:
             mapped = mapped + self.bias.to(features.dtype)

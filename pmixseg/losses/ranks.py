@@ -13,9 +13,6 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum of ``value`` over all processes, through which no gradient flows.
 
     Every process must call this equally often.
-
-    Args:
-        value: any shape, the same on all processes.
     """
     total = value.detach().clone()
     if world_size() > 1:
@@ -50,14 +47,7 @@ class SharedSums:
         return total
 
     def gather(self, own: Tensor) -> Tensor:
-        """``own`` of all processes, joined along the first axis, with its gradient.
-
-        Args:
-            own: ``[B, ...]``, of one shape on all processes.
-
-        Returns:
-            ``[B * processes, ...]``.
-        """
+        """Join ``[B, ...]`` of all processes, of one shape, along the first axis; with gradient."""
         if world_size() == 1:
             return own
         places: list[Tensor] = [torch.zeros_like(own)] * world_size()
@@ -65,11 +55,7 @@ class SharedSums:
         return self.add(torch.cat(places))
 
     def settle(self, loss: Scalar) -> Scalar:
-        """Return the same loss, with its gradient through the sums; once, when it is complete.
-
-        Args:
-            loss: of this process, computed from what :meth:`add` gave.
-        """
+        """Return the same loss, with its gradient through the sums; once, when it is complete."""
         totals = [total for _, total in self._sums]
         slopes = [torch.zeros_like(total) for total in totals]
         if totals and loss.requires_grad:
@@ -84,14 +70,7 @@ class SharedSums:
 
 
 def gather_constants(value: Tensor) -> Tensor:
-    """``value`` of all processes, joined along the first axis; no gradient flows through it.
-
-    Args:
-        value: ``[B, ...]``, of one shape on all processes.
-
-    Returns:
-        ``[B * processes, ...]``.
-    """
+    """Join ``[B, ...]`` of all processes, of one shape, along the first axis; without gradient."""
     value = value.detach()
     if world_size() == 1:
         return value

@@ -28,11 +28,7 @@ def weighted_ce_dice(probabilities: Tensor, label: Label) -> Scalar:
                                          {\sum_{b,v} p_{b,c,v} + \sum_{b,v} [y_{b,v} = c] + 10^{-7}}
 
     where y is the label of voxel (b, v) and f its class's share of the voxels of sample b. The Dice
-    sums run over the batch.
-
-    Args:
-        probabilities: ``[B, C, D, H, W]``, float32.
-        label: ``[B, D, H, W]``, class indices.
+    sums run over the batch. Probabilities are float32.
     """
     classes = probabilities.shape[1]
     of_label = probabilities.gather(1, label[:, None])[:, 0]
@@ -118,14 +114,9 @@ def stacked_ce_dice(
 ) -> Tensor:
     """:func:`weighted_ce_dice` of several outputs, times the share of the samples that have each.
 
-    Args:
-        probabilities: ``[N, B, C, D, H, W]``.
-        label: ``[B, D, H, W]``.
-        rows: ``[N, B]``; what the others hold is not read, but must be finite.
-        sums: take the Dice over the samples of all processes; whoever gave them settles the loss.
-
-    Returns:
-        ``[N]``; 0 for an output without samples.
+    Probabilities are ``[N, B, C, D, H, W]``, ``rows`` ``[N, B]``; what other rows hold is not read,
+    but must be finite. ``sums`` take the Dice over the samples of all processes; whoever gave them
+    settles the loss. An output without samples gives 0.
     """
     classes = torch.arange(probabilities.shape[2], device=label.device)
     flat, p = label.flatten(1), probabilities.flatten(3)

@@ -64,11 +64,7 @@ def brats_grid() -> Any:
 
 
 def read_atlas(path: Path) -> Atlas:
-    """Read an atlas of one's own: a skull-stripped template, whose grid becomes the atlas space.
-
-    Raises:
-        InputError: not readable, or no background.
-    """
+    """Read an atlas of one's own: a skull-stripped template, whose grid becomes the atlas space."""
     template = read_volume(path, "the atlas")
     brain = sitk.Cast(template != 0, sitk.sitkUInt8)
     share = float(sitk.GetArrayViewFromImage(brain).mean())
@@ -81,11 +77,7 @@ def read_atlas(path: Path) -> Atlas:
 
 
 def read_volume(path: Path, what: str) -> Any:
-    """Read a scan as float32, as every command reads one.
-
-    Raises:
-        InputError: not there, not readable, no volume, or voxels of a size that no scan has.
-    """
+    """Read a scan as float32, as every command reads one."""
     scan = ScanReader(what).read(path, "scan")
     place_of(scan, None, what)
     values = scan.values().astype(np.float32)

@@ -34,11 +34,8 @@ def brain_mask(
 ) -> tuple[Any, list[str]]:
     """Return the brain mask of a scan on a grid of the atlas space.
 
-    Args:
-        scan: the centre scan, on its own grid.
-        how: ``atlas``; a name of :data:`PROGRAMS`; or a mask file that lies on the scan.
-        atlas: template and its brain.
-        poses: rigid and affine transform, points of the atlas -> points of ``scan``.
+    ``how`` is ``atlas``, a name of :data:`PROGRAMS`, or a mask file that lies on the scan. The
+    poses, a rigid and an affine transform, lead from the atlas to points of the scan.
 
     Returns:
         The mask, 0 or 1, on the grid of the atlas space; sentences about what is doubtful.

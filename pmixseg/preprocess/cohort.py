@@ -51,18 +51,10 @@ def preprocess_cohort(
 ) -> Iterator[Done]:
     """Preprocess every case; one that fails is reported, and the others go on.
 
-    Args:
-        cases: as a layout found them.
-        out: a folder per case is written here, in the layout of BraTS 2021 and with its numbers of
-            NCR, ED and ET; labels of other names keep their numbers.
-        brain: see :func:`~pmixseg.preprocess.preprocess_scans`.
-        atlas: see there.
-        workers: processes beside this one; 0 does the work here.
-        task: its labels.
-        progress: called with (cases done, cases in all).
-
-    Yields:
-        A result per case, as each is done.
+    A folder per case is written to ``out``, in the layout of BraTS 2021 and with its numbers of
+    NCR, ED and ET; labels of other names keep their numbers. For brain and atlas see
+    :func:`~pmixseg.preprocess.preprocess_scans`. With 0 workers this process does the work;
+    ``progress`` gets (cases done, cases in all).
 
     Raises:
         InputError: the disk is full, or a worker was killed, most likely for lack of memory.

@@ -22,12 +22,7 @@ __all__ = ["image_of", "sitk", "write_image"]
 
 
 def image_of(values: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> Any:
-    """Return ``[x, y, z]`` numbers as a volume of ITK.
-
-    Args:
-        values: one per voxel.
-        affine: voxels to mm in RAS; ITK's own axes are LPS.
-    """
+    """Return ``[x, y, z]`` numbers, with an affine to mm in RAS, as a volume of ITK (in LPS)."""
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     volume = sitk.GetImageFromArray(values.transpose(2, 1, 0))
@@ -38,9 +33,5 @@ def image_of(values: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> Any:
 
 
 def write_image(image: Any, path: Path) -> Path:
-    """Write a volume as NIfTI, complete or not at all: ITK's writer is silent on a full disk.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write a volume as NIfTI, complete or not at all: ITK's writer is silent on a full disk."""
     return write_volume(path, sitk.GetArrayFromImage(image).T, affine_of(image).tolist())

@@ -51,15 +51,9 @@ class Preprocessed:
     notes: tuple[str, ...] = field(default=())
 
     def back(self, labels: NDArray[np.integer[Any]], modality: str) -> Any:
-        """Bring a label map of the atlas space to the grid of an original scan.
+        """Bring labels ``[x, y, z]`` of the atlas space to the grid of an original scan.
 
-        Args:
-            labels: ``[x, y, z]``, in the voxels of :attr:`scans`.
-            modality: whose grid.
-
-        Returns:
-            A volume of integers on the voxels of that scan; each voxel has the label of the
-            nearest voxel in atlas space.
+        Each voxel has the label of the nearest voxel in atlas space.
         """
         volume = sitk.GetImageFromArray(labels.transpose(2, 1, 0).astype(np.int32))
         volume.CopyInformation(self.mask)
@@ -69,18 +63,9 @@ class Preprocessed:
     def save(self, folder: Path, label: Any = None) -> dict[str, Path]:
         """Write scans, mask, transforms and a summary as ``<name>/<name>_<what>``.
 
-        The case's folder appears when everything is in it: without a scan or its label it would
-        be read as a case that lacks them.
-
-        Args:
-            folder: of the cohort.
-            label: a label map in atlas space, where there is one.
-
-        Returns:
-            Modality -> file in atlas space.
-
-        Raises:
-            InputError: a file cannot be written.
+        The case's folder appears when everything is in it: without a scan or its label it would be
+        read as a case that lacks them. A label map in atlas space is written where there is one;
+        the files are returned by modality.
         """
         home = inside(folder, self.name, "case")
         images = {**self.scans, "brain": self.mask, **({} if label is None else {"seg": label})}
@@ -123,15 +108,10 @@ def preprocess_scans(
 
     Every scan is registered rigidly to the centre scan, the centre scan rigidly to the atlas, and
     each is interpolated once, by both transforms together. Volumes in ml are kept: nothing is
-    stretched. The brain is cut out in atlas space.
-
-    Args:
-        images: modality -> file, on grids of their own, with or without skull; any subset.
-        name: of the case.
-        brain: ``atlas``, a mask file on the grid of the centre scan, or a program
-            (:data:`~pmixseg.preprocess.brain.PROGRAMS`).
-        atlas: a template of one's own; by default MNI152 on the grid of BraTS.
-        centre: modality that the others are registered to.
+    stretched. The brain is cut out in atlas space. Scans lie on grids of their own, with or without
+    skull; ``centre`` is the one that the others are registered to. ``brain`` is ``atlas``, a mask
+    file on its grid, or a program (:data:`~pmixseg.preprocess.brain.PROGRAMS`). Without an atlas of
+    one's own, MNI152 on the grid of BraTS is taken.
 
     Raises:
         InputError: no scan, one that cannot be read, or scans that cannot be registered.

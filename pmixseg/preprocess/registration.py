@@ -45,16 +45,10 @@ TRIED = 4
 
 
 def register(fixed: sitk.Image, moving: sitk.Image) -> sitk.Transform:
-    """Register two scans of one head rigidly, of any contrasts.
+    """Register two scans of one head rigidly, of any contrasts: points of fixed to those of moving.
 
     The start is the better of two: the scanner's coordinates, and the volumes' centres of mass laid
     upon each other.
-
-    Returns:
-        Points of ``fixed`` -> points of ``moving``.
-
-    Raises:
-        InputError: the volumes share no tissue from which a registration could start.
     """
     with _one_sentence():
         start = _best(fixed, moving, _default_starts(fixed, moving), None, COARSE_MM)
@@ -70,20 +64,13 @@ def place_in_atlas(
     """Register a head, skull and neck included, to a template without skull.
 
     The head's size is found as well (seven parameters, then twelve), from several poses and sizes:
-    a template that is larger than the brain would else settle on the skull. The metric looks at
-    the template's brain alone, and the scan's brightest voxels, which are fat, are capped.
-
-    Args:
-        template: scalar volume, background 0.
-        brain: its brain mask.
-        scan: scalar volume.
+    a template that is larger than the brain would else settle on the skull. The metric looks at the
+    template's brain alone, and the scan's brightest voxels, which are fat, are capped. The template
+    is a scalar volume with background 0.
 
     Returns:
         Points of the template -> points of the scan: a rigid transform, which keeps the head's
         size, for resampling; and an affine one, which fits the brains to each other.
-
-    Raises:
-        InputError: see :func:`register`.
     """
     with _one_sentence():
         capped = _without_fat(scan)

@@ -37,10 +37,7 @@ def run_rules(
 ) -> None:
     """Run every rule and raise one error for all that are broken.
 
-    Args:
-        subject: what is checked.
-        rules: name -> check that raises :class:`Broken`. Any other exception counts as broken too.
-        skip: rules not to run.
+    A rule raises :class:`Broken`; any other exception counts as broken too.
 
     Raises:
         InputError: ``skip`` names no rule.

@@ -54,18 +54,8 @@ def write_published(
 ) -> Path:
     """Write the three files of a published model, each whole or not at all, ``pmixseg.json`` last.
 
-    Args:
-        folder: made if needed.
-        tensors: name -> weight, as a state dict has them.
-        description: the ``pmixseg`` entry of a checkpoint; primitives only.
-        about: see :class:`PublishedModel`; primitives only.
-        card: text of ``README.md``.
-
-    Returns:
-        The folder.
-
-    Raises:
-        InputError: a file cannot be written.
+    The folder is made if needed. ``description`` is the ``pmixseg`` entry of a checkpoint; it and
+    ``about`` hold primitives only.
     """
     # safetensors refuses tensors that share memory or are views, so each is copied.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -84,11 +74,7 @@ def write_published(
 
 
 def read_description(folder: Path) -> PublishedModel:
-    """Read ``pmixseg.json``.
-
-    Raises:
-        InputError: it is not there, no JSON, of a newer format, or has not the fields.
-    """
+    """Read ``pmixseg.json``."""
     path = folder / DESCRIPTION
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -109,14 +95,7 @@ def read_description(folder: Path) -> PublishedModel:
 
 
 def check_weights(folder: Path) -> PublishedModel:
-    """Compare the weights with the hash that the description states.
-
-    Returns:
-        The description.
-
-    Raises:
-        InputError: a file is missing, or the hash does not hold.
-    """
+    """Compare the weights with the hash that the description states, and return this."""
     about, path = read_description(folder), folder / WEIGHTS
     if not path.is_file():
         raise InputError(f"{path} is missing; fetch or publish the model again.")

@@ -118,11 +118,7 @@ class Distance(nn.Module, Described, ABC):
 
 
 def distance_named(name: str, owner: str = "alignment") -> Distance:
-    """Make a distance of :data:`DISTANCES` with its default arguments.
-
-    Raises:
-        InputError: there is none of this name.
-    """
+    """Make a distance of :data:`DISTANCES` with its default arguments."""
     if name not in DISTANCES:
         raise InputError(
             f"{owner}.distance: there is no distance '{name}'; use one of {', '.join(DISTANCES)}."

@@ -140,15 +140,9 @@ def slot_moments(
 ) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b c m m"]]:
     """Means over brain voxels, and covariances between modalities, of every sample and channel.
 
-    Args:
-        features: ``[B, M, C, D, H, W]``, 0 outside ``subset``.
-        subset: slots that count, ``[B, M]``.
-        ridge: see :class:`JointKL`.
-        brain: voxels that count, ``[B, D, H, W]``.
-
-    Returns:
-        Mean ``[B, M, C]`` and covariance ``[B, C, M, M]``, positive definite; slots outside the
-        subset have mean 0 and variance :data:`SMALLEST_VARIANCE` and more.
+    For ``ridge`` see :class:`JointKL`. Means are ``[B, M, C]``, covariances ``[B, C, M, M]`` and
+    positive definite; slots outside the subset have mean 0 and variance :data:`SMALLEST_VARIANCE`
+    and more.
     """
     flat = features.flatten(3)
     inside = brain.flatten(1).to(flat)
@@ -176,13 +170,7 @@ def gaussian_divergences(
               + \delta^T \Sigma_P^{-1} \delta - k
               + \log\det \Sigma_P - \log\det \Sigma\bigr), \qquad \delta = \mu - \mu_P
 
-    Args:
-        shift: δ.
-        covariance: Σ, positive definite.
-        anchor: Σ_P, positive definite, of the same shape.
-
-    Returns:
-        Nats, without the last axes.
+    ``shift`` is δ; Σ and Σ_P, the anchor's, are positive definite. Nats come without the last axes.
     """
     # Without the check for a positive definite matrix, which would wait for the device.
     q, p = torch.linalg.cholesky_ex(covariance).L, torch.linalg.cholesky_ex(anchor).L

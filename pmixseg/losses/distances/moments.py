@@ -29,18 +29,10 @@ def mean_over_brain(values: Float[Tensor, "b m d h w"], brain: Brain) -> Float[T
 def pooled_moments(
     features: Features, subset: Presence, brain: Brain, sums: SharedSums
 ) -> tuple[Tensor, Tensor]:
-    """Compute mean and population variance per channel, over samples, modalities and voxels.
+    """Compute mean and population variance ``[C]``, over samples, modalities and voxels.
 
-    Gradients flow through both.
-
-    Args:
-        features: ``[B, M, C, D, H, W]``, finite in every slot.
-        subset: slots that count, ``[B, M]``.
-        brain: voxels that count, ``[B, D, H, W]``.
-        sums: takes them over all processes.
-
-    Returns:
-        Two tensors ``[C]``; 0 where nothing counts.
+    Gradients flow through both. They are 0 where nothing counts. Features are finite in every slot;
+    ``sums`` go over all processes.
     """
     flat = features.flatten(3)
     inside = brain.flatten(1).to(flat)
@@ -114,15 +106,9 @@ def pooled_covariance(
 ) -> Float[Tensor, "c c"]:
     """Population covariance of the channels over samples, modalities and brain voxels.
 
-    Args:
-        features: ``[B, M, C, D, H, W]``, finite in every slot.
-        slots: that count, ``[B, M]``.
-        brain: voxels that count, ``[B, D, H, W]``.
-        sums: takes sums over all processes.
-        within: around the mean of each modality, instead of the mean of all.
-
-    Returns:
-        Positive semidefinite; 0 where nothing counts.
+    It is positive semidefinite, and 0 where nothing counts. ``within`` takes it around the mean of
+    each modality, instead of the mean of all. Features are finite in every slot; ``sums`` go over
+    all processes.
     """
     flat = features.flatten(3)
     weight = (slots[:, :, None] & brain.flatten(1)[:, None]).to(flat)[:, :, None]  # [B, M, 1, V]

@@ -21,10 +21,7 @@ _MASK = 0xFFFFFFFF
 def hashed(count: int, seed: int, device: torch.device) -> Int64[Tensor, " n"]:
     """Distinct numbers in [0, 2³²), one per index, in no visible order.
 
-    Args:
-        count: n, at most 2³².
-        seed: shifts the sequence.
-        device: of the result.
+    ``seed`` shifts the sequence.
 
     Source: the finaliser "lowbias32", a bijection of 32-bit integers (Wellons, 2018).
     """
@@ -49,14 +46,9 @@ def brain_points(
 ) -> tuple[Int64[Tensor, "b p"], Bool[Tensor, "b p"]]:
     """Places of brain voxels of every sample, drawn without replacement.
 
-    Args:
-        brain: ``[B, D, H, W]``.
-        count: of places, P; fewer where the level has fewer voxels.
-        seed: of the draw.
-
-    Returns:
-        Indices into the flattened voxels, and which of them are brain: a sample with fewer than P
-        brain voxels has places that do not count.
+    Indices into the flattened voxels come with which of them are brain: a sample with fewer brain
+    voxels than ``count`` has places that do not count. A level with fewer voxels gives fewer
+    places.
     """
     inside = brain.flatten(1)
     order = hashed(inside.shape[1], seed, brain.device) + 1

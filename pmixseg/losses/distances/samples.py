@@ -55,17 +55,7 @@ class SampledDistance(Distance):
 
     @abstractmethod
     def between(self, x: Tensor, y: Tensor, inside: Bool[Tensor, "b n"], seed: int) -> PerSlot:
-        """Distance of sets.
-
-        Args:
-            x: ``[B, M, N, C]``.
-            y: ``[B, 1, N, C]``.
-            inside: which of the N vectors count, ``[B, N]``.
-            seed: of this level.
-
-        Returns:
-            ``[B, M]``.
-        """
+        """Distance ``[B, M]`` of sets ``[B, M, N, C]`` from ``[B, 1, N, C]``, seeded by level."""
 
 
 class MMD(SampledDistance):

@@ -43,11 +43,7 @@ def shared_strides(
 ) -> list[Pair]:
     """Pair the levels of two networks that have the same stride, finest first.
 
-    Args:
-        student: the student's backbone.
-        teacher: the teacher's.
-        strides: these strides, or
-        coarsest: as many of the coarsest that both have.
+    These are ``strides`` or, where they are not given, as many of the ``coarsest`` that both have.
 
     Raises:
         InputError: a wanted stride that one of them lacks, or none in common.
@@ -155,13 +151,9 @@ class SlotwiseLoss(LatentLoss):
 
     @abstractmethod
     def between(self, features: Features, target: Features, brain: Brain, pair: Pair) -> PerSlot:
-        """Return the distance ``[B, M]`` of mapped latents from the anchor.
+        """Return the distance ``[B, M]`` of mapped latents from the anchor ``[B, 1, C, D, H, W]``.
 
-        Args:
-            features: ``[B, M, C, D, H, W]``.
-            target: ``[B, 1, C, D, H, W]``.
-            brain: voxels that count, ``[B, D, H, W]``; a sample without any gives 0.
-            pair: which levels.
+        A sample without any brain gives 0.
         """
 
     def compare_level(
@@ -181,12 +173,7 @@ def mean_latent(features: Features, shown: Presence) -> Features:
 
 
 def brain_of(output: SegOutput, level: int) -> Brain:
-    """Return which voxels of a level hold brain, ``[B, D, H, W]``.
-
-    Args:
-        output: whose latents know it; where they do not, every voxel counts.
-        level: which level of its network.
-    """
+    """Return which voxels of a level hold brain; where the latents do not know it, all count."""
     latents = output.latents
     if latents.brain is not None:
         return latents.brain[level]
@@ -206,13 +193,7 @@ def latent_variance(features: Features, usable: Presence, brain: Brain) -> Scala
     """Return the mean over channels of the variance of latents: the scale of their distances.
 
     Every brain voxel of every usable slot of all samples, and of all processes, is one point.
-
-    Args:
-        features: ``[B, M, C, D, H, W]``, finite in every slot.
-        usable: slots that count, ``[B, M]``.
-        brain: ``[B, D, H, W]``.
-
-    Returns:
-        One number, 0 where no voxel counts; no gradient flows through it.
+    Latents are finite in every slot. The one number is 0 where no voxel counts; no gradient flows
+    through it.
     """
     return pooled_moments(features, usable, brain, SharedSums())[1].mean()

@@ -22,13 +22,8 @@ def similarity_maps(features: Features, fractions: Tensor, epsilon: float = 1e-6
     .. math:: c_k = \frac{\sum_v a_{kv} f_v}{\sum_v a_{kv}}, \qquad
               s_{kv} = \frac{f_v \cdot c_k}{\sqrt{(|f_v|^2 + ε)(|c_k|^2 + ε)}}
 
-    Args:
-        features: ``[B, M, C, D, H, W]``.
-        fractions: share a of every class in every voxel, ``[B, K, D, H, W]``.
-        epsilon: keeps vectors of length 0 differentiable; their similarity is 0.
-
-    Returns:
-        ``[B, M, K, D * H * W]``.
+    a is the share of every class in every voxel, ``[B, K, D, H, W]``, the maps are
+    ``[B, M, K, D * H * W]``. ε keeps vectors of length 0 differentiable; their similarity is 0.
     """
     flat, weights = features.flatten(3), fractions.flatten(2).to(features.dtype)
     sums = weights[:, None] @ flat.mT
@@ -45,14 +40,9 @@ def map_difference(
 
     .. math:: D = \frac{1}{|K|} \sum_{k \in K} \operatorname{mean}_v (s^s_{kv} - s^t_{kv})^2
 
-    K are the classes with a mass of at least one voxel among those that count; without any it
-    is 0.
-
-    Args:
-        student: ``[B, M, C, D, H, W]``.
-        teacher: ``[B, 1 or M, C', D, H, W]``; no gradient flows into it.
-        fractions: share of every class in every voxel, ``[B, K, D, H, W]``.
-        voxels: which voxels count, ``[B, D, H, W]``.
+    K are the classes with a mass of at least one voxel among those that count; without any it is 0.
+    The teacher has latents ``[B, 1 or M, C', D, H, W]``; no gradient flows into it. Fractions are
+    those of :func:`similarity_maps`.
     """
     fractions = torch.where(voxels[:, None], fractions, 0.0)
     counts = fractions.sum((2, 3, 4)) >= 1

@@ -30,13 +30,8 @@ def pixel_divergence(
               p = \max(0.005, U \operatorname{softmax}(t / T)),\;
               q = \max(0.005, U \operatorname{softmax}(s / T))
 
-    U draws probabilities up to the size of the label, trilinearly.
-
-    Args:
-        student: logits ``[B, C, d, h, w]``.
-        teacher: logits of the same shape; no gradient flows into them.
-        temperature: T.
-        label: ``[B, D, H, W]``; its grid is meant.
+    U draws probabilities up to the size of the label, trilinearly. No gradient flows into the
+    teacher.
     """
     q, p = (
         enlarged(F.softmax(full_precision(logits) / temperature, 1), label).clamp_min(FLOOR)
