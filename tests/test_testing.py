@@ -1,5 +1,7 @@
 """Every rule of the conformance checks is broken once, and the check says so in words."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -15,34 +17,39 @@ STORE: dict[str, torch.Tensor] = {}
 
 
 class Small(MultiEncoderUNet):
-    """Base of the broken ones."""
+    """Base of the broken ones, which change what it is made of, or its output."""
 
     def __init__(self, modalities=("a", "b", "c"), num_classes=2):
         super().__init__(modalities, num_classes, width=2, levels=2)
+        self.spoil()
+
+    def spoil(self): ...
+
+    def spoilt(self, out):
+        return out
+
+    def decode(self, latents):
+        return self.spoilt(super().decode(latents))
 
 
 class WrongStride(Small):
-    def __init__(self, modalities=("a", "b", "c"), num_classes=2):
-        super().__init__(modalities, num_classes)
+    def spoil(self):
         self.strides = (1, 4)
 
 
 class WrongOrder(Small):
-    def __init__(self, modalities=("a", "b", "c"), num_classes=2):
-        super().__init__(modalities, num_classes)
+    def spoil(self):
         self.strides = (2, 1)
 
 
 class WrongClasses(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
-        return SegOutput(out.logits[:, :1], latents)
+    def spoilt(self, out):
+        return replace(out, logits=out.logits[:, :1])
 
 
 class ExtrasInEval(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
-        return SegOutput(out.logits, latents, {"ds1": out.logits})
+    def spoilt(self, out):
+        return replace(out, extras={"ds1": out.logits})
 
 
 class Leaks(Small):
@@ -55,8 +62,7 @@ class Leaks(Small):
 
 
 class LeaksInTraining(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
+    def spoilt(self, out):
         if self.training:
             out.logits = out.logits + STORE["image"].mean()
         return out
@@ -75,9 +81,8 @@ class Overwrites(Small):
 class ReadsAbsent(Small):
     """Adds the mean of all slots without looking at the flags."""
 
-    def decode(self, latents):
-        out = super().decode(latents)
-        out.logits = out.logits + latents.features[0].mean((1, 2))[:, None]
+    def spoilt(self, out):
+        out.logits = out.logits + out.latents.features[0].mean((1, 2))[:, None]
         return out
 
 
@@ -102,20 +107,17 @@ class FirstRow(Small):
 
 
 class CouplesInTraining(Small):
-    def __init__(self, modalities=("a", "b", "c"), num_classes=2):
-        super().__init__(modalities, num_classes)
-        self.heads[0] = nn.Sequential(nn.BatchNorm3d(2), nn.Conv3d(2, num_classes, 1))
+    def spoil(self):
+        self.heads[0] = nn.Sequential(nn.BatchNorm3d(2), nn.Conv3d(2, 2, 1))
 
 
 class Unused(Small):
-    def __init__(self, modalities=("a", "b", "c"), num_classes=2):
-        super().__init__(modalities, num_classes)
+    def spoil(self):
         self.forgotten = nn.Linear(2, 2)
 
 
 class Samples(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
+    def spoilt(self, out):
         out.logits = nn.functional.dropout(out.logits, 0.5, training=True)
         return out
 
@@ -147,20 +149,17 @@ class FixedSize(Small):
 
 
 class HiddenTensor(Small):
-    def __init__(self, modalities=("a", "b", "c"), num_classes=2):
-        super().__init__(modalities, num_classes)
+    def spoil(self):
         self.scale = torch.rand(1)
 
-    def decode(self, latents):
-        out = super().decode(latents)
+    def spoilt(self, out):
         out.logits = out.logits * self.scale
         return out
 
 
 class NotRebuilt(Small):
-    def __init__(self, modalities=("a", "b", "c"), num_classes=2):
-        super().__init__(modalities, num_classes)
-        self.num_classes = 1 if STORE.get("rebuilt") is not None else num_classes
+    def spoil(self):
+        self.num_classes = 1 if STORE.get("rebuilt") is not None else self.num_classes
         STORE["rebuilt"] = torch.ones(1)
 
 
@@ -173,45 +172,39 @@ class Views(Small):
 
 
 class Overflows(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
+    def spoilt(self, out):
         if out.logits.dtype == torch.bfloat16:
             out.logits = (out.logits * 1e30).half().float()
         return out
 
 
 class BreaksCompiled(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
+    def spoilt(self, out):
         if torch.compiler.is_compiling():
             out.logits = out.logits + 1
         return out
 
 
 class FinestFirst(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
+    def spoilt(self, out):
         out.decoder = [out.logits, functional.avg_pool3d(out.logits, 2)]
         return out
 
 
 class MapsInTraining(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
+    def spoilt(self, out):
         out.decoder = out.decoder if self.training else []
         return out
 
 
 class OtherSides(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
+    def spoilt(self, out):
         out.decoder = [out.logits[..., 1:]]
         return out
 
 
 class MapsLeak(Small):
-    def decode(self, latents):
-        out = super().decode(latents)
+    def spoilt(self, out):
         out.decoder = [STORE["image"]]
         return out
 

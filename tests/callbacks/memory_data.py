@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.data.keys import make_key
+from pmixseg.modules import StudentModule
 from pmixseg.task import BRATS
 
 SIZE = 16
@@ -77,6 +78,11 @@ def tiny(levels=3, **arguments):
     )
 
 
+def student(**arguments):
+    torch.manual_seed(0)
+    return StudentModule(backbone=tiny(), **arguments)
+
+
 def quiet_trainer(folder, **arguments):
     settings = {
         "max_epochs": 1,
@@ -89,3 +95,10 @@ def quiet_trainer(folder, **arguments):
         "default_root_dir": folder,
     }
     return Trainer(**{**settings, **arguments})
+
+
+def fit(folder, module, *callbacks, data=None, resume=None, **arguments):
+    """Train quietly for one epoch, on four samples; return the trainer."""
+    trainer = quiet_trainer(folder, callbacks=list(callbacks), **arguments)
+    trainer.fit(module, data or MemoryData(), ckpt_path=resume, weights_only=True)
+    return trainer

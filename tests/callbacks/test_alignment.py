@@ -12,19 +12,13 @@ from pmixseg.errors import InputError
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.term import TermWeight
 from pmixseg.modules import StudentModule, TeacherModule
-from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.callbacks.memory_data import MemoryData, fit, quiet_trainer, tiny
 from tests.processes import spread
 
 
 def student(**arguments):
     torch.manual_seed(0)
     return StudentModule(backbone=tiny(), optimizer=torch.optim.SGD, **arguments)
-
-
-def fit(folder, module, *callbacks, data=None, ckpt_path=None, **arguments):
-    trainer = quiet_trainer(folder, callbacks=list(callbacks), **arguments)
-    trainer.fit(module, data or MemoryData(), ckpt_path=ckpt_path)
-    return trainer
 
 
 def test_the_weight_by_hand():
@@ -112,7 +106,7 @@ def test_a_resumed_training_has_the_same_weight(tmp_path):
     trainer = fit(tmp_path, half, PmixAlignment(ratio=0.2, ratio_steps=3), data=data, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     rest, align = student(), PmixAlignment(ratio=0.2, ratio_steps=3)
-    fit(tmp_path, rest, align, data=data, ckpt_path=tmp_path / "half.ckpt", max_epochs=3)
+    fit(tmp_path, rest, align, data=data, resume=tmp_path / "half.ckpt", max_epochs=3)
     assert align.schedule.weight == whole_align.schedule.weight > 0
     for name, value in whole.state_dict().items():
         assert torch.equal(value, rest.state_dict()[name]), name
@@ -207,7 +201,7 @@ def test_sampled_kl_leaves_every_weight_finite(tmp_path):
     torch.manual_seed(0)
     module = StudentModule(backbone=tiny())
     align = PmixAlignment(weight=0.1, distance="kl", sample=True)
-    quiet_trainer(tmp_path, callbacks=[align]).fit(module, MemoryData())
+    fit(tmp_path, module, align)
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
@@ -221,8 +215,7 @@ def sentences(folder, module, **arguments):
     """Warnings of our own in a short training."""
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
-        trainer = quiet_trainer(folder, callbacks=[PmixAlignment(weight=0.1, **arguments)])
-        trainer.fit(module, MemoryData())
+        fit(folder, module, PmixAlignment(weight=0.1, **arguments))
     words = ("align", "anchor")
     return [str(w.message) for w in raised if any(word in str(w.message) for word in words)]
 

@@ -20,7 +20,7 @@ from pmixseg.losses import (
 from pmixseg.losses.distillation import case_numbers
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.modules import StudentModule, TeacherModule
-from tests.callbacks.memory_data import MemoryData, quiet_trainer
+from tests.callbacks.memory_data import fit
 
 
 class Bare(MultiEncoderUNet):
@@ -34,12 +34,6 @@ def student(**arguments):
     torch.manual_seed(0)
     backbone = MultiEncoderUNet(width=4, levels=3, deep_supervision=True)
     return StudentModule(backbone=backbone, fill="zero", **arguments)
-
-
-def fit(tmp_path, module, callback, **arguments):
-    trainer = quiet_trainer(tmp_path, callbacks=[callback], **arguments)
-    trainer.fit(module, MemoryData())
-    return trainer
 
 
 def batch_of(acquired, present=None):

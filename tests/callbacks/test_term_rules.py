@@ -24,7 +24,7 @@ from pmixseg.losses.term import Term
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore
 from pmixseg.task import BRATS, Task
-from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.callbacks.memory_data import MemoryData, fit, quiet_trainer, student, tiny
 
 
 class Pull(Term):
@@ -46,17 +46,6 @@ class PullCallback(TermCallback):
 
     def build_term(self, module):
         return Pull()
-
-
-def student(**arguments):
-    torch.manual_seed(0)
-    return StudentModule(backbone=tiny(), **arguments)
-
-
-def fit(tmp_path, module, *callbacks, **arguments):
-    trainer = quiet_trainer(tmp_path, callbacks=list(callbacks), **arguments)
-    trainer.fit(module, MemoryData())
-    return trainer
 
 
 def test_learnable_parameters_reach_optimizer_and_checkpoint(tmp_path):
@@ -117,14 +106,11 @@ def test_weights_load_without_and_with_other_terms(tmp_path):
 def test_resuming_with_other_terms_is_refused(tmp_path):
     trainer = fit(tmp_path, student(), PullCallback())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = {"resume": tmp_path / "a.ckpt", "max_epochs": 2}
     with pytest.raises(InputError, match=r"\['pull'\].*init_from"):
-        quiet_trainer(tmp_path, max_epochs=2).fit(
-            student(), MemoryData(), ckpt_path=tmp_path / "a.ckpt", weights_only=True
-        )
+        fit(tmp_path, student(), **resumed)
     module = student()
-    quiet_trainer(tmp_path, max_epochs=2, callbacks=[PullCallback()]).fit(
-        module, MemoryData(), ckpt_path=tmp_path / "a.ckpt", weights_only=True
-    )
+    fit(tmp_path, module, PullCallback(), **resumed)
     assert module.terms["pull"].calls == 2  # only the second epoch ran
 
 

@@ -7,18 +7,24 @@ import pandas as pd
 from pmixseg.cli import main
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+QUIET = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+TINY_UNET = [
+    *("--model.backbone=MultiEncoderUNet", "--model.backbone.width=2", "--model.backbone.levels=2"),
+]
 TINY = [
+    *QUIET,
     "--model.evaluation.window=[32,40,32]",
     "--data.patch_size=16",
     "--data.num_workers=0",
     "--data.split=pmixseg.data.splits.Fractions",
-    "--trainer.accelerator=cpu",
     "--trainer.precision=32",
     "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=2",
     "--trainer.limit_val_batches=0",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
 ]
 SMALL_UNET = ["--model.backbone.width=4", "--model.backbone.levels=3"]
 

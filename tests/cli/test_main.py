@@ -24,6 +24,7 @@ from pmixseg.cli.checkpoint_settings import (
 from pmixseg.errors import warn_in_one_line
 from pmixseg.interrupt import stopping_code
 from pmixseg.modules.training.resuming import differences
+from tests.cli.presets import QUIET, TINY_UNET
 from tests.cli.test_training import TINY
 
 
@@ -223,17 +224,10 @@ sys.exit(made or main(["test", path, "--trainer.enable_progress_bar=false"]))
 """
 
 SMALL = [
-    *("--model.backbone=MultiEncoderUNet", "--model.backbone.width=2", "--model.backbone.levels=2"),
-    *("--model.scheduler=OneCycle", "--model.evaluation.window=[32,40,32]"),
-    *(
-        "--data.patch_size=16",
-        "--data.num_workers=0",
-        "--data.val_cases=1",
-        "--data.split=Fractions",
-    ),
-    *("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.accelerator=cpu"),
+    *(*QUIET, *TINY_UNET, "--model.scheduler=OneCycle", "--model.evaluation.window=[32,40,32]"),
+    *("--data.patch_size=16", "--data.num_workers=0", "--data.val_cases=1"),
+    *("--data.split=Fractions", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"),
     "--trainer.limit_test_batches=1",
-    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
 ]
 
 OURS = re.compile(

@@ -13,7 +13,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from pmixseg.cli import main
 from pmixseg.modules import load
-from tests.cli.presets import EXPERIMENTS
+from tests.cli.presets import EXPERIMENTS, QUIET
 
 ROOT = EXPERIMENTS.parent
 FOLDER = EXPERIMENTS / "sweeps"
@@ -30,9 +30,7 @@ TINY = [
     "--trainer.max_epochs=1",
     "--trainer.check_val_every_n_epoch=1",
     "--trainer.limit_train_batches=1",
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
+    *QUIET,
 ]
 
 

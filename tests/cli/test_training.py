@@ -19,7 +19,7 @@ from pmixseg.evaluation.report.summary import remarks
 from pmixseg.inference.publish import publish
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint
-from tests.cli.presets import last_of_each
+from tests.cli.presets import QUIET, last_of_each
 from tests.inference.tiny_models import save, tiny_student
 
 TINY = [
@@ -30,11 +30,9 @@ TINY = [
     "--model.evaluation.validation=drawn",
     "--data.patch_size=16",
     "--data.val_cases=1",
-    "--trainer.accelerator=cpu",
+    *QUIET,
     "--trainer.max_epochs=1",
     "--trainer.num_sanity_val_steps=0",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
 ]
 
 

@@ -22,6 +22,7 @@ from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.loss_log import FiniteLoss
 from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.cli.presets import TINY_UNET
 
 
 def student():
@@ -73,9 +74,8 @@ def test_no_command_uses_them(diverged, phantom_root, phantom_store, tmp_path, c
     out = tmp_path / "out"
     flags = [f"--ckpt_path={diverged}", f"--data.store={phantom_store}", f"--run={out}"]
     flags += ["--data.split=WholeCohort", "--trainer.accelerator=cpu"]
-    model = ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
-    model += ["--model.backbone.width=2", "--model.backbone.levels=2"]
-    begin = [f"--init_from={diverged}", f"--data.store={phantom_store}", f"--run={out}", *model]
+    begin = [f"--init_from={diverged}", f"--data.store={phantom_store}", f"--run={out}"]
+    begin += ["--model=StudentModule", *TINY_UNET]
     arguments = {
         "segment": [str(diverged), "--flair", str(case), "-o", str(out), "--device=cpu"],
         "export": [str(diverged), "-o", str(out / "a.pt2")],

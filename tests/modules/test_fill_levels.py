@@ -6,20 +6,9 @@ import torch
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import MixtureAnchor
-from pmixseg.modules import StudentModule, load
+from pmixseg.modules import load
 from pmixseg.modules.checkpoint import read_checkpoint
-from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
-
-
-def student(**arguments):
-    torch.manual_seed(0)
-    return StudentModule(backbone=tiny(), **arguments)
-
-
-def fit(folder, module, *callbacks):
-    trainer = quiet_trainer(folder, callbacks=list(callbacks))
-    trainer.fit(module, MemoryData())
-    return trainer
+from tests.callbacks.memory_data import fit, student
 
 
 def filled(module):

@@ -20,20 +20,10 @@ from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, write_checkpoint
 from pmixseg.modules.preparation import Preparation
 from pmixseg.task import BRATS
+from tests.cli.presets import QUIET, TINY_UNET
 from tests.evaluation.made_up import figures_left_empty
 
-QUIET = [
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-]
-TINY = [
-    "--model=StudentModule",
-    "--model.backbone=MultiEncoderUNet",
-    "--model.backbone.width=2",
-    "--model.backbone.levels=2",
-    "--data.patch_size=16",
-]
+TINY = ["--model=StudentModule", *TINY_UNET, "--data.patch_size=16"]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from pmixseg.modules.checkpoint import write_checkpoint
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.trust import MONAI_NETWORKS, offline, resolve
 from pmixseg.task import BRATS
+from tests.cli.presets import TINY_UNET
 
 FOREIGN = "foreign_for_test"
 APRIL = "pmixseg.backbones.april2025.April2025Network"
@@ -318,8 +319,7 @@ def test_what_the_command_line_imports_is_trusted_in_a_teacher(
     flags = [f"--data.store={phantom_store}", f"--run={tmp_path / 'run'}", "--distill.weight=1"]
     flags += [f"--distill.teacher={teacher}", "--data.patch_size=16", "--trainer.max_steps=1"]
     flags += ["--trainer.limit_val_batches=0", "--trainer.accelerator=cpu"]
-    flags += ["--model=StudentModule", "--model.backbone=MultiEncoderUNet"]
-    flags += ["--model.backbone.width=2", "--model.backbone.levels=2"]
+    flags += ["--model=StudentModule", *TINY_UNET]
     assert main(["fit", *flags]) == 1
     assert main(["fit", "--import", FOREIGN, *flags]) == 0
 

@@ -28,17 +28,11 @@ from pmixseg.losses.anchors import MixtureAnchor
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import read_checkpoint
 from pmixseg.old_paths import MOVED
+from tests.cli.presets import QUIET
 
 ARCHIVE = Path(__file__).with_name("2ddf8fe.zip")
 CHECKPOINT = Path("runs/student/checkpoints/last.ckpt")
 CASES = ("Brats18_PHANTOM_004_1", "Brats18_PHANTOM_005_1")
-QUIET = [
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-]
-
-
 LARGE_WINDOW = ["--model.evaluation.window=[24,24,24]", "--trainer.num_sanity_val_steps=0"]
 """Validation in windows of a patch of 8 voxels would be most of a test's time."""
 

@@ -35,7 +35,7 @@ from pmixseg.modules import Polynomial, StudentModule, TeacherModule, load
 from pmixseg.modules.training.compilation import compiled
 from pmixseg.modules.training.trainer_checks import check_machine
 from pmixseg.task import BRATS
-from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.callbacks.memory_data import MemoryData, fit, quiet_trainer, tiny
 
 TRUE = ("bf16-true", "16-true", "64-true")
 
@@ -43,8 +43,8 @@ TRUE = ("bf16-true", "16-true", "64-true")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("machine")
-    trainer = quiet_trainer(folder, precision="bf16-mixed", max_steps=1)
-    trainer.fit(StudentModule(backbone=tiny(levels=2)), MemoryData())
+    module = StudentModule(backbone=tiny(levels=2))
+    trainer = fit(folder, module, precision="bf16-mixed", max_steps=1)
     trainer.save_checkpoint(folder / "last.ckpt")
     return folder / "last.ckpt"
 
@@ -75,9 +75,8 @@ def test_weights_of_another_type_are_refused_before_anything_runs(
 
 @pytest.mark.parametrize("precision", TRUE)
 def test_a_model_in_python_is_refused_alike(tmp_path, precision):
-    trainer = quiet_trainer(tmp_path, precision=precision)
     with pytest.raises(InputError, match=rf"{precision} \(--trainer.precision\) turns the weights"):
-        trainer.fit(StudentModule(backbone=tiny(levels=2)), MemoryData())
+        fit(tmp_path, StudentModule(backbone=tiny(levels=2)), precision=precision)
 
 
 def test_mixed_precision_leaves_weights_in_float32(checkpoint):
@@ -100,14 +99,14 @@ def test_strategies_that_keep_weights_whole_are_taken(strategy):
 def test_a_compiler_round_the_whole_module_is_refused(tmp_path):
     module = torch.compile(StudentModule(backbone=tiny(levels=2)), backend="eager")
     with pytest.raises(InputError, match=r"StudentModule\(compile=True\)"):
-        quiet_trainer(tmp_path).fit(module, MemoryData())
+        fit(tmp_path, module)
 
 
 def test_a_compiler_round_a_part_of_the_module_is_refused(tmp_path):
     module = StudentModule(backbone=tiny(levels=2))
     module.backbone = torch.compile(module.backbone, backend="eager")
     with pytest.raises(InputError, match=r"around backbone, whose weights.*\(compile=True\)"):
-        quiet_trainer(tmp_path).fit(module, MemoryData())
+        fit(tmp_path, module)
 
 
 def test_a_copy_of_a_compiled_model_uses_its_own_weights(monkeypatch):
@@ -166,15 +165,14 @@ def test_a_class_that_no_checkpoint_can_name_is_refused_before_the_first_step(tm
         def training_step(self, batch, batch_idx):
             raise AssertionError("a step was made")
 
-    trainer = quiet_trainer(tmp_path, enable_checkpointing=True)
     with pytest.raises(InputError, match="Local is defined inside a function"):
-        trainer.fit(Local(backbone=tiny(levels=2)), MemoryData())
+        fit(tmp_path, Local(backbone=tiny(levels=2)), enable_checkpointing=True)
 
 
 def test_a_finetuning_and_a_schedule_over_all_steps_are_refused(tmp_path):
-    trainer = quiet_trainer(tmp_path, callbacks=[BackboneFinetuning(1)])
+    module = StudentModule(backbone=tiny(levels=2), scheduler=Polynomial())
     with pytest.raises(InputError, match=r"BackboneFinetuning adds parameters .* Polynomial"):
-        trainer.fit(StudentModule(backbone=tiny(levels=2), scheduler=Polynomial()), MemoryData())
+        fit(tmp_path, module, BackboneFinetuning(1))
 
 
 @pytest.mark.parametrize(
@@ -189,8 +187,8 @@ def test_a_finetuning_and_a_schedule_over_all_steps_are_refused(tmp_path):
     ids=["counted", "logged by a function"],
 )
 def test_a_metric_that_a_training_has_may_be_watched(tmp_path, callbacks):
-    trainer = quiet_trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True)
-    trainer.fit(StudentModule(backbone=tiny(levels=2)), MemoryData())
+    module = StudentModule(backbone=tiny(levels=2))
+    trainer = fit(tmp_path, module, *callbacks, enable_checkpointing=True)
     assert trainer.state.finished
 
 
@@ -200,7 +198,7 @@ def test_a_metric_that_a_training_has_may_be_watched(tmp_path, callbacks):
 )
 def test_numbers_of_the_trainer_that_make_no_sense_are_refused(tmp_path, name, value):
     with pytest.raises(InputError, match=rf"{name} \(--trainer.{name}\) is {value}; give"):
-        quiet_trainer(tmp_path, **{name: value}).fit(StudentModule(backbone=tiny()), MemoryData())
+        fit(tmp_path, StudentModule(backbone=tiny()), **{name: value})
 
 
 def test_data_of_another_task_are_refused(tmp_path, phantom_store):
@@ -293,8 +291,8 @@ class Unvalidated(MemoryData):
 
 def test_the_batch_size_that_a_tuner_finds_is_no_interruption(tmp_path, caplog):
     data, finder = Unvalidated(), BatchSizeFinder(max_trials=2, steps_per_trial=1)
-    trainer = quiet_trainer(tmp_path, callbacks=[finder], limit_val_batches=0)
+    module = StudentModule(backbone=tiny(levels=2))
     with caplog.at_level("INFO"):
-        trainer.fit(StudentModule(backbone=tiny(levels=2)), data)
+        fit(tmp_path, module, finder, data=data, limit_val_batches=0)
     assert data.batch_size == 4
     assert "interruption" not in caplog.text

@@ -32,7 +32,7 @@ from pmixseg.modules import OneCycle, Polynomial, StudentModule
 from pmixseg.modules.checkpoint import read_checkpoint
 from pmixseg.modules.training.optimization import parameter_groups, regroup
 from pmixseg.task import BRATS
-from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.callbacks.memory_data import MemoryData, fit, quiet_trainer, tiny
 
 
 def many():
@@ -80,7 +80,7 @@ def test_a_schedule_of_a_training_without_end_is_one_sentence(tmp_path, schedule
     with pytest.raises(
         InputError, match=r"needs its length; give max_epochs or max_steps \(--trainer"
     ):
-        quiet_trainer(tmp_path, max_epochs=-1).fit(student(scheduler=schedule), MemoryData())
+        fit(tmp_path, student(scheduler=schedule), max_epochs=-1)
 
 
 class WithRate(StudentModule):
@@ -124,8 +124,7 @@ class Own(StudentModule):
 def test_a_users_own_rate_is_theirs(tmp_path):
     module = Own(backbone=tiny(levels=2))
     assert module.lr == 0.125
-    trainer = quiet_trainer(tmp_path)
-    trainer.fit(module, MemoryData())
+    trainer = fit(tmp_path, module)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.125
 
 
@@ -169,13 +168,6 @@ def student_of(scheduler=None):
     return StudentModule(backbone=tiny(levels=2), scheduler=scheduler, evaluation=settings)
 
 
-def fit(folder, scheduler=None, *callbacks, data=None, **arguments):
-    module = student_of(scheduler)
-    trainer = quiet_trainer(folder, callbacks=list(callbacks), **arguments)
-    trainer.fit(module, data or MemoryData())
-    return trainer
-
-
 def cohort(store):
     return BraTSDataModule(store, patch_size=16, batch_size=4, val_cases=1)
 
@@ -213,7 +205,7 @@ def test_epochs_without_a_validation_count_for_nothing(phantom_store, tmp_path):
     schedule = functools.partial(ReduceLROnPlateau, patience=0, factor=0.5)
     trainer = fit(
         tmp_path,
-        schedule,
+        student_of(schedule),
         data=cohort(phantom_store),
         max_epochs=5,
         limit_train_batches=1,
@@ -225,14 +217,14 @@ def test_epochs_without_a_validation_count_for_nothing(phantom_store, tmp_path):
 
 def test_a_plateau_without_any_validation_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"watches val/dice, but this training validates nothing"):
-        fit(tmp_path, DESCRIBED, limit_val_batches=0)
+        fit(tmp_path, student_of(DESCRIBED), limit_val_batches=0)
 
 
 def test_a_lambda_in_the_wrong_direction_is_one_sentence(phantom_store, tmp_path):
     module = StudentModule(backbone=tiny(levels=2))
     module.make_scheduler = lambda optimizer: ReduceLROnPlateau(optimizer)
     with pytest.raises(InputError, match="better higher; give it mode: max"):
-        quiet_trainer(tmp_path).fit(module, cohort(phantom_store))
+        fit(tmp_path, module, data=cohort(phantom_store))
 
 
 @pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
@@ -242,22 +234,22 @@ def test_a_lambda_in_the_wrong_direction_is_one_sentence(phantom_store, tmp_path
 )
 def test_a_metric_watched_upside_down_is_refused(tmp_path, kind, monitor, mode, right):
     with pytest.raises(InputError, match=f"{kind.__name__} watches {monitor}.*mode: {right}"):
-        fit(tmp_path, None, kind(monitor=monitor, mode=mode), enable_checkpointing=True)
+        fit(tmp_path, student_of(), kind(monitor=monitor, mode=mode), enable_checkpointing=True)
 
 
 def test_a_metric_of_the_users_own_is_theirs(tmp_path):
     stop = EarlyStopping("mine", mode="min", strict=False)
-    fit(tmp_path, None, stop)
+    fit(tmp_path, student_of(), stop)
 
 
 def test_averaged_weights_that_reach_no_checkpoint_are_refused(tmp_path):
     with pytest.raises(InputError, match="EMAWeightAveraging"):
-        fit(tmp_path, None, StochasticWeightAveraging(1e-2))
+        fit(tmp_path, student_of(), StochasticWeightAveraging(1e-2))
 
 
 def test_averaged_weights_are_those_of_the_checkpoint(tmp_path):
     average = EMAWeightAveraging(decay=0.5)
-    trainer = fit(tmp_path, None, average, max_epochs=2)
+    trainer = fit(tmp_path, student_of(), average, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)
     own = trainer.lightning_module.state_dict()

@@ -8,12 +8,11 @@ from torch.optim.lr_scheduler import StepLR
 from pmixseg.callbacks import Distillation, PmixAlignment, RunCheckpoint
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.modules.pretraining import MaskedPretraining
-from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.callbacks.memory_data import MemoryData, fit, quiet_trainer, tiny
 
 
-def fit(folder, module, *callbacks, **arguments):
-    trainer = quiet_trainer(folder, callbacks=list(callbacks), **arguments)
-    trainer.fit(module, MemoryData())
+def logged(folder, module, *callbacks, **arguments):
+    trainer = fit(folder, module, *callbacks, **arguments)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
     return set(metrics) - {"train/loss", "train/seg"}, metrics
 
@@ -37,13 +36,13 @@ def callbacks_of(teacher):
 def test_a_term_of_an_earlier_fit_is_gone(tmp_path, teacher, kind):
     make = callbacks_of(teacher)[kind]
     module = StudentModule(backbone=tiny())
-    names, _ = fit(tmp_path, module, make(5.0))
+    names, _ = logged(tmp_path, module, make(5.0))
     assert f"train/{kind}" in names
-    names, metrics = fit(tmp_path, module)
+    names, metrics = logged(tmp_path, module)
     assert (names, list(module.terms), module.term_weights) == (set(), [], {})
     assert metrics["train/loss"] == pytest.approx(metrics["train/seg"])
     fit(tmp_path, module, make(5.0))
-    names, _ = fit(tmp_path, module, make(0.0))
+    names, _ = logged(tmp_path, module, make(0.0))
     assert names == set()
     fit(tmp_path, module, make(5.0))
     fit(tmp_path, module, make(1.0, name="other"))
@@ -53,8 +52,7 @@ def test_a_term_of_an_earlier_fit_is_gone(tmp_path, teacher, kind):
 
 def test_a_callback_whose_weight_is_set_to_zero_lends_nothing(tmp_path):
     module, callback = StudentModule(backbone=tiny()), PmixAlignment(weight=1.0)
-    trainer = quiet_trainer(tmp_path, callbacks=[callback])
-    trainer.fit(module, MemoryData())
+    trainer = fit(tmp_path, module, callback)
     callback.weight = 0.0
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, MemoryData())
@@ -63,11 +61,10 @@ def test_a_callback_whose_weight_is_set_to_zero_lends_nothing(tmp_path):
 
 def test_the_same_callback_keeps_its_place_and_a_save_after_a_fit_keeps_its_term(tmp_path):
     module, callback = StudentModule(backbone=tiny()), PmixAlignment(weight=1.0)
-    trainer = quiet_trainer(tmp_path, callbacks=[callback])
-    trainer.fit(module, MemoryData())
+    trainer = fit(tmp_path, module, callback)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    again = quiet_trainer(tmp_path, max_epochs=2, callbacks=[PmixAlignment(weight=1.0)])
-    again.fit(module, MemoryData(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    other = PmixAlignment(weight=1.0)
+    again = fit(tmp_path, module, other, resume=tmp_path / "a.ckpt", max_epochs=2)
     assert list(module.terms) == ["align"]
     assert again.global_step == 4
 
@@ -75,7 +72,7 @@ def test_the_same_callback_keeps_its_place_and_a_save_after_a_fit_keeps_its_term
 def test_a_modules_own_term_stays(tmp_path):
     module = MaskedPretraining(backbone=tiny())
     for _ in range(2):
-        names, _ = fit(tmp_path, module, limit_val_batches=0)
+        names, _ = logged(tmp_path, module, limit_val_batches=0)
         assert names == {"train/reconstruct"}
 
 
