@@ -16,6 +16,7 @@ from pmixseg.cli.training import TrainingCLI
 from pmixseg.data.cohorts.shares import Share
 from pmixseg.task import BRATS
 from tests.docs.pages import DOCS, ROOT
+from tests.inference.tiny_models import save, tiny_student
 
 TEXTS = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("experiments/*/*.md"))]
 FENCE = re.compile(r"^ *```(?P<tag>[^\n]*)\n(?P<body>.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -61,6 +62,11 @@ class OnlyParsed(TrainingCLI):
 
     def _run_subcommand(self, subcommand):
         pass
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(tiny_student(), tmp_path_factory.mktemp("docs") / "tiny.ckpt")
 
 
 def test_commands_are_found():
