@@ -50,7 +50,6 @@ def jensen_shannon(
     covariances: Float[Tensor, "m k k"],
     weights: Sequence[float] | None = None,
     samples: int = 4096,
-    seed: int = 0,
 ) -> float:
     r"""Jensen-Shannon divergence of M Gaussians, by Monte Carlo.
 
@@ -63,7 +62,7 @@ def jensen_shannon(
     w = torch.tensor(shares, dtype=torch.float64)
     gaussians = MultivariateNormal(means.double(), covariances.double(), validate_args=False)
     shape = (len(means), samples, means.shape[1])
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = gaussians.loc[:, None] + noise @ gaussians.scale_tril.mT
     densities = gaussians.log_prob(drawn[:, :, None])  # type: ignore[no-untyped-call]  # in torch
     own = densities.diagonal(dim1=0, dim2=2)  # [samples, M]: each at its own samples

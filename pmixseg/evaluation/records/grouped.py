@@ -11,7 +11,6 @@ import pandas as pd
 from rich.box import HORIZONTALS
 from rich.table import Table
 
-from pmixseg.evaluation.records.measures import DICE, Measure
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.tables import Line, Lines, Tabulation, best_of, tabulate
 
@@ -60,14 +59,12 @@ def group_by_size(table: Tabulation) -> BySize:
     return BySize(table.measure, table.task, tuple(lines), tuple(by_size(lengths.tolist()).size()))
 
 
-def result_table(
-    records: Records | Sequence[Records], measure: Measure = DICE, width: int | None = None
-) -> Table:
-    """For a terminal: every combination where these are 15 or fewer, else grouped by size.
+def result_table(records: Records, width: int | None = None) -> Table:
+    """For a terminal: Dice of every combination where these are 15 or fewer, else by size.
 
     ``width`` counts the characters of the terminal.
     """
-    table = tabulate([records] if isinstance(records, Records) else records, measure)
+    table = tabulate([records])
     if len(table.combinations) > MOST_COLUMNS:
         return group_by_size(table).rich()
     return table.rich(width)

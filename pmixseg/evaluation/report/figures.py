@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pmixseg.evaluation.gap.latents import LatentSample
 from pmixseg.evaluation.records.curves import Chart
 from pmixseg.evaluation.records.grouped import group_by_size
-from pmixseg.evaluation.records.measures import DICE, Measure
+from pmixseg.evaluation.records.measures import DICE
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.tables import Tabulation, check_together, run_name
 from pmixseg.files import whole
@@ -132,8 +132,8 @@ def heat_map(table: Tabulation) -> Figure:
         return figure
 
 
-def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
-    """Spread over cases: a box per combination and run, region by region, cases as points.
+def box_plots(runs: Sequence[Records]) -> Figure:
+    """Spread of Dice over cases: a box per combination and run, region by region, cases as points.
 
     Boxes span the quartiles, whiskers the points within 1.5 times that range.
     """
@@ -153,8 +153,8 @@ def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
             axes = figure.add_subplot(grid[i], sharex=axes)
             for k, one in enumerate(runs):
                 part = one.table[one.table["region"] == region]
-                by = {str(c): g[measure.name].dropna() for c, g in part.groupby("combination")}
-                data = [by.get(n, pd.Series(dtype=float)).to_numpy() * measure.scale for n in names]
+                by = {str(c): g["dice"].dropna() for c, g in part.groupby("combination")}
+                data = [by.get(n, pd.Series(dtype=float)).to_numpy() * DICE.scale for n in names]
                 at = np.arange(len(names)) + (k - (len(runs) - 1) / 2) * width
                 colour = COLOURS[k % len(COLOURS)]
                 axes.boxplot(
@@ -169,12 +169,11 @@ def box_plots(runs: Sequence[Records], measure: Measure = DICE) -> Figure:
                     spread = shift.uniform(-0.22, 0.22, len(points)) * width
                     axes.plot(x + spread, points, ".", ms=3.2, mew=0, color=colour, alpha=0.75)
             axes.set_title(task.show(region))
-            axes.set_ylabel(f"{measure.title} ({measure.unit})")
+            axes.set_ylabel(f"{DICE.title} ({DICE.unit})")
             axes.grid(axis="y")
             axes.set_axisbelow(True)
             axes.tick_params(axis="x", length=0, labelbottom=False)
-            if measure == DICE:
-                axes.set_ylim(-3, 103)
+            axes.set_ylim(-3, 103)
         if len(runs) > 1:
             _legend(figure, [run_name(one) for one in runs])
         _dot_matrix(figure.add_subplot(grid[count], sharex=axes), combinations, task, 0.0)

@@ -20,6 +20,9 @@ from pmixseg.task import format_combination
 FEW_CASES = 10
 """Below this a report says that nothing can be concluded about patients."""
 
+MOST_SHOWN = 6
+"""Of the modalities that hurt when they are added."""
+
 
 @dataclass(frozen=True)
 class RegionSummary:
@@ -201,11 +204,11 @@ class Additions:
     worst: list[dict[str, Any]]
 
 
-def additions(records: Records, count: int = 6) -> Additions:
+def additions(records: Records) -> Additions:
     """Say where a run segments worse when it is shown more."""
     table = added_modalities([records.table])
     hurt = table[table["change"] < 0]
-    worst = hurt.head(count).to_dict("records")
+    worst = hurt.head(MOST_SHOWN).to_dict("records")
     clear = int(hurt["clear"].sum())
     return Additions(
         run_name(records),

@@ -70,7 +70,6 @@ class CaseCalibration:
         truth: class indices, ``[d, h, w]``.
         task: names the regions.
         where: voxels that count, ``[d, h, w]``; default all.
-        bins: number of bins.
     """
 
     def __init__(
@@ -78,9 +77,8 @@ class CaseCalibration:
         truth: Int[Tensor, "d h w"],
         task: Task,
         where: Bool[Tensor, "d h w"] | None = None,
-        bins: int = BINS,
     ) -> None:
-        self.task, self.bins = task, bins
+        self.task = task
         self._truth = truth.cpu()
         self._where = torch.ones_like(self._truth, dtype=torch.bool) if where is None else where
         self._chosen: dict[Any, tuple[Tensor, dict[str, Tensor]]] = {}
@@ -111,12 +109,12 @@ class CaseCalibration:
             for other in others:
                 p += chosen[other]
             p.clamp_(0, 1)
-            bin_of = (p * self.bins).long().clamp_(max=self.bins - 1)
-            count = bin_of.bincount(minlength=self.bins).cpu().numpy()
+            bin_of = (p * BINS).long().clamp_(max=BINS - 1)
+            count = bin_of.bincount(minlength=BINS).cpu().numpy()
             # On a GPU in a fixed order, if torch is asked for one; a weighted bincount has none.
-            confidence = p.new_zeros(self.bins).index_add_(0, bin_of, p).cpu().numpy()
+            confidence = p.new_zeros(BINS).index_add_(0, bin_of, p).cpu().numpy()
             true_p = p[members]
-            positive = bin_of[members].bincount(minlength=self.bins).cpu().numpy()
+            positive = bin_of[members].bincount(minlength=BINS).cpu().numpy()
             # Voxels out of reach: probability 0, right unless the truth is there.
             count[0] += self._voxels - len(p)
             unreached = self._positive[region] - len(members)
@@ -147,7 +145,6 @@ def reliability(
     truth: Int[Tensor, "d h w"],
     task: Task,
     where: Bool[Tensor, "d h w"] | None = None,
-    bins: int = BINS,
 ) -> dict[str, Reliability]:
     """Calibration of one prediction, per region; see :class:`CaseCalibration`.
 
@@ -158,7 +155,7 @@ def reliability(
         >>> found["WT"].ece, found["WT"].brier
         (0.25, 0.0625)
     """
-    return CaseCalibration(truth, task, where, bins).score(probabilities)
+    return CaseCalibration(truth, task, where).score(probabilities)
 
 
 def tempered(probabilities: Float[Tensor, "c ..."], temperature: float) -> Float[Tensor, "c ..."]:

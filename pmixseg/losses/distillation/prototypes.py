@@ -15,8 +15,11 @@ from pmixseg.losses.distillation.pairing import LatentLoss, Pair, brain_of
 from pmixseg.losses.segmentation import area_fractions
 from pmixseg.types import Batch, Brain, Features, Scalar, SegOutput, full_precision
 
+EPSILON = 1e-6
+"""ε of :func:`similarity_maps`."""
 
-def similarity_maps(features: Features, fractions: Tensor, epsilon: float = 1e-6) -> Tensor:
+
+def similarity_maps(features: Features, fractions: Tensor) -> Tensor:
     r"""Cosine similarity of every voxel to the prototype of every class.
 
     .. math:: c_k = \frac{\sum_v a_{kv} f_v}{\sum_v a_{kv}}, \qquad
@@ -28,8 +31,8 @@ def similarity_maps(features: Features, fractions: Tensor, epsilon: float = 1e-6
     flat, weights = features.flatten(3), fractions.flatten(2).to(features.dtype)
     sums = weights[:, None] @ flat.mT
     prototypes = sums / weights.sum(2)[:, None, :, None].clamp_min(1)
-    flat = flat * (flat.square().sum(2, keepdim=True) + epsilon).rsqrt()
-    prototypes = prototypes * (prototypes.square().sum(3, keepdim=True) + epsilon).rsqrt()
+    flat = flat * (flat.square().sum(2, keepdim=True) + EPSILON).rsqrt()
+    prototypes = prototypes * (prototypes.square().sum(3, keepdim=True) + EPSILON).rsqrt()
     return prototypes @ flat
 
 
