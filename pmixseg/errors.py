@@ -169,28 +169,28 @@ def memory_error(error: BaseException) -> InputError | None:
         return InputError("a YAML or JSON file is nested too deeply to be read; correct it.")
     reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     code = error.errno if isinstance(error, OSError) else None
+    processes = _raised_in(error, "multiprocessing")
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    # By what the system counts: files, processes, shared memory, memory.
     if code in (errno.EMFILE, errno.ENFILE):
         return InputError(
             f"too many files are open at once ({reason}); allow more (ulimit -n), or use fewer "
             "workers."
         )
-    if (isinstance(error, RuntimeError) and _THREADS.search(str(error))) or (
-        code == errno.EAGAIN
-        and any(_raised_in(error, p) for p in ("multiprocessing", "subprocess"))
-    ):
+    refused = code == errno.EAGAIN and (processes or _raised_in(error, "subprocess"))
+    if refused or _THREADS.search(said):
         return InputError(
             f"the system starts no more processes ({reason}); allow more (ulimit -u), or use fewer "
             "workers."
         )
-    shared = isinstance(error, RuntimeError) and _SHARED.search(str(error))
-    if shared or (code in _FULL and _raised_in(error, "multiprocessing")):  # of its semaphores
+    if _SHARED.search(said) or (code in _FULL and processes):  # of its semaphores
         return InputError(
             f"a process that reads data was ended or refused memory by the system ({reason}); use "
             "fewer workers (--data.num_workers 0 needs no shared memory), smaller batches, or a "
             "larger /dev/shm."
         )
-    known = isinstance(error, MemoryError) or code == errno.ENOMEM
-    if known or (isinstance(error, RuntimeError | ImportError) and _MEMORY.search(str(error))):
+    loaded = str(error) if isinstance(error, ImportError) else said
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or _MEMORY.search(loaded):
         return InputError(
             f"there is too little memory ({reason or 'Python could not get any'}); use smaller "
             "batches, patches or windows, fewer workers, or a larger voxel spacing."

@@ -97,13 +97,26 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
 
     The message may name every type that was tried; ``known`` are the flags of the command.
     """
-    # A file that cannot be read.
+    for said in (_unread_file, _unknown_name, _number_of_values):
+        if sentence := said(message, args, known):
+            return sentence
+    # A class that is named in a wrong way, or else a value of another kind.
+    wrong = (wrong_class(path) for path in config_files(args))
+    return next(filter(None, wrong), None) or _value_sentence(message, args)
+
+
+def _unread_file(message: str, args: Sequence[str], known: Iterable[str]) -> str | None:
+    """Say that a file of settings cannot be read."""
     if "Problems parsing config" in message or message.startswith("Unexpected config"):
         broken = (broken_file(path) for path in config_files(args))
         return next(filter(None, broken), None) or " ".join(message.split())
     if lost := re.search(r"File does not exist: '([^']+)'", message):
         return f"the file {lost[1]} does not exist; correct its path."
-    # A name that a class, the command or a file does not know.
+    return None
+
+
+def _unknown_name(message: str, args: Sequence[str], known: Iterable[str]) -> str | None:
+    """Say that a class, the command or a file does not know a name."""
     if inside := re.search(rf"{_OF}unrecognized arguments: --([\w.]+)", message):
         return _unknown_inside(inside[1], inside[2].split("."), _keys(message), args)
     if inside := re.search(rf"{_OF}Group '(\S+)' does not accept option '([^']+)'", message):
@@ -119,7 +132,11 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
         place, flag = where(unknown[1].split("."), args), f"--{unknown[1]}"
         hint = nearest(flag, known).replace("--", "")
         return f"{place}: {unknown[1]} is no setting; {hint or 'correct its name.'}"
-    # A value too many, or one too few.
+    return None
+
+
+def _number_of_values(message: str, args: Sequence[str], known: Iterable[str]) -> str | None:
+    """Say that a value is too many, or that one lacks."""
     if bare := re.fullmatch(r"argument (\S+): ignored explicit argument '?(.*?)'?", message):
         return f"{bare[1]} takes no value; leave out {bare[2]}."
     if lacking := re.fullmatch(r"argument (\S+): expected (.*)", message):
@@ -130,9 +147,7 @@ def training_sentence(message: str, args: Sequence[str], known: Iterable[str]) -
         return f"{where(keys, args)}: {kind} needs {inside[2]}; give it, as by --{first}=VALUE."
     if lacking := re.search(r"the following arguments are required: (.*)", message):
         return f"pmixseg {args[0]} needs {lacking[1].replace(f'{args[0]}.', '--')}; give it."
-    # A class that is named in a wrong way, or else a value of another kind.
-    wrong = (wrong_class(path) for path in config_files(args))
-    return next(filter(None, wrong), None) or _value_sentence(message, args)
+    return None
 
 
 def _keys(message: str) -> list[str]:

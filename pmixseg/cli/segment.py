@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
@@ -144,13 +144,8 @@ def segmented(
     from pmixseg.inference.outputs import Outputs
     from pmixseg.inference.segment import channels_of, segment_files, segment_folder
 
-    # One INPUT, or a scan per modality.
     source: Path | None = options.input
-    if (source is None) == (not scans):
-        raise InputError(
-            "give either a folder or 4-D file, or scans by modality "
-            f"({', '.join(f'--{m} FILE' for m in module.task.modalities)})."
-        )
+    what = kind_of_input(options, scans, module.task)
     outputs = Outputs(
         options.out,
         options.probabilities,
@@ -159,15 +154,11 @@ def segmented(
         png=options.png,
         plain=options.nnunet,
     )
-    # What it is: a DICOM study, a folder, a 4-D file or scans by flag, raw or ready.
     share = Share.parse(options.part)
-    folder = source if source is not None and source.is_dir() else None
-    study = folder if folder and holds_dicom(folder, options, module.task) else None
-    if share is not None and (options.raw or study or folder is None):
+    if share is not None and what != "a folder":
         raise InputError("--part divides a cohort of registered scans; leave it out for a patient.")
+    check_flags(options, what)
     raw = None
-    what = "a folder" if folder is not None else "a 4-D file" if source else "a scan per flag"
-    check_flags(options, "a DICOM study" if study else "raw scans" if options.raw else what)
     if options.raw:
         from pmixseg.inference.raw import RawSettings
 
@@ -175,13 +166,13 @@ def segmented(
         settings = replace(settings, reference=None)
     # Each kind has a function of its own.
     codes, name = codes_of(options.codes), options.name
-    if study:
+    if source is not None and what == "a DICOM study":
         from pmixseg.inference.dicom import segment_study
 
         chosen = numbers_of("--series", options.series, "t1ce=5")
         yield segment_study(
             module,
-            study,
+            source,
             outputs,
             settings,
             raw,
@@ -198,10 +189,10 @@ def segmented(
         yield segment_raw(
             module, images, outputs, settings, raw, codes=codes, name=name, progress=progress
         )
-    elif folder is not None:
+    elif source is not None and what == "a folder":
         yield from segment_folder(
             module,
-            folder,
+            source,
             outputs,
             settings,
             layout=options.layout,
@@ -215,6 +206,24 @@ def segmented(
         yield segment_files(
             module, scans, outputs, settings, codes=codes, name=name, progress=progress
         )
+
+
+def kind_of_input(
+    options: argparse.Namespace, scans: Mapping[str, Source], task: Task
+) -> Literal["a DICOM study", "raw scans", "a folder", "a 4-D file", "a scan per flag"]:
+    """Say what is segmented: INPUT, or a scan per modality, raw or ready."""
+    source: Path | None = options.input
+    if (source is None) == (not scans):
+        raise InputError(
+            "give either a folder or 4-D file, or scans by modality "
+            f"({', '.join(f'--{m} FILE' for m in task.modalities)})."
+        )
+    folder = source is not None and source.is_dir()
+    if source is not None and folder and holds_dicom(source, options, task):
+        return "a DICOM study"
+    if options.raw:
+        return "raw scans"
+    return "a folder" if folder else "a 4-D file" if source else "a scan per flag"
 
 
 _TAKEN = {
