@@ -78,22 +78,7 @@ def encode_slots(
     """
     again = recompute and torch.is_grad_enabled()
     if runs_static(image):
-        shown = torch.where(present[:, :, None, None, None], image, 0.0)
-        channels = torch.split(shown, 1, 1)
-        first = encoders[0]
-        if all(encoder is first for encoder in encoders):
-            joined = _run(first, torch.cat(channels), again)
-            return _apart(joined, len(channels))
-        alike = all(isinstance(encoder, Groupable) for encoder in encoders)
-        # What a user puts around a weight (pruning, spectral norms) has buffers of one encoder.
-        if static_on(image.device) and alike and not dict(first.named_buffers()):
-            # Not under the compiler of a CPU, whose grouped convolutions are slow.
-            together = functools.partial(encode_together, list(encoders))
-            return _apart(_run(together, shown, again), len(channels), 1)
-        return [
-            _run(encoder, channel, again)
-            for encoder, channel in zip(encoders, channels, strict=True)
-        ]
+        return _encode_all(encoders, image, present, again)
     flags: list[list[bool]] = present.tolist()
     pieces: Pieces = []
     for m, encoder in enumerate(encoders):
@@ -105,6 +90,24 @@ def encode_slots(
     if all(piece is None for piece in pieces):
         raise InputError("no sample shows any modality; mark at least one as present.")
     return pieces
+
+
+def _encode_all(
+    encoders: Sequence[nn.Module] | nn.ModuleList, image: Image, present: Presence, again: bool
+) -> Pieces:
+    """Run every encoder on all samples, hidden channels as 0, in one call where that is faster."""
+    shown = torch.where(present[:, :, None, None, None], image, 0.0)
+    channels, first = torch.split(shown, 1, 1), encoders[0]
+    # One encoder for all modalities takes their channels as further samples.
+    if all(encoder is first for encoder in encoders):
+        return _apart(_run(first, torch.cat(channels), again), len(channels))
+    # Grouped convolutions are slow under the compiler of a CPU. And what a user puts around a
+    # weight (pruning, spectral norms) has buffers of one encoder.
+    alike = all(isinstance(encoder, Groupable) for encoder in encoders)
+    if static_on(image.device) and alike and not dict(first.named_buffers()):
+        together = functools.partial(encode_together, list(encoders))
+        return _apart(_run(together, shown, again), len(channels), 1)
+    return [_run(encoder, c, again) for encoder, c in zip(encoders, channels, strict=True)]
 
 
 def _run(

@@ -104,14 +104,7 @@ def iterate_combinations(
         ValueError: the predictor is in training mode.
     """
     _check(predictor, image, present, patch)
-    if overlap not in SHARE:
-        raise InputError(f"overlap is {overlap}; give {SHARE}.")
-    if batch_size != "auto" and batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; give at least 1 window, or auto.")
-    if blend not in get_args(Blend):
-        raise InputError(f"blend '{blend}' is unknown; use {' or '.join(get_args(Blend))}.")
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk is {chunk}; give at least 1 combination.")
+    _check_settings(overlap, batch_size, blend, chunk)
     # Windows over the padded volume, and how much each voxel is covered in all.
     padded, inner = _pad_to(image, patch)
     visible: Window = (slice(None), slice(None), *inner)
@@ -143,12 +136,7 @@ def iterate_combinations(
             if progress is not None:
                 progress(number * len(windows) + done, len(starts) * len(windows))
         means = sums.div_(total)[visible]
-        if not math.isfinite(float(means.sum())):
-            raise InputError(
-                "the network answers with numbers that are not finite: its weights or the scans "
-                "hold extreme values, or half precision is too coarse for it; use another "
-                "checkpoint, or compute in fp32."
-            )
+        _check_finite(means)
         yield rows, means
 
 
@@ -253,3 +241,23 @@ def _check(
         )
     if getattr(predictor, "training", False):
         raise ValueError("the predictor is in training mode; call .eval() before predicting.")
+
+
+def _check_settings(overlap: float, batch_size: BatchSize, blend: Blend, chunk: int | None) -> None:
+    if overlap not in SHARE:
+        raise InputError(f"overlap is {overlap}; give {SHARE}.")
+    if batch_size != "auto" and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1 window, or auto.")
+    if blend not in get_args(Blend):
+        raise InputError(f"blend '{blend}' is unknown; use {' or '.join(get_args(Blend))}.")
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk is {chunk}; give at least 1 combination.")
+
+
+def _check_finite(probabilities: Tensor) -> None:
+    if not math.isfinite(float(probabilities.sum())):
+        raise InputError(
+            "the network answers with numbers that are not finite: its weights or the scans hold "
+            "extreme values, or half precision is too coarse for it; use another checkpoint, or "
+            "compute in fp32."
+        )
