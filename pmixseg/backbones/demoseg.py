@@ -18,7 +18,7 @@ from pmixseg.backbones.layers.grouped import Groupable, map_groups
 from pmixseg.backbones.layers.lean import LeanConv3d
 from pmixseg.backbones.layers.norm import NormAct, norm_act
 from pmixseg.backbones.slots import check_input, encode_slots, join_levels
-from pmixseg.backbones.unet import SLOPE, conv_block, draw_weights
+from pmixseg.backbones.unet import SLOPE, Upsampling, conv_block, draw_weights
 from pmixseg.describe import COUNT, Range, Ranges
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
@@ -158,9 +158,7 @@ class DeMoSeg(Backbone):
             nn.Sequential(conv_block(inside, outside, 2, 0.0), ChannelOrder(outside))
             for inside, outside in pairwise(widths)
         )
-        self.ups = nn.ModuleList(
-            nn.ConvTranspose3d(below, w, 2, 2, bias=False) for w, below in pairwise(widths)
-        )
+        self.ups = nn.ModuleList(Upsampling(below, w, bias=False) for w, below in pairwise(widths))
         self.decoders = nn.ModuleList(
             nn.Sequential(conv_block(2 * w, w, 1, 0.0), ChannelOrder(w)) for w in widths[:-1]
         )

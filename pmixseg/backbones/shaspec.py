@@ -22,7 +22,7 @@ from pmixseg.backbones.slots import (
     join_levels,
     map_slots,
 )
-from pmixseg.backbones.unet import SLOPE, Encoder, conv_block
+from pmixseg.backbones.unet import SLOPE, Encoder, Upsampling, conv_block
 from pmixseg.describe import COUNT, Ranges
 from pmixseg.slot_sums import choose_slots, weighted_sum
 from pmixseg.task import BRATS
@@ -96,7 +96,7 @@ class ShaSpec(Backbone):
             nn.Sequential(LeanConv3d(slots * w, w, 1, bias=False), NormAct(w, SLOPE, reuse=True))
             for w in widths
         )
-        self.ups = nn.ModuleList(nn.ConvTranspose3d(2 * w, w, 2, 2) for w in widths[:-1])
+        self.ups = nn.ModuleList(Upsampling(2 * w, w) for w in widths[:-1])
         self.decoders = nn.ModuleList(
             nn.Sequential(conv_block(2 * w, w, 1, 0.0), conv_block(w, w, 1, 0.0))
             for w in widths[:-1]

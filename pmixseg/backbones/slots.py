@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pmixseg.backbones.layers.grouped import Groupable, encode_together
 from pmixseg.backbones.layers.lean import fast_layout, is_channels_last, mix_channels
 from pmixseg.errors import InputError
-from pmixseg.execution import runs_static, static_on
+from pmixseg.execution import runs_lean, runs_static, static_on
 from pmixseg.types import Image, Latents, Presence, kind_of
 
 Pieces = list[list[Tensor] | None]
@@ -224,7 +224,8 @@ class SlotConv(nn.Conv3d):
 
     As ``Σ_m W_m f_m + b`` it is a sum of one term per slot. Without gradients the terms are kept in
     ``latents.cache``, where every combination decoded from one encoding finds them: a decode then
-    costs additions only.
+    costs additions only. Where a CPU sees every slot usable, as after a fill, which no other
+    combination shares, one product makes the sum.
 
     Args:
         slots: number of slots M.
@@ -252,7 +253,9 @@ class SlotConv(nn.Conv3d):
         Absent slots must be finite. Terms are kept under ``name``, the convolution's own.
         """
         weight, present = self.weight.flatten(1), latents.usable[level]
-        if torch.is_grad_enabled():
+        kept = f"{name}.0" in latents.cache
+        whole = not kept and runs_lean(present) and bool(present.all())
+        if whole or torch.is_grad_enabled():
             inside = self.before(side_by_side(latents, level))
             return mix_channels(inside, masked_weight(weight, present), self.bias)
         total: Tensor = _sum_of_present(self._terms(latents, level, name), present)

@@ -109,6 +109,18 @@ def test_slot_conv_is_the_convolution_of_the_concatenated_masked_slots():
         torch.testing.assert_close(conv(same, 0, "f"), wanted(same))
 
 
+def test_slots_that_are_all_usable_are_one_product_on_a_cpu():
+    torch.manual_seed(0)
+    conv = SlotConv(2, 3, 4)
+    latents = Latents([torch.randn(1, 2, 3, 2, 2, 2)], ("a", "b"), [torch.ones(1, 2).bool()])
+    with torch.no_grad():
+        product = conv(latents, 0, "f")
+        assert not latents.cache
+        with as_on_gpu():
+            torch.testing.assert_close(conv(latents, 0, "f"), product)
+        assert set(latents.cache) == {"f.0", "f.1"}
+
+
 @pytest.mark.parametrize("layout", ["slots", "channels"])
 def test_slot_conv_has_the_gradients_of_the_masked_convolution(layout):
     torch.manual_seed(0)

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
 from pmixseg.backbones import Backbone, MultiEncoderUNet
+from pmixseg.backbones.unet import Upsampling
 from pmixseg.errors import InputError
 from pmixseg.testing import check_backbone
 
@@ -70,3 +72,22 @@ def test_a_network_without_channels_is_refused():
     own = MultiEncoderUNet.__new__(MultiEncoderUNet)  # of a class that computes its channels
     with pytest.raises(InputError, match="MultiEncoderUNet: a level would have 0 channels; make"):
         Backbone.__init__(own, ("t1",), 2, channels=(4, 0), strides=(1, 2))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_upsampling_is_the_transposed_convolution_in_the_layout_of_its_input(size, bias, samples):
+    torch.manual_seed(0)
+    up = Upsampling(6, 5, size, bias)
+    x = torch.randn(samples, 6, 4, 3, 5).contiguous(memory_format=torch.channels_last_3d)
+    x.requires_grad_()
+    plain = nn.functional.conv_transpose3d(x, up.weight, up.bias, size)
+    weight = torch.randn_like(plain)
+    ours = up(x)
+    torch.testing.assert_close(ours, plain)
+    assert ours.is_contiguous(memory_format=torch.channels_last_3d)
+    inputs = (x, *up.parameters())
+    mine, theirs = (torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, plain))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)

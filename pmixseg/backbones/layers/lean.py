@@ -85,10 +85,11 @@ def convolve(
 
 
 def leaves_onednn(x: Tensor) -> bool:
-    """Say whether torch takes a path twenty times slower than oneDNN for a convolution's gradients.
+    """Say whether torch takes a path up to twenty times slower than oneDNN.
 
-    It does so for a single sample with few planes, which is what an encoder sees of a small batch.
-    A tensor in oneDNN's own layout never takes it. (``ConvParams::use_mkldnn`` in torch's
+    It does so for a transposed convolution and for the gradients of any other, of a single sample
+    with few planes: what an encoder sees of a small batch, and a decoder of a case. A tensor in
+    oneDNN's own layout never takes it. (``ConvParams::use_mkldnn`` in torch's
     ``Convolution.cpp``.)
     """
     single = len(x) == 1 and x.dtype == torch.float32 and x.shape[1:4].numel() <= 20480
