@@ -154,6 +154,24 @@ def test_exchanged_sequences_are_told(phantom_root, tmp_path, one, other):
         tiny_student().segment(case.images)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        ("flair", "t1", "t1ce resembles flair more than t1,"),
+        ("flair", "t1ce", "t1 resembles flair more than t1ce,"),
+    ],
+)
+def test_a_sequence_in_the_place_of_a_t1_is_told(phantom_root, one, other, words):
+    """T1 and T1ce resemble each other more than any other sequence."""
+    scans, _ = scans_of(phantom_root, 0)
+    scans[one], scans[other] = scans[other], scans[one]
+    told = judge(canonicalise(scans, None, BRATS), BRATS).remarks
+    assert any(text.startswith(words) for text in told)
+    without = {m: scan for m, scan in scans.items() if m in ("t1", "t1ce", one)}
+    told = judge(canonicalise(without, None, BRATS), BRATS).remarks
+    assert any(text.startswith(words) for text in told)
+
+
 @pytest.mark.parametrize(("given", "name"), [("t2", "t1"), ("t2", "t1ce"), ("t1", "t2")])
 def test_a_scan_whose_fluid_is_not_that_of_its_name_is_told(phantom_root, given, name):
     scans, _ = scans_of(phantom_root, 0)
@@ -181,6 +199,25 @@ def test_arrays_that_were_turned_under_their_headers_are_told(phantom_root, axes
     }
     (told,) = judge(canonicalise(turned, None, BRATS), BRATS).remarks
     assert words in told
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ((1,), "back to front"),
+        ((0, 1), "back to front"),  # left and posterior counted as right and anterior
+        ((2,), "upside down"),
+        ((1, 2), "upside down and back to front"),
+    ],
+)
+def test_brains_that_are_upside_down_or_back_to_front_are_told(phantom_root, axes, words):
+    """As where an array of LPS is saved as RAS; left and right alone look like each other."""
+    scans, _ = scans_of(phantom_root)
+    flipped = {
+        m: nib.Nifti1Image(np.flip(np.asarray(i.dataobj), axes), i.affine) for m, i in scans.items()
+    }
+    (told,) = judge(canonicalise(flipped, None, BRATS), BRATS).remarks
+    assert told.startswith(f"its brain is {words}, as if")
 
 
 def test_a_label_that_a_spacing_leaves_nothing_of_is_told(phantom_root):
