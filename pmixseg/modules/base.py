@@ -151,10 +151,7 @@ class SegmentationModule(ScoredNetwork):
         eager = any(cast(Term, term).eager for term in self.terms.values())
         losses = self.losses if self._step is None or eager else self._step
         total, values, names = losses(batch, self.current_epoch, weights)
-        samples = len(batch["image"])
-        shown = self._loss_log.see(names, values, samples, batch_idx, self)
-        if shown is not None:
-            self.log("loss", shown, prog_bar=True, logger=False, batch_size=samples)
+        self._loss_log.see(names, values, batch, batch_idx, self)
         return total
 
     def losses(

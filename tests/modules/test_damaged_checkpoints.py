@@ -190,6 +190,17 @@ def test_a_training_that_diverges_says_at_which_step(tmp_path):
     assert len(seen) == 2
 
 
+def test_an_image_that_is_not_finite_is_named(tmp_path):
+    class Broken(MemoryData):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            batch["image"][[name == "case3" for name in batch["case_id"]], 0, 0] = torch.nan
+            return batch
+
+    sentence = r"image of case 'case3' holds NaN or infinity at step 1, .* correct its scans"
+    with pytest.raises(InputError, match=sentence):
+        quiet_trainer(tmp_path).fit(student(), Broken())
+
+
 def test_the_first_step_is_known_although_nobody_asked_before():
     """As on a GPU, where a step asks for no value."""
     loss = FiniteLoss()

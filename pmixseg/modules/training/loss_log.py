@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from pmixseg.errors import InputError
+from pmixseg.types import Batch
 
 SHOWN_EVERY = 10
 """Steps of a GPU for one loss on the progress bar: Lightning takes most of a millisecond for it."""
@@ -36,27 +37,29 @@ class LossLog:
         self,
         names: tuple[str, ...],
         values: Tensor,
-        samples: int,
+        batch: Batch,
         batch_idx: int,
         module: LightningModule,
-    ) -> Tensor | None:
-        """Take in the losses of one step, and return the one to show, if any.
+    ) -> None:
+        """Take in the losses of one step, and show their sum on the progress bar.
 
         The last name is that of the sum; the values are one vector, detached. A part that is not
         finite is refused where that is known without waiting.
         """
+        samples = len(batch["image"])
         self.means.add(names, values, samples)
         if module._trainer is None:
-            return None
+            return
         trainer = module.trainer
         # A gradient scaler skips a step that is not finite, and goes on.
         if gradient_scaler(trainer) is None:
             self.finite.see(names[:-1], values[:-1], trainer.global_step)
             if not self.seldom:
-                self.finite.check(lambda: float(module.lr))  # type: ignore[arg-type]  # a module of ours
+                self.finite.check(lambda: float(module.lr), batch)  # type: ignore[arg-type]  # a module of ours
         if self.seldom and batch_idx % SHOWN_EVERY and not trainer.is_last_batch:
-            return None
-        return self._late.put(values[-1])
+            return
+        if (shown := self._late.put(values[-1])) is not None:
+            module.log("loss", shown, prog_bar=True, logger=False, batch_size=samples)
 
 
 def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
@@ -136,14 +139,23 @@ class FiniteLoss:
         now = torch.where(values.isfinite(), NEVER, step)
         self._first = torch.minimum(self._first, now)
 
-    def check(self, rate: Callable[[], float]) -> None:
-        """Ask for the values, and refuse a part that was not finite, with advice on the rate."""
+    def check(self, rate: Callable[[], float], batch: Batch | None = None) -> None:
+        """Ask for the values, and refuse a part that was not finite, with advice on the rate.
+
+        The cause may be the images of the batch, that of the last step, where nothing waits for it.
+        """
         if self._first is None:
             return
         steps: Sequence[int] = self._first.tolist()
         if min(steps) == NEVER:
             return
         self._first = None
+        for name, image in zip(batch["case_id"], batch["image"], strict=True) if batch else ():
+            if not bool(image.isfinite().all()):
+                raise InputError(
+                    f"the image of case '{name}' holds NaN or infinity at step {min(steps)}, so "
+                    "the training ends; correct its scans, or the code that reads or augments them."
+                )
         guilty = [n for n, s in zip(self._names, steps, strict=True) if s == min(steps)]
         raise InputError(
             f"the loss is not finite since step {min(steps)} ({', '.join(guilty)}), so the "
