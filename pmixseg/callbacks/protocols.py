@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from pmixseg.callbacks.term import own_module
 from pmixseg.data.keys import make_key
@@ -105,5 +105,6 @@ def _write(table: pd.DataFrame, path: Path) -> None:
     try:
         with whole(path) as part:
             quote_formulas(table[columns]).to_csv(part, index=False)
+        rank_zero_info(f"Written: {path}")
     except InputError as error:  # the records, still unwritten, hold all of it
         rank_zero_warn(str(error))

@@ -133,6 +133,8 @@ class TrainingCLI(LightningCLI):
             inline = name == "--config" and value is not None and value.startswith("{")
             if inline and (broken := broken_file(name, value)):
                 raise UsageError(broken)
+        if self.words[0] == "test":  # whose table we print
+            self._parser("test").set_defaults({"verbose": False})
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
@@ -144,6 +146,11 @@ class TrainingCLI(LightningCLI):
     def _refuse_what_cannot_be(self) -> None:
         """Refuse a value that lacks, and a model that is of no kind; jsonargparse takes both."""
         settings = self.config[self.words[0]]
+        if settings.weights_only is False:
+            raise UsageError(
+                "--weights_only false would let a checkpoint run code; leave it out, and name a "
+                "module whose classes you trust with --import."
+            )
         model = settings.model
         if model.class_path.rpartition(".")[2] == SegmentationModule.__name__:
             raise UsageError(

@@ -30,6 +30,7 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ),
         ("--trainer.max_ep=3", "takes no --trainer.max_ep; did you mean --trainer.max_epochs?"),
         ("--ru=x", "takes no --ru; did you mean --run?"),
+        ("--weights_only=false", "--weights_only false would let a checkpoint run code"),
         ("--optimizer=Adam", "takes no --optimizer; did you mean --model.optimizer?"),
         ("--optimizer.lr=1", "takes no --optimizer.lr; did you mean --model.optimizer.lr?"),
         ("--lr_scheduler=StepLR", "takes no --lr_scheduler; did you mean --model.scheduler?"),

@@ -109,6 +109,7 @@ def test_test_needs_only_checkpoint_and_data_and_scores_every_combination(
     printed = capsys.readouterr().out
     assert "WT" in printed
     assert "●" in printed
+    assert "Test metric" not in printed  # of Lightning's table
     assert (student_run / "metrics.csv").is_file()  # testing forgets nothing of the training
 
 
