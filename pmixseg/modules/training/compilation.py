@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,6 +152,8 @@ class CompiledStep:
         devices = [device] if device.type == "cuda" else []
         kept = [buffer.clone() for buffer in module.buffers()]
         parameters = [p for p in module.parameters() if p.requires_grad]
+        dump = logging.getLogger("torch._inductor.scheduler")  # of a graph that cannot be compiled
+        dump.disabled = True
         try:
             with torch.random.fork_rng(devices):
                 total = self.compiled(batch, epoch, weights)[0]
@@ -168,6 +171,7 @@ class CompiledStep:
                 "model.compile: false turns it off."
             )
         finally:
+            dump.disabled = False
             with torch.no_grad():
                 for buffer, before in zip(module.buffers(), kept, strict=True):
                     buffer.copy_(before)

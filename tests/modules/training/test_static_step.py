@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import logging
 from unittest import mock
 
 import pytest
@@ -197,11 +198,12 @@ def test_no_value_of_a_tensor_is_asked_for(monkeypatch):
         module.losses(*arguments)
 
 
-def test_a_failure_of_the_compiler_is_one_sentence_and_leaves_no_trace(monkeypatch):
+def test_a_failure_of_the_compiler_is_one_sentence_and_leaves_no_trace(monkeypatch, caplog):
     module = module_of("unet", StudentModule, "anchor", False, False)
     module.log = lambda *args, **kwargs: None
 
     def broken(graph, inputs):
+        logging.getLogger("torch._inductor.scheduler").critical("Error in codegen\nfor this")
         raise RuntimeError("no compiler here.\nMuch more.")
 
     compiled = torch.compile
@@ -218,6 +220,7 @@ def test_a_failure_of_the_compiler_is_one_sentence_and_leaves_no_trace(monkeypat
         actual = module.training_step(batch, 0), torch.rand(1)
     torch.testing.assert_close(actual, expected)
     assert module._step.compiled is None
+    assert "codegen" not in caplog.text
 
 
 def test_channels_last_is_another_order_of_the_same_numbers(monkeypatch):
