@@ -202,14 +202,20 @@ class PmixAlignment(TermCallback):
         if self.ratio is not None and not self.ratio.measuring and not self.schedule.weight:
             self.schedule.weight = self.ratio.weight()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was measured, so that a resumed training has the same weight."""
-        return {} if self.ratio is None else self.ratio.state()
+    # Not in state_dict: of two with one name Lightning would complain before we do.
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what was measured, so that a resumed training has the same weight."""
+        if self.ratio is not None:
+            checkpoint["callbacks"][self.state_key] = self.ratio.state()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Go on measuring, or with what was measured."""
-        if self.ratio is not None and state_dict:
-            self.ratio.load(state_dict)
+        if self.ratio is not None and (state := checkpoint["callbacks"].get(self.state_key)):
+            self.ratio.load(state)
 
     def build_term(self, module: SegmentationModule) -> Term:
         """Build the alignment term for a module."""

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from pmixseg.borrowed import Borrowed, evaluating
@@ -132,11 +131,6 @@ class Distillation(TermCallback):
             InputError: the teacher was trained at another spacing or normalisation.
         """
         term = self._term(pl_module)
-        if term is None and self.teacher is not None:
-            rank_zero_warn(
-                f"{self.name}.weight is 0, so the teacher is not used; give a weight above 0, or "
-                "leave the teacher out."
-            )
         if term is not None and term.teacher is not None:
             student = cast(SegmentationModule, pl_module)
             term.teacher.preparation.refuse_other(student.preparation, "the teacher")

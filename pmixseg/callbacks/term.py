@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
@@ -28,6 +29,9 @@ class TermCallback(Callback, Described, ABC):
     """
 
     ranges = Ranges(weight=NOT_NEGATIVE, start_epoch=NOT_NEGATIVE, warmup_epochs=NOT_NEGATIVE)
+
+    optional: bool = False
+    """Whether a weight of 0 needs no word: on the command line it is the default."""
 
     def __init__(
         self, name: str, weight: float, start_epoch: int = 0, warmup_epochs: int = 0
@@ -58,7 +62,14 @@ class TermCallback(Callback, Described, ABC):
             InputError: the module is not one of pmixseg, the name is taken, or a callback that
                 copies the model's weights was set up before.
         """
-        if stage != "fit" or not self.active:
+        if stage != "fit":
+            return
+        if not self.active:
+            if not self.optional:
+                rank_zero_warn(
+                    f"{self.name}.weight is 0, so this {type(self).__name__} does nothing; give it "
+                    "a weight above 0, or leave it out."
+                )
             return
         module = own_module(self, pl_module)
         self._check_neighbours(trainer)
@@ -72,15 +83,18 @@ class TermCallback(Callback, Described, ABC):
         module.add_term(self.name, term, self.schedule, of_callback=True)
 
     def _check_neighbours(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+        active = (c for c in callbacks if isinstance(c, TermCallback) and c.active)
+        if sum(c.name == self.name for c in active) > 1:
+            raise InputError(
+                f"two terms are called '{self.name}'; leave one of the callbacks out, or give it "
+                "another name."
+            )
         for other in listed_before(self, trainer):
             if isinstance(other, WeightAveraging):
                 raise InputError(
                     f"{type(other).__name__} would copy the model before {type(self).__name__} "
                     "adds its parameters; list it after."
-                )
-            if isinstance(other, TermCallback) and other.active and other.name == self.name:
-                raise InputError(
-                    f"two terms are called '{self.name}'; give one of the callbacks another name."
                 )
 
 

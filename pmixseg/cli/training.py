@@ -234,7 +234,8 @@ class TrainingCLI(LightningCLI):
             callbacks.append(PredictionWriter())
         if out := self._get(self.config_init, "calibrate"):
             callbacks.append(self.fitting(out))
-        terms = [self._get(self.config_init, k) for k in ("align", "distill")]
+        align, distill = terms = [self._get(self.config_init, k) for k in ("align", "distill")]
+        align.optional, distill.optional = True, distill.teacher is None
         config["callbacks"] = [*terms, *callbacks]
         trainer = self._instantiate_trainer(config, [])
         check_processes(trainer)

@@ -270,9 +270,7 @@ class SegmentationModule(ScoredNetwork):
     def add_term(
         self, name: str, term: Term, weight: TermWeight, *, of_callback: bool = False
     ) -> None:
-        """Add a term to the loss, before optimizers exist.
-
-        A term of an earlier training under the same name is replaced.
+        """Add a term to the loss, before optimizers exist, in place of an earlier training's.
 
         Args:
             name: key in log and checkpoint.
@@ -280,7 +278,12 @@ class SegmentationModule(ScoredNetwork):
             weight: its factor in each epoch.
             of_callback: it belongs to a callback, which adds it in ``setup``: a training without
                 that callback does not have it.
+
+        Raises:
+            InputError: a callback's term would replace one of the module's own.
         """
+        if of_callback and name in self.terms and name not in self._callback_terms:
+            raise InputError(f"the model has a term '{name}'; give the callback's another name.")
         self.terms[name] = term
         self.term_weights[name] = weight
         self._callback_terms.pop(name, None)

@@ -134,7 +134,7 @@ def test_the_teacher_is_moved_once_and_never_seen_by_the_student(tmp_path):
 
 
 def test_a_teacher_without_a_weight_is_told(tmp_path):
-    with pytest.warns(UserWarning, match="distill.weight is 0, so the teacher is not used"):
+    with pytest.warns(UserWarning, match="distill.weight is 0, so this Distillation does nothing"):
         fit(tmp_path, student(), Distillation("not read.ckpt"), max_epochs=1)
 
 

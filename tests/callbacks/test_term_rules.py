@@ -20,7 +20,7 @@ from pmixseg.data.missing import UniformCombinations
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import MixtureAnchor, NormalAnchor
 from pmixseg.losses.distillation import SelfDistillation, SubsetMatch
-from pmixseg.losses.term import Term
+from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules import StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore
 from pmixseg.task import BRATS, Task
@@ -230,9 +230,24 @@ def test_terms_are_set_up_before_weight_averaging(tmp_path):
 def test_two_terms_of_one_name_are_refused(tmp_path):
     with pytest.raises(InputError, match="two terms are called 'pull'"):
         fit(tmp_path, student(), PullCallback(), _Other())
+    fit(tmp_path, student(), PullCallback(), _Other(weight=0.0))
+    align = PmixAlignment(weight=0.1)
+    for twice in ([align, align], [align, PmixAlignment(weight=1.0)]):
+        with pytest.raises(InputError, match="two terms are called 'align'; leave one of the"):
+            fit(tmp_path, student(), *twice)
+    module = student()
+    module.add_term("pull", Pull(), TermWeight(1.0))
+    with pytest.raises(InputError, match="the model has a term 'pull'"):
+        fit(tmp_path, module, PullCallback())
 
 
 class _Other(PullCallback): ...
+
+
+@pytest.mark.parametrize("callback", [PmixAlignment, Distillation])
+def test_a_callback_that_does_nothing_is_told(tmp_path, callback):
+    with pytest.warns(UserWarning, match=f"weight is 0, so this {callback.__name__} does nothing"):
+        fit(tmp_path, student(), callback())
 
 
 def test_alignment_borrows_the_anchor_without_registering_it_twice(tmp_path):
