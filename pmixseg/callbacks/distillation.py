@@ -88,6 +88,13 @@ class Distillation(TermCallback):
                 f" the student is for '{module.task.name}' ({list(module.task.modalities)}, "
                 f"{list(module.task.labels)}); train a teacher for this task."
             )
+        if teacher is not None:
+            if {id(p) for p in teacher.parameters()} & {id(p) for p in module.parameters()}:
+                raise InputError(
+                    f"{self.name}.teacher has weights in common with its student, which would be "
+                    "frozen; give a copy of it (copy.deepcopy), or its checkpoint."
+                )
+            teacher.eval().requires_grad_(False)
         # Each term learns which two networks it compares.
         for term in self.terms.values():
             source = module if teacher is None or term.self_taught else teacher
@@ -117,12 +124,12 @@ class Distillation(TermCallback):
             )
 
     def load_teacher(self) -> SegmentationModule:
-        """Load the teacher, frozen and in eval mode."""
+        """Load the teacher, or return the module that it is."""
         teacher: Any = self.teacher
         module = load(teacher, modules=self.modules) if isinstance(teacher, str | Path) else teacher
         if not isinstance(module, SegmentationModule):
             raise InputError(f"{self.name}.teacher is {teacher!r}; name a checkpoint, or load it.")
-        return module.eval().requires_grad_(False)
+        return module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the teacher's data with the student's, and move it, as nobody else does.

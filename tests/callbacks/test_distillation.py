@@ -138,6 +138,24 @@ def test_a_teacher_without_a_weight_is_told(tmp_path):
         fit(tmp_path, student(), Distillation("not read.ckpt"), max_epochs=1)
 
 
+@pytest.mark.parametrize("of", ["the student", "its backbone"])
+def test_a_teacher_that_would_freeze_its_student_is_refused(tmp_path, of):
+    module = student()
+    teacher = module if of == "the student" else StudentModule(backbone=module.backbone)
+    with pytest.raises(
+        InputError, match=r"distill\.teacher has weights in common with its student"
+    ):
+        fit(tmp_path, module, Distillation(teacher, weight=1.0), max_epochs=1)
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_module_that_is_frozen_as_a_whole_is_told(tmp_path):
+    teacher = TeacherModule(backbone=MultiEncoderUNet(width=4, levels=3))
+    fit(tmp_path, student(), Distillation(teacher, weight=1.0), max_epochs=1)
+    with pytest.raises(InputError, match=r"no weight of this TeacherModule .* requires_grad_"):
+        quiet_trainer(tmp_path).fit(teacher, MemoryData())
+
+
 def test_cases_are_numbered_for_losses_that_tell_them_apart(tmp_path):
     teacher = TeacherModule(backbone=MultiEncoderUNet(width=4, levels=3))
     seen = []
