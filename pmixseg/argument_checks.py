@@ -176,6 +176,8 @@ _NAMED = {
     "Criterion": "a pmixseg.losses.Criterion (it may call a loss of torch or MONAI)",
     "Task": "a pmixseg.Task, such as pmixseg.BRATS",
     "SegmentSettings": "SegmentSettings(...)",
+    "OptimizerCallable": "the class of an optimizer, or functools.partial(CLASS, lr=...)",
+    "LRSchedulerCallable": "the class of a scheduler, or functools.partial(CLASS, ...)",
 }
 """Class -> how a sentence asks for an object of it."""
 
@@ -250,7 +252,7 @@ def _kinds_of_name(text: str, names: Mapping[str, Any]) -> list[Kind]:
         return [Kind(meant, _NAMED.get(name, f"an object of {name}"))]
     if inspect.isclass(meant) or not (other := _kinds(str(meant))):
         raise LookupError(name)
-    return other
+    return [kind._replace(words=_NAMED.get(name, kind.words)) for kind in other]
 
 
 def _check_kind(
@@ -259,7 +261,9 @@ def _check_kind(
     kind = next((kind for kind in kinds if kind.takes(value)), None)
     if kind is None:
         words = " or ".join(dict.fromkeys(kind.words for kind in kinds))
-        raise InputError(f"{owner}: {name} {says} {value!r:.60}; give {words}{where}.")
+        first, *more = repr(value).splitlines()
+        what = f"{first:.60}{'...)' if more else ''}"
+        raise InputError(f"{owner}: {name} {says} {what}; give {words}{where}.")
     # Whatever can be gone through once is left alone, and objects judge themselves.
     parts = value.values() if isinstance(value, Mapping) else value
     inside = [(part, kind.inside) for part in parts] if isinstance(parts, Collection) else []

@@ -244,6 +244,10 @@ def test_values_of_another_kind_are_one_sentence(make, sentence, monkeypatch):
             "StudentModule.segment: codes is 'NCR=1'; give a mapping or null.",
         ),
         (lambda: student().segment({}, progress=5), "progress is 5; give a function or null."),
+        (
+            lambda: student(optimizer=torch.optim.SGD([torch.zeros(1)], 0.1)),
+            "optimizer is SGD (...); give the class of an optimizer, or functools.partial",
+        ),
         (lambda: Outputs("o"), "Outputs: folder is 'o'; give a path."),
         (lambda: student(anchor=5), "5 stands where an object belongs"),
         (lambda: data(store=student()), "store is StudentModule("),
