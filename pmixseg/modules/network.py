@@ -36,7 +36,7 @@ from pmixseg.modules.fill import Fill, default_fill, fill_with_anchor, fitting_a
 from pmixseg.modules.payload import ENTRY, TOLD, Payload, weights_for, weights_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.modules.training.compilation import Compile, compiled
-from pmixseg.modules.training.trainer_checks import check_item, check_stage, check_task
+from pmixseg.modules.training.trainer_checks import check_dtype, check_item, check_stage, check_task
 from pmixseg.task import Combination, Task
 from pmixseg.types import Image, Latents, Presence, SegOutput
 
@@ -272,6 +272,7 @@ class SegmentationNetwork(LightningModule, Described):
         Raises:
             InputError: see :func:`pmixseg.evaluation.prediction.scans.segment_scans`.
         """
+        check_dtype(self)
         settings = settings or SegmentSettings()
         evaluation = self._of_one_shape(settings.over(self.evaluation))
         recipe = self.preparation.recipe(

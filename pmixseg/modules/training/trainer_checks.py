@@ -79,8 +79,21 @@ def check_machine(trainer: Trainer) -> None:
         )
 
 
+def check_dtype(module: nn.Module) -> None:
+    """Refuse weights that were turned into another type than float32."""
+    kinds = {
+        str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()
+    }
+    if others := sorted(kinds - {"float32"}):
+        raise InputError(
+            f"weights of this {type(module).__name__} were turned into {', '.join(others)}; turn "
+            "them back by .float(), and choose precision bf16-mixed to compute in half precision."
+        )
+
+
 def check_stage(module: LightningModule, stage: str) -> None:
     """Refuse what would change a model or its steps; say so where there is nothing to do."""
+    check_dtype(module)
     check_machine(module.trainer)
     name = f"limit_{stage.replace('validate', 'val')}_batches"
     if stage != "fit" and not getattr(module.trainer, name):
@@ -119,7 +132,13 @@ def check_trainer(trainer: Trainer) -> None:
         InputError: weights that are averaged after the last checkpoint is written; a metric
             that is watched in the wrong direction; or a number of the trainer that makes no sense.
     """
-    name_coupled_losses(trainer.lightning_module, trainer)
+    module = trainer.lightning_module
+    name_coupled_losses(module, trainer)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise InputError(
+            f"no weight of this {type(module).__name__} can be trained; free them by "
+            "requires_grad_(True), since a teacher of Distillation stays frozen after it."
+        )
     for name, least in LEAST.items():
         value = getattr(trainer, name)
         if value is not None and value < least:
@@ -131,7 +150,7 @@ def check_trainer(trainer: Trainer) -> None:
                 "checkpoint is written, so no checkpoint holds them; use "
                 "lightning.pytorch.callbacks.EMAWeightAveraging, whose checkpoints do."
             )
-        schedule = getattr(trainer.lightning_module, "make_scheduler", None)
+        schedule = getattr(module, "make_scheduler", None)
         if isinstance(callback, BaseFinetuning) and isinstance(schedule, Schedule):
             name = type(schedule).__name__
             raise InputError(

@@ -49,6 +49,18 @@ def checkpoint(tmp_path_factory):
     return folder / "last.ckpt"
 
 
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "double"])
+def test_weights_that_were_turned_into_another_type_are_refused(tmp_path, kind):
+    module = StudentModule(backbone=tiny(levels=2))
+    getattr(module.backbone, kind)()
+    sentence = r"weights of this StudentModule were turned into \w+; turn them back by .float\(\)"
+    for precision in ("32-true", "bf16-mixed"):
+        with pytest.raises(InputError, match=sentence):
+            quiet_trainer(tmp_path, precision=precision).fit(module, MemoryData())
+    with pytest.raises(InputError, match=sentence):
+        module.segment({"flair": "f.nii.gz"})
+
+
 @pytest.mark.parametrize(
     ("command", "precision"),
     [*(("fit", p) for p in TRUE), *((c, TRUE[0]) for c in ("validate", "test", "predict"))],
