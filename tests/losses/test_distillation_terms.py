@@ -23,17 +23,17 @@ from pmixseg.losses.distillation import (
 from pmixseg.losses.distillation.prototypes import similarity_maps
 from tests.losses.scenes import batch_of, flags, labels, network, output, scene, voxel
 
+ONE = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+"""The label of one voxel."""
+
 
 def test_logit_kl_by_hand():
     # T = 2: p = softmax(ln 3, 0) = (¾, ¼), q = (½, ½): KL = ¾ ln 1.5 + ¼ ln ½.
     t, s = voxel(2 * math.log(3), 0.0), voxel(0.0, 0.0)
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-    plain = LogitKL(temperature=2, squared=False)
-    assert plain(output(s), output(t), batch_of(label)).item() == pytest.approx(expected)
-    assert LogitKL(temperature=2)(output(s), output(t), batch_of(label)).item() == pytest.approx(
-        4 * expected
-    )
+    plain, squared = LogitKL(temperature=2, squared=False), LogitKL(temperature=2)
+    assert plain(output(s), output(t), batch_of(ONE)).item() == pytest.approx(expected)
+    assert squared(output(s), output(t), batch_of(ONE)).item() == pytest.approx(4 * expected)
 
 
 def test_protokd_ten_is_two_and_a_half():
@@ -70,17 +70,15 @@ def test_weighted_soft_ce_by_hand():
 
 def test_probability_mse_by_hand():
     t, s = voxel(math.log(3), 0.0), voxel(0.0, 0.0)
-    label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-    actual = ProbabilityMSE()(output(s), output(t), batch_of(label))
+    actual = ProbabilityMSE()(output(s), output(t), batch_of(ONE))
     assert actual.item() == pytest.approx(0.0625)
 
 
 def test_probability_mse_over_the_foreground_and_its_ramp_by_hand():
     # p = (½, ¼, ¼), q = (⅓, ⅓, ⅓): the foreground's squared differences are 1/144 each.
     t, s = voxel(math.log(2), 0.0, 0.0), voxel(0.0, 0.0, 0.0)
-    label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     loss = ProbabilityMSE(10.0, over="foreground", ramp_epochs=20)
-    actual = loss(output(s), output(t), batch_of(label))
+    actual = loss(output(s), output(t), batch_of(ONE))
     assert actual.item() == pytest.approx(2 / 144)
     # 10·exp(-5 (1 - e/20)²): e⁻⁵, e^(-5/4), then 1 for ever.
     strengths = [loss.strength(epoch) for epoch in (0, 10, 20, 200)]
@@ -115,6 +113,16 @@ def matched(term, student, teacher, present, **bound):
     return term(student, teacher, batch_of(LABEL, flags(present))).item()
 
 
+def compared(term, student, teacher, label=LABEL, shown=((1,),), cases=None):
+    """What a term says of latents ``[B, 1, C, ...]`` of a network with one modality."""
+    if not term.pairs:
+        net = network(("a",), (student.shape[2],), (label.shape[-1] // student.shape[-1],), 2)
+        term.bind(net, net)
+    logits = torch.zeros(len(label), 2, *label.shape[1:])
+    outputs = (output(logits, [latents], ("a",)) for latents in (student, teacher))
+    return term(*outputs, batch_of(label, flags(*shown), *([cases] if cases else []))).item()
+
+
 def test_latent_match_by_hand():
     def value(present, **options):
         return matched(LatentMatch(epsilon=0.0, **options), LEARNT, TAUGHT, present)
@@ -139,13 +147,8 @@ def test_the_scale_is_the_same_for_an_aligned_and_an_unaligned_teacher():
 
 
 def test_latent_match_divides_by_the_mean_of_the_channels_variances():
-    two = network(("a",), (2,), (1,), 2)
-    logits, label = LOGITS, LABEL
     t = torch.tensor([[0.0, 4.0], [1.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # variances 4 and 0
-    term = LatentMatch(epsilon=0.0)
-    term.bind(two, two)
-    arguments = output(logits, [t + 1], ("a",)), output(logits, [t], ("a",))
-    assert term(*arguments, batch_of(label, flags([1]))).item() == pytest.approx(1 / 2)
+    assert compared(LatentMatch(epsilon=0.0), t + 1, t) == pytest.approx(1 / 2)
 
 
 def test_same_leaves_out_what_the_teacher_was_not_shown():
@@ -192,108 +195,78 @@ def test_subset_match_by_hand():
 
 
 def test_gram_match_by_hand():
-    one = network(("a",), (2,), (1,), 2)
-    logits, label = LOGITS, LABEL
     f = torch.tensor([[1.0, 1.0], [0.0, 2.0]]).reshape(1, 1, 2, 2, 1, 1)  # channels x voxels
     t = torch.tensor([[2.0, 0.0], [0.0, 0.0]]).reshape(1, 1, 2, 2, 1, 1)
-    term = GramMatch()
-    term.bind(one, one)
     # G^s = ½ [[2, 2], [2, 4]], G^t = ½ [[4, 0], [0, 0]]: differences -1, 1, 1, 2.
-    batch = batch_of(label, flags([1]))
-    arguments = output(logits, [f], ("a",)), output(logits, [t], ("a",)), batch
-    assert term(*arguments).item() == 1.75
+    assert compared(GramMatch(), f, t) == 1.75
     # SMU-Net: G/(C·N) halves the matrices; Σ (…)² = 7/4, divided by 4 · 2² · (2·1)².
     published = GramMatch(normalisation="smunet")
-    published.bind(one, one)
-    assert published(*arguments).item() == pytest.approx(7 / 4 / (4 * 4 * 4))
+    assert compared(published, f, t) == pytest.approx(7 / 4 / (4 * 4 * 4))
 
 
 def test_variational_match_by_hand():
-    one = network(("a",), (1,), (1,), 2)
-    logits, label = LOGITS, LABEL
-    student = output(logits, [one_level([[1.0, 2.0]])], ("a",))
-    teacher = output(logits, [one_level([[3.0, 3.0]])], ("a",))
+    latents = one_level([[1.0, 2.0]]), one_level([[3.0, 3.0]])
     term = VariationalMatch()
-    term.bind(one, one)
-    batch = batch_of(label, flags([1]))
-    assert term(student, teacher, batch).item() == pytest.approx(0.5 * (4 + 1) / 2)
+    assert compared(term, *latents) == pytest.approx(0.5 * (4 + 1) / 2)
     term.raw_variances["1"].data.fill_(-30.0)  # σ² stops at 0.01
     expected = 0.5 * (2.5 / 0.01 + math.log(0.01))
-    assert term(student, teacher, batch).item() == pytest.approx(expected, rel=1e-5)
+    assert compared(term, *latents) == pytest.approx(expected, rel=1e-5)
 
 
 def test_contrastive_match_by_hand():
-    one = network(("a",), (2,), (1,), 2)
-    logits = torch.zeros(2, 2, 1, 1, 1)
     label = torch.zeros(2, 1, 1, 1, dtype=torch.int64)
     s = torch.tensor([[3.0, 0.0], [0.0, 2.0]]).reshape(2, 1, 2, 1, 1, 1)
     # Teacher: 60° from the first axis, and the second axis.
     t = torch.tensor([[1.0, math.sqrt(3)], [0.0, 5.0]]).reshape(2, 1, 2, 1, 1, 1)
-    term = ContrastiveMatch()
-    term.bind(one, one)
-    every = flags([1], [1])
+    term, every = ContrastiveMatch(), ((1,), (1,))
     # d² = 2 - 2 cos. d₀₀² = 1, d₁₁² = 0; d₀₁² = 2 (beyond the margin), d₁₀² = 2 - √3.
     near = math.sqrt(2 - math.sqrt(3))
     apart = 0.5 * (1 + 0 + 0 + (1 - near) ** 2) / 2
-    arguments = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
-    assert term(*arguments, batch_of(label, every)).item() == pytest.approx(apart, rel=1e-5)
+    assert compared(term, s, t, label, every) == pytest.approx(apart, rel=1e-5)
     # Two patches of one case: all four pairs are the same case.
     joined = 0.5 * ((1 + 2) / 2 + (2 - math.sqrt(3) + 0) / 2) / 2
-    actual = term(*arguments, batch_of(label, every, ["x", "x"])).item()
-    assert actual == pytest.approx(joined, rel=1e-5)
+    assert compared(term, s, t, label, every, ["x", "x"]) == pytest.approx(joined, rel=1e-5)
 
 
 def test_prototype_match_by_hand():
-    one = network(("a",), (2,), (1,), 2)
-    logits = torch.zeros(1, 2, 2, 1, 1)
     label = torch.tensor([0, 1]).reshape(1, 2, 1, 1)
     s = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # (1, 0) and (1, 1)
     t = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(1, 1, 2, 2, 1, 1)  # (1, 0) and (0, 1)
-    batch = batch_of(label, flags([1]))
     term = LatentPrototypeMatch()
-    term.bind(one, one)
-    arguments = (output(logits, [s], ("a",)), output(logits, [t], ("a",)))
     # The prototypes are the voxels; off the diagonal cos 45° against cos 90°: squared ½. Per class
     # the mean over two voxels is ¼.
-    assert term(*arguments, batch).item() == pytest.approx(0.25, abs=1e-5)
+    assert compared(term, s, t, label) == pytest.approx(0.25, abs=1e-5)
     # All of one class: prototypes (1, ½) and (½, ½), and one class to divide by.
-    batch["label"] = torch.zeros_like(label)
     mine, theirs = (2 / math.sqrt(5), 3 / math.sqrt(10)), (1 / math.sqrt(2),) * 2
     expected = sum((x - y) ** 2 for x, y in zip(mine, theirs, strict=True)) / 2
-    assert term(*arguments, batch).item() == pytest.approx(expected, abs=1e-5)
+    assert compared(term, s, t, torch.zeros_like(label)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_class_counts_from_a_mass_of_one_voxel():
-    one = network(("a",), (3,), (2,), 2)
     label = torch.zeros(1, 4, 4, 4, dtype=torch.int64)
     label[0, 0, 0, :2] = 1  # 2/8 of a coarse voxel
     f, t = torch.randn(2, 1, 1, 3, 2, 2, 2).unbind(0)
-    logits = torch.zeros(1, 2, 4, 4, 4)
     term = LatentPrototypeMatch()
-    term.bind(one, one)
-    arguments = (output(logits, [f], ("a",)), output(logits, [t], ("a",)))
-    with_two = term(*arguments, batch_of(label, flags([1])))
+    with_two = compared(term, f, t, label)
     label[0, :2, :2, :2] = 1  # one coarse voxel
-    with_eight = term(*arguments, batch_of(label, flags([1])))
+    with_eight = compared(term, f, t, label)
     fractions = torch.ones(1, 1, 2, 2, 2)
     fractions[0, 0, 0, 0, 0] = 6 / 8
     only = (similarity_maps(f, fractions) - similarity_maps(t, fractions)).square().mean()
-    assert with_two.item() == pytest.approx(only.item(), rel=1e-5)
+    assert with_two == pytest.approx(only.item(), rel=1e-5)
     assert with_eight != with_two
     # No class reaches a mass of one voxel: one coarse voxel, half and half.
     tiny = torch.zeros(1, 2, 2, 2, dtype=torch.int64)
     tiny[0, 0] = 1
-    arguments = [output(torch.zeros(1, 2, 2, 2, 2), [x[..., :1, :1, :1]], ("a",)) for x in (f, t)]
-    assert term(*arguments, batch_of(tiny, flags([1]))).item() == 0.0
+    assert compared(term, *(x[..., :1, :1, :1] for x in (f, t)), tiny) == 0.0
 
 
 def test_self_distillation_by_hand():
     # T = 4: teacher p = (¾, ¼), single modality q = (½, ½); the mean over two classes.
     t, s = voxel(4 * math.log(3), 0.0), voxel(0.0, 0.0)
     divergence = 16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
-    label = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     loss = SelfDistillation(prototype_weight=0.0)
-    batch = batch_of(label, flags([1]))
+    batch = batch_of(ONE, flags([1]))
     assert loss(output(s), output(t), batch).item() == pytest.approx(0.5 * divergence)
     # Two auxiliary maps: as far apart as the logits, at ½, and equal ones, at ¼. Other extras and
     # maps that only one side has are not compared.
@@ -305,7 +278,7 @@ def test_self_distillation_by_hand():
     assert shallow(student, teacher, batch).item() == pytest.approx(0.5 * divergence)
     # A sample that lacks the modality counts as 0.
     two = [torch.cat([x, x]) for x in (s, t)]
-    batch = batch_of(torch.cat([label, label]), flags([1], [0]))
+    batch = batch_of(torch.cat([ONE, ONE]), flags([1], [0]))
     actual = loss(output(two[0]), output(two[1]), batch).item()
     assert actual == pytest.approx(0.5 * divergence / 2)
 
