@@ -66,12 +66,7 @@ CONSOLE = Console(highlight=False, markup=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, from teacher to student.
-
-    Args:
-        name: prefix of the run folders.
-        alignment: weight of the alignment term in the teacher.
-    """
+    """One way to train, from teacher to student."""
 
     name: str
     alignment: float

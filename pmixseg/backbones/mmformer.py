@@ -48,12 +48,6 @@ class TransformerLayer(nn.Module):
 
     Multi-head self-attention with a bias-free query, key and value projection; FF is linear, GELU,
     linear. Dropout after softmax, projection, attention and both linear maps.
-
-    Args:
-        width: channels C of a token.
-        heads: attention heads; divides ``width``.
-        hidden: hidden channels of FF.
-        dropout: probability of dropping a value.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
@@ -102,13 +96,7 @@ class Convolutions(Groupable):
 class ModalityEncoder(nn.Module):
     """Convolutional encoder and intra-modal transformer of one modality.
 
-    Args:
-        widths: channels per level, finest first.
-        embedding: channels of a token.
-        heads: attention heads.
-        hidden: hidden channels of the transformer's feed-forward part.
-        dropout: dropout of the transformer.
-        grid: tokens per axis that positions are kept for; other grids interpolate them.
+    Positions are kept for ``grid`` tokens per axis; other grids interpolate them.
     """
 
     def __init__(

@@ -79,11 +79,7 @@ class SlotStack(nn.ModuleList):
 class RegionMap(nn.Module):
     """Where each class is likely to be: softmax logits from latents and the decoder so far.
 
-    Args:
-        slots: number of modalities M.
-        width: channels C of the level.
-        num_classes: regions R.
-        joins_decoder: whether the decoder's map (C channels) is read too; not at the lowest level.
+    With ``joins_decoder`` the decoder's map is read too; not at the lowest level.
     """
 
     def __init__(self, slots: int, width: int, num_classes: int, joins_decoder: bool) -> None:
@@ -173,11 +169,6 @@ class RegionAwareFusion(nn.Module):
         \alpha_{\cdot,r} = \sigma(W^2_r\,\mathrm{LReLU}(W^1_r[g_{1,r},\dots,g_{M,r},\bar p_r]))
 
     and the output is ``[stack(p_1 Σ_k α_k1 x_k, …, p_R Σ_k α_kR x_k), short_cut(x_1, …, x_M)]``.
-
-    Args:
-        slots: number of modalities M.
-        width: channels C of the level, in and out.
-        num_classes: regions R.
     """
 
     def __init__(self, slots: int, width: int, num_classes: int) -> None:

@@ -180,10 +180,6 @@ class EncodedLatents(Latents):
 
     Auxiliary decoders of single modalities read it in training: they may see what is acquired but
     not shown.
-
-    Args:
-        encoded: ``[B, M]``, which slots encoders have computed.
-        pieces: what they computed.
     """
 
     encoded: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
@@ -225,14 +221,8 @@ class SlotConv(nn.Conv3d):
     As ``Σ_m W_m f_m + b`` it is a sum of one term per slot. Without gradients the terms are kept in
     ``latents.cache``, where every combination decoded from one encoding finds them: a decode then
     costs additions only. Where a CPU sees every slot usable, as after a fill, which no other
-    combination shares, one product makes the sum.
-
-    Args:
-        slots: number of slots M.
-        channels: channels C of one slot.
-        out_channels: channels of the result.
-        bias: whether to add b.
-        before: applied to the slots first; must map 0 to 0 and treat every channel by itself.
+    combination shares, one product makes the sum. What comes ``before`` is applied to the slots
+    first; it must map 0 to 0 and treat every channel by itself.
     """
 
     def __init__(

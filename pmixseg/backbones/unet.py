@@ -44,10 +44,7 @@ def draw_weights(part: nn.Module) -> None:
 class Encoder(Groupable):
     """Encoder of one modality: two convolutions per level, stride 2 between levels.
 
-    Args:
-        widths: channels per level, finest first.
-        dropout: probability of dropping a channel after a convolution.
-        stem: stride of the first convolution.
+    ``stem`` is the stride of the first convolution; dropout is of channels, after a convolution.
     """
 
     def __init__(self, widths: Sequence[int], dropout: float, stem: int = 1) -> None:

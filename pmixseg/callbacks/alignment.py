@@ -276,12 +276,9 @@ class PmixAlignment(TermCallback):
 class AlignmentTerm(Term):
     """The alignment loss of one step.
 
-    Args:
-        alignment: the loss.
-        anchor: what is aligned to; ``None`` for a loss over one fused latent.
-        owned: the anchor belongs to this term; otherwise it is the module's and must not be
-            registered twice.
-        sample: the decoder reads latents drawn from the distance's Gaussians.
+    Without an anchor the loss is over one fused latent. An anchor that is not ``owned`` is the
+    module's, and must not be registered twice. With ``sample`` the decoder reads latents drawn from
+    the distance's Gaussians.
     """
 
     needs_acquired = True

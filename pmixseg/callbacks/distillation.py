@@ -169,11 +169,9 @@ class Distillation(TermCallback):
 class DistillationTerm(Term):
     """Sum the distillation losses of one step, over one pass of each teacher.
 
-    Args:
-        teacher: frozen module; ``None`` where every loss is taught by the student itself.
-        terms: name -> bound loss.
-        student: the module in training; it teaches the losses that say ``self_taught``, without
-            gradient, and decodes single modalities for those that compare them.
+    Without a frozen ``teacher`` every loss is taught by the student itself: the module in training
+    teaches the losses that say ``self_taught``, without gradient, and decodes single modalities for
+    those that compare them.
     """
 
     strengths: Tensor

@@ -37,13 +37,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
 
     ``done`` batches of the next pass are left out: a training that goes on has made them.
 
-    Args:
-        cases: number of cases, at least 1.
-        patches_per_case: patches of each case per epoch.
-        batch_size: samples per batch of one rank.
-        seed: which order.
-        rank: of this process, by default what torch.distributed says.
-        world: number of processes, likewise.
+    Rank and world are by default what torch.distributed says.
     """
 
     def __init__(
@@ -81,9 +75,6 @@ class SameOrder(SequentialSampler, DistributedSampler[Any]):
     Lightning puts a :class:`~torch.utils.data.SequentialSampler` in the place of any other sampler
     when ``overfit_batches`` is set, and a ``DistributedSampler`` of its own in the place of any
     other where there are several processes. Ours have dealt the samples to the processes already.
-
-    Args:
-        samples: what another sampler yields in its first epoch.
     """
 
     def __init__(self, samples: Iterable[Any]) -> None:
@@ -126,11 +117,6 @@ class CaseSampler(DistributedSampler[int]):
     (A rank without a batch would skip the loop that the others wait in.) Results are keyed by case
     id (validation's too, :class:`~pmixseg.evaluation.scores.case_scores.CaseMeans`), so the
     repetition changes no number.
-
-    Args:
-        cases: number of cases.
-        rank: of this process, by default what torch.distributed says.
-        world: number of processes, likewise.
     """
 
     def __init__(self, cases: int, rank: int | None = None, world: int | None = None) -> None:

@@ -19,17 +19,7 @@ from pmixseg.task import Task
 class CohortSource:
     """Open a prepared store, made from a cohort first where one is named.
 
-    Args:
-        store: the prepared cohort; by default beside ``root``.
-        root: the cohort as it lies. Cases of the store that are not under it are left out.
-        task: the store must have been made for it.
-        spacing: voxel size in mm to prepare at; ``None`` keeps each case's own.
-        layout: preset or YAML file if the layout of ``root`` is not to be recognised.
-        labels: the task's label -> its number(s) in the label files of ``root``.
-        workers: processes that prepare.
-
-    Raises:
-        InputError: neither a store nor a cohort is named.
+    Arguments are those of :class:`~pmixseg.data.datamodule.BraTSDataModule`.
     """
 
     def __init__(

@@ -17,15 +17,7 @@ CLASSIC_MR = "1.2.840.10008.5.1.4.1.1.4"
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a scanner would describe a series.
-
-    Args:
-        description: of the series.
-        echo: echo time in ms.
-        repetition: repetition time in ms.
-        inversion: inversion time in ms.
-        agent: name of the contrast agent; empty for none.
-    """
+    """How a scanner would describe a series; times in ms, ``agent`` for contrast."""
 
     description: str
     echo: float | None = None
@@ -45,13 +37,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 @dataclass(frozen=True)
 class Person:
-    """Whose study it is; invented.
-
-    Args:
-        name: in DICOM's form, ``Family^Given``.
-        number: patient ID.
-        birth: ``YYYYMMDD``.
-    """
+    """Whose study it is; invented, in DICOM's forms ``Family^Given`` and ``YYYYMMDD``."""
 
     name: str = "Phantom^Synthetic"
     number: str = "PHANTOM"

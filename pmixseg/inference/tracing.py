@@ -16,12 +16,7 @@ from pmixseg.task import Combination
 
 
 class FixedCombination(nn.Module):
-    """A model that is shown one combination, as a plain function of one tensor.
-
-    Args:
-        module: a loaded model, in eval mode.
-        combination: the modalities it is given, in task order.
-    """
+    """A model that is shown one combination, as a plain function of one tensor."""
 
     def __init__(self, module: SegmentationModule, combination: Combination) -> None:
         super().__init__()

@@ -13,15 +13,10 @@ from pmixseg.types import Features
 class SlotLinear(nn.Module):
     """A 1x1x1 convolution of its own for every slot, in one matrix product.
 
-    All slots share one parameter tensor, so it is in the graph of every step even when a
-    modality is missing from the whole batch; that modality's part then has gradient 0.
-
-    Args:
-        slots: number of modalities M.
-        inputs: channels C.
-        outputs: channels after the map.
-        bias: add a bias. Without it a slot of zeros stays zero.
-        identity: start as the identity (needs ``inputs == outputs``) instead of at random.
+    All slots share one parameter tensor, so it is in the graph of every step even when a modality
+    is missing from the whole batch; that modality's part then has gradient 0. Without a bias a slot
+    of zeros stays zero. ``identity`` starts as the identity instead of at random (needs
+    ``inputs == outputs``).
     """
 
     __call__: Callable[..., Tensor]  # of forward, with its type

@@ -66,10 +66,7 @@ class Term(nn.Module, ABC):
 class TermWeight:
     """Say how much a term counts in each epoch: 0 at first, then a linear warm-up.
 
-    Args:
-        weight: final weight.
-        start_epoch: first epoch with a weight above 0.
-        warmup_epochs: epochs over which it rises; the first of them already counts a share.
+    The first warm-up epoch already counts a share.
 
     Example:
         >>> schedule = TermWeight(0.4, start_epoch=1, warmup_epochs=2)

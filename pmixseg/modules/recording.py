@@ -26,13 +26,7 @@ from pmixseg.task import Combination, Task
 
 @dataclass(frozen=True)
 class Recording:
-    """The files that a test leaves in a run folder.
-
-    Args:
-        folder: of the run.
-        task: of the model.
-        settings: how it is evaluated; name the file of the records.
-    """
+    """The files that a test leaves in a run folder."""
 
     folder: Path
     task: Task

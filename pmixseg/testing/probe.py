@@ -16,12 +16,7 @@ NOISE = 100.0
 
 
 class Probe:
-    """A copy of the backbone and inputs to try it with.
-
-    Args:
-        net: the backbone; only copies of it are run.
-        size: spatial shape of the patch.
-    """
+    """A copy of the backbone and inputs to try it with."""
 
     def __init__(self, net: Backbone, size: Sequence[int]) -> None:
         self.net = copy.deepcopy(net)

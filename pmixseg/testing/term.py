@@ -47,9 +47,7 @@ class Example:
 class Stage:
     """Makes examples from a backbone in training mode.
 
-    Args:
-        net: the backbone; a copy of it is run.
-        term: copied for every rule, since a term may keep a running state.
+    The term is copied for every rule, since it may keep a running state.
     """
 
     def __init__(self, net: Backbone, term: nn.Module) -> None:

@@ -29,12 +29,7 @@ SLOPE = 0.2
 class PostNorm(nn.Module):
     """Convolution, instance norm, LeakyReLU (RFNet).
 
-    Args:
-        inside: channels of the input.
-        outside: channels of the output.
-        size: kernel size, 1 or 3.
-        stride: stride.
-        padding: how a kernel larger than 1 is padded.
+    ``size`` is 1 or 3; ``padding`` is that of a kernel larger than 1.
     """
 
     def __init__(
@@ -69,10 +64,7 @@ Block = Callable[..., nn.Module]
 class Encoder(nn.ModuleDict, Groupable):
     """Encoder of one modality: per level ``x = c1(x); x = x + c3(c2(x))``, c1 with stride 2.
 
-    Args:
-        widths: channels per level, finest first.
-        block: kind of convolution block.
-        first: kind of the very first convolution (mmFormer's has nothing to normalise).
+    Widths are channels per level, finest first; mmFormer's ``first`` has nothing to normalise.
     """
 
     def __init__(self, widths: Sequence[int], block: Block, first: Block | None = None) -> None:
@@ -97,13 +89,7 @@ class Encoder(nn.ModuleDict, Groupable):
 
 
 class Decoder(nn.ModuleDict):
-    """Parts of a decoder that doubles the resolution and joins a skip connection, level by level.
-
-    Args:
-        widths: channels per level, finest first.
-        num_classes: channels of the logits.
-        block: kind of convolution block.
-    """
+    """Parts of a decoder that doubles the resolution and joins a skip connection per level."""
 
     def __init__(self, widths: Sequence[int], num_classes: int, block: Block) -> None:
         super().__init__()

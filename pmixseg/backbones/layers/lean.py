@@ -283,16 +283,7 @@ def _fold(g: Tensor) -> Tensor:
 
 
 class LeanConv3d(nn.Conv3d):
-    """Convolution 1x1x1 or 3x3x3 that keeps the resolution, or divides it by the stride.
-
-    Args:
-        inside: channels of the input.
-        outside: channels of the output.
-        size: 1 or 3.
-        stride: stride of a 3x3x3 kernel.
-        padding: how the border is padded.
-        bias: whether to add a bias.
-    """
+    """Convolution 1x1x1 or 3x3x3 that keeps the resolution, or divides it by the stride."""
 
     def __init__(
         self,

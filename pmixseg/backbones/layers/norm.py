@@ -32,13 +32,7 @@ There the cost is that of starting operations, not that of memory.
 
 
 class NormAct(nn.Module):
-    """Instance norm with scale and shift, then LeakyReLU; see :func:`norm_act`.
-
-    Args:
-        channels: channels C.
-        slope: negative slope of the LeakyReLU.
-        reuse: without gradients, write into the memory of the input, which nobody else may need.
-    """
+    """Instance norm with scale and shift, then LeakyReLU; see :func:`norm_act`."""
 
     def __init__(self, channels: int, slope: float, reuse: bool = False) -> None:
         super().__init__()

@@ -49,12 +49,7 @@ class Tissues(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """Voxel centres, axes in LPS order as in BraTS, centred on the field of view.
-
-    Args:
-        shape: voxels per axis.
-        spacing: isotropic voxel size in mm.
-    """
+    """Voxel centres, isotropic ``spacing`` in mm, LPS as in BraTS, centred on the field of view."""
 
     shape: tuple[int, int, int]
     spacing: float
@@ -172,10 +167,7 @@ def _templates(coarse: bool) -> tuple[Field, Field, Field, float]:
 class Deformation:
     """Random affine and smooth elastic deformation of one patient's brain.
 
-    Args:
-        seed: the cohort's seed.
-        index: the case.
-        elastic: size of the elastic part; 1 moves tissue by some 4 mm.
+    An ``elastic`` part of 1 moves tissue by some 4 mm.
     """
 
     def __init__(self, seed: int, index: int, elastic: float = 1.0) -> None:

@@ -96,13 +96,7 @@ class Scanner:
 class Shared:
     """Fields that all modalities of a case have in common.
 
-    Args:
-        seed: the cohort's seed.
-        index: the case.
-        grid: voxels of the scan.
-        tissues: the deformed brain.
-        tumour: on the voxels of the scan.
-        modalities: all sequences of the task, among which private signal is divided.
+    They are on the voxels of the scan; private signal is divided among all ``modalities``.
     """
 
     def __init__(

@@ -34,8 +34,7 @@ def scorers(processes: int) -> int:
 class CaseRows:
     """Rows of all cases of a test, in the order in which the cases came.
 
-    Args:
-        threads: how many score at a time, where scores are made apart from the network.
+    So many ``threads`` score at a time, where scores are made apart from the network.
     """
 
     def __init__(self, threads: int = 1) -> None:

@@ -65,12 +65,7 @@ WORST = ("lowest", "second lowest")
 class Run:
     """What a run folder holds for a report.
 
-    Args:
-        folder: the run folder.
-        records: its results.
-        charts: the course of its training; empty without ``metrics.csv``.
-        examples: case id -> file of its pictures.
-        gaps: the gap before and after its training; empty where it was not measured.
+    Without a file in it, ``charts``, ``examples`` and ``gaps`` are empty.
     """
 
     folder: Path

@@ -30,13 +30,7 @@ OPACITY = 0.62
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture and what stands under it.
-
-    Args:
-        title: first line.
-        note: second line, may be empty.
-        picture: RGB, anterior up, the patient's right on the left.
-    """
+    """One picture (RGB, anterior up, the patient's right on the left) and two lines under it."""
 
     title: str
     note: str

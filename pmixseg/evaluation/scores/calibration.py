@@ -64,12 +64,8 @@ class CaseCalibration:
     """Calibration of many predictions of one case; what depends on the truth is done once.
 
     Voxels that a prediction does not reach, because nothing that it was shown lies there, count as
-    certain background: all predictions of a case are scored on the same voxels.
-
-    Args:
-        truth: class indices, ``[d, h, w]``.
-        task: names the regions.
-        where: voxels that count, ``[d, h, w]``; default all.
+    certain background: all predictions of a case are scored on the same voxels. Voxels count where
+    ``where`` says so; by default all do.
     """
 
     def __init__(
@@ -174,13 +170,8 @@ def tempered(probabilities: Float[Tensor, "c ..."], temperature: float) -> Float
 class Temperatures:
     """One temperature per number of present modalities.
 
-    A network is usually more sure of itself than it should be, the more so the less it sees.
-
-    Args:
-        by_size: number of present modalities -> T > 0; a size that is not listed keeps T = 1.
-
-    Raises:
-        InputError: a temperature is not positive.
+    A network is usually more sure of itself than it should be, the more so the less it sees. Of
+    ``by_size``, number of present modalities -> T > 0, a size that is not listed keeps T = 1.
 
     Example:
         >>> softer = Temperatures({1: 2.0})
@@ -201,9 +192,7 @@ class Temperatures:
 class TemperatureFit:
     """Collects voxels of validation cases and finds the temperatures of least cross-entropy.
 
-    Args:
-        voxels_per_case: how many voxels of one prediction are kept, drawn without replacement.
-        seed: of that draw.
+    Of one prediction ``voxels_per_case`` are kept, drawn without replacement.
 
     Example:
         >>> fit = TemperatureFit()

@@ -17,11 +17,8 @@ class CaseMeans(Metric):
     """Means over cases of numbers that were computed elsewhere.
 
     A case counts once, whatever the sampler repeats so that no rank goes empty: cases are told
-    apart by their id, also across processes. Undefined values (NaN) are left out of a mean.
-
-    Args:
-        shape: of what every case gives.
-        kwargs: arguments of :class:`torchmetrics.Metric`.
+    apart by their id, also across processes. Undefined values (NaN) are left out of a mean. Every
+    case gives numbers of one ``shape``.
 
     Example:
         >>> dice = CaseMeans([2])

@@ -132,10 +132,7 @@ class Components:
 class Brats2023Lesions:
     """The lesions of one truth under ``brats2023-gli``, which predictions are scored against.
 
-    Args:
-        truth: the region inside ``box``.
-        box: where it lies in the volume.
-        spacing: mm along each axis.
+    ``truth`` is the region inside ``box``, spacings are in mm.
     """
 
     def __init__(self, truth: Mask, box: Box, spacing: Spacing) -> None:

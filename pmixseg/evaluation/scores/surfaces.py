@@ -28,12 +28,7 @@ REACH = 2
 
 
 class Points:
-    """Grid points that can be asked how far other grid points are from them.
-
-    Args:
-        coordinates: ``[n, 3]`` in voxels.
-        spacing: mm along each axis.
-    """
+    """Grid points ``[n, 3]``, in voxels of ``spacing`` mm, that can be asked how far others are."""
 
     def __init__(self, coordinates: Coordinates, spacing: Spacing) -> None:
         self.coordinates = coordinates

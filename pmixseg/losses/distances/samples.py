@@ -30,11 +30,9 @@ BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 class SampledDistance(Distance):
     """Distance between the voxel vectors of a latent and those of the anchor.
 
-    A normal anchor is drawn from: standard normal vectors, the same in every step.
-
-    Args:
-        points: largest number of voxels of a sample that are compared.
-        seed: of places, directions and normal vectors.
+    A normal anchor is drawn from: standard normal vectors, the same in every step. At most
+    ``points`` voxels of a sample are compared; the seed is that of places, directions and normal
+    vectors.
     """
 
     ranges = Ranges(points=COUNT)

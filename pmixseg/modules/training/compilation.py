@@ -91,11 +91,7 @@ class CompiledStep:
 
     The first call also compiles the backward pass, on a trial whose effects on random state and
     buffers are undone, so that a failure of the compiler shows before it can spoil a step.
-
-    Args:
-        losses: the function to compile; it asks for no tensor's value.
-        how: see :class:`Plan`.
-        module: owner of the parameters.
+    ``losses`` is compiled; it asks for no tensor's value.
     """
 
     def __init__(self, losses: LossFunction, how: Plan, module: nn.Module) -> None:

@@ -23,9 +23,8 @@ SHOWN_EVERY = 10
 class LossLog:
     """What a training says of its losses, and when.
 
-    Args:
-        seldom: on a GPU. Nothing is waited for, and one loss in :data:`SHOWN_EVERY` steps is shown,
-            besides that of an epoch's last step.
+    ``seldom`` is for a GPU: nothing is waited for, and one loss in :data:`SHOWN_EVERY` steps is
+    shown, besides that of an epoch's last step.
     """
 
     def __init__(self, seldom: bool) -> None:

@@ -188,9 +188,6 @@ class Resuming:
     """Give a resumed training the settings of its new call, in place of the checkpoint's.
 
     A checkpoint is restored between :meth:`begin` and :meth:`apply`.
-
-    Args:
-        trainer: of the training; ``None`` where there is none yet.
     """
 
     pending: Mapping[str, float] | None = None
