@@ -305,6 +305,8 @@ def test_nothing_segmented_is_no_object(study, tmp_path):
     one = read_folder(study)[1]
     with pytest.raises(InputError, match="nothing was segmented"):
         write_segmentation(tmp_path / "x.dcm", np.zeros(one.volume().shape, int), BRATS, one, "x")
+    with pytest.raises(InputError, match=r"has \(2, 2, 2\) voxels, .* onto the grid of that series"):
+        write_segmentation(tmp_path / "x.dcm", np.ones((2, 2, 2), int), BRATS, one, "x")
 
 
 def test_the_command_tells_what_was_taken_for_what_and_no_patient(study, model, tmp_path, capsys):

@@ -67,3 +67,17 @@ def test_two_of_a_kind_and_doubt_are_asked():
     assert list(choose(recognise(unsure, BRATS.modalities, {"t1": 3}))) == ["t1"]
     with pytest.raises(InputError, match="--series t1=9"):
         recognise(unsure, BRATS.modalities, {"t1": 9})
+
+
+@pytest.mark.parametrize(
+    ("one", "reason"),
+    [
+        (series(description="T1 post Gd", times=TIMES["t1"]), "it is contrast-enhanced T1"),
+        (series(description="ax", times=TIMES["flair"]), "flair, which this task does not have"),
+    ],
+)
+def test_a_sequence_that_the_task_lacks_is_not_used(one, reason):
+    (told,) = recognise([one], ("t1", "t2"))
+    assert told.modality is None and reason in told.reason
+    with pytest.raises(InputError, match="no series is a sequence of the model; say which is what"):
+        choose([told])

@@ -48,26 +48,15 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
     Raises:
         InputError: the same checkpoint twice on one side, or the same results on both.
     """
-    # One training must not count twice, nor one method stand against itself.
-    for side, runs in (("A", a), ("B", b)):
-        seen: dict[str, str] = {}
-        for one in runs:
-            digest = (one.sidecar.checkpoint or {}).get("sha256")
-            if digest is None:
-                continue
-            if digest in seen:
-                raise InputError(
-                    f"runs '{seen[digest]}' and '{run_name(one)}' of {side} were scored with the "
-                    "same checkpoint, which is one training and not two; give each training once."
-                )
-            seen[digest] = run_name(one)
+    _check_trainings("A", a)
+    _check_trainings("B", b)
     for x, y in product(a, b):
         if x.table.drop(columns="run").equals(y.table.drop(columns="run")):
             raise InputError(
                 f"run '{run_name(x)}' of A and run '{run_name(y)}' of B hold the same results; "
                 "name two methods."
             )
-    # What a reader must know besides: known test cases, and pairs of other seeds.
+    # What a reader must know: known test cases, cases without a score, and pairs of other seeds.
     notes = [
         f"{run_name(one)}: {len(one.sidecar.seen)} of its test cases were used to train or select "
         "the model, so its scores are too good."
@@ -86,6 +75,20 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
             "sides the same seeds, or the pairs share nothing."
         )
     return notes
+
+
+def _check_trainings(side: str, runs: Sequence[Records]) -> None:
+    """Refuse one training that would count twice."""
+    names: dict[str, str] = {}
+    for one in runs:
+        digest = (one.sidecar.checkpoint or {}).get("sha256")
+        if digest in names:
+            raise InputError(
+                f"runs '{names[digest]}' and '{run_name(one)}' of {side} were scored with the same "
+                "checkpoint, which is one training and not two; give each training once."
+            )
+        if digest is not None:
+            names[digest] = run_name(one)
 
 
 @checked
@@ -151,26 +154,29 @@ def _check(a: Sequence[pd.DataFrame], b: Sequence[pd.DataFrame], measure: str) -
         )
     for side, runs in (("A", a), ("B", b)):
         for i, run in enumerate(runs):
-            where = f"run {_name(run, str(i))} of {side}"
-            lacking = [c for c in (*KEY, "n_present", "dice") if c not in run]
-            if lacking:
-                raise InputError(f"{where} lacks the columns {lacking}; test the run again.")
-            # A measure of numbers that has a better side, and each row once.
-            known = _measures(run)
-            for column in ("dice", measure):
-                if column not in known and len(run):
-                    raise InputError(
-                        f"{where}: '{column}' is no column of numbers that methods can be compared "
-                        f"by; choose one of {', '.join(known)}, or test the run again."
-                    )
-            if len(run) and direction_of(measure) is None:
-                raise InputError(
-                    f"{where}: '{measure}' has no better direction, so nobody can win by it; "
-                    f"choose one of {', '.join(c for c in known if direction_of(c))}."
-                )
-            if run.duplicated(list(KEY)).any():
-                twice = run.loc[run.duplicated(list(KEY)), KEY].iloc[0].tolist()
-                raise InputError(f"{where} has {twice} twice; give every run a table of its own.")
+            _check_run(run, measure, f"run {_name(run, str(i))} of {side}")
+
+
+def _check_run(run: pd.DataFrame, measure: str, where: str) -> None:
+    """Refuse a table without a measure of numbers that has a better side, and each row once."""
+    lacking = [c for c in (*KEY, "n_present", "dice") if c not in run]
+    if lacking:
+        raise InputError(f"{where} lacks the columns {lacking}; test the run again.")
+    known = _measures(run)
+    for column in ("dice", measure):
+        if column not in known and len(run):
+            raise InputError(
+                f"{where}: '{column}' is no column of numbers that methods can be compared by; "
+                f"choose one of {', '.join(known)}, or test the run again."
+            )
+    if len(run) and direction_of(measure) is None:
+        raise InputError(
+            f"{where}: '{measure}' has no better direction, so nobody can win by it; choose one of "
+            f"{', '.join(c for c in known if direction_of(c))}."
+        )
+    if run.duplicated(list(KEY)).any():
+        twice = run.loc[run.duplicated(list(KEY)), KEY].iloc[0].tolist()
+        raise InputError(f"{where} has {twice} twice; give every run a table of its own.")
 
 
 def _measures(run: pd.DataFrame) -> list[str]:

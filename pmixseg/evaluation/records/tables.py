@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 import pandas as pd
 from rich.box import HORIZONTALS
@@ -180,39 +180,38 @@ class Tabulation(Lines):
 
     def latex(self, comment: str = "") -> str:
         r"""Return a ``tabular`` (booktabs and amssymb) for LaTeX's ``\input``, below a comment."""
-        several = len(self.runs) > 1
-        lead = ["", ""] if several else [""]
-        count = len(self.combinations)
+        several, count = len(self.runs) > 1, len(self.combinations)
         # The head: a row of dots per modality.
         rows = [
             " & ".join(
-                [*lead[1:], _escape(self.task.show(m))]
+                [*[""] * several, _escape(self.task.show(m))]
                 + [r"$\bullet$" if m in c else r"$\circ$" for c in self.combinations]
                 + ["Mean" if m == self.task.modalities[-1] else ""]
             )
             for m in self.task.modalities
         ]
         # A block per region, with a row per run; regions of a single run stand together.
-        blocks = [rows]
-        for region, lines in self.by_region():
-            block = []
-            for i, line in enumerate(lines):
-                label = _escape(self.task.show(region)) if i == 0 else ""
-                names = [label, _escape(line.run)] if several else [label]
-                values = [
-                    rf"\textbf{{{self.measure.show(v)}}}" if best else self.measure.show(v)
-                    for v, best in zip((*line.values, line.mean), line.best, strict=True)
-                ]
-                block.append(" & ".join([*names, *values]).replace("–", "--"))
-            blocks.append(block)
-        if not several:
-            blocks = [blocks[0], [row for block in blocks[1:] for row in block]]
+        blocks = [self._latex_rows(region, lines) for region, lines in self.by_region()]
+        blocks = [rows, *(blocks if several else [list(chain.from_iterable(blocks))])]
         body = "\n\\midrule\n".join("\n".join(f"{row} \\\\" for row in b) for b in blocks)
         header = "".join(f"% {line}\n" for line in (self.title, *comment.splitlines()))
+        labels = "ll" if several else "l"
         return (
-            f"{header}\\begin{{tabular}}{{{'l' * len(lead)}*{{{count}}}{{c}}c}}\n\\toprule\n"
+            f"{header}\\begin{{tabular}}{{{labels}*{{{count}}}{{c}}c}}\n\\toprule\n"
             f"{body}\n\\bottomrule\n\\end{{tabular}}\n"
         )
+
+    def _latex_rows(self, region: str, lines: Sequence[Line]) -> list[str]:
+        rows = []
+        for i, line in enumerate(lines):
+            label = _escape(self.task.show(region)) if i == 0 else ""
+            names = [label, _escape(line.run)] if len(self.runs) > 1 else [label]
+            values = [
+                rf"\textbf{{{self.measure.show(v)}}}" if best else self.measure.show(v)
+                for v, best in zip((*line.values, line.mean), line.best, strict=True)
+            ]
+            rows.append(" & ".join([*names, *values]).replace("–", "--"))
+        return rows
 
 
 def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -59,15 +60,27 @@ def _lowered(optimizer: Optimizer) -> list[float]:
     return [float(g["lr"] / g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
 
 
-def _steps(trainer: Trainer, interval: str) -> int:
-    if interval == "step":
-        return trainer.global_step
-    return _epochs(trainer)
-
-
 def _epochs(trainer: Trainer) -> int:
     """Epochs whose steps are all made, whether or not the hooks at their end have run."""
     return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]  # typed as its base
+
+
+def _keep_counts(scheduler: ReduceLROnPlateau, settings: Mapping[str, Any]) -> None:
+    restored = scheduler.state_dict()
+    scheduler.load_state_dict({**settings, **{key: restored[key] for key in PLATEAU_STATE}})
+
+
+def _steps_made(scheduler: LRScheduler, config: LRSchedulerConfig, trainer: Trainer) -> int:
+    """Return how often a schedule had been stepped when its checkpoint was written."""
+    steps = trainer.global_step if config.interval == "step" else _epochs(trainer)
+    made = steps // config.frequency
+    if config.interval == "step" and config.frequency > 1:
+        # Lightning counts the batches of every epoch anew; the schedule itself does not, or the
+        # first of those that it chains.
+        restored = scheduler.state_dict()
+        chained = restored.get("_schedulers", [{}])[0]
+        return int(restored.get("last_epoch", chained.get("last_epoch", made)))
+    return made
 
 
 def _replay(scheduler: LRScheduler, steps: int) -> None:
@@ -282,28 +295,18 @@ class Resuming:
             place_steps(optimizer)
         # A plateau keeps what it has counted; other schedules make their steps anew.
         for config, state in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
-            scheduler = config.scheduler
+            scheduler, settings = config.scheduler, copy.deepcopy(state)
             if isinstance(scheduler, ReduceLROnPlateau):
-                index = trainer.optimizers.index(scheduler.optimizer)
-                restored = scheduler.state_dict()
-                counts = {key: restored[key] for key in PLATEAU_STATE}
-                scheduler.load_state_dict({**copy.deepcopy(state), **counts})
-                for group, share in zip(
-                    scheduler.optimizer.param_groups, lowered[index], strict=True
-                ):
+                _keep_counts(scheduler, settings)
+                shares = lowered[trainer.optimizers.index(scheduler.optimizer)]
+                for group, share in zip(scheduler.optimizer.param_groups, shares, strict=True):
                     group["lr"] *= share
                 value = pending.get(config.monitor or "")
                 if value is not None and _epochs(trainer) % config.frequency == 0:
                     scheduler.step(value)
             elif isinstance(scheduler, LRScheduler):
-                made = _steps(trainer, config.interval) // config.frequency
-                if config.interval == "step" and config.frequency > 1:
-                    # Lightning counts the batches of every epoch anew; the schedule itself does
-                    # not, or the first of those that it chains.
-                    restored = scheduler.state_dict()
-                    chained = restored.get("_schedulers", [{}])[0]
-                    made = restored.get("last_epoch", chained.get("last_epoch", made))
-                scheduler.load_state_dict(copy.deepcopy(state))
+                made = _steps_made(scheduler, config, trainer)
+                scheduler.load_state_dict(settings)
                 _replay(scheduler, made)
 
     def end(self, trainer: Trainer) -> None:
