@@ -77,6 +77,9 @@ def test_changed_weights_are_refused(checkpoint, tmp_path):
     (folder / WEIGHTS).write_bytes(bytes(data))
     with pytest.raises(InputError, match="SHA-256 differs"):
         pmixseg.load(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(InputError, match=f"{WEIGHTS} is missing; fetch or publish"):
+        pmixseg.load(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1, "about": {}}'])
