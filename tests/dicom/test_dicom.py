@@ -305,7 +305,7 @@ def test_nothing_segmented_is_no_object(study, tmp_path):
     one = read_folder(study)[1]
     with pytest.raises(InputError, match="nothing was segmented"):
         write_segmentation(tmp_path / "x.dcm", np.zeros(one.volume().shape, int), BRATS, one, "x")
-    with pytest.raises(InputError, match=r"has \(2, 2, 2\) voxels, .* onto the grid of that series"):
+    with pytest.raises(InputError, match=r"has \(2, 2, 2\) voxels, .* onto the grid of that"):
         write_segmentation(tmp_path / "x.dcm", np.ones((2, 2, 2), int), BRATS, one, "x")
 
 
