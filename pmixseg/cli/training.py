@@ -22,6 +22,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch.nn.parameter import is_lazy
 
 from pmixseg.callbacks.alignment import PmixAlignment
 from pmixseg.callbacks.distillation import Distillation
@@ -112,7 +113,12 @@ class TrainingCLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             # One case shows before a training whether validation works; a second shows no more.
-            trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": 1},
+            # Lightning's table of layers counts operations as 0; a line of our own says the rest.
+            trainer_defaults={
+                "max_epochs": 100,
+                "num_sanity_val_steps": 1,
+                "enable_model_summary": False,
+            },
             parser_class=TrainingParser,
             args=with_checkpoint_defaults(self.words, modules),
             load_from_checkpoint_support=False,  # our modules describe themselves
@@ -285,7 +291,7 @@ class TrainingCLI(LightningCLI):
             settings.init_args.mode = made.keywords.get("mode", settings.init_args.mode)
 
     def after_instantiate_classes(self) -> None:
-        """Start from given weights; say where flags differ from the checkpoint."""
+        """Start from given weights; say what is trained, and where flags differ from its start."""
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint:
             content = read_checkpoint(checkpoint)
@@ -308,6 +314,10 @@ class TrainingCLI(LightningCLI):
                 raise InputError(f"--part is for predict, not for {self.subcommand}; leave it out.")
             self.datamodule.share = Share.parse(part)
         self.model.force = bool(self._get(self.config, "force"))
+        if self.subcommand == "fit":
+            sizes = [p.numel() for p in self.model.parameters() if not is_lazy(p)]
+            name = type(self.model.backbone).__name__
+            rank_zero_info(f"Network: {name}, {sum(sizes):,} parameters")
         if start := self._get(self.config, "init_from"):
             restore(self.model, read_checkpoint(start))
 
@@ -316,7 +326,8 @@ class TrainingCLI(LightningCLI):
         for kept in self.trainer.checkpoint_callbacks:
             paths = [getattr(kept, name, "") for name in ("best_model_path", "last_model_path")]
             if any(paths):
-                rank_zero_info(f"Written: {', '.join(map(os.path.relpath, filter(None, paths)))}")
+                shortest = [min(p, os.path.relpath(p), key=len) for p in filter(None, paths)]
+                rank_zero_info(f"Written: {', '.join(shortest)}")
 
     def after_predict(self) -> None:
         """Say where the predictions lie."""

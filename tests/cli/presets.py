@@ -10,7 +10,6 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 QUIET = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
 ]
 TINY_UNET = [
     *("--model.backbone=MultiEncoderUNet", "--model.backbone.width=2", "--model.backbone.levels=2"),

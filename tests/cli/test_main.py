@@ -231,7 +231,7 @@ SMALL = [
 ]
 
 OURS = re.compile(
-    r"(INFO: )?(Split|Written): |\s*(Dice|FLAIR|[─●○]|mean )|"
+    r"(INFO: )?(Split|Network|Written): |\s*(Dice|FLAIR|[─●○]|mean )|"
     r"\d+ cases?; .*records\.csv, conventions in|[┏┡└┃│]|\s*$"
 )
 
@@ -242,7 +242,9 @@ def test_a_whole_training_and_its_test_print_our_lines_alone(phantom_store, tmp_
     assert done.returncode == 0, done.stderr
     lines = (done.stdout + done.stderr).splitlines()
     assert [line for line in lines if not OURS.match(line)] == []
-    assert any("Split: " in line for line in lines)
+    weights = pmixseg.load(tmp_path / "run" / "checkpoints" / "last.ckpt").parameters()
+    size = sum(w.numel() for w in weights)
+    assert any(f"Network: MultiEncoderUNet, {size:,} parameters" in line for line in lines)
     written = "Written: run/checkpoints/best.ckpt, run/checkpoints/last.ckpt"
     assert any(written in line for line in lines)
 

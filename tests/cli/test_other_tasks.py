@@ -42,7 +42,6 @@ TINY = [
     "--data.patches_per_case=1",
     "--trainer.max_epochs=1",
     "--trainer.accelerator=cpu",
-    "--trainer.enable_model_summary=false",
 ]
 SPLIT = [
     "--data.split=pmixseg.data.splits.Fractions",
