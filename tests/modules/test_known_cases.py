@@ -52,15 +52,17 @@ def score(trained, tmp_path, capsys):
     return call
 
 
-def on_one_case(name, folder):
-    """Flags of a training that goes on with one case alone."""
-    (folder / "train.txt").write_text(f"{name}\n")
-    split = ["--data.split=SplitFiles", f"--data.split.train={folder}/train.txt"]
-    return [*TINY, *split, "--trainer.limit_val_batches=0"]
-
-
 def cases_of(checkpoint):
     return TrainingCases.from_dict(read_checkpoint(checkpoint)["pmixseg"]["cases"], "x")
+
+
+def trained_on_one_case(trained, store, folder, *flags):
+    """The cases of a training that goes on with the first test case alone."""
+    (folder / "train.txt").write_text(f"{cases_of(trained).test[0]}\n")
+    split = ["--data.split=SplitFiles", f"--data.split.train={folder}/train.txt"]
+    flags = (*flags, *TINY, *split, "--trainer.limit_val_batches=0", *QUIET)
+    assert main(["fit", f"--run={folder / 'on'}", f"--data.store={store}", *flags]) == 0
+    return cases_of(folder / "on" / "checkpoints" / "last.ckpt")
 
 
 def test_a_checkpoint_holds_the_lists_and_what_tells_the_scans(trained, store):
@@ -174,14 +176,8 @@ def test_force_goes_on_and_records_and_report_say_so(trained, score, tmp_path, c
 
 def test_what_weights_were_trained_with_before_is_not_forgotten(trained, store, tmp_path):
     first = cases_of(trained)
-    flags = [
-        f"--init_from={trained}",
-        "--trainer.max_steps=1",
-        *on_one_case(first.test[0], tmp_path),
-    ]
-    run = tmp_path / "tuned"
-    assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *QUIET]) == 0
-    second = cases_of(run / "checkpoints" / "last.ckpt")
+    flags = f"--init_from={trained}", "--trainer.max_steps=1"
+    second = trained_on_one_case(trained, store, tmp_path, *flags)
     assert second.train == (first.test[0],)
     assert set(second.earlier) == {*first.train, *first.val}
     seen = second.seen({first.train[0]: ()})
@@ -192,18 +188,12 @@ def test_a_training_that_goes_on_with_another_split_says_so_and_forgets_no_case(
     trained, store, tmp_path, capfd, caplog
 ):
     first = cases_of(trained)
-    flags = [
-        f"--ckpt_path={trained}",
-        "--trainer.max_steps=2",
-        *on_one_case(first.test[0], tmp_path),
-    ]
-    run = tmp_path / "on"
+    flags = f"--ckpt_path={trained}", "--trainer.max_steps=2"
     with caplog.at_level("INFO"):
-        assert main(["fit", f"--run={run}", f"--data.store={store}", *flags, *QUIET]) == 0
+        second = trained_on_one_case(trained, store, tmp_path, *flags)
     captured = capfd.readouterr()
     said = captured.out + captured.err + caplog.text
     assert f"the checkpoint had {read_checkpoint(trained)['pmixseg']['split']}; no test" in said
-    second = cases_of(run / "checkpoints" / "last.ckpt")
     assert {*first.train, *first.val} <= {*second.train, *second.earlier}
 
 
