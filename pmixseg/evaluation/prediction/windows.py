@@ -64,7 +64,6 @@ def iterate_combinations(
     batch_size: BatchSize = 1,
     blend: Blend = "gaussian",
     chunk: int | None = None,
-    device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[range, Float[Tensor, "k c d h w"]]]:
     r"""Predict class probabilities of one volume for every combination, a few at a time.
@@ -90,7 +89,6 @@ def iterate_combinations(
         blend: weights ``w``: a Gaussian around the window's centre, or 1.
         chunk: combinations held in memory at once (default: all), in 4·C·d·h·w bytes each. Every
             chunk encodes anew.
-        device: where the network runs (default: the image's device). Sums stay on the image's.
         progress: called with (windows done, windows in all) after each forward pass, of all chunks.
 
     Yields:
@@ -121,10 +119,10 @@ def iterate_combinations(
     # A chunk of combinations at a time: sums of weighted windows, divided at the end.
     size = chunk or len(present)
     starts = range(0, len(present), size)
-    at_once = _at_once(batch_size, torch.device(device or image.device))
+    at_once = _at_once(batch_size, image.device)
     for number, first in enumerate(starts):
         rows = range(first, min(first + size, len(present)))
-        flags = present[rows.start : rows.stop].to(device or image.device)
+        flags = present[rows.start : rows.stop].to(image.device)
         sums = padded.new_zeros(
             (len(rows), predictor.num_classes, *padded.shape[1:]), dtype=torch.float32
         )
@@ -158,10 +156,9 @@ def _add(
 ) -> int:
     """Add what the network answers in some windows, and return how many of them memory held."""
     done = 0
-    stack = torch.stack([padded[(slice(None), *w)] for w in windows]).to(flags.device)
+    stack = torch.stack([padded[(slice(None), *w)] for w in windows])
     try:
         for group in _probabilities(predictor, stack, flags, max(at_once // len(windows), 1)):
-            group = group.to(sums.device)
             into = sums[done : done + len(group)]
             for window, one in zip(windows, group.unbind(1), strict=True):
                 into[(slice(None), slice(None), *window)].addcmul_(one, weight)

@@ -256,18 +256,6 @@ def test_a_predictor_in_training_mode_is_refused(tiny):
         next(iterate_combinations(tiny.eval(), volume(8, 8, 8), ALL, patch=(8, 8, 8), chunk=0))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_network_on_the_gpu_reads_an_image_in_main_memory(tiny):
-    image = volume(12, 16, 20)
-    expected = predict_combinations(tiny, image, ALL, patch=(8, 8, 8), batch_size=4)
-    predictions = predict_combinations(
-        tiny.cuda(), image, ALL, patch=(8, 8, 8), batch_size=4, device="cuda"
-    )
-    assert predictions.device.type == "cpu"
-    torch.testing.assert_close(predictions, expected, rtol=0, atol=2e-3)  # TF32 convolutions
-
-
 WRONG = {
     "window": [((0, 0, 0), "give 1 or more"), ((32, 32), "give a list of 3 or null")],
     "overlap": [(1.0, "overlap is 1.0"), (-1.0, "overlap is -1.0"), (np.nan, "overlap is nan")],
