@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -20,10 +21,11 @@ from rich.text import Text
 from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.layouts import Case, LabelNames, Layout, search
 from pmixseg.data.cohorts.problems import doubled_line, grouped, ignored_lines, listed
-from pmixseg.data.formats.nifti import ScanReader
+from pmixseg.data.formats.nifti import ScanReader, Source
 from pmixseg.data.scans.canonical import STORE_DTYPE, add_label, join
 from pmixseg.data.scans.plausibility import judge
 from pmixseg.data.scans.volumes import (
+    Coding,
     LabelMap,
     Place,
     Signal,
@@ -224,61 +226,70 @@ def inspect_cohort(
     return Inspection(Path(root), layouts, task, facts, cohort.remarks)
 
 
+@dataclass
+class _Files:
+    """What the files of a case hold, as far as they can be read; problems are noted.
+
+    The place of the first one, the ``reference``, is that of all.
+    """
+
+    reference: Place | None = None
+    signals: dict[str, Signal] = field(default_factory=dict)
+    labels: LabelMap | None = None
+    oriented: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    def add(
+        self, role: str, source: Source, reader: ScanReader, coding: Callable[[], Coding]
+    ) -> None:
+        """Read a file: where it lies, whether it lies as the first does, and what it holds."""
+        with _noted(self.problems):
+            scan = reader.read(source, role)
+            place = place_of(scan, None, reader.where)
+            geometry, self.reference = place.geometry, self.reference or place
+            with _noted(self.problems):
+                geometry = same_grid(self.reference, place, reader.where)
+            if role == "label":
+                self.labels = label_map(scan, geometry, coding(), reader.where)
+            else:
+                self.oriented |= scan.oriented
+                self.signals[role] = signal_of(scan, geometry, reader.where, role)
+
+
 def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
-    where = f"case '{case.case_id}'"
     modalities = tuple(m for m in task.modalities if m in case.images)
     if case.problem is not None:
         return CaseFacts(case.case_id, modalities, case.label is not None, problems=(case.problem,))
-    # File by file: where it lies, whether it lies as the first does, and what it holds.
-    problems: list[str] = []
-    reference: Place | None = None
-    signals: dict[str, Signal] = {}
-    labels: LabelMap | None = None
-    oriented = False
-    reader = ScanReader(where)
+    reader, files = ScanReader(f"case '{case.case_id}'"), _Files()
     scans = [(m, case.images[m]) for m in modalities]
     for role, source in [*scans, *([("label", case.label)] if case.label else [])]:
-        with _noted(problems):
-            scan = reader.read(source, role)
-            place = place_of(scan, None, where)
-            geometry, reference = place.geometry, reference or place
-            with _noted(problems):
-                geometry = same_grid(reference, place, where)
-            if role == "label":
-                labels = label_map(scan, geometry, case.coding(task), where)
-            else:
-                oriented |= scan.oriented
-                signals[role] = signal_of(scan, geometry, where, role)
+        files.add(role, source, reader, partial(case.coding, task))
     # Together, as `prepare` would make them: does the case look like a patient's?
     notes: list[str] = []
-    if reference is not None and signals and not problems:
-        ready = join(signals, reference.geometry, task, STORE_DTYPE)
-        ready.oriented, ready.predicted = oriented, reader.predicted
-        if labels is not None and not _partly_annotated(labels, case):
+    reference, labels = files.reference, files.labels
+    # A label with voxels that nobody annotated is no label, and `prepare` keeps none of it.
+    partly = labels is not None and bool(set(labels.ignored).intersection(case.unannotated))
+    if reference is not None and files.signals and not files.problems:
+        ready = join(files.signals, reference.geometry, task, STORE_DTYPE)
+        ready.oriented, ready.predicted = files.oriented, reader.predicted
+        if labels is not None and not partly:
             add_label(ready, labels)
         verdict = judge(ready, task, odd_one_out=case.case_id in odd)
-        if verdict.findings:
-            problems.append(verdict.refusal(where))
-        else:
-            notes += verdict.notes(where)
+        files.problems += [verdict.refusal(reader.where)] if verdict.findings else []
+        notes += [] if verdict.findings else verdict.notes(reader.where)
     return CaseFacts(
         case_id=case.case_id,
         modalities=modalities,
-        labelled=case.label is not None and not _partly_annotated(labels, case),
+        labelled=case.label is not None and not partly,
         shape=reference.geometry.source_shape if reference else None,
         spacing=reference.geometry.source_zooms if reference else None,
         orientation="".join(nib.aff2axcodes(reference.geometry.affine)) if reference else "",
         voxels=None if labels is None else _voxels(labels, task),
         ignored={} if labels is None else dict(labels.ignored),
         scans=tuple(digest for role, digest in reader.digests.items() if role != "label"),
-        problems=tuple(problems),
+        problems=tuple(files.problems),
         notes=tuple(notes),
     )
-
-
-def _partly_annotated(labels: LabelMap | None, case: Case) -> bool:
-    """Say whether a label holds voxels that nobody annotated; `prepare` keeps none of these."""
-    return labels is not None and bool(set(labels.ignored).intersection(case.unannotated))
 
 
 @contextmanager
