@@ -20,8 +20,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from measuring import torch_layers
-from torch.utils.flop_counter import FlopCounterMode
+from measuring import gflop
 
 from pmixseg.backbones import (
     UHVED,
@@ -111,11 +110,11 @@ def measure(name: str) -> dict[str, float]:
     start = time.process_time()
     next(iterate_combinations(net.eval(), image[0], flags, patch=(SIDE,) * 3, overlap=0.0))
     test = time.process_time() - start
-    with torch_layers(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(image, shown)
+    with torch.no_grad():
+        operations = gflop(lambda: net(image, shown))
     return {
         "parameters": sum(p.numel() for p in net.parameters()) / 1e6,
-        "gflop": counter.get_total_flops() / 1e9,
+        "gflop": operations,
         "train_gib": (peak - before) / 2**20,
         "train_s": step,
         "test_s": test,

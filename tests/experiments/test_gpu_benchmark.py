@@ -1,9 +1,11 @@
 """The benchmark of a card runs on a CPU: it counts, and rehearses its rows."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 
@@ -31,6 +33,15 @@ def test_without_a_card_it_counts_operations(gpu, monkeypatch, capsys):
     assert "| all | 7 |" in printed
     assert "| Python functions called around the loss of 56 tensors | 1234 |" in printed
     assert "| 36 windows | 34 |" in printed
+
+
+def test_products_of_attention_are_operations(gpu):
+    from measuring import gflop
+
+    keys = torch.randn(1, 2, 50, 8)
+    attended = partial(torch.nn.functional.scaled_dot_product_attention, keys, keys, keys)
+    # 2 heads; 50 × 50 scores of 8 products each, and as many for the values.
+    assert gflop(attended) == pytest.approx(2 * 2 * 2 * 50 * 50 * 8 / 1e9)
 
 
 def test_rows_are_rehearsed_and_one_that_fails_is_said(gpu, monkeypatch, capsys):
