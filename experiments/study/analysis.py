@@ -264,6 +264,23 @@ OPEN = ("verdict", "arms", "tests")
 """Kinds of tables that answer the question; a page folds all others."""
 
 
+SHARED, OWN = ("arms", "cases", "differences"), ("gap", "figures")
+"""Kinds of tables over the seeds that all arms have, and over all seeds of each."""
+
+
+def seeds_of(results: StudyResults, entry: Entry) -> str:
+    """Say which seeds a table is over, where its arms have not the same; else nothing."""
+    names = arm_names(results, entry) if entry["kind"] in (*SHARED, *OWN) else []
+    own = {name: set(results.arm(entry["group"], name)["block"]) for name in names}
+    if all(blocks == own[names[0]] for blocks in own.values()):
+        return ""
+    if entry["kind"] in SHARED:
+        blocks = ", ".join(results.whole_blocks(entry["group"], names))
+        return f"\n\nSeeds {blocks}, which all of these arms have."
+    counts = "; ".join(f"{name} {len(blocks)}" for name, blocks in own.items())
+    return f"\n\nMeans over all seeds of each: {counts}."
+
+
 def analyse(
     results: StudyResults,
     entries: Sequence[Entry],
@@ -294,7 +311,9 @@ def analyse(
         if entry["group"] in later:
             continue
         waits = entry["group"] in planned and not has_ended(results, entry)
-        text = NOTHING if waits else TABLES[entry["kind"]](results, entry)
+        text = NOTHING
+        if not waits:
+            text = TABLES[entry["kind"]](results, entry) + seeds_of(results, entry)
         if fold and entry["kind"] not in OPEN:
             text = folded(text)
         sections.append(f"### {entry['title']}\n\n{text}")

@@ -13,6 +13,7 @@ from experiments.study.__main__ import main
 from experiments.study.analysis import analyse
 from experiments.study.plan import read_plan
 from experiments.study.results import StudyResults
+from experiments.study.tables import endpoint
 from pmixseg.describe import build
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.sidecar import Sidecar
@@ -63,6 +64,18 @@ def test_only_blocks_that_are_whole_are_compared_and_missing_ones_are_said():
     text = analyse(results, [entry])
     assert "+15.00" in text  # (0.1 + 0.2) / 2
     assert "Fewer than the 3 seeds planned. Seeds 0, 1; 1 cases." in text
+
+
+def test_tables_say_which_seeds_they_hold_where_arms_have_not_the_same():
+    """An arm of more seeds has another mean in a test than in the table of arms."""
+    results = made_results({"a": [[0.5], [0.6], [0.9]], "b": [[0.4], [0.4]]})
+    results.trainings["steps"] = 7
+    arms = analyse(results, [{"title": "t", "kind": "arms", "group": "g"}])
+    assert "| a | 55.0 |" in arms and arms.endswith("\n\nSeeds 0, 1, which all of these arms have.")
+    entry = {"title": "t", "kind": "figures", "group": "g", "columns": ["steps"]}
+    assert analyse(results, [entry]).endswith("\n\nMeans over all seeds of each: a 3; b 2.")
+    alone = {"title": "t", "kind": "arms", "group": "g", "arms": ["a"]}
+    assert "Seeds" not in analyse(results, [alone])
 
 
 def test_results_that_came_at_different_times_stand_in_the_order_of_the_plan():
@@ -178,6 +191,42 @@ def test_an_older_study_prints_its_published_tables(study, capsys):
     printed = capsys.readouterr().out
     for line in PUBLISHED[study]:
         assert line in printed
+
+
+FOUND = ("README.md", "docs/results/studies.md")
+
+
+@pytest.mark.parametrize(
+    ("pages", "study", "group", "a", "b", "said"),
+    [
+        (FOUND[:1], "e1", "long", "anchor, case_nce", "anchor, none", "{0} ({1} to {2})"),
+        (FOUND[1:], "e1", "long", "anchor, case_nce", "anchor, none", "{0} points ({1} to {2})"),
+        (FOUND, "e1", "long", "anchor, none", "zero, none", "{0} ({1} to {2})"),
+        (FOUND[1:], "e1", "short", "anchor, nmse", "anchor, none", "`nmse` {0} ({1} to {2})"),
+        (FOUND[1:], "e2", "N = 16", "case_nce", "none", "{0} points ({1} to {2})"),
+        (FOUND[1:], "e2", "N = 32", "case_nce", "none", "and {0} ({1} to {2})"),
+        (FOUND[1:], "e2", "N = 16", "case_nce", "balanced", "often, {0} ({1} to {2})"),
+        (FOUND[1:], "e2", "N = 32", "case_nce", "balanced", "and {0} ({1} to {2})"),
+        (FOUND[:1], "e3", "N = 64", "case_nce", "unaligned", "{0} ({1} to {2})"),
+        (FOUND[1:], "e3", "N = 16", "nmse", "unaligned", "`nmse`: {0} ({1} to {2})"),
+        (FOUND[:1], "real", "real", "anchor, case_nce", "anchor, none", "{0} ({1} to {2}, seven"),
+        (FOUND[1:], "real", "real", "anchor, case_nce", "anchor, none", "{0} points of mean Dice"),
+        (FOUND, "real", "real", "anchor, nmse", "anchor, none", "`nmse` {0} ({1} to {2}"),
+        (FOUND, "real", "real", "anchor, none", "zero, none", "{0} ({1} to {2})"),
+    ],
+)
+def test_sentences_round_what_the_records_say(pages, study, group, a, b, said):
+    """Not what a table has rounded already: -0.4504 is -0.45 there, and -0.5 in a sentence."""
+    results = StudyResults.read(STUDY / "results" / study)
+    blocks = results.whole_blocks(group, [a, b])
+    entry = {"group": group, "shown": "t1ce"} if study == "e2" else {"group": group}
+    first, second = (endpoint(results, entry, arm, blocks).mean(1) for arm in (a, b))
+    ends = stats.ttest_rel(first, second).confidence_interval()
+    numbers = ((first - second).mean(), ends.low, ends.high)
+    sentence = said.format(*(f"{100 * v:+.1f}".replace("-", "−") for v in numbers))
+    for page in pages:
+        text = (STUDY.parents[1] / page).read_text(encoding="utf-8")
+        assert sentence in " ".join(text.split())
 
 
 def test_a_study_has_three_files_of_its_own():
