@@ -58,18 +58,24 @@ def main(args: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if code := stopping_code(error):
             return report_stop(code)
-        cause = None
-        if not isinstance(error, SystemExit):
-            cause = input_error(error) or memory_error(error) or disk_error(error)
-        if cause is None and isinstance(error, UnicodeDecodeError):
-            cause = no_text(words)
-        if cause is None and isinstance(error, Exception):
-            cause = complaint(error) or restoring_error(error)
+        cause = cause_of(error, words)
         if cause is None:
             raise
         line = re.sub(r"\s*\n\s*", " ", str(cause))  # libraries break theirs
         print(f"pmixseg: {line}", file=sys.stderr)  # noqa: T201  # the command line's own output
         return 2 if isinstance(cause, UsageError) else 1
+
+
+def cause_of(error: BaseException, words: Sequence[str]) -> InputError | None:
+    """Say in a sentence why a command failed; ``None`` where the program is at fault."""
+    if isinstance(error, SystemExit):
+        return None
+    cause = input_error(error) or memory_error(error) or disk_error(error)
+    if cause is None and isinstance(error, UnicodeDecodeError):
+        cause = no_text(words)
+    if cause is None and isinstance(error, Exception):
+        cause = complaint(error) or restoring_error(error)
+    return cause
 
 
 def check_ranks(environment: Mapping[str, str]) -> None:

@@ -164,6 +164,11 @@ def _why_no_volume(slices: Sequence[Any], error: Exception) -> tuple[str, str]:
     told = _UID.sub("…", reason), "check that all of its slices are there"
     if lacking or len(slices) < _SHORTEST_SERIES:
         return told
+    return _odd_places(slices) or told
+
+
+def _odd_places(slices: Sequence[Any]) -> tuple[str, str] | None:
+    """Say where slices do not follow each other evenly, and what helps."""
     try:
         places = np.array([[float(v) for v in s.ImagePositionPatient] for s in slices])
         rows = np.array([float(v) for v in slices[0].ImageOrientationPatient]).reshape(2, 3)
@@ -182,7 +187,7 @@ def _why_no_volume(slices: Sequence[Any], error: Exception) -> tuple[str, str]:
     if np.abs(aside).max() > _SAME_PLACE:
         what = "each of its slices is shifted against the next, as with a tilted gantry"
         return what, "convert it to NIfTI, for one with dcm2niix, and give that"
-    return told
+    return None
 
 
 @contextmanager
