@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,14 @@ def teacher(tmp_path_factory):
     """Where the teacher of the sweeps will lie, and its checkpoint."""
     run = tmp_path_factory.mktemp("sweeps") / "teacher"
     return run, run / "checkpoints" / "last.ckpt"
+
+
+def train_teacher(teacher, store):
+    run, checkpoint = teacher
+    if not checkpoint.is_file():
+        flags = ["--config=experiments/sweeps/base.yaml", "--model=TeacherModule"]
+        flags += [f"--data.store={store}", "--trainer.logger=false", f"--run={run}"]
+        assert main(["fit", *flags, *TINY]) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -139,11 +150,7 @@ def test_the_printed_loop_is_the_same_grid():
 def test_one_command_of_each_file_runs_offline(name, teacher, phantom_store, tmp_path, monkeypatch):
     import wandb
 
-    run, checkpoint = teacher
-    if not checkpoint.is_file():
-        flags = ["--config=experiments/sweeps/base.yaml", "--model=TeacherModule"]
-        flags += [f"--data.store={phantom_store}", "--trainer.logger=false", f"--run={run}"]
-        assert main(["fit", *flags, *TINY]) == 0
+    train_teacher(teacher, phantom_store)
     # An earlier test of this process may have made wandb read its environment for good.
     wandb.teardown()
     monkeypatch.setenv("WANDB_RUN_ID", "sweeprun1")
@@ -157,6 +164,95 @@ def test_one_command_of_each_file_runs_offline(name, teacher, phantom_store, tmp
         assert isinstance(summary[metric], float), metric
     assert ("train/align" in summary) == ("align.weight" in GOLDEN[name]["runs"][0])
     assert len(list(tmp_path.glob("wandb/offline-run-*-sweeprun1"))) == 1
+    load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """Answer what wandb's command asks of its server, for one sweep of one run."""
+
+    def do_POST(self):  # named by http.server
+        if self.path != "/graphql":  # such as statistics of use
+            self.send_error(404)
+            return
+        query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = json.dumps({"data": self.server.answer(query["query"], query.get("variables"))})
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+class StandInServer(ThreadingHTTPServer):
+    """Keep the sweep's settings, and hand out one run of it."""
+
+    def __init__(self, run):
+        super().__init__(("127.0.0.1", 0), StandIn)
+        self.settings = None
+        self.commands = [[{"type": "run", "run_id": "sweeprun1", "program": None, "args": run}]]
+
+    def answer(self, query, variables):
+        project = {"id": "p", "name": "pmixseg", "entity": {"id": "e", "name": "ENTITY"}}
+        if "upsertSweep" in query:
+            self.settings = variables["config"]
+            made = {"sweep": {"name": "ID", "project": project}, "configValidationWarnings": []}
+            return {"upsertSweep": made}
+        if "SweepWithRuns" in query:
+            sweep = {"id": "s", "name": "ID", "config": self.settings, "runs": {"edges": []}}
+            return {"project": {"sweep": sweep}}
+        if "createAgent" in query:
+            return {"createAgent": {"agent": {"id": "a"}}}
+        if "agentHeartbeat" in query:
+            # An agent goes on until its server ends it; a run in progress is left to end.
+            busy = "true" in json.dumps(variables).lower()
+            commands = [] if busy else self.commands.pop() if self.commands else [{"type": "exit"}]
+            return {"agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(commands)}}
+        user = {"id": "u", "username": "ENTITY", "entity": "ENTITY", "teams": {"edges": []}}
+        return {"viewer": {**user, "flags": "{}", "admin": False, "apiKeys": {"edges": []}}}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", FILES)
+def test_the_two_lines_of_wandb_run_as_written(name, tmp_path, phantom_store, teacher):
+    """A server on this machine takes the place of W&B's; command and agent are wandb's own."""
+    train_teacher(teacher, phantom_store)
+    pages = [FOLDER / "README.md", ROOT / "docs" / "tutorials" / "sweep.md"]
+    shown = {tuple(re.findall(r"^wandb [^#\n]*[^#\s]", page.read_text(), re.M)) for page in pages}
+    ((sweep, agent),) = shown  # both pages show the same two lines
+    program = tmp_path / "bin" / "pmixseg"
+    program.parent.mkdir()
+    flags = shlex.join([*TINY, f"--run={tmp_path}/run", f"--trainer.logger.save_dir={tmp_path}"])
+    program.write_text(
+        f'#!/bin/sh\nWANDB_MODE=offline exec {sys.executable} -m pmixseg "$@" {flags}\n'
+    )
+    program.chmod(0o755)
+
+    run = GOLDEN[name]["runs"][-1]
+    with StandInServer(run) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        env = {**os.environ, "WANDB_BASE_URL": place, "WANDB_API_KEY": "0" * 40}
+        env |= dict.fromkeys(("WANDB_DIR", "WANDB_CONFIG_DIR", "HOME"), str(tmp_path))
+        env |= {"WANDB_MODE": "online", "WANDB_SILENT": "false"}
+        programs = [str(program.parent), str(Path(sys.executable).parent), env["PATH"]]
+        env["PATH"] = os.pathsep.join(programs)
+        lines = f"{sweep.replace('anchors-grid.yaml', name)}\n{agent}\n"
+        done = subprocess.run(
+            ["bash", "-euc", lines], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert yaml.safe_load(server.settings) == GOLDEN[name]["sweep"]
+    assert "wandb agent ENTITY/pmixseg/ID" in done.stderr
+    assert len(list(tmp_path.glob("wandb/offline-run-*-sweeprun1"))) == 1
+    made = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    for group in ("align", "distill"):
+        if f"{group}.weight" in run:
+            assert made[group]["weight"] == run[f"{group}.weight"]["value"]
     load(tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
