@@ -9,7 +9,9 @@ gross mistakes and prove nothing: what passes may still be wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -265,50 +267,76 @@ def exchanged(overview: Overview) -> list[str]:
     inside = np.all([codes > 0 for codes in overview.codes.values()], axis=0)
     if np.count_nonzero(inside) < JUDGED_BLOCKS:
         return []
-    words = "look as if each were the other ({}); see that their names are right"
+    codes = {kind: overview.codes[name][inside] for kind, name in names.items()}
+    volumes = {kind: overview.volumes[name][inside] for kind, name in names.items()}
+    there, pairs = set(names), []
+    if {"t1", "t2", "flair"} <= there and _flair_is_t2(codes):
+        pairs.append(("flair", "t2", "fluid is bright in the first, dark in the second", ""))
+    if {"t1", "t2"} <= there and not pairs and _t1_is_t2(volumes):
+        why = "fluid is dark in the first, bright in the second"
+        pairs.append(("t1", "t2", why, ", and dark and bright"))
+    if {"t1", "t1ce"} <= there and _t1ce_is_t1(volumes):
+        pairs.append(("t1", "t1ce", "what enhances is bright in the first alone", ""))
+    if pairs:
+        words = "look as if each were the other"
+        return [
+            f"{names[one]} and {names[other]} {words} ({why}); see that their names are right{also}"
+            for one, other, why, also in pairs
+        ]
+    return _stranger(codes, names) or _odd_fluid(volumes, names)
+
+
+Values = Mapping[str | None, npt.NDArray[Any]]
+"""Common sequence -> its bins, or means, in the blocks that all scans show."""
+
+
+def _flair_is_t2(codes: Values) -> bool:
+    """Say whether T2 resembles T1 more than FLAIR does."""
+    likeness = np.corrcoef([codes["t1"], codes["t2"], codes["flair"]])[0]
+    return bool(likeness[2] - likeness[1] < LEAST_LIKENESS)
+
+
+def _t1_is_t2(volumes: Values) -> bool:
+    """Say whether fluid lies on the bright side of T1, and on the dark one of T2."""
+    dark, bright = (np.divide(*_tails(volumes[kind], 0.02, 0.98)) for kind in ("t1", "t2"))
+    return bool(bright < dark)
+
+
+def _t1ce_is_t1(volumes: Values) -> bool:
+    """Say whether vessels are bright in T1, not in T1ce."""
+    plain, enhanced = volumes["t1"], volumes["t1ce"]
+    scaled = [(v - np.median(v)) / max(float(v.std()), 1e-6) for v in (plain, enhanced)]
+    brighter, darker = _tails(scaled[1] - scaled[0], 0.001)
+    own, other = (np.divide(*_tails(v, 0.05)) for v in (enhanced, plain))
+    return bool(brighter < LEAST_ENHANCED * darker and own < LEAST_TAIL * other)
+
+
+def _stranger(codes: Values, names: Mapping[str | None, str]) -> list[str]:
+    """Remark on T1 or T1ce where T2 or FLAIR resembles it more than they do each other."""
+    others = [kind for kind in ("t2", "flair") if kind in names]
+    if not {"t1", "t1ce"} <= set(names) or not others:
+        return []
+    pair = ["t1", "t1ce"]
+    alike = np.corrcoef([codes[kind] for kind in (*pair, *others)])
+    more = alike[:2, 2:] - alike[0, 1]
+    if more.max() <= LEAST_ALIKE:
+        return []
+    own, other = divmod(int(more.argmax()), len(others))
+    return [
+        f"{names[pair[own]]} resembles {names[others[other]]} more than {names[pair[1 - own]]}, as "
+        "if two sequences were exchanged; see that their names are right"
+    ]
+
+
+def _odd_fluid(volumes: Values, names: Mapping[str | None, str]) -> list[str]:
+    """Remark on sequences in which fluid is not as dark or bright as theirs is."""
     remarks = []
-    # FLAIR and T2: which of them resembles T1?
-    if {"t1", "t2", "flair"} <= set(names):
-        t1, t2, flair = (overview.codes[names[m]][inside] for m in ("t1", "t2", "flair"))
-        likeness = np.corrcoef([t1, t2, flair])[0]
-        if likeness[2] - likeness[1] < LEAST_LIKENESS:
-            why = words.format("fluid is bright in the first, dark in the second")
-            remarks.append(f"{names['flair']} and {names['t2']} {why}")
-    # T1 and T2: on which side of the middle lies fluid?
-    if {"t1", "t2"} <= set(names) and not remarks:
-        values = (overview.volumes[names[m]][inside] for m in ("t1", "t2"))
-        dark, bright = (np.divide(*_tails(v, 0.02, 0.98)) for v in values)
-        if bright < dark:
-            why = words.format("fluid is dark in the first, bright in the second")
-            remarks.append(f"{names['t1']} and {names['t2']} {why}, and dark and bright")
-    # T1 and T1ce: which of them has the vessels bright?
-    if {"t1", "t1ce"} <= set(names):
-        plain, enhanced = (overview.volumes[names[m]][inside] for m in ("t1", "t1ce"))
-        scaled = [(v - np.median(v)) / max(float(v.std()), 1e-6) for v in (plain, enhanced)]
-        brighter, darker = _tails(scaled[1] - scaled[0], 0.001)
-        own, others = (np.divide(*_tails(v, 0.05)) for v in (enhanced, plain))
-        if brighter < LEAST_ENHANCED * darker and own < LEAST_TAIL * others:
-            why = words.format("what enhances is bright in the first alone")
-            remarks.append(f"{names['t1']} and {names['t1ce']} {why}")
-    # T1 and T1ce: does another sequence resemble one of them more?
-    others = [m for kind in ("t2", "flair") if (m := names.get(kind))]
-    if {"t1", "t1ce"} <= set(names) and others and not remarks:
-        pair = [names["t1"], names["t1ce"]]
-        alike = np.corrcoef([overview.codes[m][inside] for m in (*pair, *others)])
-        more = alike[:2, 2:] - alike[0, 1]
-        own, other = divmod(int(more.argmax()), len(others))
-        if more.max() > LEAST_ALIKE:
+    for kind in (k for k in CREDIBLE_FLUID if k in names):
+        ratio = np.divide(*_tails(volumes[kind], 0.1, 0.9))
+        least, most = CREDIBLE_FLUID[kind]
+        if not least <= ratio <= most:
             remarks.append(
-                f"{pair[own]} resembles {others[other]} more than {pair[1 - own]}, as if two "
-                "sequences were exchanged; see that their names are right"
+                f"{names[kind]} shows fluid {'bright' if ratio > most else 'dark'}, as another "
+                "sequence does; see that its name is right, and dark and bright"
             )
-    if not remarks:
-        for kind in (k for k in CREDIBLE_FLUID if k in names):
-            ratio = np.divide(*_tails(overview.volumes[names[kind]][inside], 0.1, 0.9))
-            least, most = CREDIBLE_FLUID[kind]
-            if not least <= ratio <= most:
-                remarks.append(
-                    f"{names[kind]} shows fluid {'bright' if ratio > most else 'dark'}, as another "
-                    "sequence does; see that its name is right, and dark and bright"
-                )
     return remarks
