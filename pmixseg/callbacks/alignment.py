@@ -22,6 +22,7 @@ from pmixseg.losses.official import OfficialAlignment
 from pmixseg.losses.ranks import world_size
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.scoring import EQUAL
 from pmixseg.modules.training.loss_log import gradient_scaler
 from pmixseg.types import Batch, Latents, Scalar, SegOutput
 
@@ -188,7 +189,7 @@ class PmixAlignment(TermCallback):
         """Log the weight that the ratio has become."""
         if self.ratio is not None:
             self._take_weight()
-            pl_module.log(f"{self.name}/weight", self.schedule.weight, rank_zero_only=True)
+            pl_module.log(f"{self.name}/weight", self.schedule.weight, **EQUAL)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the learned weights of the anchor did not move."""

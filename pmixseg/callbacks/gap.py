@@ -28,6 +28,7 @@ from pmixseg.evaluation.report.figures import projection_figure, save_png
 from pmixseg.losses.alignment import resolve_levels
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.scoring import EQUAL
 from pmixseg.task import Task, format_combination
 
 GUARDED = ("rank_within", "decodability")
@@ -137,7 +138,7 @@ class GapMonitor(Callback, Described):
             return
         values = self._measure(trainer, own_module(self, pl_module))
         self._last_step = trainer.global_step
-        pl_module.log_dict(values)
+        pl_module.log_dict(values, **EQUAL)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the latents, and measure them if the last validation did not."""

@@ -29,7 +29,6 @@ EXPECTED = (
     r"Total length of `.*` across ranks is zero",
     r"Trainer already configured with model summary callbacks",
     r".*args parameter is intended",
-    r"It is recommended to use `self\.log\('(val|test)/dice",  # means over all processes already
 )
 """Warnings about what this package sets itself, or about Lightning's own inside."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
@@ -24,6 +24,9 @@ from pmixseg.modules.preparation import seen_cases
 from pmixseg.modules.recording import Recording
 from pmixseg.modules.training.trainer_checks import check_item, check_loaders
 from pmixseg.task import Combination
+
+EQUAL: Mapping[str, Any] = {"sync_dist": True, "reduce_fx": "max"}
+"""How a number is logged that every process has alike: it stays the same, to the last bit."""
 
 
 class ScoredNetwork(SegmentationNetwork):
@@ -63,8 +66,8 @@ class ScoredNetwork(SegmentationNetwork):
         means = self.validation_dice.compute().reshape(-1)
         self.validation_dice.reset()
         named = zip(self.task.regions, means, strict=True)
-        self.log_dict({f"val/dice/{region}": dice for region, dice in named})
-        self.log("val/dice", means.mean(), prog_bar=True)
+        self.log_dict({f"val/dice/{region}": dice for region, dice in named}, **EQUAL)
+        self.log("val/dice", means.mean(), prog_bar=True, **EQUAL)
 
     @property
     def recording(self) -> Recording:
@@ -136,7 +139,7 @@ class ScoredNetwork(SegmentationNetwork):
             self.preparation,
             [case.name for case in self.seen],
         )
-        self.log_dict(scores)
+        self.log_dict(scores, **EQUAL)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

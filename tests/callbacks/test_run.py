@@ -2,7 +2,6 @@
 
 import logging
 import tempfile
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -215,16 +214,3 @@ def test_chatter_of_a_logger_below():
         assert not handler.filter(record)
     finally:
         above.removeHandler(handler)
-
-
-@pytest.mark.parametrize(("name", "kept"), [("val/dice/WT", False), ("my/loss", True)])
-def test_advice_to_average_what_is_a_mean_of_all_processes_already(name, kept):
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        silence_lightning()
-        advice = "when logging on epoch level in distributed setting"
-        warnings.warn(
-            f"It is recommended to use `self.log('{name}', ..., sync_dist=True)` {advice}.",
-            stacklevel=1,
-        )
-    assert bool(seen) == kept

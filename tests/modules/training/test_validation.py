@@ -3,16 +3,18 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
+from pmixseg.callbacks import GapMonitor, PmixAlignment, ProtocolScores
 from pmixseg.data.datamodule import BraTSDataModule
-from pmixseg.data.missing import Bernoulli
+from pmixseg.data.missing import Bernoulli, UniformCombinations
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.task import BRATS, Task, balanced_combinations, format_combination
-from tests.callbacks.memory_data import MemoryData, quiet_trainer
+from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
 SEGRESNET = {
     "class_path": "monai.networks.nets.SegResNet",
@@ -86,6 +88,33 @@ def test_six_modalities_are_not_validated_on_all_63():
 def test_an_unknown_word_is_refused():
     with pytest.raises(InputError, match="validation is 'some'; give auto or all"):
         EvaluationSettings(validation="some")
+
+
+def test_numbers_that_all_processes_share_are_logged_without_advice(
+    phantom_store, tmp_path, recwarn
+):
+    """Lightning gives it wherever processes see each other, be it one that is alone."""
+    protocols = ProtocolScores({"all": UniformCombinations()}, draws=8)
+    watchers = [GapMonitor(cases=1, points=16, pictures=False), protocols]
+    trainer = quiet_trainer(
+        tmp_path,
+        callbacks=[PmixAlignment(ratio=0.1, ratio_steps=1), *watchers],
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        devices=1,
+        limit_train_batches=1,
+        limit_val_batches=1,
+    )
+    data = BraTSDataModule(phantom_store, patch_size=16, batch_size=2)
+    module = StudentModule(backbone=tiny(levels=2))
+    try:
+        trainer.fit(module, data)
+        logged = dict(trainer.callback_metrics)
+        logged |= trainer.test(module, data, verbose=False)[0]
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert {"gap/ratio", "align/weight", "val/dice", "test/protocol/all", "test/dice"} <= {*logged}
+    assert not [str(w.message) for w in recwarn if "sync_dist" in str(w.message)]
 
 
 def test_the_logged_dice_is_the_mean_over_combinations_then_over_cases(phantom_store, tmp_path):
