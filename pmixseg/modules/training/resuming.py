@@ -229,6 +229,11 @@ class Resuming:
 
     def read(self, checkpoint: Mapping[str, Any]) -> None:
         """Take it from a checkpoint that is restored; an older one may know less."""
+        if "optimizer_states" not in checkpoint:
+            raise InputError(
+                "the checkpoint holds weights alone, and no training can go on from these; start "
+                "anew with them (--init_from; in Python fit what pmixseg.load returns)."
+            )
         self.pending = dict(checkpoint.get(PENDING, {}))
         self._frozen = checkpoint.get(FROZEN)
         self._scheduled = bool(checkpoint.get("lr_schedulers"))

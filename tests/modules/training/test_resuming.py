@@ -19,8 +19,9 @@ from pmixseg.callbacks import PmixAlignment, RunCheckpoint
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.describe import describe
+from pmixseg.errors import InputError
 from pmixseg.losses.distances import NMSE
-from pmixseg.modules import OneCycle, Polynomial, StudentModule
+from pmixseg.modules import OneCycle, Polynomial, StudentModule, load
 from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 
@@ -251,6 +252,16 @@ def test_a_schedule_that_is_over_is_one_sentence(tmp_path):
     with pytest.warns(UserWarning, match=r"nothing was trained: .* made \d+ steps in 2 epochs"):
         rows, _ = train(tmp_path, sgd(), OneCycle(), epochs=2, resume=last)
     assert rows == []
+
+
+def test_weights_alone_are_nothing_to_resume(tmp_path):
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(StudentModule(backbone=tiny(levels=2)), MemoryData())
+    trainer.save_checkpoint(tmp_path / "w.ckpt", weights_only=True)
+    module = load(tmp_path / "w.ckpt")
+    with pytest.raises(InputError, match=r"holds weights alone, .* fit what pmixseg\.load returns"):
+        quiet_trainer(tmp_path).fit(module, MemoryData(), ckpt_path=tmp_path / "w.ckpt")
+    quiet_trainer(tmp_path).fit(module, MemoryData())
 
 
 def test_another_batch_size_precision_or_seed_is_told(tmp_path, caplog):
