@@ -86,10 +86,8 @@ def test_optimizer_from_the_command_line_is_described():
     parser = ArgumentParser()
     parser.add_class_arguments(Optimised, "o")
     config = parser.parse_args(["--o.optimizer=torch.optim.SGD", "--o.optimizer.lr=0.25"])
-    made = parser.instantiate(config).o
-    text = describe(made.optimizer)
-    assert text["class_path"] == "torch.optim.SGD"
-    assert text["init_args"]["lr"] == 0.25
+    text = describe(parser.instantiate(config).o.optimizer)
+    assert (text["class_path"], text["init_args"]["lr"]) == ("torch.optim.SGD", 0.25)
 
 
 def test_signature_is_kept_for_command_lines():
