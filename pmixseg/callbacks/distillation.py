@@ -141,6 +141,7 @@ class Distillation(TermCallback):
         if term is not None and term.teacher is not None:
             student = cast(SegmentationModule, pl_module)
             term.teacher.preparation.refuse_other(student.preparation, "the teacher")
+            student.preparation = student.preparation.building_on(term.teacher.preparation)
             term.teacher.to(pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

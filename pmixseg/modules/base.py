@@ -328,11 +328,11 @@ class SegmentationModule(ScoredNetwork):
         """
         if self.anchor is not None and self.anchor.learned and not self.anchor_gets_gradient():
             raise InputError(
-                f"the learned weights of the anchor get no gradient from the segmentation loss of "
-                f"this {type(self).__name__} (fill: {self.fill}, fill_levels: {self.fill_levels}), "
-                "so they would stay uniform; use fill: anchor with missing modalities, or weights: "
-                "uniform."
+                "the anchor's learned weights get no gradient from the segmentation loss of this "
+                f"{type(self).__name__} (fill: {self.fill}, fill_levels: {self.fill_levels}), so "
+                "stay uniform; use fill: anchor with missing modalities, or weights: uniform."
             )
+        super().on_fit_start()
         check_parameters(self, self.trainer)
         self.repairs = repair_gradients(self)
         self._loss_log = LossLog(seldom=static_on(self.device))

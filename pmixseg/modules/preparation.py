@@ -131,6 +131,10 @@ class Preparation:
             )
         if self.cases and trained.cases and (other := _replaced(self.cases, trained.cases)):
             rank_zero_info(f"{other}.")
+        return self.building_on(trained)
+
+    def building_on(self, trained: Preparation) -> Preparation:
+        """Return the same, with the cases of a model that begins or teaches this training."""
         cases = trained.cases if self.cases is None else self.cases.after(trained.cases)
         return replace(self, cases=cases)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, Self
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.training_cases import SeenCase, refusal_of_seen
 from pmixseg.errors import InputError, count_of
@@ -73,6 +74,17 @@ class ScoredNetwork(SegmentationNetwork):
     def recording(self) -> Recording:
         """What a test leaves in the trainer's folder."""
         return Recording(Path(self.trainer.default_root_dir), self.task, self.evaluation)
+
+    def on_fit_start(self) -> None:
+        """Say now, and not after the training, that its test part is known already."""
+        data, cases = getattr(self.trainer, "datamodule", None), self.preparation.cases
+        earlier = cases is not None and cases.earlier
+        if earlier and (known := seen_cases(data, "test", self.preparation, ())):
+            rank_zero_warn(
+                f"{count_of(len(known), 'case')} of the test part trained what this training begins "
+                f"with or is taught by ({listed([case.name for case in known])}), so that no test "
+                "will score them without --force; take the same split."
+            )
 
     def on_validation_start(self) -> None:
         """Refuse cases that the model was trained on, unless :attr:`force` is set."""

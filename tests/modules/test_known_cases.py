@@ -174,6 +174,24 @@ def test_force_goes_on_and_records_and_report_say_so(trained, score, tmp_path, c
     assert "1 of its test cases were used to train" in page
 
 
+@pytest.mark.parametrize("start", ["--init_from={}", "--distill.weight=1 --distill.teacher={}"])
+def test_what_a_model_begins_with_or_is_taught_by_is_told_and_never_tested(
+    start, trained, store, tmp_path, capsys
+):
+    first = cases_of(trained)
+    parts = {"train": first.test[0], "val": first.test[1], "test": first.train[0]}
+    flags = [*TINY, *start.format(trained).split(), "--data.split=SplitFiles"]
+    for part, case in parts.items():
+        (tmp_path / f"{part}.txt").write_text(f"{case}\n")
+        flags.append(f"--data.split.{part}={tmp_path / part}.txt")
+    run = tmp_path / "run"
+    flags += [f"--run={run}", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    with pytest.warns(UserWarning, match=f"1 case of the test part .*{first.train[0]}"):
+        assert main(["fit", f"--data.store={store}", *flags, *QUIET]) == 0
+    assert main(["test", f"--ckpt_path={run}/checkpoints/last.ckpt", *QUIET]) == 1
+    assert f"{first.train[0]} (earlier training)" in capsys.readouterr().err
+
+
 def test_what_weights_were_trained_with_before_is_not_forgotten(trained, store, tmp_path):
     first = cases_of(trained)
     flags = f"--init_from={trained}", "--trainer.max_steps=1"
