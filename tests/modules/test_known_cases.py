@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.cli import main
@@ -80,6 +81,16 @@ def test_a_test_without_a_split_takes_store_and_split_of_the_training(trained, s
     assert set(records.table["case"]) == set(cases_of(trained).test)
     assert records.sidecar.split == read_checkpoint(trained)["pmixseg"]["split"]
     assert list(records.sidecar.seen) == []
+
+
+def test_a_process_on_its_own_writes_records_whatever_rank_its_environment_has(
+    score, tmp_path, monkeypatch
+):
+    # As in one of several tasks of a SLURM job, each with a run of its own.
+    monkeypatch.setattr(rank_zero_only, "rank", 3)
+    code, said = score("test")
+    assert code == 0, said
+    assert Records.read(tmp_path / "r").sidecar.part == "test"
 
 
 def test_validation_and_prediction_take_them_as_well(trained, score, tmp_path):
