@@ -81,9 +81,9 @@ class ScoredNetwork(SegmentationNetwork):
         earlier = cases is not None and cases.earlier
         if earlier and (known := seen_cases(data, "test", self.preparation, ())):
             rank_zero_warn(
-                f"{count_of(len(known), 'case')} of the test part trained what this training begins "
-                f"with or is taught by ({listed([case.name for case in known])}), so that no test "
-                "will score them without --force; take the same split."
+                f"{count_of(len(known), 'case')} of the test part trained what this model begins "
+                f"with or is taught by ({listed([case.name for case in known])}), so no test will "
+                "score them without --force; take the same split."
             )
 
     def on_validation_start(self) -> None:

@@ -17,6 +17,7 @@ from pmixseg.data.cohorts.dataset_json import described_layout
 from pmixseg.data.cohorts.matching import Cohort, Tree, match
 from pmixseg.data.cohorts.presets import LAYOUTS
 from pmixseg.data.cohorts.unread import reasons, with_unread
+from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError
 from pmixseg.task import Task
 
@@ -183,6 +184,8 @@ def _for_task(layout: Layout, tree: Tree, task: Task, labels: LabelNames | None)
     if labels and not layout.described:
         coding = coding_by_numbers(labels, task, "these labels")
         full = replace(layout, codes=coding.codes, also=coding.also, ignored=())
+    if full.label and (labels or layout.name not in LAYOUTS):  # once, and before any case
+        Coding.of(task, full.codes, full.ignored, also=full.also)
     lacking = [m for m in task.modalities if m not in full.images]
     if lacking:
         raise InputError(
@@ -197,7 +200,8 @@ def _recognise(tree: Tree, task: Task, labels: LabelNames | None) -> Cohort:
     faults: list[str] = []
     most = 0
     if labels and not (tree.root / "dataset.json").exists():
-        coding_by_numbers(labels, task, "these labels")  # what is wrong there is no layout's fault
+        coding = coding_by_numbers(labels, task, "these labels")
+        Coding.of(task, coding.codes, also=coding.also)  # what is wrong there is no layout's fault
     for preset in LAYOUTS.values():
         try:
             cohort = match(tree, _for_task(preset, tree, task, labels))

@@ -180,8 +180,12 @@ def _reconcile(
     for folder in sorted((report.store / CASES).iterdir()):
         # Hidden folders are cases that other processes are writing.
         meta = None if folder.name[0] == "." else read_meta(folder)
-        if meta is None or meta["parameters"] != parameters:
-            continue  # not listed by Store.open, so nobody trains on it
+        if meta is None:
+            continue
+        if meta["parameters"] != parameters:  # Store.open lists none, and no one trains on it
+            if folder.name not in names:  # else another share of the cohort does it again
+                report.otherwise.append(folder.name)
+            continue
         origin = origin_of(folder)
         gone = folder.name not in names and (origin is None or not Path(origin).exists())
         if gone and prune:

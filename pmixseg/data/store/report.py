@@ -24,6 +24,8 @@ class PrepareReport:
         gone: cases that were prepared into the store before, are not among these, and whose
             source is where it was no longer; they are still split and trained on.
         elsewhere: the same, but their source is still there: another cohort's, as a rule.
+        otherwise: cases that were prepared into the store with other parameters; while it has those
+            of this call, nobody trains on them.
         pruned: cases that were gone and have been removed from the store.
         cohort: sentences about the cohort as a whole.
         seconds: wall time.
@@ -38,6 +40,7 @@ class PrepareReport:
     unlabelled: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
+    otherwise: list[str] = field(default_factory=list)
     pruned: list[str] = field(default_factory=list)
     cohort: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -64,6 +67,11 @@ class PrepareReport:
             lines.append(
                 f"also in the store, from other folders or under another layout: "
                 f"{listed(self.elsewhere)}"
+            )
+        if self.otherwise:
+            lines.append(
+                "no longer used, for they were prepared with other spacing, dtype or normalisation: "
+                f"{listed(self.otherwise)}; prepare them again alike, or into a store of their own"
             )
         lines += [f"left out: {line}" for line in grouped(self.failed.items())]
         if self.failed:

@@ -15,6 +15,7 @@ import pytest
 
 from pmixseg.cli import main
 from pmixseg.data.cohorts.layouts import find_cases
+from pmixseg.data.cohorts.shares import Share
 from pmixseg.data.scans.canonical import canonicalise
 from pmixseg.data.store import stored as storing
 from pmixseg.data.store.arrays import copy_box
@@ -142,11 +143,30 @@ def test_a_changed_layout_or_parameter_is_noticed(cohort, out):
 
 def test_cases_of_other_parameters_are_not_mixed_in(cohort, out):
     quietly(cohort, out)
+    report = quietly(cohort[:1], out, spacing=(2.0, 2.0, 2.0))
+    lost = ", ".join(c.case_id for c in cohort[1:])
+    assert "no longer used, for they were prepared with" in report.summary()
+    assert f"normalisation: {lost}; prepare them again" in report.summary()
+    assert "no longer used" not in quietly(cohort, out, share=Share(1, 2)).summary()
     quietly(cohort[:1], out, spacing=(2.0, 2.0, 2.0))
     store = Store.open(out)
     assert store.cases == (cohort[0].case_id,) and store.spacing == (2.0, 2.0, 2.0)
     with pytest.raises(InputError, match="has no case 'BraTS2021_00001'"):
         store.read(cohort[1].case_id)
+
+
+@pytest.mark.parametrize("how", ["labels", "layout"])
+def test_label_numbers_that_fit_no_case_are_refused_before_a_copy_goes(cohort, out, how, capsys):
+    quietly(cohort, out)
+    root, before = cohort[0].label.parents[1], files_of(out)
+    flags = ["--labels", "NCR=1", "ED=2", "ET=2"]
+    if how == "layout":
+        layout = out.parent / "mine.yaml"
+        layout.write_text("{base: brats2021, codes: {NCR: 1, ED: 2, ET: 2}}")
+        flags = ["--layout", str(layout)]
+    assert main(["prepare", str(root), str(out), "--workers=0", *flags]) == 1
+    assert "must give each of ['NCR', 'ED', 'ET'] a number of its own" in capsys.readouterr().err
+    assert files_of(out) == before
 
 
 def test_one_bad_case_stops_no_other_and_its_old_copy_goes(cohort, out):
