@@ -70,7 +70,7 @@ class PrepareReport:
             )
         if self.otherwise:
             lines.append(
-                "no longer used, for they were prepared with other spacing, dtype or normalisation: "
+                "no longer used, being prepared with another spacing, dtype or normalisation: "
                 f"{listed(self.otherwise)}; prepare them again alike, or into a store of their own"
             )
         lines += [f"left out: {line}" for line in grouped(self.failed.items())]

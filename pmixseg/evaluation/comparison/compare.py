@@ -26,7 +26,7 @@ from pmixseg.evaluation.comparison.paired_tests import (
 )
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
 from pmixseg.evaluation.records.records import KEY, Records
-from pmixseg.evaluation.records.tables import run_name
+from pmixseg.evaluation.records.tables import refuse_other_truth, run_name
 
 ENOUGH_PAIRS = 8
 ENOUGH_CASES = 20
@@ -107,9 +107,10 @@ def compare(
 
     Raises:
         InputError: no run, unequal numbers of runs, a column is missing or holds no numbers, rows
-            occur twice, or nothing is common to all runs.
+            occur twice, a case has two truths, or nothing is common to all runs.
     """
     _check(a, b, measure)
+    refuse_other_truth([*a, *b])
     remarks = list(notes)
     # Primary endpoint: mean Dice per case, one difference per pair of runs.
     dice = _aligned([*a, *b], "dice", remarks)

@@ -278,7 +278,7 @@ def dots(combination: Iterable[str], task: Task) -> list[str]:
 
 
 def check_together(runs: Sequence[Records]) -> None:
-    """Refuse runs that no table can hold together: none, an empty one, two tasks, a name twice."""
+    """Refuse runs that no table can hold together: none, an empty one, two tasks, two truths, a name twice."""
     if not runs or any(one.table.empty for one in runs):
         raise InputError("there is no record to tabulate; test a run first.")
     first = runs[0].task
@@ -292,6 +292,25 @@ def check_together(runs: Sequence[Records]) -> None:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise InputError(f"two runs are named {twice}; rename the folder of one.")
+    refuse_other_truth([one.table for one in runs])
+
+
+def refuse_other_truth(tables: Sequence[pd.DataFrame]) -> None:
+    """Refuse tables in which one name stands for other label maps, as far as their volumes tell."""
+    key, truth = ["case", "region"], "truth_volume_ml"
+    told = [one[[*key, truth]] for one in tables if {*key, truth} <= {*one}]
+    if not told:
+        return
+    every = pd.concat(told)
+    every[truth] = pd.to_numeric(every[truth], errors="coerce")
+    of = every.groupby(key, sort=False)[truth].agg(["min", "max"])
+    other = of[of["max"] - of["min"] > 1e-3 * of["max"]]
+    if len(other):
+        (case, region), (low, high) = other.index[0], other.iloc[0]
+        raise InputError(
+            f"case '{case}' has {low:g} ml of {region} in one table and {high:g} ml in another, so "
+            "they were scored on other label maps or other patients; test the runs on one cohort."
+        )
 
 
 def best_of(

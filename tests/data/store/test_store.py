@@ -145,7 +145,7 @@ def test_cases_of_other_parameters_are_not_mixed_in(cohort, out):
     quietly(cohort, out)
     report = quietly(cohort[:1], out, spacing=(2.0, 2.0, 2.0))
     lost = ", ".join(c.case_id for c in cohort[1:])
-    assert "no longer used, for they were prepared with" in report.summary()
+    assert "no longer used, being prepared with" in report.summary()
     assert f"normalisation: {lost}; prepare them again" in report.summary()
     assert "no longer used" not in quietly(cohort, out, share=Share(1, 2)).summary()
     quietly(cohort[:1], out, spacing=(2.0, 2.0, 2.0))

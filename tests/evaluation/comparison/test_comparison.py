@@ -19,6 +19,7 @@ from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.task import BRATS, format_combination
 from tests.docs.pages import DOCS
 
+TRUTH = "truth_volume_ml"
 COMBINATIONS = [format_combination(c) for c in BRATS.combinations()]
 
 
@@ -265,6 +266,10 @@ def test_wrong_records_are_refused():
         compare([pd.concat([good, good])], [good])
     with pytest.raises(InputError, match="same cases"):
         compare([good], [good.assign(case="elsewhere" + good["case"])])
+    one, other = good.assign(**{TRUTH: 2.0}), run(1).assign(**{TRUTH: 3.5})
+    with pytest.raises(InputError, match=r"'c00' has 2 ml of WT in one table and 3\.5 ml in an"):
+        compare([one], [other])
+    assert compare([one], [run(1)]).mean_a == compare([one], [run(1).assign(**{TRUTH: 2.0})]).mean_a
 
 
 def test_everything_goes_to_json_and_text():
