@@ -18,6 +18,9 @@ from pmixseg.files import inside, not_among, not_beside, whole
 from pmixseg.inference.overview import overview, scans_on_grid
 from pmixseg.task import Task
 
+EXTRA = ("_probabilities", "_entropy")
+"""Ends of the names of volumes that are written beside a label map where asked for."""
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -83,20 +86,34 @@ class Outputs:
         return path
 
     def of_others(self, result: Segmentation) -> list[str]:
-        """Return a sentence if a result, to be written, replaces one of other scans."""
-        path = inside(self.folder, f"{result.name}_seg.json", "case")
+        """Return sentences on what a result, to be written, replaces of other scans or leaves."""
+        name = result.name
+        path = inside(self.folder, f"{name}_seg.json", "case")
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))["inputs"]
-            before = {facts["sha256"]: str(facts["file"]) for facts in there.values()}
+            there = json.loads(path.read_text(encoding="utf-8"))
+            before = {facts["sha256"]: str(facts["file"]) for facts in there["inputs"].values()}
+            files = {Path(str(file)).name for file in there.get("files", {}).values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []  # no result, or none of this package
-        if not before or before.keys() & {f.get("sha256") for f in result.inputs.values()}:
-            return []
-        return [
-            f"case '{result.name}': this replaces the result of other scans "
-            f"({', '.join(before.values())}) in {self.folder}; write each patient into a folder of "
-            "its own, or name the scans and the case (--name)."
-        ]
+        ending = ".nii.gz" if self.compress else ".nii"
+        volumes = ["" if self.plain else "_seg", *(w for w in EXTRA if getattr(self, w[1:]))]
+        drawn = f"{name}_seg.png"
+        written = {f"{name}{what}{ending}" for what in volumes} | ({drawn} if self.png else set())
+        left = {f for f in files if f.endswith((".nii", ".nii.gz"))} | {drawn}
+        left = {file for file in left - written if (self.folder / file).is_file()}
+        phrases = []
+        if left:
+            phrases.append(
+                f"case '{name}': {', '.join(sorted(left))} in {self.folder} stay there of the "
+                "result that this one replaces, and do not belong to it; remove them."
+            )
+        if before and not before.keys() & {f.get("sha256") for f in result.inputs.values()}:
+            phrases.append(
+                f"case '{name}': this replaces the result of other scans "
+                f"({', '.join(before.values())}) in {self.folder}; write each patient into a "
+                "folder of its own, or name the scans and the case (--name)."
+            )
+        return phrases
 
     def check(self, name: str, files: Sequence[Path], *, of_cohort: bool = True) -> None:
         """Refuse results that would take the place of a scan, or be taken for a case's label.
@@ -108,7 +125,7 @@ class Outputs:
         if of_cohort:
             not_beside(self.folder, files)
         ending = ".nii.gz" if self.compress else ".nii"
-        for what in ("" if self.plain else "_seg", "_probabilities", "_entropy"):
+        for what in ("" if self.plain else "_seg", *EXTRA):
             not_among(self.folder / f"{name}{what}{ending}", files)
 
 

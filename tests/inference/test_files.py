@@ -138,6 +138,22 @@ def test_everything_that_can_be_written(model, cases, tmp_path, checkpoint):
     assert facts["settings"]["window"] == [32, 32, 32]
 
 
+def test_what_an_earlier_result_leaves_beside_a_new_one_is_told(model, cases, tmp_path):
+    """Names and numbers that lie there are of the new label map, and the old one has others."""
+    images = {"t2": cases[0].images["t2"]}
+    every = Outputs(tmp_path, probabilities=True, entropy=True, png=True)
+
+    def said(outputs):
+        return " ".join(segment_files(model, images, outputs, name="me").warnings)
+
+    assert "stay there" not in said(every)
+    assert "stay there" not in said(every)
+    old = "me_entropy.nii.gz, me_probabilities.nii.gz, me_seg.nii.gz, me_seg.png"
+    assert f"case 'me': {old} in {tmp_path} stay there" in said(Outputs(tmp_path, compress=False))
+    assert "me_seg.nii, me_seg.png in" in said(Outputs(tmp_path, plain=True))
+    assert "me.nii.gz, me_seg.png in" in said(Outputs(tmp_path))
+
+
 def test_no_result_takes_the_place_of_a_label(model, cases, small_root):
     folder = small_root / "HGG" / cases[0].case_id
     label = (folder / f"{cases[0].case_id}_seg.nii.gz").read_bytes()
