@@ -191,10 +191,11 @@ def parse_combination(text: str | Iterable[str], modalities: Sequence[str]) -> C
     """
     names = [n.strip() for n in text.split("+")] if isinstance(text, str) else list(text)
     unknown = [n for n in names if n not in modalities]
-    if unknown or not names:
+    if unknown or not names or len({*names}) < len(names):
         raise InputError(
-            f"combination '{format_combination(names)}' names {unknown or 'no modality'}; "
-            f"use names of {list(modalities)} joined by '+'."
+            f"combination '{format_combination(names)}' names "
+            f"{unknown or ('one modality twice' if names else 'no modality')}; use names of "
+            f"{list(modalities)} joined by '+'."
         )
     return tuple(m for m in modalities if m in names)
 

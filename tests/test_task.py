@@ -42,7 +42,10 @@ def test_parse_is_the_inverse_of_format_in_any_order(names, random):
     assert presence(parsed, BRATS.modalities) == tuple(m in names for m in BRATS.modalities)
 
 
-@pytest.mark.parametrize(("text", "word"), [("flair+adc", "adc"), ("", "''"), ("FLAIR", "FLAIR")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("flair+adc", "adc"), ("", "''"), ("FLAIR", "FLAIR"), ("t1+t1", "one modality twice")],
+)
 def test_unknown_modality_is_named(text, word):
     with pytest.raises(InputError, match=word):
         parse_combination(text, BRATS.modalities)

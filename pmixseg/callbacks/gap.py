@@ -28,6 +28,7 @@ from pmixseg.evaluation.report.figures import projection_figure, save_png
 from pmixseg.losses.alignment import resolve_levels
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.recording import results_folder
 from pmixseg.modules.scoring import EQUAL
 from pmixseg.task import Task, format_combination
 
@@ -224,7 +225,7 @@ class GapMonitor(Callback, Described):
                 logger.experiment.add_figure(f"gap/{when}", figure, trainer.global_step)
             elif not written:
                 written = True
-                path = Path(trainer.default_root_dir) / "gap" / f"{when}.png"
+                path = results_folder(trainer) / "gap" / f"{when}.png"
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     save_png(figure, path)

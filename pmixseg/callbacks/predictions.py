@@ -14,6 +14,7 @@ from pmixseg.data.formats.outputs import write_labels, write_volume
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction
 from pmixseg.files import inside
+from pmixseg.modules.recording import results_folder
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -50,7 +51,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def path(self, trainer: Trainer) -> Path:
         """Return the folder that is written into."""
-        return Path(self.folder or Path(trainer.default_root_dir) / "predictions")
+        return Path(self.folder or results_folder(trainer) / "predictions")
 
     def write_on_batch_end(
         self,

@@ -20,6 +20,7 @@ from pmixseg.errors import InputError
 from pmixseg.evaluation.records.records import Row, gather_rows
 from pmixseg.evaluation.records.spreadsheets import quote_formulas
 from pmixseg.files import whole
+from pmixseg.modules.recording import results_folder
 from pmixseg.modules.scoring import EQUAL
 from pmixseg.task import Combination, format_combination, parse_combination, presence
 
@@ -60,7 +61,7 @@ class ProtocolScores(Callback, Described):
         ]
         for name, table in zip(self.protocols, tables, strict=True):
             pl_module.log(f"test/protocol/{name}", float(table["dice"].mean()), **EQUAL)
-        _write(pd.concat(tables), Path(trainer.default_root_dir) / "protocols.csv")
+        _write(pd.concat(tables), results_folder(trainer) / "protocols.csv")
 
 
 def protocol_scores(

@@ -179,7 +179,8 @@ class RunCheckpoint(ModelCheckpoint):
             save_last=True,
             enable_version_counter=False,
         )
-        self._folder = Path(run) / "checkpoints"
+        self.run = Path(run)
+        self._folder = self.run / "checkpoints"
         self._held: int | None = None
         self._to_compare = False
         self._kept_at = -1

@@ -94,12 +94,14 @@ class SplitLists(SplitPlan):
 
     def __init__(
         self,
-        train: Sequence[str] = (),
-        val: Sequence[str] = (),
-        test: Sequence[str] = (),
+        train: Sequence[str | Path] = (),
+        val: Sequence[str | Path] = (),
+        test: Sequence[str | Path] = (),
         source: str = "the configuration",
     ) -> None:
-        self.lists = Split(tuple(train), tuple(val), tuple(test))
+        # Folders of a store, as a glob gives them, name their cases.
+        parts = ((c.name if isinstance(c, Path) else c for c in p) for p in (train, val, test))
+        self.lists = Split(*map(tuple, parts))
         self.source = source
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:

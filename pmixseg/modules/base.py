@@ -329,8 +329,8 @@ class SegmentationModule(ScoredNetwork):
         if self.anchor is not None and self.anchor.learned and not self.anchor_gets_gradient():
             raise InputError(
                 "the anchor's learned weights get no gradient from the segmentation loss of this "
-                f"{type(self).__name__} (fill: {self.fill}, fill_levels: {self.fill_levels}), so "
-                "stay uniform; use fill: anchor with missing modalities, or weights: uniform."
+                f"{type(self).__name__} (fill: {self.fill}, fill_levels: {self.fill_levels}), and "
+                "would stay uniform; use fill: anchor with missing modalities, or uniform weights."
             )
         super().on_fit_start()
         check_parameters(self, self.trainer)

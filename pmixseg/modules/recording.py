@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
@@ -22,6 +23,13 @@ from pmixseg.evaluation.records.records import Records, mean_over_cases
 from pmixseg.evaluation.records.sidecar import Sidecar
 from pmixseg.modules.preparation import Preparation, are_synthetic
 from pmixseg.task import Combination, Task
+
+
+def results_folder(trainer: Trainer) -> Path:
+    """Return the trainer's folder; that of a :class:`RunCheckpoint` where none was given."""
+    given = Path(trainer.default_root_dir)
+    runs = [Path(c.run) for c in trainer.checkpoint_callbacks if hasattr(c, "run")]
+    return runs[0] if runs and given == Path.cwd() else given
 
 
 @dataclass(frozen=True)

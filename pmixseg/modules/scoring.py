@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
 import torch
@@ -22,7 +21,7 @@ from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.execution import static_on
 from pmixseg.modules.network import SegmentationNetwork
 from pmixseg.modules.preparation import seen_cases
-from pmixseg.modules.recording import Recording
+from pmixseg.modules.recording import Recording, results_folder
 from pmixseg.modules.training.trainer_checks import check_item, check_loaders
 from pmixseg.task import Combination
 
@@ -72,8 +71,8 @@ class ScoredNetwork(SegmentationNetwork):
 
     @property
     def recording(self) -> Recording:
-        """What a test leaves in the trainer's folder."""
-        return Recording(Path(self.trainer.default_root_dir), self.task, self.evaluation)
+        """What a test leaves in the run's folder."""
+        return Recording(results_folder(self.trainer), self.task, self.evaluation)
 
     def on_fit_start(self) -> None:
         """Say now, and not after the training, that its test part is known already."""

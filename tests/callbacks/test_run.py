@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pmixseg.backbones import MultiEncoderUNet
-from pmixseg.callbacks import RunCheckpoint, RunLogger
+from pmixseg.callbacks import PredictionWriter, RunCheckpoint, RunLogger
 from pmixseg.callbacks.silence import silence_lightning
 from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule, load
 from pmixseg.modules.checkpoint import write_checkpoint
+from pmixseg.modules.recording import results_folder
 from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, quiet_trainer
 from tests.processes import said_of_a_full_disk
@@ -68,6 +69,22 @@ def test_a_checkpoint_without_a_folder_lies_beside_the_others(tmp_path):
     backbone = MultiEncoderUNet(BRATS.modalities, 4, width=2, levels=2)
     trainer.fit(StudentModule(backbone=backbone), MemoryData())
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_results_lie_in_the_run_and_not_in_the_working_folder(tmp_path, monkeypatch):
+    """Trainers that are given no folder would replace each other's records."""
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        Trainer(callbacks=[RunCheckpoint(name)], logger=False, accelerator="cpu") for name in "ab"
+    ]
+    assert [results_folder(run) for run in runs] == [Path("a"), Path("b")]
+    given = Trainer(default_root_dir="c", callbacks=[RunCheckpoint("a")], accelerator="cpu")
+    plain = Trainer(enable_checkpointing=False, logger=False, accelerator="cpu")
+    assert [results_folder(run).name for run in (given, plain)] == ["c", tmp_path.name]
+    module = StudentModule(backbone=MultiEncoderUNet(BRATS.modalities, 4, width=2, levels=2))
+    module._trainer = runs[1]
+    assert module.recording.path == Path("b/records.csv")
+    assert PredictionWriter().path(runs[1]) == Path("b/predictions")
 
 
 OLD = "epoch,step,gap/ratio\n-1,0,0.5\n0,0,0.4\n7,70,0.3\n"

@@ -13,6 +13,7 @@ from pmixseg.data.splits import (
     KFold,
     SplitFiles,
     SplitJson,
+    SplitLists,
     WholeCohort,
     divided_patients,
 )
@@ -48,6 +49,11 @@ def test_published_lists_are_recognised(number):
     changed = Split(split.train[1:], split.val, split.test)
     assert changed.published is None and changed.name == changed.hash != split.hash
     assert len(PUBLISHED) == 3
+
+
+def test_folders_of_a_store_name_their_cases(tmp_path):
+    split = SplitLists([tmp_path / "a"], val=["b"], test=(Path("st/cases/c"),))
+    assert split.split([case(name) for name in "abc"]) == Split(("a",), ("b",), ("c",))
 
 
 def test_hash_ignores_order_and_tells_parts_apart():

@@ -278,7 +278,7 @@ def dots(combination: Iterable[str], task: Task) -> list[str]:
 
 
 def check_together(runs: Sequence[Records]) -> None:
-    """Refuse runs that no table can hold together: none, an empty one, two tasks, two truths, a name twice."""
+    """Refuse runs that no table holds: none, an empty one, two tasks, truths, or equal names."""
     if not runs or any(one.table.empty for one in runs):
         raise InputError("there is no record to tabulate; test a run first.")
     first = runs[0].task
