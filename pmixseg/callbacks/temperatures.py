@@ -20,6 +20,7 @@ from pmixseg.evaluation.scores.calibration import (
     TemperatureFit,
     Temperatures,
 )
+from pmixseg.files import not_among
 from pmixseg.modules.checkpoint import write_temperatures
 from pmixseg.task import Task
 
@@ -49,14 +50,15 @@ class TemperatureFitting(Callback):
         """Begin anew, without cases of an earlier validation; refuse what cannot be fitted.
 
         Raises:
-            InputError: several processes, or a model that no checkpoint holds.
+            InputError: several processes, a model that no checkpoint holds, or its own file as
+                the output.
         """
         if trainer.world_size > 1:
             raise InputError(
                 f"temperatures are fitted in one process, not in {trainer.world_size}; give "
                 "devices 1 (--trainer.devices)."
             )
-        self._source(trainer, pl_module)
+        not_among(self.out, [Path(self._source(trainer, pl_module))])
         self.fit = TemperatureFit(self.voxels_per_case)
 
     def on_validation_batch_end(

@@ -131,6 +131,17 @@ def test_only_validation_cases_are_fitted_on(run, phantom_store, capsys):
     assert "pmixseg validate" in capsys.readouterr().err
 
 
+def test_a_checkpoint_is_not_replaced_by_its_fitted_copy(run, phantom_store, capsys):
+    before = (run / "raw.ckpt").read_bytes()
+    same = f"--calibrate={run / 'raw.ckpt'}"
+    flags = [
+        f for f in command("validate", run / "raw.ckpt", phantom_store, run) if "--cal" not in f
+    ]
+    assert main([*flags, same]) == 1
+    assert "raw.ckpt is read here and would be replaced" in capsys.readouterr().err
+    assert (run / "raw.ckpt").read_bytes() == before
+
+
 def test_impossible_settings_are_refused(run, phantom_store, capsys):
     for name in ("records.xlsx", "elsewhere/records.csv"):
         flags = [f"--model.evaluation.records={name}", f"--run={run / 'never'}"]
