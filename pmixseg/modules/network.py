@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from pmixseg.argument_checks import checked
@@ -196,8 +196,6 @@ class SegmentationNetwork(LightningModule, Described):
             InputError: a precision or strategy of the trainer that would change the model, a
                 compiler put around it, or data of another task.
         """
-        # Lightning reads it from RANK or SLURM_PROCID, also where this process runs on its own.
-        rank_zero_only.rank = self.trainer.global_rank
         check_stage(self, stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 
 from pmixseg.data.datamodule import BraTSDataModule
@@ -93,6 +93,8 @@ def check_dtype(module: nn.Module) -> None:
 
 def check_stage(module: LightningModule, stage: str) -> None:
     """Refuse what would change a model or its steps; say so where there is nothing to do."""
+    # Lightning reads it from RANK or SLURM_PROCID, also where this process runs on its own.
+    rank_zero_only.rank = module.trainer.global_rank  # type: ignore[attr-defined]  # as Lightning does
     check_dtype(module)
     check_machine(module.trainer)
     name = f"limit_{stage.replace('validate', 'val')}_batches"
