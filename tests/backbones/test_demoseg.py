@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from pmixseg.backbones import DeMoSeg
+from pmixseg.backbones.demoseg import ChannelOrder
 from pmixseg.errors import InputError
+from pmixseg.execution import as_on_gpu
 from pmixseg.task import BRATS, all_combinations
 from pmixseg.testing import check_backbone
 from pmixseg.types import Latents
@@ -68,3 +70,16 @@ def test_wrong_arguments_are_refused():
         DeMoSeg(order=["t1", "t2"])
     with pytest.raises(InputError, match="levels"):
         DeMoSeg(levels=1)
+
+
+def test_a_cpu_adds_the_ordered_channels_as_everywhere():
+    torch.manual_seed(0)
+    part = ChannelOrder(8).double()
+    x = torch.randn(3, 8, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    ours = part(x)
+    with as_on_gpu():
+        theirs = part(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(ours)
+    mine, others = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, theirs))
+    torch.testing.assert_close(mine, others, rtol=1e-10, atol=1e-12)
