@@ -158,4 +158,6 @@ def _card(
         task=task,
         conventions=conventions,
         phantom=None if records is None else records.sidecar.phantom,
+        seen=0 if records is None else len(records.sidecar.seen),
+        scored=None if records is None else records.scored,
     )

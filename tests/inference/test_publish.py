@@ -1,6 +1,7 @@
 """Checkpoints to published folders and back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,17 @@ def test_the_card_says_what_was_measured_and_on_what(checkpoint, tmp_path):
         assert text in card
     about = json.loads((folder / DESCRIPTION).read_text())["about"]
     assert about["results"][0]["mean"] == 30.0
+
+
+def test_the_card_says_that_the_model_knew_cases_and_that_others_were_not_scored(
+    checkpoint, tmp_path
+):
+    records = records_of([("a", "t1", "WT", 0.9)], checkpoint_identity(checkpoint))
+    about = replace(records.sidecar, seen=("a",), part="test", part_size=3)
+    path = replace(records, sidecar=about).write(tmp_path / "records.csv")
+    card = (publish(checkpoint, tmp_path / "model", records=path) / CARD).read_text()
+    assert "**1 of these cases were used to train or select the model, so its scores are" in card
+    assert "**1 of 3 cases of the part were scored.**" in card
 
 
 def test_records_of_another_checkpoint_are_refused(checkpoint, tmp_path):
