@@ -113,7 +113,7 @@ class SegmentationModule(ScoredNetwork):
         self.term_weights: dict[str, TermWeight] = {}
         self._step: CompiledStep | None = None
         self._loss_log = LossLog(seldom=False)
-        self._callback_terms: dict[str, bool] = {}
+        self._callback_terms: set[str] = set()
         self._resuming, self._rate_changed = Resuming(), False
         self.save_hyperparameters(describe(self.init_args))
 
@@ -276,8 +276,8 @@ class SegmentationModule(ScoredNetwork):
             name: key in log and checkpoint.
             term: a differentiable scalar of a training step.
             weight: its factor in each epoch.
-            of_callback: it belongs to a callback, which adds it in ``setup``: a training without
-                that callback does not have it.
+            of_callback: it belongs to an active ``TermCallback`` of this name, which adds it in
+                ``setup``: a training without that callback does not have it.
 
         Raises:
             InputError: a callback's term would replace one of the module's own.
@@ -286,15 +286,15 @@ class SegmentationModule(ScoredNetwork):
             raise InputError(f"the model has a term '{name}'; give the callback's another name.")
         self.terms[name] = term
         self.term_weights[name] = weight
-        self._callback_terms.pop(name, None)
-        if of_callback:
-            self._callback_terms[name] = True
+        (self._callback_terms.add if of_callback else self._callback_terms.discard)(name)
 
     def _drop_earlier_terms(self) -> None:
-        """Remove terms that a callback of an earlier training added, and none of this one."""
-        for name in [name for name, new in self._callback_terms.items() if not new]:
-            del self.terms[name], self.term_weights[name], self._callback_terms[name]
-        self._callback_terms = dict.fromkeys(self._callback_terms, False)
+        """Remove terms of callbacks that an earlier training had, even one that failed at once."""
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+        now = {getattr(c, "name", None) for c in callbacks if getattr(c, "active", False)}
+        for name in self._callback_terms - now:
+            del self.terms[name], self.term_weights[name]
+        self._callback_terms &= now
 
     def aligned_levels(self) -> list[int] | None:
         """List the levels whose latents some term aligns; ``None`` where none does."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch.optim.lr_scheduler import StepLR
 
@@ -56,6 +57,19 @@ def test_a_callback_whose_weight_is_set_to_zero_lends_nothing(tmp_path):
     callback.weight = 0.0
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, MemoryData())
+    assert list(module.terms) == []
+
+
+def test_a_training_that_failed_at_once_lends_nothing(tmp_path):
+    class Fails(Callback):
+        def setup(self, trainer, module, stage):
+            raise RuntimeError("no disk")
+
+    module = StudentModule(backbone=tiny())
+    with pytest.raises(RuntimeError, match="no disk"):
+        fit(tmp_path, module, PmixAlignment(weight=1.0), Fails())
+    assert list(module.terms) == ["align"]
+    fit(tmp_path, module)
     assert list(module.terms) == []
 
 
