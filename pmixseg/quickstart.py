@@ -147,9 +147,9 @@ def teach(out: Path, seed: int, arm: Arm) -> None:
     """Fit the teacher of an arm, which sees all sequences."""
     data, run = cohort(out / "store", seed), out / "runs" / f"teacher-{arm.name}"
     seed_everything(seed, verbose=False)  # the initial weights
-    callbacks: list[Callback] = [
-        PmixAlignment(weight=arm.alignment, distance=DISTANCE, levels=ALIGNED)
-    ]
+    callbacks: list[Callback] = []
+    if arm.alignment:
+        callbacks.append(PmixAlignment(weight=arm.alignment, distance=DISTANCE, levels=ALIGNED))
     if arm == UNALIGNED and can_measure_gap(data):
         callbacks.append(GapMonitor())
     train(TeacherModule(**network(TEACHER_RATE)), data, run, TEACHER_STEPS, callbacks)

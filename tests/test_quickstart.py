@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 
 import pytest
 
@@ -41,7 +42,9 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
 
 def test_phantom_then_again_from_the_same_store(tmp_path, capsys, monkeypatch):
     out = tmp_path / "q"
-    assert main(["quickstart", "--out", str(out)]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # ours are such
+        assert main(["quickstart", "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
     assert "student-aligned" in page and "student-unaligned" in page
     assert not re.search(r"(src|href)=[\"']https?://", page), "the page loads something"

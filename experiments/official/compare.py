@@ -165,7 +165,7 @@ def trainings(steps: int, weight: float, folder: Path) -> None:
         "test WT Dice (%)")  # fmt: skip
     row("---", "---", "---", "---", "---", "---", "---")
     arms = {
-        "no alignment": (StudentModule, PmixAlignment()),
+        "no alignment": (StudentModule, None),
         "official-2025-07": (
             July2025Student,
             PmixAlignment(weight, official=July2025Alignment()),
@@ -186,7 +186,7 @@ def trainings(steps: int, weight: float, folder: Path) -> None:
         settings = EvaluationSettings(window=WINDOW, batch_size=4, calibration=False, examples=0)
         module = make(backbone=network(), evaluation=settings, optimizer=torch.optim.Adam)
         data = BraTSDataModule(store, patch_size=24, batch_size=4, patches_per_case=2, seed=1)
-        trainer = quiet(folder, steps, alignment)
+        trainer = quiet(folder, steps, *filter(None, [alignment]))
         trainer.fit(module, data)
         dice = test(folder, module, data)
         images = [item["image"] for item in data.items("test")]
