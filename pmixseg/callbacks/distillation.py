@@ -17,7 +17,7 @@ from pmixseg.errors import InputError
 from pmixseg.losses.distillation import DistillationLoss, LatentMatch, LogitKL, case_numbers
 from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
-from pmixseg.modules.checkpoint import load
+from pmixseg.modules.checkpoint import load, read_checkpoint
 from pmixseg.types import Batch, Scalar, SegOutput
 
 SECOND_DRAW = 0x5DEECE66D
@@ -67,6 +67,16 @@ class Distillation(TermCallback):
                 '{"logit": LogitKL()}.'
             )
         self.terms: dict[str, DistillationLoss] = {k: build(v) for k, v in chosen.items()}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Build the term when a training starts, or see that a teacher of weight 0 exists.
+
+        Raises:
+            InputError: as every callback of a term, or the teacher's checkpoint cannot be read.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not self.active and isinstance(self.teacher, str | Path):
+            read_checkpoint(self.teacher)  # a wrong name is one at any weight of a sweep
 
     def build_term(self, module: SegmentationModule) -> Term:
         """Build the distillation term for a module and its teacher."""

@@ -9,7 +9,7 @@ import warnings
 UNHELPFUL = re.compile(
     r"\W*(?:rank: \d+\] )?(Tip:|"
     r"(GPU|TPU|HPU|IPU) available|Seed set to|`Trainer\.\w+` (stopped|already)|"
-    r"`Trainer\(\w+=.*\)` was configured|Loading `train_dataloader` to estimate|"
+    r"`Trainer\(\w+=.*\)` (was configured|started running)|Loading `train_dataloader` to estimate|"
     r"weights_only` was not set|Restor(ing|ed) |Loaded model weights|Using (16bit|bfloat16|double)|"
     r"Detected KeyboardInterrupt|Received SIGTERM|LOCAL_RANK|"
     r"You are using a CUDA device .* Tensor Cores)"
@@ -29,6 +29,7 @@ EXPECTED = (
     r"Total length of `.*` across ranks is zero",
     r"Trainer already configured with model summary callbacks",
     r".*args parameter is intended",
+    r"You are trying to `self\.log\(\)` but `Trainer\(barebones=True\)`",
 )
 """Warnings about what this package sets itself, or about Lightning's own inside."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmixseg.cli.arguments import option
+from pmixseg.data.parts import PARTS
 from pmixseg.data.training_cases import TrainingCases
 from pmixseg.describe import describe
 from pmixseg.errors import InputError
@@ -55,7 +56,7 @@ def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, A
             )
         data["store"] = cases.store
     if (cases.train or cases.test) and not any(a.startswith("--data.split") for a in args):
-        lists = {part: list(getattr(cases, part)) for part in ("train", "val", "test")}
+        lists = {part: list(getattr(cases, part)) for part in (*PARTS, "lacking")}
         arguments = {**lists, "source": path}
         data["split"] = {"class_path": "pmixseg.data.SplitLists", "init_args": arguments}
     return data

@@ -90,6 +90,7 @@ class SplitLists(SplitPlan):
         val: ids of the validation cases.
         test: ids of the test cases.
         source: where the lists are from, for errors.
+        lacking: ids that an earlier split named and its cohort lacked; they are recorded.
     """
 
     def __init__(
@@ -98,10 +99,13 @@ class SplitLists(SplitPlan):
         val: Sequence[str | Path] = (),
         test: Sequence[str | Path] = (),
         source: str = "the configuration",
+        lacking: Sequence[str] = (),
     ) -> None:
         # Folders of a store, as a glob gives them, name their cases.
-        parts = ((c.name if isinstance(c, Path) else c for c in p) for p in (train, val, test))
-        self.lists = Split(*map(tuple, parts))
+        one, two, three = (
+            tuple(c.name if isinstance(c, Path) else c for c in part) for part in (train, val, test)
+        )
+        self.lists = Split(one, two, three, tuple(lacking))
         self.source = source
 
     def split(self, cases: Sequence[SplittableCase]) -> Split:

@@ -53,6 +53,7 @@ class TrainingCases:
         earlier: the same for cases of earlier trainings: of the weights that this one began with,
             and of its teacher.
         synthetic: all cases are of a phantom, those of earlier trainings too.
+        lacking: names of cases that the split's file had and the store lacked.
     """
 
     store: str | None = None
@@ -62,6 +63,7 @@ class TrainingCases:
     scans: Mapping[str, Scans] = field(default_factory=dict)
     earlier: Mapping[str, Scans] = field(default_factory=dict)
     synthetic: bool = False
+    lacking: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -124,9 +126,10 @@ class TrainingCases:
     def from_dict(cls, raw: Any, where: str) -> TrainingCases:
         """Read what :meth:`to_dict` wrote."""
         try:
-            known = {field.name: raw[field.name] for field in fields(cls)[:-1]}
-            # Checkpoints of before do not tell.
-            return cls(**known, synthetic=raw.get("synthetic", False) is True)
+            # Checkpoints of before do not tell of the last two.
+            known = {field.name: raw[field.name] for field in fields(cls)[:-2]}
+            synthetic = raw.get("synthetic", False) is True
+            return cls(**known, synthetic=synthetic, lacking=raw.get("lacking", ()))
         except (InputError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{where} does not say which cases it was trained on; it is damaged."
@@ -158,6 +161,7 @@ def training_cases(data: Any) -> TrainingCases | None:
         parts.test,
         {name: scans_of(store.read(name)) for name in seen},
         synthetic=all(store.read(name).synthetic for name in seen),
+        lacking=parts.lacking,
     )
 
 

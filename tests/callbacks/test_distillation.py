@@ -133,9 +133,12 @@ def test_the_teacher_is_moved_once_and_never_seen_by_the_student(tmp_path):
     assert not ours & {id(p) for p in teacher.parameters()}
 
 
-def test_a_teacher_without_a_weight_is_told(tmp_path):
-    with pytest.warns(UserWarning, match="distill.weight is 0, so this Distillation does nothing"):
-        fit(tmp_path, student(), Distillation("not read.ckpt"), max_epochs=1)
+def test_a_teacher_without_a_weight_is_told_and_must_exist(tmp_path):
+    told = pytest.warns(UserWarning, match="distill.weight is 0, so this Distillation does nothing")
+    with told:
+        fit(tmp_path, student(), Distillation(student()), max_epochs=1)
+    with told, pytest.raises(InputError, match=r"nowhere\.ckpt does not exist"):
+        fit(tmp_path, student(), Distillation("nowhere.ckpt"), max_epochs=1)
 
 
 @pytest.mark.parametrize("of", ["the student", "its backbone"])

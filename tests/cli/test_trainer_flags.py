@@ -206,11 +206,12 @@ def test_the_configuration_states_the_batch_size_and_rate_that_were_found(phanto
     assert model["optimizer"]["init_args"]["lr"] == 0.125
 
 
-def test_a_barebones_training_keeps_nothing(phantom_store, tmp_path):
+def test_a_barebones_training_keeps_nothing_without_advice(phantom_store, tmp_path, recwarn):
     few = [flag for flag in TINY if "enable_" not in flag]
     flags = [f"--run={tmp_path}", f"--data.store={phantom_store}", "--trainer.barebones=true"]
     assert main(["fit", *flags, *few, "--trainer.limit_train_batches=1"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert not [w for w in recwarn if "barebones" in str(w.message)]
 
 
 def test_a_command_that_does_nothing_says_so(phantom_store, tmp_path, capsys):

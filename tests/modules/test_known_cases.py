@@ -83,6 +83,21 @@ def test_a_test_without_a_split_takes_store_and_split_of_the_training(trained, s
     assert list(records.sidecar.seen) == []
 
 
+def test_a_test_records_what_the_training_s_split_lacked(trained, store, tmp_path):
+    cases = cases_of(trained)
+    (tmp_path / "train.txt").write_text(f"{cases.train[0]}\nnobody\n")
+    (tmp_path / "test.txt").write_text(f"{cases.test[0]}\n")
+    split = [f"--data.split.{part}={tmp_path}/{part}.txt" for part in ("train", "test")]
+    flags = [*TINY, *split, "--data.split.missing=skip", "--trainer.limit_val_batches=0"]
+    flags += ["--trainer.max_steps=1", "--model.evaluation.window=[32,40,32]"]
+    run = f"--run={tmp_path / 'r'}"
+    assert main(["fit", run, f"--data.store={store}", *flags, *QUIET]) == 0
+    assert main(["test", run, "--ckpt_path=last", *QUIET]) == 0
+    split = read_checkpoint(tmp_path / "r" / "checkpoints" / "last.ckpt")["pmixseg"]["split"]
+    assert Records.read(tmp_path / "r").sidecar.split == split
+    assert split.endswith(", 1 case lacking")
+
+
 def test_a_process_on_its_own_writes_records_whatever_rank_its_environment_has(
     score, tmp_path, monkeypatch
 ):
