@@ -2,13 +2,23 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from pmixseg.cli.commands import console
-from tests.campaign.judging import Answer, Generator, Tally, campaign, command, damage_text, run
+from tests.campaign.judging import (
+    Answer,
+    Generator,
+    Tally,
+    campaign,
+    command,
+    damage_text,
+    run,
+    verdict,
+)
 from tests.campaign.test_data_inputs import NAME, check, write_case
 from tests.inference.tiny_models import save, tiny_student
 
@@ -80,6 +90,21 @@ class Given(Generator):
     def is_right(self, folder):
         return True  # it was taken, and nothing says what else it should do
 
+    def shrink(self, folder):
+        """Leave out one word after the other while it stays a fault."""
+        words = (folder / "words").read_text(encoding="utf-8").split("\0")
+        trial = folder / "smaller" / folder.name
+        for word in list(words):
+            trial.mkdir(parents=True)
+            for file in folder.glob("*.yaml"):
+                shutil.copy(file, trial)
+            fewer = [w for w in words if w is not word]
+            self.keep(trial, fewer)
+            if verdict(self, trial, self.use(trial)) == "fault":
+                words = fewer
+            shutil.rmtree(trial.parent)
+        self.keep(folder, words)
+
     def keep(self, folder, words):
         (folder / "words").write_text("\0".join(map(str, words)), encoding="utf-8")
         return " ".join(map(str, words))
@@ -148,7 +173,7 @@ class Environment(Given):
         return str(made)
 
     def use(self, folder):
-        made = dict(w.split("=", 1) for w in (folder / "words").read_text().split("\0"))
+        made = dict(w.split("=", 1) for w in (folder / "words").read_text().split("\0") if w)
         number = sum(map(ord, folder.name))  # one of a few commands, always the same for a seed
         fit = ["fit", f"--data.store={self.store}", "--run=run", *SMALL]
         segment = ["segment", str(self.checkpoint), "nowhere", "-o", "out"]
@@ -206,6 +231,26 @@ def test_damaged_flags_of_trainings_cause_no_fault(phantom_store, checkpoint, tm
 @pytest.mark.parametrize("seeds", sizes(3, 120))
 def test_damaged_configurations_cause_no_fault(phantom_store, checkpoint, tmp_path, seeds):
     tried(Configs(phantom_store, checkpoint), seeds, tmp_path)
+
+
+def test_of_the_words_of_a_fault_those_stay_that_cause_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.campaign.judging.TOTAL", Tally())  # no fault of the product
+
+    class Crashing(Given):
+        name = "crashing"
+
+        def damage(self, folder, random):
+            return self.keep(folder, ("fit", "--a=1", "--bad", "--b", "--b"))
+
+        def use(self, folder):
+            bad = "--bad" in (folder / "words").read_text().split("\0")
+            return Answer(None, "", "KeyError: 'bad'") if bad else Answer(1, "a sentence.")
+
+    kept = tmp_path / "faults"
+    tally = Tally()
+    campaign(Crashing(tmp_path, tmp_path), range(1), tmp_path / "work", kept, tally)
+    assert (kept / "crashing-0" / "words").read_text() == "--bad"
+    assert len(tally.faults) == 1
 
 
 @pytest.mark.slow
