@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 STOPPED = 130
@@ -79,8 +81,27 @@ def report_stop(code: int = STOPPED) -> int:
     return code
 
 
+def end_server(*, at_once: bool = False) -> None:
+    """End the process that forks workers: after this one it would still import for seconds.
+
+    ``at_once``, where Python does not close down, the folder of its socket goes as well.
+    """
+    server = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    if server is None or server._forkserver_pid is None:
+        return
+    with suppress(OSError):  # a fork of this process knows the server, but is not its parent
+        if os.waitpid(server._forkserver_pid, os.WNOHANG)[0] == 0:
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+            os.waitpid(server._forkserver_pid, 0)
+        if at_once:
+            Path(server._forkserver_address).unlink()
+            Path(server._forkserver_address).parent.rmdir()
+    server._forkserver_pid = None
+
+
 def _exit(signum: int, frame: FrameType | None) -> None:
     os.write(2, b"pmixseg: stopped.\n")  # print could be what the signal has interrupted
+    end_server(at_once=True)
     os._exit(128 + signum)
 
 

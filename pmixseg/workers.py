@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_limits
 
 from pmixseg.errors import InputError, memory_error, warn_in_one_line
+from pmixseg.interrupt import end_server
 
 NOT_BEGUN = (
     "in a script, call this under `if __name__ == '__main__':`, since every worker reads the "
@@ -179,8 +181,9 @@ def start_server(preload: Sequence[str]) -> BaseContext:
 
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, *preload])
-    # The server is deaf to Ctrl-C, also while it imports.
-    with _interrupted_by(signal.SIG_IGN, signal.SIGINT), _starting():
+    atexit.register(end_server)
+    # The server is deaf to Ctrl-C, also while it imports. SIGTERM waits until it is known.
+    with _interrupted_later(), _interrupted_by(signal.SIG_IGN, signal.SIGINT), _starting():
         forkserver.ensure_running()
     return context
 

@@ -130,6 +130,7 @@ Damaged files, malice, machine and load
 * Ctrl-C, killed processes and their workers:
   cli/test_main.py::test_ctrl_c_ends_a_training_with_130_and_one_line,
   cli/test_main.py::test_a_signal_in_the_midst_of_a_command,
+  cli/test_main.py::test_the_server_of_a_quickstart_ends_with_it,
   data/store/test_proofs.py::test_a_killed_prepare_leaves_no_worker,
   campaign/test_kills.py::test_a_command_that_is_killed_at_random
 * Output that is not UTF-8:

@@ -6,6 +6,7 @@ Where a library has a public way, the package takes it; what is left is listed w
 import argparse
 import ast
 import inspect
+from multiprocessing import forkserver
 from pathlib import Path
 
 import jsonargparse
@@ -38,6 +39,9 @@ SEAMS = {
     "_dynamo": (torch, "DDP's cutting of graphs is switched off where a step is one graph"),
     "_foreach_mul_": (torch, "gradients are clipped in a few operations"),
     "_foreach_norm": (torch, "gradients are clipped in a few operations"),
+    "_forkserver": (forkserver, "the process that forks workers ends with a command"),
+    "_forkserver_address": (forkserver._forkserver, "its socket, which a killed process leaves"),
+    "_forkserver_pid": (forkserver._forkserver, "which process it is"),
     "_get": (LightningCLI, "a value of the configuration, under a subcommand or not"),
     "_instantiate_trainer": (LightningCLI, "a trainer with callbacks that depend on the flags"),
     "_parse_ckpt_path": (LightningCLI, "flags beat what a checkpoint stores"),
@@ -56,8 +60,8 @@ SEAMS = {
     ),
     "_triton": (torch.utils, "whether a compiler for GPUs is there"),
 }
-OVERRIDDEN = ("_parse_ckpt_path", "_prepare_subcommand_kwargs")
-"""Seams that the package sets or overrides by name, so the search takes them for its own."""
+OVERRIDDEN = ("_forkserver", "_parse_ckpt_path", "_prepare_subcommand_kwargs")
+"""Seams that the package overrides or looks up by name, so the search does not find them."""
 
 
 def foreign():

@@ -308,24 +308,26 @@ def test_ctrl_c_ends_a_training_with_130_and_one_line(phantom_store, tmp_path, a
         os.killpg(child.pid, 0)  # nobody of its group is left
 
 
-def phantom_with(module, folder, *flags):
-    """The command in a process of its own, which imports a module of this text."""
+def run_with(module, folder, *words):
+    """A command in a process of its own, which imports a module of this text; and its children."""
     (folder / "mine.py").write_text(module)
-    command = [sys.executable, "-m", "pmixseg", "phantom", "here", "--import=mine", *flags]
+    command = [sys.executable, "-m", "pmixseg", *words, "--import=mine"]
     environment = {**os.environ, "PYTHONPATH": str(Path(pmixseg.__file__).parents[1])}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_in_the_midst_of_a_command(tmp_path, number, code):
     """The case in hand is cleared up, wherever the library's code has been interrupted."""
-    child = phantom_with(
+    child = run_with(
         "import os, signal\nfrom pathlib import Path\n\n"
         "def replace(self, target):\n"
         f"    os.kill(os.getpid(), signal.{number})\n    raise OSError('never seen')\n\n"
         "Path.replace = Path.rename = replace\n",
         tmp_path,
-        *("--workers=0", "--cases=1", "--spacing=6"),
+        *("phantom", "here", "--workers=0", "--cases=1", "--spacing=6"),
     )
     assert (child.returncode, child.stderr) == (code, "pmixseg: stopped.\n")
     assert not [*(tmp_path / "here").glob(".*")]
@@ -344,7 +346,7 @@ def test_a_signal_in_the_midst_of_a_command(tmp_path, number, code):
     ],
 )
 def test_ctrl_c_in_an_import_is_130_and_no_signal(tmp_path, module):
-    child = phantom_with(module, tmp_path)
+    child = run_with(module, tmp_path, "phantom", "here")
     assert (child.returncode, child.stderr) == (130, "pmixseg: stopped.\n")
     assert not (tmp_path / "here").exists()
 
@@ -366,3 +368,31 @@ def test_an_unset_shell_variable_is_not_the_working_folder(
     assert main(words) == 2
     assert capsys.readouterr().err.startswith(f"pmixseg: {name} is empty")
     assert not list(tmp_path.iterdir())
+
+
+INTERRUPT = "signal.raise_signal(signal.SIGINT)"
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (INTERRUPT, 130),
+        (f"exit_on_interrupt(); {INTERRUPT}", 130),
+        (INTERRUPT.replace("INT", "TERM"), 143),
+        ("sys.exit(0)", 0),
+    ],
+)
+def test_the_server_of_a_quickstart_ends_with_it(tmp_path, end, code):
+    """Else it imports on for seconds; here for minutes."""
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(120)\n")
+    child = run_with(
+        "import signal, sys, tempfile\nfrom pmixseg.cli import commands\n"
+        "from pmixseg.interrupt import exit_on_interrupt\n"
+        "start, tempfile.tempdir = commands.start_server, '.'\n\n"
+        f"def first(modules):\n    start(['slow'])\n    {end}\n\n"
+        "commands.start_server = first\n",
+        tmp_path,
+        "quickstart",
+    )
+    assert (child.returncode, child.stderr) == (code, "pmixseg: stopped.\n" if code else "")
+    assert not [*tmp_path.glob("pymp-*")]
