@@ -103,6 +103,11 @@ class ScoredNetwork(SegmentationNetwork):
     def _refuse_seen(self, part: Literal["val", "test"], counted: tuple[str, ...]) -> None:
         data = getattr(self.trainer, "datamodule", None)
         self.seen = seen_cases(data, part, self.preparation, counted)
+        if part == "test" and self.preparation.cases is None and self.identity is not None:
+            rank_zero_warn(
+                "this model does not say which cases it was trained on, so a test cannot refuse "
+                "them; see that none of these are among them."
+            )
         if self.seen and self.force:
             names = ", ".join(str(case) for case in self.seen[:5])
             scored = count_of(len(self.seen), "case is", "cases are")

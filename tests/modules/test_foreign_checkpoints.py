@@ -143,7 +143,7 @@ def test_a_repeated_case_weighs_once_in_validation(phantom_store):
     module = student()
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: float(value)})
-    module.log_dict = lambda values: logged.update({k: float(v) for k, v in values.items()})
+    module.log_dict = lambda values, **_: logged.update({k: float(v) for k, v in values.items()})
     truth = torch.zeros(4, 4, 4, dtype=torch.uint8)
     truth[0] = 1
     for name, hit in (("a", 1.0), ("b", 0.0), ("a", 1.0)):

@@ -252,7 +252,8 @@ def test_a_checkpoint_without_lists_refuses_a_split_that_it_did_not_have(
     assert "holds no lists of its cases" in capsys.readouterr().err
     split = ["--data.split=KFold", "--data.split.fold=1", "--data.split.folds=3"]
     split += ["--data.split.val_fraction=0.25", "--trainer.limit_test_batches=1"]
-    assert main(["test", *flags, *split]) == 0
+    with pytest.warns(UserWarning, match="does not say which cases it was trained on"):
+        assert main(["test", *flags, *split]) == 0
 
 
 def test_known_cases_are_refused_in_python_as_well(trained, store, tmp_path):
