@@ -15,7 +15,7 @@ Numbers that were silently wrong
 * Background other than 0, skull, label map as scan, scans that do not lie on each other:
   data/test_one_judge.py::test_a_background_that_is_not_0,
   data/test_one_judge.py::test_a_label_map_given_as_a_scan,
-  data/test_one_judge.py::test_scans_that_do_not_lie_on_each_other_are_refused,
+  data/test_one_judge.py::test_a_scan_with_skull_or_that_lies_elsewhere_is_refused,
   inference/test_refusals.py::test_scans_with_skull_or_background
 * Headers in metres or microns, absurd voxels, grids larger than memory:
   data/test_one_judge.py::test_units_of_the_header_are_honoured,

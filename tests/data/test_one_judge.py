@@ -16,6 +16,7 @@ from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.task import BRATS
+from tests.inference.test_refusals import with_head
 from tests.inference.tiny_models import tiny_student
 
 
@@ -139,18 +140,24 @@ def test_a_label_map_given_as_a_scan(make_case, tmp_path, label):
     assert problems == [refused] == [segmented]
 
 
-def test_scans_that_do_not_lie_on_each_other_are_refused(phantom_root, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x[::-1], r"t1 does not seem to lie on .* mirrored"),
+        (with_head, r"t1 .* ml of .*--force"),
+    ],
+    ids=["mirrored", "skull"],
+)
+def test_a_scan_with_skull_or_that_lies_elsewhere_is_refused(phantom_root, tmp_path, change, says):
     case = find_cases(phantom_root, BRATS)[0]
     folder = tmp_path / "cohort" / "BraTS2021_00001"
     folder.mkdir(parents=True)
     for modality, path in case.images.items():
-        image = nib.load(path)
-        data = np.asarray(image.dataobj)
-        data = data[::-1] if modality == "t1" else data
-        nib.save(nib.Nifti1Image(data, image.affine), folder / f"BraTS2021_00001_{modality}.nii.gz")
+        shutil.copy(path, folder / f"BraTS2021_00001_{modality}.nii.gz")
+    rewrite(folder / "BraTS2021_00001_t1.nii.gz", change)
     (case,) = find_cases(tmp_path / "cohort", BRATS)
     problems, refused, segmented = everyone(case, tmp_path)
-    assert "t1 does not seem to lie on" in refused and "mirrored" in refused
+    assert re.search(says, refused), refused
     assert problems == [refused] == [segmented]
 
 
