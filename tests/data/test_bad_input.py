@@ -13,8 +13,10 @@ from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
+from tests.inference.tiny_models import tiny_student
 
 SHAPE = (44, 40, 36)
+MODEL = tiny_student()
 
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -46,9 +48,9 @@ def shifted(path, millimetres):
     rewrite(path, lambda d: d, affine)
 
 
-def flip_bit(path):
+def flip_bit(path, place=None):
     raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 4
+    raw[len(raw) // 2 if place is None else place] ^= 4
     path.write_bytes(raw)
 
 
@@ -73,6 +75,7 @@ DAMAGE = {
     ),
     "gzip without its last bytes": ("t2", lambda p: cut(p, -3), CUT),
     "gzip with a flipped bit": ("t2", flip_bit, CUT),
+    "gzip with a damaged first block": ("t2", lambda p: flip_bit(p, 10), CUT),
     "empty file": (
         "t1ce",
         lambda p: p.write_bytes(b""),
@@ -96,6 +99,11 @@ DAMAGE = {
         r"is truncated \(its header promises \d+ bytes, it has 5000\)",
     ),
     "negative shape": ("t1", lambda p: raw_header(p, dim=[3, -44, 40, 36, 1, 1, 1, 1]), HEADER),
+    "a size that wraps": (
+        "t1",
+        lambda p: raw_header(p, dim=[7] + [2**12] * 6 + [1]),  # 2**72 voxels
+        r"promises \d{22} bytes of voxels .*, more than any scan; convert or",
+    ),
     "unknown number type": ("t1", lambda p: raw_header(p, datatype=9999), HEADER),
     "complex numbers": (
         "t1",
@@ -208,6 +216,9 @@ def test_a_damaged_case_gives_its_sentence_and_stops_no_other(make_case, tmp_pat
     assert said.startswith("case 'BraTS2021_00001': ") and str(path) in said
     assert "\n" not in said and said.endswith(".")
     assert Store.open(tmp_path / "store").cases == (good.case_id,)
+    if role != "seg" and spacing is None and name not in ("other shape", "shifted affine"):
+        with pytest.raises(InputError, match=rf"{role}\.nii\.gz {sentence}"):
+            MODEL.segment(case.images)
 
 
 def test_small_differences_of_affines_are_header_noise(make_case, tmp_path):
