@@ -1,5 +1,6 @@
 """Cohorts as they are published, unpacked, converted and renamed."""
 
+import gzip
 import json
 
 import nibabel as nib
@@ -14,6 +15,7 @@ from pmixseg.data.splits import Fractions, KFold
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
+from tests.cli.presets import TINY, last_of_each
 from tests.data.cohorts.layout_scenes import NEW, NEW_CODES, OLD_CODES, brats_files, check
 
 
@@ -51,11 +53,28 @@ def test_challenges_of_2023_and_later(touch, stem, layout):
         lambda n: n.replace(".nii.gz", ".nii/0000012_brain.nii"),  # as some programs unpack
     ],
 )
-def test_other_spellings_of_files_are_read(touch, rename):
-    names = [rename(n) for n in brats_files("BraTS2021_00003")]
-    cohort = search(touch(*names), BRATS)
+def test_other_spellings_of_files_are_read(make_case, tmp_path, rename):
+    case = make_case("BraTS2021_00003")
+    assert prepare([case], tmp_path / "a", BRATS, progress=False).prepared
+    for path in [*case.images.values(), case.label]:
+        other = path.parent / rename(path.name)
+        other.parent.mkdir(exist_ok=True)
+        if other.suffix in (".mha", ".nrrd"):
+            itk = pytest.importorskip("SimpleITK")
+            itk.WriteImage(itk.ReadImage(str(path)), str(other))
+        elif not other.name.lower().endswith(".gz"):
+            other.write_bytes(gzip.decompress(path.read_bytes()))
+        if other != path and other.exists():
+            path.unlink()
+        else:
+            path.rename(other)
+    cohort = search(tmp_path / "cohort", BRATS)
     check(cohort.cases, "brats2021", ["BraTS2021_00003"], OLD_CODES)
     assert cohort.stray == [] and cohort.cases[0].label is not None
+    assert prepare(cohort.cases, tmp_path / "b", BRATS, progress=False).prepared
+    one, two = (Store.open(tmp_path / s).read(case.case_id) for s in "ab")
+    np.testing.assert_array_equal(one.image, two.image)
+    np.testing.assert_array_equal(one.label, two.label)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +274,17 @@ def test_labels_can_be_named_by_hand(make_case, touch, tmp_path, capsys):
     assert main(["prepare", here, str(tmp_path / "s"), "--workers", "0", *flags]) == 0
     label = Store.open(tmp_path / "s").read(case.case_id).native_label()
     np.testing.assert_array_equal(label, np.array([0, 1, 2, 0, 3])[data])
+    by_hand = tmp_path / "labels.yaml"
+    by_hand.write_text("data: {labels: {NCR: 5, ED: 2, ET: [6]}}")
+    for how, extra in {
+        "flag": ["--data.labels={NCR: 5, ED: 2, ET: 6}"],
+        "yaml": [f"--config={by_hand}"],
+    }.items():
+        fit = ["fit", f"--data.root={here}", f"--data.store={tmp_path / how}", f"--run={tmp_path}"]
+        nothing = ["--data.split.train=1", "--data.split.val=0", "--data.split.test=0"]
+        assert main(last_of_each([*fit, *extra, *TINY, *nothing, "--trainer.max_epochs=0"])) == 0
+        other = Store.open(tmp_path / how).read(case.case_id).native_label()
+        np.testing.assert_array_equal(other, label)
     assert main(["inspect", here, "--labels", "NCR"]) == 1
     assert "not of the form LABEL=NAME" in capsys.readouterr().err
 
