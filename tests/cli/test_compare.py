@@ -1,6 +1,8 @@
 """``pmixseg compare`` from run folders to what a person reads."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -43,10 +45,13 @@ def narrow(monkeypatch):
     monkeypatch.setattr("pmixseg.cli.commands.console.width", 80)
 
 
-def test_every_row_of_the_table_is_one_line_of_80_characters(arms, narrow, capsys):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_every_row_of_the_table_is_one_line_of_80_characters(arms, narrow, monkeypatch, encoding):
     a, b = arms
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
     assert main(["compare", "--a", *a, "--b", *b]) == 0
-    said = capsys.readouterr().out.splitlines()
+    sys.stdout.flush()
+    said = sys.stdout.buffer.getvalue().decode(encoding).splitlines()
     assert max(map(len, said)) <= 80
     rows = [line for line in said if line.split()[:1] in (["WT"], ["TC"], ["ET"])]
     assert len(rows) == 45
