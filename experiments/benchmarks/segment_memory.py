@@ -20,18 +20,19 @@ SHAPE = (240, 240, 155)
 LIMIT_GIB = 3.0
 
 
-def write_case(folder: Path, whole: bool) -> None:
-    """Four scans with a brain of 136x176x148 voxels, or without any background."""
+def write_case(folder: Path, whole: bool, shape: list[int]) -> None:
+    """Four scans, without any background or with a brain: of 240x240x155 voxels 136x176x148."""
     import nibabel as nib
     import numpy as np
 
     from pmixseg.task import BRATS
 
     rng = np.random.default_rng(0)
-    axes = np.ogrid[tuple(slice(-n / 2, n / 2) for n in SHAPE)]
-    inside = sum((a / r) ** 2 for a, r in zip(axes, (68, 88, 74), strict=True)) <= 1
+    axes = np.ogrid[tuple(slice(-n / 2, n / 2) for n in shape)]
+    radii = np.array((68, 88, 74)) * shape / SHAPE
+    inside = sum((a / r) ** 2 for a, r in zip(axes, radii, strict=True)) <= 1
     for modality in BRATS.modalities:
-        scan = rng.integers(1, 1000, SHAPE, dtype=np.int16)
+        scan = rng.integers(1, 1000, shape, dtype=np.int16)
         data = scan if whole else np.where(inside, scan, 0).astype(np.int16)
         nib.save(nib.Nifti1Image(data, np.eye(4)), folder / f"case_{modality}.nii")
 
@@ -73,6 +74,7 @@ def peak_gib() -> float:
 def main() -> int:
     """Make the case, run the child, compare with the limit."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", type=int, nargs=3, default=SHAPE, help="voxels of the case")
     parser.add_argument("--window", type=int, default=80)
     parser.add_argument("--overlap", type=float, default=0.0)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -85,7 +87,7 @@ def main() -> int:
         print(json.dumps(segment(args.child, args)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        write_case(Path(folder), args.whole)
+        write_case(Path(folder), args.whole, args.shape)
         child = [sys.executable, *sys.argv, "--child", folder]
         done = subprocess.run(child, check=True, capture_output=True, text=True)
     figures = json.loads(done.stdout.splitlines()[-1])
