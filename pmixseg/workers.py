@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from multiprocessing import (
     parent_process,
 )
 from multiprocessing.context import BaseContext
+from multiprocessing.util import Finalize
 from threading import Thread, current_thread, main_thread
 from types import FrameType
 from typing import Any, TypeVar
@@ -181,7 +181,7 @@ def start_server(preload: Sequence[str]) -> BaseContext:
 
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, *preload])
-    atexit.register(end_server)
+    Finalize(None, end_server, exitpriority=-1)  # once whoever else was forked has been joined
     # The server is deaf to Ctrl-C, also while it imports. SIGTERM waits until it is known.
     with _interrupted_later(), _interrupted_by(signal.SIG_IGN, signal.SIGINT), _starting():
         forkserver.ensure_running()
