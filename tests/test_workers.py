@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -103,3 +105,15 @@ def test_a_system_that_starts_no_more_processes_is_told(monkeypatch, tmp_path, e
     monkeypatch.setattr(ProcessPoolExecutor, "submit", refuse)
     with pytest.raises(InputError, match=r"starts no more processes .*ulimit -u"):
         list(results(partial(square, tmp_path), [1], 2, where="here"))
+
+
+def test_a_process_of_a_script_is_joined_before_its_server_ends(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import pathlib, time\nfrom pmixseg.workers import start_server\n\n"
+        "def child():\n    time.sleep(0.5)\n    pathlib.Path('done').touch()\n\n"
+        "if __name__ == '__main__':\n    start_server([]).Process(target=child).start()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(pmixseg.__file__).parents[1])}
+    command = [sys.executable, "script.py"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "done").exists()
