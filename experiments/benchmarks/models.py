@@ -1,6 +1,6 @@
 """The model table: parameters, operations, training memory and time of every backbone.
 
-    python experiments/benchmarks/models.py [--only rfnet unet]
+    python experiments/benchmarks/models.py [--only RFNet UHVED]
 
 Operations (2 per multiply-add, in billions) are counted by ``torch.utils.flop_counter`` for one
 forward pass of all sequences at the stated patch. A training step is forward, Dice + cross-entropy
