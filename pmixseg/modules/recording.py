@@ -124,6 +124,7 @@ class Recording:
                 "spacing": preparation.spacing,
                 "patch": preparation.patch,
                 "seed": preparation.seed,
+                "split": preparation.split,
             },
         ).stamped()
         records = Records.from_rows(rows, self.folder.resolve().name, sidecar)

@@ -17,7 +17,7 @@ from tests.evaluation.made_up import figures_left_empty
 WHERE = Sidecar(BRATS, conventions={"percentile": "pooled"})
 
 
-def write_run(root, name, seed, gain=0.0, known=True, checkpoint=None):
+def write_run(root, name, seed, gain=0.0, known=True, checkpoint=None, split=None):
     """Records of a training with this seed; less Dice with fewer sequences."""
     rng = np.random.default_rng((seed, len(name), ord(name[0])))
     rows = []
@@ -28,7 +28,7 @@ def write_run(root, name, seed, gain=0.0, known=True, checkpoint=None):
                 row = {"case": f"c{case}", "combination": format_combination(combination)}
                 rows.append({**row, "region": region, "dice": dice, "hd95": 90 * (1 - dice)})
     digest = {"file": "best.ckpt", "sha256": checkpoint or name}
-    config = {"seed": {"everything": 0, "data": seed}} if known else {}
+    config = {"seed": {"everything": 0, "data": seed}, "split": split} if known else {}
     about = replace(WHERE, checkpoint=digest, config=config)
     Records.from_rows(rows, name, about).write(root / name / "records.csv")
     return str(root / name)
@@ -96,6 +96,16 @@ def test_pairs_of_different_seeds_are_named(arms, tmp_path, capsys):
     older = write_run(tmp_path, "older", 5, known=False)
     assert main(["compare", "--a", a[0], "--b", older]) == 0
     assert "different seeds" not in capsys.readouterr().out
+
+
+def test_pairs_trained_on_other_cases_are_named(arms, tmp_path, capsys):
+    a = arms[0][:2]
+    x = [write_run(tmp_path, f"x{seed}", seed, split="x") for seed in range(2)]
+    y = [write_run(tmp_path, f"y{seed}", seed, split="x" if seed else "y") for seed in range(2)]
+    told = "Runs of different splits are paired, as they are named: x0 (split x) with y0 (split y)."
+    for one, other, known in ((x, y, True), (x, a, False), (a, x, False)):
+        assert main(["compare", "--a", *one, "--b", *other]) == 0
+        assert (told in " ".join(capsys.readouterr().out.split())) is known
 
 
 def test_runs_are_paired_by_seed_in_whatever_order_they_are_named(arms, tmp_path, capsys):

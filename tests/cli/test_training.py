@@ -106,6 +106,7 @@ def test_test_needs_only_checkpoint_and_data_and_scores_every_combination(
     assert records.sidecar.checkpoint["file"] == "last.ckpt"
     # The seeds of the training, not of this test: compare matches runs by them.
     assert records.sidecar.config["seed"] == {"everything": 3, "data": 5}
+    assert records.sidecar.config["split"] == records.sidecar.split  # chosen by nobody for the test
     printed = capsys.readouterr().out
     assert "WT" in printed
     assert "●" in printed

@@ -300,7 +300,10 @@ def _frame(shape: tuple[int, ...], facts: Header | Scan) -> Frame:
 def _advice(path: Path) -> str:
     """Say what helps, by the beginning of a file that is none of NIfTI."""
     if path.suffix.lower() in (".dcm", ".ima"):
-        return "DICOM is not read: convert the series to NIfTI, with dcm2niix for one"
+        return (
+            "a DICOM file is read with its series alone: give `pmixseg segment` the study's "
+            "folder, or convert the series to NIfTI, with dcm2niix for one"
+        )
     with path.open("rb") as file:
         start = file.read(24)
     for beginning, kind in _NO_SCANS.items():

@@ -34,16 +34,16 @@ ENOUGH_CASES = 20
 
 def paired_by_seed(a: Sequence[Records], b: Sequence[Records]) -> list[Records]:
     """Return the runs of B in the order of A's seeds; as given, unless both have the same ones."""
-    of_a, of_b = ([tuple(sorted(_seeds(one).items())) for one in side] for side in (a, b))
+    of_a, of_b = ([tuple(sorted(_config("seed", one).items())) for one in side] for side in (a, b))
     paired = () not in of_a and len(set(of_a)) == len(a) == len(b) and set(of_a) == set(of_b)
     return [b[of_b.index(seeds)] for seeds in of_a] if paired else list(b)
 
 
 def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
-    """Refuse one training counted twice; say where matched runs had other seeds.
+    """Refuse one training counted twice; say where matched runs had other seeds or splits.
 
-    The sentences are for :func:`compare`. Seeds are compared as far as the sidecars of both runs
-    know them.
+    The sentences are for :func:`compare`. Seeds, and the splits of the trainings, are compared as
+    far as the sidecars of both runs know them.
 
     Raises:
         InputError: the same checkpoint twice on one side, or the same results on both.
@@ -64,16 +64,20 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
         if one.sidecar.seen
     ]
     notes += [f"{run_name(one)}: {one.scored}." for one in (*a, *b) if one.scored]
-    odd = [
-        f"{_run_with_seeds(x)} with {_run_with_seeds(y)}"
-        for x, y in zip(a, b, strict=False)
-        if any(seed != _seeds(y).get(name, seed) for name, seed in _seeds(x).items())
-    ]
-    if odd:
-        notes.append(
-            f"Runs of different seeds are paired, as they are named: {'; '.join(odd)}. Give both "
-            "sides the same seeds, or the pairs share nothing."
-        )
+    for what, advice in (
+        ("seed", "Give both sides the same seeds, or the pairs share nothing."),
+        ("split", "Train both on the same cases, or these may make the difference."),
+    ):
+        odd = [
+            f"{_run_with(what, x)} with {_run_with(what, y)}"
+            for x, y in zip(a, b, strict=False)
+            if any(v != _config(what, y).get(k, v) for k, v in _config(what, x).items())
+        ]
+        if odd:
+            notes.append(
+                f"Runs of different {what}s are paired, as they are named: {'; '.join(odd)}. "
+                f"{advice}"
+            )
     return notes
 
 
@@ -283,11 +287,14 @@ def _limits(primary: PairedTest, cases: int) -> list[str]:
     return notes
 
 
-def _run_with_seeds(one: Records) -> str:
-    seeds = ", ".join(f"{name} {seed}" for name, seed in sorted(_seeds(one).items()))
-    return f"{run_name(one)} ({seeds})"
+def _run_with(what: str, one: Records) -> str:
+    values = ", ".join(f"{name} {value}" for name, value in sorted(_config(what, one).items()))
+    return f"{run_name(one)} ({values})"
 
 
-def _seeds(one: Records) -> dict[str, int]:
-    seeds = one.sidecar.config.get("seed")  # a configuration of other code may hold anything
-    return dict(seeds) if isinstance(seeds, Mapping) else {}
+def _config(what: str, one: Records) -> dict[str, Any]:
+    """Return the seeds by name, or the split, that a run was trained with, as far as known."""
+    value = one.sidecar.config.get(what)  # a configuration of other code may hold anything
+    if what == "split":
+        return {what: value} if isinstance(value, str) else {}
+    return dict(value) if isinstance(value, Mapping) else {}
