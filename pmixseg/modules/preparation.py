@@ -135,13 +135,13 @@ class Preparation:
 
     def building_on(self, trained: Preparation) -> Preparation:
         """Return the same, with the cases of a model that begins or teaches this training."""
-        cases = trained.cases if self.cases is None else self.cases.after(trained.cases)
+        cases = trained.cases if self.cases is None else _after(self.cases, trained.cases)
         return replace(self, cases=cases)
 
     def _cases_of(self, data: Any) -> TrainingCases | None:
         cases = training_cases(data)
         # The weights still know what they were trained with before.
-        return self.cases if cases is None else cases.after(self.cases)
+        return self.cases if cases is None else _after(cases, self.cases)
 
     def refuse_other(self, data: Preparation, whose: str = "the checkpoint") -> None:
         """Refuse data of another spacing or normalisation than this, where both are known."""
@@ -253,6 +253,18 @@ def seen_cases(
             "name a split (--data.split)."
         )
     return trained.cases.seen(cases, counted)
+
+
+def _after(now: TrainingCases, before: TrainingCases | None) -> TrainingCases:
+    """Join the cases of a training and of what it builds on; warn if that knows its validation."""
+    names = {} if before is None else {name: now.scans.get(name, ()) for name in now.val}
+    if before is not None and (known := before.seen(names, ("training",))):
+        rank_zero_warn(
+            f"{count_of(len(known), 'case')} of the val part trained what this model begins with "
+            f"or is taught by ({listed([case.name for case in known])}), so val/dice is too good, "
+            "also to select a checkpoint by; take the same split."
+        )
+    return now.after(before)
 
 
 def _replaced(now: TrainingCases, before: TrainingCases) -> str | None:

@@ -1,6 +1,7 @@
 """A test never scores patients that the model was trained on, without a word."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -205,15 +206,18 @@ def test_what_a_model_begins_with_or_is_taught_by_is_told_and_never_tested(
     start, trained, store, tmp_path, capsys
 ):
     first = cases_of(trained)
-    parts = {"train": first.test[0], "val": first.test[1], "test": first.train[0]}
+    parts = {"train": first.test[0], "val": first.train[1], "test": first.train[0]}
     flags = [*TINY, *start.format(trained).split(), "--data.split=SplitFiles"]
     for part, case in parts.items():
         (tmp_path / f"{part}.txt").write_text(f"{case}\n")
         flags.append(f"--data.split.{part}={tmp_path / part}.txt")
     run = tmp_path / "run"
     flags += [f"--run={run}", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
-    with pytest.warns(UserWarning, match=f"1 case of the test part .*{first.train[0]}"):
+    with pytest.warns(UserWarning) as told:
         assert main(["fit", f"--data.store={store}", *flags, *QUIET]) == 0
+    said = " ".join(str(warning.message) for warning in told)
+    assert re.search(f"1 case of the test part trained .*{first.train[0]}", said)
+    assert re.search(f"1 case of the val part trained .*{first.train[1]}.* val/dice is too", said)
     assert main(["test", f"--ckpt_path={run}/checkpoints/last.ckpt", *QUIET]) == 1
     assert f"{first.train[0]} (earlier training)" in capsys.readouterr().err
 
