@@ -36,7 +36,7 @@ Numbers that were silently wrong
   modules/training/test_optimization.py::test_the_rate_falls_when_the_metric_gets_no_better,
   modules/training/test_optimization.py::test_a_plateau_without_any_validation_is_one_sentence
 * Lightning's load_from_checkpoint lost a part of the model:
-  modules/test_damaged_checkpoints.py::test_lightnings_own_loading_names_ours
+  modules/test_damaged_checkpoints.py::test_lightnings_own_loading_gives_the_same_model
 * Headers that do not say how a volume lies:
   data/test_one_judge.py::test_a_case_that_lost_its_orientation_is_refused_beside_others,
   data/test_one_judge.py::test_a_cohort_without_orientation_is_told

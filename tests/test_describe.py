@@ -296,6 +296,8 @@ def test_every_argument_of_a_checked_function_refuses_what_it_cannot_take():
         # Told with what is in them.
         "SegmentationNetwork.segment": ["images"],
         "segment_files": ["images"],
+        # Those of the model, which says so itself.
+        "load": ["arguments"],
     }
 
 

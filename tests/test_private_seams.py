@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import launchers
+from lightning.pytorch.utilities import model_helpers
 
 import pmixseg
 
@@ -52,6 +53,10 @@ SEAMS = {
     "_restarting": (
         Trainer(logger=False, accelerator="cpu").fit_loop,
         "resuming at an epoch's end",
+    ),
+    "_restricted_classmethod": (
+        model_helpers,
+        "a class method that no instance has, as Lightning's own loading is one",
     ),
     "_trainer": (LightningModule(), "whether there is a trainer, without an error if not"),
     "_typehint": (

@@ -81,12 +81,17 @@ def _checked(checkpoint: Any, path: Path) -> dict[str, Any]:
 
 @checked
 def load(
-    path: str | Path, *, modules: Sequence[str] = (), map_location: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    modules: Sequence[str] = (),
+    map_location: str | torch.device = "cpu",
+    **arguments: Any,
 ) -> SegmentationModule:
     """Rebuild the module that a checkpoint holds, in eval mode.
 
     The file is always read with ``weights_only=True``. Terms of callbacks are not needed and not
-    restored: the module alone reproduces its predictions.
+    restored: the module alone reproduces its predictions. ``StudentModule.load_from_checkpoint``
+    and its kin do the same.
 
     Args:
         path: a ``.ckpt`` file, or what :func:`read_checkpoint` takes besides it: a published
@@ -94,6 +99,7 @@ def load(
         modules: Python modules to import and trust, for classes outside pmixseg, MONAI and
             PyTorch (the command line's ``--import``); those of ``__main__`` need none.
         map_location: device of the weights.
+        arguments: of the module, in place of those that the checkpoint holds.
 
     Returns:
         An instance of the class that was saved.
@@ -117,6 +123,7 @@ def load(
     cls = find_class(description["class_path"])
     if not issubclass(cls, SegmentationModule):
         raise InputError(f"{path} holds a {cls.__name__}, which is no SegmentationModule.")
+    description["init_args"] = {**description.get("init_args", {}), **arguments}
     # Classes that a person named may fetch what they are made of.
     try:
         with nullcontext() if modules else offline(str(path)):

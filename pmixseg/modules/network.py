@@ -288,7 +288,7 @@ class SegmentationNetwork(LightningModule, Described):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write what :func:`pmixseg.load` needs, primitives only."""
         checkpoint[ENTRY] = self.payload().to_dict()
-        # Said once: a second description could come to say something else.
+        # Said once, and not where Lightning's command line would let it beat the flags.
         own = checkpoint.pop("hyper_parameters", {})
         if further := {key: own[key] for key in own if key not in self.init_args}:
             checkpoint["hyper_parameters"] = describe(further, "hyper_parameters")

@@ -8,10 +8,12 @@ from typing import Any, Literal, NoReturn, Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.training_cases import SeenCase, refusal_of_seen
+from pmixseg.describe import find_class
 from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows, score_case
 from pmixseg.evaluation.prediction.scoring import CaseRows, scorers
@@ -157,13 +159,40 @@ class ScoredNetwork(SegmentationNetwork):
         )
         self.log_dict(scores, **EQUAL)
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Refuse what would lose a part of the model; use :func:`pmixseg.load`."""
-        raise InputError(
-            "Lightning's load_from_checkpoint would lose the backbone, temperatures, window and "
-            f"post-processing of this model; use pmixseg.load({str(checkpoint_path)!r})."
-        )
+    @_restricted_classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load as :func:`pmixseg.load` does, with its further arguments, what is of this class.
+
+        Raises:
+            InputError: see there; a model of another class; or an option of Lightning that would
+                lose a part of the model, or let the file run code.
+        """
+        if hparams_file is not None or strict is False or weights_only is False:
+            raise InputError(
+                "load_from_checkpoint takes neither hparams_file, strict=False nor "
+                "weights_only=False: a checkpoint says itself how its model is made, is loaded "
+                "whole, and may run no code; leave them out, give arguments that are to change by "
+                "name, and name modules of classes that you trust (modules=[...])."
+            )
+        if not cls.__module__.startswith("pmixseg."):  # whoever calls it here trusts it
+            kwargs.setdefault("modules", [cls.__module__])
+        load = find_class("pmixseg.load")  # which builds on this class, and is known only now
+        module = load(checkpoint_path, map_location=map_location or "cpu", **kwargs)
+        if not isinstance(module, cls):
+            name = type(module).__name__
+            raise InputError(
+                f"{checkpoint_path} holds a {name}, which is no {cls.__name__}; use "
+                f"{name}.load_from_checkpoint, or pmixseg.load, which takes any."
+            )
+        return module
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse to trace what depends on the modalities shown; ``pmixseg export`` does it."""

@@ -1,6 +1,7 @@
 """A checkpoint that was damaged, or whose training diverged, is refused in one sentence."""
 
 import copy
+import functools
 import random
 from dataclasses import replace
 
@@ -233,9 +234,56 @@ def test_the_folder_of_a_run_is_no_checkpoint(tmp_path):
         pmixseg.load(tmp_path)
 
 
-def test_lightnings_own_loading_names_ours(checkpoint):
-    with pytest.raises(InputError, match=r"use pmixseg\.load\('.*a\.ckpt'\)"):
-        pmixseg.StudentModule.load_from_checkpoint(checkpoint)
+class Mine(StudentModule):
+    """Of a user's own module, which its checkpoint may name where it is called."""
+
+
+def test_lightnings_own_loading_gives_the_same_model(tmp_path):
+    torch.manual_seed(0)
+    settings = EvaluationSettings(
+        window=(16, 16, 16), overlap=0.25, temperatures={1: 2.0}, postprocess=["fill_holes"]
+    )
+    net = MultiEncoderUNet(BRATS.modalities, 4, width=2, levels=2)
+    module = Mine(backbone=net, evaluation=settings, fill="zero")
+    module.preparation = Preparation(normalisation="zscore-own-mask", patch=(16, 16, 16))
+    state = {"state_dict": module.state_dict(), "pmixseg": module.payload().to_dict()}
+    path = write_checkpoint(state, tmp_path / "a.ckpt")
+    ours = load(path, modules=[__name__])
+    theirs = Mine.load_from_checkpoint(path, map_location="cpu", strict=True, weights_only=True)
+    assert type(theirs) is Mine
+    assert not theirs.training
+    assert theirs.payload() == ours.payload() == module.payload()
+    assert (theirs.loaded_from, theirs.identity) == (ours.loaded_from, ours.identity)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_arguments_by_name_replace_those_of_the_checkpoint(checkpoint):
+    faster = functools.partial(torch.optim.SGD, lr=0.5)
+    assert StudentModule.load_from_checkpoint(checkpoint, optimizer=faster).lr == 0.5
+    assert load(checkpoint, evaluation=EvaluationSettings(overlap=0.75)).evaluation.overlap == 0.75
+    with pytest.raises(InputError, match="StudentModule takes no 'overlap'"):
+        load(checkpoint, overlap=0.75)
+    with pytest.raises(InputError, match=r"do not fit this StudentModule: .*use the backbone"):
+        StudentModule.load_from_checkpoint(checkpoint, combination="t1ce")
+
+
+@pytest.mark.parametrize(
+    "lost", [{"strict": False}, {"weights_only": False}, {"hparams_file": "h"}]
+)
+def test_options_of_lightning_that_would_lose_something_are_refused(checkpoint, lost):
+    with pytest.raises(InputError, match=r"takes neither hparams_file, .* leave them out"):
+        StudentModule.load_from_checkpoint(checkpoint, **lost)
+    with pytest.raises(InputError, match=r"map_location is \{'cpu': 'cpu'\}"):
+        StudentModule.load_from_checkpoint(checkpoint, map_location={"cpu": "cpu"})
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        student().load_from_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_of_another_class_is_named(checkpoint):
+    with pytest.raises(InputError, match="holds a StudentModule, which is no TeacherModule"):
+        pmixseg.TeacherModule.load_from_checkpoint(checkpoint)
+    assert type(pmixseg.SegmentationModule.load_from_checkpoint(checkpoint)) is StudentModule
 
 
 def test_a_resumed_training_refuses_them(diverged, tmp_path):
