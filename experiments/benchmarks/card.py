@@ -39,30 +39,63 @@ class Clock(Callback):
 
     Args:
         first: step at which the clock starts; five steps before, the turn on the card begins.
+        last: step at which it stops.
         bench: whose turn it is.
     """
 
-    def __init__(self, first: int, bench: Bench) -> None:
-        self.first, self.steps, self.start, self.seconds = first, 0, 0.0, 0.0
+    def __init__(self, first: int, last: int, bench: Bench) -> None:
+        self.first, self.last, self.start, self.seconds = first, last, 0.0, 0.0
         self.turn, self.begin = bench.turn(), max(first - 5, 1)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Start the clock, or count a step."""
+        """Start or stop the clock."""
         if trainer.global_step == self.begin:
             self.turn.__enter__()
         if trainer.global_step == self.first:
             self.start = self._now()
-        self.steps += trainer.global_step > self.first
+        if trainer.global_step == self.last:
+            self.seconds = (self._now() - self.start) / (self.last - self.first)
 
     def on_train_end(self, *args: Any) -> None:
-        """Stop the clock."""
-        self.seconds = (self._now() - self.start) / self.steps
+        """End the turn."""
         self.turn.__exit__(None, None, None)
 
     def _now(self) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class DriverCalls(Callback):
+    """Milliseconds that the host spends in each call of the card's driver, per step.
+
+    A call that waits for the card (``cudaStreamSynchronize``, a full queue in ``cudaGraphLaunch``)
+    is longer than one that only starts work. Without a card there is nothing to see.
+
+    Args:
+        first: step after which calls are recorded, to the end of the training.
+    """
+
+    LEAST = 0.05
+
+    def __init__(self, first: int) -> None:
+        self.first, self.milliseconds = first, dict[str, float]()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        self.profile = torch.profiler.profile(activities=activities)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Begin to record."""
+        if trainer.global_step == self.first:
+            self.profile.start()
+
+    def on_train_end(self, trainer: Trainer, *args: Any) -> None:
+        """Sum up the calls by name; those that take less than :attr:`LEAST` are left out."""
+        self.profile.stop()
+        steps = trainer.global_step - self.first
+        for event in self.profile.key_averages():
+            spent = event.self_cpu_time_total / 1e3 / steps
+            if event.key.startswith("cu") and spent >= self.LEAST:
+                self.milliseconds[f"{event.key} ({event.count / steps:.3g})"] = spent
 
 
 @dataclass

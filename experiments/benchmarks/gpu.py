@@ -26,7 +26,15 @@ import operations
 import small_trainings
 import torch
 from backbones import COMBINATIONS, official_loop, published
-from card import NETWORKS, Bench, Clock, Durations, phantom_store, trainer_of
+from card import (
+    NETWORKS,
+    Bench,
+    Clock,
+    DriverCalls,
+    Durations,
+    phantom_store,
+    trainer_of,
+)
 from torch import Tensor, nn
 
 from pmixseg import BraTSDataModule, PmixAlignment, StudentModule
@@ -186,40 +194,42 @@ def fit(bench: Bench) -> None:
 
 def _fit(bench: Bench, store: Path, name: str, precision: str, compiled: bool) -> None:
     """One row of :func:`fit`."""
-    number = 2 if bench.rehearse else 60
-    kept = number // 2  # the rest is warming up and compiling
+    number, recorded = (2, 1) if bench.rehearse else (60, 5)
+    first = number // 2  # before, it warms up and compiles
     data = BraTSDataModule(
         store,
         patch_size=bench.side,
         batch_size=2,
         num_workers=0 if bench.rehearse else 8,
-        patches_per_case=number,
+        patches_per_case=number + recorded,
         split=Fractions(1.0, 0.0, 0.0),
     )
     module = StudentModule(
         backbone=bench.network(name), criterion=CRITERIA[name](), compile=compiled
     )
-    profiler, clock = Durations(), Clock(number - kept, bench)
+    profiler, clock, calls = Durations(), Clock(first, number, bench), DriverCalls(number)
     trainer = trainer_of(
         bench,
         store.parent,
         precision,
-        max_steps=number,
+        max_steps=number + recorded,
         limit_val_batches=0,
         gradient_clip_val=1.0,
         profiler=profiler,
         # nmse, as all fits of the tables: the default, case_nce, starts 212 operations more.
-        callbacks=[PmixAlignment(weight=0.1, distance="nmse"), clock],
+        callbacks=[PmixAlignment(weight=0.1, distance="nmse"), clock, calls],
     )
     trainer.fit(module, data)
     times, parts = profiler.recorded_durations, {}
     for part, pattern in PARTS.items():
         names = [name for name in times if re.search(pattern, name)]
-        parts[part] = sum(statistics.median(times[name][-kept:]) for name in names)
+        parts[part] = sum(statistics.median(times[name][first:number]) for name in names)
     parts["optimizer"] -= sum(parts[k] for k in ("training_step", "backward", "clipping"))
     parts["transfer"] -= parts["augmentation"]
     title = f"fit of {name}, {precision}, compile: {str(compiled).lower()}"
     bench.row(title, s=clock.seconds, **parts)
+    if calls.milliseconds:
+        bench.row(f"{title}: ms a step in calls of the driver (calls)", **calls.milliseconds)
 
 
 def _published_loop(bench: Bench, image: Tensor, flags: Tensor) -> float:
