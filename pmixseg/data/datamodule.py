@@ -319,9 +319,8 @@ class BraTSDataModule(LightningDataModule, Described):
         draw = getattr(self.trainer and self.trainer.lightning_module, "with_present", None)
         if draw is not None and self._trains:
             batch = draw(batch)
-        kept = {k: batch[k] for k in ("key", "stored") if k in batch}
-        moved = {k: v for k, v in batch.items() if k not in kept}
-        return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **kept}
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**moved, "key": batch["key"]} if "key" in batch else moved
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment training batches, and only those."""

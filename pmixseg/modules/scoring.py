@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.patches import CaseItem
-from pmixseg.data.training_cases import SeenCase, refusal_of_seen
+from pmixseg.data.training_cases import SeenCase, refusal_of_seen, scans_of
 from pmixseg.describe import find_class
 from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows, score_case
@@ -44,6 +44,7 @@ class ScoredNetwork(SegmentationNetwork):
         super().__init__(*args, **kwargs)
         self._scores = CaseRows()
         self.seen: list[SeenCase] = []
+        self._counted: tuple[str, tuple[str, ...]] = ("", ())
         self.validation_dice = CaseMeans([len(self.task.regions)])
 
     @abstractmethod
@@ -52,7 +53,7 @@ class ScoredNetwork(SegmentationNetwork):
 
     def validation_step(self, item: CaseItem, batch_idx: int) -> None:
         """Score a whole case: Dice per region, the mean over several combinations."""
-        check_item(self._trainer, item)
+        self._check_case(item)
         scores = []
         for prediction in self.predict_item(item, self.validation_combinations(item)):
             classes = prediction.on_grid()
@@ -104,18 +105,32 @@ class ScoredNetwork(SegmentationNetwork):
 
     def _refuse_seen(self, part: Literal["val", "test"], counted: tuple[str, ...]) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        self.seen = seen_cases(data, part, self.preparation, counted)
+        self.seen, self._counted = [], (part, counted)
         if part == "test" and self.preparation.cases is None and self.identity is not None:
             rank_zero_warn(
                 "this model does not say which cases it was trained on, so a test cannot refuse "
                 "them; see that none of these are among them."
             )
-        if self.seen and self.force:
-            names = ", ".join(str(case) for case in self.seen[:5])
-            scored = count_of(len(self.seen), "case is", "cases are")
+        self._judge(seen_cases(data, part, self.preparation, counted))
+
+    def _check_case(self, item: CaseItem) -> None:
+        """Refuse what a loader of the user's own brings: no whole case, or one that is known."""
+        check_item(self._trainer, item)
+        cases = self.preparation.cases
+        if self._trainer is None or self.trainer.state.fn == "fit" or cases is None:
+            return
+        if item["case_id"] not in [case.name for case in self.seen]:
+            scans = {item["case_id"]: scans_of(item["stored"])}
+            self._judge(cases.seen(scans, self._counted[1]))
+
+    def _judge(self, seen: list[SeenCase]) -> None:
+        self.seen += seen
+        if seen and self.force:
+            names = ", ".join(str(case) for case in seen[:5])
+            scored = count_of(len(seen), "case is", "cases are")
             rank_zero_warn(f"{scored} scored that the model knows: {names}.")
-        elif self.seen:
-            raise InputError(refusal_of_seen(self.seen, part))
+        elif seen:
+            raise InputError(refusal_of_seen(seen, self._counted[0]))
 
     def on_test_epoch_start(self) -> None:
         """Start with no records and no pictures of an earlier test."""
@@ -125,7 +140,7 @@ class ScoredNetwork(SegmentationNetwork):
 
     def test_step(self, item: CaseItem, batch_idx: int) -> None:
         """Score a case on every combination of what was acquired, in its native grid."""
-        check_item(self._trainer, item)
+        self._check_case(item)
         if "label" not in item:
             rank_zero_warn(f"case '{item['case_id']}' has no label and is not scored.")
             return

@@ -7,11 +7,12 @@ import shutil
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.cli import main
 from pmixseg.cli.checkpoint_settings import data_of
-from pmixseg.data import BraTSDataModule, SplitLists, WholeCohort
+from pmixseg.data import BraTSDataModule, KFold, SplitLists, WholeCohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.data.store.store import Store, prepare
@@ -334,3 +335,25 @@ def test_another_cohort_under_the_names_of_the_training_is_told(trained, score, 
     recwarn.clear()
     assert score("test", *few)[0] == 0
     assert not [w for w in recwarn if "have other scans" in str(w.message)]
+
+
+class OwnCases(BraTSDataModule):
+    """Tests on what it likes, in a loader that it likes."""
+
+    def test_dataloader(self):
+        return DataLoader(list(self.items("val")), batch_size=None)
+
+
+@pytest.mark.parametrize("data", [OwnCases, None])
+def test_a_known_case_is_refused_whatever_loader_brings_it(store, trained, tmp_path, data):
+    module, split = load(trained), KFold(fold=1, folds=3, val_fraction=0.25)
+    own = OwnCases(store, split=split, patch_size=16)
+    given = {"datamodule": own} if data else {"dataloaders": own.test_dataloader()}
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = Trainer(default_root_dir=tmp_path, limit_test_batches=1, **options)
+    with pytest.raises(InputError, match=r"1 case of the test part is known .* \(validation\)"):
+        trainer.test(module, **given)
+    module.force = True
+    with pytest.warns(UserWarning, match="1 case is scored that the model knows"):
+        trainer.test(module, verbose=False, **given)
+    assert len(module.seen) == 1

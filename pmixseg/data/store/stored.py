@@ -103,6 +103,10 @@ class StoredCase:
             maps=maps or open_maps(),
         )
 
+    def to(self, *args: Any, **named: Any) -> StoredCase:
+        """Stay where it is: Lightning asks this of all that a batch holds."""
+        return self
+
     @property
     def image(self) -> npt.NDArray[Any]:
         """``[M, d, h, w]``, z-scored inside the brain, background 0, cropped to the geometry's box.

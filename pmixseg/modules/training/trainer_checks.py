@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.patches import CaseDataset, CaseItem, PatchDataset
@@ -174,16 +175,18 @@ def check_loaders(trainer: Trainer, *loaders: Any) -> None:
     """Refuse loaders that were taken out of a data module: they bring less than it does.
 
     Raises:
-        InputError: their samples are a prepared cohort's, and the trainer has no data module.
+        InputError: their samples are a prepared cohort's, and the trainer has no data module of it.
     """
-    if trainer.datamodule is not None:  # type: ignore[attr-defined]  # set by Trainer.fit
+    if isinstance(trainer.datamodule, BraTSDataModule):  # type: ignore[attr-defined]  # set by Trainer.fit
         return
     each = [one for some in loaders for one in (some if isinstance(some, list) else [some])]
-    if any(isinstance(getattr(one, "dataset", None), PatchDataset | CaseDataset) for one in each):
+    sources = [getattr(one, "dataset", None) for one in each]
+    sources = [one.dataset if isinstance(one, Subset) else one for one in sources]
+    if any(isinstance(one, PatchDataset | CaseDataset) for one in sources):
         raise InputError(
             "the loaders of a BraTSDataModule were given without it, so nothing would augment the "
-            "patches, move the cases or tell which patients a test may score; give the data module "
-            "itself: trainer.fit(module, datamodule=data)."
+            "patches, or tell which patients a test may score; give the data module itself, or "
+            "one derived from it: trainer.fit(module, datamodule=data)."
         )
 
 
@@ -249,7 +252,7 @@ def check_item(trainer: Trainer | None, item: CaseItem) -> None:
             "validation, test and prediction read whole cases of a prepared cohort, with the way "
             "back to the grid of its scans, which this loader does not bring; use a "
             "BraTSDataModule (to train on batches of your own, override its train_dataloader), "
-            "or call segment for the scans of a patient."
+            "score them in a step of your own, or call segment for the scans of a patient."
         )
 
 

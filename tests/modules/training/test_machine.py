@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from pmixseg.callbacks import Distillation, PmixAlignment
 from pmixseg.cli import main
@@ -159,9 +159,15 @@ def test_loaders_without_their_data_module_are_refused(tmp_path, phantom_store):
         quiet_trainer(tmp_path, limit_val_batches=0).fit(module, train)
     with pytest.raises(InputError, match=refused):
         quiet_trainer(tmp_path).fit(module, train, data.val_dataloader())
+    part = DataLoader(Subset(cases.dataset, [0]), batch_size=None)
+    parts = ("val_dataset", "test_dataset", "predict_dataset")
+    around = LightningDataModule.from_datasets(**dict.fromkeys(parts, cases.dataset))
+    around.spacing, around.normalisation = None, data.normalisation
+    around.patch_size, around.split_name = (16, 16, 16), "mine"
     for run in ("validate", "test", "predict"):
-        with pytest.raises(InputError, match=refused):
-            getattr(quiet_trainer(tmp_path), run)(module, cases)
+        for given in (cases, part, around):
+            with pytest.raises(InputError, match=refused):
+                getattr(quiet_trainer(tmp_path), run)(module, given)
 
 
 def test_a_data_module_that_does_not_say_how_it_was_prepared_is_refused(tmp_path):
