@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -173,7 +173,19 @@ class SegmentationNetwork(LightningModule, Described):
 
     def forward(self, image: Image, present: Presence) -> SegOutput:
         """Return ``decode(encode(image, present))``."""
+        if torch.compiler.is_exporting():
+            self.to_onnx()
         return self.decode(self.encode(image, present))
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to trace what depends on the modalities shown; ``pmixseg export`` does it."""
+        raise InputError(
+            f"an exported {type(self).__name__} is of one combination of modalities; use `pmixseg "
+            "export CKPT --combination NAMES`, with --format onnx for ONNX, or in Python "
+            "pmixseg.inference.export.export."
+        )
+
+    to_torchscript = to_tensorrt = to_onnx
 
     def columns(self, of_task: Tensor) -> Tensor:
         """Return the columns of this module's modalities, in the order of its slots.

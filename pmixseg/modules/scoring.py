@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -208,15 +208,6 @@ class ScoredNetwork(SegmentationNetwork):
                 f"{name}.load_from_checkpoint, or pmixseg.load, which takes any."
             )
         return module
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse to trace what depends on the modalities shown; ``pmixseg export`` does it."""
-        raise InputError(
-            f"an exported {type(self).__name__} is of one combination of modalities; use `pmixseg "
-            "export CKPT --combination NAMES`, with --format onnx for ONNX."
-        )
-
-    to_torchscript = to_tensorrt = to_onnx
 
     def test_combinations(self, item: CaseItem) -> list[Combination]:
         """Return every non-empty subset of the module's modalities that the case has."""
