@@ -85,7 +85,8 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the configuration into the run's folder and the logger."""
         folder = Path(trainer.default_root_dir)
-        text = self.parser.dump(self.config, skip_none=False)
+        # By place: what says that null is written too has another name in jsonargparse 5.
+        text = self.parser.dump(self.config, "parser_mode", False)
         write_text(folder / "config.yaml", text)
         for logger in trainer.loggers:
             if not isinstance(logger, RunLogger):

@@ -1,7 +1,9 @@
 """fit → test → predict through the command line, on the phantom store."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +14,8 @@ import yaml
 
 import pmixseg.modules
 from pmixseg.cli import main
+from pmixseg.cli.training import SaveRunConfig
+from pmixseg.cli.training_parser import TrainingParser
 from pmixseg.data.store.store import Store
 from pmixseg.evaluation.comparison.compare import matching_notes
 from pmixseg.evaluation.records.records import Records
@@ -339,3 +343,14 @@ def test_weights_without_what_lightning_adds_are_refused(phantom_store, tmp_path
     words = [command, f"--ckpt_path={path}", f"--data.store={phantom_store}"]
     assert main([*words, "--data.split=WholeCohort"]) == 1
     assert "holds weights without what Lightning writes besides them" in capsys.readouterr().err
+
+
+def test_the_configuration_is_written_as_any_jsonargparse_can(tmp_path, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "all")
+    parser = TrainingParser()
+    parser.add_argument("--run", type=str | None, default=None)
+    trainer = SimpleNamespace(default_root_dir=tmp_path, loggers=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SaveRunConfig(parser, parser.parse_args([])).save_config(trainer, None, "fit")
+    assert (tmp_path / "config.yaml").read_text().endswith("run: null\n")
