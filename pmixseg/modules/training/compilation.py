@@ -106,7 +106,7 @@ class CompiledStep:
             arrange(module, torch.channels_last_3d)
         if not how.whole:
             # DDP would cut the graph at its buckets; one graph per backward pass is faster here.
-            torch._dynamo.config.optimize_ddp = False
+            self._cuts, torch._dynamo.config.optimize_ddp = torch._dynamo.config.optimize_ddp, False
 
     def __call__(self, batch: Batch, epoch: int, weights: Mapping[str, float]) -> Losses:
         """Losses of one step."""
@@ -126,7 +126,9 @@ class CompiledStep:
         return self.compiled(tensors, number, factors)
 
     def release(self) -> None:
-        """Lay the weights as they were."""
+        """Lay the weights as they were, and let others' graphs be cut again."""
+        if not self.plan.whole:
+            torch._dynamo.config.optimize_ddp = self._cuts
         if self.plan.channels_last:
             arrange(self._module[0], torch.contiguous_format)
 

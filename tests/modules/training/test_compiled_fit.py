@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from pmixseg.callbacks import PmixAlignment
 from pmixseg.modules import StudentModule
-from pmixseg.modules.training.compilation import Plan, plan
+from pmixseg.modules.training.compilation import CompiledStep, Plan, plan
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
 from tests.callbacks.test_ddp import UNEQUAL
 
@@ -127,3 +127,12 @@ def test_auto_compiles_on_a_gpu_where_it_pays(device, steps, compiles, monkeypat
     # Later steps add to gradients of earlier ones, which a replay would overwrite.
     trainer.callbacks = [GradientAccumulationScheduler({3: 2})]
     assert not getattr(plan("auto", torch.device(device), trainer), "cuda_graphs", False)
+
+
+def test_a_step_that_is_let_go_leaves_torchs_settings_as_they_were():
+    before = torch._dynamo.config.optimize_ddp
+    module = StudentModule(backbone=tiny())
+    step = CompiledStep(module.losses, Plan(cuda_graphs=False, whole=False), module)
+    assert torch._dynamo.config.optimize_ddp is False
+    step.release()
+    assert torch._dynamo.config.optimize_ddp is before is not False
