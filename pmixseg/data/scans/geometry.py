@@ -100,7 +100,8 @@ class Geometry:
                 f"its axes are at {np.degrees(np.arccos(shear)):.3g} degrees to each other, where "
                 "distances need right angles: resample it"
             )
-        order = _axes_of(matrix)
+        rows = tuple(tuple(float(v) for v in row) for row in matrix)
+        order = _axes_of(rows)
         source = spacing_of(zooms[a] for a, _ in order)
         canonical = triple(shape[a] for a, _ in order)
         grid, grid_shape = source, canonical
@@ -117,7 +118,7 @@ class Geometry:
             )
         return cls(
             source_shape=triple(shape),
-            source_affine=tuple(tuple(float(v) for v in row) for row in matrix),
+            source_affine=rows,
             source_spacing=source,
             canonical_shape=canonical,
             grid_shape=grid_shape,
@@ -147,7 +148,7 @@ class Geometry:
     def source_zooms(self) -> Spacing:
         """Voxel size in mm along the axes of the *source* array, for metrics in its grid."""
         zooms = [0.0, 0.0, 0.0]
-        for canonical_axis, (source_axis, _) in enumerate(_axes_of(self.affine)):
+        for canonical_axis, (source_axis, _) in enumerate(_axes_of(self.source_affine)):
             zooms[source_axis] = self.source_spacing[canonical_axis]
         return spacing_of(zooms)
 
@@ -179,7 +180,7 @@ class Geometry:
 
     def canonical_view(self, source: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """View the last three axes, now the source's, in canonical orientation."""
-        order = _axes_of(self.affine)
+        order = _axes_of(self.source_affine)
         leading = source.ndim - 3
         moved = source.transpose(*range(leading), *(leading + a for a, _ in order))
         a, b, c = (slice(None, None, -1 if flip else 1) for _, flip in order)
@@ -187,14 +188,14 @@ class Geometry:
 
     def source_view(self, canonical: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Undo :meth:`canonical_view`, for ``[D, H, W]`` or a box of it."""
-        order = _axes_of(self.affine)
+        order = _axes_of(self.source_affine)
         a, b, c = (slice(None, None, -1 if flip else 1) for _, flip in order)
         return canonical[a, b, c].transpose(np.argsort([axis for axis, _ in order]))
 
     def canonical_box(self, source: Box) -> Box:
         """Return a box of the source array, in canonical orientation."""
         lo, hi = [], []
-        for axis, flip in _axes_of(self.affine):
+        for axis, flip in _axes_of(self.source_affine):
             first, last, size = source.lo[axis], source.hi[axis], self.source_shape[axis]
             lo.append(size - last if flip else first)
             hi.append(size - first if flip else last)
@@ -311,12 +312,13 @@ def _by(numbers: Iterable[float]) -> str:
     return " x ".join(f"{n:.4g}" for n in numbers)
 
 
-def _axes_of(affine: npt.NDArray[np.float64]) -> list[tuple[int, bool]]:
+@functools.lru_cache(1024)  # the files of a case share their affine
+def _axes_of(affine: Matrix) -> tuple[tuple[int, bool], ...]:
     """Per canonical axis: the source axis along it, and whether that one runs backwards."""
     pairs = [(0, False)] * 3
-    for source_axis, (canonical_axis, sign) in enumerate(nib.io_orientation(affine)):
+    for source_axis, (canonical_axis, sign) in enumerate(nib.io_orientation(np.array(affine))):
         pairs[int(canonical_axis)] = (source_axis, bool(sign < 0))
-    return pairs
+    return tuple(pairs)
 
 
 def _resample(

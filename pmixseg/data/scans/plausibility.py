@@ -87,7 +87,11 @@ LARGEST_SHARE = 0.5
 
 def misfit_label(case: CanonicalCase, overview: Overview, task: Task) -> list[str]:
     """Suspect a label that is of other scans, is mirrored or shifted, or marks the brain."""
-    tumour = np.flatnonzero(case.label) if case.label is not None else np.zeros(0, np.intp)
+    part = None if case.label is None else bounds(case.label)
+    if case.label is None or part is None:
+        tumour = np.zeros((0, 3), np.intp)
+    else:
+        tumour = np.argwhere(case.label[part.slices]) + part.lo  # its box is a tenth of the scan
     total = case.label_beyond + len(tumour)
     if total == 0:
         return []
@@ -95,13 +99,11 @@ def misfit_label(case: CanonicalCase, overview: Overview, task: Task) -> list[st
     rough = max(np.count_nonzero(c) for c in overview.codes.values()) * math.prod(overview.blocks)
     extents = [_extent(scan) for scan in case.image] if total > LARGEST_SHARE / 2 * rough else []
     whole = bool(extents) and all(total > LARGEST_SHARE * extent for extent in extents)
-    voxels = np.stack(np.unravel_index(tumour, case.image.shape[1:]), axis=1)
     box, shape = case.geometry.box(), case.geometry.grid_shape
     glioma = {"NCR", "ED", "ET"} <= set(task.labels) and len(overview.codes) >= SHIFT_SCANS
-    if not whole and (elsewhere := misplaced_label(voxels, box.lo, shape, overview, shifts=glioma)):
+    if not whole and (elsewhere := misplaced_label(tumour, box.lo, shape, overview, shifts=glioma)):
         return elsewhere
-    scans = case.image.reshape(len(case.image), -1)
-    inside = np.count_nonzero((scans[:, tumour] != 0).any(axis=0))
+    inside = np.count_nonzero((case.image[:, *tumour.T] != 0).any(axis=0))
     if total - inside >= max(MIN_OUTSIDE, MAX_OUTSIDE * total):
         outside = 1 - inside / total
         return [f"{outside:.0%} of its label lies where no scan has signal, as that of other scans"]
