@@ -143,7 +143,9 @@ def with_split_class(args: Sequence[str]) -> list[str]:
         for flag, value in options(args)
         if flag_name(flag).startswith(prefix)
     }
-    named = "class_path" in arguments or any(flag_name(arg) == "--data.split" for arg in args)
+    named = bool({"class_path", "help"} & {*arguments}) or any(
+        flag_name(arg) == "--data.split" for arg in args
+    )
     if not arguments or named or any(_names_split(path) for path in config_files(args)):
         return list(args)
     first = next(i for i, arg in enumerate(args) if flag_name(arg).startswith(prefix))

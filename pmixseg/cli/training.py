@@ -64,6 +64,14 @@ RUN_VARIABLE = "PMIXSEG_RUN"
 DEFAULT_TERMS = {"logit": "pmixseg.losses.LogitKL", "latent": "pmixseg.losses.LatentMatch"}
 """Distillation terms where no file names others."""
 
+USAGE = """pmixseg {} [-c FILE] [--run FOLDER] [--data.store STORE] [--ckpt_path CHECKPOINT]
+           [--model CLASS] [--model.backbone CLASS] [--align.weight WEIGHT]
+           [--distill.teacher CHECKPOINT] [--trainer.max_epochs N] [--OPTION VALUE ...]
+
+Options follow by group; those of one class are shown by --OPTION.help CLASS, as in
+--model.help StudentModule, and the values that they come to by --print_config."""
+"""What stands above the options of a training command, which are more than a hundred."""
+
 
 class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run folder, and into the logger as hyper-parameters."""
@@ -176,6 +184,7 @@ class TrainingCLI(LightningCLI):
         for action in parser._actions:
             if hasattr(action, "_typehint"):
                 action._typehint = whole_numbers_first(action._typehint)
+        parser.usage = USAGE.format(self.words[0])
         parser.add_lightning_class_args(PmixAlignment, "align")
         parser.add_lightning_class_args(Distillation, "distill")
         # Named here, so that one flag can change one argument of one term; a file replaces them.

@@ -1,6 +1,7 @@
 """Flags of a training: they work, win over a checkpoint when it is resumed, or are one sentence."""
 
 import os
+import re
 from typing import Optional, Union
 
 import pytest
@@ -232,3 +233,18 @@ def test_a_scheduler_of_two_classes_is_named_by_its_path(phantom_store, tmp_path
         "several classes are a ReduceLROnPlateau" in told
         and "torch.optim.lr_scheduler.ReduceLROnPlateau" in told
     )
+
+
+def test_help_begins_with_what_is_used_most(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    usage, _, options = capsys.readouterr().out.partition("options:")
+    assert len(usage.splitlines()) < 12
+    for flag in re.findall(r"\[(--[\w.]+)", usage.replace("--OPTION", "")):
+        assert f" {flag} " in options or flag == "--model.backbone", flag  # of a model's class
+
+
+def test_help_of_a_split_is_shown(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--data.split.help", "Fractions"])
+    assert "Split at random by shares of the cohort" in capsys.readouterr().out
