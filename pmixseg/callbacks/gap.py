@@ -8,12 +8,11 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pmixseg.borrowed import evaluating
-from pmixseg.callbacks.term import listed_before, own_module
+from pmixseg.callbacks.term import own_module, refuse_averaging_before
 from pmixseg.describe import COUNT, Described, Range, Ranges
 from pmixseg.errors import InputError
 from pmixseg.evaluation.gap.guards import FEWEST_CASES, low_guards
@@ -103,12 +102,9 @@ class GapMonitor(Callback, Described):
         """
         if stage != "fit":
             return
-        for other in listed_before(self, trainer):
-            if isinstance(other, WeightAveraging):
-                raise InputError(
-                    f"{type(other).__name__} would take averaged weights out of the model before "
-                    f"{type(self).__name__} measures them; list it after."
-                )
+        refuse_averaging_before(
+            self, trainer, "take averaged weights out of the model", "measures them"
+        )
         if not trainer.global_step:
             self._guard, self._warned = {}, set()
             self._validations, self._last_step = 0, -1

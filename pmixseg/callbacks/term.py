@@ -12,6 +12,7 @@ from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
 from pmixseg.errors import InputError
 from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules.base import SegmentationModule
+from pmixseg.modules.training.optimization import active_terms, callbacks_of
 
 
 class TermCallback(Callback, Described, ABC):
@@ -83,19 +84,13 @@ class TermCallback(Callback, Described, ABC):
         module.add_term(self.name, term, self.schedule, of_callback=True)
 
     def _check_neighbours(self, trainer: Trainer) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
-        active = (c for c in callbacks if isinstance(c, TermCallback) and c.active)
-        if sum(c.name == self.name for c in active) > 1:
+        names = [c.name for c in active_terms(trainer) if isinstance(c, TermCallback)]
+        if names.count(self.name) > 1:
             raise InputError(
                 f"two terms are called '{self.name}'; leave one of the callbacks out, or give it "
                 "another name."
             )
-        for other in listed_before(self, trainer):
-            if isinstance(other, WeightAveraging):
-                raise InputError(
-                    f"{type(other).__name__} would copy the model before {type(self).__name__} "
-                    "adds its parameters; list it after."
-                )
+        refuse_averaging_before(self, trainer, "copy the model", "adds its parameters")
 
 
 def own_module(callback: Callback, module: LightningModule) -> SegmentationModule:
@@ -108,7 +103,12 @@ def own_module(callback: Callback, module: LightningModule) -> SegmentationModul
     return module
 
 
-def listed_before(callback: Callback, trainer: Trainer) -> list[Callback]:
-    """Return the callbacks of a trainer whose hooks run before those of one of them."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
-    return callbacks[: callbacks.index(callback)]
+def refuse_averaging_before(callback: Callback, trainer: Trainer, would: str, does: str) -> None:
+    """Refuse a callback that averages weights, and whose hooks run before those of another."""
+    callbacks = callbacks_of(trainer, Callback)
+    for other in callbacks[: callbacks.index(callback)]:
+        if isinstance(other, WeightAveraging):
+            raise InputError(
+                f"{type(other).__name__} would {would} before {type(callback).__name__} {does}; "
+                "list it after."
+            )

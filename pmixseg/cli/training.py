@@ -52,7 +52,7 @@ from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.checkpoint import describing, read_checkpoint, restore
 from pmixseg.modules.payload import Payload
 from pmixseg.modules.preparation import Preparation
-from pmixseg.modules.training.optimization import schedule_from
+from pmixseg.modules.training.optimization import callbacks_of, schedule_from
 from pmixseg.modules.training.resuming import differences
 from pmixseg.modules.training.trainer_checks import check_processes
 from pmixseg.modules.trust import offline, resolve
@@ -341,9 +341,8 @@ class TrainingCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Say where the predictions lie."""
-        for kept in self.trainer.callbacks:  # type: ignore[attr-defined]  # of Trainer.__init__
-            if isinstance(kept, PredictionWriter):
-                rank_zero_info(f"Written: {kept.path(self.trainer)}")
+        for writer in callbacks_of(self.trainer, PredictionWriter):
+            rank_zero_info(f"Written: {writer.path(self.trainer)}")
 
     def changed_data(
         self, trained: Preparation, stored: dict[str, Any], now: dict[str, Any]

@@ -31,6 +31,7 @@ from pmixseg.modules.training.compilation import Compile, CompiledStep, Losses, 
 from pmixseg.modules.training.loss_log import LossLog
 from pmixseg.modules.training.optimization import (
     Schedule,
+    active_terms,
     callable_from,
     clip_norm,
     complete_gradients,
@@ -290,8 +291,7 @@ class SegmentationModule(ScoredNetwork):
 
     def _drop_earlier_terms(self) -> None:
         """Remove terms of callbacks that an earlier training had, even one that failed at once."""
-        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
-        now = {getattr(c, "name", None) for c in callbacks if getattr(c, "active", False)}
+        now = {getattr(term, "name", None) for term in active_terms(self.trainer)}
         for name in self._callback_terms - now:
             del self.terms[name], self.term_weights[name]
         self._callback_terms &= now

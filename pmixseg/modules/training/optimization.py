@@ -8,10 +8,10 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -37,6 +37,8 @@ SPARED = re.compile(r"bias|(^|_)pos|token")
 
 VALIDATION = "val/dice"
 """The metric that schedules and checkpoints follow by default."""
+
+Kind = TypeVar("Kind")
 
 
 class Schedule(Described, ABC):
@@ -203,9 +205,18 @@ def total_steps(trainer: Trainer) -> int:
 
 def accumulation(trainer: Trainer) -> GradientAccumulationScheduler | None:
     """Return the callback that changes how many batches make a step, if there is one."""
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
-    changes = (c for c in callbacks if isinstance(c, GradientAccumulationScheduler))
-    return next(changes, None)
+    return next(iter(callbacks_of(trainer, GradientAccumulationScheduler)), None)
+
+
+def callbacks_of(trainer: Trainer | None, kind: type[Kind]) -> list[Kind]:
+    """Return the callbacks of a trainer that are of one class, in their order."""
+    callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
+    return [callback for callback in callbacks if isinstance(callback, kind)]
+
+
+def active_terms(trainer: Trainer) -> list[Any]:
+    """Return the callbacks whose terms are in the loss: only these say that they are active."""
+    return [c for c in callbacks_of(trainer, Callback) if getattr(c, "active", False)]
 
 
 def rate_of(make_optimizer: Callable[..., Any]) -> float:

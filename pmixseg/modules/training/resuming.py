@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -20,7 +20,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pmixseg.data.sampling import EpochSampler
 from pmixseg.describe import Described, describe
 from pmixseg.errors import InputError, count_of
-from pmixseg.modules.training.optimization import accumulation, place_steps
+from pmixseg.modules.training.optimization import (
+    accumulation,
+    active_terms,
+    callbacks_of,
+    place_steps,
+)
 
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 """What a plateau schedule counts; everything else in its state is a setting."""
@@ -117,14 +122,13 @@ def circumstances(trainer: Trainer) -> dict[str, Any]:
     Settings have their names on the command line; those that no checkpoint holds are left out.
     """
     data = getattr(trainer, "datamodule", None)
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
     settings = {f"data.{name}": getattr(data, name, None) for name in OF_DATA}
     settings |= {f"trainer.{name}": getattr(trainer, name, None) for name in OF_TRAINER}
     if change := accumulation(trainer):
         settings["trainer.accumulate_grad_batches"] = dict(change.scheduling)
-    for term in callbacks:
-        if isinstance(term, Described) and getattr(term, "active", False):
-            settings |= {f"{term.name}.{k}": value for k, value in term.init_args.items()}  # type: ignore[attr-defined]  # only terms are active
+    for term in active_terms(trainer):
+        if isinstance(term, Described):
+            settings |= {f"{term.name}.{k}": value for k, value in term.init_args.items()}  # type: ignore[attr-defined]  # a term's
     primitives = {}
     for name, value in settings.items():
         with suppress(InputError):  # an object of the user's own
@@ -192,11 +196,6 @@ def _go_on_within_epoch(trainer: Trainer) -> None:
         )
 
 
-def _finetunes(trainer: Trainer) -> bool:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
-    return any(isinstance(callback, BaseFinetuning) for callback in callbacks)
-
-
 class Resuming:
     """Give a resumed training the settings of its new call, in place of the checkpoint's.
 
@@ -211,8 +210,7 @@ class Resuming:
 
     def __init__(self, trainer: Trainer | None = None) -> None:
         # A checkpoint restores the patience of these callbacks before the training begins.
-        callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer.__init__
-        self._patience = [(c, c.patience) for c in callbacks if isinstance(c, EarlyStopping)]
+        self._patience = [(c, c.patience) for c in callbacks_of(trainer, EarlyStopping)]
         self._groups: _Groups | None = None
         self._schedules: list[dict[str, Any]] = []
         self._frozen: list[str] | None = None
@@ -223,7 +221,7 @@ class Resuming:
         self._has_written = True
         checkpoint[PENDING] = pending_metrics(trainer)
         checkpoint[CIRCUMSTANCES] = circumstances(trainer)
-        if _finetunes(trainer):
+        if callbacks_of(trainer, BaseFinetuning):
             named = trainer.lightning_module.named_parameters()
             checkpoint[FROZEN] = [name for name, p in named if not p.requires_grad]
 
@@ -259,14 +257,13 @@ class Resuming:
     def apply(self, trainer: Trainer) -> None:
         """Give the settings of the new call to the restored optimizers and schedules."""
         self._goes_on = True
-        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # as above
-        if self._averaged and not any(isinstance(c, WeightAveraging) for c in callbacks):
+        if self._averaged and not callbacks_of(trainer, WeightAveraging):
             rank_zero_warn(
                 "the checkpoint holds averaged weights beside the trained ones, and this training "
                 "goes on from the averaged weights; give EMAWeightAveraging again to go on from "
                 "the others."
             )
-        if self._frozen is not None and _finetunes(trainer):
+        if self._frozen is not None and callbacks_of(trainer, BaseFinetuning):
             # The callback freezes anew what it had let go, and never comes back to it.
             for name, parameter in trainer.lightning_module.named_parameters():
                 parameter.requires_grad_(name not in self._frozen)

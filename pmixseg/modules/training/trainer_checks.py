@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -24,7 +24,7 @@ from torch.utils.data import Subset
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.patches import CaseDataset, CaseItem, PatchDataset
 from pmixseg.errors import InputError, count_of
-from pmixseg.modules.training.optimization import Schedule, check_mode, validates
+from pmixseg.modules.training.optimization import Schedule, callbacks_of, check_mode, validates
 from pmixseg.task import Task
 from pmixseg.types import Batch, kind_of
 
@@ -146,7 +146,7 @@ def check_trainer(trainer: Trainer) -> None:
         value = getattr(trainer, name)
         if value is not None and value < least:
             raise InputError(f"{name} (--trainer.{name}) is {value}; give {least} or more.")
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set in Trainer.__init__
+    for callback in callbacks_of(trainer, Callback):
         if isinstance(callback, StochasticWeightAveraging):
             raise InputError(
                 "StochasticWeightAveraging puts the averaged weights into the model after the last "
@@ -286,7 +286,7 @@ def name_coupled_losses(module: nn.Module, trainer: Trainer) -> None:
 def _check_name(who: str, metric: str, trainer: Trainer) -> None:
     """Refuse a metric that a training does not log, where all that it logs is known."""
     module: Any = trainer.lightning_module
-    everybody = [module, *trainer.callbacks]  # type: ignore[attr-defined]  # as above
+    everybody = [module, *callbacks_of(trainer, Callback)]
     own = [type(o).__module__.partition(".")[0] not in ("pmixseg", "lightning") for o in everybody]
     if any(own) or any(isinstance(o, LambdaCallback) for o in everybody):
         return  # code of the user's own may log anything
