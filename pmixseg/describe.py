@@ -14,8 +14,9 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 from pmixseg.argument_checks import argument_check, plain, takes_no
 from pmixseg.errors import InputError
@@ -113,6 +114,16 @@ def constructor_arguments(cls: Any) -> list[str]:
             if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
                 break
     return list(names)
+
+
+def constructor_hints(cls: type) -> dict[str, Any]:
+    """Return the types of what a class's constructor takes, and of what those of its bases take."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if init := vars(base).get("__init__"):
+            with suppress(NameError, TypeError):  # names that only a type checker imports
+                hints |= get_type_hints(init)
+    return hints
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:

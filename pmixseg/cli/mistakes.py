@@ -7,18 +7,17 @@ import inspect
 import linecache
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args
 
 import yaml
 
 from pmixseg.argument_checks import nearest, takes_no
 from pmixseg.cli.arguments import config_files, flag_name, options
 from pmixseg.cli.settings_files import broken_file, wrong_class
-from pmixseg.describe import below, constructor_arguments, find_class
+from pmixseg.describe import below, constructor_arguments, constructor_hints, find_class
 from pmixseg.errors import InputError
 
 _OF = r"given class_path '([^']+)':\s+"
@@ -170,11 +169,8 @@ def _unknown_inside(
     """
     group: Any = find_class(class_path)
     for key in own[:-1]:
-        hints: dict[str, Any] = {}
-        for base in reversed(group.__mro__):
-            with suppress(NameError, TypeError):  # names that only a type checker imports
-                hints |= get_type_hints(base.__init__)
-        kinds = [hints.get(key), *get_args(hints.get(key))]
+        hint = constructor_hints(group).get(key)
+        kinds = [hint, *get_args(hint)]
         group = next((kind for kind in kinds if is_dataclass(kind)), type(None))
     known, kind = list(inspect.signature(group).parameters), group.__name__
     if list(keys[:2]) == ["model", "task"]:  # which is linked to that of the data

@@ -72,6 +72,15 @@ Options follow by group; those of one class are shown by --OPTION.help CLASS, as
 --model.help StudentModule, and the values that they come to by --print_config."""
 """What stands above the options of a training command, which are more than a hundred."""
 
+OWN_FLAGS = {
+    "run": "Folder of this run.",
+    "init_from": "Checkpoint to take weights from.",
+    "calibrate": "With validate: fit temperatures on the validation cases and write this "
+    "checkpoint, which has them.",
+    "part": "With predict: do only the I-th of N parts of the cases, as in 2/8.",
+}
+"""Flag -> its help; Lightning has the others."""
+
 
 class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run folder, and into the logger as hyper-parameters."""
@@ -191,28 +200,10 @@ class TrainingCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": "pmixseg.StudentModule"}})
         terms = {name: {"class_path": path} for name, path in DEFAULT_TERMS.items()}
         parser.set_defaults({"distill.terms": terms})
-        parser.add_argument("--run", type=str | None, default=None, help="Folder of this run.")
-        parser.add_argument(
-            "--init_from", type=str | None, default=None, help="Checkpoint to take weights from."
-        )
-        parser.add_argument(
-            "--calibrate",
-            type=str | None,
-            default=None,
-            help="With validate: fit temperatures on the validation cases and write this "
-            "checkpoint, which has them.",
-        )
-        parser.add_argument(
-            "--force",
-            action="store_true",
-            help="With test and validate: score cases that the model was trained on, too.",
-        )
-        parser.add_argument(
-            "--part",
-            type=str | None,
-            default=None,
-            help="With predict: do only the I-th of N parts of the cases, as in 2/8.",
-        )
+        for name, meaning in OWN_FLAGS.items():
+            parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
+        force = "With test and validate: score cases that the model was trained on, too."
+        parser.add_argument("--force", action="store_true", help=force)
         parser.link_arguments("data.task", "model.init_args.task")
 
     def _parse_ckpt_path(self) -> None:
@@ -231,6 +222,7 @@ class TrainingCLI(LightningCLI):
         run = self.run_folder()
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         bare = bool(config.get("barebones"))
+        trains = self.subcommand == "fit" and not bare
         if bare:  # Lightning refuses what it would leave out
             config["num_sanity_val_steps"] = 0
         several = config.get("callbacks") or []
@@ -240,10 +232,9 @@ class TrainingCLI(LightningCLI):
             # Patches of a training are of one size: cuDNN may try which kernels are the fastest.
             config["benchmark"] = self.subcommand == "fit"
         if config.get("logger") in (None, True):
-            config["logger"] = RunLogger(run) if self.subcommand == "fit" and not bare else False
-        trains = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
-        trains = trains and not bare
-        if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            config["logger"] = RunLogger(run) if trains else False
+        keeps = trains and config.get("enable_checkpointing") is not False
+        if keeps and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(RunCheckpoint(run))
         writes = any(isinstance(c, PredictionWriter) for c in callbacks)
         if self.subcommand == "predict" and not writes:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from threading import get_ident
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from monai.networks import nets
@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pmixseg.backbones.april2025 import April2025Network
 from pmixseg.backbones.base import Backbone
 from pmixseg.data.missing import MissingnessSampler
-from pmixseg.describe import Described, find_class, public_path
+from pmixseg.describe import Described, constructor_hints, find_class, public_path
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.segmentation import Criterion
@@ -99,7 +99,7 @@ def resolve(value: Any, modules: Sequence[str] = (), where: str = "checkpoint") 
     if not isinstance(arguments, Mapping):
         raise _no_description(f"{where}.init_args", arguments)
     arguments = dict(arguments)
-    hints = _hints(cls)
+    hints = constructor_hints(cls)
     for name, inner in arguments.items():
         if isinstance(inner, str) and name in getattr(cls, "class_arguments", ()):
             arguments[name] = public_path(_class_of(inner, modules))
@@ -199,18 +199,6 @@ def _no_description(where: str, value: Any) -> InputError:
         f"the checkpoint says {value!r} for {where}, which describes no object; it was damaged or "
         "made to do harm, so do not use it."
     )
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """Types of the constructor's arguments, those of its bases after its own."""
-    hints: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if "__init__" in vars(base):
-            try:
-                hints.update(get_type_hints(base.__init__))  # type: ignore[misc]  # only looked at
-            except (NameError, TypeError):  # names that only a type checker imports
-                continue
-    return hints
 
 
 def _is_text_for_an_object(value: Any, hint: Any) -> bool:

@@ -102,7 +102,7 @@ def _label_in_atlas(case: Case, done: Preprocessed, task: Task) -> tuple[Any, tu
     geometry = place_of(scan, None, where).geometry
     seen = label_map(scan, geometry, coding, where)
     notes = [f"of {case.label}, {line}" for line in ignored_lines({case.case_id: seen.ignored})]
-    if set(seen.ignored).intersection(coding.unannotated):
+    if seen.partly:
         return None, (*notes, "nobody annotated these voxels, so it is left without a label")
     # The numbers of BraTS 2021 where the task has its labels, or else those of the file.
     written = LAYOUTS["brats2021"].codes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,19 +21,10 @@ from rich.text import Text
 from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.layouts import Case, LabelNames, Layout, search
 from pmixseg.data.cohorts.problems import doubled_line, grouped, ignored_lines, listed
-from pmixseg.data.formats.nifti import ScanReader, Source
-from pmixseg.data.scans.canonical import STORE_DTYPE, add_label, join
+from pmixseg.data.formats.nifti import ScanReader
+from pmixseg.data.scans.canonical import CaseFiles
 from pmixseg.data.scans.plausibility import judge
-from pmixseg.data.scans.volumes import (
-    Coding,
-    LabelMap,
-    Place,
-    Signal,
-    label_map,
-    place_of,
-    same_grid,
-    signal_of,
-)
+from pmixseg.data.scans.volumes import LabelMap
 from pmixseg.errors import InputError, count_of
 from pmixseg.task import Task
 
@@ -226,75 +217,43 @@ def inspect_cohort(
     return Inspection(Path(root), layouts, task, facts, cohort.remarks)
 
 
-@dataclass
-class _Files:
-    """What the files of a case hold, as far as they can be read; problems are noted.
-
-    The place of the first one, the ``reference``, is that of all.
-    """
-
-    reference: Place | None = None
-    signals: dict[str, Signal] = field(default_factory=dict)
-    labels: LabelMap | None = None
-    oriented: bool = False
-    problems: list[str] = field(default_factory=list)
-
-    def add(
-        self, role: str, source: Source, reader: ScanReader, coding: Callable[[], Coding]
-    ) -> None:
-        """Read a file: where it lies, whether it lies as the first does, and what it holds."""
-        with _noted(self.problems):
-            scan = reader.read(source, role)
-            place = place_of(scan, None, reader.where)
-            geometry, self.reference = place.geometry, self.reference or place
-            with _noted(self.problems):
-                geometry = same_grid(self.reference, place, reader.where)
-            if role == "label":
-                self.labels = label_map(scan, geometry, coding(), reader.where)
-            else:
-                self.oriented |= scan.oriented
-                self.signals[role] = signal_of(scan, geometry, reader.where, role)
-
-
 def _facts(case: Case, task: Task, odd: Collection[str]) -> CaseFacts:
     modalities = tuple(m for m in task.modalities if m in case.images)
     if case.problem is not None:
         return CaseFacts(case.case_id, modalities, case.label is not None, problems=(case.problem,))
-    reader, files = ScanReader(f"case '{case.case_id}'"), _Files()
+    reader = ScanReader(f"case '{case.case_id}'")
+    problems: list[str] = []
+    noted = partial(_noted, problems)
+    files = CaseFiles(task, reader, partial(case.coding, task), noted=noted)
     scans = [(m, case.images[m]) for m in modalities]
     for role, source in [*scans, *([("label", case.label)] if case.label else [])]:
-        files.add(role, source, reader, partial(case.coding, task))
+        with noted():
+            files.add(role, source)
     # Together, as `prepare` would make them: does the case look like a patient's?
     notes: list[str] = []
     reference, labels = files.reference, files.labels
-    # A label with voxels that nobody annotated is no label, and `prepare` keeps none of it.
-    partly = labels is not None and bool(set(labels.ignored).intersection(case.unannotated))
-    if reference is not None and files.signals and not files.problems:
-        ready = join(files.signals, reference.geometry, task, STORE_DTYPE)
-        ready.oriented, ready.predicted = files.oriented, reader.predicted
-        if labels is not None and not partly:
-            add_label(ready, labels)
-        verdict = judge(ready, task, odd_one_out=case.case_id in odd)
-        files.problems += [verdict.refusal(reader.where)] if verdict.findings else []
+    if files.signals and not problems:
+        verdict = judge(files.together(), task, odd_one_out=case.case_id in odd)
+        problems += [verdict.refusal(reader.where)] if verdict.findings else []
         notes += [] if verdict.findings else verdict.notes(reader.where)
     return CaseFacts(
         case_id=case.case_id,
         modalities=modalities,
-        labelled=case.label is not None and not partly,
+        labelled=case.label is not None and not (labels and labels.partly),
         shape=reference.geometry.source_shape if reference else None,
         spacing=reference.geometry.source_zooms if reference else None,
         orientation="".join(nib.aff2axcodes(reference.geometry.affine)) if reference else "",
         voxels=None if labels is None else _voxels(labels, task),
         ignored={} if labels is None else dict(labels.ignored),
         scans=tuple(digest for role, digest in reader.digests.items() if role != "label"),
-        problems=tuple(files.problems),
+        problems=tuple(problems),
         notes=tuple(notes),
     )
 
 
 @contextmanager
 def _noted(problems: list[str]) -> Iterator[None]:
-    """Go on behind this block if its input is at fault, and note why."""
+    """Note why the input of a block is at fault, and go on after it."""
     try:
         yield
     except InputError as error:

@@ -8,8 +8,8 @@ testing a combination equals segmenting that combination's files alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -128,45 +128,68 @@ def canonicalise(
             f"{where}: {unknown or 'no image'} given, but task '{task.name}' has the modalities "
             f"{list(task.modalities)}; give at least one of these."
         )
-    with _in_memory(where):
-        reader = ScanReader(where)
-        numbers = coding if isinstance(coding, Coding) else Coding.of(task, coding)
-        reference: Place | None = None
-        signals: dict[str, Signal] = {}
-        oriented = False
-        for name in task.modalities:
-            if name not in images:
-                continue
-            scan = reader.read(images[name], name)
-            place = place_of(scan, spacing, where)
-            oriented |= scan.oriented
-            reference = reference or place
-            signals[name] = signal_of(scan, same_grid(reference, place, where), where, name)
-        assert reference is not None  # there is at least one image
-        case = join(signals, reference.geometry, task, dtype)
-        case.digests, case.oriented = reader.digests, oriented
-        case.synthetic = reader.synthetic
-        if label is not None:
-            scan = reader.read(label, "label")
-            place = place_of(scan, None, where)
-            seen = label_map(scan, same_grid(reference, place, where), numbers, where)
-            if set(seen.ignored).intersection(numbers.unannotated):
-                case.ignored = seen.ignored  # to train on, or be scored by, half a label is wrong
-            else:
-                add_label(case, seen)
-        case.predicted = reader.predicted
-        return case
-
-
-@contextmanager
-def _in_memory(where: str) -> Iterator[None]:
-    """One case that memory does not hold stops no other."""
+    numbers = coding if isinstance(coding, Coding) else Coding.of(task, coding)
     try:
-        yield
+        files = CaseFiles(task, ScanReader(where), lambda: numbers, spacing)
+        for name in task.modalities:
+            if name in images:
+                files.add(name, images[name])
+        if label is not None:
+            files.add("label", label)
+        return files.together(dtype)
     except MemoryError as error:
         raise InputError(
             f"{where}: there is not enough memory for it; use fewer workers, or a larger spacing."
         ) from error
+
+
+@dataclass
+class CaseFiles:
+    """The files of a case, read one after the other; the place of the first is that of all.
+
+    Args:
+        task: modalities and labels.
+        reader: which reads them.
+        coding: gives what the label file's numbers mean.
+        spacing: voxel size in mm to resample to.
+        noted: context in which a file is compared with the first; it may let a fault pass.
+    """
+
+    task: Task
+    reader: ScanReader
+    coding: Callable[[], Coding]
+    spacing: Spacing | None = None
+    noted: Callable[[], AbstractContextManager[None]] = nullcontext
+    reference: Place | None = field(default=None, init=False)
+    signals: dict[str, Signal] = field(default_factory=dict, init=False)
+    labels: LabelMap | None = field(default=None, init=False)
+    oriented: bool = field(default=False, init=False)
+
+    def add(self, role: str, source: Source) -> None:
+        """Read the scan of a modality, or the ``label``."""
+        where, is_label = self.reader.where, role == "label"
+        scan = self.reader.read(source, role)
+        place = place_of(scan, None if is_label else self.spacing, where)
+        geometry, self.reference = place.geometry, self.reference or place
+        with self.noted():
+            geometry = same_grid(self.reference, place, where)
+        if is_label:
+            self.labels = label_map(scan, geometry, self.coding(), where)
+        else:
+            self.oriented |= scan.oriented
+            self.signals[role] = signal_of(scan, geometry, where, role)
+
+    def together(self, dtype: npt.DTypeLike = STORE_DTYPE) -> CanonicalCase:
+        """Put what was read on one box; there is at least one scan."""
+        assert self.reference is not None
+        case = join(self.signals, self.reference.geometry, self.task, dtype)
+        case.digests, case.oriented = self.reader.digests, self.oriented
+        case.synthetic, case.predicted = self.reader.synthetic, self.reader.predicted
+        if self.labels is not None:
+            case.ignored = self.labels.ignored
+            if not self.labels.partly:  # to train on, or be scored by, half a label is wrong
+                _add_label(case, self.labels)
+        return case
 
 
 def join(
@@ -199,10 +222,9 @@ def join(
     )
 
 
-def add_label(case: CanonicalCase, seen: LabelMap) -> None:
+def _add_label(case: CanonicalCase, seen: LabelMap) -> None:
     """Put a label map on the grid of a case, which is changed in place."""
     geometry, box = case.geometry, case.geometry.box()
-    case.ignored = seen.ignored
     inside = box.contains(seen.box) or seen.classes.size == 0
     if inside and not geometry.resampled:
         case.label = np.zeros(box.shape, dtype=np.uint8)

@@ -302,11 +302,13 @@ class LabelMap:
         box: of the non-zero voxels, in the canonical volume; empty where there are none.
         classes: class indices on that box, canonical orientation.
         ignored: number in the file -> voxels of it that became background, of those that occur.
+        partly: whether there are voxels that nobody annotated; then it is not used as a label.
     """
 
     box: Box
     classes: npt.NDArray[np.uint8]
     ignored: Mapping[int, int]
+    partly: bool
 
 
 def label_map(
@@ -348,7 +350,8 @@ def label_map(
             "BraTS 2021, or a cavity, as from 2024; say which: --layout brats2024 takes it for a "
             "cavity, and a layout file with its own codes for what you write there."
         )
-    return LabelMap(geometry.canonical_box(box), geometry.canonical_view(classes), ignored)
+    partly = bool(set(ignored).intersection(coding.unannotated))
+    return LabelMap(geometry.canonical_box(box), geometry.canonical_view(classes), ignored, partly)
 
 
 def _unknown_numbers(odd: npt.NDArray[Any], name: str, coding: Coding, where: str) -> InputError:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pmixseg.describe import COUNT, POSITIVE, Ranges
 from pmixseg.losses.anchors import Anchor
-from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
+from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot, detached
 from pmixseg.losses.distances.moments import unit
 from pmixseg.losses.distances.points import brain_points, take
 from pmixseg.losses.ranks import gather_constants, world_size
@@ -74,10 +74,7 @@ class CaseNCE(Distance):
         """Return the distance per sample and modality, ``[B, M]``."""
         residuals, inside = self._residuals(latents)
         target, exists = self._targets(residuals, latents, anchor)
-        if detach == "anchor":
-            target = target.detach()
-        elif detach == "features":
-            residuals = residuals.detach()
+        residuals, target = detached(residuals, target, detach)
         a, b = unit(residuals, self.epsilon), unit(target, self.epsilon)
         own = (a * b).sum(2) / self.temperature  # [B, M, P]
         known = exists[:, :, None] & inside[:, None]

@@ -135,9 +135,14 @@ def point_and_target(
     """
     features = latents.features
     target = anchor(features, latents.subset, latents.level, detach_weights=True)[:, None]
+    return detached(features, target, detach)
+
+
+def detached(own: Tensor, target: Tensor, detach: Detach) -> tuple[Tensor, Tensor]:
+    """Return something of the latents and its target, one of them without a gradient."""
     if detach == "anchor":
-        return features, target.detach()
-    return (features.detach() if detach == "features" else features), target
+        return own, target.detach()
+    return (own.detach() if detach == "features" else own), target
 
 
 def mean_over_shown(distances: PerSlot, shown: Presence) -> Scalar:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pmixseg.errors import InputError
 from pmixseg.gaussians import gaussian_kl
 from pmixseg.losses.anchors import Anchor, NormalAnchor
-from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
+from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot, detached
 from pmixseg.losses.distances.moments import mean_over_brain, standardise
 from pmixseg.losses.projections import SlotLinear
 
@@ -94,10 +94,8 @@ class KL(Distance):
         mean_p, log_variance_p = anchor.gaussian(
             mean, log_variance, latents.subset, latents.level, detach_weights=True
         )
-        if detach == "anchor":
-            mean_p, log_variance_p = mean_p.detach(), log_variance_p.detach()
-        elif detach == "features":
-            mean, log_variance = mean.detach(), log_variance.detach()
+        mean, mean_p = detached(mean, mean_p, detach)
+        log_variance, log_variance_p = detached(log_variance, log_variance_p, detach)
         divergence = gaussian_kl(mean, log_variance, mean_p[:, None], log_variance_p[:, None])
         return mean_over_brain(divergence.mean(2), latents.brain)
 

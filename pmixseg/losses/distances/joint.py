@@ -21,7 +21,7 @@ from torch import Tensor
 from pmixseg.describe import POSITIVE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
-from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot
+from pmixseg.losses.distances.contract import Detach, Distance, LevelLatents, PerSlot, detached
 from pmixseg.losses.ranks import sum_over_ranks
 from pmixseg.types import Brain, Features, Presence
 
@@ -101,10 +101,8 @@ class JointKL(Distance):
         )
         mean_p, variance_p = mean_p.flatten(1), log_variance_p.flatten(1).exp()  # [B, C]
         relation = self._correlations(covariance, subset)
-        if detach == "anchor":
-            mean_p, variance_p = mean_p.detach(), variance_p.detach()
-        elif detach == "features":
-            mean, covariance = mean.detach(), covariance.detach()
+        mean, mean_p = detached(mean, mean_p, detach)
+        covariance, variance_p = detached(covariance, variance_p, detach)
         # Slots outside A become independent standard normals on both sides, and cancel.
         pairs = (shown[:, :, None] & shown[:, None, :])[:, None]
         unit = torch.eye(slots, dtype=mean.dtype, device=mean.device)
