@@ -168,7 +168,7 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _by_name(cls: type[Any], bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Return what a constructor was given; what ``*args`` hands on has the name it has there."""
+    """Return a constructor's arguments by name, those in ``*args`` by their names in the base."""
     arguments: dict[str, Any] = {}
     for name, value in list(bound.arguments.items())[1:]:
         kind = bound.signature.parameters[name].kind
@@ -188,7 +188,7 @@ def _by_name(cls: type[Any], bound: inspect.BoundArguments) -> dict[str, Any]:
 
 
 def _refuse_unknown(cls: type[Any], given: Mapping[str, Any], message: str) -> None:
-    """Say in a sentence what Python says of an argument that a class does not take."""
+    """Refuse an argument that a class does not take, in a sentence instead of Python's words."""
     unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
     known = constructor_arguments(cls)
     if unknown is None or (name := unknown[1]) in known or name not in given:
@@ -276,7 +276,7 @@ def describe(value: Any, where: str = "value") -> Any:
 
 
 def _class_and_arguments(value: Any) -> tuple[type, Mapping[str, Any]] | None:
-    """Say what a value can be made from; ``None`` if that is not known."""
+    """Return the class and arguments that make a value again; ``None`` if they are not known."""
     if isinstance(value, Described):
         return type(value), value.init_args
     if inspect.isclass(value):

@@ -120,7 +120,7 @@ def end_if_read_anew() -> None:
 
 
 class _Interruption:
-    """Whether a worker is at work, and whether it shall stop."""
+    """Remembers whether a worker is at work, and whether it shall stop."""
 
     at_work = False
     asked = False
@@ -190,7 +190,7 @@ def start_server(preload: Sequence[str]) -> BaseContext:
 
 @contextmanager
 def _interrupted_by(handler: Any, *numbers: int) -> Iterator[None]:
-    """Another handler of signals for a moment; only the main thread may choose one."""
+    """Set another handler of signals for a while; only the main thread may do so."""
     if current_thread() is not main_thread():
         yield
         return

@@ -82,7 +82,7 @@ class ChannelOrder(nn.Module):
         return z
 
     def _order(self, weights: Tensor) -> Tensor:
-        """Channels by their weights, ``[b, C]``, or ``[b, M·C]`` of M encoders together."""
+        """Order channels by their weights, ``[b, C]``, or ``[b, M·C]`` of M encoders together."""
         if weights.shape[1] == self.width:
             return weights.argsort(1, descending=self.descending)
         signs = [-1.0 if descending else 1.0 for descending in self.all_descending]

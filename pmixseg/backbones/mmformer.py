@@ -308,7 +308,7 @@ class MMFormer(Backbone):
         return SegOutput(logits, latents, extras, maps)
 
     def _between(self, x: Tensor) -> Tensor:
-        """Inter-modal transformer over ``[B, M, C, d, h, w]``; the result has M·C' channels."""
+        """Apply the inter-modal transformer to ``[B, M, C, d, h, w]``; it gives M·C' channels."""
         grid = dict(zip("dhw", x.shape[3:], strict=True))
         positions = [encoder.position(x.shape[3:]) for encoder in self._encoders()]
         tokens = rearrange(x, "b m c d h w -> b (m d h w) c")

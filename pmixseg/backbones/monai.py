@@ -351,7 +351,7 @@ def _largest(step: int | Sequence[int]) -> int:
 
 
 def _outputs(result: Any) -> Decoded:
-    """Logits and deep supervision from what a network returned."""
+    """Return logits and deep supervision from what a network returned."""
     if isinstance(result, Tensor):
         return Decoded(result, {}, [])
     # A tuple holds logits and something else, such as the loss of SegResNetVAE.

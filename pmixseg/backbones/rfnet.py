@@ -194,7 +194,7 @@ class RegionAwareFusion(nn.Module):
         return fused, self.short_cut(latents, level, f"rfm.{level}")
 
     def _spread(self, weights: Tensor) -> Tensor:
-        """α ``[B, R, M]`` as the 1x1x1 convolution ``Σ_k α_kr x_k``, ``[B, R·C, M·C]``."""
+        """Return α ``[B, R, M]`` as the kernel of ``Σ_k α_kr x_k``, ``[B, R·C, M·C]``."""
         samples, regions, slots = weights.shape
         width = self.width
         each = torch.eye(width, device=weights.device, dtype=weights.dtype)

@@ -140,7 +140,7 @@ class ShaSpec(Backbone):
 
 
 def _slots(latents: Latents, level: int) -> Tensor:
-    """``[B, M·C, d, h, w]``, the mean of the shared features where a slot is absent."""
+    """Return ``[B, M·C, d, h, w]``, the mean of the shared features where a slot is absent."""
     own, shared = latents.features[level].chunk(2, 2)
     flags = latents.usable[level]
     count = flags.sum(1).clamp(min=1)[:, None, None, None, None]

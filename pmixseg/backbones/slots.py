@@ -119,7 +119,7 @@ def _run(
 
 
 def _apart(joined: Sequence[Tensor], slots: int, axis: int = 0) -> Pieces:
-    """Levels ``[M·B, ...]``, or ``[B, M·C, ...]``, as M lists of levels."""
+    """Return levels ``[M·B, ...]``, or ``[B, M·C, ...]``, as M lists of levels."""
     levels = [level.chunk(slots, axis) for level in joined]
     return [list(maps) for maps in zip(*levels, strict=True)]
 

@@ -171,7 +171,7 @@ class Distillation(TermCallback):
             batch["case"] = numbers.to(device, non_blocking=True)
 
     def _term(self, module: LightningModule) -> DistillationTerm | None:
-        """This callback's term in the module in training; ``None`` where its weight is 0."""
+        """Return this callback's term in the module in training; ``None`` where its weight is 0."""
         if self.weight == 0:
             return None
         return cast(DistillationTerm, cast(SegmentationModule, module).terms[self.name])

@@ -258,7 +258,7 @@ def gap_values(
 
 
 def _decodability(sample: LatentSample, regions: Sequence[str]) -> dict[str, float]:
-    """Of each region that occurs, and their mean; nothing without labels."""
+    """Return each occurring region's decodability, and their mean; nothing without labels."""
     shares = sample.decodability()
     if shares is None:
         return {}

@@ -103,7 +103,7 @@ class RunLogger(Logger):
             self.save()
 
     def _before(self, step: int) -> pd.DataFrame | None:
-        """Return what the file keeps: of a training that is resumed, rows before ``step``."""
+        """Return the rows that the file keeps: before ``step``, of a training that is resumed."""
         if self._kept == "none" or not self.path.is_file() or not self.path.stat().st_size:
             return None
         try:
@@ -303,7 +303,7 @@ class RunCheckpoint(ModelCheckpoint):
                 logger.after_save_checkpoint(proxy(self))
 
     def _linked(self, trainer: Trainer) -> bool:
-        """Give the best, just written, the name of the last too, on every process' word."""
+        """Link the best, just written, to the name of the last too; all processes agree on it."""
         if not isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO):
             return False
         # Such a file is never written into, only replaced, so the other name keeps its content.

@@ -32,7 +32,7 @@ class TermCallback(Callback, Described, ABC):
     ranges = Ranges(weight=NOT_NEGATIVE, start_epoch=NOT_NEGATIVE, warmup_epochs=NOT_NEGATIVE)
 
     optional: bool = False
-    """Whether a weight of 0 needs no word: on the command line it is the default."""
+    """Whether a weight of 0 is not warned of: on the command line it is the default."""
 
     def __init__(
         self, name: str, weight: float, start_epoch: int = 0, warmup_epochs: int = 0

@@ -135,7 +135,7 @@ def _unknown_name(message: str, args: Sequence[str], known: Iterable[str]) -> st
 
 
 def _number_of_values(message: str, args: Sequence[str], known: Iterable[str]) -> str | None:
-    """Say that a value is too many, or that one lacks."""
+    """Say that there is a value too many, or that one is lacking."""
     if bare := re.fullmatch(r"argument (\S+): ignored explicit argument '?(.*?)'?", message):
         return f"{bare[1]} takes no value; leave out {bare[2]}."
     if lacking := re.fullmatch(r"argument (\S+): expected (.*)", message):
@@ -150,7 +150,7 @@ def _number_of_values(message: str, args: Sequence[str], known: Iterable[str]) -
 
 
 def _keys(message: str) -> list[str]:
-    """Return names of the setting that a message is about, the outermost first."""
+    """Return the keys of the setting that a message is about, the outermost first."""
     path = [key for key in re.findall(r'Parser key "([^"]+)"', message) if key != "config"]
     nested = re.findall(r"NestedArg\(key='([^']+)'", message)
     if nested and path:  # the outermost one is told last
@@ -179,7 +179,7 @@ def _unknown_inside(
 
 
 def _value_sentence(message: str, args: Sequence[str]) -> str:
-    """Say what is wrong with the value of a setting; each kind of message in its turn."""
+    """Say what is wrong with the value of a setting; kinds of messages are tried in turn."""
     if lost := re.search(r'Parser key "config": Path (.*)', message):
         return f"--config: the path {lost[1]}; correct it."
     keys = _keys(message)

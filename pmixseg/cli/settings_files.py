@@ -70,7 +70,7 @@ def check_settings(text: str) -> None:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Count the values of a node, those of an alias each time that it stands there."""
+    """Count the values of a node; those of an alias count each time that it is used."""
     if id(node) in sizes:
         known = sizes[id(node)]
         if known is None:  # its own parts are being counted
@@ -122,7 +122,7 @@ def broken_file(path: Path | str, text: str | None = None) -> str | None:
 
 
 def _at(content: Mapping[str, Any], keys: str) -> Any:
-    """Say what stands below some keys with dots between; an empty mapping where there are none."""
+    """Return what stands at a dotted path of keys; an empty mapping where there is nothing."""
     value: Any = content
     for key in keys.split("."):
         value = value.get(key, {}) if isinstance(value, Mapping) else {}

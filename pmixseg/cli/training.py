@@ -168,7 +168,7 @@ class TrainingCLI(LightningCLI):
         self._refuse_what_cannot_be()
 
     def _refuse_what_cannot_be(self) -> None:
-        """Refuse a value that lacks, and a model that is of no kind; jsonargparse takes both."""
+        """Refuse a value that is lacking, and a model of no kind; jsonargparse accepts both."""
         settings = self.config[self.words[0]]
         if settings.weights_only is False:
             raise UsageError(

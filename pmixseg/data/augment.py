@@ -111,7 +111,7 @@ class Augmentation(Described):
         return made
 
     def _intensities(self, keys: Keys, n: int) -> Float[Tensor, "b m 4"]:
-        """Scale, shift, γ and noise's standard deviation per sample and modality."""
+        """Draw scale, shift, γ and the noise's standard deviation per sample and modality."""
         signed = 2 * uniform(keys, "intensity", 2 * n) - 1
         chance, amount = uniform(keys, "gamma", 2 * n).chunk(2, 1)
         gamma = torch.exp(self.gamma * (2 * amount - 1))

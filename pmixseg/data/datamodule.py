@@ -332,12 +332,12 @@ class BraTSDataModule(LightningDataModule, Described):
 
     @property
     def _trains(self) -> bool:
-        """Whether batches are those of a training, not of its validation."""
+        """Say whether batches are those of a training, not of its validation."""
         return self.trainer is not None and bool(self.trainer.training)
 
     @property
     def _overfits(self) -> bool:
-        """Whether Lightning is told to train on the same few batches in every epoch."""
+        """Say whether Lightning is to train on the same few batches in every epoch."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
     def _remark(self, parts: Split, cases: Mapping[str, StoredCase]) -> None:

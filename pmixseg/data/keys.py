@@ -83,7 +83,7 @@ def _positions(n: int) -> npt.NDArray[np.uint64]:
 
 
 def _mixed(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser; arithmetic of arrays wraps, which is what it needs."""
+    """Apply SplitMix64's finaliser, which needs arithmetic that wraps, as that of arrays does."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
     return z ^ (z >> np.uint64(31))
@@ -104,5 +104,5 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own repeats the sign bit."""
+    """Shift right logically: torch's own shift repeats the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

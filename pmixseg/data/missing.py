@@ -278,7 +278,7 @@ def _position(name: str, modalities: Sequence[str], where: str) -> int:
 def _draw_weighted(
     keys: Keys, shown: Tensor, weights: Float[Tensor, "b k"], acquired: Presence
 ) -> Presence:
-    """Choose one of ``[B, K, M]`` per row; empty ones are left out, none left shows all."""
+    """Choose one of ``[B, K, M]`` per row, none that is empty; with none left, all is shown."""
     weights = torch.where(shown.any(2), weights, 0.0)
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]

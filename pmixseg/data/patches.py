@@ -51,7 +51,7 @@ class CaseItem(TypedDict):
     case_id: str
     acquired: Bool[Tensor, " m"]
     key: Int64[Tensor, ""]
-    """Of (seed, no epoch, name of the case): whatever else is tested, a case keeps its draws."""
+    """Hash of (seed, no epoch, name of the case): a case keeps its draws in any company."""
     stored: StoredCase
     """Where it came from, with the way back to the source's grid."""
 
@@ -127,7 +127,7 @@ class PatchDataset(Dataset[Sample]):
         }
 
     def _start(self, stored: StoredCase, acquired: Flags, key: int) -> list[int]:
-        """First voxel of the patch in the stored array; negative where it sticks out."""
+        """Return the first voxel of the patch in the stored array; negative where it sticks out."""
         names = [m for m, a in zip(self.store.task.modalities, acquired, strict=True) if a]
         # A withheld modality must not even widen the volume that patches are drawn from.
         region = stored.geometry.box(names).relative_to(stored.geometry.box())
@@ -243,7 +243,7 @@ def _read(volume: npt.NDArray[np.generic], start: Sequence[int], out: Tensor) ->
 
 
 def _voxels_by_class(stored: StoredCase) -> list[npt.NDArray[np.int64]]:
-    """Flat positions of up to ``_FOREGROUND_KEPT`` voxels of each class that the case has."""
+    """Return flat positions of up to ``_FOREGROUND_KEPT`` voxels of each class in the case."""
     assert stored.label is not None
     flat = np.ascontiguousarray(stored.label).reshape(-1)
     tumour = np.flatnonzero(flat != 0)  # much faster than looking for non-zero bytes

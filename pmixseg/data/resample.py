@@ -90,7 +90,7 @@ def turn_patch(
 
 @dataclass(frozen=True)
 class _Taps:
-    """Where each output position reads: N positions, K neighbours each."""
+    """The K voxels that each of N output positions reads."""
 
     index: Tensor
     """``[N, K]``, clipped to the source."""
@@ -149,7 +149,7 @@ def _interpolate(volume: Tensor, axis: int, line: _Taps, plane: _Taps) -> Tensor
 
 
 def _sum_rows(rows: Tensor, taps: _Taps) -> Tensor:
-    """Weighted sums of K rows each: what an embedding bag is, and it is tuned for it."""
+    """Return weighted sums of K rows each, by an embedding bag, which is tuned for it."""
     return F.embedding_bag(taps.index, rows, per_sample_weights=taps.weight, mode="sum")
 
 

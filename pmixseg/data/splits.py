@@ -170,7 +170,7 @@ class SplitJson(SplitPlan):
         return _known(_split(self._parts(raw), str(self.path)), cases, str(self.path), self.missing)
 
     def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Return an object of the file; JSON itself would silently keep the last of equal keys."""
+        """Return an object of the file, no key twice; JSON itself would silently keep the last."""
         if len({key for key, _ in pairs}) < len(pairs):
             keys = ", ".join(key for key, _ in pairs)
             raise InputError(
@@ -334,7 +334,7 @@ def _known(
 
 
 def _split(parts: dict[str, tuple[str, ...]], where: str) -> Split:
-    """Return a split that a file holds; what is wrong with it is told with the file's name."""
+    """Return a split that a file holds; errors name the file."""
     try:
         return Split(**parts)
     except InputError as error:

@@ -29,7 +29,7 @@ COPIED = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyID", "StudyDate", "StudyTime", "AccessionNumber"),
 )
-"""Of patient and study; empty in the object where a series was made anonymous and has none."""
+"""Attributes of patient and study; an anonymous series leaves them empty in the object."""
 
 NOTICE = "Research use only: not a medical device"
 

@@ -53,7 +53,7 @@ _SAME_PLACE = 0.01
 """Slices nearer than this, in mm, lie at one place."""
 
 _MISSING = 1.5
-"""So many times the usual step between slices is one that lacks a slice."""
+"""A step between slices that is this many times the usual one lacks a slice."""
 
 _SHORTEST_SERIES = 2
 

@@ -197,7 +197,7 @@ WRITERS: dict[str, Callable[[ExportedProgram, Tensor, Path, dict[str, Any]], Aga
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of what a user cannot mend: operators that are not needed, their own age."""
+    """Silence what a user cannot act on: exporters warn of unneeded operators and their own age."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

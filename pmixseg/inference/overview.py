@@ -19,7 +19,7 @@ from pmixseg.evaluation.report.figures import drawing
 from pmixseg.task import Task
 
 PLANES = ("sagittal", "coronal", "axial")
-"""By the canonical axis that they cut: to the right, to the front, upwards."""
+"""Names of the planes, by the canonical axis that they cut: right, front, up."""
 
 _PAPER, _INK = "#101012", "#e8e8ea"
 _WIDTH, _TITLE = 9.0, 1.1

@@ -165,7 +165,7 @@ def _segmented(
     notes: Sequence[str],
     progress: Progress | None,
 ) -> CaseResult:
-    """Segment scans that were checked, and write the result with some more notes."""
+    """Segment checked scans, and write the result with the notes given and its own."""
     made = module.segment(images, settings, codes=codes, name=name, progress=progress)
     made = replace(made, warnings=(*notes, *outputs.of_others(made), *made.warnings))
     files = outputs.write(made, images)
@@ -242,7 +242,7 @@ def _path_of(source: Source) -> Path | None:
 def _contradicted(
     module: SegmentationModule, images: Mapping[str, Source], name: str
 ) -> Iterator[str]:
-    """Scans that are given as one modality, and by their names are surely another."""
+    """Return scans that are given as one modality, and by their names are surely another."""
     for modality, source in images.items():
         path = None if isinstance(source, tuple) else _path_of(source)
         says = None if path is None else modality_of(stem_of(path), module.task.modalities)

@@ -155,7 +155,7 @@ class AlignmentLoss(nn.Module):
     def _view(
         self, latents: Latents, level: int, present: Presence, acquired: Presence
     ) -> LevelLatents:
-        """Clean, float32 (or float64) latents of one level with A and S."""
+        """Return clean latents of one level, float32 or float64, with A and S."""
         features = latents.features[level]
         b, _, _, *spatial = features.shape
         if latents.brain is None:

@@ -326,5 +326,5 @@ class ProductAnchor(Anchor):
 
 
 def _uniform(subset: Presence) -> Weights:
-    """1/|S| in the subset, 0 outside."""
+    """Return 1/|S| in the subset, 0 outside."""
     return subset / subset.sum(1, keepdim=True).clamp_min(1)

@@ -56,7 +56,7 @@ class ShaSpecCriterion(Criterion):
 
 
 def _ring(shared: Tensor, encoded: Tensor) -> Tensor:
-    """Return the mean absolute difference of neighbours, then over samples."""
+    """Return the mean absolute difference of neighbours, averaged over samples."""
     slots = encoded.shape[1]
     total = shared.new_zeros(len(shared))
     for m, n in combinations(range(slots), 2):

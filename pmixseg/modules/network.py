@@ -254,7 +254,7 @@ class SegmentationNetwork(LightningModule, Described):
         return predict_case(self, image, geometry, self.task, combinations, window, settings)
 
     def _of_one_shape(self, settings: EvaluationSettings) -> EvaluationSettings:
-        """Windows one by one where each other number of them would be compiled anew."""
+        """Take windows one by one where each other number of them would be compiled anew."""
         if not self._compiles or settings.batch_size != "auto":
             return settings
         return replace(settings, batch_size=1)

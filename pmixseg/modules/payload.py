@@ -18,7 +18,7 @@ ENTRY = "pmixseg"
 """Where a checkpoint holds the description."""
 
 TOLD = "told"
-"""Beside weights that another process brings: what its checkpoint would say of them."""
+"""Entry beside weights from another process: what its checkpoint would say of them."""
 
 FORMAT = 1
 """Version of the description."""

@@ -21,7 +21,7 @@ from pmixseg.task import Combination
 from pmixseg.types import Batch, Image, Keys, Scalar, SegOutput, full_precision
 
 NAME = "reconstruct"
-"""Of the term, in log and checkpoint."""
+"""Name of the term, in log and checkpoint."""
 UNFINISHED = (
     "a checkpoint of MaskedPretraining cannot segment; first train a student or teacher that "
     "begins with its weights (--init_from; in Python pmixseg.modules.checkpoint.restore)."

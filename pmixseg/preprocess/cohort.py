@@ -92,7 +92,7 @@ def preprocess_case(
 
 
 def _label_in_atlas(case: Case, done: Preprocessed, task: Task) -> tuple[Any, tuple[str, ...]]:
-    """Bring the label map along with the scan on whose grid it was drawn; notes on it, beside it.
+    """Move the label map as the scan on whose grid it was drawn; return it, and notes on it.
 
     The numbers of its own layout are not known to who reads the result, so they become those of
     BraTS 2021, which the result's layout has.

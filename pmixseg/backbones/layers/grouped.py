@@ -71,7 +71,7 @@ def _faster_with_zeros(conv: nn.Conv3d, x: Tensor) -> bool:
 
 
 def _with_zeros(weight: Tensor, groups: int) -> Tensor:
-    """Kernels ``[M·out, in, k, k, k]`` of M groups as those of one, ``[M·out, M·in, k, k, k]``."""
+    """Put kernels ``[M·out, in, k, k, k]`` of M groups into one, ``[M·out, M·in, k, k, k]``."""
     own = weight.view(groups, -1, *weight.shape[1:]).movedim(0, -1)
     return torch.diag_embed(own, 0, 0, 2).flatten(0, 1).flatten(1, 2)
 

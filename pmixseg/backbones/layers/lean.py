@@ -97,7 +97,7 @@ def leaves_onednn(x: Tensor) -> bool:
 
 
 def _canonical(x: Tensor) -> Tensor:
-    """Channels-last as oneDNN recognises it: a view of one sample may have any batch stride."""
+    """Return a channels-last tensor with the strides that oneDNN expects of one, views included."""
     _, c, d, h, w = x.shape
     return x.as_strided(x.shape, (c * d * h * w, 1, c * h * w, c * w, c))
 
@@ -139,7 +139,7 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 class _MixSamples(torch.autograd.Function):
-    """1x1x1 convolution with weights of each sample's own on a GPU, in the layout of its input."""
+    """A 1x1x1 convolution on a GPU with weights of each sample's own, in its input's layout."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -255,7 +255,7 @@ def _inside(padded: Tensor) -> Tensor:
 
 
 def _prepared_and_reflected(prepare: Prepare, inputs: Sequence[Tensor]) -> Tensor:
-    """Result of ``prepare`` with one reflected voxel around it, written once."""
+    """Return the result of ``prepare`` with one reflected voxel around it, written once."""
     channels = sum(x.shape[1] for x in inputs)
     sides = [prepare.scale * side + 2 for side in inputs[0].shape[2:]]
     padded = torch.empty(
@@ -274,7 +274,7 @@ def _prepared_and_reflected(prepare: Prepare, inputs: Sequence[Tensor]) -> Tenso
 
 
 def _fold(g: Tensor) -> Tensor:
-    """Gradient of the reflection; changes ``g``."""
+    """Return the gradient of the reflection; changes ``g``."""
     for axis in (2, 3, 4):
         last = g.shape[axis] - 1
         g.narrow(axis, 2, 1).add_(g.narrow(axis, 0, 1))
@@ -324,7 +324,7 @@ class LeanConv3d(nn.Conv3d):
 
 
 class _ConvOf(torch.autograd.Function):
-    """3x3x3 convolution that keeps its inputs as they were before preparation and padding."""
+    """A 3x3x3 convolution that keeps its inputs as they were before preparation and padding."""
 
     @staticmethod
     def forward(
@@ -371,7 +371,7 @@ class _ConvOf(torch.autograd.Function):
 def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: int, needs: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients to input, weight and bias of a 3x3x3 convolution."""
+    """Return the gradients of input, weight and bias of a 3x3x3 convolution."""
     if misses_kernel(x.dtype, x.shape[2], weight.shape[2], padding):
         wide = _convolution_backward(g.float(), x.float(), weight.float(), stride, padding, needs)
         return [None if part is None else part.to(x.dtype) for part in wide]

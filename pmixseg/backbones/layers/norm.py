@@ -87,7 +87,7 @@ def _formula(x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None
 
 
 class _PlainNormAct(torch.autograd.Function):
-    """By batch norm over ``[1, B·C, V]``, in as few operations as there can be."""
+    """Normalise and activate by batch norm over ``[1, B·C, V]``, in the fewest operations."""
 
     @staticmethod
     def forward(
@@ -133,13 +133,13 @@ class _PlainNormAct(torch.autograd.Function):
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``x · scale + shift`` of one sample with factors ``[C]``, by batch norm's fast kernel."""
+    """Return ``x · scale + shift`` of one sample, factors ``[C]``, by batch norm's fast kernel."""
     variance = torch.full_like(scale, 1 - EPSILON)
     return F.batch_norm(x, torch.zeros_like(scale), variance, scale, shift, eps=EPSILON)
 
 
 class _NormAct(torch.autograd.Function):
-    """Without scale and shift it keeps its result y alone: x̂ is y, or y / slope where y < 0."""
+    """Normalise and activate; with no scale and shift y alone is kept, as x̂ follows from it."""
 
     @staticmethod
     def forward(
@@ -201,7 +201,7 @@ class _NormAct(torch.autograd.Function):
 
 
 class _SmallNormAct(torch.autograd.Function):
-    """The same for all samples at once; keeps x̂ and y in float32, which is little here."""
+    """Normalise and activate all samples at once; x̂ and y are small, and kept in float32."""
 
     @staticmethod
     def forward(
@@ -234,6 +234,6 @@ class _SmallNormAct(torch.autograd.Function):
 
 
 def _volume(rows: Tensor, like: Tensor) -> Tensor:
-    """``[B, V, C]`` in the shape and type of ``like``, channels-last."""
+    """Return ``[B, V, C]`` in the shape and type of ``like``, channels-last."""
     b, c, d, h, w = like.shape
     return rows.to(like.dtype).view(b, d, h, w, c).permute(0, 4, 1, 2, 3)

@@ -95,5 +95,5 @@ class _MixRegions(torch.autograd.Function):
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """``Σ_v a_iv b_jv`` of one sample."""
+    """Return ``Σ_v a_iv b_jv`` of one sample."""
     return voxel_rows(a)[0].t() @ voxel_rows(b)[0]

@@ -93,7 +93,7 @@ def coding_by_names(
 
 
 def _by_labels(inside: Mapping[str, Numbers], task: Task) -> dict[str, Numbers] | None:
-    """Return numbers of each label, where the cohort's are those of the task, one for one."""
+    """Return the numbers of each label where the cohort's labels are exactly the task's."""
     single = {_matching(name, task.labels): several for name, several in inside.items()}
     if set(single) != set(task.labels) or len(single) != len(inside):
         return None
@@ -101,7 +101,7 @@ def _by_labels(inside: Mapping[str, Numbers], task: Task) -> dict[str, Numbers] 
 
 
 def _by_regions(inside: Mapping[str, Numbers], task: Task) -> dict[str, Numbers] | None:
-    """Cut the numbers of each label from the cohort's, where these are regions."""
+    """Return the numbers of each label where the cohort's labels are regions."""
     regions = {_matching(name, task.regions): set(n) for name, n in inside.items()}
     if set(regions) != set(task.regions) or len(regions) != len(inside):
         return None

@@ -80,7 +80,7 @@ def _images(
 
 
 def _channels(path: Path, raw: Mapping[str, Any]) -> dict[int, str]:
-    """Return number -> name; also of a list, and of names with their numbers."""
+    """Return number -> name, also from a list or from names with their numbers."""
     field = next((f for f in ("channel_names", "modality") if raw.get(f)), None)
     if field is None:
         raise _unreadable(path, "it has neither 'channel_names' nor 'modality'")
@@ -101,7 +101,7 @@ def _channels(path: Path, raw: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _numbers(path: Path, raw: Mapping[str, Any]) -> dict[str, Numbers]:
-    """Name -> numbers; nnU-Net 1 and MSD write number -> name, nnU-Net 2 name -> number(s)."""
+    """Return name -> numbers; nnU-Net 1 and MSD write the reverse, nnU-Net 2 name -> number(s)."""
     labels = raw.get("labels")
     if not isinstance(labels, Mapping):
         raise _unreadable(path, f"'labels' is {labels!r}")
@@ -117,7 +117,7 @@ def _numbers(path: Path, raw: Mapping[str, Any]) -> dict[str, Numbers]:
 
 
 def _whole(value: object) -> int | None:
-    """Return a whole number, also where JSON has it as text."""
+    """Return a whole number, also where JSON has it as a text."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         return None
     try:

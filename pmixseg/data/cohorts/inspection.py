@@ -150,7 +150,7 @@ class Inspection:
         )
 
     def _absent(self) -> list[str]:
-        """Labels that no case has, where there are others: as of a map of one class."""
+        """Return the labels that no case has, if any has labels: maps may hold one class alone."""
         counts = Counter[str]()
         for case in self.cases:
             counts.update(case.voxels or {})
@@ -277,7 +277,7 @@ def odd_ones_out(cases: Iterable[Case]) -> frozenset[str]:
 
 
 def _is_oriented(case: Case) -> bool | None:
-    """``None`` where no header can be read; who reads the voxels says so."""
+    """Say whether a scan says how it lies; ``None`` where no header can be read."""
     reader = ScanReader(f"case '{case.case_id}'")
     known = [frame.oriented for s in case.images.values() if (frame := reader.frame(s))]
     return any(known) if known else None

@@ -112,12 +112,12 @@ def shown(path: Path) -> str:
 
 
 def _leads_back(folder: Path) -> bool:
-    """Say whether it is a link to a folder that holds it, in which every case would stand again."""
+    """Say whether this is a link to a folder that holds it, where every case would occur again."""
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _is_hidden(name: str) -> bool:
-    """By its first letter; a name of dots, or one behind dots, is somebody's case."""
+    """Say whether a name begins with a dot, as hidden files do; ``...`` may be somebody's case."""
     return name.startswith(".") and not name.startswith("..")
 
 

@@ -80,7 +80,7 @@ _VISITS = "{patient}_{visit}/{patient}_{visit}"
 
 
 def _graded(name: str, patient: str) -> Layout:
-    """Visits of a patient, in folders named by the tumour's grade or without them."""
+    """Return the layout of patients, in folders named by the tumour's grade or without them."""
     return _older(
         name,
         (f"{{grade}}/{_VISITS}", _VISITS),
@@ -90,7 +90,7 @@ def _graded(name: str, patient: str) -> Layout:
 
 
 def _of_visits(name: str, patient: str = r"(?!BraTS-PED)[^/]+", **others: Any) -> Layout:
-    """Visits of a patient, numbered with three digits."""
+    """Return the layout of a patient's visits, numbered with three digits."""
     return _newer(
         name,
         ("{patient}-{visit}/{patient}-{visit}",),

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pmixseg.errors import count_of
 
 FEW = 5
-"""So many names stand in a line; the rest is counted."""
+"""Names that are listed in a line; the rest is counted."""
 
 _ALONE = 3
-"""Up to so many cases of one problem have a line each."""
+"""Cases of one problem up to which each has a line of its own."""
 
 
 def listed(names: Sequence[str]) -> str:

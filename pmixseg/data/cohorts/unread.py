@@ -18,7 +18,7 @@ from pmixseg.errors import count_of
 from pmixseg.task import Task
 
 _LOOKED_AT = 50
-"""So many files are compared with every layout, to say why none fits."""
+"""Files that are compared with every layout, to say why none fits."""
 
 
 def with_unread(cohort: Cohort, tree: Tree, task: Task, *, recognised: bool) -> Cohort:
@@ -72,7 +72,7 @@ def reasons(tree: Tree) -> list[str]:
 
 
 def _with_lost_scan(case: Case, strays: Sequence[Path], task: Task) -> Case:
-    """Return the case, with a problem if a file beside its scans seems to be one that it lacks."""
+    """Return the case, with a problem if a file beside its scans may be one that it lacks."""
     for path in strays:
         modality = read_name(stem_of(path).lower(), task.modalities).modality
         if modality is not None and modality not in case.images and case.problem is None:
@@ -91,7 +91,7 @@ def _with_lost_scan(case: Case, strays: Sequence[Path], task: Task) -> Case:
 def _lost_cases(
     lost: Iterable[Path], cases: Sequence[Case], tree: Tree, task: Task
 ) -> Iterator[Case]:
-    """Folders with scans of several sequences that no case has: cases that nobody would use."""
+    """Return folders with scans of several sequences that no case has, so that nobody uses them."""
     names = {case.case_id for case in cases}
     layouts = dict.fromkeys(case.layout for case in cases if case.layout)
     flags = " or ".join(f"--layout {name}" for name in layouts)
@@ -126,7 +126,7 @@ def _lost_cases(
 
 
 def _fitting(path: Path) -> tuple[str, str] | None:
-    """Return a layout in which a file of this name exists, and how its folder is called there."""
+    """Return a layout that knows a file of this name, and how its folder is called there."""
     stem = stem_of(path)
     ends = [i for i, letter in enumerate(stem) if letter in "_-"]
     folders = [path.parent.name, *(stem[:end] for end in reversed(ends))]

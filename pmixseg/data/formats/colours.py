@@ -9,7 +9,7 @@ from pmixseg.files import write_text
 from pmixseg.task import Task
 
 CLASS_COLOURS = ("#e0563b", "#38a880", "#f4cf4a", "#6f8fe8", "#c77bd0", "#8fd0e8")
-"""Of the label classes in task order (BraTS: NCR, ED, ET); repeated if there are more."""
+"""Colours of the label classes in task order (BraTS: NCR, ED, ET); repeated for more."""
 
 _SNAP_HEAD = """\
 ################################################

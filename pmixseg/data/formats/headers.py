@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 32
 """Largest volume or series that is read, in bytes: a 4-D float32 file of 512 x 512 x 512 x 8."""
 
 HEAD = 1024
-"""So many bytes of a file hold its header, in either version of NIfTI."""
+"""Bytes at the start of a file that hold its header, in either version of NIfTI."""
 
 SYNTHETIC = b"pmixseg phantom"
 """How ``descrip`` begins in the files of a phantom, whatever they are called."""

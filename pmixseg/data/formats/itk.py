@@ -16,7 +16,7 @@ ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr")
 
 
 _TEXT = 1 << 16
-"""So many bytes of a file hold its header, which is text in both formats."""
+"""Bytes at the start of a file that hold its header, which is text in both formats."""
 
 _MM = {
     "mm": 1.0,
@@ -73,7 +73,7 @@ def read_itk(path: Path, where: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.f
 
 
 def _unit(text: bytes) -> float:
-    """Millimetres per unit of an NRRD header; mm where it names none."""
+    """Return the millimetres per unit of an NRRD header; mm where it names none."""
     line = re.search(rb"^space units: *(.+)$", text, re.MULTILINE)
     names = line[1].decode("latin-1").strip() if line else '"mm"'
     units = set(re.findall(r'"([^"]*)"', names))

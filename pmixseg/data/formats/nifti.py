@@ -34,7 +34,7 @@ Source: TypeAlias = Path | str | tuple[Path | str, int] | SpatialImage
 """A 3-D file, one channel of a 4-D file, or an image that nibabel has opened."""
 
 _HEAD_PACKED = 1 << 16
-"""So many bytes of a packed file hold its header."""
+"""Bytes at the start of a packed file that hold its header."""
 
 _NO_SCANS = {
     b"version https://git-lfs": "a pointer of git LFS",
@@ -246,7 +246,7 @@ class ScanReader:
             )
 
     def _other_format(self, path: Path, *, load: bool = True) -> Scan:
-        """Whatever else nibabel or ITK reads (Analyze pairs, MGH, MetaImage), at their speed."""
+        """Read whatever else nibabel or ITK can (Analyze pairs, MGH, MetaImage), at their speed."""
         if path.name.lower().endswith(ITK_ENDINGS):
             data, affine, oriented = read_itk(path, self.where)
             return Scan(data, 1.0, 0.0, affine, str(path), oriented=oriented)
@@ -298,7 +298,7 @@ def _frame(shape: tuple[int, ...], facts: Header | Scan) -> Frame:
 
 
 def _advice(path: Path) -> str:
-    """Say what helps, by the beginning of a file that is none of NIfTI."""
+    """Say what helps, from the first bytes of a file that is no NIfTI file."""
     if path.suffix.lower() in (".dcm", ".ima"):
         return (
             "a DICOM file is read with its series alone: give `pmixseg segment` the study's "

@@ -141,7 +141,7 @@ def refine(values: Field, source: Grid, target: Grid) -> Field:
 
 @lru_cache(maxsize=2)
 def _templates(coarse: bool) -> tuple[Field, Field, Field, float]:
-    """White matter, grey matter and brain mask of MNI152, and their voxel size in mm."""
+    """Return white matter, grey matter and brain mask of MNI152, and their voxel size in mm."""
     from nilearn import datasets  # takes two seconds to import, which only making a case should pay
 
     maps = [
@@ -218,7 +218,7 @@ class Deformation:
         return Tissues(shares[0], shares[1], shares[2], brain)
 
     def _sulci(self, grid: Grid, position: Field) -> Field:
-        """Winding sheets of CSF, 0 to 1, in the outer brain, where the average map has none.
+        """Return winding sheets of CSF, 0 to 1, in the outer brain, where the average map has none.
 
         The sheets are where a smooth field is near 0. On voxels larger than a sheet is thick they
         are as much paler as they are wider.
@@ -242,7 +242,7 @@ def _rotation(axis: int, angle: float) -> NDArray[np.float64]:
 
 
 def _sample(values: Field, size: float, position: Field) -> Field:
-    """Linear interpolation of a template at MNI152 coordinates; 0 outside."""
+    """Interpolate a template linearly at MNI152 coordinates; 0 outside."""
     index = np.empty_like(position)
     for axis in range(3):
         # A block of `size` voxels has its centre (size - 1) / 2 mm behind its first voxel.

@@ -173,17 +173,17 @@ def scan(shared: Shared, modality: str, contrast: Contrast, scanner: Scanner) ->
 
 
 def _texture(rng: np.random.Generator, grid: Grid) -> Field:
-    """Patches of a centimetre with finer ones on them, variance 1."""
+    """Draw patches of a centimetre with finer ones on them, variance 1."""
     return np.asarray(0.8 * smooth_noise(rng, grid, 16.0) + 0.6 * smooth_noise(rng, grid, 7.0))
 
 
 def _inside(level: Field, soft: float) -> Field:
-    """1 where ``level`` is positive, 0 where negative, smooth over ``soft`` on either side."""
+    """Return 1 where ``level`` is positive, 0 where negative, smooth within ``soft`` of 0."""
     return np.asarray(1 / (1 + np.exp(-np.clip(level / soft, -30, 30))), dtype=np.float32)
 
 
 def _slices(grid: Grid, thickness: float) -> tuple[Field, Field]:
-    """Matrices that average voxels into slices of ``thickness`` mm, and that interpolate back."""
+    """Return matrices that average voxels into slices of ``thickness`` mm, and interpolate back."""
     n = grid.shape[2]
     if thickness <= grid.spacing:
         return np.eye(n, dtype=np.float32), np.eye(n, dtype=np.float32)

@@ -138,7 +138,7 @@ def enhancement(rng: np.random.Generator, core: Field) -> Field:
 
 
 def _offsets(grid: Grid, centre: tuple[float, float, float]) -> list[Field]:
-    """Signed distance from ``centre`` per axis in mm, shaped to broadcast."""
+    """Return the signed distance from ``centre`` per axis in mm, shaped to broadcast."""
     axes = np.meshgrid(*grid.axes(), indexing="ij", sparse=True)
     return [(axis - c).astype(np.float32) for axis, c in zip(axes, centre, strict=True)]
 
@@ -162,7 +162,7 @@ def _seeds(
 def _core(
     rng: np.random.Generator, foci: list[Focus], tissues: Tissues, irregularity: float
 ) -> Field:
-    """Depth inside the union of distorted ellipsoids."""
+    """Return the depth inside the union of distorted ellipsoids."""
     noise = np.zeros(GROWTH_GRID.shape, dtype=np.float32)
     for amplitude, wavelength in ((0.16, 45.0), (0.12, 22.0), (0.08, 12.0), (0.04, 8.0)):
         noise += irregularity * amplitude * smooth_noise(rng, GROWTH_GRID, wavelength)
@@ -179,7 +179,7 @@ def _core(
 
 
 def _oedema(rng: np.random.Generator, core: Field, tissues: Tissues, ratio: float) -> Field:
-    """Depth inside the border of what diffuses from the core, fast in white matter.
+    """Return the depth inside the border of what diffuses from the core, fast in white matter.
 
     ∂u/∂t = ∇(D∇u) with u = 1 in the core and D large in white matter, small in grey matter and 0 in
     CSF (the diffusion part of the usual glioma growth model, Swanson et al. 2000,
@@ -218,7 +218,7 @@ def _oedema(rng: np.random.Generator, core: Field, tissues: Tissues, ratio: floa
 
 
 def _side(values: NDArray[np.float32], axis: int, first: int) -> NDArray[np.float32]:
-    """View without the last (``first=0``) or first (``first=1``) slice of ``axis``."""
+    """Return a view without the last (``first=0``) or first (``first=1``) slice of ``axis``."""
     cut = [slice(None)] * 3
     cut[axis] = slice(1, None) if first else slice(None, -1)
     return values[tuple(cut)]

@@ -64,7 +64,7 @@ the length is at least 1.08 times the others. Of their lowest sixth the centre l
 middle, by 0.10 of the length more than that of their highest sixth lies off it."""
 
 THIN_MM, LEAST_LINES = 6.0, 200
-"""Slices are compared on lines that are about so far apart, and not on fewer."""
+"""Distance of the lines that slices are compared on, and the least number of these."""
 
 
 def turned(brain: npt.NDArray[np.bool_], sides: tuple[float, ...]) -> list[str]:

@@ -257,7 +257,7 @@ class Geometry:
         return result
 
     def _surroundings(self, box: Box) -> tuple[Box, Box]:
-        """A box of the grid with a margin of at least one voxel, and that place in the source.
+        """Return a box of the grid with a margin of one voxel or more, and its place in the source.
 
         Both begin at the same point of space, so that the part is resampled as the whole would be;
         all source voxels outside depend on nothing inside ``box``.
@@ -314,7 +314,7 @@ def _by(numbers: Iterable[float]) -> str:
 
 @functools.lru_cache(1024)  # the files of a case share their affine
 def _axes_of(affine: Matrix) -> tuple[tuple[int, bool], ...]:
-    """Per canonical axis: the source axis along it, and whether that one runs backwards."""
+    """Return per canonical axis the source axis along it, and whether that one runs backwards."""
     pairs = [(0, False)] * 3
     for source_axis, (canonical_axis, sign) in enumerate(nib.io_orientation(np.array(affine))):
         pairs[int(canonical_axis)] = (source_axis, bool(sign < 0))

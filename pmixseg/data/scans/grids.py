@@ -89,7 +89,7 @@ def on_one_grid(
 
 
 def _place_of(reader: ScanReader, source: Source, name: str) -> Place | None:
-    """Say where a header says that a scan lies; ``None`` if it says nothing usable."""
+    """Return where a scan lies by its header; ``None`` if that says nothing usable."""
     frame = reader.frame(source)
     if frame is None:
         return None

@@ -21,7 +21,7 @@ NORMALISATIONS = (NORMALISATION, JOINT_MASK)
 """All of them; the first is the default."""
 
 SMALLEST_SIDE = 128
-"""A crop is grown to at least so many voxels per axis, where the volume has them."""
+"""Least voxels per axis of a crop, where the volume has them."""
 
 
 def check_normalisation(name: str) -> None:
@@ -115,7 +115,7 @@ def _published_side(first: int, last: int) -> tuple[int, int]:
 
 
 def _intensities(zscores: npt.NDArray[np.float32], case: CanonicalCase) -> npt.NDArray[np.float32]:
-    """Intensities of every scan, 0 outside its voxels."""
+    """Return the intensities of every scan, 0 outside its voxels."""
     scans = np.zeros_like(zscores)
     statistics = iter(case.statistics.values())  # in the order of the channels
     for index, acquired in enumerate(case.acquired):

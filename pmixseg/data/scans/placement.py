@@ -284,7 +284,7 @@ def misplaced_label(
 def _shifted(
     points: npt.NDArray[np.intp], overview: Overview
 ) -> Iterator[tuple[npt.NDArray[np.intp], str]]:
-    """Voxels after every shift along one axis, and its words."""
+    """Yield voxels after every shift along one axis, and what it is called."""
     zooms = np.array(overview.zooms) / overview.blocks
     for axis, direction in enumerate(DIRECTIONS):
         for shift in LABEL_SHIFTS_MM:
@@ -347,7 +347,7 @@ def _gains(
 
 
 def _block_means(volume: Volume, steps: Sequence[int]) -> Volume:
-    """Means of blocks, one axis after the other: a sum of slices is faster than numpy's mean."""
+    """Return means of blocks, axis by axis: a sum of slices is faster than numpy's mean."""
     for axis, step in enumerate(steps):
         before = (slice(None),) * axis
         parts = (volume[(*before, slice(k, None, step))] for k in range(step))

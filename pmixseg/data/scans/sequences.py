@@ -199,7 +199,7 @@ def _pieces(words: Sequence[str]) -> list[_Piece]:
 
 @cache
 def _parts(word: str) -> list[tuple[str, str]]:
-    """Return what a word is made of: ``t1wce`` of T1 and contrast, ``post1`` of contrast alone."""
+    """Return the pieces of a word: T1 and contrast of ``t1wce``, contrast alone of ``post1``."""
     if word in _KINDS or word == "minus":
         return [(word, _KINDS.get(word, word))]
     kinds: Mapping[str, str] = {w: k for w, k in _KINDS.items() if len(w) > 1}
@@ -217,7 +217,7 @@ def _parts(word: str) -> list[tuple[str, str]]:
 
 
 def _split(word: str, kinds: Mapping[str, str]) -> list[tuple[str, str]] | None:
-    """Return a word as known words without gaps, the longest first; ``None`` if a rest is left."""
+    """Split a word into known words without gaps, the longest first; ``None`` if a rest is left."""
     if not word:
         return []
     for size in range(len(word), 0, -1):
@@ -228,7 +228,7 @@ def _split(word: str, kinds: Mapping[str, str]) -> list[tuple[str, str]] | None:
 
 
 def _joined(pieces: list[_Piece]) -> list[_Piece]:
-    """Pairs of words that mean one thing: ``dark fluid``, ``without contrast``, ``ce-none``."""
+    """Join pairs of words with one meaning: ``dark fluid``, ``without contrast``, ``ce-none``."""
     joined: list[_Piece] = []
     for piece in pieces:
         before = joined[-1] if joined else _Piece("", "", -1)
@@ -251,7 +251,7 @@ def _joined(pieces: list[_Piece]) -> list[_Piece]:
 
 
 def _base(pieces: Sequence[_Piece]) -> list[int]:
-    """Say where a sequence is named, known or not."""
+    """Return the place where a sequence is named, known or not."""
     return [i for i, p in enumerate(pieces) if p.kind in ("t1", "t2", "flair", "odd")]
 
 

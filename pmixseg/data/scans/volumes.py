@@ -104,7 +104,7 @@ def same_grid(first: Place, other: Place, where: str) -> Geometry:
 def _apart(
     one: npt.NDArray[np.float64], two: npt.NDArray[np.float64], shape: tuple[int, int, int]
 ) -> float:
-    """Largest distance along an axis, in mm, between corners of two volumes of one shape."""
+    """Return the largest distance in mm, along an axis, of corners of two volumes of one shape."""
     corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*shape, 1]
     return float(np.abs((one - two) @ corners.T).max())
 

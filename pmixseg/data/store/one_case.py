@@ -129,7 +129,7 @@ def _outcome(
 
 
 def _asked(settings: StoreSettings, case: Case) -> dict[str, Any]:
-    """Return what a stored copy must have been made with to be up to date."""
+    """Return the settings that an up-to-date stored copy was made with."""
     return {
         "case_id": case.case_id,
         "patient": case.patient or case.case_id,

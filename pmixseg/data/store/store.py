@@ -117,7 +117,7 @@ class Store:
 
 
 def _no_description(path: Path) -> str:
-    """Why a store's description is refused; those of an older format have no seal."""
+    """Say why a store's description is refused; those of an older format have no seal."""
     try:
         version = json.loads(path.read_text(encoding="utf-8"))["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

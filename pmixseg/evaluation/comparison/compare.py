@@ -82,7 +82,7 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
 
 
 def _check_trainings(side: str, runs: Sequence[Records]) -> None:
-    """Refuse one training that would count twice."""
+    """Refuse runs of one training, which would count twice."""
     names: dict[str, str] = {}
     for one in runs:
         digest = (one.sidecar.checkpoint or {}).get("sha256")
@@ -185,7 +185,7 @@ def _check_run(run: pd.DataFrame, measure: str, where: str) -> None:
 
 
 def _measures(run: pd.DataFrame) -> list[str]:
-    """Columns that hold a number, or yes or no, about the prediction of a row."""
+    """Return the columns that hold a number, or yes or no, about the prediction of a row."""
     keys = ("run", *KEY, "n_present")
     return [c for c in run if c not in keys and pd.api.types.is_numeric_dtype(run[c].dtype)]
 

@@ -66,7 +66,7 @@ def added_modalities(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _dice_of_every_run(tables: Sequence[pd.DataFrame]) -> dict[Any, npt.NDArray[np.float64]]:
-    """Dice ``[runs, cases]`` of each (region, combination) that all runs have."""
+    """Return Dice ``[runs, cases]`` of each (region, combination) that all runs have."""
     cases = tables[0].index
     return {
         key: np.stack([t[key].reindex(cases).to_numpy(dtype=np.float64) for t in tables])
@@ -76,7 +76,7 @@ def _dice_of_every_run(tables: Sequence[pd.DataFrame]) -> dict[Any, npt.NDArray[
 
 
 def _by_case(run: pd.DataFrame, names: Mapping[frozenset[str], str]) -> pd.DataFrame:
-    """Dice with cases as rows and (region, combination) as columns."""
+    """Return Dice with cases as rows and (region, combination) as columns."""
     shown = run["combination"].map(lambda text: names[frozenset(str(text).split("+"))])
     table = run.assign(combination=shown)
     return table.pivot(index="case", columns=["region", "combination"], values="dice")

@@ -88,7 +88,7 @@ def two_way_bootstrap(differences: Array, repeats: int = 4000) -> Interval:
 
 @lru_cache(maxsize=16)
 def _weights(count: int, repeats: int, seed: int) -> Array:
-    """Share of each of ``count`` things in ``repeats`` draws with replacement."""
+    """Return the share of each of ``count`` things in ``repeats`` draws with replacement."""
     draw = np.random.default_rng(seed)
     return draw.multinomial(count, np.full(count, 1 / count), size=repeats) / count
 

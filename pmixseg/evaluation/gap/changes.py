@@ -62,7 +62,7 @@ def read_gap_changes(run: Path, best: bool = False) -> list[GapChange]:
 
 
 def _of_best(table: pd.DataFrame, rows: pd.DataFrame) -> pd.Series | None:
-    """The measurement of the weights with the highest ``val/dice``; the last without validation.
+    """Return the measurement of the weights with the best ``val/dice``; without it, the last.
 
     ``rows`` are those of the log that hold a gap, which need not be those of every validation.
     """

@@ -106,7 +106,7 @@ def decodability(
 
 
 def _errors(x: Tensor, y: Tensor, x_held: Tensor, y_held: Tensor) -> Tensor:
-    """Summed squared errors on held-out voxels, per region."""
+    """Return the summed squared errors on held-out voxels, per region."""
     centre, middle = x.mean(0), y.mean(0)
     scale = x.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)

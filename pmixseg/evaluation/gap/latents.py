@@ -41,7 +41,7 @@ class LatentSample:
         return measure_gap(self.vectors, self.targets)
 
     def decodability(self) -> Float[Tensor, " r"] | None:
-        """Of each region from one modality's latent; ``None`` without labels."""
+        """Decodability of each region from one modality's latent; ``None`` without labels."""
         if self.regions is None or self.cases is None:
             return None
         return decodability(self.vectors, self.regions, self.cases)
@@ -152,7 +152,7 @@ def centre_window(
 def _mix(
     anchor: Anchor | None, features: Tensor, present: Tensor, level: int
 ) -> tuple[Tensor, Tensor]:
-    """Anchor and weights; linear in the latents, so a probe with one-hot latents shows w."""
+    """Return anchor and weights; anchors are linear, so that one-hot latents show the weights."""
     if anchor is None or not anchor.can_fill:
         anchor = MixtureAnchor("uniform")
         anchor.bind([str(k) for k in range(features.shape[1])], level + 1)

@@ -28,7 +28,7 @@ PRINCIPAL_CHANNELS = 8
 """Channels that Gaussians are fitted to: at 64 channels the estimates are mostly bias."""
 
 SHUFFLES = 4
-"""Of voxels without dependence, whose mean total correlation is subtracted."""
+"""Draws of shuffled voxels, without dependence; their mean total correlation is subtracted."""
 
 
 @dataclass(frozen=True)
@@ -168,14 +168,14 @@ def moment_kl(vectors: Vectors) -> float:
 
 
 def _covariance(vectors: Tensor) -> Tensor:
-    """Covariance of rows, made safely invertible."""
+    """Return the covariance of rows, made safely invertible."""
     covariance = torch.cov(vectors.T, correction=0).reshape(vectors.shape[1], vectors.shape[1])
     ridge = 1e-9 * covariance.diagonal().mean() + 1e-30
     return covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
 def _principal(vectors: Vectors, covariance: Tensor) -> Vectors:
-    """Vectors in the principal channels of all modalities together that hold any variance."""
+    """Project vectors on the principal channels of all modalities together that vary at all."""
     values, directions = torch.linalg.eigh(covariance)
     kept = directions[:, values > 1e-9 * values[-1]][:, -PRINCIPAL_CHANNELS:]
     principal: Tensor = vectors @ kept

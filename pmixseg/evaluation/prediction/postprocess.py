@@ -127,7 +127,7 @@ STEPS: Mapping[str, Callable[[Labels, Task, Spacing], Labels]] = {
 
 
 def _enhancing(task: Task) -> tuple[int, int]:
-    """Return the class of ET, and the class that it becomes."""
+    """Return the class of ET, and the class that replaces it."""
     regions = {name: set(task.region_classes(name)) for name in task.regions}
     enhancing = regions.get("ET", set())
     around = sorted((r for r in regions.values() if r > enhancing), key=len)

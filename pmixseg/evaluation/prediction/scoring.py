@@ -101,7 +101,7 @@ class CaseRows:
 def _beside_network(
     function: Callable[[Work], Rows], device: torch.device | None
 ) -> Callable[[Work], Rows]:
-    """Return a function that does not wait for what the network has been asked for since.
+    """Return a function that runs without waiting for work queued for the network since.
 
     In the network's own stream, every number would come after all that waits there. What is read is
     whole: its sum has been asked for.
@@ -121,7 +121,7 @@ def _put(
     prediction: CasePrediction | None,
     coming: Future[Rows],
 ) -> None:
-    """Hand a prediction over, unless nobody takes it any more."""
+    """Hand a prediction over, unless nobody waits for it any more."""
     while not coming.done():
         try:
             ready.put(prediction, timeout=0.1)

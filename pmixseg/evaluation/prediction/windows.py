@@ -139,7 +139,7 @@ def iterate_combinations(
 
 
 def _at_once(batch_size: BatchSize, device: torch.device) -> int:
-    """Windows in one forward pass."""
+    """Return how many windows go into one forward pass."""
     if batch_size != "auto":
         return batch_size
     return FULL_CARD if static_on(device) else 1
@@ -154,7 +154,7 @@ def _add(
     sums: Float[Tensor, "k c d h w"],
     at_once: int,
 ) -> int:
-    """Add what the network answers in some windows, and return how many of them memory held."""
+    """Add the network's output in some windows, and return for how many of them memory sufficed."""
     done = 0
     stack = torch.stack([padded[(slice(None), *w)] for w in windows])
     try:
@@ -184,7 +184,7 @@ def _add(
 def _probabilities(
     predictor: Predictor, stack: Image, flags: Bool[Tensor, "k m"], together: int
 ) -> Iterator[Float[Tensor, "k b c d h w"]]:
-    """Softmax of one batch of windows, a few combinations at a time."""
+    """Yield the softmax of one batch of windows, a few combinations at a time."""
     size = len(stack)
     shared = None
     if predictor.shares_encoding:

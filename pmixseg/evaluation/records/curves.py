@@ -77,7 +77,7 @@ def read_curves(run: Path) -> list[Chart]:
 
 
 def _place(parts: list[str]) -> tuple[str, str]:
-    """Title of the chart and name of the curve."""
+    """Return the title of the chart and the name of the curve."""
     if parts[:2] == ["val", "dice"]:
         return "val/dice", "/".join(parts[2:]) or "mean"
     if parts[0] == "gap" and len(parts) == 3:

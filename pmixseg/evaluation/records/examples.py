@@ -180,7 +180,7 @@ def examples_of(run: Path) -> dict[str, Path]:
 
 
 def _grey(channel: Float[np.ndarray, "d h w"]) -> UInt8[np.ndarray, "d h w"]:
-    """Background 0, the 0.5th to 99.5th percentile of the rest on 1 to 255."""
+    """Return grey values: background 0, the 0.5th to 99.5th percentile of the rest on 1 to 255."""
     channel = np.asarray(channel, np.float32)
     inside = channel != 0
     if not inside.any():

@@ -120,7 +120,7 @@ _INSIDE: dict[str, Any] = {
 
 
 def _at(content: Mapping[str, Any], name: str) -> list[Any]:
-    """Values at a dotted name, ``*`` being every key; none where there is no such entry."""
+    """Return the values at a dotted name, ``*`` being every key; none without such an entry."""
     outer, _, last = name.rpartition(".")
     holders = _at(content, outer) if outer else [content]
     inside = [holder for holder in holders if isinstance(holder, Mapping)]

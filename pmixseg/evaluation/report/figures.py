@@ -296,7 +296,7 @@ def themed(svg: str) -> Markup:
 
 
 def _dot_matrix(axes: Any, combinations: Sequence[Combination], task: Task, offset: float) -> None:
-    """A row of filled and open circles per modality, under the columns of the axes above."""
+    """Draw a row of filled and open circles per modality, under the columns of the axes above."""
     for i, modality in enumerate(task.modalities):
         shown = np.array([modality in c for c in combinations])
         x = np.arange(len(combinations)) + offset
@@ -312,7 +312,7 @@ def _dot_matrix(axes: Any, combinations: Sequence[Combination], task: Task, offs
 
 
 def _log_scale(values: NDArray[np.float64]) -> Normalize:
-    """Distances in mm: penalties of hundreds must not flatten what lies between 2 and 20."""
+    """Choose a logarithmic scale for mm: penalties of hundreds must not flatten 2 to 20."""
     low = max(float(np.nanmin(values)), 0.5)
     return LogNorm(low, max(float(np.nanmax(values)), low * 1.01), clip=True)
 

@@ -270,7 +270,7 @@ def _penalty(records: Sequence[Records]) -> str:
 
 
 def _training(runs: list[Run], charts: dict[str, Markup]) -> list[tuple[str, Markup]]:
-    """Captions and curves."""
+    """Return captions and curves of the trainings."""
     captions = {"training": "Training loss and validation Dice of all runs."}
     captions |= {f"training_{k + 1}": f"Course of {run.name}." for k, run in enumerate(runs)}
     return [(text, charts[name]) for name, text in captions.items() if name in charts]
@@ -335,7 +335,7 @@ def _ranks(dice: Tabulation, hd95: Tabulation | None) -> list[tuple[str, pd.Data
 
 
 def _write_figures(assets: Path, figures: dict[str, Figure]) -> dict[str, Markup]:
-    """Save each figure as SVG and PNG; what the page shows of it."""
+    """Save each figure as SVG and PNG, and return what the page shows of it."""
     shown = {}
     for name, figure in figures.items():
         svg = as_svg(figure)

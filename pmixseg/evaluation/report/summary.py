@@ -21,7 +21,7 @@ FEW_CASES = 10
 """Below this a report says that nothing can be concluded about patients."""
 
 MOST_SHOWN = 6
-"""Of the modalities that hurt when they are added."""
+"""Most modalities that are named as hurting when they are added."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _about_values(runs: Sequence[Records]) -> list[str]:
 
 
 def _about_settings(runs: Sequence[Records]) -> list[str]:
-    """In what the runs differ besides their method."""
+    """Say in what the runs differ besides their method."""
     cautions: list[str] = []
     if len(runs) > 1:
         cautions.append(

@@ -218,7 +218,7 @@ class PanopticaLesions:
 
 
 def _best_matches(truth: Components, predicted: Components) -> list[tuple[int, int, float]]:
-    """Truth component, predicted component and Dice of each pair of the best assignment."""
+    """Return truth component, predicted component and Dice of each pair of the best assignment."""
     shared = truth.shared(predicted)[1:, 1:]
     total = truth.sizes()[1:, None] + predicted.sizes()[None, 1:]
     dice = 2 * shared / total

@@ -50,7 +50,7 @@ class Points:
 
     @cached_property
     def _neighbourhood(self) -> tuple[Coordinates, NDArray[np.bool_]]:
-        """Origin and array of the points' box, wide enough to look REACH beyond it."""
+        """Return origin and array of the points' box, wide enough to look REACH beyond it."""
         low = self.coordinates.min(0) - 2 * REACH
         occupied = np.zeros(self.coordinates.max(0) + 2 * REACH + 1 - low, bool)
         occupied[tuple((self.coordinates - low).T)] = True
@@ -75,7 +75,7 @@ class Points:
         return nearest
 
     def _near(self, others: Points, limit: float) -> Sequence[tuple[float, NDArray[np.int64]]]:
-        """Rows of ``others`` by their distance, as far as the stencil tells and up to ``limit``."""
+        """Return rows of ``others`` by distance, as far as the stencil reaches, up to ``limit``."""
         low, occupied = self._neighbourhood
         shape = np.asarray(occupied.shape)
         local = others.coordinates - low
@@ -103,7 +103,7 @@ def _complete(spacing: Spacing) -> float:
 
 @lru_cache(maxsize=64)
 def _shells(spacing: Spacing) -> tuple[tuple[float, Coordinates], ...]:
-    """Offsets of neighbours grouped by distance in mm, nearest first, without gaps."""
+    """Return offsets of neighbours grouped by distance in mm, nearest first, without gaps."""
     reach = np.arange(-REACH, REACH + 1)
     offsets = np.stack(np.meshgrid(reach, reach, reach, indexing="ij"), -1).reshape(-1, 3)
     distances = np.sqrt(((offsets * np.asarray(spacing)) ** 2).sum(1))
@@ -172,7 +172,7 @@ def surfels(mask: NDArray[np.bool_], origin: Sequence[int], spacing: Spacing) ->
 
 @lru_cache(maxsize=64)
 def _area_table(spacing: Spacing) -> tuple[Distances, NDArray[np.uint8]]:
-    """Area in mm² of each of the 256 neighbourhood codes, and the code's weight per corner."""
+    """Return the area in mm² of each of the 256 neighbourhood codes, and the weight per corner."""
     table, kernel = get_code_to_measure_table(spacing)
     weights = kernel.numpy().reshape(2, 2, 2).astype(np.uint8)
     return table.double().numpy(), weights

@@ -92,7 +92,7 @@ class CaseNCE(Distance):
         return torch.where(counts, loss, 0.0).sum(2) / counts.sum(2).clamp_min(1)
 
     def _residuals(self, latents: LevelLatents) -> tuple[Tensor, Tensor]:
-        """Latents relative to other patients, at some brain voxels, and which of these count.
+        """Return latents relative to other patients at some brain voxels, and which of these count.
 
         Returns:
             ``[B, M, C, P]`` and ``[B, P]``.

@@ -114,7 +114,7 @@ class JointKL(Distance):
         return (divergence / count)[:, None].expand(-1, slots)
 
     def _correlations(self, covariance: Tensor, subset: Presence) -> Tensor:
-        """R, ``[M, M]``."""
+        """Return R, ``[M, M]``."""
         slots = covariance.shape[-1]
         unit = torch.eye(slots, dtype=covariance.dtype, device=covariance.device)
         if not isinstance(self.correlation, str):

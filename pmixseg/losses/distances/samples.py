@@ -96,7 +96,7 @@ class MMD(SampledDistance):
 
 
 def _median(values: Tensor, counts: Tensor) -> Tensor:
-    """Lower median of each matrix over the pairs that count; 0 where none does."""
+    """Return the lower median of each matrix over the pairs that count; 0 where none does."""
     chosen = torch.where(counts, values, torch.nan).flatten(2)
     return chosen.nanmedian(2).values.nan_to_num()[..., None, None]
 

@@ -66,7 +66,7 @@ class Whitened(Distance):
         return 0.5 * mean_over_brain((features - target).square().mean(2), latents.brain)
 
     def _factor(self, latents: LevelLatents, slots: Presence) -> Tensor:
-        """Cholesky factor of S_T + εI over some slots."""
+        """Return the Cholesky factor of S_T + εI over some slots."""
         covariance = pooled_covariance(latents.features, slots, latents.brain, latents.sums)
         ridge = self.epsilon * covariance.diagonal().mean() + SMALLEST_VARIANCE
         unit = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)

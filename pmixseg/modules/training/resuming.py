@@ -54,7 +54,7 @@ _Groups = list[list[dict[str, Any]]]
 
 
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a group that a constructor or schedule was told, without running numbers."""
+    """Return the settings in an optimizer's group, without numbers that change as it runs."""
     arguments = set(inspect.signature(type(optimizer).__init__).parameters) - {"params"}
     schedule = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
     return {k: copy.deepcopy(group[k]) for k in group if k in arguments or k in schedule}
@@ -66,7 +66,7 @@ def _lowered(optimizer: Optimizer) -> list[float]:
 
 
 def _epochs(trainer: Trainer) -> int:
-    """Epochs whose steps are all made, whether or not the hooks at their end have run."""
+    """Count the epochs whose steps are all made, whether or not the hooks at their end have run."""
     return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]  # typed as its base
 
 

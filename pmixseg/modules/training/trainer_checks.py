@@ -257,7 +257,7 @@ def check_item(trainer: Trainer | None, item: CaseItem) -> None:
 
 
 def _prepared(trainer: Trainer) -> bool:
-    """Say whether its loaders are those of this package."""
+    """Say whether a data module's loaders are those of this package."""
     return type(trainer.datamodule) is BraTSDataModule  # type: ignore[attr-defined]  # as above
 
 
