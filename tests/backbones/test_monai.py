@@ -8,22 +8,16 @@ from pmixseg.backbones.monai import Uncut, cut
 from pmixseg.describe import build, describe
 from pmixseg.errors import InputError
 from pmixseg.testing import check_backbone
+from tests.inference import tiny_models as small
 
 MONAI = "monai.networks.nets."
-DYNUNET = {
-    "kernel_size": [3, 3, 3],
-    "strides": [1, 2, 2],
-    "upsample_kernel_size": [2, 2],
-    "filters": [3, 4, 6],
-    "deep_supervision": True,
-}
-SWIN = {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+DYNUNET = small.DYNUNET | {"deep_supervision": True}
 NETWORKS = [
-    ("SegResNet", {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}),
-    ("UNet", {"channels": [3, 4, 6], "strides": [1, 2], "num_res_units": 1}),
+    ("SegResNet", small.SEGRESNET),
+    ("UNet", small.UNET),
     ("UNet", {"channels": [3, 4], "strides": [2], "act": None, "norm": None}),
     ("DynUNet", DYNUNET),
-    pytest.param("SwinUNETR", SWIN, marks=pytest.mark.slow),
+    pytest.param("SwinUNETR", small.SWIN, marks=pytest.mark.slow),
 ]
 
 

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pmixseg.backbones import (
     UHVED,
     DeMoSeg,
-    EarlyFusion,
     MMFormer,
     MultiEncoderUNet,
     RFNet,
@@ -29,16 +28,7 @@ from pmixseg.backbones.slots import (
 from pmixseg.errors import InputError
 from pmixseg.execution import as_on_gpu
 from pmixseg.types import Latents
-
-MMFORMER = {"width": 4, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
-DOUBLE = {
-    "unet": lambda: MultiEncoderUNet(width=4, levels=2),
-    "rfnet": lambda: RFNet(width=4),
-    "mmformer": lambda: MMFormer(**MMFORMER),
-    "uhved": lambda: UHVED(width=4),
-    "shaspec": lambda: ShaSpec(width=4, levels=2),
-    "demoseg": lambda: DeMoSeg(width=4, levels=3),
-}
+from tests.inference import tiny_models as small
 
 
 class Counting(nn.Module):
@@ -239,42 +229,29 @@ def test_decoding_without_gradients_is_one_graph_for_every_combination(make):
     assert counter.frame_count <= 2  # the first decode makes what the others find
 
 
-SEGRESNET = {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
-UNET = {"channels": [3, 4, 6], "strides": [1, 2], "num_res_units": 1}
-DYNUNET = {
-    "kernel_size": [3, 3, 3],
-    "strides": [1, 2, 2],
-    "upsample_kernel_size": [2, 2],
-    "filters": [3, 4, 6],
-}
-SWIN = {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
-SMALL = {"width": 4, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8}
-
-
-def monai(name, arguments):
-    return EarlyFusion({"class_path": f"monai.networks.nets.{name}", "init_args": arguments})
-
-
 # The backbone, and channels and strides of its maps, coarsest first.
-BACKBONES = {
+MAPS = {
     "unet": (lambda: MultiEncoderUNet(width=4, levels=3), [(8, 2), (4, 1)]),
     "unet at half": (lambda: MultiEncoderUNet(width=4, levels=3, stem=2), [(8, 4), (4, 2)]),
     "rfnet": (lambda: RFNet(width=4), [(16, 4), (8, 2), (4, 1)]),
-    "mmformer": (lambda: MMFormer(**SMALL), [(32, 8), (16, 4), (8, 2), (4, 1)]),
+    "mmformer": (lambda: MMFormer(**small.MMFORMER), [(32, 8), (16, 4), (8, 2), (4, 1)]),
     "uhved": (lambda: UHVED(width=4), [(8, 4), (4, 2), (2, 1)]),
     "shaspec": (lambda: ShaSpec(width=4, levels=3), [(8, 2), (4, 1)]),
     "demoseg": (lambda: DeMoSeg(width=4, levels=4), [(16, 4), (8, 2), (4, 1)]),
-    "segresnet": (lambda: monai("SegResNet", SEGRESNET), [(16, 2), (8, 1)]),
+    "segresnet": (lambda: small.early("SegResNet", **small.SEGRESNET), [(16, 2), (8, 1)]),
     # The last block of MONAI's UNet makes the logits, so the finest map is the one before it.
-    "monai unet": (lambda: monai("UNet", UNET), [(3, 1)]),
-    "dynunet": (lambda: monai("DynUNet", DYNUNET), [(4, 2), (3, 1)]),
-    "swin": (lambda: monai("SwinUNETR", SWIN), [(96, 16), (48, 8), (24, 4), (12, 2), (12, 1)]),
+    "monai unet": (lambda: small.early("UNet", **small.UNET), [(3, 1)]),
+    "dynunet": (lambda: small.early("DynUNet", **small.DYNUNET), [(4, 2), (3, 1)]),
+    "swin": (
+        lambda: small.early("SwinUNETR", **small.SWIN),
+        [(96, 16), (48, 8), (24, 4), (12, 2), (12, 1)],
+    ),
 }
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", MAPS)
 def test_maps_have_their_strides_and_the_logits_follow_from_them(name):
-    make, expected = BACKBONES[name]
+    make, expected = MAPS[name]
     torch.manual_seed(0)
     net, side = make().eval(), 64 if name == "swin" else 32
     present = torch.tensor([[True, False, True, True]])
@@ -292,7 +269,7 @@ def test_the_finest_map_is_what_the_last_convolution_reads():
 
 
 def test_segresnet_decodes_as_its_own_decode_does():
-    net = monai("SegResNet", SEGRESNET).eval()
+    net = small.early("SegResNet", **small.SEGRESNET).eval()
     image = torch.randn(1, 4, 16, 16, 16)
     output = net(image, torch.ones(1, 4, dtype=torch.bool))
     torch.testing.assert_close(output.logits, net.network(image))
@@ -314,9 +291,10 @@ class Types(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize(("name", "side"), [(n, 32 if n == "mmformer" else 16) for n in DOUBLE])
-def test_a_network_in_double_precision_computes_in_it_throughout(name, side, gpu):
-    net = DOUBLE[name]().double().train()
+@pytest.mark.parametrize("name", [name for name in small.BACKBONES if name != "early"])
+def test_a_network_in_double_precision_computes_in_it_throughout(name, gpu):
+    make, _, side = small.BACKBONES[name]
+    net = make().double().train()
     image = torch.randn(1, 4, side, side, side, dtype=torch.float64)
     with as_on_gpu(gpu), Types() as types:
         net(image, torch.tensor([[True, False, True, True]]))

@@ -71,16 +71,21 @@ class MemoryData(LightningDataModule):
         return DataLoader(data, self.batch_size, sampler=Strided(len(data)))
 
 
-def tiny(levels=3, **arguments):
+def tiny(levels=3, modalities=BRATS.modalities, **arguments):
     """A network; mechanics that do not look at its levels need two."""
-    return MultiEncoderUNet(
-        modalities=BRATS.modalities, num_classes=4, width=4, levels=levels, **arguments
-    )
+    return MultiEncoderUNet(modalities, num_classes=4, width=4, levels=levels, **arguments)
 
 
 def student(**arguments):
     torch.manual_seed(0)
     return StudentModule(backbone=tiny(), **arguments)
+
+
+def step(module, batch):
+    """The loss of one training step without a trainer."""
+    module.log_dict = module.log = lambda *args, **kwargs: None
+    torch.manual_seed(0)
+    return module.training_step(batch, 0)
 
 
 def quiet_trainer(folder, **arguments):

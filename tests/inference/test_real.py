@@ -14,6 +14,7 @@ from pmixseg.evaluation.prediction import scans as segment
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.modules import StudentModule
 from pmixseg.task import BRATS
+from tests.inference.test_segment import reoriented
 from tests.inference.tiny_models import Glance, tiny_student
 
 pytestmark = pytest.mark.real
@@ -59,13 +60,6 @@ def check_combinations(model, case, combinations, kinds, folder, monkeypatch):
                 again = in_grid_of(model, turned, combination)
                 back = reoriented(again, nib.aff2axcodes(labels.affine))
                 assert np.array_equal(back.dataobj, expected)
-
-
-def reoriented(image, axcodes):
-    orientation = nib.orientations.axcodes2ornt(tuple(axcodes))
-    return image.as_reoriented(
-        nib.orientations.ornt_transform(nib.io_orientation(image.affine), orientation)
-    )
 
 
 def needed(combinations):

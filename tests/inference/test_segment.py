@@ -71,7 +71,7 @@ def test_segment_of_files_equals_test_of_the_case(
 def reoriented(image, axcodes):
     """The same scan with its axes in another order and direction, voxels untouched."""
     start = nib.io_orientation(image.affine)
-    change = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(axcodes))
+    change = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(tuple(axcodes)))
     return image.as_reoriented(change)
 
 
@@ -82,7 +82,7 @@ def whole(model, images):
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SAR", "IPL"])
 def test_orientation_of_the_file_changes_no_voxel(model, images, whole, axcodes):
-    turned = {m: reoriented(i, tuple(axcodes)) for m, i in images.items()}
+    turned = {m: reoriented(i, axcodes) for m, i in images.items()}
     labels = model.segment(turned).to_nifti()
     assert "research use only" in str(labels.header["descrip"])
     assert labels.header.get_xyzt_units()[0] == "mm"

@@ -1,4 +1,4 @@
-"""Models with random weights, and their checkpoints."""
+"""A small network of every kind, models with random weights, and their checkpoints."""
 
 from pathlib import Path
 
@@ -6,11 +6,52 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pmixseg.backbones import Backbone, MultiEncoderUNet
+from pmixseg.backbones import (
+    UHVED,
+    Backbone,
+    DeMoSeg,
+    EarlyFusion,
+    MMFormer,
+    MultiEncoderUNet,
+    RFNet,
+    ShaSpec,
+)
+from pmixseg.losses import DiceCE
+from pmixseg.losses.rfnet import RFNetCriterion
+from pmixseg.losses.shaspec import ShaSpecCriterion
+from pmixseg.losses.uhved import UHVEDCriterion
 from pmixseg.modules import StudentModule
 from pmixseg.modules.preparation import Preparation
 from pmixseg.task import BRATS
 from pmixseg.types import Latents, SegOutput
+
+MMFORMER = {"width": 4, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
+SEGRESNET = {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
+UNET = {"channels": [3, 4, 6], "strides": [1, 2], "num_res_units": 1}
+SWIN = {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+DYNUNET = {
+    "kernel_size": [3, 3, 3],
+    "strides": [1, 2, 2],
+    "upsample_kernel_size": [2, 2],
+    "filters": [3, 4, 6],
+}
+
+
+def early(name, **arguments):
+    """A network of MONAI behind early fusion."""
+    return EarlyFusion({"class_path": f"monai.networks.nets.{name}", "init_args": arguments})
+
+
+BACKBONES = {
+    "unet": (lambda: MultiEncoderUNet(width=4, levels=2), DiceCE, 16),
+    "rfnet": (lambda: RFNet(width=4), RFNetCriterion, 16),
+    "mmformer": (lambda: MMFormer(**MMFORMER), RFNetCriterion, 32),
+    "uhved": (lambda: UHVED(width=4), UHVEDCriterion, 16),
+    "shaspec": (lambda: ShaSpec(width=4, levels=2), ShaSpecCriterion, 16),
+    "demoseg": (lambda: DeMoSeg(width=4, levels=3), DiceCE, 16),
+    "early": (lambda: early("SegResNet", init_filters=8), DiceCE, 16),
+}
+"""Name -> how it is made, its criterion, and the side of a patch."""
 
 
 class Glance(Backbone):

@@ -15,7 +15,7 @@ def flags(*rows):
     return torch.tensor(rows, dtype=torch.bool)
 
 
-def bound(anchor, modalities=NAMES, levels=1):
+def bound(anchor, modalities=NAMES, levels=2):
     anchor.bind(modalities[:], levels)
     return anchor
 

@@ -18,22 +18,12 @@ from pmixseg.losses.anchors import (
     WeightedAnchor,
 )
 from pmixseg.slot_sums import choose_slots, hide, weighted_sum
-
-NAMES = ("flair", "t1ce", "t1", "t2")
-
-
-def bound(anchor, modalities=NAMES, levels=2):
-    anchor.bind(modalities, levels)
-    return anchor
+from tests.losses.scenes import NAMES, bound, flags
 
 
 def voxel(*values, dtype=torch.float32):
     """One sample, one channel, one voxel, one value per modality."""
     return torch.tensor(values, dtype=dtype).reshape(1, -1, 1, 1, 1, 1)
-
-
-def flags(*rows):
-    return torch.tensor(rows, dtype=torch.bool)
 
 
 def randomised(anchor):

@@ -4,27 +4,17 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.errors import InputError
 from pmixseg.modules import MaskedPretraining, StudentModule
 from pmixseg.modules.checkpoint import load, read_checkpoint, restore
 from pmixseg.modules.pretraining import Reconstruction, hide_blocks
 from pmixseg.task import BRATS
 from pmixseg.types import Latents, SegOutput
-
-
-def tiny():
-    return MultiEncoderUNet(modalities=BRATS.modalities, num_classes=4, width=4, levels=3)
+from tests.callbacks.memory_data import step, tiny
 
 
 def output(logits):
     return SegOutput(logits, Latents([], BRATS.modalities, []))
-
-
-def step(module, batch):
-    module.log_dict = module.log = lambda *args, **kwargs: None
-    torch.manual_seed(0)
-    return module.training_step(batch, 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.875, 0.99])

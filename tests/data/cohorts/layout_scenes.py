@@ -1,5 +1,7 @@
 """File names of BraTS cases, and what the search must make of them."""
 
+import json
+
 from pmixseg.task import BRATS
 
 OLD = {"flair": "flair", "t1ce": "t1ce", "t1": "t1", "t2": "t2"}
@@ -11,6 +13,12 @@ OLD_CODES, NEW_CODES = {"NCR": 1, "ED": 2, "ET": 4}, {"NCR": 1, "ED": 2, "ET": 3
 def brats_files(stem, suffixes=OLD, joint="_", ending=".nii.gz", folder=""):
     names = [*suffixes.values(), "seg"]
     return [f"{folder}{stem}/{stem}{joint}{x}{ending}" for x in names]
+
+
+def describe(root, **content):
+    """Write the ``dataset.json`` of a cohort."""
+    (root / "dataset.json").write_text(json.dumps(content))
+    return root
 
 
 def check(cases, layout, ids, codes):

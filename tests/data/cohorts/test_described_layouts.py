@@ -1,19 +1,11 @@
 """Cohorts that a file describes: dataset.json of MSD and nnU-Net, and one's own YAML."""
 
-import json
-
 import pytest
 
 from pmixseg.data.cohorts.layouts import find_cases, load_layout, search
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
-from tests.data.cohorts.layout_scenes import NEW_CODES, brats_files, check
-
-
-def dataset_json(root, **content):
-    (root / "dataset.json").write_text(json.dumps(content))
-    return root
-
+from tests.data.cohorts.layout_scenes import NEW_CODES, brats_files, check, describe
 
 MSD_CHANNELS = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
 MSD_LABELS = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
@@ -22,7 +14,7 @@ MSD_LABELS = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": 
 def test_dataset_json_of_msd_describes_the_cohort(touch):
     files = ["imagesTr/BRATS_001.nii.gz", "labelsTr/BRATS_001.nii.gz", "imagesTr/BRATS_002.nii.gz"]
     root = touch(*files, "imagesTr/._BRATS_001.nii.gz", "imagesTs/BRATS_485.nii.gz")
-    cohort = search(dataset_json(root, modality=MSD_CHANNELS, labels=MSD_LABELS), BRATS)
+    cohort = search(describe(root, modality=MSD_CHANNELS, labels=MSD_LABELS), BRATS)
     check(cohort.cases, "msd", ["BRATS_001", "BRATS_002"], {"NCR": 2, "ED": 1, "ET": 3})
     one, two = cohort.cases
     path = root / "imagesTr/BRATS_001.nii.gz"
@@ -69,7 +61,7 @@ NNUNET_FILES = [f"imagesTr/case_1_000{i}.nii.gz" for i in range(4)] + ["labelsTr
     ],
 )
 def test_dataset_json_of_nnunet_describes_the_cohort(touch, content, codes, ignored):
-    root = dataset_json(touch(*NNUNET_FILES), **content)
+    root = describe(touch(*NNUNET_FILES), **content)
     (case,) = find_cases(root, BRATS)
     check([case], "nnunet", ["case_1"], codes)
     assert case.ignored == ignored
@@ -95,7 +87,7 @@ def test_dataset_json_of_nnunet_describes_the_cohort(touch, content, codes, igno
     ],
 )
 def test_dataset_json_that_does_not_fit(touch, content, sentence):
-    root = dataset_json(touch("imagesTr/a.nii.gz"), **content)
+    root = describe(touch("imagesTr/a.nii.gz"), **content)
     with pytest.raises(InputError, match=sentence):
         find_cases(root, BRATS, "msd")
     # recognition passes the reason on
@@ -106,11 +98,11 @@ def test_dataset_json_that_does_not_fit(touch, content, sentence):
 def test_channels_that_are_told_by_their_names_as_files_are(touch):
     names = {"0": "T1 post contrast", "1": "T1-weighted", "2": "ax T2 FLAIR", "3": "T2 (TSE)"}
     labels = {"background": 0, "NETC": 1, "SNFH": 2, "ET": 3}
-    root = dataset_json(touch(*NNUNET_FILES), channel_names=names, labels=labels)
+    root = describe(touch(*NNUNET_FILES), channel_names=names, labels=labels)
     (case,) = find_cases(root, BRATS)
     numbers = {m: int(p.name[-8]) for m, p in case.images.items()}
     assert numbers == {"t1ce": 0, "t1": 1, "flair": 2, "t2": 3}
-    dataset_json(root, channel_names={**names, "4": "T1 (bias)"}, labels=labels)
+    describe(root, channel_names={**names, "4": "T1 (bias)"}, labels=labels)
     with pytest.raises(InputError, match=r"more than one of its channels .* is t1; write a layout"):
         find_cases(root, BRATS)
 

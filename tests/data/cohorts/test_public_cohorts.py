@@ -16,13 +16,7 @@ from pmixseg.data.store.store import Store, prepare
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
 from tests.cli.presets import TINY, last_of_each
-from tests.data.cohorts.layout_scenes import NEW, NEW_CODES, OLD_CODES, brats_files, check
-
-
-def describe(root, **content):
-    (root / "dataset.json").write_text(json.dumps(content))
-    return root
-
+from tests.data.cohorts.layout_scenes import NEW, NEW_CODES, OLD_CODES, brats_files, check, describe
 
 # ------------------------------------------------------------------- names
 

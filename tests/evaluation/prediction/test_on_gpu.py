@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 
-from pmixseg.backbones import EarlyFusion, MultiEncoderUNet, RFNet
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.splits import WholeCohort
 from pmixseg.errors import InputError
@@ -23,20 +22,17 @@ from pmixseg.modules import StudentModule
 from pmixseg.types import Latents
 from tests.callbacks.memory_data import quiet_trainer, tiny
 from tests.evaluation.made_up import predict_combinations
+from tests.inference.tiny_models import BACKBONES
 
 FLAGS = torch.tensor([row for row in itertools.product([False, True], repeat=4) if any(row)])
-SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
-NETWORKS = {
-    "unet": lambda: MultiEncoderUNet(width=4, levels=2),
-    "rfnet": lambda: RFNet(width=4),
-    "early": lambda: EarlyFusion(SEGRESNET),
-}
+NETWORKS = ("unet", "rfnet", "early")
 
 
 def network(name):
     """In float64: what is left is the order of sums, not the rounding of small norms."""
     torch.manual_seed(0)
-    return NETWORKS[name]().eval().double()
+    make, _, _ = BACKBONES[name]
+    return make().eval().double()
 
 
 def volume(*shape):

@@ -6,53 +6,24 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from pmixseg.backbones import (
-    UHVED,
-    DeMoSeg,
-    EarlyFusion,
-    MMFormer,
-    MultiEncoderUNet,
-    RFNet,
-    ShaSpec,
-)
 from pmixseg.callbacks import Distillation, PmixAlignment, RunCheckpoint
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.losses import DiceCE, LogitKL, MixtureAnchor
-from pmixseg.losses.rfnet import RFNetCriterion
-from pmixseg.losses.shaspec import ShaSpecCriterion
 from pmixseg.modules import StudentModule, TeacherModule, load
+from tests.inference import tiny_models as small
 
 pytestmark = pytest.mark.long
 
-DYNUNET = {
-    "class_path": "monai.networks.nets.DynUNet",
-    "init_args": {
-        "spatial_dims": 3,
-        "in_channels": 4,
-        "out_channels": 4,
-        "kernel_size": [3, 3, 3],
-        "strides": [1, 2, 2],
-        "upsample_kernel_size": [2, 2],
-        "filters": [4, 6, 8],
-    },
-}
-SMALL = {"width": 4, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8}
-BACKBONES = {
-    "unet": (lambda: MultiEncoderUNet(width=4, levels=2), DiceCE, 16),
-    "rfnet": (lambda: RFNet(width=4), RFNetCriterion, 16),
-    "mmformer": (lambda: MMFormer(**SMALL), RFNetCriterion, 32),
-    "uhved": (lambda: UHVED(width=4), DiceCE, 16),
-    "shaspec": (lambda: ShaSpec(width=4, levels=2), ShaSpecCriterion, 16),
-    "demoseg": (lambda: DeMoSeg(width=4, levels=3), DiceCE, 16),
-    "dynunet": (lambda: EarlyFusion(DYNUNET), DiceCE, 16),
+BACKBONES = small.BACKBONES | {
+    "early": (lambda: small.early("DynUNet", **small.DYNUNET), DiceCE, 16),
 }
 
 
 def is_quick(name, kind, align, distill):
     """One line through every backbone; the rest of the matrix is marked slow."""
-    return kind is StudentModule and distill and align == (name != "dynunet")
+    return kind is StudentModule and distill and align == (name != "early")
 
 
 ROWS = itertools.product(BACKBONES, (TeacherModule, StudentModule), (False, True), (False, True))
@@ -75,7 +46,7 @@ def train(phantom_store):
         terms = [PmixAlignment(weight=0.1, anchor=anchor)] if align else []
         if teacher is not None:
             # Latents of early fusion have no slots to match, so the logits alone teach it.
-            losses = {"logit": LogitKL()} if name == "dynunet" else None
+            losses = {"logit": LogitKL()} if name == "early" else None
             terms.append(Distillation(str(teacher), weight=1.0, terms=losses))
         trainer = Trainer(
             max_epochs=1,
@@ -113,7 +84,7 @@ def teachers(train, tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "kind", "align", "distill"), ALL)
 def test_fits_two_batches_and_tests_a_case(train, teachers, tmp_path, name, kind, align, distill):
-    if name == "dynunet" and align:
+    if name == "early" and align:
         with pytest.raises(InputError, match="mixes"):
             train(kind, name, tmp_path, align)
         return

@@ -12,36 +12,23 @@ import torch._dynamo.testing
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pmixseg import backbones
-from pmixseg.backbones import MultiEncoderUNet, RFNet
+from pmixseg.backbones import MMFormer, MultiEncoderUNet, RFNet
 from pmixseg.callbacks import Distillation, PmixAlignment
 from pmixseg.execution import as_on_gpu, seed_device
 from pmixseg.losses import DiceCE, LogitKL, MixtureAnchor
 from pmixseg.losses.rfnet import RFNetCriterion
-from pmixseg.losses.shaspec import ShaSpecCriterion
 from pmixseg.losses.term import TermWeight
-from pmixseg.losses.uhved import UHVEDCriterion
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.modules.training.compilation import CompiledStep, Plan
 from pmixseg.modules.training.optimization import clip_norm, fuse, place_steps
 from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.inference import tiny_models as small
 
 pytestmark = pytest.mark.long
 
-SEGRESNET = {"class_path": "monai.networks.nets.SegResNet", "init_args": {"init_filters": 8}}
-SMALL = {"width": 1, "patch_size": 32, "embedding": 8, "heads": 2, "hidden": 8, "dropout": 0.0}
-BACKBONES = {
-    "unet": (
-        lambda: backbones.MultiEncoderUNet(width=4, levels=2, deep_supervision=True),
-        DiceCE,
-        16,
-    ),
-    "rfnet": (lambda: backbones.RFNet(width=4), RFNetCriterion, 16),
-    "mmformer": (lambda: backbones.MMFormer(**SMALL), RFNetCriterion, 32),
-    "uhved": (lambda: backbones.UHVED(width=4), UHVEDCriterion, 16),
-    "shaspec": (lambda: backbones.ShaSpec(width=4, levels=2), ShaSpecCriterion, 16),
-    "demoseg": (lambda: backbones.DeMoSeg(width=4, levels=3), DiceCE, 16),
-    "early": (lambda: backbones.EarlyFusion(SEGRESNET), DiceCE, 16),
+BACKBONES = small.BACKBONES | {
+    "unet": (lambda: MultiEncoderUNet(width=4, levels=2, deep_supervision=True), DiceCE, 16),
+    "mmformer": (lambda: MMFormer(**small.MMFORMER | {"width": 1}), RFNetCriterion, 32),
 }
 PATTERNS = ([[1, 1, 1, 1], [1, 0, 1, 1]], [[0, 1, 0, 0], [1, 0, 0, 1]], [[0, 0, 1, 0]] * 2)
 

@@ -20,16 +20,7 @@ from pmixseg.losses.term import Term, TermWeight
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.task import BRATS, Task
 from pmixseg.types import Latents
-
-
-def tiny(modalities=BRATS.modalities):
-    return MultiEncoderUNet(modalities=modalities, num_classes=4, width=4, levels=3)
-
-
-def step(module, batch):
-    module.log_dict = module.log = lambda *args, **kwargs: None
-    torch.manual_seed(0)
-    return module.training_step(batch, 0)
+from tests.callbacks.memory_data import step, tiny
 
 
 def test_post_processing_that_the_task_has_no_meaning_for_is_refused_at_once():
@@ -83,7 +74,7 @@ def test_dedicated_student_has_only_its_encoders_and_ignores_the_rest(batch):
 
 
 def test_dedicated_student_refuses_a_case_without_its_modality(batch):
-    module = StudentModule(combination="t1ce", backbone=tiny(("t1ce",)))
+    module = StudentModule(combination="t1ce", backbone=tiny(modalities=("t1ce",)))
     with pytest.raises(InputError, match="case 'b' has none of"):
         module.draw_present(batch)
 
@@ -180,7 +171,7 @@ def test_the_brain_travels_with_the_latents_of_a_step(batch):
     image = torch.zeros(2, 4, 16, 16, 16)
     image[0, 0, :, :, :9] = 1.0  # not a sequence of the network, but acquired
     image[1, 1, 0] = -2.0
-    module = StudentModule(combination="t1ce+t2", backbone=tiny(("t1ce", "t2")))
+    module = StudentModule(combination="t1ce+t2", backbone=tiny(modalities=("t1ce", "t2")))
     module.add_term("masks", term := Masks(), TermWeight(1.0))
     step(module, {**batch, "image": image, "acquired": torch.ones(2, 4, dtype=torch.bool)})
     fine, half, quarter = term.latents.brain
@@ -245,7 +236,7 @@ def test_early_fusion_defaults_to_no_fill(batch):
 def test_own_backbone_by_overriding_one_method(batch):
     class Mine(StudentModule):
         def build_backbone(self):
-            return tiny(self.modalities)
+            return tiny(modalities=self.modalities)
 
     module = Mine(combination="flair")
     assert module.backbone.channels[0] == 4
