@@ -95,6 +95,20 @@ def count_of(number: int, one: str, many: str | None = None) -> str:
 
 
 @contextmanager
+def explained(what: str, advice: str, *faults: type[Exception]) -> Iterator[None]:
+    """Turn faults of a block into one sentence: ``what``, the fault in brackets, and ``advice``.
+
+    An :class:`InputError` passes as it is.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except faults as fault:
+        raise InputError(f"{what} ({fault}); {advice}.") from fault
+
+
+@contextmanager
 def writing(path: str | PathLike[str]) -> Iterator[None]:
     """Within this block an :class:`OSError` means that ``path`` cannot be written.
 

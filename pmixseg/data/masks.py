@@ -23,7 +23,7 @@ from pmixseg.data.keys import make_key, number_of, uniform
 from pmixseg.data.missing import bernoulli_not_empty, check_rates, rate_row
 from pmixseg.data.store.stored import StoredCase
 from pmixseg.describe import Described
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 from pmixseg.task import parse_combination, presence
 
 Flags = tuple[bool, ...]
@@ -86,10 +86,9 @@ class MaskFile(CaseMasks):
         return allowed
 
     def _read(self, modalities: Sequence[str]) -> dict[str, Flags]:
-        try:
+        unread = f"mask file {self.path} cannot be read"
+        with explained(unread, "correct it", OSError, UnicodeDecodeError):
             text = self.path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"mask file {self.path} cannot be read: {error}.") from error
         rows = self._json(text) if self.path.suffix == ".json" else self._csv(text)
         masks: dict[str, Flags] = {}
         for case, value in rows:
@@ -101,10 +100,8 @@ class MaskFile(CaseMasks):
         return masks
 
     def _json(self, text: str) -> list[tuple[str, Any]]:
-        try:
+        with explained(f"mask file {self.path} is not JSON", "correct it", json.JSONDecodeError):
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"mask file {self.path} is not JSON: {error}.") from error
         if not isinstance(raw, dict):
             raise InputError(
                 f"mask file {self.path} must map cases to combinations; it holds a "
@@ -113,10 +110,8 @@ class MaskFile(CaseMasks):
         return list(raw.items())
 
     def _csv(self, text: str) -> list[tuple[str, Any]]:
-        try:
+        with explained(f"mask file {self.path} is not CSV", "correct it", csv.Error):
             rows = list(csv.DictReader(text.splitlines()))
-        except csv.Error as error:
-            raise InputError(f"mask file {self.path} is not CSV: {error}; correct it.") from error
         columns = rows[0].keys() if rows else ()
         name = next((c for c in ("data_name", "case_id", "case") if c in columns), None)
         mask = next((c for c in ("mask", "combination") if c in columns), None)
@@ -193,10 +188,8 @@ class SiteMasks(CaseMasks):
     ) -> None:
         for site, value in rates.items():
             check_rates(value, f"SiteMasks, site {site}")
-        try:
+        with explained(f"SiteMasks: the pattern '{pattern}' is wrong", "correct it", re.error):
             self.pattern = re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"SiteMasks: the pattern '{pattern}' is wrong: {error}.") from error
         if not self.pattern.groups:
             raise InputError(
                 f"SiteMasks: the pattern '{pattern}' has no group; put the site in parentheses."

@@ -20,7 +20,7 @@ from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.keys import make_key
 from pmixseg.data.parts import PARTS, Split, SplittableCase, deal, leave_none_empty
 from pmixseg.describe import NOT_NEGATIVE, Described, Ranges
-from pmixseg.errors import InputError, count_of
+from pmixseg.errors import InputError, count_of, explained
 
 Missing = Literal["refuse", "skip"]
 """What to do about cases that a split file names and the cohort lacks."""
@@ -148,12 +148,10 @@ class SplitJson(SplitPlan):
             InputError: unreadable file, another structure, or it names cases that the cohort lacks.
         """
         text = _text(self.path)
-        try:
+        with explained(
+            f"split file {self.path} is not JSON", "correct it", ValueError, RecursionError
+        ):
             raw = json.loads(text, object_pairs_hook=self._once)
-        except InputError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"split file {self.path} is not JSON: {error}.") from error
         # A list of folds, or one split.
         if isinstance(raw, list):
             if not 0 <= self.fold < len(raw):
@@ -348,7 +346,5 @@ def _lines(path: Path, known: Collection[str]) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    try:
+    with explained(f"split file {path} cannot be read", "correct it", OSError, UnicodeDecodeError):
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"split file {path} cannot be read: {error}.") from error

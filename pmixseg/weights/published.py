@@ -18,7 +18,7 @@ from safetensors.torch import save as packed
 from torch import Tensor
 
 from pmixseg.argument_checks import checked
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 from pmixseg.files import file_hash, whole, write_text
 
 DESCRIPTION = "pmixseg.json"
@@ -76,12 +76,9 @@ def write_published(
 def read_description(folder: Path) -> PublishedModel:
     """Read ``pmixseg.json``."""
     path = folder / DESCRIPTION
-    try:
+    advice = "give the folder that `pmixseg publish` wrote"
+    with explained(f"{path} cannot be read", advice, OSError, ValueError):
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); give the folder that `pmixseg publish` wrote."
-        ) from error
     version = raw.get("format") if isinstance(raw, dict) else None
     if version != FORMAT:
         raise InputError(
@@ -118,12 +115,9 @@ def read_published(folder: Path) -> dict[str, Any]:
         InputError: see :func:`check_weights`; or the weights are no safetensors.
     """
     about = check_weights(folder)
-    try:
+    unread = f"{folder / WEIGHTS} cannot be read as safetensors"
+    with explained(unread, "fetch it again", SafetensorError, OSError):
         tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{folder / WEIGHTS} cannot be read as safetensors ({error}); fetch it again."
-        ) from error
     return {
         "pytorch-lightning_version": "2.6.6",  # the format of what Lightning itself reads
         "epoch": 0,

@@ -114,7 +114,7 @@ def test_a_split_is_read_from_json(tmp_path):
         SplitJson(path, fold=3).split([case(c) for c in "ab"])
     path.write_bytes("{}".encode("utf-16"))
     for odd in (path, tmp_path, tmp_path / "none.json"):
-        with pytest.raises(InputError, match=r"cannot be read: [^:]+(: [^:]+)?\.$"):
+        with pytest.raises(InputError, match=r"cannot be read \([^:]+(: [^:]+)?\); correct it\.$"):
             SplitJson(odd).split([])
     path.write_text("{")
     with pytest.raises(InputError, match="not JSON"):

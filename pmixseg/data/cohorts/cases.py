@@ -12,7 +12,7 @@ from pathlib import Path
 from pmixseg.argument_checks import check_fields
 from pmixseg.data.cohorts.patients import check_pattern
 from pmixseg.data.scans.volumes import Coding
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 from pmixseg.files import inside
 from pmixseg.task import Task
 
@@ -171,13 +171,10 @@ class Layout:
                 parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{body})")
                 seen.add(name)
         start = "" if self.anchored else r"(?s:.*/)?"
-        try:
+        fields = f"with the fields {dict(self.fields)}"
+        wrong = f"layout '{self.name}': pattern '{text}' {fields} cannot be read"
+        with explained(wrong, "correct it", re.error, RecursionError, OverflowError):
             return re.compile(f"{start}{''.join(parts)}{ending}")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(
-                f"layout '{self.name}': pattern '{text}' with the fields {dict(self.fields)} "
-                f"cannot be read ({error}); correct it."
-            ) from error
 
     def tells_patients(self) -> bool:
         """Return whether its patterns name the patient."""

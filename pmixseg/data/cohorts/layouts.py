@@ -18,7 +18,7 @@ from pmixseg.data.cohorts.matching import Cohort, Tree, match
 from pmixseg.data.cohorts.presets import LAYOUTS
 from pmixseg.data.cohorts.unread import reasons, with_unread
 from pmixseg.data.scans.volumes import Coding
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 from pmixseg.task import Task
 
 __all__ = [
@@ -126,10 +126,9 @@ def load_layout(source: str | Path) -> Layout:
         raise InputError(
             f"layout '{source}' is not known; use one of {', '.join(LAYOUTS)}, or a YAML file."
         )
-    try:
+    faults = (OSError, UnicodeDecodeError, yaml.YAMLError)
+    with explained(f"layout file {path} cannot be read", "correct it", *faults):
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"layout file {path} cannot be read ({error}); correct it.") from error
     try:
         return _from_yaml(path, raw)
     except InputError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 
 _VISIT = (
     r"(?:(?:ses|session|run|visit|time|timepoint|tp|scan|fu|followup|week|month|day|year|v|t)[-_]?\d+"
@@ -40,12 +40,9 @@ def patient_of(case_id: str, pattern: str = "") -> str:
 
 def check_pattern(pattern: str, where: str) -> None:
     """Refuse a pattern that names no patient: no regular expression, or one without a group."""
-    try:
+    wrong = f"{where}: patient '{pattern}' is no regular expression"
+    with explained(wrong, "correct it", re.error, RecursionError, OverflowError):
         groups = re.compile(pattern).groups
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(
-            f"{where}: patient '{pattern}' is no regular expression ({error}); correct it."
-        ) from error
     if groups == 0:
         raise InputError(
             f"{where}: patient '{pattern}' needs a group in brackets around what names the "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 
 DRAWN = ("train", "val", "gap", "align", "anchor")
 """First parts of names that are drawn, in this order; others are not part of the course."""
@@ -36,10 +36,8 @@ def read_log(run: Path) -> pd.DataFrame:
     path = run / "metrics.csv"
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame()
-    try:
+    with explained(f"{path}: cannot be read as a table", "remove it", OSError, ValueError):
         table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a table ({error}); remove it.") from error
     drawn = ("epoch", "step", *(f"{name}/" for name in DRAWN))
     words = [c for c in table if str(c).startswith(drawn) and not is_numeric_dtype(table[c])]
     if words:

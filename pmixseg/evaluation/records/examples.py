@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 from pmixseg.files import inside, whole
 from pmixseg.task import Combination, format_combination
 
@@ -149,7 +149,7 @@ class Example:
     @classmethod
     def load(cls, path: Path) -> Example:
         """Read one file."""
-        try:
+        with explained(f"{path}: is not an example of a run", "test again", *_DAMAGE):
             with np.load(path, allow_pickle=False) as raw:
                 arrays: dict[str, Any] = {name: raw[name] for name in raw.files}
             if int(arrays["format"]) != FORMAT:
@@ -166,12 +166,6 @@ class Example:
             read = cls(**{field.name: arrays[field.name] for field in fields(cls)})
             read._check_shapes()
             return read
-        except InputError:
-            raise
-        except _DAMAGE as error:
-            raise InputError(
-                f"{path}: is not an example of a run ({error}); test again."
-            ) from error
 
 
 def examples_of(run: Path) -> dict[str, Path]:

@@ -45,7 +45,7 @@ from pandas.api.types import is_numeric_dtype
 
 from pmixseg.argument_checks import checked
 from pmixseg.data.cohorts.problems import listed
-from pmixseg.errors import InputError, count_of
+from pmixseg.errors import InputError, count_of, explained
 from pmixseg.evaluation.records.measures import MEASURES
 from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
 from pmixseg.evaluation.records.spreadsheets import quote_formulas, unquote_formulas
@@ -254,7 +254,8 @@ def _target(path: Path) -> Path:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    try:
+    faults = (OSError, ValueError, LookupError, TypeError)  # pandas reads its own notes
+    with explained(f"{path}: cannot be read as a table", "test again", *faults):
         if path.suffix == ".parquet":
             parquet: pd.DataFrame = _parquet(lambda: pd.read_parquet(path))
             return parquet
@@ -268,10 +269,6 @@ def _read_table(path: Path) -> pd.DataFrame:
             float_precision="round_trip",
         )
         return unquote_formulas(table)
-    except InputError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError) as error:  # pandas reads its own notes
-        raise InputError(f"{path}: cannot be read as a table ({error}); test again.") from error
 
 
 def _check_values(table: pd.DataFrame, where: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pmixseg.argument_checks import check_fields
 from pmixseg.describe import describe
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 from pmixseg.files import file_hash
 from pmixseg.task import Task
 from pmixseg.version import __version__
@@ -137,10 +137,9 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _no_sideca
 
 def read_sidecar(path: Path) -> dict[str, Any]:
     """Return the raw JSON of one sidecar."""
-    try:
+    faults = (OSError, ValueError, RecursionError)
+    with explained(f"{path}: cannot be read as JSON", "test again", *faults):
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); test again.") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds no JSON object; test again.")
     return raw
