@@ -105,7 +105,18 @@ def explained(what: str, advice: str, *faults: type[Exception]) -> Iterator[None
     except InputError:
         raise
     except faults as fault:
-        raise InputError(f"{what} ({fault}); {advice}.") from fault
+        said = " ".join(str(fault).split()) or type(fault).__name__  # YAML's takes several lines
+        raise InputError(f"{what} ({said}); {advice}.") from fault
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of what an error says, or its class where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("a\nb")), first_line(AssertionError())
+        ('a', 'AssertionError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

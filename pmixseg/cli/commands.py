@@ -20,7 +20,7 @@ from rich.progress import (
 
 from pmixseg.cli.arguments import parted
 from pmixseg.data.cohorts.shares import Share
-from pmixseg.errors import InputError, count_of
+from pmixseg.errors import InputError, count_of, first_line
 from pmixseg.files import not_among
 from pmixseg.task import BRATS, Task
 from pmixseg.workers import start_server
@@ -323,6 +323,7 @@ def device_of(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: not available here ({reason}); use cpu.") from error
+        raise InputError(
+            f"--device {name}: not available here ({first_line(error)}); use cpu."
+        ) from error
     return name

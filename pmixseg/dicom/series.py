@@ -16,7 +16,7 @@ import numpy as np
 import pydicom
 
 from pmixseg.argument_checks import checked
-from pmixseg.errors import InputError, count_of
+from pmixseg.errors import InputError, count_of, first_line
 
 HEADER = (
     "SOPClassUID",
@@ -160,8 +160,7 @@ def _why_no_volume(slices: Sequence[Any], error: Exception) -> tuple[str, str]:
     if re.search(r"decod|decompress", str(error)) and "plugin" in str(error):
         coding = slices[0].file_meta.TransferSyntaxUID.name
         return f"its voxels are compressed as {coding}, or damaged", UNPACK
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    told = _UID.sub("…", reason), "check that all of its slices are there"
+    told = _UID.sub("…", first_line(error)), "check that all of its slices are there"
     if lacking or len(slices) < _SHORTEST_SERIES:
         return told
     return _odd_places(slices) or told

@@ -16,7 +16,7 @@ from pmixseg.argument_checks import checked
 from pmixseg.backbones import Backbone, MMFormer, RFNet
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.normalisation import JOINT_MASK
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, first_line
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.modules import SegmentationModule, StudentModule
 from pmixseg.modules.checkpoint import write_checkpoint
@@ -133,7 +133,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int | None]:
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way, KeyError included
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise InputError(
             f"{path} cannot be read as a file of tensors ({reason}); it is damaged or empty, or "
             "holds more than tensors and is not opened for safety."

@@ -15,7 +15,7 @@ import torch
 
 from pmixseg.argument_checks import checked
 from pmixseg.describe import build, describe, find_class
-from pmixseg.errors import InputError, memory_error
+from pmixseg.errors import InputError, first_line, memory_error
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.evaluation.scores.calibration import Temperatures
@@ -64,7 +64,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 "not read; let whoever puts it there (a callback's state_dict, "
                 "save_hyperparameters) give plain numbers and texts."
             ) from fault
-        reason = (str(fault).splitlines() or [type(fault).__name__])[0].split(". ")[0]
+        reason = first_line(fault).split(". ")[0]
         raise InputError(
             f"{path} cannot be read as a checkpoint ({reason}); it is damaged or another kind of "
             "file."
@@ -142,10 +142,10 @@ def load(
     except (RuntimeError, AssertionError, TypeError) as fault:
         if (lack := memory_error(fault)) is not None:
             raise lack from fault
-        reason = str(fault).splitlines()[0].rstrip(".")
         raise InputError(
             f"map_location is '{map_location}', and the weights cannot be brought there "
-            f"({reason}); name a device that there is, such as cpu or cuda:0."
+            f"({first_line(fault).rstrip('.')}); name a device that there is, such as cpu or "
+            "cuda:0."
         ) from fault
 
 

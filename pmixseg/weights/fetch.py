@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 from platformdirs import user_cache_path
 
 from pmixseg.argument_checks import checked
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, first_line
 from pmixseg.files import file_hash
 from pmixseg.weights.catalogue import CATALOGUE
 from pmixseg.weights.published import DESCRIPTION, FILES, WEIGHTS, check_weights, read_description
@@ -117,9 +117,8 @@ def _from_hub(address: str) -> Path:
             library_name="pmixseg",
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{address} cannot be fetched ({reason}); check the name and the network."
+            f"{address} cannot be fetched ({first_line(error)}); check the name and the network."
         ) from error
     folder = Path(path)
     check_weights(folder)
