@@ -8,6 +8,7 @@ background 0, and slides the window; a MONAI bundle holds a configuration that d
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import logging
 import warnings
@@ -181,7 +182,9 @@ def _write_onnx(
 def _write_bundle(
     program: ExportedProgram, example: Tensor, path: Path, facts: dict[str, Any]
 ) -> Again:
-    plain = program.module(check_guards=False)
+    # A trace cannot hold the checks that newer versions of torch put into the module.
+    unguarded = {"check_guards"} & set(inspect.signature(program.module).parameters)
+    plain = program.module(**dict.fromkeys(unguarded, False))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch discourages TorchScript; MONAI's bundles hold it
         traced = torch.jit.trace(plain, (example,), check_trace=False)  # type: ignore[no-untyped-call]  # torch ships no type
