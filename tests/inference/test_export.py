@@ -285,4 +285,4 @@ def test_the_exports_of_lightning_name_the_command_that_works(module, tmp_path, 
 def test_torchs_own_export_names_it_too(module):
     scans = (torch.zeros(1, 4, 16, 16, 16), torch.ones(1, 4).bool())
     with pytest.raises(InputError, match="of one combination of modalities; use `pmixseg export"):
-        torch.export.export(module, scans)
+        torch.export.export(module, scans, strict=False)  # as newer torch does
