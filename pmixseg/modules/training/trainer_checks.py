@@ -132,8 +132,9 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse callbacks whose result would be lost, or the opposite of what is wanted.
 
     Raises:
-        InputError: weights that are averaged after the last checkpoint is written; a metric
-            that is watched in the wrong direction; or a number of the trainer that makes no sense.
+        InputError: weights that are averaged after the last checkpoint is written; an optimizer
+            that no checkpoint would name; a metric that is watched in the wrong direction; or a
+            number of the trainer that makes no sense.
     """
     module = trainer.lightning_module
     name_coupled_losses(module, trainer)
@@ -141,6 +142,13 @@ def check_trainer(trainer: Trainer) -> None:
         raise InputError(
             f"no weight of this {type(module).__name__} can be trained; free them by "
             "requires_grad_(True), since a teacher of Distillation stays frozen after it."
+        )
+    if "configure_optimizers" in vars(module):
+        raise InputError(
+            f"configure_optimizers of this {type(module).__name__} was replaced, as LightningCLI's "
+            "--optimizer and --lr_scheduler do, so its checkpoints would name an optimizer that "
+            "was not used; give --model.optimizer and --model.scheduler (in Python optimizer=..., "
+            "scheduler=...), or override it in a class of your own."
         )
     for name, least in LEAST.items():
         value = getattr(trainer, name)

@@ -128,6 +128,13 @@ def test_a_users_own_rate_is_theirs(tmp_path):
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.125
 
 
+def test_an_optimizer_that_no_checkpoint_would_name_is_refused(tmp_path):
+    module = student()
+    module.configure_optimizers = lambda: SGD(module.parameters(), lr=0.1)  # as LightningCLI does
+    with pytest.raises(InputError, match=r"was replaced, .* give --model\.optimizer"):
+        fit(tmp_path, module)
+
+
 @pytest.mark.parametrize("make", [student, functools.partial(Own, backbone=tiny(levels=2))])
 def test_the_tuner_sets_what_it_finds(tmp_path, make):
     module = make()

@@ -305,20 +305,21 @@ def test_the_rest_of_an_epoch_that_max_steps_ended_is_left_out(phantom_store, tm
         train_store(phantom_store, tmp_path, epochs=3, resume=last)
 
 
+class Nested(StudentModule):
+    """Has an optimizer and schedules of its own."""
+
+    def __init__(self, rate=0.1, **kwargs):
+        self.rate = rate
+        super().__init__(**kwargs)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.rate)
+        parts = [ExponentialLR(optimizer, 0.5), ExponentialLR(optimizer, 0.9)]
+        return [optimizer], [SequentialLR(optimizer, parts, milestones=[1])]
+
+
 def test_nested_schedules_go_on(tmp_path):
-    def two(optimizer):
-        return SequentialLR(
-            optimizer,
-            [ExponentialLR(optimizer, 0.5), ExponentialLR(optimizer, 0.9)],
-            milestones=[1],
-        )
-
     def run(folder, lr, epochs, resume=None):
-        class Student(StudentModule):
-            def configure_optimizers(self):
-                optimizer = torch.optim.SGD(self.parameters(), lr=lr)
-                return [optimizer], [two(optimizer)]
-
         rates = Rates()
         trainer = quiet_trainer(
             folder,
@@ -327,8 +328,7 @@ def test_nested_schedules_go_on(tmp_path):
             limit_val_batches=0,
             callbacks=[rates, RunCheckpoint(folder)],
         )
-        module = StudentModule(backbone=tiny(levels=2))
-        module.configure_optimizers = functools.partial(Student.configure_optimizers, module)
+        module = Nested(lr, backbone=tiny(levels=2))
         trainer.fit(module, MemoryData(), ckpt_path=resume, weights_only=True)
         return [row[0]["lr"] for row in rates.rows]
 
