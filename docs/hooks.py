@@ -7,7 +7,8 @@ MkDocs calls the functions ``on_…``; griffe, which reads the docstrings, calls
 * The pages of the reference are made: one per public package from its docstrings, and one with
   the help of every command, printed by the program itself.
 * Sphinx roles and ``.. math::`` in docstrings become Markdown: links and equations.
-* Wide equations scroll, long shell lines wrap, and names in tables are not cut in two.
+* Wide equations scroll, long shell lines wrap, and no flag or name in a table is cut in two.
+* Tables take no more room than they need; a picture is a link to itself in full size.
 * Fences such as ``bash run`` are executed by the tests; the site shows them as ``bash``.
 """
 
@@ -41,12 +42,21 @@ _MATH = re.compile(r":math:`([^`]+)`")
 # The directive, its first line, and every line that is indented further.
 _MATH_BLOCK = re.compile(r"^( *)\.\. math::[ \t]*(.*(?:\n\1[ \t]+\S.*)*)", re.MULTILINE)
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc|obj):`(?P<tilde>~?)(?P<path>[^`]+)`")
+_CODE = re.compile(r"<code[ >].*?</code>", re.DOTALL)
+_WHOLE = r'<span class="flag">\g<0></span>'
+# In the text between tags, of which none holds two hyphens.
+_FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w.]*(?:-\w[\w.]*)*")
+_IMAGE = re.compile(r'<img [^>]*src="([^"]+)"[^>]*>')
 _PAGE = re.compile(r"(?<![\w/(])docs/([\w-]+/[\w-]+)\.md")
 
 STYLE = """<style>
 math[display="block"] { display: block math; overflow: auto hidden; padding: 0.2em 0 }
 .md-typeset .language-bash code { white-space: pre-wrap }
 .md-typeset td code { word-break: normal; overflow-wrap: normal }
+.md-typeset table:not([class]) :is(th, td) { min-width: 0; padding: 0.6em 0.8em }
+.flag { white-space: nowrap }
+math[display="block"] munder > mo:first-child { font-size: 1.4em }
+math[display="block"] munder > :nth-child(2) { padding-top: 0.3em }
 </style>"""
 """Rules of every page, beside those of the theme."""
 
@@ -93,8 +103,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Replace equations by MathML, and add the rules of style."""
-    return STYLE + _EQUATION.sub(_mathml, content)
+    """Replace equations by MathML, keep flags whole, link pictures; add the rules of style."""
+    content = _EQUATION.sub(_mathml, content)
+    content = _CODE.sub(lambda code: _FLAG.sub(_WHOLE, code[0]), content)
+    return STYLE + _IMAGE.sub(r'<a href="\1">\g<0></a>', content)
 
 
 def _mathml(match: re.Match[str]) -> str:

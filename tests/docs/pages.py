@@ -53,6 +53,7 @@ def run(commands: str, folder: Path) -> subprocess.CompletedProcess[str]:
     for name, command in {
         "pmixseg": f'exec "{sys.executable}" -m pmixseg "$@"',
         "python": f'exec "{sys.executable}" "$@"',
+        "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"',
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{command}\n")
         (programs / name).chmod(0o755)

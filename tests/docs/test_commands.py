@@ -128,7 +128,7 @@ def options(file):
     return dict(lines)
 
 
-def job(file, folder, task=1):
+def job(file, folder, task=1, submitted=None):
     """Run a batch file as SLURM would, with programs that only say what they were given."""
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin" / "activate").write_text("")
@@ -149,7 +149,10 @@ def job(file, folder, task=1):
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
     }
     done = subprocess.run(
-        ["bash", str(file), *SUBMITTED[file.stem]], env=slurm, capture_output=True, text=True
+        ["bash", str(file), *(submitted or SUBMITTED[file.stem])],
+        env=slurm,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return said.read_text().splitlines(), count

@@ -1,27 +1,36 @@
-"""What README and the experiments' READMEs show is run as it stands, on small data laid out so.
+"""What README, how-to pages and experiments' READMEs show is run as it stands, on small data.
 
 A real shell reads the blocks, so variables, loops and line ends are its own; the commands are then
-called in this process, one after the other. Only trainings and phantoms are made small. Commands
-that stand in a sentence run in processes of their own.
+called in this process, one after the other. Only trainings and phantoms are made small. Those for
+several GPUs run in processes of their own.
 """
 
 import functools
+import itertools
 import re
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import lightning.pytorch as lightning
+import nibabel as nib
+import numpy as np
 import pytest
 
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.cli import main
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
+from pmixseg.task import BRATS
 from tests.docs.pages import ROOT, run
+from tests.docs.test_commands import job
+from tests.inference.test_nnunet import raw as raw
+from tests.inference.tiny_models import save, tiny_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-FENCE = re.compile(r"^```(?P<tag>[^\n]*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```(?P<tag>[^\n]*)\n(?P<body>.*?)^ *```", re.MULTILINE | re.DOTALL)
 """Blocks of README that install or test have a second word in their tag."""
 
 TRAINING = (
@@ -31,17 +40,23 @@ TRAINING = (
 )
 NETWORK = ("--model.backbone.width=2",)
 PHANTOM = {"--cases": "10", "--spacing": "6"}
+PLACES = dict.fromkeys(("/data", "/data/BraTS2018", "/data/cohort"), "BraTS2018")
+PLACES |= {"gpu": "cpu", "ddp": "auto"}
+"""Where the pages name what this machine has not."""
 
 RECORDER = """
 set -euo pipefail
-for program in pmixseg python wandb; do
+for program in pmixseg python wandb sbatch torchrun docker apptainer \\
+    nnUNetv2_evaluate_folder; do
   eval "$program() { printf '%s\\\\0' $program \\"\\$@\\" >&3; printf '\\\\n' >&3; }"
 done
 """
 
 
 def blocks(page, tag):
-    return [f["body"] for f in FENCE.finditer((ROOT / page).read_text()) if f["tag"] == tag]
+    """What stands in a page under a tag; a file that is shown is no block of its own."""
+    found = [f["body"] for f in FENCE.finditer((ROOT / page).read_text()) if f["tag"] == tag]
+    return [body for body in found if not body.startswith("--8<--")]
 
 
 def commands(page, folder):
@@ -56,8 +71,12 @@ def small(words):
     if words[0] == "fit":
         flags = [*TRAINING, *(() if "official-2025-04" in " ".join(words) else NETWORK)]
         own = {word.partition("=")[0] for word in words}  # a flag may stand only once
-        return [*words, *(flag for flag in flags if flag.partition("=")[0] not in own)]
-    return small_phantom(words) if words[0] == "phantom" else words
+        words = [*words, *(flag for flag in flags if flag.partition("=")[0] not in own)]
+    words = small_phantom(words) if words[0] == "phantom" else words
+    for flag in ("--trainer.devices", "--trainer.num_nodes"):
+        if flag in words:
+            words[words.index(flag) + 1] = "1"
+    return [PLACES.get(word, word) for word in words]
 
 
 def small_phantom(words):
@@ -75,38 +94,156 @@ def cohort(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def folder(cohort, tmp_path, monkeypatch):
-    """A folder beside which everything lies where the pages say."""
-    work = tmp_path / "work"
+def lay_out(work, cohort):
+    """Put everything where the pages say."""
     brats = work / "BraTS2018" / "MICCAI_BraTS_2018_Data_Training"
     brats.parent.mkdir(parents=True)
     brats.symlink_to(cohort)
     (work / "experiments").symlink_to(ROOT / "experiments")
     cases = sorted(p.parent for p in cohort.rglob("*_flair.nii.gz"))
-    for name, modality in {"f": "flair", "c": "t1ce"}.items():
+    for name, modality in {"f": "flair", "c": "t1ce", "t1": "t1"}.items():
         (work / f"{name}.nii.gz").symlink_to(next(cases[0].glob(f"*_{modality}.nii.gz")))
-    monkeypatch.chdir(work)
-    for variable in ("PMIXSEG_RUN", "PMIXSEG_STORE"):
-        monkeypatch.delenv(variable, raising=False)
     return work
 
 
-def done(words, capsys):
-    code = main(small(words[1:]))
-    assert code == 0, f"{' '.join(words)}: {capsys.readouterr().err[-2000:]}"
+@pytest.fixture(autouse=True)
+def no_folders_of_an_environment(monkeypatch):
+    for variable in ("PMIXSEG_RUN", "PMIXSEG_STORE"):
+        monkeypatch.delenv(variable, raising=False)
 
 
-def test_the_readme_runs_as_written(folder, capsys, monkeypatch):
-    shown = commands("README.md", folder)
-    assert len(shown) == 6
+@pytest.fixture
+def folder(cohort, tmp_path, monkeypatch):
+    """A folder of its own for a page."""
+    monkeypatch.chdir(lay_out(tmp_path / "work", cohort))
+    return tmp_path / "work"
+
+
+def done(words):
+    assert main(small(words[1:])) == 0, words
+
+
+@pytest.fixture(scope="module")
+def settled(cohort, tmp_path_factory):
+    """A folder in which someone has run what the README shows."""
+    work = lay_out(tmp_path_factory.mktemp("settled") / "work", cohort)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        shown = commands("README.md", work)
+        assert len(shown) == 6
+        for words in shown:
+            done(words)
+    return work
+
+
+def test_the_readme_runs_as_written(settled):
+    assert (settled / "report.html").is_file()
+    assert (settled / "out" / "Brats18_PHANTOM_000_1_seg.nii.gz").is_file()
+
+
+ONE = ("backbone", "distance", "distillation-term", "missingness", "resume")
+HOW_TO = dict.fromkeys(ONE, 1) | {"calibrate": 4, "compare": 6, "container": 3, "dicom": 3}
+HOW_TO |= {"export": 3, "gpus": 3, "nnunet": 2, "slurm": 7}
+"""Commands of ``pmixseg`` on each page, in files and containers too; of eight seeds one."""
+
+MORE = {"resume": ("--trainer.max_epochs=2",)}
+
+ELSEWHERE = {
+    "CONTRIBUTING.md": ".ci/run installs so",
+    "docs/results/benchmarks.md": "a command that stands in a sentence, too",
+    "docs/results/studies.md": "experiments/study/README.md, and tests/experiments",
+    "docs/start/install.md": "README's first block, which CI runs; the other waits for a release",
+    "docs/start/quickstart.md": "the job 'quickstart'",
+    "docs/tutorials/brats.md": "the name of a folder of the reader's",
+    "docs/tutorials/sweep.md": "wandb: tests/cli/test_sweeps.py",
+    "experiments/study/HISTORY.md": "experiments/study/README.md",
+}
+"""Where a block without ``run`` is run, if not here. Programs of others that a how-to page calls:
+nnU-Net in tests/inference/test_nnunet.py, containers in the jobs 'image' and 'apptainer'."""
+
+
+def test_every_block_is_run_or_it_is_known_where():
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+    pages += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/**/*.md")]
+    shown = {str(page.relative_to(ROOT)) for page in pages}
+    shown = {page for page in shown if blocks(page, "bash") or blocks(page, "python")}
+    own = {f"docs/howto/{name}.md" for name in HOW_TO}
+    own |= {f"experiments/{name}/README.md" for name in [*EXPERIMENTS, *PYTHON_LINES]}
+    assert shown == {"README.md", *own, *ELSEWHERE}
+    assert not own & set(ELSEWHERE)
+
+
+@pytest.fixture(scope="module")
+def equipped(settled, phantom_root, raw):
+    """What else the how-to pages name."""
+    # Raw scans have 1 mm: a network and windows that are quick there.
+    net = MultiEncoderUNet(BRATS.modalities, 4, width=2, levels=2, stem=2)
+    save(tiny_student(window=96, backbone=net), settled / "model.ckpt")
+    (settled / "nnUNet_raw").symlink_to(raw.parent)
+    brain = nib.load(settled / "c.nii.gz")
+    mask = nib.Nifti1Image(np.uint8(brain.get_fdata() > 0), brain.affine)
+    nib.save(mask, settled / "mask.nii.gz")
+    (settled / "joined").mkdir()
+    for name in ("a-1", "b-1"):
+        (settled / "joined" / name).symlink_to(Path("..", "runs", name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(settled)
+        phantom = ["phantom", "one", "--cases", "1", "--spacing", "6", "--dicom", "studies"]
+        assert main(phantom) == 0
+        (settled / "study").symlink_to(next((settled / "studies").iterdir()))
+    return settled
+
+
+def program(words):
+    """The command of ours that another program runs; none where something else runs it."""
+    if words[0] == "sbatch":
+        return ["pmixseg", *job(ROOT / words[1], Path().absolute(), submitted=words[2:])[0]]
+    starts = [i for i, word in enumerate(words) if word in ("pmixseg", "pmixseg:cuda")]
+    ours = starts and "build" not in words and words[-1] != "quickstart" and "hd-bet" not in words
+    return ["pmixseg", *words[starts[-1] + 1 :]] if ours else []
+
+
+@pytest.mark.parametrize("page", HOW_TO)
+def test_the_commands_of_a_how_to_page(page, equipped, monkeypatch):
+    monkeypatch.chdir(equipped)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    path = f"docs/howto/{page}.md"
+    for fence in FENCE.finditer((ROOT / path).read_text()):
+        name = fence["tag"].partition(" file=")[2]
+        if name:
+            Path(name).write_text(fence["body"])
+    shown = [ours for words in commands(path, equipped) if (ours := program(words))]
+    shown = [words for words in shown if not re.search(r"runs/[ab]-[2-8]\b", " ".join(words))]
+    assert len(shown) == HOW_TO[page]
     for words in shown:
-        done(words, capsys)
-    assert (folder / "report.html").is_file()
-    assert (folder / "out" / "Brats18_PHANTOM_000_1_seg.nii.gz").is_file()
+        if "onnx" in words and not find_spec("onnxruntime"):
+            continue  # the job 'extras' has it
+        files = (sorted(map(str, Path().glob(w))) if "*" in w else [w] for w in words)
+        done([*itertools.chain(*files), *MORE.get(page, ())])
 
 
-def test_the_python_block_of_the_readme(folder, monkeypatch, capsys):
+def test_several_processes_as_the_page_starts_them(settled, tmp_path):
+    """By torchrun on one machine and on two, at the same time; tests/cli has Lightning's start."""
+    (tmp_path / "store").symlink_to(settled / "store")
+    text = "\n".join(blocks("docs/howto/gpus.md", "bash")[1:])
+    small = {"store store": f"store store {' '.join([*TRAINING, *NETWORK])}", "gpu": "cpu"}
+    small |= {"first.example.org": "localhost", " 29500": " 29561"}
+    for shown, here in small.items():
+        assert shown in text
+        text = text.replace(shown, here)
+    one, two = (f"PMIXSEG_RUN{block}" for block in text.split("PMIXSEG_RUN")[1:])
+    one = re.sub("(node|devices) 4", r"\1 2", one)
+    two = re.sub("(per_node|devices) 4", r"\1 1", two)
+    both = [one, two, two.replace("rank 0", "rank 1")]
+    ends = "for job in $(jobs -p); do wait $job; done"
+    done = run("set -e\n" + "".join(f"({block}) &\n" for block in both) + ends, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("MEMBER: 2/2") + done.stderr.count("MEMBER: 2/2") == 2
+    for run_of in ("teacher-4", "teacher-8"):
+        assert (tmp_path / "runs" / run_of / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_the_python_block_of_the_readme(folder, monkeypatch):
     """Networks, patches and training are made small by the defaults that the block leaves alone."""
     assert main(["prepare", "BraTS2018/MICCAI_BraTS_2018_Data_Training", "store"]) == 0
     # Two trainings of one step, each with a validation.
@@ -138,7 +275,7 @@ def test_every_readme_with_commands_is_run():
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_readme_of_an_experiment(name, folder, capsys):
+def test_the_readme_of_an_experiment(name, folder):
     shown = commands(f"experiments/{name}/README.md", folder)
     assert len(shown) == EXPERIMENTS[name]
     if not any("prepare" in words for words in shown):
@@ -151,7 +288,7 @@ def test_the_readme_of_an_experiment(name, folder, capsys):
             if words[3] in weights:
                 continue
             weights.add(words[3])
-        done(words, capsys)
+        done(words)
     assert any("fit" in words for words in shown)
 
 
@@ -172,7 +309,10 @@ ENDS = {"status": 3, "experiments/phantom/validate.py": 1}
 """Exit codes: not all has ended, and a network of one step has learnt nothing."""
 
 
-@pytest.mark.parametrize(("name", "count"), [("official", 1), ("phantom", 1), ("study", 3)])
+PYTHON_LINES = {"official": 1, "phantom": 1, "study": 3}
+
+
+@pytest.mark.parametrize(("name", "count"), PYTHON_LINES.items())
 def test_python_lines_of_an_experiment(name, count, folder, monkeypatch, capsys):
     """Each program runs its line as it stands, on little."""
     lines = commands(f"experiments/{name}/README.md", folder)
@@ -193,84 +333,3 @@ def test_python_lines_of_an_experiment(name, count, folder, monkeypatch, capsys)
             except SystemExit as end:
                 code = end.code or 0
         assert code == ENDS.get(key, 0), (words, capsys.readouterr().err)
-
-
-BENCHMARK = "experiments/benchmarks/"
-SMALLER = {
-    "alignment.py": "--rounds 1 --size 16 --batch 1 --arms student",
-    "backbones.py child": "--side 16",
-    "backbones.py layers": "--side 16 --repeats 1 --precisions fp32",
-    "backbones.py test": "",
-    "backbones.py train": "--side 16 --repeats 1",
-    "gpu.py": "--rehearse --rows ceilings",
-    "grouping.py": "",
-    "metrics.py": "--data ../coarse",
-    "models.py": "--only UHVED",
-    "open_maps.py": "--cases 2 --rounds 1 --spacing 6",
-    "operations.py": "--only MultiEncoderUNet --side 16",
-    "patches.py": "--data ../shared/data/brats2021 --rounds 1 --cases 1",
-    "segment_memory.py": "--shape 48 48 32 --window 16",
-    "store.py": "--repeats 1",
-}
-"""What makes a benchmark small: flags after those of the page, whose place they take."""
-SMALLEST = {BENCHMARK + name: flags for name, flags in SMALLER.items()}
-SMALLEST["experiments/phantom/montage.py"] = "--cases 3"
-
-ENDS_AT = {
-    "backbones.py test": "--official PATH: give a checkout of github.com/dyh127/RFNet",
-    "backbones.py train": "--official PATH: give a checkout of github.com/dyh127/RFNet",
-}
-"""The only exceptions: where a command ends that compares with code that is not ours to keep."""
-
-PAGES = sorted([*ROOT.glob("experiments/*/*.md"), *ROOT.glob("docs/results/*.md")])
-SPAN = re.compile(r"`([^`]+)`")
-PROGRAM = re.compile(r"python (?P<key>experiments/\S+\.py(?: [a-z]+\b)?)")
-
-
-def spans(page):
-    """What stands between single backticks, without brackets and the one thread that all have."""
-    for span in SPAN.findall(FENCE.sub("", page.read_text())):
-        yield " ".join(re.sub(r"[][]", "", span).split()).removeprefix("OMP_NUM_THREADS=1 ")
-
-
-INLINE = sorted({span for page in PAGES for span in spans(page) if "python experiments/" in span})
-
-
-def test_every_program_of_an_experiment_is_shown_and_its_commands_are_whole():
-    programs = {
-        str(path.relative_to(ROOT))
-        for path in ROOT.glob("experiments/*/*.py")
-        if '__name__ == "__main__"' in path.read_text() and path.name != "__main__.py"
-    }
-    fenced = {name for name in FEW if name.endswith(".py")}
-    assert programs == fenced | {PROGRAM.search(span)["key"].split()[0] for span in INLINE}
-    names = tuple(program.rpartition("/")[2] + " " for program in programs)
-    assert [span for page in PAGES for span in spans(page) if span.startswith(names)] == []
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    """Two invented cases in the place of real ones, and a coarse one."""
-    root = tmp_path_factory.mktemp("scans")
-    for spacing, place in {1.5: root / "shared/data/brats2021", 3.0: root / "coarse"}.items():
-        cohort = root / str(spacing)
-        write_cohort(cohort, 1, 1, PhantomSettings(spacing=spacing))
-        for case in ("BraTS2021_00000", "BraTS2021_00031"):
-            (place / case).mkdir(parents=True)
-            for file in cohort.rglob("*.nii.gz"):
-                (place / case / f"{case}_{file.name.split('_')[-1]}").symlink_to(file)
-    return root
-
-
-@pytest.mark.parametrize("command", INLINE, ids=lambda command: command[:60])
-def test_a_command_in_a_sentence(command, scans, tmp_path):
-    work = tmp_path / "work"
-    (work / "docs" / "assets").mkdir(parents=True)
-    for name in ("shared", "coarse"):
-        (tmp_path / name).symlink_to(scans / name)
-    key = PROGRAM.search(command)["key"]
-    ends = ENDS_AT.get(key.removeprefix(BENCHMARK), "")
-    done = run(f"{command} {SMALLEST[key]}", work)
-    assert done.returncode == bool(ends), done.stderr[-2000:]
-    assert done.stderr.rstrip().endswith(ends)
-    assert done.stdout or ends

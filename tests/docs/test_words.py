@@ -65,11 +65,25 @@ def test_an_item_of_a_list_is_not_the_end_of_a_paragraph():
     assert not joined
 
 
-def test_an_equation_of_a_docstring_is_an_equation_of_its_page():
+@pytest.fixture(scope="module")
+def hooks():
     pytest.importorskip("mkdocs", reason="needs pmixseg[docs]")
     spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_flags_stay_on_one_line_and_pictures_are_links(hooks):
+    page = '<p>a--b <code>x --a.b-c --d=1</code> <img alt="p" src="../p.png" /></p>'
+    made = hooks.on_page_content(page, None, None, None)
+    for flag in ("--a.b-c", "--d"):
+        assert f'<span class="flag">{flag}</span>' in made
+    assert "<p>a--b <code>" in made
+    assert '<a href="../p.png"><img alt="p" src="../p.png" /></a>' in made
+
+
+def test_an_equation_of_a_docstring_is_an_equation_of_its_page(hooks):
     blocks = "Add.\n\n.. math:: a\n          = b\n\nwith\n\n    .. math::\n        c\n\nand."
     made = "Add.\n\n$$\na = b\n$$\n\nwith\n\n    $$\n    c\n    $$\n\nand."
     assert hooks.markdown(blocks) == made
