@@ -10,7 +10,7 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from pmixseg.data.formats.outputs import write_labels, write_volume
+from pmixseg.data.formats.outputs import volume_names, write_labels, write_volume
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import CasePrediction
 from pmixseg.files import inside
@@ -44,10 +44,8 @@ class PredictionWriter(BasePredictionWriter):
                 "PredictionWriter: nnU-Net takes every volume of a folder for a label map; leave "
                 "out probabilities and entropy, or write them into another folder."
             )
-        self.ending = ".nii.gz" if plain else "_seg.nii.gz"
-        self.folder = folder
-        self.probabilities = probabilities
-        self.entropy = entropy
+        self.folder, self.plain = folder, plain
+        self.probabilities, self.entropy = probabilities, entropy
 
     def path(self, trainer: Trainer) -> Path:
         """Return the folder that is written into."""
@@ -70,10 +68,11 @@ class PredictionWriter(BasePredictionWriter):
                 f"{type(pl_module).__name__} returned a {type(prediction).__name__}; let it return "
                 "what super().predict_step does, or leave PredictionWriter out."
             )
-        folder = self.path(trainer)
-        stored = batch["stored"]
+        folder, stored = self.path(trainer), batch["stored"]
+        inside(folder, stored.case_id, "case")
+        names = volume_names(stored.case_id, self.plain)
         write_labels(
-            inside(folder, f"{stored.case_id}{self.ending}", "case"),
+            folder / names["seg"],
             prediction.labels(),
             stored.geometry.source_affine,
             stored.codes,
@@ -83,7 +82,6 @@ class PredictionWriter(BasePredictionWriter):
         affine, unit = stored.geometry.source_affine, stored.geometry.unit
         if self.probabilities:
             last = np.moveaxis(prediction.source_probabilities(), 0, -1)
-            write_volume(folder / f"{stored.case_id}_probabilities.nii.gz", last, affine, unit)
+            write_volume(folder / names["probabilities"], last, affine, unit)
         if self.entropy:
-            path = folder / f"{stored.case_id}_entropy.nii.gz"
-            write_volume(path, prediction.source_entropy(), affine, unit)
+            write_volume(folder / names["entropy"], prediction.source_entropy(), affine, unit)

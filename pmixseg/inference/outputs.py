@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 
 from pmixseg.argument_checks import check_fields
 from pmixseg.data.formats.nifti import Source
+from pmixseg.data.formats.outputs import volume_names
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.files import inside, not_among, not_beside, whole
 from pmixseg.inference.overview import overview, scans_on_grid
 from pmixseg.task import Task
-
-EXTRA = ("_probabilities", "_entropy")
-"""Ends of the names of volumes that are written beside a label map where asked for."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +93,9 @@ class Outputs:
             files = {Path(str(file)).name for file in there.get("files", {}).values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []  # no result, or none of this package
-        ending = ".nii.gz" if self.compress else ".nii"
-        volumes = ["" if self.plain else "_seg", *(w for w in EXTRA if getattr(self, w[1:]))]
-        drawn = f"{name}_seg.png"
-        written = {f"{name}{what}{ending}" for what in volumes} | ({drawn} if self.png else set())
+        names, drawn = volume_names(name, self.plain, self.compress), f"{name}_seg.png"
+        written = {file for what, file in names.items() if what == "seg" or getattr(self, what)}
+        written |= {drawn} if self.png else set()
         left = {f for f in files if f.endswith((".nii", ".nii.gz"))} | {drawn}
         left = {file for file in left - written if (self.folder / file).is_file()}
         phrases = []
@@ -124,9 +121,8 @@ class Outputs:
         inside(self.folder, name, "case")
         if of_cohort:
             not_beside(self.folder, files)
-        ending = ".nii.gz" if self.compress else ".nii"
-        for what in ("" if self.plain else "_seg", *EXTRA):
-            not_among(self.folder / f"{name}{what}{ending}", files)
+        for file in volume_names(name, self.plain, self.compress).values():
+            not_among(self.folder / file, files)
 
 
 @dataclass(frozen=True)

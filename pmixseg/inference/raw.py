@@ -11,10 +11,9 @@ import numpy as np
 from pmixseg.argument_checks import check_fields, checked
 from pmixseg.data.formats.colours import write_tables
 from pmixseg.data.formats.nifti import ScanReader
-from pmixseg.data.formats.outputs import write_labels
+from pmixseg.data.formats.outputs import volume_names, write_labels
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
-from pmixseg.files import inside
 from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.inference.segment import common_name
 from pmixseg.modules import SegmentationModule
@@ -89,11 +88,10 @@ def segment_raw(
     grid = ScanReader(called).frame(images[target])
     assert grid is not None  # it was read above
     affine = grid.affine.tolist()
-    ending = ".nii.gz" if outputs.compress else ".nii"
-    path = inside(outputs.folder, f"{called}{'' if outputs.plain else '_seg'}{ending}", "case")
+    path = outputs.folder / volume_names(called, outputs.plain, outputs.compress)["seg"]
     written = {
         "seg": write_labels(path, classes, affine, result.codes, module.task, grid.unit),
-        **write_tables(inside(outputs.folder, f"{called}_seg", "case"), result.codes, module.task),
+        **write_tables(outputs.folder / f"{called}_seg", result.codes, module.task),
         "json": files_in_atlas["json"],
     }
     if outputs.png:

@@ -35,6 +35,12 @@ def write_labels(
     return write_volume(path, code_table(codes, task, str(path))[labels], affine, unit)
 
 
+def volume_names(name: str, plain: bool = False, compress: bool = True) -> dict[str, str]:
+    """Return what the volumes of a result are called; a ``plain`` label map has the name alone."""
+    ends = {"seg": "" if plain else "_seg"} | {w: f"_{w}" for w in ("probabilities", "entropy")}
+    return {w: f"{name}{end}.nii{'.gz' if compress else ''}" for w, end in ends.items()}
+
+
 def code_table(codes: Mapping[str, int], task: Task, where: str) -> NDArray[np.integer[Any]]:
     """Return the code of every class, background 0 first, in the smallest usual type of NIfTI.
 

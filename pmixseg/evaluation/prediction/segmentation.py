@@ -19,6 +19,7 @@ from pmixseg.data.formats.colours import write_tables
 from pmixseg.data.formats.outputs import (
     code_table,
     nifti_image,
+    volume_names,
     write_json,
     write_labels,
     write_volume,
@@ -139,23 +140,19 @@ class Segmentation:
         Raises:
             InputError: a file cannot be written.
         """
-        inside(Path(folder), name or self.name, "case")
-        ending = ".nii.gz" if compress else ".nii"
-
-        def path(what: str, end: str = ending) -> Path:
-            return inside(Path(folder), f"{name or self.name}_{what}{end}", "case")
-
+        folder, name = Path(folder), name or self.name
+        inside(folder, name, "case")
+        path = {what: folder / n for what, n in volume_names(name, plain, compress).items()}
         affine, unit = self.prediction.geometry.source_affine, self.prediction.geometry.unit
-        seg = inside(Path(folder), f"{name or self.name}{ending}", "case") if plain else path("seg")
-        made = {"seg": write_labels(seg, self.classes, affine, self.codes, self.task, unit)}
-        made |= write_tables(path("seg", ""), self.codes, self.task)
+        made = {"seg": write_labels(path["seg"], self.classes, affine, self.codes, self.task, unit)}
+        made |= write_tables(folder / f"{name}_seg", self.codes, self.task)
         if probabilities:
             last = np.moveaxis(self.probabilities, 0, -1)
-            made["probabilities"] = write_volume(path("probabilities"), last, affine, unit)
+            made["probabilities"] = write_volume(path["probabilities"], last, affine, unit)
         if entropy:
-            made["entropy"] = write_volume(path("entropy"), self.entropy, affine, unit)
+            made["entropy"] = write_volume(path["entropy"], self.entropy, affine, unit)
         facts = {**self.to_dict(), "files": {k: p.name for k, p in made.items()}}
-        made["json"] = write_json(path("seg", ".json"), facts)
+        made["json"] = write_json(folder / f"{name}_seg.json", facts)
         return made
 
     def to_dict(self) -> dict[str, Any]:
