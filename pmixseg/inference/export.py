@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 
 from pmixseg.argument_checks import checked
 from pmixseg.data.scans.normalisation import JOINT_MASK
-from pmixseg.errors import InputError, writing
+from pmixseg.errors import InputError, explained, writing
 from pmixseg.evaluation.prediction.segmentation import NOTICE
 from pmixseg.files import not_among, whole
 from pmixseg.inference.bundle import write_bundle
@@ -152,12 +152,10 @@ def _write_torch(
 def _write_onnx(
     program: ExportedProgram, example: Tensor, path: Path, facts: dict[str, Any]
 ) -> Again:
-    try:
+    with explained("ONNX needs an extra", "pip install 'pmixseg[export]'", ImportError):
         for package in ("onnx", "onnxscript"):
             importlib.import_module(package)
         onnxruntime = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise InputError(f"ONNX needs the package {error.name}; install pmixseg[export].") from None
     made = torch.onnx.export(
         program,
         (example,),

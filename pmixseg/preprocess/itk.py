@@ -8,15 +8,11 @@ import numpy.typing as npt
 
 from pmixseg.data.formats.itk import affine_of
 from pmixseg.data.formats.outputs import write_volume
-from pmixseg.errors import InputError
+from pmixseg.errors import explained
 
-try:
+_HELP = "pip install 'pmixseg[preprocess]'"
+with explained("raw scans are registered with SimpleITK", _HELP, ImportError):
     import SimpleITK as sitk
-except ImportError as error:
-    raise InputError(
-        "raw scans are registered with SimpleITK, which is not installed; "
-        "pip install 'pmixseg[preprocess]'."
-    ) from error
 
 __all__ = ["image_of", "sitk", "write_image"]
 

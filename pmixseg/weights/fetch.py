@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 from platformdirs import user_cache_path
 
 from pmixseg.argument_checks import checked
-from pmixseg.errors import InputError, first_line
+from pmixseg.errors import InputError, explained, first_line
 from pmixseg.files import file_hash
 from pmixseg.weights.catalogue import CATALOGUE
 from pmixseg.weights.published import DESCRIPTION, FILES, WEIGHTS, check_weights, read_description
@@ -100,13 +100,10 @@ def _from_hub(address: str) -> Path:
     name, _, revision = address.removeprefix("hf://").partition("@")
     if len([part for part in name.split("/") if part]) != 2:
         raise InputError(f"{address} is not of the form hf://owner/repository[@revision].")
-    try:
+    needs = f"{address}: the Hugging Face Hub needs an extra"
+    with explained(needs, "pip install 'pmixseg[hub]'", ImportError):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    except ImportError as error:
-        raise InputError(
-            f"{address}: the Hugging Face Hub needs an extra; pip install 'pmixseg[hub]'."
-        ) from error
     # The three files of a published model, and nothing else of the repository.
     try:
         path = snapshot_download(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 
 ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr")
 """Endings of the formats that are left to ITK."""
@@ -46,13 +46,9 @@ def read_itk(path: Path, where: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.f
     Raises:
         InputError: SimpleITK is not installed, or cannot read the file, or its unit is unknown.
     """
-    try:
+    other = f"{where}: {path} is no NIfTI file, and {path.suffix} is read with SimpleITK"
+    with explained(other, "pip install 'pmixseg[itk]', or convert it", ImportError):
         import SimpleITK as itk
-    except ImportError:
-        raise InputError(
-            f"{where}: {path} is no NIfTI file; to read {path.suffix} install the extra "
-            "(pip install 'pmixseg[itk]'), or convert it."
-        ) from None
     try:
         image: Any = itk.ReadImage(str(path))  # half of its methods have no types
         size = image.GetDimension()
