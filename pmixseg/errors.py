@@ -105,8 +105,9 @@ def explained(what: str, advice: str, *faults: type[Exception]) -> Iterator[None
     except InputError:
         raise
     except faults as fault:
-        said = " ".join(str(fault).split()) or type(fault).__name__  # YAML's takes several lines
-        raise InputError(f"{what} ({said}); {advice}.") from fault
+        # What a disk says without the path; YAML's words in one line.
+        said = getattr(fault, "strerror", None) or " ".join(str(fault).split())
+        raise InputError(f"{what} ({said or type(fault).__name__}); {advice}.") from fault
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.cli.arguments import take_out
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
-from pmixseg.errors import InputError, disk_error, memory_error, restoring_error
+from pmixseg.errors import InputError, disk_error, explained, memory_error, restoring_error
 from pmixseg.interrupt import causes_of, raise_on_interrupt, report_stop, stopping_code
 from pmixseg.version import __version__
 
@@ -122,12 +122,8 @@ def check_words(words: Sequence[str]) -> None:
 
 def check_folder() -> None:
     """Refuse a working folder that somebody removed; torch ends the process as it is imported."""
-    try:
+    with explained("the working folder is gone", "change to another one", OSError):
         Path.cwd()
-    except OSError as error:
-        raise InputError(
-            f"the working folder is gone ({error.strerror}); change to another one."
-        ) from error
 
 
 def print_anything() -> None:

@@ -28,7 +28,7 @@ from pmixseg.data.formats.headers import (
 from pmixseg.data.formats.itk import ITK_ENDINGS, read_itk
 from pmixseg.data.formats.outputs import NOTICE
 from pmixseg.data.formats.packed import DAMAGED, TooLong, first_bytes, is_packed, unpack
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 
 Source: TypeAlias = Path | str | tuple[Path | str, int] | SpatialImage
 """A 3-D file, one channel of a 4-D file, or an image that nibabel has opened."""
@@ -192,8 +192,13 @@ class ScanReader:
             ) from error
 
     def _decode(self, path: Path, packed: bytes) -> Scan:
-        # The header first: it says how many bytes may be unpacked.
-        try:
+        file, again = f"{self.where}: {path}", "convert or download it again"
+        kind = "truncated or damaged gzip" if is_packed(packed) else "damaged"
+        with (
+            explained(f"{file} is a {kind} file", "copy or download it again", TooLong, *DAMAGED),
+            explained(f"{file} has a damaged NIfTI header", again, BadHeader),
+        ):
+            # The header first: it says how many bytes may be unpacked.
             header = read_header(first_bytes(packed, HEAD))
             if header is None:
                 return self._other_format(path)
@@ -201,16 +206,6 @@ class ScanReader:
             self._note(header.descrip)
             needed = header.offset + header.size
             raw = unpack(packed, needed)
-        except BadHeader as error:
-            raise InputError(
-                f"{self.where}: {path} has a damaged NIfTI header ({error}); convert or download "
-                "it again."
-            ) from error
-        except (TooLong, *DAMAGED) as error:
-            kind = "truncated or damaged gzip" if is_packed(packed) else "damaged"
-            raise InputError(
-                f"{self.where}: {path} is a {kind} file ({error}); copy or download it again."
-            ) from error
         if len(raw) < needed:
             raise InputError(
                 f"{self.where}: {path} is truncated (its header promises {needed} bytes, it has "

@@ -19,7 +19,7 @@ from pmixseg.data.store.stored import (
     read_meta,
     unseal,
 )
-from pmixseg.errors import InputError, count_of
+from pmixseg.errors import InputError, count_of, explained
 from pmixseg.task import Task
 
 __all__ = ["PrepareReport", "Store", "StoredCase", "prepare"]
@@ -73,12 +73,9 @@ class Store:
         description = unseal(path)
         if description is None or description.get("format") != FORMAT:
             raise InputError(_no_description(path))
-        try:
+        advice = "run `pmixseg prepare` again"
+        with explained(f"{root / CASES} cannot be read", advice, OSError):
             folders = sorted(f for f in (root / CASES).iterdir() if f.name[0] != ".")
-        except OSError as error:
-            raise InputError(
-                f"{root / CASES} cannot be read ({error.strerror}); run `pmixseg prepare` again."
-            ) from error
         metas = {f.name: read_meta(f) for f in folders}
         parameters = description["parameters"]
         names = tuple(n for n, m in metas.items() if m and m["parameters"] == parameters)
