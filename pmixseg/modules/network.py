@@ -238,7 +238,9 @@ class SegmentationNetwork(LightningModule, Described):
             )
         return names
 
-    def predict_step(self, item: CaseItem, batch_idx: int) -> CasePrediction:
+    def predict_step(
+        self, item: CaseItem, batch_idx: int, dataloader_idx: int = 0
+    ) -> CasePrediction:
         """Segment a case from everything that was acquired."""
         check_item(self._trainer, item)
         return next(iter(self.predict_item(item, [self.acquired_names(item)])))

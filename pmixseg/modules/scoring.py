@@ -51,7 +51,7 @@ class ScoredNetwork(SegmentationNetwork):
     def validation_combinations(self, item: CaseItem) -> list[Combination]:
         """Return the combinations that a validation case is scored on, the same in every epoch."""
 
-    def validation_step(self, item: CaseItem, batch_idx: int) -> None:
+    def validation_step(self, item: CaseItem, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a whole case: Dice per region, the mean over several combinations."""
         self._check_case(item)
         scores = []
@@ -138,7 +138,7 @@ class ScoredNetwork(SegmentationNetwork):
         self.recording.check_place()
         self.recording.forget_examples()
 
-    def test_step(self, item: CaseItem, batch_idx: int) -> None:
+    def test_step(self, item: CaseItem, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a case on every combination of what was acquired, in its native grid."""
         self._check_case(item)
         if "label" not in item:

@@ -9,6 +9,7 @@ from pmixseg.backbones import EarlyFusion, MultiEncoderUNet
 from pmixseg.callbacks import GapMonitor, PmixAlignment, ProtocolScores
 from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.missing import Bernoulli, UniformCombinations
+from pmixseg.data.splits import SplitLists
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.scores.metrics import region_dice
@@ -172,3 +173,24 @@ def test_a_subclass_scores_in_its_own_way(tmp_path, run, logged):
     trainer = quiet_trainer(tmp_path)
     loader = MemoryData().train_dataloader()
     assert getattr(trainer, run)(module, loader, verbose=False) == [logged]
+
+
+class Apart(BraTSDataModule):
+    """Gives each case in a loader of its own, as those of several sites may be."""
+
+    def val_dataloader(self):
+        return [self._whole([name]) for name in self.parts.val]
+
+    def test_dataloader(self):
+        return [self._whole([name]) for name in self.parts.test]
+
+
+@pytest.mark.parametrize(("run", "part"), [("validate", "val"), ("test", "test")])
+def test_several_loaders_are_scored_as_one(phantom_store, tmp_path, run, part):
+    names = BraTSDataModule(phantom_store).cases[:2]
+    module, means = student("balanced"), []
+    for cls in (BraTSDataModule, Apart):
+        data = cls(phantom_store, split=SplitLists(**{part: names}), patch_size=16)
+        scores = getattr(quiet_trainer(tmp_path), run)(module, data, verbose=False)
+        means.append(scores[0][f"{part}/dice"])
+    assert means[0] == means[1] > 0
