@@ -41,6 +41,8 @@ class RunLogger(Logger):
     that resumes nothing starts the file anew; validating or testing keeps all of it.
     """
 
+    name = version = ""  # a checkpoint without a folder goes to <save_dir>/<name>/<version>
+
     def __init__(self, run: str | Path) -> None:
         super().__init__()
         self._run = Path(run)
@@ -53,16 +55,6 @@ class RunLogger(Logger):
     def path(self) -> Path:
         """Return the path of ``metrics.csv``."""
         return self._run / "metrics.csv"
-
-    @property
-    def name(self) -> str:
-        """Nothing: a checkpoint without a folder of its own goes to ``<save_dir>/<name>``."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """A run has no versions."""
-        return ""
 
     @property
     def save_dir(self) -> str:

@@ -240,22 +240,18 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "predict" and not writes:
             callbacks.append(PredictionWriter())
         if out := self._get(self.config_init, "calibrate"):
-            callbacks.append(self.fitting(out))
+            if self.subcommand != "validate":
+                raise InputError(
+                    "--calibrate fits on validation cases; use `pmixseg validate --ckpt_path … "
+                    "--calibrate OUT.ckpt`."
+                )
+            callbacks.append(TemperatureFitting(out))
         align, distill = terms = [self._get(self.config_init, k) for k in ("align", "distill")]
         align.optional, distill.optional = True, distill.teacher is None
         config["callbacks"] = [*terms, *callbacks]
         trainer = self._instantiate_trainer(config, [])
         check_processes(trainer)
         return trainer
-
-    def fitting(self, out: str) -> Callback:
-        """Return the callback of ``--calibrate``."""
-        if self.subcommand != "validate":
-            raise InputError(
-                "--calibrate fits on validation cases; use `pmixseg validate --ckpt_path … "
-                "--calibrate OUT.ckpt`."
-            )
-        return TemperatureFitting(out)
 
     def run_folder(self) -> Path:
         """``--run``; else the folder of the checkpoint; else a new one under ``runs/``."""

@@ -358,7 +358,6 @@ class BraTSDataModule(LightningDataModule, Described):
                 "on scans that a training has seen are too good, and a test refuses them; leave "
                 "one of a pair out, or put both into one part."
             )
-
         made = sorted(name for name, case in cases.items() if case.synthetic)
         if 0 < len(made) < len(cases):
             rank_zero_warn(

@@ -65,9 +65,12 @@ def check_machine(trainer: Trainer) -> None:
     """Refuse precisions and strategies that would change what a model is."""
     precision = str(trainer.precision)
     if precision not in PRECISIONS:
+        lost = "half precision loses the small changes of an optimizer's step"
+        if precision.startswith("64"):
+            lost = "scores, checkpoints and stores are made for float32"
         raise InputError(
             f"precision {precision} (--trainer.precision) turns the weights into another type, "
-            f"{_loss_of(precision)}; use 32-true, or bf16-mixed and 16-mixed, which compute in "
+            f"and {lost}; use 32-true, or bf16-mixed and 16-mixed, which compute in "
             "half precision and keep weights in float32."
         )
     strategy = trainer.strategy
@@ -120,12 +123,6 @@ def check_task(data: object, task: Task) -> None:
             f"'{t.name}' ({', '.join(t.modalities)}; {', '.join(t.labels)})" for t in (theirs, task)
         )
         raise InputError(f"the data are of the task {has}, the module of {needs}; give both one.")
-
-
-def _loss_of(precision: str) -> str:
-    if precision.startswith("64"):
-        return "where scores, checkpoints and stores are made for float32"
-    return "and half precision loses the small changes of an optimizer's step"
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -215,9 +212,7 @@ def check_batch(trainer: Trainer | None, batch: Batch, task: Task) -> None:
     given: Any = batch
     if not isinstance(given, Mapping):
         raise InputError(f"the loader gives a {type(given).__name__} for a batch; give {holds}.")
-    lacking = [
-        name for name in ("image", "label", "acquired", "key", "case_id") if name not in given
-    ]
+    lacking = [n for n in ("image", "label", "acquired", "key", "case_id") if n not in given]
     if lacking:
         raise InputError(f"a batch of the loader has no {', '.join(lacking)}; give {holds}.")
     # The image says how many samples and voxels everything else must have.
