@@ -147,6 +147,23 @@ def test_a_header_that_says_in_two_ways_how_it_lies_is_refused(make_case, turn):
     assert inspect_cohort(case.label.parents[1], BRATS).problems == []
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_header_that_tells_two_sizes_of_its_voxels_is_refused(make_case, code):
+    """ITK goes by pixdim, nibabel by the sform: volumes would differ by a factor of 3.4."""
+    case = make_case()
+    image = nib.load(case.images["t1"])
+    size = image.header.get_zooms()[0]
+    image.header["pixdim"][1:4], image.header["qform_code"] = size / 1.51, code
+    path = case.images["t1"]
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), path)
+    (problem,) = inspect_cohort(case.label.parents[1], BRATS).problems
+    assert f"its sform {size:.4g} x {size:.4g} x {size:.4g}, and programs differ" in problem
+    for fair in (size / 1.49, 0):  # an affine registration left in the sform, or nothing said
+        image.header["pixdim"][1:4] = fair
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), path)
+        assert inspect_cohort(case.label.parents[1], BRATS).problems == []
+
+
 def test_another_place_or_a_small_angle_in_the_qform_is_no_conflict():
     image = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), None)
     image.set_sform(np.eye(4), 1)

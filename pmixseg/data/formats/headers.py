@@ -32,6 +32,10 @@ _MM = {1: 1000.0, 3: 0.001}
 _SAME_DIRECTION = 0.5
 """Cosine of the angle between an axis in the qform and in the sform below which they differ."""
 
+_SAME_SIZE = 1.5
+"""Ratio of a voxel's length in the sform to that in pixdim above which they differ; an affine
+registration that is left in the sform stretches a brain by less."""
+
 
 class BadHeader(ValueError):
     """A header that cannot be true; the text is a phrase that says why."""
@@ -136,12 +140,22 @@ def unit_of(header: Any) -> float:
 
 
 def check_directions(header: Any) -> None:
-    """Refuse a header that says in two ways how its volume lies, over 60 degrees apart.
+    """Refuse a header that says in two ways how its volume lies, or how large its voxels are.
 
-    Programs differ in which of the two they read, so the volume is mirrored or turned in one of
-    them. Places and small angles may differ, as after a registration that moved the sform alone.
+    Programs differ in which of the two they read, so the volume is mirrored, turned or of another
+    size in one of them. Places, small angles and sizes may differ, as after a registration that
+    moved the sform alone.
     """
-    if int(header["qform_code"]) <= 0 or int(header["sform_code"]) <= 0:
+    if int(header["sform_code"]) <= 0:
+        return
+    told, sizes = header["pixdim"][1:4], np.linalg.norm(header.get_sform()[:3, :3], axis=0)
+    if np.any((told > 0) & ((sizes > _SAME_SIZE * told) | (_SAME_SIZE * sizes < told))):
+        one, two = (" x ".join(f"{n:.4g}" for n in each) for each in (told, sizes))
+        raise BadHeader(
+            f"its pixdim calls its voxels {one} and its sform {two}, and programs differ in which "
+            "of the two they read; correct the wrong one"
+        )
+    if int(header["qform_code"]) <= 0:
         return
     one, two = header.get_qform()[:3, :3], header.get_sform()[:3, :3]
     lengths = np.linalg.norm(one, axis=0) * np.linalg.norm(two, axis=0)
