@@ -41,6 +41,23 @@ def test_what_is_no_scan_at_all(model, images):
         model.segment("folder")
     with pytest.raises(InputError, match="t1 is a ndarray, which does not say how it lies"):
         model.segment({"t1": np.asarray(images["t1"].dataobj)})
+    with pytest.raises(InputError, match="t1 is a Nifti1Image, which does not say how it lies"):
+        model.segment({"t1": nib.Nifti1Image(np.asarray(images["t1"].dataobj), None)})
+
+
+def test_numbers_that_are_no_intensities_are_refused_in_every_format(model, images, tmp_path):
+    values, affine = np.asarray(images["t1"].dataobj), images["t1"].affine
+    colours = np.zeros(values.shape, [(name, "u1") for name in "RGB"])
+    analyze = nib.AnalyzeImage(values.astype(np.complex64), affine)
+    analyze.set_data_dtype(np.complex64)
+    nib.save(analyze, tmp_path / "t1.img")
+    for source, says in {
+        nib.Nifti1Image(values.astype(np.complex64), affine): "complex64 numbers",
+        nib.Nifti1Image(colours, affine): "colours",
+        tmp_path / "t1.img": "complex64 numbers",
+    }.items():
+        with pytest.raises(InputError, match=f"holds {says}, but a scan is integers or floats"):
+            model.segment({"t1": source})
 
 
 def test_a_dedicated_student_says_what_it_reads(images):

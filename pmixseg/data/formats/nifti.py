@@ -228,11 +228,6 @@ class ScanReader:
         )
 
     def _check(self, path: Path, header: Header) -> None:
-        if header.dtype.kind not in "iuf":
-            what = "colours" if header.dtype.names else f"{header.dtype} numbers"
-            raise InputError(
-                f"{self.where}: {path} holds {what}, but a scan is integers or floats; convert it."
-            )
         if header.offset + header.size > MAX_BYTES:
             raise InputError(
                 f"{self.where}: {path} promises {header.size} bytes of voxels (shape "
@@ -255,6 +250,12 @@ class ScanReader:
 
     def _channel(self, scan: Scan, channel: int | None, role: str) -> Scan:
         data = scan.data
+        if data.dtype.kind not in "biuf":
+            what = "colours" if data.dtype.names else f"{data.dtype} numbers"
+            raise InputError(
+                f"{self.where}: {scan.name} holds {what}, but a scan is integers or floats; "
+                "convert it."
+            )
         if data.ndim == 5 and data.shape[3] == 1:
             data = data[:, :, :, 0]  # ITK writes the channels of a volume behind a time axis of 1
         if channel is None:

@@ -209,7 +209,8 @@ def _choose(
             f"{', '.join(inputs)}; leave the others out."
         )
     for modality, image in images.items():
-        if not (isinstance(image, str | Path | tuple) or hasattr(image, "dataobj")):
+        of_file = isinstance(image, str | Path | tuple)
+        if not of_file and getattr(image, "affine", None) is None:
             raise InputError(
                 f"{where}: {modality} is a {type(image).__name__}, which does not say how it lies; "
                 "give a file, or an image of nibabel: nibabel.Nifti1Image(array, affine)."
