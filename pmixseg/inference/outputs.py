@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pmixseg.argument_checks import check_fields
 from pmixseg.data.formats.nifti import Source
-from pmixseg.data.formats.outputs import volume_names
+from pmixseg.data.formats.outputs import keep_foreign, volume_names
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.files import inside, not_among, not_beside, whole
@@ -113,7 +113,7 @@ class Outputs:
         return phrases
 
     def check(self, name: str, files: Sequence[Path], *, of_cohort: bool = True) -> None:
-        """Refuse results that would take the place of a scan, or be taken for a case's label.
+        """Refuse results that would replace a scan or label map, or be taken for a case's label.
 
         A name that leads out of the folder is refused, too. ``of_cohort``: the scans lie as a
         layout has them, which may have a label beside them.
@@ -121,8 +121,10 @@ class Outputs:
         inside(self.folder, name, "case")
         if of_cohort:
             not_beside(self.folder, files)
-        for file in volume_names(name, self.plain, self.compress).values():
+        for what, file in volume_names(name, self.plain, self.compress).items():
             not_among(self.folder / file, files)
+            if getattr(self, what, True):  # of the others, those that are asked for
+                keep_foreign(self.folder / file)
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,30 @@ def test_what_an_earlier_result_leaves_beside_a_new_one_is_told(model, cases, tm
     assert "me.nii.gz, me_seg.png in" in said(Outputs(tmp_path))
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_no_result_replaces_a_volume_that_is_none(model, cases, tmp_path, plain):
+    """A folder of the experts' label maps, or a patient's other scan, must not be lost."""
+    scans = {"flair": cases[0].images["flair"]}
+    drawn = tmp_path / ("p0.nii.gz" if plain else "p0_seg.nii.gz")
+    shutil.copy(cases[0].label, drawn)
+    before = file_hash(drawn)
+    outputs = Outputs(tmp_path, plain=plain)
+    with pytest.raises(InputError, match=rf"{drawn} is there already and no result of pmixseg"):
+        segment_files(model, scans, outputs, name="p0")
+    made = model.segment(scans, name="p0")
+    with pytest.raises(InputError, match="choose another output folder or name, or remove it"):
+        made.save(tmp_path, plain=plain)
+    assert file_hash(drawn) == before
+    drawn.unlink()
+    for _ in range(2):  # its own are replaced
+        segment_files(model, scans, outputs, name="p0")
+    image = nib.load(drawn)
+    image.header["descrip"] = b"ITK-SNAP"  # somebody has corrected it
+    nib.save(image, drawn)
+    with pytest.raises(InputError, match="or was changed since"):
+        segment_files(model, scans, outputs, name="p0")
+
+
 def test_no_result_takes_the_place_of_a_label(model, cases, small_root):
     folder = small_root / "HGG" / cases[0].case_id
     label = (folder / f"{cases[0].case_id}_seg.nii.gz").read_bytes()

@@ -11,12 +11,17 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pmixseg.data.formats.headers import HEAD
+from pmixseg.data.formats.packed import DAMAGED, first_bytes
 from pmixseg.errors import InputError
 from pmixseg.files import whole, write_text
 from pmixseg.task import Task
 
 NOTICE = b"pmixseg: research use only"
 """Written into every output's header (80 bytes at most)."""
+
+_DESCRIP = slice(148, 228)
+"""Where it stands there."""
 
 
 def write_labels(
@@ -83,11 +88,31 @@ def nifti_image(volume: np.ndarray, affine: ArrayLike, unit: float = 1.0) -> Any
 def write_volume(
     path: Path, volume: np.ndarray, affine: Sequence[Sequence[float]], unit: float = 1.0
 ) -> Path:
-    """Write an array as NIfTI, complete or not at all, with the research-use notice."""
+    """Write an array as NIfTI, complete or not at all, with the research-use notice.
+
+    What this package wrote earlier is replaced, and nothing else.
+    """
+    keep_foreign(path)
     image = nifti_image(volume, affine, unit)
     with whole(path) as part:
         nib.save(image, part)
     return path
+
+
+def keep_foreign(path: Path) -> None:
+    """Refuse to replace a volume that is no result: a scan, or a label map that somebody drew."""
+    try:
+        with path.open("rb") as file:
+            start = first_bytes(file.read(1 << 16), HEAD)
+    except FileNotFoundError:
+        return
+    except DAMAGED:
+        start = b""  # whatever it was, it was no result
+    if not start[_DESCRIP].startswith(NOTICE):
+        raise InputError(
+            f"{path} is there already and no result of pmixseg, or was changed since, and would be "
+            "replaced; choose another output folder or name, or remove it."
+        )
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> Path:
