@@ -57,6 +57,12 @@ def write_published(
     The folder is made if needed. ``description`` is the ``pmixseg`` entry of a checkpoint; it and
     ``about`` hold primitives only.
     """
+    if not (folder / DESCRIPTION).exists():
+        for there in filter(Path.exists, (folder / CARD, folder / WEIGHTS)):
+            raise InputError(
+                f"{there} is there already and of no published model, and would be replaced; "
+                "choose another folder."
+            )
     # safetensors refuses tensors that share memory or are views, so each is copied.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with whole(folder / WEIGHTS) as part:

@@ -62,6 +62,15 @@ def test_no_case_and_no_folder_is_published(tmp_path):
     assert "doe" not in text.lower()
 
 
+def test_no_file_of_another_project_is_replaced(checkpoint, tmp_path):
+    (tmp_path / CARD).write_text("# my project")
+    with pytest.raises(InputError, match=r"README\.md is there already and of no published model"):
+        publish(checkpoint, tmp_path)
+    assert (tmp_path / CARD).read_text() == "# my project"
+    for _ in range(2):  # a model that was published there is
+        publish(checkpoint, tmp_path / "model")
+
+
 def test_no_file_of_a_published_model_is_a_pickle(checkpoint, tmp_path):
     folder = publish(checkpoint, tmp_path / "model")
     assert sorted(p.name for p in folder.iterdir()) == sorted([CARD, DESCRIPTION, WEIGHTS])
