@@ -64,6 +64,8 @@ def matching_notes(a: Sequence[Records], b: Sequence[Records]) -> list[str]:
         if one.sidecar.seen
     ]
     notes += [f"{run_name(one)}: {one.scored}." for one in (*a, *b) if one.scored]
+    changed = [run_name(one) for one in (*a, *b) if one.altered]
+    notes += [f"The table of {name} was changed after it was written." for name in changed]
     for what, advice in (
         ("seed", "Give both sides the same seeds, or the pairs share nothing."),
         ("split", "Train both on the same cases, or these may make the difference."),

@@ -207,10 +207,12 @@ def test_no_star_without_an_effect():
     assert sum(starred) <= 2  # 12 studies at 5 %: three or more in one of 50
 
 
-def test_a_method_is_not_compared_with_itself():
+def test_a_method_is_not_compared_with_itself_and_a_changed_table_is_told():
     same = [Records(run(0), Sidecar(BRATS))]
     with pytest.raises(InputError, match=r"of A and run '.*' of B hold the same results"):
         matching_notes(same, [Records(run(0, name="b"), Sidecar(BRATS))])
+    (note,) = matching_notes(same, [Records(run(1, name="b"), Sidecar(BRATS), altered=True)])
+    assert note == "The table of b1 was changed after it was written."
 
 
 def test_for_distances_less_is_a_win():
