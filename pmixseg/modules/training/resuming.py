@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -58,6 +60,24 @@ def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     arguments = set(inspect.signature(type(optimizer).__init__).parameters) - {"params"}
     schedule = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
     return {k: copy.deepcopy(group[k]) for k in group if k in arguments or k in schedule}
+
+
+def _keep_own_state(optimizer: Optimizer, restored: dict[str, Any]) -> None:
+    """Put a new state in place of one without what this kind of optimizer keeps of each weight."""
+    group = optimizer.param_groups[0]
+    probe = nn.Parameter(group["params"][0].new_zeros(1))
+    probe.grad = torch.zeros_like(probe)
+    kept = {name for of_weight in restored["state"].values() for name in of_weight}
+    with suppress(TypeError):  # LBFGS, or one of the user's own that needs more than parameters
+        twin: Any = type(optimizer)
+        twin = twin([{**group, "params": [probe]}])
+        twin.step()
+        if kept and (lacking := twin.state[probe].keys() - kept):
+            restored["state"] = optimizer.state_dict()["state"]
+            rank_zero_info(
+                f"the checkpoint holds no {', '.join(sorted(lacking))}, which "
+                f"{type(optimizer).__name__} keeps of each weight, so it begins as a new one does."
+            )
 
 
 def _lowered(optimizer: Optimizer) -> list[float]:
@@ -212,6 +232,7 @@ class Resuming:
         # A checkpoint restores the patience of these callbacks before the training begins.
         self._patience = [(c, c.patience) for c in callbacks_of(trainer, EarlyStopping)]
         self._groups: _Groups | None = None
+        self._states: list[dict[str, Any]] = []
         self._schedules: list[dict[str, Any]] = []
         self._frozen: list[str] | None = None
         self._goes_on = self._has_written = self._averaged = self._scheduled = False
@@ -235,6 +256,7 @@ class Resuming:
         self.pending = dict(checkpoint.get(PENDING, {}))
         self._frozen = checkpoint.get(FROZEN)
         self._scheduled = bool(checkpoint.get("lr_schedulers"))
+        self._states = checkpoint["optimizer_states"]
         self._averaged = "current_model_state" in checkpoint  # Lightning's WeightAveraging
         if not self._has_written:  # a tuner puts back what it has tried by a checkpoint of its own
             self.earlier = dict(checkpoint.get(CIRCUMSTANCES, {}))
@@ -248,6 +270,8 @@ class Resuming:
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])  # the reference of a plateau
+        for optimizer, restored in zip(trainer.optimizers, self._states, strict=False):
+            _keep_own_state(optimizer, restored)
         self._groups = [[_settings(o, g) for g in o.param_groups] for o in trainer.optimizers]
         configs = trainer.lr_scheduler_configs
         self._schedules = [copy.deepcopy(config.scheduler.state_dict()) for config in configs]

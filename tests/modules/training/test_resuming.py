@@ -175,6 +175,28 @@ def test_decay_and_betas_of_adam_are_those_given_now(tmp_path):
     assert state["step"] == 4  # moments and counts go on
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "lacks"),
+    [
+        (sgd(momentum=0.9), torch.optim.AdamW, "exp_avg, exp_avg_sq, step"),
+        (torch.optim.AdamW, functools.partial(torch.optim.AdamW, amsgrad=True), "max_exp_avg_sq"),
+        (torch.optim.AdamW, torch.optim.Adagrad, "sum"),
+        (sgd(momentum=0.9), sgd(), ""),
+        (sgd(), sgd(momentum=0.9), ""),
+    ],
+)
+def test_another_optimizer_begins_as_a_new_one(tmp_path, caplog, before, after, lacks):
+    """Torch would use the state of the first one, and stumble over what that has not kept."""
+    train(tmp_path, before, epochs=1)
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    rest, trainer = train(tmp_path, after, epochs=2, resume=last)
+    assert len(rest) == 2
+    assert (f"the checkpoint holds no {lacks}, which" in caplog.text) == bool(lacks)
+    steps = {int(s["step"]) for s in trainer.optimizers[0].state.values() if "step" in s}
+    assert steps == ({2} if lacks else set())
+
+
 class Counting(torch.optim.SGD):
     """Keeps a running number in its groups, as schedule-free optimizers do."""
 
