@@ -370,9 +370,9 @@ def complaint(error: BaseException) -> InputError | None:
         return InputError(f"Wandb refuses: {': '.join(lines)}; correct it, or its WANDB_ variable.")
     *_, (frame, number) = walk_tb(error.__traceback__)
     module = str(frame.f_globals.get("__name__", ""))
-    if module == "torch.optim.lr_scheduler" and isinstance(error, ArithmeticError):
+    if module == "torch.optim.lr_scheduler" and isinstance(error, ArithmeticError | TypeError):
         schedule = type(frame.f_locals.get("self")).__name__
-        return InputError(f"{schedule} cannot be stepped ({error}); correct its arguments.")
+        return InputError(f"{schedule} cannot be used ({error}); correct its arguments.")
     line = linecache.getline(frame.f_code.co_filename, number)
     ours = not any(module == name or module.startswith(f"{name}.") for name in LIBRARIES)
     if ours or not line.strip().startswith("raise"):

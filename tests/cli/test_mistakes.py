@@ -300,7 +300,11 @@ def test_a_wrong_plain_command_is_a_sentence(capsys, args, sentence):
         (["--model.optimizer=SGD", "--model.optimizer.lr=-1"], "Invalid learning rate"),
         (
             ["--model.scheduler=StepLR", "--model.scheduler.step_size=0"],
-            "StepLR cannot be stepped (integer modulo by zero); correct its arguments.",
+            "StepLR cannot be used (integer modulo by zero); correct its arguments.",
+        ),
+        (
+            ["--model.scheduler=torch.optim.lr_scheduler.ChainedScheduler"],
+            "ChainedScheduler cannot be used (object of type 'AdamW' has no len()); correct its",
         ),
         (["--align.levels=[9]"], "levels [9] are not different levels of a network with 2"),
         (["--data.val_cases=-1"], "val_cases is -1; give 1 or more"),
