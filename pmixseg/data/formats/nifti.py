@@ -27,14 +27,11 @@ from pmixseg.data.formats.headers import (
 )
 from pmixseg.data.formats.itk import ITK_ENDINGS, read_itk
 from pmixseg.data.formats.outputs import NOTICE
-from pmixseg.data.formats.packed import DAMAGED, TooLong, first_bytes, is_packed, unpack
+from pmixseg.data.formats.packed import DAMAGED, TooLong, first_bytes, is_packed, start_of, unpack
 from pmixseg.errors import InputError, explained
 
 Source: TypeAlias = Path | str | tuple[Path | str, int] | SpatialImage
 """A 3-D file, one channel of a 4-D file, or an image that nibabel has opened."""
-
-_HEAD_PACKED = 1 << 16
-"""Bytes at the start of a packed file that hold its header."""
 
 _NO_SCANS = {
     b"version https://git-lfs": "a pointer of git LFS",
@@ -146,8 +143,7 @@ class ScanReader:
         try:
             if not isinstance(path, Path | str):
                 return _frame(path.shape, _opened(path, "", load=False))
-            with Path(path).open("rb") as file:
-                header = read_header(first_bytes(file.read(_HEAD_PACKED), HEAD))
+            header = read_header(start_of(Path(path), HEAD))
             if header is not None:
                 return _frame(header.shape, header)
             other = self._other_format(Path(path), load=False)
@@ -158,8 +154,7 @@ class ScanReader:
     def channels(self, path: Path) -> int | None:
         """Count the volumes of a NIfTI file by its header; ``None`` where that does not tell."""
         try:
-            with path.open("rb") as file:
-                header = read_header(first_bytes(file.read(_HEAD_PACKED), HEAD))
+            header = read_header(start_of(path, HEAD))
         except _UNREADABLE:
             return None  # who reads the voxels says so
         return None if header is None else math.prod(header.shape[3:])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmixseg.data.formats.headers import HEAD
-from pmixseg.data.formats.packed import DAMAGED, first_bytes
+from pmixseg.data.formats.packed import DAMAGED, start_of
 from pmixseg.errors import InputError
 from pmixseg.files import whole, write_text
 from pmixseg.task import Task
@@ -102,8 +102,7 @@ def write_volume(
 def keep_foreign(path: Path) -> None:
     """Refuse to replace a volume that is no result: a scan, or a label map that somebody drew."""
     try:
-        with path.open("rb") as file:
-            start = first_bytes(file.read(1 << 16), HEAD)
+        start = start_of(path, HEAD)
     except FileNotFoundError:
         return
     except DAMAGED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 from typing import Any
 
 from isal import isal_zlib
@@ -13,6 +14,9 @@ DAMAGED: tuple[Any, ...] = (EOFError, OSError, zlib.error, isal_zlib.error)
 """What reading a damaged gzip file raises."""
 
 _SPARE = 1 << 20
+
+_START = 1 << 16
+"""So many bytes of a packed file hold its header."""
 
 
 class TooLong(ValueError):
@@ -34,6 +38,12 @@ def first_bytes(raw: bytes, count: int) -> bytes:
         return raw[:count]
     unpacked: bytes = isal_zlib.decompressobj(wbits=31).decompress(raw, count)
     return unpacked
+
+
+def start_of(path: Path, count: int) -> bytes:
+    """Return the first bytes of the content of a file on disk; errors are those of first_bytes."""
+    with path.open("rb") as file:
+        return first_bytes(file.read(_START), count)
 
 
 def unpack(raw: bytes, enough: int) -> bytes:
