@@ -19,6 +19,7 @@ from pmixseg.cli.arguments import config_files, flag_name, options
 from pmixseg.cli.settings_files import broken_file, wrong_class
 from pmixseg.describe import below, constructor_arguments, constructor_hints, find_class
 from pmixseg.errors import InputError
+from pmixseg.interrupt import causes_of
 
 _OF = r"given class_path '([^']+)':\s+"
 """What jsonargparse says before the reason why a class could not be made."""
@@ -378,4 +379,6 @@ def complaint(error: BaseException) -> InputError | None:
     if ours or not line.strip().startswith("raise"):
         return None
     library = module.partition(".")[0].capitalize()
-    return InputError(f"{library} refuses: {' '.join(str(error).split())}")
+    # jsonargparse wraps the reason in all types that it tried.
+    *_, reason = causes_of(error) if library == "Jsonargparse" else [error]
+    return InputError(f"{library} refuses: {' '.join(str(reason).split())}")

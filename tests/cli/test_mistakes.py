@@ -302,6 +302,7 @@ def test_a_wrong_plain_command_is_a_sentence(capsys, args, sentence):
             ["--model.scheduler=StepLR", "--model.scheduler.step_size=0"],
             "StepLR cannot be used (integer modulo by zero); correct its arguments.",
         ),
+        (["--trainer.logger=MLFlowLogger"], "Jsonargparse refuses: Requirement 'mlflow"),
         (
             ["--model.scheduler=torch.optim.lr_scheduler.ChainedScheduler"],
             "ChainedScheduler cannot be used (object of type 'AdamW' has no len()); correct its",
