@@ -101,10 +101,14 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the configuration into the run's folder and the logger."""
-        folder = Path(trainer.default_root_dir)
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        if path.is_file() and not path.read_bytes().startswith(b"# lightning.pytorch"):
+            raise InputError(
+                f"{path} was written by no training and would be replaced; choose another --run."
+            )
         # By place: what says that null is written too has another name in jsonargparse 5.
         text = self.parser.dump(self.config, "parser_mode", False)
-        write_text(folder / "config.yaml", text)
+        write_text(path, text)
         for logger in trainer.loggers:
             if not isinstance(logger, RunLogger):
                 logger.log_hyperparams(yaml.safe_load(text))
@@ -278,6 +282,11 @@ class TrainingCLI(LightningCLI):
             raise UsageError(
                 f"pmixseg {self.subcommand} needs --ckpt_path, the checkpoint of a training; give "
                 "its path, or `best` together with --run."
+            )
+        if self._get(self.config, "init_from") and self._get(self.config, "ckpt_path"):
+            raise UsageError(
+                "--init_from begins a training with weights of another, and --ckpt_path goes on "
+                "with one; give one of them."
             )
         config.distill.modules = [*dict.fromkeys([*config.distill.modules, *self.modules])]
         settings = self._get(self.config, "model.init_args.scheduler")

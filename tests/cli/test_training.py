@@ -131,6 +131,21 @@ def test_a_run_folder_that_cannot_be_made_is_one_sentence(phantom_store, tmp_pat
     )
 
 
+def test_settings_that_somebody_wrote_are_not_replaced(phantom_store, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("data: {batch_size: 1}  # mine")
+    command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
+    assert main([*command, "--model=TeacherModule", f"-c={tmp_path / 'config.yaml'}"]) == 1
+    assert "config.yaml was written by no training and would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_text().endswith("# mine")
+
+
+def test_weights_to_begin_with_and_a_training_to_go_on_with_are_refused(student_run, capsys):
+    checkpoint = f"{student_run}/checkpoints/last.ckpt"
+    command = ["fit", f"--init_from={checkpoint}", f"--ckpt_path={checkpoint}"]
+    assert main([*command, "--model=StudentModule"]) == 2
+    assert "goes on with one; give one of them." in capsys.readouterr().err
+
+
 def test_pictures_that_cannot_be_written_cost_no_results(
     student_run, phantom_store, tmp_path, capsys
 ):
