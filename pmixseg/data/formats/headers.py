@@ -149,7 +149,8 @@ def check_directions(header: Any) -> None:
     if int(header["sform_code"]) <= 0:
         return
     told, sizes = header["pixdim"][1:4], np.linalg.norm(header.get_sform()[:3, :3], axis=0)
-    if np.any((told > 0) & ((sizes > _SAME_SIZE * told) | (_SAME_SIZE * sizes < told))):
+    less, more = np.minimum(told, sizes), np.maximum(told, sizes)
+    if np.any((less > 0) & (more > _SAME_SIZE * less)):
         one, two = (" x ".join(f"{n:.4g}" for n in each) for each in (told, sizes))
         raise BadHeader(
             f"its pixdim calls its voxels {one} and its sform {two}, and programs differ in which "
