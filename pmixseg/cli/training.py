@@ -21,7 +21,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.nn.parameter import is_lazy
 
 from pmixseg.callbacks.alignment import PmixAlignment
@@ -93,6 +93,13 @@ class SaveRunConfig(SaveConfigCallback):
 
         Lightning's finders have by now found a batch size or a learning rate.
         """
+        run = Path(trainer.default_root_dir)
+        if not trainer.global_step and any(run.glob("checkpoints/*.ckpt")):
+            rank_zero_warn(
+                f"{run} holds checkpoints of an earlier training, which this one replaces as it "
+                "writes its own; best.ckpt and records may stay the old ones. Give another --run "
+                "for both to stay, or --ckpt_path last to resume."
+            )
         self.config.data.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]  # of this command
         if "_lr" in vars(pl_module):
             settings = describe(pl_module)["init_args"]["optimizer"]

@@ -63,6 +63,17 @@ def student_run(phantom_store, teacher_run):
     return run
 
 
+def test_a_new_training_in_the_folder_of_another_says_so(phantom_store, tmp_path, recwarn):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.ckpt").touch()
+    short = ["--model=StudentModule", "--trainer.limit_train_batches=1"]
+    short += ["--trainer.limit_val_batches=0"]
+    fit(phantom_store, tmp_path, *short)
+    fit(phantom_store, tmp_path, *short, "--ckpt_path=last", "--trainer.max_epochs=2")
+    (said,) = (str(w.message) for w in recwarn if "earlier training" in str(w.message))
+    assert said.startswith(f"{tmp_path} holds checkpoints of an earlier training, which this")
+
+
 def test_fit_leaves_a_run(teacher_run):
     assert (teacher_run / "checkpoints" / "best.ckpt").is_file()
     assert (teacher_run / "checkpoints" / "last.ckpt").is_file()
