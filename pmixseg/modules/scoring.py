@@ -190,23 +190,19 @@ class ScoredNetwork(SegmentationNetwork):
             InputError: see there; a model of another class; or an option of Lightning that would
                 lose a part of the model, or let the file run code.
         """
-        if hparams_file is not None or strict is False or weights_only is False:
+        if hparams_file is not None or False in (strict, weights_only):
             raise InputError(
-                "load_from_checkpoint takes neither hparams_file, strict=False nor "
-                "weights_only=False: a checkpoint says itself how its model is made, is loaded "
-                "whole, and may run no code; leave them out, give arguments that are to change by "
-                "name, and name modules of classes that you trust (modules=[...])."
+                "load_from_checkpoint takes no hparams_file, strict=False or weights_only=False: a "
+                "checkpoint says how its model is made, is loaded whole, and runs no code; give "
+                "arguments that are to change by name, and modules that you trust as modules=[...]."
             )
         if not cls.__module__.startswith("pmixseg."):  # whoever calls it here trusts it
             kwargs.setdefault("modules", [cls.__module__])
         load = find_class("pmixseg.load")  # which builds on this class, and is known only now
         module = load(checkpoint_path, map_location=map_location or "cpu", **kwargs)
         if not isinstance(module, cls):
-            name = type(module).__name__
-            raise InputError(
-                f"{checkpoint_path} holds a {name}, which is no {cls.__name__}; use "
-                f"{name}.load_from_checkpoint, or pmixseg.load, which takes any."
-            )
+            holds = f"{checkpoint_path} holds a {type(module).__name__}"
+            raise InputError(f"{holds}, which is no {cls.__name__}; use pmixseg.load.")
         return module
 
     def test_combinations(self, item: CaseItem) -> list[Combination]:
