@@ -15,14 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 import pmixseg
-from pmixseg import (
-    BRATS,
-    BraTSDataModule,
-    Distillation,
-    PmixAlignment,
-    StudentModule,
-    Task,
-)
+from pmixseg import BRATS, BraTSDataModule, Distillation, PmixAlignment, StudentModule, Task
 from pmixseg.argument_checks import argument_check
 from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import RunCheckpoint, TermCallback

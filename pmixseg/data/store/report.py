@@ -54,25 +54,17 @@ class PrepareReport:
             *ignored_lines(self.ignored),
             *grouped((case, text) for case, texts in self.notes.items() for text in texts),
         ]
-        if self.unlabelled:
-            lines.append(f"without a label, so of no use for training: {listed(self.unlabelled)}")
-        if self.pruned:
-            lines.append(f"removed, for their sources are gone: {listed(self.pruned)}")
-        if self.gone:
-            lines.append(
-                f"still in the store and used, though their sources are gone: "
-                f"{listed(self.gone)}; remove them with --prune (prepare(..., prune=True))"
-            )
-        if self.elsewhere:
-            lines.append(
-                f"also in the store, from other folders or under another layout: "
-                f"{listed(self.elsewhere)}"
-            )
-        if self.otherwise:
-            lines.append(
-                "no longer used, being prepared with another spacing, dtype or normalisation: "
-                f"{listed(self.otherwise)}; prepare them again alike, or into a store of their own"
-            )
+        remove = "; remove them with --prune (prepare(..., prune=True))"
+        again = "; prepare them again alike, or into a store of their own"
+        other = "another spacing, dtype or normalisation"
+        for cases, what, advice in (
+            (self.unlabelled, "without a label, so of no use for training", ""),
+            (self.pruned, "removed, for their sources are gone", ""),
+            (self.gone, "still in the store and used, though their sources are gone", remove),
+            (self.elsewhere, "also in the store, from other folders or under another layout", ""),
+            (self.otherwise, f"no longer used, being prepared with {other}", again),
+        ):
+            lines += [f"{what}: {listed(cases)}{advice}"] if cases else []
         lines += [f"left out: {line}" for line in grouped(self.failed.items())]
         if self.failed:
             usable = len(self.prepared) + len(self.kept) - len(self.unlabelled)
