@@ -56,8 +56,8 @@ class Store:
     def open(cls, root: Path | str) -> Store:
         """Open a store and list its cases.
 
-        Cases that are incomplete, damaged or prepared with parameters other than the store's
-        present ones are not listed, but named in ``unlisted``.
+        Cases that are incomplete, damaged, renamed or prepared with parameters other than the
+        store's present ones are not listed, but named in ``unlisted``.
 
         Raises:
             InputError: there is no store, or one of another format version.
@@ -77,8 +77,10 @@ class Store:
         with explained(f"{root / CASES} cannot be read", advice, OSError):
             folders = sorted(f for f in (root / CASES).iterdir() if f.name[0] != ".")
         metas = {f.name: read_meta(f) for f in folders}
-        parameters = description["parameters"]
-        names = tuple(n for n, m in metas.items() if m and m["parameters"] == parameters)
+        says = description["parameters"]
+        names = tuple(
+            n for n, m in metas.items() if m and (m["case_id"], m["parameters"]) == (n, says)
+        )
         store = cls(root, description, names)
         store.unlisted = tuple(name for name in metas if name not in names)
         return store

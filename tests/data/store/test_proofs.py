@@ -95,6 +95,14 @@ def test_a_case_that_cannot_be_used_is_told(make_case, tmp_path, damage):
         assert data.cases == ("case_0", "case_2")
 
 
+def test_a_case_that_was_copied_or_renamed_in_the_store_is_none(store, case):
+    """It would count twice, or be a KeyError of the split."""
+    folder = store / "cases" / case.case_id
+    shutil.copytree(folder, folder.with_name("copy"))
+    opened = Store.open(store)
+    assert (opened.cases, opened.unlisted) == ((case.case_id,), ("copy",))
+
+
 def test_an_edited_meta_json_is_no_case(store, case):
     path = store / "cases" / case.case_id / "meta.json"
     text = path.read_text()
