@@ -101,13 +101,13 @@ class MaskFile(CaseMasks):
 
     def _json(self, text: str) -> list[tuple[str, Any]]:
         with explained(f"mask file {self.path} is not JSON", "correct it", json.JSONDecodeError):
-            raw = json.loads(text)
-        if not isinstance(raw, dict):
+            raw = json.loads(text, object_pairs_hook=tuple)  # also a case that is named twice
+        if not isinstance(raw, tuple):
             raise InputError(
                 f"mask file {self.path} must map cases to combinations; it holds a "
                 f"{type(raw).__name__}."
             )
-        return list(raw.items())
+        return list(raw)
 
     def _csv(self, text: str) -> list[tuple[str, Any]]:
         with explained(f"mask file {self.path} is not CSV", "correct it", csv.Error):
@@ -141,7 +141,7 @@ class MaskFile(CaseMasks):
                     )
                 return tuple(truth[w.lower()] for w in words)
             value = words
-        if not isinstance(value, str | list):
+        if not isinstance(value, str | list) or not all(isinstance(w, str) for w in value):
             raise InputError(
                 f"mask file {self.path}, case '{case}': {value!r} is no combination; write names "
                 "joined by '+', or a list of names."

@@ -60,6 +60,8 @@ def test_every_notation_says_the_same(tmp_path, name, text):
         ("m.json", json.dumps({"zz": "t1", "a": "t1", "b7": "t1"}), "b7, zz"),
         ("m.json", json.dumps({"a": "t1+pd"}), r"m.json, case 'a'.*pd"),
         ("m.json", json.dumps({"a": 3}), "case 'a'.*no combination"),
+        ("m.json", json.dumps({"a": [True, False]}), "case 'a'.*no combination"),
+        ("m.json", '{"a": "t1", "a": "t2"}', "names case 'a' twice"),
         ("m.json", "[1]", "list"),
         ("m.json", "{", "not JSON"),
         ("m.csv", "x,y\n1,2\n", "columns"),
