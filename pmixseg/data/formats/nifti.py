@@ -197,7 +197,12 @@ class ScanReader:
             header = read_header(first_bytes(packed, HEAD))
             if header is None:
                 return self._other_format(path)
-            self._check(path, header)
+            if header.offset + header.size > MAX_BYTES:
+                raise InputError(
+                    f"{self.where}: {path} promises {header.size} bytes of voxels (shape "
+                    f"{header.shape}) from byte {header.offset} on, more than any scan; convert or "
+                    "download it again."
+                )
             self._note(header.descrip)
             needed = header.offset + header.size
             raw = unpack(packed, needed)
@@ -221,14 +226,6 @@ class ScanReader:
             header.unit,
             header.oriented,
         )
-
-    def _check(self, path: Path, header: Header) -> None:
-        if header.offset + header.size > MAX_BYTES:
-            raise InputError(
-                f"{self.where}: {path} promises {header.size} bytes of voxels (shape "
-                f"{header.shape}) from byte {header.offset} on, more than any scan; convert or "
-                "download it again."
-            )
 
     def _other_format(self, path: Path, *, load: bool = True) -> Scan:
         """Read whatever else nibabel or ITK can (Analyze pairs, MGH, MetaImage), at their speed."""

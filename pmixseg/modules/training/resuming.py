@@ -69,8 +69,7 @@ def _keep_own_state(optimizer: Optimizer, restored: dict[str, Any]) -> None:
     probe.grad = torch.zeros_like(probe)
     kept = {name for of_weight in restored["state"].values() for name in of_weight}
     with suppress(TypeError):  # LBFGS, or one of the user's own that needs more than parameters
-        twin: Any = type(optimizer)
-        twin = twin([{**group, "params": [probe]}])
+        twin = type(optimizer)([{**group, "params": [probe]}])  # type: ignore[call-arg]  # defaults
         twin.step()
         if kept and (lacking := twin.state[probe].keys() - kept):
             restored["state"] = optimizer.state_dict()["state"]
