@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 # Processes that tests start read the compiled package instead of compiling it anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# On a machine that others use a call may take any time.
+settings.register_profile("any time", deadline=None)
+settings.load_profile("any time")
 
 SPACING = 6.0
 
@@ -31,12 +36,20 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_signals():
-    """Give back what a stopped training changes: Lightning ignores Ctrl-C from then on."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def own_process():
+    """Give back what a training changes in its process.
+
+    Lightning ignores Ctrl-C after a training that was stopped, and leaves variables that tell the
+    next one which rank it is.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    variables = dict(os.environ)
     yield
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
+    if dict(os.environ) != variables:
+        os.environ.clear()
+        os.environ.update(variables)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -269,7 +269,8 @@ def test_a_case_that_is_not_damaged_is_taken(healthy, tmp_path):
     """Else every damage would be refused for the same reason, and a campaign would try nothing."""
     scans = Scans(healthy)
     shutil.copytree(healthy, tmp_path / "c" / NAME)
-    assert scans.use(tmp_path) == Answer(0, "\n") and scans.is_right(tmp_path)
+    answer = scans.use(tmp_path)
+    assert (answer.code, answer.text.strip()) == (0, "") and scans.is_right(tmp_path)
 
 
 @pytest.mark.slow

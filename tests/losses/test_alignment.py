@@ -22,7 +22,7 @@ from tests.losses.scenes import NAMES, align, anchor_for, bound, flags, latents_
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_alignment_equals_a_loop(m, b, seed):
     """L = Σ_l mean_b (1/|A|) Σ_{m∈A} D, with A and S different per sample."""
     torch.manual_seed(seed)
@@ -81,7 +81,7 @@ def test_nmse_does_not_change_with_scale_and_gives_no_gradient_along_it():
 
 
 @given(st.integers(0, 2**31), st.integers(2, 4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_nmse_to_a_uniform_mixture_is_at_most_one_half(seed, m):
     torch.manual_seed(seed)
     f = torch.randn(2, m, 2, 1, 2, 2) + 3 * torch.randn(1, m, 2, 1, 1, 1)

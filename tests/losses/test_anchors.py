@@ -98,7 +98,7 @@ def test_product_of_gaussians_by_hand():
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_mixture_equals_a_loop_over_samples(modalities, samples, seed, shared):
     torch.manual_seed(seed)
     names = [f"m{i}" for i in range(modalities)]

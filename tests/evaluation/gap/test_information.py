@@ -41,7 +41,7 @@ def chain_rule(mean, covariance, modalities, mean_p, covariance_p):
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_identity_1_chain_rule(modalities, k, seed):
     g = torch.Generator().manual_seed(seed)
     mean = torch.randn(modalities * k, generator=g, dtype=torch.float64)

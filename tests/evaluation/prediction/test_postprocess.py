@@ -43,7 +43,7 @@ def test_little_enhancement_becomes_core(voxels, affine, stays):
     assert np.array_equal(result == ED, labels == ED)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(maps)
 def test_the_enhancement_rule_leaves_the_other_regions(labels):
     result = postprocess(labels, ["et_below_500"], BRATS, MM)
@@ -86,7 +86,7 @@ def test_a_tunnel_is_no_hole_and_a_diagonal_gap_does_not_open_one():
     assert result[1, 1, 2] == result[0, 1, 2] == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(maps)
 def test_filling_agrees_with_scipy_on_where(labels):
     before = labels.copy()
@@ -96,7 +96,7 @@ def test_filling_agrees_with_scipy_on_where(labels):
     assert np.array_equal(labels, before)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(maps, st.sampled_from(sorted(STEPS)))
 def test_a_step_done_twice_is_done_once(labels, step):
     before = labels.copy()

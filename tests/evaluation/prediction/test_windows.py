@@ -149,7 +149,7 @@ def test_blend_by_hand():
         torch.testing.assert_close(predictions[0, 1, :, 0, 0], expected, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.tuples(*[st.integers(1, 11)] * 3),
     st.tuples(*[st.integers(1, 6)] * 3),

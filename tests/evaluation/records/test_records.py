@@ -104,9 +104,7 @@ share = st.floats(0, 1) | st.just(math.nan)
 distance = st.floats(0, allow_infinity=True) | st.just(math.nan)
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(text, share, distance), min_size=1, max_size=5))
 def test_what_is_written_is_read_bit_for_bit(tmp_path, values):
     before = made(*(row(c, dice=d, hd95=h) for c, d, h in values))

@@ -195,7 +195,7 @@ def test_one_case_scores_many_predictions_as_if_alone():
         assert case.score(prediction) == CaseMetrics(truth, BRATS, (1, 2, 0.5)).score(prediction)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     pad=st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 3),
