@@ -25,13 +25,25 @@ from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.losses.term import TermWeight
 
 BASELINES = {"teacher": TeacherModule, "student": StudentModule}
-DISTANCES = ("nmse", "mse", "smooth_l1", "cosine", "kl", "joint", "mmd", "sliced_wasserstein")
+DISTANCES = (
+    "case_nce",
+    "nmse",
+    "mse",
+    "smooth_l1",
+    "cosine",
+    "kl",
+    "joint",
+    "mmd",
+    "sliced_wasserstein",
+)
 ARMS = (
     "teacher",
     *(f"teacher {d}" for d in DISTANCES),
     "student",
+    "student case_nce",
     "student nmse",
     "student complete",
+    "student complete case_nce",
     "student complete nmse",
 )
 """``complete``: the student is shown everything, so that nothing is encoded for alignment alone."""
