@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_rows_are_rehearsed_and_one_that_fails_is_said(gpu, monkeypatch, capsys)
     assert sum("convolution 64-64" in row for row in rows) == 4
     assert any(row.startswith("| augmenting a batch | s ") for row in rows)
     assert rows[-1] == "| several failed | RuntimeError: no such thing |"
+
+
+def test_calls_of_the_driver_are_summed_per_step(gpu):
+    calls = gpu.DriverCalls(10)
+    events = {"cudaGraphLaunch": (4000, 4), "cudaLaunchKernel": (60, 9), "aten::add": (9000, 2)}
+    calls.profile = SimpleNamespace(
+        stop=lambda: None,
+        key_averages=lambda: [
+            SimpleNamespace(key=key, self_cpu_time_total=us, count=n)
+            for key, (us, n) in events.items()
+        ],
+    )
+    calls.on_train_end(SimpleNamespace(global_step=12))
+    # 4,000 microseconds in two steps; 30 microseconds a step are too few to be told.
+    assert calls.milliseconds == {"cudaGraphLaunch (2)": 2.0}
 
 
 def test_the_host_s_work_does_not_grow_with_the_number_of_parameters(gpu):
