@@ -257,8 +257,8 @@ class RFNet(Backbone):
             the decoder.
         recompute: train with less memory and more time: encoders run again in the backward pass.
 
-    Faithful to the published code: padding, blocks, fusion, parameter count (8.985 M). Different:
-    computed in the cheap form above, and outputs are logits where the code has probabilities.
+    Faithful to the published code: blocks, padding (by reflection in region maps and fusions, too),
+    parameter count (8.985 M). Different: the cheap form above, and logits for probabilities.
     """
 
     ranges = Ranges(width=COUNT)

@@ -7,6 +7,7 @@ from pmixseg.backbones.mmformer import TransformerLayer
 from pmixseg.errors import InputError
 from pmixseg.losses.rfnet import RFNetCriterion
 from pmixseg.testing import check_backbone
+from tests.backbones.test_rfnet import convolved, decoded, decoded_alone, encoded, normed, stacked
 
 TINY = {"width": 2, "embedding": 8, "heads": 2, "hidden": 16, "patch_size": 32}
 
@@ -25,7 +26,9 @@ def test_it_holds_the_contract(net):
 
 def test_parameter_count_of_the_published_network_without_its_unused_layers():
     unused = 4 * (512 * 128 + 128)
-    assert sum(p.numel() for p in MMFormer().parameters()) == 36_654_416 - unused
+    net = MMFormer()
+    assert sum(p.numel() for p in net.parameters()) == 36_654_416 - unused
+    assert net.multimodal_transformer.drop.p == 0.1
 
 
 def test_names_are_those_of_the_published_network_or_map_to_them():
@@ -45,6 +48,43 @@ def test_names_are_those_of_the_published_network_or_map_to_them():
         "decoder_sep.d1_out.conv.weight",
         "decoder_sep.seg_layer.bias",
     } <= names
+
+
+def pre_norm(x, block, mode="reflect"):
+    return convolved(normed(x), block.conv, mode) if hasattr(block, "conv") else convolved(x, block)
+
+
+def test_the_whole_network_is_the_published_one():
+    """A slow reference in plain torch; fusions alone are padded with zeros."""
+    torch.manual_seed(0)
+    net = MMFormer(("a", "b"), num_classes=3, dropout=0.0, **TINY).double().train()
+    image, present = torch.randn(1, 2, 32, 32, 32).double(), torch.tensor([[False, True]])
+    with torch.no_grad():
+        output = net.decode(net.encode(image, torch.ones_like(present)).restrict(present))
+        maps, tokens = [], []
+        for m, encoder in enumerate(net.encoders):
+            maps.append(encoded(image[:, m : m + 1], encoder.encoder, pre_norm))
+            embedded = convolved(maps[m][4], encoder.encode_conv)
+            mixed = encoder.transformer(embedded.flatten(2).mT, encoder.pos)
+            tokens.append(mixed.mT.view_as(embedded) * present[0, m])
+        decoder, drawn = net.decoder_fuse, {}
+
+        def fused(level, x):
+            layers = decoder[f"RFM{level}"].fusion_layer
+            return stacked(x, layers, lambda x, block: pre_norm(x, block, "constant"))
+
+        def joined(level, x, up):
+            drawn[f"ds{level}"] = convolved(x, decoder[f"seg_d{level}"])
+            both = torch.cat([maps[m][level - 1] * present[0, m] for m in (0, 1)], 1)
+            return [fused(level, both), up]
+
+        lowest = fused(5, net._between(torch.stack(tokens, 1)))
+        torch.testing.assert_close(output.logits, decoded(lowest, decoder, pre_norm, joined))
+        for name, logits in drawn.items():
+            torch.testing.assert_close(output.extras[name], logits)
+        for m in (0, 1):
+            alone = decoded_alone(maps[m], net.decoder_sep, pre_norm)
+            torch.testing.assert_close(output.extras["separate"][:, m], alone)
 
 
 class Nothing(nn.Module):

@@ -19,6 +19,7 @@ def example(slots=4, width=8, side=6, regions=3):
 
 def literal_fusion(module, latents, regions):
     """The published fusion, every modality times every region as volumes."""
+    module.double()
     x = torch.where(latents.flags(0), latents.features[0], 0.0).double()
     p = regions.double()
     fused = []
@@ -27,17 +28,87 @@ def literal_fusion(module, latents, regions):
         share = p[:, r].mean((1, 2, 3)) + 1e-7
         descriptor = product.mean((3, 4, 5)) / share[:, None, None]
         vector = torch.cat([descriptor.flatten(1), share[:, None]], 1)
-        alpha = weigh.double()(vector)
+        alpha = weigh(vector)
         fused.append((product * alpha[:, :, None, None, None, None]).sum(1))
-    region = module.region_fusion.fusion_layer.double()(torch.cat(fused, 1))
-    shortcut = x.flatten(1, 2)
-    for part in module.short_cut:
-        conv = part.conv.double()
-        if conv.kernel_size[0] == 3:
-            shortcut = F.pad(shortcut, (1,) * 6, mode="reflect")
-        shortcut = F.conv3d(shortcut, conv.weight, conv.bias)
-        shortcut = F.leaky_relu(F.instance_norm(shortcut), 0.2)
-    return torch.cat([region, shortcut], 1)
+    region = stacked(torch.cat(fused, 1), module.region_fusion.fusion_layer, post_norm)
+    return torch.cat([region, stacked(x.flatten(1, 2), module.short_cut, post_norm)], 1)
+
+
+def convolved(x, conv, mode="reflect"):
+    if conv.kernel_size[0] == 3:
+        x = F.pad(x, (1,) * 6, mode=mode)
+    return F.conv3d(x, conv.weight, conv.bias, conv.stride)
+
+
+def normed(x):
+    return F.leaky_relu(F.instance_norm(x), 0.2)
+
+
+def post_norm(x, block):
+    return normed(convolved(x, block.conv))
+
+
+def stacked(x, blocks, block):
+    for part in blocks:
+        x = block(x, part)
+    return x
+
+
+def encoded(x, encoder, block):
+    """The published encoders: ``x = c1(x); x = x + c3(c2(x))``, finest first."""
+    maps = []
+    for level in range(1, encoder.depth + 1):
+        first, *others = (encoder[f"e{level}_c{k}"] for k in (1, 2, 3))
+        x = block(x, first)
+        x = x + stacked(x, others, block)
+        maps.append(x)
+    return maps
+
+
+def decoded(x, decoder, block, joined):
+    """The published decoders; ``joined`` gives what level and drawn-up map are joined from."""
+    for level in range(decoder.depth - 1, 0, -1):
+        up = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+        maps = joined(level, x, block(up, decoder[f"d{level}_c1"]))
+        x = stacked(torch.cat(maps, 1), [decoder[f"d{level}_{k}"] for k in ("c2", "out")], block)
+    return convolved(x, decoder["seg_layer"])
+
+
+def decoded_alone(maps, decoder, block):
+    """One modality's maps by the separate decoder: what is drawn up, then the skip connection."""
+    return decoded(maps[-1], decoder, block, lambda level, _, up: [up, maps[level - 1]])
+
+
+def test_the_whole_network_is_the_published_one():
+    """A slow reference: every block in plain torch, padded by reflection in all of them."""
+    torch.manual_seed(0)
+    net = RFNet(("a", "b"), num_classes=3, width=4).double().train()
+    image, present = torch.randn(1, 2, 16, 16, 16).double(), torch.tensor([[False, True]])
+    acquired = torch.ones_like(present)
+    with torch.no_grad():
+        output = net.decode(net.encode(image, acquired).restrict(present))
+        maps = [encoded(image[:, m : m + 1], net.encoders[m], post_norm) for m in (0, 1)]
+        decoder, regions = net.decoder_fuse, {}
+
+        def fused(level, *drawn):
+            latents = Latents(
+                [torch.stack([maps[0][level - 1], maps[1][level - 1]], 1)], "ab", [present]
+            )
+            generator = decoder[f"prm_generator{level}"]
+            embedding = stacked(
+                latents.masked(0).flatten(1, 2), generator.embedding_layer, post_norm
+            )
+            hidden = post_norm(torch.cat([*drawn, embedding], 1), generator.prm_layer[0])
+            regions[f"ds{level}"] = convolved(hidden, generator.prm_layer[1])
+            return literal_fusion(decoder[f"RFM{level}"], latents, regions[f"ds{level}"].softmax(1))
+
+        expected = decoded(fused(4), decoder, post_norm, lambda k, _, up: [fused(k, up), up])
+        torch.testing.assert_close(output.logits, expected)
+        for name, logits in regions.items():
+            torch.testing.assert_close(output.extras[name], logits)
+        for m in (0, 1):
+            alone = decoded_alone(maps[m], net.decoder_sep, post_norm)
+            torch.testing.assert_close(output.extras["separate"][:, m], alone)
 
 
 @pytest.mark.parametrize(("slots", "width", "regions"), [(4, 8, 4), (3, 4, 2), (1, 6, 3)])
@@ -78,7 +149,10 @@ def test_it_holds_the_contract(net):
 
 
 def test_parameter_counts_of_the_published_network():
-    assert sum(p.numel() for p in RFNet().parameters()) == 8_984_960
+    net = RFNet()
+    assert sum(p.numel() for p in net.parameters()) == 8_984_960
+    kernel = net.encoders[0]["e4_c2"].conv.weight  # 442,368 weights, drawn as by Kaiming He et al.
+    assert kernel.std().item() == pytest.approx((2 / kernel[0].numel()) ** 0.5, rel=0.02)
     assert sum(p.numel() for p in RFNet(separate="none").parameters()) == 8_398_572
 
 

@@ -1,8 +1,8 @@
 """Convolution blocks, encoder and decoder that RFNet and mmFormer share.
 
-Both use instance norm without parameters, LeakyReLU 0.2, reflect padding in encoder and decoder
-and trilinear upsampling with aligned corners; RFNet normalises after a convolution, mmFormer
-before it. Names of the parts are those of the published checkpoints.
+Both use instance norm without parameters, LeakyReLU 0.2, reflect padding (mmFormer's fusions alone
+pad with zeros) and trilinear upsampling with aligned corners; RFNet normalises after a convolution,
+mmFormer before it. Names of the parts are those of the published checkpoints.
 """
 
 from __future__ import annotations
