@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from pmixseg.callbacks import GapMonitor
 from pmixseg.cli import main
 from pmixseg.losses.distances import DISTANCES
 from tests.cli.presets import SMALL_UNET, fit, metrics
@@ -85,6 +86,8 @@ def test_the_gap_from_training_to_report(way, phantom_store, tmp_path):
     table = pd.read_csv(tmp_path / "metrics.csv").dropna(subset=["gap/level2/ratio"])
     assert table["epoch"].tolist() == [-1, 0]
     assert (tmp_path / "gap" / "before.png").is_file()
+    monitor = yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["callbacks"][-1]
+    assert monitor["init_args"] == GapMonitor().init_args
     if way.startswith("--"):
         return  # the rest is the same
     test = ["test", f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"]
