@@ -24,7 +24,7 @@ from pmixseg.evaluation.comparison.paired_tests import (
     paired_t,
     two_way_bootstrap,
 )
-from pmixseg.evaluation.records.measures import MEASURES, direction_of
+from pmixseg.evaluation.records.measures import DICE, MEASURES, direction_of
 from pmixseg.evaluation.records.records import KEY, Records
 from pmixseg.evaluation.records.tables import refuse_other_truth, run_name
 
@@ -278,8 +278,8 @@ def _limits(primary: PairedTest, cases: int) -> list[str]:
     elif primary.pairs < ENOUGH_PAIRS:
         notes.append(
             f"{primary.pairs} pairs of runs are few ({ENOUGH_PAIRS} are asked for): a true "
-            f"difference below {primary.detectable:.4f} would be missed more than once in five, "
-            "and bootstrap intervals are too narrow."
+            f"difference below {DICE.scale * primary.detectable:.2f} points of Dice would be "
+            "missed more than once in five, and bootstrap intervals are too narrow."
         )
     if cases < ENOUGH_CASES:
         notes.append(

@@ -146,7 +146,10 @@ def test_the_same_run_twice_is_no_second_training():
 
 
 def test_limits_are_said():
-    notes = " ".join(compare(runs(3), runs(3, first=9)).notes)
+    comparison = compare(runs(3), runs(3, first=9))
+    notes = " ".join(comparison.notes)
+    points = 100 * comparison.primary.detectable  # the unit of everything beside it
+    assert f"a true difference below {points:.2f} points of Dice would be missed" in notes
     assert "3 pairs of runs are few" in notes
     assert "10 cases are too few" in notes
     enough = compare(runs(8, cases=25), runs(8, first=9, cases=25)).notes
