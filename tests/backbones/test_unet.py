@@ -1,9 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pmixseg.backbones import Backbone, MultiEncoderUNet
-from pmixseg.backbones.unet import Upsampling
+from pmixseg.backbones.unet import Upsampling, conv_block
 from pmixseg.errors import InputError
 from pmixseg.testing import check_backbone
 
@@ -20,6 +21,12 @@ from pmixseg.testing import check_backbone
 )
 def test_it_holds_the_contract(net):
     check_backbone(net)
+
+
+def test_a_block_is_convolution_instance_norm_and_leaky_relu():
+    block, x = conv_block(1, 2, 2, dropout=0.0), torch.randn(1, 1, 6, 6, 6)
+    convolved = F.conv3d(x, block[0].weight, stride=2, padding=1)
+    torch.testing.assert_close(block(x), F.leaky_relu(F.instance_norm(convolved), 0.01))
 
 
 def test_compiled_once_for_every_pattern_of_presence():

@@ -57,6 +57,12 @@ def test_a_loss_without_a_gradient_gives_no_weight(slopes):
         ratio.weight()
 
 
+@pytest.mark.parametrize(("levels", "aligned"), [(2, (0, 1)), (4, (2, 3))])
+def test_by_default_the_two_coarsest_levels_are_aligned(levels, aligned):
+    module = StudentModule(backbone=tiny(levels=levels))
+    assert PmixAlignment(weight=1.0).build_term(module).aligned_levels == aligned
+
+
 class Watch(Callback):
     """The weight of the alignment in every step, and the gradients by backpropagation."""
 

@@ -202,6 +202,9 @@ def test_gram_match_by_hand():
     # SMU-Net: G/(C·N) halves the matrices; Σ (…)² = 7/4, divided by 4 · 2² · (2·1)².
     published = GramMatch(normalisation="smunet")
     assert compared(published, f, t) == pytest.approx(7 / 4 / (4 * 4 * 4))
+    # Of three sides the first two count: of 1 x 1 x 2 voxels these are (1·1)².
+    f, t, label = (x.reshape(*x.shape[:-3], 1, 1, 2) for x in (f, t, LABEL))
+    assert compared(published, f, t, label) == pytest.approx(7 / 4 / (4 * 4))
 
 
 def test_variational_match_by_hand():
@@ -287,7 +290,7 @@ def test_self_distillation_is_what_passion_computes():
     """A slow reference: probabilities drawn up, floored at 0.005, means over everything."""
     torch.manual_seed(0)
     sides = (8, 8, 4, 2, 1)  # logits and the maps of RFNet at 1, ½, ¼, ⅛
-    s, t = ([3 * torch.randn(1, 4, n, n, n, dtype=torch.float64) for n in sides] for _ in range(2))
+    s, t = ([20 * torch.randn(1, 4, n, n, n, dtype=torch.float64) for n in sides] for _ in range(2))
     label = torch.randint(0, 4, (1, 8, 8, 8))
     weights = (1, 0.5, 0.25, 0.125, 0.0625)
     expected = 0.0

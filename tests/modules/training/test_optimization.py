@@ -93,6 +93,15 @@ def test_a_rate_that_a_subclass_sets_first_is_that_of_its_optimizer():
     assert WithRate(backbone=tiny(levels=2)).configure_optimizers().defaults["lr"] == 0.125
 
 
+def test_a_polynomial_of_the_default_power():
+    optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=2.0)
+    scheduler = Polynomial()(optimizer, total_steps=4)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * 0.5**0.9)
+
+
 def test_a_schedule_without_a_trainer_is_one_sentence():
     with pytest.raises(InputError, match="Polynomial needs the length of the training"):
         student(scheduler=Polynomial()).configure_optimizers()
