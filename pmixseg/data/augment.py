@@ -38,7 +38,7 @@ class Augmentation(Described):
         noise_probability: per modality.
 
     The defaults of flip, rotation, shift and scale are those of RFNet's public code, which rotates
-    every sample and turns flips, shift and scale about all axes.
+    every sample by whole degrees, and draws shift and scale anew for every slice.
     """
 
     ranges = Ranges(

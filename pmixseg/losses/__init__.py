@@ -5,7 +5,7 @@
 * :mod:`~pmixseg.losses.alignment`: the alignment loss.
 * :mod:`~pmixseg.losses.distances`: what it measures, one file per idea.
 * :mod:`~pmixseg.losses.distillation`: losses between a student and a teacher.
-* :mod:`~pmixseg.losses.official`: the authors' public snippets to the letter, for comparison.
+* :mod:`~pmixseg.losses.official`: the authors' public snippets, faults included, for comparison.
 
 Losses that couple the samples of a batch sum or gather over processes (``ranks``), so that DDP
 equals one process.
