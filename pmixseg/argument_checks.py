@@ -13,11 +13,12 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from numbers import Integral, Real
 from os import PathLike
 from types import UnionType
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, Union, get_origin
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, Union, get_origin, get_type_hints
 
 from pmixseg.errors import InputError
 
@@ -74,6 +75,26 @@ def check_fields(made: Any) -> None:
         value, given = getattr(made, field.name), getattr(made, field.name) is not field.default
         _check_argument(cls.__name__, cls.__mro__, field.name, value, kinds if given else ())
         object.__setattr__(made, field.name, _with_tuples(value, kinds))
+
+
+def constructor_hints(cls: type) -> dict[str, Any]:
+    """Return the types of what a class's constructor takes, and of what those of its bases take."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if init := vars(base).get("__init__"):
+            with suppress(NameError, TypeError):  # names that only a type checker imports
+                hints |= get_type_hints(init)
+    return hints
+
+
+def check_values(cls: type, arguments: Mapping[str, Any]) -> None:
+    """Check arguments of another library's class, as far as its annotations say what they are."""
+    names = {**sys.modules, **vars(sys.modules[cls.__module__])}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        hint, value = parameter.annotation, arguments.get(name)
+        if name in arguments and isinstance(value, _PLAIN):
+            text = hint if isinstance(hint, str) else inspect.formatannotation(hint)
+            _check_argument(cls.__name__, (), name, value, _kinds(text, names))
 
 
 def argument_check(
@@ -176,6 +197,7 @@ _NAMED = {
     "Criterion": "a pmixseg.losses.Criterion (it may call a loss of torch or MONAI)",
     "Task": "a pmixseg.Task, such as pmixseg.BRATS",
     "SegmentSettings": "SegmentSettings(...)",
+    "Tensor": "a tensor",
     "OptimizerCallable": "the class of an optimizer, or functools.partial(CLASS, lr=...)",
     "LRSchedulerCallable": "the class of a scheduler, or functools.partial(CLASS, ...)",
 }

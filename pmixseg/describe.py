@@ -13,10 +13,9 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, get_type_hints
+from typing import Any, ClassVar, NamedTuple
 
 from pmixseg.argument_checks import argument_check, plain, takes_no
 from pmixseg.errors import InputError
@@ -90,8 +89,25 @@ class Described:
 
     @property
     def init_args(self) -> dict[str, Any]:
-        """Arguments of the outermost constructor, by name, defaults included."""
-        return dict(self.__dict__.get("_init_args", {}))  # a class without __init__ has none
+        """Arguments of the outermost constructor by name, or what their attributes are now."""
+        given = self.__dict__.get("_init_args", {})  # a class without __init__ has none
+        return {**given, **self._changed()}
+
+    def _changed(self) -> dict[str, Any]:
+        """Return attributes named as arguments that are not what the constructor made."""
+        made = self.__dict__.get("_as_made", {})
+        now = _attributes(self, made).items()
+        other = {
+            n for n, v in now if v is not made[n] or (isinstance(v, Described) and v._changed())
+        }
+        return {name: value for name, value in now if name in other}
+
+    def check_changes(self) -> None:
+        """Refuse attributes that were changed to what the constructor would have refused."""
+        changed = self._changed()
+        for base in type(self).__mro__:
+            if check := getattr(vars(base).get("__init__"), "check", None):
+                check(self, (), changed)
 
     def remember(self, **arguments: Any) -> None:
         """Put what an argument was made into in place of the argument as it was given.
@@ -101,6 +117,12 @@ class Described:
         known = self.__dict__.get("_init_args", {})
         taken = {*known, *constructor_arguments(type(self))}
         known.update({k: v for k, v in arguments.items() if k in taken})
+        self.settle(*arguments)
+
+    def settle(self, *attributes: str) -> None:
+        """Take attributes, as they are now, for what the arguments have made."""
+        if "_as_made" in self.__dict__:
+            self.__dict__["_as_made"] |= _attributes(self, attributes)
 
 
 def constructor_arguments(cls: Any) -> list[str]:
@@ -114,16 +136,6 @@ def constructor_arguments(cls: Any) -> list[str]:
             if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
                 break
     return list(names)
-
-
-def constructor_hints(cls: type) -> dict[str, Any]:
-    """Return the types of what a class's constructor takes, and of what those of its bases take."""
-    hints: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if init := vars(base).get("__init__"):
-            with suppress(NameError, TypeError):  # names that only a type checker imports
-                hints |= get_type_hints(init)
-    return hints
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
@@ -162,9 +174,17 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
             raise fault
         if outermost:
             del self.__dict__["_made"]
+            named = constructor_arguments(type(self))
+            self.__dict__["_as_made"] = _attributes(self, [*self.__dict__["_init_args"], *named])
 
-    remember.remembers = True  # type: ignore[attr-defined]  # a mark
+    remember.check = check  # type: ignore[attr-defined]  # also a mark
     return remember
+
+
+def _attributes(made: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return what an object holds under some names; a module keeps its parts apart."""
+    held = {**vars(made), **vars(made).get("_modules", {})}
+    return {name: held[name] for name in names if name in held}
 
 
 def _by_name(cls: type[Any], bound: inspect.BoundArguments) -> dict[str, Any]:
@@ -214,7 +234,7 @@ def _not_whole(made: Any) -> InputError | None:
     for base in type(made).__mro__:
         init = vars(base).get("__init__")
         # One that was put in its place from outside is not known to have been called, or not.
-        if issubclass(base, Described) and getattr(init, "remembers", False):
+        if issubclass(base, Described) and hasattr(init, "check"):
             if init not in made.__dict__["_made"]:
                 break
             last = base

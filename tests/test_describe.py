@@ -1,3 +1,4 @@
+import copy
 import functools
 import importlib
 import inspect
@@ -22,9 +23,11 @@ from pmixseg.callbacks import RunCheckpoint, TermCallback
 from pmixseg.data import Augmentation, Fractions, Store, find_cases, prepare
 from pmixseg.describe import Described, build, constructor_arguments, describe
 from pmixseg.errors import InputError
+from pmixseg.evaluation.prediction.cases import EvaluationSettings
 from pmixseg.evaluation.prediction.scans import SegmentSettings
 from pmixseg.inference.outputs import Outputs
 from pmixseg.losses import DiceCE, Distance, LatentMatch, LogitKL, MixtureAnchor
+from tests.callbacks.memory_data import fit
 
 
 class Inner(Described):
@@ -48,6 +51,35 @@ class Wider(Outer):
 class Optimised(Described):
     def __init__(self, optimizer: OptimizerCallable = torch.optim.AdamW):
         self.optimizer = optimizer
+
+
+def test_an_attribute_that_was_changed_is_described():
+    made = Wider(inner=Inner())
+    made.rate, made.inner.size = 0.5, 2
+    assert made.init_args == {"extra": "x", "inner": made.inner, "rate": 0.5}
+    assert describe(made)["init_args"]["inner"]["init_args"] == {"size": 2}
+    copied = copy.deepcopy(made)
+    assert describe(copied) == describe(made)
+    made.settle("rate")
+    assert "rate" not in made.init_args
+    made.inner = Outer()
+    assert made.init_args["inner"] is made.inner
+    loss = DiceCE()
+    loss.dice_weight = "much"
+    with pytest.raises(InputError, match="DiceCE: dice_weight is 'much'; give a number"):
+        loss.check_changes()
+
+
+def test_what_a_module_is_given_later_is_in_its_checkpoint(tmp_path):
+    module = StudentModule(backbone=MultiEncoderUNet(width=2, levels=2))
+    module.criterion.dice_weight = 0.5
+    module.evaluation = EvaluationSettings(window=(16, 16, 16), overlap=0.25)
+    described = build(module.payload().to_dict())
+    assert described.criterion.dice_weight == 0.5
+    assert described.evaluation == module.evaluation
+    module.criterion = nn.CrossEntropyLoss()
+    with pytest.raises(InputError, match=r"criterion is CrossEntropyLoss\(\); give a pmixseg"):
+        fit(tmp_path, module)
 
 
 def test_arguments_of_the_outermost_constructor_are_kept():

@@ -14,10 +14,10 @@ from typing import Any, NoReturn, get_args
 
 import yaml
 
-from pmixseg.argument_checks import nearest, takes_no
+from pmixseg.argument_checks import constructor_hints, nearest, takes_no
 from pmixseg.cli.arguments import config_files, flag_name, options
 from pmixseg.cli.settings_files import broken_file, wrong_class
-from pmixseg.describe import below, constructor_arguments, constructor_hints, find_class
+from pmixseg.describe import below, constructor_arguments, find_class
 from pmixseg.errors import InputError
 from pmixseg.interrupt import causes_of
 

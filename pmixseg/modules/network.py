@@ -123,6 +123,7 @@ class SegmentationNetwork(LightningModule, Described):
         """
         if self._levels_follow:
             self.fill_levels = None if levels is None else list(levels)
+            self.settle("fill_levels")  # which a checkpoint says apart
 
     # ---------------------------------------------------------------- predictor protocol
 
@@ -389,7 +390,6 @@ class SegmentationNetwork(LightningModule, Described):
                 "will make, and are left out; fit them again (pmixseg validate --calibrate)."
             )
             self.evaluation = replace(self.evaluation, temperatures=None)
-            self.remember(evaluation=self.evaluation)
 
     @property
     def is_fitting(self) -> bool:

@@ -24,10 +24,11 @@ from torch import nn, optim
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+from pmixseg.argument_checks import constructor_hints
 from pmixseg.backbones.april2025 import April2025Network
 from pmixseg.backbones.base import Backbone
 from pmixseg.data.missing import MissingnessSampler
-from pmixseg.describe import Described, constructor_hints, find_class, public_path
+from pmixseg.describe import Described, find_class, public_path
 from pmixseg.errors import InputError
 from pmixseg.losses.anchors import Anchor
 from pmixseg.losses.segmentation import Criterion

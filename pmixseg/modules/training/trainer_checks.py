@@ -133,12 +133,20 @@ def check_trainer(trainer: Trainer) -> None:
             that no checkpoint would name; a metric that is watched in the wrong direction; or a
             number of the trainer that makes no sense.
     """
-    module = trainer.lightning_module
+    module: Any = trainer.lightning_module
+    module.check_changes()
     name_coupled_losses(module, trainer)
     if not any(p.requires_grad for p in module.parameters()):
         raise InputError(
             f"no weight of this {type(module).__name__} can be trained; free them by "
             "requires_grad_(True), since a teacher of Distillation stays frozen after it."
+        )
+    own = type(module).training_step.__module__.partition(".")[0]
+    if not module.automatic_optimization and own == __name__.partition(".")[0]:
+        raise InputError(
+            f"automatic_optimization of this {type(module).__name__} is False, and its "
+            "training_step leaves the optimizer to Lightning, so nothing would be trained; leave "
+            "it True, or override training_step."
         )
     if "configure_optimizers" in vars(module):
         raise InputError(
