@@ -38,6 +38,7 @@ from pmixseg.modules.training.optimization import (
     every_parameter,
     fuse,
     is_parallel,
+    made_by,
     parameter_groups,
     rate_of,
     regroup,
@@ -262,8 +263,9 @@ class SegmentationModule(ScoredNetwork):
     @property
     def learned_weights(self) -> dict[int, Tensor]:
         """The weights that the anchor has learned, per level that is filled."""
-        every = range(len(self.backbone.channels))
-        levels = every if self.fill_levels is None else self.fill_levels
+        levels = (
+            range(len(self.backbone.channels)) if self.fill_levels is None else self.fill_levels
+        )
         return learned_weights(self.anchor, len(self.backbone.slots), levels)
 
     # ---------------------------------------------------------------- terms
@@ -380,7 +382,7 @@ class SegmentationModule(ScoredNetwork):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer, which shrinks weights alone, and its schedule."""
-        optimizer = fuse(self.make_optimizer(parameter_groups(self)))
+        optimizer = fuse(made_by(self.make_optimizer, parameter_groups(self), "optimizer"))
         return scheduled(optimizer, self.make_scheduler, self._trainer)
 
     # ---------------------------------------------------------------- checkpoints

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from pmixseg.argument_checks import check_values
 from pmixseg.describe import (
     FRACTION,
     NOT_NEGATIVE,
@@ -29,7 +30,7 @@ from pmixseg.describe import (
     find_class,
     is_description,
 )
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 from pmixseg.evaluation.records.measures import MEASURES, direction_of
 
 SPARED = re.compile(r"bias|(^|_)pos|token")
@@ -104,13 +105,23 @@ def callable_from(value: Callable[..., Any] | Mapping[str, Any]) -> Callable[...
     """Return a callable as it is; a ``{class_path, init_args}`` as a partial of the class."""
     if is_description(value):
         assert isinstance(value, Mapping)
-        return functools.partial(find_class(value["class_path"]), **(value.get("init_args") or {}))
+        value = functools.partial(find_class(value["class_path"]), **(value.get("init_args") or {}))
     if not callable(value):
         raise InputError(
             f"{value!r} makes no optimizer or schedule; give a class, or functools.partial(CLASS, "
             "...) with its arguments."
         )
+    if isinstance(value, functools.partial) and (cls := class_behind(value)) is not None:
+        check_values(cls, value.keywords)
     return value
+
+
+def made_by(make: Callable[..., Any], given: Any, what: str) -> Any:
+    """Call what makes an optimizer or a schedule; what torch complains of is one sentence."""
+    of = class_behind(make) if isinstance(make, functools.partial) else make
+    said = f"the {what} {getattr(of, '__name__', of)} cannot be made"
+    with explained(said, "correct its arguments, or take another class", TypeError, ValueError):
+        return make(given)
 
 
 def schedule_from(value: Any) -> Schedule | Callable[..., Any] | None:
@@ -122,6 +133,7 @@ def schedule_from(value: Any) -> Schedule | Callable[..., Any] | None:
     """
     named = find_class(value["class_path"]) if is_description(value) else Schedule
     own = inspect.isclass(named) and issubclass(named, Schedule)
+    own &= not isinstance(value, functools.partial)
     make: Schedule | Callable[..., Any] | None = build(value) if own else callable_from(value)
     cls = class_behind(make) if isinstance(make, functools.partial) else None
     if cls is None or not issubclass(cls, ReduceLROnPlateau):
@@ -144,7 +156,7 @@ def scheduler_from(
         InputError: a scheduler that follows a validation metric in a training that validates
             nothing, or in the wrong direction.
     """
-    scheduler = make(optimizer)
+    scheduler = made_by(make, optimizer, "schedule")
     monitor = str(getattr(scheduler, "monitor", VALIDATION))
     if not isinstance(scheduler, ReduceLROnPlateau):
         return scheduler, {"monitor": monitor}
@@ -276,7 +288,8 @@ def fuse(optimizer: Optimizer) -> Optimizer:
     """
     for group in () if optimizer.state else optimizer.param_groups:
         chosen = group.get("foreach") is not None or group.get("differentiable")
-        if "fused" in group and group["fused"] is None and not chosen:
+        real = all(parameter.is_floating_point() for parameter in group["params"])
+        if "fused" in group and group["fused"] is None and not chosen and real:
             group["fused"] = True
     return optimizer
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import ReduceLROnPlateau as LightningPlateau
 from lightning.pytorch.tuner import Tuner
-from torch.optim import SGD
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from pmixseg import backbones, losses
 from pmixseg.backbones import Backbone
@@ -53,6 +54,46 @@ def rates(total, share):
         optimizer.step()
         scheduler.step()
     return seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            {"optimizer": partial(AdamW, lr="1e-3")},
+            "AdamW: lr is '1e-3'; give a number or a tensor.",
+        ),
+        (
+            {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": "1"}}},
+            "SGD: lr is '1'",
+        ),
+        ({"optimizer": partial(AdamW, betas="0.9")}, "betas is '0.9'; give a list of 2."),
+        ({"scheduler": partial(StepLR, step_size="3")}, "step_size is '3'; give a whole number."),
+        ({"optimizer": torch.optim.LBFGS}, r"optimizer LBFGS cannot be made \(LBFGS doesn't"),
+        ({"optimizer": partial(SGD, lr=-1)}, r"SGD cannot be made \(Invalid learning"),
+        (
+            {"optimizer": partial(SGD, rate=1)},
+            "unexpected keyword .* correct its arguments, or take",
+        ),
+        ({"scheduler": StepLR}, r"schedule StepLR cannot be made \(.*missing"),
+    ],
+)
+def test_what_torch_makes_no_optimizer_or_schedule_of_is_one_sentence(arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        student(**arguments).configure_optimizers()
+
+
+def test_a_network_may_have_complex_parameters(tmp_path):
+    module = student()
+    module.phase = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    assert fit(tmp_path, module).global_step == 2
+
+
+def test_a_training_that_nobody_steps_is_refused(tmp_path):
+    module = student()
+    module.automatic_optimization = False
+    with pytest.raises(InputError, match="nothing would be trained; leave it True, or override"):
+        fit(tmp_path, module)
 
 
 @pytest.mark.parametrize("total", range(13))
