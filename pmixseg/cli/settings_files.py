@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,17 +35,21 @@ MAX_VALUES = 100_000
 """Values of a file, with all that its aliases repeat."""
 
 
+ODD = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*|[^:]+:.*")
+"""Numbers to the base of 8, or of 60, in a notation that looks like another."""
+
+
 class BadSettings(yaml.MarkedYAMLError):
     """YAML that is well formed, and cannot be meant: ``problem`` says why and what to do."""
 
 
 def check_settings(text: str) -> None:
-    """Refuse a key that stands twice in one mapping, and aliases without an end.
+    """Refuse a key that stands twice in one mapping, aliases without an end, and odd numbers.
 
-    YAML silently keeps the last of two keys.
+    YAML silently keeps the last of two keys, and reads 010 as 8 and 1:30 as 90.
 
     Raises:
-        BadSettings: there is such a key or alias.
+        BadSettings: there is such a key, alias or number.
         yaml.YAMLError: the text is no YAML.
 
     Example:
@@ -67,6 +72,11 @@ def check_settings(text: str) -> None:
                 problem = f"the key '{key.value}' stands twice; keep one of them"
                 raise BadSettings(problem=problem, problem_mark=key.start_mark)
             seen.add(str(key.value))
+    for node in _nodes(root):
+        if node.tag.endswith((":int", ":float")) and ODD.fullmatch(str(node.value)):
+            read = yaml.safe_load(node.value)
+            problem = f"YAML reads {node.value} as {read}; write {read}, or '{node.value}' for text"
+            raise BadSettings(problem=problem, problem_mark=node.start_mark)
 
 
 def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
@@ -209,15 +219,20 @@ def _may_be_null(parameter: inspect.Parameter) -> bool:
 
 
 def _mappings(node: Any) -> Iterator[yaml.MappingNode]:
-    """Yield every mapping below a node, once: an alias may lead back to it, or to many of them."""
+    """Yield every mapping below a node, once."""
+    return (part for part in _nodes(node) if isinstance(part, yaml.MappingNode))
+
+
+def _nodes(node: Any) -> Iterator[yaml.Node]:
+    """Yield every node below one, once: an alias may lead back to it, or to many of them."""
     nodes, seen = [node], set()
     while nodes:
         node = nodes.pop()
-        if id(node) in seen:
+        if node is None or id(node) in seen:
             continue
         seen.add(id(node))
+        yield node
         if isinstance(node, yaml.MappingNode):
-            yield node
             nodes += reversed([value for _, value in node.value])
         elif isinstance(node, yaml.SequenceNode):
             nodes += reversed(node.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -24,7 +25,8 @@ _load_yaml = get_loader("yaml")
 
 def _read_settings(text: str, folder: Path) -> Any:
     """Return a file, or a value; classes may be named by paths of an earlier version."""
-    if text.count(":") + text.count("?") > 1 or "*" in text:  # else there are no two keys, no alias
+    # Else there are no two keys, no alias, and no number that is read as another.
+    if text.count(":") + text.count("?") > 1 or "*" in text or re.search(r"\b0\d|\d:\d", text):
         check_settings(text)
     return with_named_files(current_yaml(_load_yaml(text)), folder)
 

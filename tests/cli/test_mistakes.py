@@ -252,6 +252,8 @@ BOMB = "a: &a [1, 1]\n" + "".join(
             "distill:\n  terms: a\n",
             "line 2: distill.terms is a, but must be a mapping in braces or null.",
         ),
+        ("data:\n  seed: 010\n", "line 2: YAML reads 010 as 8; write 8, or '010' for text."),
+        ("data: {batch_size: 1:30}\n", "line 1: YAML reads 1:30 as 90; write 90, or '1:30'"),
         ("trainer:\n  callbacks: {x: 1}\n", "Callback takes no 'x'; it takes no arguments."),
     ],
 )
@@ -305,7 +307,7 @@ def test_a_wrong_plain_command_is_a_sentence(capsys, args, sentence):
         (["--trainer.logger=MLFlowLogger"], "Jsonargparse refuses: Requirement 'mlflow"),
         (
             ["--model.scheduler=torch.optim.lr_scheduler.ChainedScheduler"],
-            "ChainedScheduler cannot be used (object of type 'AdamW' has no len()); correct its",
+            "ChainedScheduler cannot be made (object of type 'AdamW' has no len()); correct its",
         ),
         (["--align.levels=[9]"], "levels [9] are not different levels of a network with 2"),
         (["--data.val_cases=-1"], "val_cases is -1; give 1 or more"),
