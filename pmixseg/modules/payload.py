@@ -13,6 +13,7 @@ from pmixseg.describe import NOT_NEGATIVE, Ranges, describe
 from pmixseg.errors import InputError, count_of
 from pmixseg.modules.preparation import Preparation
 from pmixseg.task import Task
+from pmixseg.types import kind_of
 
 ENTRY = "pmixseg"
 """Where a checkpoint holds the description."""
@@ -145,13 +146,14 @@ def weights_for(
 
 
 def refuse_other_weights(own: Weights, state: Weights, name: str) -> None:
-    """Refuse weights whose names or shapes are those of another network."""
+    """Refuse weights whose names, shapes or kinds of numbers are those of another network."""
     faults = [f"it lacks {key}" for key in own if key not in state]
     faults += [f"it has {key}, which is unknown here" for key in state if key not in own]
+    both = [(key, state[key], own[key]) for key in own if key in state]
     faults += [
-        f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} here"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
+        f"{key} is {kind_of(there)} there and {kind_of(here)} here"
+        for key, there, here in both
+        if there.shape != here.shape or here.is_floating_point() > there.is_floating_point()
     ]
     if faults:
         raise InputError(

@@ -175,6 +175,13 @@ def test_a_checkpoint_without_weights_is_one_sentence(tmp_path, state):
         load(path)
 
 
+def test_whole_numbers_for_weights_are_refused(tmp_path):
+    whole = {name: value.long() for name, value in content()["state_dict"].items()}
+    path = write_checkpoint({**content(), "state_dict": whole}, tmp_path / "w.ckpt")
+    with pytest.raises(InputError, match=r"is int64 \[.*\] there and float32 \["):
+        load(path)
+
+
 def test_a_training_that_diverges_says_at_which_step(tmp_path):
     module = student()
     seen = []
