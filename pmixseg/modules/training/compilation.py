@@ -106,7 +106,8 @@ class CompiledStep:
             arrange(module, torch.channels_last_3d)
         if not how.whole:
             # DDP would cut the graph at its buckets; one graph per backward pass is faster here.
-            self._cuts, torch._dynamo.config.optimize_ddp = torch._dynamo.config.optimize_ddp, False
+            uncut = torch._dynamo.config.patch(optimize_ddp=False)
+            self.compiled = uncut(self.compiled)
 
     def __call__(self, batch: Batch, epoch: int, weights: Mapping[str, float]) -> Losses:
         """Losses of one step."""
@@ -126,9 +127,7 @@ class CompiledStep:
         return self.compiled(tensors, number, factors)
 
     def release(self) -> None:
-        """Lay the weights as they were, and let others' graphs be cut again."""
-        if not self.plan.whole:
-            torch._dynamo.config.optimize_ddp = self._cuts
+        """Lay the weights as they were."""
         if self.plan.channels_last:
             arrange(self._module[0], torch.contiguous_format)
 

@@ -129,10 +129,15 @@ def test_auto_compiles_on_a_gpu_where_it_pays(device, steps, compiles, monkeypat
     assert not getattr(plan("auto", torch.device(device), trainer), "cuda_graphs", False)
 
 
-def test_a_step_that_is_let_go_leaves_torchs_settings_as_they_were():
-    before = torch._dynamo.config.optimize_ddp
-    module = StudentModule(backbone=tiny())
-    step = CompiledStep(module.losses, Plan(cuda_graphs=False, whole=False), module)
-    assert torch._dynamo.config.optimize_ddp is False
-    step.release()
-    assert torch._dynamo.config.optimize_ddp is before is not False
+def test_torchs_settings_are_others_within_a_step_alone(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+    def losses(*_):
+        return torch._dynamo.config.optimize_ddp
+
+    step = CompiledStep(
+        losses, Plan(cuda_graphs=False, whole=False), StudentModule(backbone=tiny())
+    )
+    assert torch._dynamo.config.optimize_ddp is True
+    assert step.compiled() is False
+    assert torch._dynamo.config.optimize_ddp is True
