@@ -120,7 +120,7 @@ class MultiEncoderUNet(Backbone):
         modalities: names of the input channels.
         num_classes: softmax classes, background included.
         width: channels at the finest level.
-        levels: number of resolutions L ≥ 2; patches must be divisible by
+        levels: number of resolutions L, 2 to 9; patches must be divisible by
             ``stem·2^(L-1)``.
         deep_supervision: in training, ``extras["ds1"], …, extras["ds{L-2}"]`` hold logits
             ``[B, num_classes, …]`` of the decoder's level k.
@@ -131,7 +131,7 @@ class MultiEncoderUNet(Backbone):
         recompute: train with less memory and more time: encoders run again in the backward pass.
 
     Raises:
-        InputError: fewer than two levels, or another stem.
+        InputError: another number of levels, or another stem.
 
     Example:
         >>> import torch
@@ -141,7 +141,8 @@ class MultiEncoderUNet(Backbone):
         (torch.Size([1, 4, 16, 16, 16]), (1, 4, 16, 4, 4, 4))
     """
 
-    ranges = Ranges(width=COUNT, levels=Range(2), dropout=FRACTION)
+    # More levels than 9 divide no brain, and ask for more memory than there is.
+    ranges = Ranges(width=COUNT, levels=Range(2, 9), dropout=FRACTION)
 
     def __init__(
         self,

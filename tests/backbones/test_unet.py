@@ -67,8 +67,9 @@ def test_widths_and_strides_double_with_every_level():
     net = MultiEncoderUNet(width=5, levels=3)
     assert (net.channels, net.strides) == ((5, 10, 20), (1, 2, 4))
     assert MultiEncoderUNet(width=5, levels=3, stem=2).strides == (2, 4, 8)
-    with pytest.raises(InputError, match="2 or more"):
-        MultiEncoderUNet(levels=1)
+    for levels in (1, 20):
+        with pytest.raises(InputError, match=f"levels is {levels}; give 2 to 9"):
+            MultiEncoderUNet(levels=levels)
     with pytest.raises(InputError, match="1 or 2"):
         MultiEncoderUNet(stem=3)
 
