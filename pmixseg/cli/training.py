@@ -64,12 +64,13 @@ RUN_VARIABLE = "PMIXSEG_RUN"
 DEFAULT_TERMS = {"logit": "pmixseg.losses.LogitKL", "latent": "pmixseg.losses.LatentMatch"}
 """Distillation terms where no file names others."""
 
-USAGE = """pmixseg {} [-c FILE] [--run FOLDER] [--data.store STORE] [--ckpt_path CHECKPOINT]
-           [--model CLASS] [--model.backbone CLASS] [--align.weight WEIGHT]
-           [--distill.teacher CHECKPOINT] [--trainer.max_epochs N] [--OPTION VALUE ...]
+USAGE = """pmixseg {} [-c FILE] [--run FOLDER] [--data.store STORE]
+           [--ckpt_path CHECKPOINT] [--model CLASS] [--model.backbone CLASS]
+           [--align.weight WEIGHT] [--distill.teacher CHECKPOINT]
+           [--trainer.max_epochs N] [--OPTION VALUE ...]
 
-Options follow by group; those of one class are shown by --OPTION.help CLASS, as in
---model.help StudentModule, and the values that they come to by --print_config."""
+Options follow by group; those of one class are shown by --OPTION.help CLASS,
+as in --model.help StudentModule, and the values by --print_config."""
 """What stands above the options of a training command, which are more than a hundred."""
 
 OWN_FLAGS = {
@@ -326,6 +327,7 @@ class TrainingCLI(LightningCLI):
             if self.subcommand != "predict":
                 raise InputError(f"--part is for predict, not for {self.subcommand}; leave it out.")
             self.datamodule.share = Share.parse(part)
+        self.model.told = bool(checkpoint)
         self.model.force = bool(self._get(self.config, "force"))
         if self.subcommand == "fit":
             sizes = [p.numel() for p in self.model.parameters() if not is_lazy(p)]

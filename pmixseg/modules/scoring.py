@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.patches import CaseItem
 from pmixseg.data.training_cases import SeenCase, refusal_of_seen, scans_of
-from pmixseg.describe import find_class
+from pmixseg.describe import describe, find_class
 from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows, score_case
 from pmixseg.evaluation.prediction.scoring import CaseRows, scorers
@@ -22,9 +22,12 @@ from pmixseg.evaluation.scores.case_scores import CaseMeans
 from pmixseg.evaluation.scores.metrics import region_dice
 from pmixseg.execution import static_on
 from pmixseg.modules.network import SegmentationNetwork
+from pmixseg.modules.payload import ENTRY
 from pmixseg.modules.preparation import seen_cases
 from pmixseg.modules.recording import Recording, results_folder
+from pmixseg.modules.training.resuming import differences
 from pmixseg.modules.training.trainer_checks import check_item, check_loaders
+from pmixseg.old_paths import current_yaml
 from pmixseg.task import Combination
 
 EQUAL: Mapping[str, Any] = {"sync_dist": True, "reduce_fx": "max"}
@@ -40,12 +43,29 @@ class ScoredNetwork(SegmentationNetwork):
     force: bool = False
     """Whether cases that the model knows are scored all the same."""
 
+    told: bool = False
+    """Whether it was said in what the module is another than a checkpoint's, as by a command."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._scores = CaseRows()
         self.seen: list[SeenCase] = []
         self._counted: tuple[str, tuple[str, ...]] = ("", ())
         self.validation_dice = CaseMeans([len(self.task.regions)])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in what this module is another than the one whose weights it takes."""
+        super().on_load_checkpoint(checkpoint)
+        if self.told or self._trainer is None:
+            return
+        stored, now = current_yaml(checkpoint[ENTRY]["init_args"]), describe(self.init_args)
+        settings = type(self.evaluation).of(stored.get("evaluation"))
+        stored["evaluation"], now["evaluation"] = describe(settings), describe(self.evaluation)
+        if lines := differences(stored, now, where=type(self).__name__):
+            (rank_zero_info if self.is_fitting else rank_zero_warn)(
+                f"{'; '.join(lines)}: the module's own settings hold; pmixseg.load gives a module "
+                "with those of the checkpoint."
+            )
 
     @abstractmethod
     def validation_combinations(self, item: CaseItem) -> list[Combination]:

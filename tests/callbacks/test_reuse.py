@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,25 @@ def test_records_name_the_checkpoint_whose_weights_were_tested(phantom_store, tm
         module, data(phantom_store)
     )
     assert tested(module) is None
+
+
+def test_settings_that_are_not_those_of_the_checkpoint_are_told(phantom_store, tmp_path, recwarn):
+    path = tmp_path / "a.ckpt"
+    fit(phantom_store, tmp_path, 0, limit_val_batches=0).save_checkpoint(path)
+
+    def told(module):
+        recwarn.clear()
+        trainer = quiet_trainer(tmp_path, limit_val_batches=1)
+        trainer.validate(module, data(phantom_store), path, verbose=False, weights_only=True)
+        return [str(w.message) for w in recwarn if "own settings" in str(w.message)]
+
+    assert told(student(1)) == []
+    other = student(1)
+    other.evaluation = replace(other.evaluation, overlap=0.25)
+    assert told(other) == [
+        "StudentModule.evaluation.overlap is 0.25, the checkpoint had 0.5: the module's own "
+        "settings hold; pmixseg.load gives a module with those of the checkpoint."
+    ]
 
 
 def test_temperatures_do_not_outlive_their_weights(phantom_store, tmp_path):
