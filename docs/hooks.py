@@ -123,7 +123,11 @@ def commands() -> str:
     os.environ["COLUMNS"] = "80"
     sections = [f"## pmixseg\n\n```text\n{_help()}\n```"]
     names = re.findall(r"^    (\w+)\s", _help(), re.MULTILINE)
-    sections += [f"## {name}\n\n```text\n{_help(name)}\n```" for name in names]
+    for name in names:
+        text, rest = _help(name), ""
+        if name in ("validate", "test", "predict"):  # of more than a hundred options
+            text, rest = text.partition("\n\noptions:")[0], "\n\nIts options are those of `fit`."
+        sections.append(f"## {name}\n\n```text\n{text}\n```{rest}")
     return "\n\n".join(sections)
 
 

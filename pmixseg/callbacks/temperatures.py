@@ -9,17 +9,14 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
 from pmixseg.callbacks.term import own_module
 from pmixseg.data.patches import CaseItem
 from pmixseg.errors import InputError
-from pmixseg.evaluation.scores.calibration import (
-    TEMPERATURE_RANGE,
-    TemperatureFit,
-    Temperatures,
-)
+from pmixseg.evaluation.scores.calibration import TEMPERATURE_RANGE, TemperatureFit, Temperatures
 from pmixseg.files import not_among
 from pmixseg.modules.checkpoint import write_temperatures
 from pmixseg.task import Task
@@ -94,7 +91,7 @@ class TemperatureFitting(Callback):
         console.print(self._table(temperatures, task))
         for warning in self.cautions(temperatures, task):
             console.print(f"warning: {warning}")
-        console.print(f"wrote {self.out}")
+        console.print(f"Written: {self.out}")
 
     def _source(self, trainer: Trainer, pl_module: LightningModule) -> str | Path:
         source = trainer.ckpt_path or own_module(self, pl_module).loaded_from
@@ -129,7 +126,9 @@ class TemperatureFitting(Callback):
             )
 
     def _table(self, temperatures: Temperatures, task: Task) -> Table:
-        table = Table(title="temperatures, fitted on validation cases", title_justify="left")
+        table = Table(
+            title="temperatures, fitted on validation cases", title_justify="left", box=HORIZONTALS
+        )
         names = ("shown", "temperature", "cross-entropy before", "after", "ECE % before", "after")
         for name in names:
             table.add_column(name, justify="right")

@@ -66,5 +66,6 @@ def unmoved_weights(name: str, module: SegmentationModule) -> str | None:
         return None
     return (
         f"the learned weights of the anchor stayed uniform (within {UNIFORM:g}), so {name} used a "
-        "plain mean; train longer, with a higher learning rate, or choose `weights: uniform`."
+        "plain mean; train longer, with a higher learning rate, or use weights that are not "
+        "learned: --model.anchor MixtureAnchor --model.anchor.weights uniform."
     )

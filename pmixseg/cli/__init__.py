@@ -13,17 +13,11 @@ from pathlib import Path
 
 from pmixseg.cli import commands, preprocess, segment, weights
 from pmixseg.cli.arguments import take_out
+from pmixseg.cli.commands import TRAINING
 from pmixseg.cli.mistakes import Parser, UsageError, complaint
 from pmixseg.errors import InputError, disk_error, explained, memory_error, restoring_error
 from pmixseg.interrupt import causes_of, raise_on_interrupt, report_stop, stopping_code
 from pmixseg.version import __version__
-
-TRAINING = {
-    "fit": "train a teacher or a student",
-    "validate": "score a checkpoint on validation cases",
-    "test": "score a checkpoint on every combination of sequences",
-    "predict": "segment a cohort and write NIfTI",
-}
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 """Environment variables that tell a process its place among several."""

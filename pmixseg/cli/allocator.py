@@ -8,11 +8,7 @@ import platform
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of ``mallopt``, as in glibc's malloc.h."""
-SETTINGS = {
-    M_MMAP_THRESHOLD: 1 << 30,
-    M_TRIM_THRESHOLD: (1 << 31) - 1,
-    M_TOP_PAD: 1 << 26,
-}
+SETTINGS = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TOP_PAD: 1 << 26}
 """Bytes: blocks up to the first come from the heap, whose free end is kept up to the second."""
 
 

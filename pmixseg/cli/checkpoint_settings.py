@@ -45,7 +45,7 @@ def with_checkpoint_defaults(args: Sequence[str], modules: Sequence[str] = ()) -
 
 
 def data_of(cases: TrainingCases, args: Sequence[str], path: str) -> dict[str, Any]:
-    """Store and split of a training, as far as the command line does not name its own."""
+    """Return a training's store and split, as far as the command line does not name its own."""
     data: dict[str, Any] = {}
     files = ("-c", "--config", "--data=", "--data.root", "--data.store")
     if cases.store and not any(a.startswith(files) for a in args):

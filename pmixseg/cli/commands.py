@@ -28,6 +28,14 @@ from pmixseg.workers import start_server
 console = Console(highlight=False, markup=False, soft_wrap=True)
 """Names are printed as they are: no part of one is taken for a style, and none is cut in two."""
 
+TRAINING = {
+    "fit": "train a teacher or a student",
+    "validate": "score a checkpoint on validation cases",
+    "test": "score a checkpoint on every combination of sequences",
+    "predict": "segment a cohort and write NIfTI",
+}
+"""What each of Lightning's commands does."""
+
 
 def command(subparsers: Any, name: str, does: str) -> Any:
     """Add a command, described by one sentence in the list of commands and in its own help."""
@@ -45,7 +53,7 @@ def _quickstart(subparsers: Any) -> None:
     parser = command(subparsers, "quickstart", does)
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to work in")
     parser.add_argument("--data", type=Path, help="a cohort of your own instead of the phantom")
-    parser.add_argument("--seed", type=int, default=0, help="of patients and weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of patients and weights")
 
     def run(args: argparse.Namespace) -> int:
         start_server(["pmixseg.quickstart"])  # which takes seconds to import, here and there
@@ -60,8 +68,8 @@ def _quickstart(subparsers: Any) -> None:
 def _phantom(subparsers: Any) -> None:
     parser = command(subparsers, "phantom", "write a synthetic glioma cohort like BraTS 2018")
     parser.add_argument("out", type=Path, help="folder of the cohort")
-    parser.add_argument("--cases", type=int, default=40, help="how many")
-    parser.add_argument("--seed", type=int, default=0, help="of the patients")
+    parser.add_argument("--cases", type=int, default=40, help="number of cases")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the patients")
     parser.add_argument("--spacing", type=float, default=3.0, help="voxel size in mm, 1 to 6")
     parser.add_argument("--private-signal", type=float, help="signal of one modality only, 0 to 1")
     parser.add_argument("--dependence", type=float, help="dependence between modalities, 0 to 1")
@@ -148,11 +156,11 @@ def _prepare(subparsers: Any) -> None:
     voxels = "voxel size to resample to; without it each scan keeps its own"
     parser.add_argument("--spacing", type=float, nargs=3, metavar="MM", help=voxels)
     dtypes = ("float16", "float32")
-    parser.add_argument("--dtype", choices=dtypes, default="float16", help="of intensities")
+    parser.add_argument("--dtype", choices=dtypes, default="float16", help="number type to store")
     parser.add_argument(
         "--normalisation",
         default="zscore-own-mask",
-        help="of intensities; zscore-joint-mask is that of imported RFNet and mmFormer",
+        help="how intensities are scaled; zscore-joint-mask is for imported RFNet and mmFormer",
     )
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
     part_flag(parser)
@@ -202,7 +210,7 @@ def _report(subparsers: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from pmixseg.evaluation.report.page import write_report
 
-        console.print(f"wrote {write_report(args.runs, args.out, images=not args.no_images)}")
+        console.print(f"Written: {write_report(args.runs, args.out, images=not args.no_images)}")
         return 0
 
     parser.set_defaults(run=run)
@@ -214,7 +222,7 @@ def _compare(subparsers: Any) -> None:
         about = f"run folders of {which} method, one per seed"
         parser.add_argument(side, type=Path, nargs="+", required=True, metavar="RUN", help=about)
     parser.add_argument(
-        "--measure", default="dice", help="of the exploratory table; the primary endpoint is Dice"
+        "--measure", default="dice", help="exploratory measure; the primary endpoint is Dice"
     )
     parser.add_argument("-o", "--out", type=Path, help="also write everything as JSON")
 
@@ -234,7 +242,7 @@ def _compare(subparsers: Any) -> None:
         console.print(comparison.to_text(max(80, console.width)))
         if args.out is not None:
             write_json(args.out, comparison.to_dict())
-            console.print(f"wrote {args.out}")
+            console.print(f"Written: {args.out}")
         return 0
 
     parser.set_defaults(run=run)
@@ -315,7 +323,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def device_of(name: str) -> str:
-    """``auto`` is a CUDA device if there is one, else the CPU."""
+    """Choose the device: ``auto`` is a CUDA device if there is one, else the CPU."""
     import torch
 
     if name == "auto":

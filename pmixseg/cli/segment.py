@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rich.box import HORIZONTALS
 from rich.table import Table
 
 from pmixseg.cli import preprocess
@@ -89,7 +90,7 @@ def parser_for(task: Task) -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--tta", action="store_true", help="average over mirrorings; 8 times slower")
     how.add_argument("--overlap", type=float, help="share of a window that the next one covers")
-    how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
+    how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="number type")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     steps = "some of et_below_500, largest_component, fill_holes, in your order"
     how.add_argument("--postprocess", nargs="*", metavar="STEP", help=steps)
@@ -261,7 +262,7 @@ def holds_dicom(folder: Path, options: argparse.Namespace, task: Task) -> bool:
 def series_table(recognised: Sequence[Recognised]) -> Table:
     """Return a table of series: what each was taken for, and why."""
     columns = ("number", "description", "slices", "taken for", "because")
-    table = Table(*columns, title="series", title_justify="left")
+    table = Table(*columns, title="series", title_justify="left", box=HORIZONTALS)
     for r in recognised:
         taken_for = "not certain" if r.doubtful else r.modality or "not used"
         table.add_row(
@@ -326,7 +327,7 @@ def report(results: Sequence[CaseResult], task: Task) -> None:
 
 def volume_table(results: Sequence[CaseResult], task: Task) -> Table:
     """Return a table of the regions' volumes, a row per case."""
-    table = Table(title="volumes in ml, research use only", title_justify="left")
+    table = Table(title="volumes in ml, research use only", title_justify="left", box=HORIZONTALS)
     table.add_column("case", no_wrap=True)
     table.add_column("scans")
     for region in task.regions:

@@ -95,7 +95,7 @@ def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
 
 
 def broken_file(path: Path | str, text: str | None = None) -> str | None:
-    """Why a file, or the text that a flag has as value, is no YAML or holds no settings."""
+    """Say why a file, or the text that a flag has as value, is no YAML or holds no settings."""
     # Is it text, YAML, and without keys that stand twice?
     try:
         text = Path(path).read_text(encoding="utf-8") if text is None else text

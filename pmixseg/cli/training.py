@@ -16,11 +16,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import (
-    LightningArgumentParser,
-    LightningCLI,
-    SaveConfigCallback,
-)
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.nn.parameter import is_lazy
 
@@ -39,6 +35,7 @@ from pmixseg.cli.arguments import (
     with_split_class,
 )
 from pmixseg.cli.checkpoint_settings import with_checkpoint_defaults, with_evaluation
+from pmixseg.cli.commands import TRAINING
 from pmixseg.cli.mistakes import UsageError, subject, training_sentence
 from pmixseg.cli.settings_files import broken_file, lacking_value
 from pmixseg.cli.training_parser import TrainingParser, whole_numbers_first, with_files
@@ -65,13 +62,16 @@ DEFAULT_TERMS = {"logit": "pmixseg.losses.LogitKL", "latent": "pmixseg.losses.La
 """Distillation terms where no file names others."""
 
 USAGE = """pmixseg {} [-c FILE] [--run FOLDER] [--data.store STORE]
-           [--ckpt_path CHECKPOINT] [--model CLASS] [--model.backbone CLASS]
-           [--align.weight WEIGHT] [--distill.teacher CHECKPOINT]
-           [--trainer.max_epochs N] [--OPTION VALUE ...]
+           [--ckpt_path CHECKPOINT] {}[--OPTION VALUE ...]
 
 Options follow by group; those of one class are shown by --OPTION.help CLASS,
 as in --model.help StudentModule, and the values by --print_config."""
 """What stands above the options of a training command, which are more than a hundred."""
+
+FIT_USAGE = """[--model CLASS] [--model.backbone CLASS]
+           [--align.weight WEIGHT] [--distill.teacher CHECKPOINT]
+           [--trainer.max_epochs N] """
+"""Options that ``fit`` alone has a use for."""
 
 OWN_FLAGS = {
     "run": "Folder of this run.",
@@ -87,10 +87,10 @@ class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run folder, and into the logger as hyper-parameters."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: another training may hold the run folder, which a later ``setup`` sees."""
+        """Do nothing yet: another training may hold the run folder, as a later ``setup`` sees."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Only a training describes the run; testing it later must not overwrite that.
+        """Describe the run in a training alone; testing it later must not overwrite that.
 
         Lightning's finders have by now found a batch size or a learning rate.
         """
@@ -156,7 +156,7 @@ class TrainingCLI(LightningCLI):
 
     # Static in Lightning, which sets up every command at once.
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Only the command that was given: the flags of all four take four times as long."""
+        """Offer only the command that was given: the flags of all four take four times as long."""
         every = super().subcommands()
         return {name: every[name] for name in every if name == self.words[0]}
 
@@ -201,11 +201,13 @@ class TrainingCLI(LightningCLI):
             raise UsageError(f"{place} is null, but needs a value; give one.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Groups ``align`` and ``distill``, the run folder, and weights to start from."""
+        """Add the groups ``align`` and ``distill``, the run folder, and weights to start from."""
         for action in parser._actions:
             if hasattr(action, "_typehint"):
                 action._typehint = whole_numbers_first(action._typehint)
-        parser.usage = USAGE.format(self.words[0])
+        does = TRAINING[self.words[0]]
+        parser.usage = USAGE.format(self.words[0], FIT_USAGE * (self.words[0] == "fit"))
+        parser.description = f"{does[0].upper()}{does[1:]}."
         parser.add_lightning_class_args(PmixAlignment, "align")
         parser.add_lightning_class_args(Distillation, "distill")
         # Named here, so that one flag can change one argument of one term; a file replaces them.
@@ -224,13 +226,13 @@ class TrainingCLI(LightningCLI):
         return
 
     def instantiate_classes(self) -> None:
-        """Nothing that a checkpoint names fetches anything while it is made."""
+        """Make the objects; nothing that a checkpoint names may fetch anything meanwhile."""
         checkpoint = None if self.subcommand == "fit" else self._get(self.config, "ckpt_path")
         with nullcontext() if self.modules or not checkpoint else offline(checkpoint):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Terms first in the list of callbacks, and one folder for everything the run writes."""
+        """Put terms first in the list of callbacks, and all that the run writes into one folder."""
         run = self.run_folder()
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         bare = bool(config.get("barebones"))
@@ -266,7 +268,7 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def run_folder(self) -> Path:
-        """``--run``; else the folder of the checkpoint; else a new one under ``runs/``."""
+        """Return ``--run``; else the folder of the checkpoint; else a new one under ``runs/``."""
         folder = self._get(self.config, "run")
         checkpoint = self._get(self.config, "ckpt_path")
         if folder:
@@ -342,7 +344,7 @@ class TrainingCLI(LightningCLI):
             paths = [getattr(kept, name, "") for name in ("best_model_path", "last_model_path")]
             if any(paths):
                 shortest = [min(p, os.path.relpath(p), key=len) for p in filter(None, paths)]
-                rank_zero_info(f"Written: {', '.join(shortest)}")
+                rank_zero_info(f"Checkpoints: {', '.join(shortest)}")
 
     def after_predict(self) -> None:
         """Say where the predictions lie."""

@@ -20,6 +20,7 @@ from pmixseg.cli.settings_files import broken_file, check_settings
 from pmixseg.errors import InputError
 from pmixseg.old_paths import current_yaml
 
+CHECKPOINT = "Checkpoint to read: a path, or last or best, those of --run; fit resumes it."
 _load_yaml = get_loader("yaml")
 
 
@@ -74,6 +75,14 @@ class TrainingParser(LightningArgumentParser):
         super().__init__(*args, **{**kwargs, "exit_on_error": False, "allow_abbrev": False})
         read = functools.partial(_read_settings, folder=Path.cwd())
         set_loader("yaml", read, exceptions=(yaml.YAMLError,))
+
+    def add_method_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add what a method of the Trainer takes, without a title from its docstring."""
+        added: list[str] = super().add_method_arguments(*args, **{**kwargs, "as_group": False})
+        for action in self._actions:
+            if action.dest == "ckpt_path":
+                action.help = CHECKPOINT
+        return added
 
 
 def whole_numbers_first(hint: Any) -> Any:

@@ -48,8 +48,8 @@ def _publish(subparsers: Any) -> None:
     parser.add_argument("checkpoint", help=MODEL)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--records", type=Path, help="run folder of its test, for the card")
-    parser.add_argument("--title", default="", help="of the model, in a line")
-    parser.add_argument("--licence", default="other", help="of the weights, e.g. CC-BY-4.0")
+    parser.add_argument("--title", default="", help="title of the model, in a line")
+    parser.add_argument("--licence", default="other", help="licence of the weights, e.g. CC-BY-4.0")
     parser.add_argument("--data", default="not stated", help="what it was trained on")
     parser.add_argument("--citation", help="what to cite; default: the method's paper")
     parser.add_argument("--limits", default="", help="what it must not be used for")
@@ -84,7 +84,7 @@ def _import(subparsers: Any) -> None:
         if args.kind == "pmixseg":
             from pmixseg.inference.publish import as_checkpoint
 
-            console.print(f"wrote {as_checkpoint(args.file, args.out)}")
+            console.print(f"Written: {as_checkpoint(args.file, args.out)}")
             return 0
         file = Path(args.file)
         not_among(args.out, [file])
@@ -108,7 +108,7 @@ def _export(subparsers: Any) -> None:
     parser = command(subparsers, "export", "write a model for other programs")
     parser.add_argument("checkpoint", help=MODEL)
     formats = ("torch", "onnx", "bundle")
-    parser.add_argument("--format", choices=formats, default="torch", help="of the file")
+    parser.add_argument("--format", choices=formats, default="torch", help="kind of file")
     parser.add_argument("--combination", help="such as flair+t1; without it all of the model's")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file, or folder of a bundle")
 

@@ -231,7 +231,7 @@ SMALL = [
 ]
 
 OURS = re.compile(
-    r"(INFO: )?(Split|Network|Written): |\s*(Dice|FLAIR|[─●○]|mean )|"
+    r"(INFO: )?(Split|Network|Checkpoints): |\s*(Dice|FLAIR|[─●○]|mean )|"
     r"\d+ cases?; .*records\.csv, conventions in|[┏┡└┃│]|\s*$"
 )
 
@@ -245,7 +245,7 @@ def test_a_whole_training_and_its_test_print_our_lines_alone(phantom_store, tmp_
     weights = pmixseg.load(tmp_path / "run" / "checkpoints" / "last.ckpt").parameters()
     size = sum(w.numel() for w in weights)
     assert any(f"Network: MultiEncoderUNet, {size:,} parameters" in line for line in lines)
-    written = "Written: run/checkpoints/best.ckpt, run/checkpoints/last.ckpt"
+    written = "Checkpoints: run/checkpoints/best.ckpt, run/checkpoints/last.ckpt"
     assert any(written in line for line in lines)
 
 

@@ -244,6 +244,16 @@ def test_help_begins_with_what_is_used_most(capsys):
         assert f" {flag} " in options or flag == "--model.backbone", flag  # of a model's class
 
 
+def test_help_of_a_test_says_what_it_does_in_whole_sentences(capsys):
+    with pytest.raises(SystemExit):
+        main(["test", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Score a checkpoint on every combination of sequences. options:" in text
+    assert "--align.weight WEIGHT] [--distill.teacher" not in text  # which a test does not read
+    assert "never run on your" not in text  # half a sentence of Lightning's
+    assert "Checkpoint to read: a path, or last or best, those of --run" in text
+
+
 def test_help_of_a_split_is_shown(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--data.split.help", "Fractions"])

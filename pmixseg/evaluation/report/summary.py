@@ -67,7 +67,7 @@ class RegionSummary:
 
 
 def region_summaries(runs: Sequence[Records]) -> list[RegionSummary]:
-    """Key numbers, regions in task order and runs in the given one."""
+    """Return key numbers, regions in task order and runs in the given one."""
     task = runs[0].task
     return [
         _summary(one, region)
@@ -133,7 +133,7 @@ class WorstCase:
 
 
 def worst_cases(records: Records, count: int = 5) -> list[WorstCase]:
-    """Cases with the lowest mean Dice, the worst first; without those that have none."""
+    """Return cases with the lowest mean Dice, the worst first; without those that have none."""
     table = records.table.dropna(subset="dice")
     worst = []
     for case, mean in table.groupby("case")["dice"].mean().nsmallest(count).items():
@@ -174,7 +174,7 @@ class CalibrationSummary:
 
 
 def calibration_summaries(runs: Sequence[Records]) -> list[CalibrationSummary]:
-    """Calibration by region and run; empty unless all runs measured it."""
+    """Return the calibration by region and run; empty unless all runs measured it."""
     if not all({"ece", "brier"} <= set(one.table) for one in runs):
         return []
     ece, brier = (group_by_size(tabulate(runs, measure)).lines for measure in (ECE, BRIER))
@@ -248,7 +248,7 @@ def _about_cases(runs: Sequence[Records]) -> list[str]:
 
 
 def measured(runs: Sequence[Records], column: str) -> bool:
-    """Whether every run has values of a measure."""
+    """Say whether every run has values of a measure."""
     return all(column in one.table and one.table[column].notna().any() for one in runs)
 
 
@@ -282,7 +282,7 @@ def _about_settings(runs: Sequence[Records]) -> list[str]:
     if len(runs) > 1:
         cautions.append(
             "Differences between single trainings mix the method with the luck of its seed: for a "
-            "statement about methods use several seeds per arm and `pmixseg compare`."
+            "statement about methods use several seeds per method and `pmixseg compare`."
         )
     for name in ("conventions", "postprocess"):
         values = [one.sidecar.to_dict()[name] for one in runs]

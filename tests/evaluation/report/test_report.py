@@ -90,6 +90,7 @@ def test_a_page_of_one_run(written):
     assert "percentile pooled" in page.text
     assert "ET is absent" not in page.text  # the records do not say which masks are empty
     assert "6 cases: too few" in page.text
+    assert page.text.index("Read this first") < page.text.index("Key numbers by region")
     assert "lowered the mean Dice" in page.text
 
 
