@@ -87,5 +87,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Public names and submodules, for completion."""
+    """List public names and submodules, for completion."""
     return sorted({*globals(), *__all__, *PACKAGES})

@@ -357,7 +357,7 @@ def _longer(flag: str, known: Sequence[str]) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``did you mean …?`` for a name that is nearly one of ``known``; else nothing.
+    """Return ``did you mean …?`` for a name that is nearly one of ``known``; else nothing.
 
     Example:
         >>> nearest("widht", ["width", "levels"])

@@ -122,9 +122,9 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def writing(path: str | PathLike[str]) -> Iterator[None]:
-    """Within this block an :class:`OSError` means that ``path`` cannot be written.
+    """Turn an :class:`OSError` of this block into a sentence: ``path`` cannot be written.
 
-    So does what PyTorch says where a disk refuses a part of its file.
+    What PyTorch says where a disk refuses a part of its file is turned, too.
     """
     try:
         yield
@@ -183,7 +183,7 @@ def _raised_in(error: BaseException, package: str) -> bool:
 
 
 def memory_error(error: BaseException) -> InputError | None:
-    """Lack of memory, shared memory or open files as a sentence; ``None`` for any other error.
+    """Tell a lack of memory, shared memory or open files in a sentence; ``None`` for other errors.
 
     Example:
         >>> print(memory_error(MemoryError("Unable to allocate 9 GiB")))

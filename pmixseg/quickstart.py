@@ -32,13 +32,7 @@ from pmixseg.data.store.prepare import prepare
 from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.report.page import write_report
 from pmixseg.losses import DiceCE, MixtureAnchor
-from pmixseg.modules import (
-    OneCycle,
-    SegmentationModule,
-    StudentModule,
-    TeacherModule,
-    load,
-)
+from pmixseg.modules import OneCycle, SegmentationModule, StudentModule, TeacherModule, load
 from pmixseg.modules.checkpoint import read_checkpoint, restore
 from pmixseg.task import BRATS
 from pmixseg.workers import results
@@ -175,7 +169,7 @@ def study(out: Path, seed: int, arm: Arm) -> None:
 
 
 def cohort(store: Path, seed: int) -> BraTSDataModule:
-    """Patches of the prepared cohort, split by cases."""
+    """Load patches of the prepared cohort, split by cases."""
     return BraTSDataModule(
         store=store,
         patch_size=PATCH,
@@ -189,7 +183,7 @@ def cohort(store: Path, seed: int) -> BraTSDataModule:
 
 
 def network(rate: float) -> dict[str, Any]:
-    """Arguments of teacher and student, which differ in the highest learning rate."""
+    """Return arguments of teacher and student, which differ in the highest learning rate."""
     return {
         "backbone": MultiEncoderUNet(
             modalities=BRATS.modalities,

@@ -17,7 +17,7 @@ from pmixseg.types import AnchorMap, Features, Presence, Weights
 
 
 def weighted_sum(features: Features, weights: Weights, subset: Presence) -> AnchorMap:
-    """``Σ_m weights[:, m] · features[:, m]`` over the slots in ``subset``.
+    """Sum ``weights[:, m] · features[:, m]`` over the slots m in ``subset``.
 
     Slots outside ``subset`` may hold NaN.
     """

@@ -27,7 +27,7 @@ Brain = Bool[Tensor, "b d h w"]
 
 
 def full_precision(value: Tensor) -> Tensor:
-    """``value`` in float32, or in float64 if it has it."""
+    """Return ``value`` in float32, or in float64 if it has it."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
@@ -160,15 +160,15 @@ class Latents:
         )
 
     def masked(self, level: int) -> Tensor:
-        """Features of one level with unusable slots exactly 0, ``[B, M, C, D, H, W]``."""
+        """Return features of one level with unusable slots exactly 0, ``[B, M, C, D, H, W]``."""
         return torch.where(self.flags(level), self.features[level], 0.0)
 
     def flags(self, level: int) -> Tensor:
-        """``usable`` of one level, shaped to broadcast over features: ``[B, M, 1, 1, 1, 1]``."""
+        """Return ``usable`` of one level, to broadcast over features: ``[B, M, 1, 1, 1, 1]``."""
         return self.usable[level][:, :, None, None, None, None]
 
     def spatial(self) -> Sequence[torch.Size]:
-        """Spatial shape per level."""
+        """Return the spatial shape per level."""
         return [f.shape[3:] for f in self.features]
 
 

@@ -12,7 +12,7 @@ from pmixseg.describe import build
 
 
 def embedding(channels: int) -> nn.Sequential:
-    """Convolution 3x3x3, batch normalisation, ReLU: the V-Net block of the snippet."""
+    """Build a convolution 3x3x3, batch normalisation, ReLU: the V-Net block of the snippet."""
     return nn.Sequential(
         nn.Conv3d(channels, channels, 3, padding=1), nn.BatchNorm3d(channels), nn.ReLU()
     )

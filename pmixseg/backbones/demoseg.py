@@ -60,7 +60,7 @@ class ChannelOrder(nn.Module):
         self.norm = NormAct(width, SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[b, C, D, H, W]`` to the same shape."""
+        """Map ``[b, C, D, H, W]`` to the same shape."""
         y = norm_act(self.conv(x), SLOPE)
         # In bfloat16 many weights would be equal, and their order a matter of chance.
         with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
@@ -101,7 +101,7 @@ class Stem(nn.Sequential, Groupable):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``[b, 1, D, H, W]`` to ``[b, C, D, H, W]``."""
+        """Map ``[b, 1, D, H, W]`` to ``[b, C, D, H, W]``."""
         return [self[1](self[0](x))]
 
 

@@ -88,7 +88,7 @@ class Convolutions(Groupable):
         self.embed = embed
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of ``[b, 1, D, H, W]``, finest first; last the tokens."""
+        """Return feature maps of ``[b, 1, D, H, W]``, finest first; last the tokens."""
         features: list[Tensor] = self.encoder(x)
         return [*features, self.embed(features[-1])]
 

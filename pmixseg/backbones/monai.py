@@ -64,11 +64,11 @@ class Cut(ABC):
 
     @abstractmethod
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of ``[B, M, D, H, W]``, finest first."""
+        """Return feature maps of ``[B, M, D, H, W]``, finest first."""
 
     @abstractmethod
     def decode(self, features: list[Tensor], training: bool) -> Decoded:
-        """Logits ``[B, C, D, H, W]``, in training auxiliary logits, and feature maps."""
+        """Return logits ``[B, C, D, H, W]``, in training auxiliary logits, and feature maps."""
 
 
 class SegResNetCut(Cut):

@@ -23,12 +23,7 @@ from pmixseg.backbones.layers.blocks import (
     SeparateDecoder,
     initialise,
 )
-from pmixseg.backbones.layers.lean import (
-    CONCATENATED,
-    LeanConv3d,
-    sum_of_products,
-    voxel_rows,
-)
+from pmixseg.backbones.layers.lean import CONCATENATED, LeanConv3d, sum_of_products, voxel_rows
 from pmixseg.backbones.layers.norm import norm_act
 from pmixseg.backbones.layers.regions import mix_regions
 from pmixseg.backbones.slots import (
@@ -91,7 +86,7 @@ class RegionMap(nn.Module):
         )
 
     def forward(self, latents: Latents, level: int, below: Tensor | None) -> Tensor:
-        """Logits ``[B, R, D, H, W]`` at the level's own resolution."""
+        """Return logits ``[B, R, D, H, W]`` at the level's own resolution."""
         x = self.embedding_layer(latents, level, f"prm.{level}")
         read = (x,) if below is None else (below, x)
         logits: Tensor = self.prm_layer[1](self.prm_layer[0](*read, prepare=CONCATENATED))
@@ -109,7 +104,7 @@ class ModalWeights(nn.Module):
         )
 
     def forward(self, descriptor: Tensor) -> Tensor:
-        """``[B, M·C + 1]`` to ``[B, M]``."""
+        """Map ``[B, M·C + 1]`` to ``[B, M]``."""
         return weigh(descriptor[:, None], [self])[:, 0]
 
 

@@ -37,7 +37,7 @@ class ModalityClassifier(nn.Module):
         self.linear = nn.Linear(width, slots)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Logits ``[b, M, 1, 1, 1]`` from the one map ``[b, C, d, h, w]``."""
+        """Return logits ``[b, M, 1, 1, 1]`` from the one map ``[b, C, d, h, w]``."""
         logits: Tensor = self.linear(maps[0].mean((2, 3, 4)))
         return logits[:, :, None, None, None]
 

@@ -167,7 +167,7 @@ def join_slots(pieces: Sequence[Tensor | None], present: Presence) -> Tensor:
 
 
 def join_levels(pieces: Pieces, present: Presence, levels: int) -> list[Tensor]:
-    """:func:`join_slots` of each of the first ``levels`` levels."""
+    """Apply :func:`join_slots` to each of the first ``levels`` levels."""
     return [
         join_slots([None if maps is None else maps[level] for maps in pieces], present)
         for level in range(levels)
@@ -200,7 +200,7 @@ def decode_slots(decoder: nn.Module, latents: EncodedLatents, levels: Sequence[i
 
 
 def side_by_side(latents: Latents, level: int) -> Tensor:
-    """Slots of one level as channels, ``[B, M·C, D, H, W]``; absent ones are not masked."""
+    """Join a level's slots as channels, ``[B, M·C, D, H, W]``; absent ones are not masked."""
     channels = latents.features[level].flatten(1, 2)
     return channels if is_channels_last(channels) else fast_layout(channels)
 

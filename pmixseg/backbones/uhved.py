@@ -60,7 +60,7 @@ class Encoder(Groupable):
         self.blocks = nn.ModuleList(Block(i, w, w) for i, w in zip(insides, widths, strict=True))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of ``[b, 1, D, H, W]``, finest first; levels are max-pooled in between."""
+        """Encode ``[b, 1, D, H, W]``, finest level first; levels are max-pooled in between."""
         x = F.leaky_relu(self.first(x), SLOPE)
         features = []
         for level, block in enumerate(self.blocks):
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
 
 
 def product_of_gaussians(latents: Latents, level: int) -> tuple[Tensor, Tensor]:
-    r"""Posterior of a level: product of the present modalities' Gaussians and N(0, I).
+    r"""Return a level's posterior: product of the present modalities' Gaussians and N(0, I).
 
     .. math:: \sigma^{-2} = 1 + \sum_{m \in A} \sigma_m^{-2}, \qquad
               \mu = \sigma^2 \sum_{m \in A} \mu_m / \sigma_m^2

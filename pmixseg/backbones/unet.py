@@ -24,7 +24,7 @@ SLOPE = 0.01
 
 
 def conv_block(inside: int, outside: int, stride: int, dropout: float) -> nn.Sequential:
-    """Convolution 3x3x3, dropout of whole channels, instance norm, LeakyReLU."""
+    """Build a convolution 3x3x3, dropout of whole channels, instance norm, LeakyReLU."""
     return nn.Sequential(
         # The norm removes any bias again.
         LeanConv3d(inside, outside, 3, stride, "zeros", bias=False),
@@ -58,7 +58,7 @@ class Encoder(Groupable):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of ``[b, 1, D, H, W]``, finest first; see :class:`Groupable`."""
+        """Return feature maps of ``[b, 1, D, H, W]``, finest first; see :class:`Groupable`."""
         features = []
         for level in self.levels:
             x = level(x)
@@ -103,7 +103,7 @@ class Fusion(nn.Module):
         self.norm = NormAct(width, SLOPE, reuse=True)
 
     def forward(self, latents: Latents, level: int) -> Tensor:
-        """Fused features ``[B, C, D, H, W]`` of one level."""
+        """Return the fused features ``[B, C, D, H, W]`` of one level."""
         fused: Tensor = self.norm(self.conv(latents, level, f"fusion.{level}"))
         return fused
 

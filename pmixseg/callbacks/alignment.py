@@ -174,12 +174,7 @@ class PmixAlignment(TermCallback):
         self._take_weight()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End the measurement of this step."""
         if self.ratio is not None:
@@ -315,7 +310,7 @@ class AlignmentTerm(Term):
         return batch
 
     def decoded(self, latents: Latents) -> Latents:
-        """Samples of the aligned levels, where asked for."""
+        """Draw samples of the aligned levels, where asked for."""
         if not self.sample:
             return latents
         assert isinstance(self.alignment, AlignmentLoss)  # an official loss has no Gaussians

@@ -88,7 +88,6 @@ class Distillation(TermCallback):
                 f"{self.name}.weight is {self.weight} and the terms {taught} need a teacher, but "
                 f"{self.name}.teacher names no checkpoint."
             )
-        # The teacher, if some term needs one, must be of the same task.
         self._check_subsets(module)
         teacher = self.load_teacher() if taught else None
         if teacher is not None and teacher.task.to_dict() != module.task.to_dict():
@@ -105,14 +104,10 @@ class Distillation(TermCallback):
                     "frozen; give a copy of it (copy.deepcopy), or its checkpoint."
                 )
             teacher.eval().requires_grad_(False)
-        # Each term learns which two networks it compares.
+        # Each term is told which two networks it compares.
         for term in self.terms.values():
             source = module if teacher is None or term.self_taught else teacher
-            term.bind(
-                module.backbone,
-                source.backbone,
-                anchor=source.anchor,
-            )
+            term.bind(module.backbone, source.backbone, anchor=source.anchor)
         return DistillationTerm(teacher, self.terms, student=module)
 
     def _check_subsets(self, module: SegmentationModule) -> None:

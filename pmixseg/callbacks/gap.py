@@ -270,7 +270,7 @@ def _decodability(sample: LatentSample, regions: Sequence[str]) -> dict[str, flo
 def complete_cases(
     trainer: Trainer, module: SegmentationModule, count: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    """Windows of validation cases with all modalities of the module, first by name, and regions.
+    """Cut windows, and regions, of validation cases with all modalities of the module, by name.
 
     The regions in these windows are ``None`` if a case has no label.
     """
@@ -297,13 +297,13 @@ def complete_cases(
 
 
 def region_maps(label: torch.Tensor, task: Task) -> torch.Tensor:
-    """1 inside each region and 0 outside, ``[R, D, H, W]``."""
+    """Return 1 inside each region and 0 outside, ``[R, D, H, W]``."""
     maps = [torch.isin(label, torch.tensor(task.region_classes(r))) for r in task.regions]
     return torch.stack(maps).float()
 
 
 def read_reference(run: Path) -> dict[str, float]:
-    """Last rank and decodability of every level in a run's ``metrics.csv``."""
+    """Read the last rank and decodability of every level from a run's ``metrics.csv``."""
     if not (run / "metrics.csv").is_file():
         raise InputError(f"GapMonitor.reference: {run / 'metrics.csv'} cannot be read; correct it.")
     table = read_log(run).dropna(axis="columns", how="all")

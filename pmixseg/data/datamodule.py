@@ -253,13 +253,7 @@ class BraTSDataModule(LightningDataModule, Described):
             raise InputError("the split has no training case; use another split to fit.")
         on_cpu = self.augmentation if isinstance(self.augmentation, PatchTransform) else None
         dataset = PatchDataset(
-            self.store,
-            cases,
-            self.patch_size,
-            self.seed,
-            self.foreground,
-            self._allowed,
-            on_cpu,
+            self.store, cases, self.patch_size, self.seed, self.foreground, self._allowed, on_cpu
         )
         order = EpochSampler(len(dataset.cases), self.patches_per_case, self.batch_size, self.seed)
         return EpochLoader(
@@ -375,9 +369,7 @@ class BraTSDataModule(LightningDataModule, Described):
         dataset = CaseDataset(self.store, cases, self.seed, self._allowed)
         order = CaseSampler(len(cases))
         return CaseLoader(
-            dataset,
-            sampler=SameOrder(order) if self._overfits else order,
-            collate_fn=collate_case,
+            dataset, sampler=SameOrder(order) if self._overfits else order, collate_fn=collate_case
         )
 
     def _validated(self) -> tuple[str, ...]:

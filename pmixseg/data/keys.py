@@ -36,7 +36,7 @@ def make_key(seed: int, epoch: int | None, index: int) -> int:
 
 
 def uniform(keys: Keys, stream: str, n: int) -> Float[Tensor, "b n"]:
-    """``n`` uniform numbers in [0, 1) per key, as float64 on the keys' device.
+    """Draw ``n`` uniform numbers in [0, 1) per key, as float64 on the keys' device.
 
     Number j of stream s is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
     generators", OOPSLA 2014, figure 17) seeded with mix(key xor hash(s)), at position j + 1, of

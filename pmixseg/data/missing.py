@@ -228,7 +228,7 @@ class Dependent(MissingnessSampler):
 def bernoulli_not_empty(
     u: Float[Tensor, "b m"], rates: Float[Tensor, "b m"], acquired: Presence
 ) -> Presence:
-    """Independent presence with probability ``1 - rates``, conditional on not being empty.
+    """Draw independent presence with probability ``1 - rates``, given that it is not empty.
 
     Exact, without rejection: as long as nothing is present, modality i is with probability
     p_i / P(any of i, i+1, .. is).
@@ -260,7 +260,7 @@ def check_rates(rates: float | Mapping[str, float], where: str) -> None:
 def rate_row(
     rates: float | Mapping[str, float], modalities: Sequence[str], where: str
 ) -> Float[Tensor, " m"]:
-    """Missing rate per modality, float64; names left out are never missing."""
+    """Return the missing rate per modality, float64; names left out are never missing."""
     if not isinstance(rates, Mapping):
         return torch.full((len(modalities),), float(rates), dtype=torch.float64)
     row = torch.zeros(len(modalities), dtype=torch.float64)

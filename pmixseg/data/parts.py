@@ -27,7 +27,7 @@ PARTS = ("train", "val", "test")
 
 
 def hash_cases(cases: Iterable[str]) -> str:
-    """First 16 hexadecimal digits of SHA-256 over the sorted ids, joined by newlines.
+    """Return the first 16 hexadecimal digits of SHA-256 over the sorted ids, joined by newlines.
 
     Example:
         >>> hash_cases(["b", "a"]) == hash_cases(["a", "b"])

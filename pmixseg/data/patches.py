@@ -206,7 +206,7 @@ class CaseLoader(DataLoader[CaseItem]):
     """Read the next case in a thread while one is worked on."""
 
     def __iter__(self) -> Iterator[CaseItem]:  # type: ignore[override]  # torch names a private class
-        """Cases in the order of the sampler."""
+        """Yield cases in the order of the sampler."""
         cases: Iterator[CaseItem] = super().__iter__()
         with ThreadPoolExecutor(1, thread_name_prefix="cases") as pool:
             coming = pool.submit(next, cases, None)

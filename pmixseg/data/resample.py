@@ -38,7 +38,7 @@ class Turn:
         return self.degrees != 0.0 or self.zoom != 1.0
 
     def inverse(self, spacing: tuple[float, float, float]) -> Float[Tensor, "3 3"]:
-        """Matrix from output to source voxel offsets from the patch's centre; rigid in mm."""
+        """Return the matrix from output to source offsets from the patch's centre; rigid in mm."""
         first, second = self.plane
         sign = [-1.0 if flipped else 1.0 for flipped in self.flips]
         cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))

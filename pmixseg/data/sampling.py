@@ -15,7 +15,7 @@ from pmixseg.workers import NOT_BEGUN, end_if_read_anew
 
 
 def rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
-    """This process's rank and the number of processes, as given or else as torch says."""
+    """Return this process's rank and the number of processes, as given or else as torch says."""
     here = (0, 1)
     if distributed.is_available() and distributed.is_initialized():
         here = distributed.get_rank(), distributed.get_world_size()

@@ -287,7 +287,7 @@ class WholeCohort(SplitPlan):
 
 
 def divided_patients(split: Split, cases: Iterable[SplittableCase]) -> list[str]:
-    """Patients with cases in more than one part, as a split file may have them."""
+    """Return patients with cases in more than one part, as a split file may have them."""
     parts: dict[str, set[str]] = defaultdict(set)
     part_of = {case: part for part in PARTS for case in getattr(split, part)}
     for case in cases:

@@ -137,12 +137,12 @@ class TrainingCases:
 
 
 def scans_of(case: StoredCase) -> Scans:
-    """Hashes that tell the scans of a stored case, whatever it is called."""
+    """Return hashes that tell the scans of a stored case, whatever it is called."""
     return scan_hashes(case.meta)
 
 
 def shared_scans(split: Split, cases: Iterable[StoredCase]) -> list[str]:
-    """Pairs of cases in different parts of a split that share a scan, as ``a and b``."""
+    """Return pairs of cases in different parts of a split that share a scan, as ``a and b``."""
     part_of = {case: part for part in PARTS for case in getattr(split, part)}
     scans = {case.case_id: scans_of(case) for case in cases if case.case_id in part_of}
     return [f"{one} and {two}" for one, two in same_scans(scans) if part_of[one] != part_of[two]]
@@ -166,7 +166,7 @@ def training_cases(data: Any) -> TrainingCases | None:
 
 
 def voxel_sizes(data: Any, part: str) -> tuple[float, float] | None:
-    """Least and largest side of the voxels of a part of the split, in mm.
+    """Return the least and largest side of the voxels of a part of the split, in mm.
 
     Sides, and not volumes: thick slices of 0.45 x 0.45 x 5 mm have the volume of a 1 mm cube. A
     data module that has no store and split gives ``None``.

@@ -44,11 +44,7 @@ class Person:
     birth: str = "19000101"
 
 
-def write_study(
-    folder: Path,
-    scans: Mapping[str, Path],
-    person: Person | None = None,
-) -> Path:
+def write_study(folder: Path, scans: Mapping[str, Path], person: Person | None = None) -> Path:
     """Write one patient's scans as a study, a file per slice, all series in one folder.
 
     Each series is described as in :data:`PROTOCOLS`. The folder is made if needed.

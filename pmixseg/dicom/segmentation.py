@@ -60,9 +60,7 @@ def write_segmentation(
     colours = class_colours(len(task.labels))
     code = highdicom.sr.CodedConcept
     about = highdicom.AlgorithmIdentificationSequence(
-        name="pmixseg",
-        version=__version__,
-        family=code("123110", "DCM", "Artificial Intelligence"),
+        name="pmixseg", version=__version__, family=code("123110", "DCM", "Artificial Intelligence")
     )
     segments = [
         highdicom.seg.SegmentDescription(

@@ -75,7 +75,7 @@ def write_bundle(
 
 
 def metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """``configs/metadata.json`` in MONAI's schema."""
+    """Return ``configs/metadata.json`` in MONAI's schema."""
     channels, window = facts["channels"], facts["window"]
     shape = {"num_channels": len(channels), "spatial_shape": window, "dtype": "float32"}
     return {
@@ -119,7 +119,7 @@ def metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inference(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """``configs/inference.json``: canonicalise, slide, undo, save; MONAI's parts only."""
+    """Return ``configs/inference.json``: canonicalise, slide, undo, save; MONAI's parts only."""
     channels = facts["channels"]
     first = f"_{channels[0]}.nii.gz"
     spacing = [
@@ -158,11 +158,7 @@ def inference(facts: Mapping[str, Any]) -> dict[str, Any]:
                 {"_target_": "EnsureTyped", "keys": "image"},
             ],
         },
-        "dataset": {
-            "_target_": "Dataset",
-            "data": "@datalist",
-            "transform": "@preprocessing",
-        },
+        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1},
         "inferer": {
             "_target_": "SlidingWindowInferer",

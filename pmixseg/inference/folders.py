@@ -16,7 +16,7 @@ from pmixseg.task import Task
 def scans_in(
     folder: Path, task: Task, *, force: bool = False
 ) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Scans of one patient whose files are named by modality: ``T1.nii``, ``x7_T1_post.nii.gz``.
+    """Find one patient's scans in files named by modality: ``T1.nii``, ``x7_T1_post.nii.gz``.
 
     Every NIfTI file of the folder must be accounted for: a scan that is left out, or taken for
     another sequence, changes the result without a word. See :mod:`pmixseg.data.scans.sequences` for

@@ -80,5 +80,5 @@ def gather_constants(value: Tensor) -> Tensor:
 
 
 def world_size() -> int:
-    """Processes of the training."""
+    """Return the number of processes of the training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -20,7 +20,7 @@ EPSILON = 1e-7
 
 
 def weighted_ce_dice(probabilities: Tensor, label: Label) -> Scalar:
-    r"""Cross-entropy with weights from the patch, plus soft Dice loss over all classes.
+    r"""Compute cross-entropy with weights from the patch, plus soft Dice loss over all classes.
 
     .. math::
         L = -\frac{1}{BV}\sum_{b,v} (1 - f_{b,y}) \log\max(p_{b,y,v}, 0.005)
@@ -112,7 +112,7 @@ def _static_loss(
 def stacked_ce_dice(
     probabilities: Tensor, label: Label, rows: Tensor, sums: SharedSums | None = None
 ) -> Tensor:
-    """:func:`weighted_ce_dice` of several outputs, times the share of the samples that have each.
+    """Compute :func:`weighted_ce_dice` of each output, times the share of the samples that have it.
 
     Probabilities are ``[N, B, C, D, H, W]``, ``rows`` ``[N, B]``; what other rows hold is not read,
     but must be finite. ``sums`` take the Dice over the samples of all processes; whoever gave them

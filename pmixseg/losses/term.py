@@ -37,7 +37,7 @@ class Term(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, output: SegOutput, batch: Batch) -> Scalar:
-        """Value of the term.
+        """Return the value of the term.
 
         Args:
             output: the network's output; ``output.latents`` are the raw latents before any fill,
@@ -79,7 +79,7 @@ class TermWeight:
     warmup_epochs: int = 0
 
     def at(self, epoch: int) -> float:
-        """Weight in ``epoch``."""
+        """Return the weight in ``epoch``."""
         if epoch < self.start_epoch:
             return 0.0
         done = epoch - self.start_epoch + 1

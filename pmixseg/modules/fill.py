@@ -1,6 +1,6 @@
-"""Fill the slot of a missing modality between encoder and decoder: by which rule, with what.
+"""Fill the slot of a missing modality between encoder and decoder (docs/method/filling.md).
 
-The method: docs/method/filling.md.
+With ``zero`` nothing is done here: a decoder reads an absent slot as 0 (``Latents.masked``).
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Preparation:
                 )
 
     def window(self, settings: EvaluationSettings, strides: Sequence[int]) -> tuple[int, int, int]:
-        """Size of an inference window.
+        """Return the size of an inference window.
 
         Raises:
             InputError: neither the settings nor a training gave one, or the backbone's largest
@@ -194,7 +194,7 @@ class Preparation:
         )
 
     def target_spacing(self) -> tuple[float, float, float] | None:
-        """Voxel size in mm that a new scan is brought to; ``None`` keeps the scan's own.
+        """Return the voxel size in mm that a new scan is brought to; ``None`` keeps the scan's own.
 
         Raises:
             InputError: the model was trained on intensities normalised in another way than scans

@@ -67,7 +67,7 @@ def expect(holds: bool, message: str) -> None:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference by the largest value (at least 1e-6); inf if not finite."""
+    """Return the largest difference over the largest value (at least 1e-6); inf if not finite."""
     expect(a.shape == b.shape, f"shapes {list(a.shape)} and {list(b.shape)} differ")
     if not (a.isfinite().all() and b.isfinite().all()):
         return float("inf")

@@ -74,7 +74,7 @@ def channels_last(probe: Probe) -> None:
 
 
 def bf16(probe: Probe) -> None:
-    """Logits and gradients are finite under bf16 autocast."""
+    """Check that logits and gradients are finite under bf16 autocast."""
     net = copy.deepcopy(probe.net).train()
     # torch's CPU kernel leaves parts of a bf16 weight gradient unwritten where a 3x3x3 convolution
     # sees 2x2x2 voxels (torch 2.13, seen as NaN in half of the runs), so the lowest level gets 3.
@@ -90,7 +90,7 @@ def bf16(probe: Probe) -> None:
 
 
 def compiled(probe: Probe, backend: bool | str) -> None:
-    """Compiled ``encode`` and ``decode`` compute the same; ``backend`` False: not checked."""
+    """Check that compiled ``encode`` and ``decode`` compute the same, if a ``backend`` is given."""
     if not backend:
         return
     net = probe.eval()

@@ -33,7 +33,7 @@ class Probe:
         self.image = self.draw(2)
 
     def draw(self, samples: int, size: Sequence[int] | None = None) -> Tensor:
-        """Standard normal images."""
+        """Draw standard normal images."""
         shape = (samples, len(self.net.modalities), *(size or self.size))
         return torch.randn(shape, device=self.device)
 
@@ -47,13 +47,13 @@ class Probe:
         return tuple(self.net.slots) == tuple(self.net.modalities)
 
     def logits(self, net: Backbone, image: Tensor, present: Tensor) -> Tensor:
-        """Logits without gradients, with the same random numbers every time."""
+        """Compute logits without gradients, with the same random numbers every time."""
         torch.manual_seed(0)
         with torch.no_grad():
             return net(image, present).logits
 
 
 def default_size(net: Backbone) -> tuple[int, int, int]:
-    """Twice the largest stride on every side, at least 8 voxels."""
+    """Return twice the largest stride on every side, at least 8 voxels."""
     side = max(2 * max(net.strides), 8)
     return (side, side, side)

@@ -61,7 +61,7 @@ class Stage:
         return copy.deepcopy(self.original).to(self.device).train()
 
     def flags(self, rows: list[list[int]]) -> Tensor:
-        """Presence with ``rows`` of modality indices."""
+        """Make presence with ``rows`` of modality indices."""
         flags = torch.zeros(len(rows), len(self.net.modalities), dtype=torch.bool)
         for row, some in zip(flags, rows, strict=True):
             row[[m % flags.shape[1] for m in some]] = True
@@ -101,7 +101,7 @@ class Stage:
         return Example(SegOutput(_leaf(out.logits), leaves, extras, maps), batch)
 
     def usual(self, *, bf16: bool = False) -> Example:
-        """Two samples: everything shown; and one modality of several acquired, one missing."""
+        """Make two samples: everything shown; and one modality of several acquired, one missing."""
         everything = list(range(len(self.net.modalities)))
         present = self.flags([everything, [0]])
         return self.example(present, self.flags([everything, everything[:-1] or [0]]), bf16=bf16)

@@ -184,3 +184,16 @@ def test_public_classes_and_functions_begin_with_a_verb():
     assert odd == {}
     third_person = {n: w for n, w in firsts.items() if w.endswith("s") and not w.endswith("ss")}
     assert third_person == {}
+
+
+def test_functions_begin_with_a_verb():
+    """By the same words; a property may name what it is."""
+    odd = []
+    for path in sorted((ROOT / "pmixseg").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = isinstance(node, ast.FunctionDef) and ast.get_docstring(node)
+            if text and not any("property" in ast.unparse(one) for one in node.decorator_list):
+                word = text.split()[0].rstrip(",:;.")
+                noun = not word.isalpha() or re.search("[^s]s$", word) or word.lower() in NO_VERB
+                odd += [f"{path.relative_to(ROOT)}: {node.name}: {word}"] if noun else []
+    assert odd == []

@@ -63,7 +63,7 @@ def _repaired(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Te
 
 
 def zeros_around(conv: nn.Conv3d) -> int:
-    """Zeros that a convolution puts on each side of its first axis."""
+    """Return zeros that a convolution puts on each side of its first axis."""
     if conv.padding_mode != "zeros" or conv.padding == "valid":
         return 0
     return conv.kernel_size[0] // 2 if conv.padding == "same" else int(conv.padding[0])

@@ -79,7 +79,7 @@ class Encoder(nn.ModuleDict, Groupable):
             inside = width
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of ``[b, 1, D, H, W]``, finest first."""
+        """Return feature maps of ``[b, 1, D, H, W]``, finest first."""
         features = []
         for level in range(1, self.depth + 1):
             x = self[f"e{level}_c1"](x)
@@ -102,7 +102,7 @@ class Decoder(nn.ModuleDict):
         self["seg_layer"] = LeanConv3d(widths[0], num_classes, 1)
 
     def up(self, level: int, x: Tensor) -> Tensor:
-        """From level ``level + 1`` (levels count from 1 here) to ``level``."""
+        """Upsample from level ``level + 1`` (levels count from 1 here) to ``level``."""
         y: Tensor = self[f"d{level}_c1"](x, prepare=UPSAMPLED)
         return y
 
@@ -117,7 +117,7 @@ class SeparateDecoder(Decoder):
     """U-Net decoder on the features of one modality, shared by all; training only."""
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits ``[b, num_classes, D, H, W]`` from feature maps, finest first."""
+        """Return logits ``[b, num_classes, D, H, W]`` from feature maps, finest first."""
         x = features[-1]
         for level in range(self.depth - 1, 0, -1):
             x = self.join(level, self.up(level, x), features[level - 1])
@@ -126,7 +126,7 @@ class SeparateDecoder(Decoder):
 
 
 def initialise(module: nn.Module, slope: float = 0.0) -> None:
-    """Kaiming normal for the weight of every 3-D convolution, as the papers' code does."""
+    """Draw the weights of every 3-D convolution as the papers' code does (Kaiming normal)."""
     for part in module.modules():
         if isinstance(part, nn.Conv3d):
             nn.init.kaiming_normal_(part.weight, a=slope)

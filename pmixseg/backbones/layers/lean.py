@@ -37,7 +37,7 @@ Padding = Literal["zeros", "reflect"]
 
 
 def fast_layout(x: Tensor) -> Tensor:
-    """``[B, C, D, H, W]`` in the layout that its device convolves fastest."""
+    """Return ``[B, C, D, H, W]`` in the layout that its device convolves fastest."""
     return x.contiguous(memory_format=torch.channels_last_3d) if on_cpu(x) else x
 
 
@@ -47,7 +47,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def voxel_rows(x: Tensor) -> Tensor:
-    """``[B, C, D, H, W]`` as ``[B, V, C]``; a view."""
+    """View ``[B, C, D, H, W]`` as ``[B, V, C]``."""
     return (
         x.flatten(2).transpose(1, 2)
         if x.is_contiguous()
@@ -56,7 +56,7 @@ def voxel_rows(x: Tensor) -> Tensor:
 
 
 def slabs(*volumes: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Samples cut into slabs that fit the cache, so that several steps read memory once."""
+    """Cut samples into slabs that fit the cache, so that several steps read memory once."""
     size = volumes[0][0].numel() * volumes[0].element_size()
     pieces = min(-(-size // SLAB), volumes[0].shape[2])
     for b in range(len(volumes[0])):
@@ -72,7 +72,7 @@ def voxel_sum(x: Tensor) -> Tensor:
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: int
 ) -> Tensor:
-    """``F.conv3d`` in channels-last, always by oneDNN where that exists.
+    """Convolve channels-last like ``F.conv3d``, always by oneDNN where that exists.
 
     ``F.conv3d`` leaves small inputs and 1x1x1 kernels in float32 to a path three times slower.
     """
@@ -103,7 +103,7 @@ def _canonical(x: Tensor) -> Tensor:
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """``aᵀ b`` over voxels, ``[B, V, P]`` and ``[B, V, Q]`` to ``[B, P, Q]``.
+    """Compute ``aᵀ b`` over voxels, ``[B, V, P]`` and ``[B, V, Q]`` to ``[B, P, Q]``.
 
     A matrix product cuts its result into tiles, here a single one, and leaves the long sum of a
     tile to one of a GPU's processors; so the voxels are cut into pieces.
@@ -125,7 +125,7 @@ def as_autocast(*tensors: Tensor | None) -> list[Any]:
 
 
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1x1x1 convolution, possibly with weights of each sample's own.
+    """Apply a 1x1x1 convolution, possibly with weights of each sample's own.
 
     Weights ``[B, C', C]`` or ``[C', C]`` turn ``[B, C, D, H, W]`` into ``[B, C', D, H, W]``.
     """

@@ -54,7 +54,7 @@ def norm_act(
     bias: Tensor | None = None,
     reuse: bool = False,
 ) -> Tensor:
-    """Instance norm (ε = 1e-5), optional scale and shift, then LeakyReLU.
+    """Apply instance norm (ε = 1e-5), optional scale and shift, then LeakyReLU.
 
     torch's own norms of channels-last tensors add a million values one by one on a CPU, which costs
     three digits; here they are summed pairwise.
@@ -143,12 +143,7 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        slope: float,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        reuse: bool,
+        ctx: Any, x: Tensor, slope: float, weight: Tensor | None, bias: Tensor | None, reuse: bool
     ) -> Tensor:
         voxels, exact = x[0, 0].numel(), torch.promote_types(x.dtype, torch.float32)
         sums = torch.zeros(2, *x.shape[:2], dtype=exact)

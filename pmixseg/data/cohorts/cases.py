@@ -150,7 +150,7 @@ class Layout:
                 )
 
     def expressions(self) -> list[tuple[str, int, int | None, re.Pattern[str]]]:
-        """Compiled patterns: (role, rank among the role's patterns, channel, expression)."""
+        """Return compiled patterns: (role, rank among the role's patterns, channel, expression)."""
         roles: dict[str, Sequence[Pattern]] = {**self.images, "label": self.label}
         return [
             (role, rank, None if isinstance(p, str) else p[1], self._compile(p))

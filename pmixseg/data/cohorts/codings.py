@@ -60,10 +60,7 @@ class NamedCoding:
 
 
 def coding_by_names(
-    numbers: Mapping[str, Numbers],
-    task: Task,
-    where: str,
-    labels: Mapping[str, Any] | None = None,
+    numbers: Mapping[str, Numbers], task: Task, where: str, labels: Mapping[str, Any] | None = None
 ) -> NamedCoding:
     """Match the labels of a cohort to those of a task.
 

@@ -21,15 +21,7 @@ from pmixseg.data.scans.volumes import Coding
 from pmixseg.errors import InputError, explained
 from pmixseg.task import Task
 
-__all__ = [
-    "LAYOUTS",
-    "Case",
-    "ImageFile",
-    "Layout",
-    "find_cases",
-    "load_layout",
-    "search",
-]
+__all__ = ["LAYOUTS", "Case", "ImageFile", "Layout", "find_cases", "load_layout", "search"]
 
 _NOT_READ = {
     ".dcm": "DICOM: convert series to NIfTI first, with dcm2niix for one",
@@ -80,7 +72,7 @@ def search(
     *,
     trusted: bool = False,
 ) -> Cohort:
-    """:func:`find_cases`, together with the files that belong to no case, and remarks.
+    """Run :func:`find_cases`; return with it the files that belong to no case, and remarks.
 
     ``trusted``: a layout that is recognised may leave out scans, as one that is named.
     """

@@ -22,7 +22,7 @@ _KNOWN = (
 
 
 def patient_of(case_id: str, pattern: str = "") -> str:
-    """Whose scan a case is.
+    """Return whose scan a case is.
 
     The first group of ``pattern``, which the whole name must match, is the patient; by default
     names of public cohorts and of visits are known. A case that no pattern fits is a patient of its

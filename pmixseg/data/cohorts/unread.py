@@ -42,7 +42,7 @@ def with_unread(cohort: Cohort, tree: Tree, task: Task, *, recognised: bool) -> 
 
 
 def strays_of(cohort: Cohort) -> dict[str, list[Path]]:
-    """Case -> files that lie beside its scans, but that its layout has no name for."""
+    """Map each case to files that lie beside its scans, but that its layout has no name for."""
     owners: defaultdict[Path, set[str]] = defaultdict(set)
     for case in cohort.cases:
         for path in case.files:

@@ -23,7 +23,7 @@ _SNAP_HEAD = """\
 
 
 def class_colours(count: int) -> list[str]:
-    """Colours of classes 1 to ``count``, as ``#rrggbb``."""
+    """Return colours of classes 1 to ``count``, as ``#rrggbb``."""
     return [CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(count)]
 
 

@@ -132,7 +132,7 @@ def in_mm(affine: npt.ArrayLike, unit: float) -> npt.NDArray[np.float64]:
 
 
 def unit_of(header: Any) -> float:
-    """Millimetres per unit of a nibabel header; 1 where it names none."""
+    """Return millimetres per unit of a nibabel header; 1 where it names none."""
     try:
         return _MM.get(int(header["xyzt_units"]) & 7, 1.0)
     except (KeyError, ValueError, IndexError, TypeError):

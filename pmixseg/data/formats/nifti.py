@@ -88,7 +88,7 @@ class Scan:
         return self.slope != 1.0 or self.inter != 0.0
 
     def values(self) -> npt.NDArray[Any]:
-        """Intensities: the stored numbers, or float32 after scaling."""
+        """Return intensities: the stored numbers, or float32 after scaling."""
         if not self.scaled:
             return self.data
         values = self.data.astype(np.float32)
@@ -168,7 +168,7 @@ class ScanReader:
         return self._held[1]
 
     def digest(self, source: Path | str | tuple[Path | str, int]) -> str:
-        """SHA-256 of a file's bytes, without decoding them."""
+        """Return the SHA-256 of a file's bytes, without decoding them."""
         return _digest(self._bytes(Path(source[0] if isinstance(source, tuple) else source)))
 
     def _bytes(self, path: Path) -> bytes:
@@ -218,13 +218,7 @@ class ScanReader:
         if not header.dtype.isnative:
             data = data.astype(header.dtype.newbyteorder("="))
         return Scan(
-            data,
-            header.slope,
-            header.inter,
-            header.affine,
-            str(path),
-            header.unit,
-            header.oriented,
+            data, header.slope, header.inter, header.affine, str(path), header.unit, header.oriented
         )
 
     def _other_format(self, path: Path, *, load: bool = True) -> Scan:

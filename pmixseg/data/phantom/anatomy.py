@@ -71,7 +71,7 @@ class Grid:
         ]
 
     def affine(self) -> NDArray[np.float64]:
-        """Voxel index to scanner coordinates (RAS mm); first axis to the left, second backwards."""
+        """Map voxels to scanner coordinates (RAS mm); first axis to the left, second backwards."""
         x, y, z = self.origin
         affine = np.diag([-self.spacing, -self.spacing, self.spacing, 1.0])
         affine[:3, 3] = -x, FIELD_OF_VIEW[1] - 1 - y, z
@@ -79,7 +79,7 @@ class Grid:
 
 
 def stream(seed: int, index: int, name: str) -> np.random.Generator:
-    """Random numbers of one purpose in one case: no purpose, and no case, shifts another's."""
+    """Start random numbers of one purpose in one case, which shift those of no other."""
     return np.random.default_rng([seed, index, zlib.crc32(name.encode())])
 
 
@@ -184,7 +184,7 @@ class Deformation:
         self._atrophy = float(rng.lognormal(0, 0.25))
 
     def template_positions(self, grid: Grid) -> Field:
-        """MNI152 coordinates (RAS mm) of the tissue at each voxel, ``[3, X, Y, Z]``."""
+        """Return MNI152 coordinates (RAS mm) of the tissue at each voxel, ``[3, X, Y, Z]``."""
         rng = stream(*self._key, "elastic")
         position = np.empty((3, *grid.shape), dtype=np.float32)
         for axis, values in enumerate(np.meshgrid(*grid.axes(), indexing="ij", sparse=True)):
@@ -198,7 +198,7 @@ class Deformation:
         return position
 
     def tissues(self, grid: Grid, moved: Field | None = None) -> Tissues:
-        """Tissue shares of the deformed brain on ``grid``.
+        """Return tissue shares of the deformed brain on ``grid``.
 
         ``moved`` says how far a tumour pushed tissue, ``[3, X, Y, Z]`` in mm and LPS: a voxel shows
         what was at its position minus this. The skull does not give way: the brain mask stays that

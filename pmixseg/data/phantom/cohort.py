@@ -137,7 +137,7 @@ class PhantomCase:
 
 
 def case_name(index: int) -> str:
-    """Folder and file prefix of case ``index``.
+    """Return folder and file prefix of case ``index``.
 
     Example:
         >>> case_name(7)

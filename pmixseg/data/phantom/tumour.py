@@ -65,7 +65,7 @@ class Tumour:
 
 
 def displacement(foci: tuple[Focus, ...], grid: Grid) -> Field:
-    """Mass effect: how far tissue was pushed outwards, ``[3, X, Y, Z]`` mm.
+    """Return how far the tumour pushed tissue outwards (mass effect), ``[3, X, Y, Z]`` mm.
 
     Incompressible tissue around a ball of radius a that grew at its centre: what is now at distance
     r was at (r³ - a³)^(1/3), so the push decays like a³/3r².
@@ -117,7 +117,7 @@ def grow(
 
 
 def enhancement(rng: np.random.Generator, core: Field) -> Field:
-    """Depth inside the enhancing share of a core.
+    """Return the depth inside the enhancing share of a core.
 
     A voxel scores by its nearness to the core's border plus random patches, and the best share is
     taken: without patches a closed rim, with them a rim with gaps, islands, or a solid nodule. The

@@ -110,11 +110,11 @@ def _edges(hit: npt.NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def memory_order(values: npt.NDArray[Any]) -> list[int]:
-    """Axes by falling stride: transposed so, a volume is walked as it lies in memory."""
+    """Order axes by falling stride: transposed so, a volume is walked as it lies in memory."""
     return [int(a) for a in np.argsort([-abs(s) for s in values.strides], kind="stable")]
 
 
 def triple(values: Iterable[int]) -> Triple:
-    """Three whole numbers."""
+    """Return three whole numbers."""
     a, b, c = (int(v) for v in values)
     return a, b, c

@@ -153,7 +153,7 @@ class Geometry:
         return spacing_of(zooms)
 
     def box(self, combination: Iterable[str] | None = None) -> Box:
-        """Union of the boxes of a combination's modalities (``None``: of all acquired).
+        """Return the union of the boxes of a combination's modalities (``None``: of all acquired).
 
         Raises:
             InputError: a modality that was not acquired, or none.
@@ -270,10 +270,7 @@ class Geometry:
             near_hi.append(min(box.hi[axis] + 1, self.grid_shape[axis]))
             far_lo.append(round(near_lo[-1] * ratio))
             far_hi.append(min(math.ceil(near_hi[-1] * ratio), self.canonical_shape[axis]))
-        return (
-            Box(triple(near_lo), triple(near_hi)),
-            Box(triple(far_lo), triple(far_hi)),
-        )
+        return (Box(triple(near_lo), triple(near_hi)), Box(triple(far_lo), triple(far_hi)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only, for JSON."""

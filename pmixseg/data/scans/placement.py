@@ -356,7 +356,7 @@ def _block_means(volume: Volume, steps: Sequence[int]) -> Volume:
 
 
 def _quantised(scan: Volume) -> Codes:
-    """Bins of equal population, 1 to :data:`BINS`; 0 outside."""
+    """Sort values into bins of equal population, 1 to :data:`BINS`; 0 outside."""
     inside = scan != 0
     if not inside.any():
         return np.zeros(scan.shape, np.int16)
@@ -366,7 +366,7 @@ def _quantised(scan: Volume) -> Codes:
 
 
 def _information(scans: Codes, others: Codes, enough: float) -> npt.NDArray[np.float64]:
-    """Mutual information of each other scan with all scans, in nats, summed over the scans.
+    """Sum the mutual information of each other scan with all scans, in nats.
 
     Entropies are corrected for the number of voxels (Miller and Madow 1955). Voxels
     ``[scans, voxels]`` where either is 0 do not count, nor do scans with fewer than ``enough``.

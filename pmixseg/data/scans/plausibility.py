@@ -152,7 +152,7 @@ def odd_label(case: CanonicalCase, task: Task) -> list[str]:
 
 
 def _contact_with_healthy(label: npt.NDArray[np.uint8], classes: int) -> npt.NDArray[np.float64]:
-    """Share of each class's surface that meets class 0, on a quarter of the lines per axis."""
+    """Return the share of each class's surface that meets class 0, on a quarter of the lines."""
     part = np.pad(label, 1)
     meets = np.zeros((classes, classes))
     for axis in range(3):

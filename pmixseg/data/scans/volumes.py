@@ -311,12 +311,7 @@ class LabelMap:
     partly: bool
 
 
-def label_map(
-    scan: Scan,
-    geometry: Geometry,
-    coding: Coding,
-    where: str,
-) -> LabelMap:
+def label_map(scan: Scan, geometry: Geometry, coding: Coding, where: str) -> LabelMap:
     """Read a label file.
 
     Raises:

@@ -14,13 +14,7 @@ from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.scans.canonical import CanonicalCase, canonicalise
 from pmixseg.data.scans.normalisation import computed_dtype, normalised
 from pmixseg.data.scans.plausibility import Verdict, judge
-from pmixseg.data.store.stored import (
-    is_whole,
-    origin_of,
-    read_meta,
-    write_case,
-    write_origin,
-)
+from pmixseg.data.store.stored import is_whole, origin_of, read_meta, write_case, write_origin
 from pmixseg.errors import InputError, count_of
 from pmixseg.task import Task
 

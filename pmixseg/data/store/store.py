@@ -11,14 +11,7 @@ from pmixseg.argument_checks import checked
 from pmixseg.data.store.arrays import open_maps
 from pmixseg.data.store.prepare import prepare
 from pmixseg.data.store.report import PrepareReport
-from pmixseg.data.store.stored import (
-    CASES,
-    FORMAT,
-    STORE_JSON,
-    StoredCase,
-    read_meta,
-    unseal,
-)
+from pmixseg.data.store.stored import CASES, FORMAT, STORE_JSON, StoredCase, read_meta, unseal
 from pmixseg.errors import InputError, count_of, explained
 from pmixseg.task import Task
 

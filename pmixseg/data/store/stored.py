@@ -235,7 +235,7 @@ def _content_hash(facts: Mapping[str, Any]) -> str:
 
 
 def scan_hashes(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """Hashes that tell the scans of a stored case, whatever it is called.
+    """Return hashes that tell the scans of a stored case, whatever it is called.
 
     A file is told by the SHA-256 of its bytes. A copy that was packed anew has other bytes; it is
     told by the checksums of the prepared arrays, where both were prepared in the same way.

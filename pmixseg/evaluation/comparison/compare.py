@@ -18,12 +18,7 @@ from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.comparison.comparison import Comparison
 from pmixseg.evaluation.comparison.monotonicity import violations
-from pmixseg.evaluation.comparison.paired_tests import (
-    PairedTest,
-    holm,
-    paired_t,
-    two_way_bootstrap,
-)
+from pmixseg.evaluation.comparison.paired_tests import PairedTest, holm, paired_t, two_way_bootstrap
 from pmixseg.evaluation.records.measures import DICE, MEASURES, direction_of
 from pmixseg.evaluation.records.records import KEY, Records
 from pmixseg.evaluation.records.tables import refuse_other_truth, run_name

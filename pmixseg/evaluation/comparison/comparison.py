@@ -123,14 +123,8 @@ class Comparison:
                 "wins": dict(zip(("a", "b", "equal"), self.wins, strict=True)),
                 "verdict": self.conclusion(),
             },
-            "exploratory": {
-                "measure": self.measure,
-                "rows": _rows(self.exploratory),
-            },
-            "violations": {
-                "a": _rows(self.violations_a),
-                "b": _rows(self.violations_b),
-            },
+            "exploratory": {"measure": self.measure, "rows": _rows(self.exploratory)},
+            "violations": {"a": _rows(self.violations_a), "b": _rows(self.violations_b)},
             "notes": list(self.notes),
         }
 

@@ -83,6 +83,6 @@ def _by_case(run: pd.DataFrame, names: Mapping[frozenset[str], str]) -> pd.DataF
 
 
 def violations(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Rows of :func:`added_modalities` whose mean change is below 0."""
+    """Return rows of :func:`added_modalities` whose mean change is below 0."""
     changes = added_modalities(runs)
     return changes[changes["change"] < 0].reset_index(drop=True)

@@ -69,7 +69,7 @@ def paired_t(differences: Array) -> PairedTest:
 
 
 def two_way_bootstrap(differences: Array, repeats: int = 4000) -> Interval:
-    """95 % percentile interval of the mean of ``[runs, cases]``, each drawn with replacement.
+    """Return the 95 % interval of the mean of ``[runs, cases]``, both drawn with replacement.
 
     With one run, cases alone are drawn: the interval then says nothing about another training.
     With few runs it is too narrow: without a true effect (simulation of docs/method/evidence.md) it
@@ -94,7 +94,7 @@ def _weights(count: int, repeats: int, seed: int) -> Array:
 
 
 def holm(p: Array) -> Array:
-    """Holm's step-down correction of p values for their number; NaN stays and is not counted.
+    """Correct p values for their number by Holm's steps; NaN stays and is not counted.
 
     Example:
         >>> holm(np.array([0.01, 0.04, 0.03])).tolist()

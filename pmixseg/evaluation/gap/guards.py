@@ -38,7 +38,7 @@ REGRESSION_RIDGE = 1e-2
 
 
 def effective_rank(covariance: Float[Tensor, "c c"]) -> float:
-    r"""Exp of the entropy of the normalised eigenvalues; 0 for a zero matrix.
+    r"""Return exp of the entropy of the normalised eigenvalues; 0 for a zero matrix.
 
     Example:
         >>> round(effective_rank(torch.eye(5)), 6)
@@ -82,7 +82,7 @@ def whitened_gap(vectors: Vectors, targets: Float[Tensor, "n c"]) -> float:
 def decodability(
     vectors: Vectors, regions: Float[Tensor, "n r"], cases: Int64[Tensor, " n"]
 ) -> Float[Tensor, " r"]:
-    r"""Cross-validated linear :math:`R^2` of each region from one modality's latent.
+    r"""Compute each region's cross-validated linear :math:`R^2` from one modality's latent.
 
     A ridge regression on standardised channels is fitted to the voxels of all cases but one and
     tested on that one, in turn; with a single case, to all but a fifth of its voxels. The mean over

@@ -30,7 +30,7 @@ Covariance = Float[Tensor, "k k"]
 
 
 def total_correlation(covariance: Covariance, sizes: Sequence[int]) -> float:
-    r"""Total correlation of blocks, of these sizes and in this order, of a Gaussian vector.
+    r"""Compute a Gaussian vector's total correlation between blocks of these sizes, in this order.
 
     .. math:: TC = KL\bigl(q(Z) \| \textstyle\prod_m q(z_m)\bigr)
                  = \tfrac12 \Bigl( \sum_m \log\det \Sigma_{mm} - \log\det \Sigma \Bigr)
@@ -51,7 +51,7 @@ def jensen_shannon(
     weights: Sequence[float] | None = None,
     samples: int = 4096,
 ) -> float:
-    r"""Jensen-Shannon divergence of M Gaussians, by Monte Carlo.
+    r"""Estimate the Jensen-Shannon divergence of M Gaussians by Monte Carlo.
 
     .. math:: JSD_w = \sum_m w_m KL\bigl(q_m \| \textstyle\sum_j w_j q_j\bigr)
               \in \bigl[0,\; \textstyle -\sum_m w_m \log w_m\bigr]

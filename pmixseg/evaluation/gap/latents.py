@@ -41,7 +41,7 @@ class LatentSample:
         return measure_gap(self.vectors, self.targets)
 
     def decodability(self) -> Float[Tensor, " r"] | None:
-        """Decodability of each region from one modality's latent; ``None`` without labels."""
+        """Return each region's decodability from one modality's latent; ``None`` without labels."""
         if self.regions is None or self.cases is None:
             return None
         return decodability(self.vectors, self.regions, self.cases)
@@ -66,7 +66,7 @@ def sample_latents(
     points: int = 1024,
     regions: Sequence[Float[Tensor, "r d h w"]] | None = None,
 ) -> dict[int, LatentSample]:
-    """Latents of complete cases, in one window of each around the middle of the brain.
+    """Encode complete cases, in one window of each around the middle of the brain.
 
     The predictor is a module or backbone in eval mode, with one latent per modality; images have
     every modality and background 0. Where the model has no anchor, or one without features, a
@@ -116,7 +116,7 @@ def _joined(samples: Sequence[LatentSample]) -> LatentSample:
 
 
 def named_subsets(names: Sequence[str]) -> list[Combination]:
-    """Combinations that a gap is measured in: of two and more modalities, but for all of them.
+    """List the combinations that a gap is measured in: of two modalities or more, but not of all.
 
     Of more than four modalities only the pairs: there are 57 combinations of six.
 

@@ -77,7 +77,7 @@ def voxel_vectors(
     points: int = 1024,
     seed: int = 0,
 ) -> tuple[Vectors, Targets]:
-    """Latents and anchor at voxels drawn without replacement.
+    """Draw latents and anchor at voxels, without replacement.
 
     ``features`` are those of one level with all slots encoded, ``anchor`` is P at that level. Of
     the voxels in ``mask`` (the brain; all if not given) at most ``points`` are drawn. The results
@@ -126,7 +126,7 @@ def measure_gap(vectors: Vectors, targets: Targets) -> Gap:
 
 
 def linear_cka(x: Float[Tensor, "n c"], y: Float[Tensor, "n d"]) -> float:
-    r"""Linear centred kernel alignment of paired vectors.
+    r"""Compute the linear centred kernel alignment of paired vectors.
 
     .. math:: \frac{\|X^T Y\|_F^2}{\|X^T X\|_F \|Y^T Y\|_F}
 
@@ -138,7 +138,7 @@ def linear_cka(x: Float[Tensor, "n c"], y: Float[Tensor, "n d"]) -> float:
 
 
 def corrected_total_correlation(vectors: Vectors) -> float:
-    """Gaussian total correlation between modalities, minus that of shuffled voxels.
+    """Compute the Gaussian total correlation between modalities, minus that of shuffled voxels.
 
     The plain estimate is far above 0 for independent modalities (13.6 nats with 64 channels and
     1024 voxels); the mean over shuffles, which breaks every dependence, is subtracted.

@@ -21,12 +21,7 @@ from pmixseg.data.scans.geometry import Geometry
 from pmixseg.describe import COUNT, NOT_NEGATIVE, SHARE, Ranges
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.postprocess import check_names, postprocess
-from pmixseg.evaluation.prediction.windows import (
-    BatchSize,
-    Blend,
-    Predictor,
-    iterate_combinations,
-)
+from pmixseg.evaluation.prediction.windows import BatchSize, Blend, Predictor, iterate_combinations
 from pmixseg.evaluation.scores.calibration import CaseCalibration, Temperatures, tempered
 from pmixseg.evaluation.scores.metrics import CaseMetrics, Conventions
 from pmixseg.files import inside
@@ -164,7 +159,7 @@ class CasePrediction:
         return self.probabilities.max(0).indices
 
     def on_grid(self) -> Int64[Tensor, "d h w"]:
-        """Most probable class in the crop of the store, background where nothing was shown."""
+        """Return the likeliest class in the store's crop, background where nothing was shown."""
         whole = self.geometry.box()
         classes = self.classes
         if self.box == whole:
@@ -179,7 +174,7 @@ class CasePrediction:
         return tempered(self.probabilities, self.temperature)
 
     def source_probabilities(self) -> Float[np.ndarray, "c x y z"]:
-        """Calibrated probabilities in the source grid; background 1 outside ``box``."""
+        """Return calibrated probabilities in the source grid; background 1 outside ``box``."""
         if not self.geometry.resampled:
             return self._to_source(self.calibrated)
         made = torch.from_numpy(self._to_source(self.probabilities))
@@ -191,7 +186,7 @@ class CasePrediction:
         return self.geometry.to_source(probabilities.cpu().numpy(), self.box, order=1, first=1)
 
     def source_entropy(self) -> Float[np.ndarray, "x y z"]:
-        r"""Voxel-wise uncertainty :math:`-\sum_c p_c \ln p_c` in nats, 0 to ln C."""
+        r"""Compute the voxel-wise uncertainty :math:`-\sum_c p_c \ln p_c` in nats, 0 to ln C."""
         return entropy_of(self.source_probabilities())
 
     def labels(self) -> UInt8[np.ndarray, "x y z"]:
@@ -270,7 +265,7 @@ def predict_case(
 
 
 def entropy_of(probabilities: Float[np.ndarray, "c x y z"]) -> Float[np.ndarray, "x y z"]:
-    r"""Entropy :math:`-\sum_c p_c \ln p_c` in nats."""
+    r"""Compute the entropy :math:`-\sum_c p_c \ln p_c` in nats."""
     # One class at a time: the terms of all are as large as the probabilities.
     total: Float[np.ndarray, "x y z"] = functools.reduce(np.add, map(entr, probabilities))
     return total.clip(min=0)

@@ -27,7 +27,7 @@ MOST_SCORERS = 8
 
 
 def scorers(processes: int) -> int:
-    """Threads that score at a time, where so many processes share the machine."""
+    """Return how many threads score at a time, where so many processes share the machine."""
     return max(1, min(MOST_SCORERS, (os.cpu_count() or 1) // max(processes, 1)))
 
 

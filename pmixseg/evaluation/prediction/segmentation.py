@@ -107,7 +107,7 @@ class Segmentation:
         }
 
     def to_nifti(self) -> Any:
-        """:attr:`labels` as a ``nibabel.Nifti1Image``, with the header of the files written."""
+        """Return :attr:`labels` as a ``nibabel.Nifti1Image``, with the header of the files."""
         return nifti_image(self.labels, self.affine, self.prediction.geometry.unit)
 
     @checked

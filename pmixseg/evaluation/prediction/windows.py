@@ -48,7 +48,7 @@ class Predictor(Protocol):
         """Whether latents of one encoding may be restricted to smaller combinations."""
 
     def encode(self, image: Image, present: Presence) -> Latents:
-        """Latents of the present modalities."""
+        """Encode the present modalities."""
 
     def decode(self, latents: Latents) -> SegOutput:
         """Segment from the slots that ``latents.usable`` shows."""
@@ -201,7 +201,7 @@ def _probabilities(
 
 
 def _pad_to(image: Tensor, patch: Sequence[int]) -> tuple[Tensor, Window]:
-    """Zero-pad each axis to at least the patch, half on each side; where the image then lies."""
+    """Pad each axis by zeros to at least the patch; return where the image then lies."""
     missing = [max(p - n, 0) for p, n in zip(patch, image.shape[1:], strict=True)]
     sides = [(m // 2, m - m // 2) for m in missing]
     inner = tuple(
@@ -212,12 +212,7 @@ def _pad_to(image: Tensor, patch: Sequence[int]) -> tuple[Tensor, Window]:
     return image, inner
 
 
-def _check(
-    predictor: Predictor,
-    image: Tensor,
-    present: Tensor,
-    patch: Sequence[int],
-) -> None:
+def _check(predictor: Predictor, image: Tensor, present: Tensor, patch: Sequence[int]) -> None:
     names, stride = list(predictor.modalities), predictor.strides[-1]
     if image.ndim != 4 or image.shape[0] != len(names):
         raise InputError(

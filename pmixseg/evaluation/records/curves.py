@@ -32,7 +32,7 @@ class Chart:
 
 
 def read_log(run: Path) -> pd.DataFrame:
-    """``metrics.csv`` of a run; a table without columns where nothing was logged."""
+    """Read ``metrics.csv`` of a run; a table without columns where nothing was logged."""
     path = run / "metrics.csv"
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame()
@@ -46,7 +46,7 @@ def read_log(run: Path) -> pd.DataFrame:
 
 
 def read_curves(run: Path) -> list[Chart]:
-    """Curves of ``metrics.csv`` (Lightning's CSVLogger or this package's), grouped by name.
+    """Read curves of ``metrics.csv`` (Lightning's CSVLogger or this package's), grouped by name.
 
     ``train/loss`` and other training losses share a chart, ``val/dice`` and its regions another, as
     do names of three parts with the first two in common (``anchor/level3/t1``), and levels of one

@@ -169,7 +169,7 @@ class Example:
 
 
 def examples_of(run: Path) -> dict[str, Path]:
-    """Case id -> file of every example that a run folder holds."""
+    """Map the id of each case to the file of its example in a run folder."""
     return {path.stem: path for path in sorted((run / FOLDER).glob("[!.]*.npz"))}
 
 

@@ -29,7 +29,7 @@ class BySize(Lines):
     sizes: tuple[int, ...]
 
     def rich(self) -> Table:
-        """For a terminal: a column per number of sequences shown."""
+        """Return a table for a terminal: a column per number of sequences shown."""
         table = Table(title=f"{self.title} by number of sequences shown", box=HORIZONTALS)
         table.add_column("shown\ncombinations")
         for size, count in enumerate(self.sizes, 1):
@@ -60,7 +60,7 @@ def group_by_size(table: Tabulation) -> BySize:
 
 
 def result_table(records: Records, width: int | None = None) -> Table:
-    """For a terminal: Dice of every combination where these are 15 or fewer, else by size.
+    """Tabulate Dice for a terminal: every combination where these are 15 or fewer, else by size.
 
     ``width`` counts the characters of the terminal.
     """

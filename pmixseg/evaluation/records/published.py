@@ -104,7 +104,7 @@ def recognised_split(records: Records) -> str | None:
 
 
 def references(records: Records) -> list[Reference]:
-    """Published rows that may stand beside the run: none, unless its split is recognised.
+    """Return published rows that may stand beside the run: none, unless its split is recognised.
 
     Regions come in the task's order, methods in the file's.
     """

@@ -190,7 +190,7 @@ class Records:
 
 
 def gather_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows of all ranks, on every rank, once per case × combination × region.
+    """Gather the rows of all ranks on every rank, once per case × combination × region.
 
     A distributed sampler repeats cases to give every rank as many; the first rank's row stays.
     Without an initialised process group: the given rows, cleaned the same way.

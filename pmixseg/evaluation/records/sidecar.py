@@ -70,7 +70,7 @@ class Sidecar:
         return replace(self, versions=_versions(), git=git_state(Path.cwd()), created=now)
 
     def differences(self, other: Sidecar) -> list[str]:
-        """Fields in which two sidecars differ although rows of one file must share them."""
+        """Name fields in which two sidecars differ although rows of one file must share them."""
         shared = ("task", "conventions", "postprocess", "checkpoint")
         mine, theirs = self.to_dict(), other.to_dict()
         return [name for name in shared if mine[name] != theirs[name]]
@@ -151,7 +151,7 @@ def checkpoint_identity(path: Path) -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout around ``folder`` and whether tracked files differ from it."""
+    """Return the commit of the checkout around ``folder``, and whether tracked files differ."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -76,7 +76,7 @@ class Lines:
         return " to ".join(map(str, dict.fromkeys((*sizes[:1], *sizes[-1:]))))
 
     def by_region(self) -> list[tuple[str, list[Line]]]:
-        """Lines of each region."""
+        """Group the lines by region."""
         return [(r, list(lines)) for r, lines in groupby(self.lines, lambda line: line.region)]
 
     def label(self, line: Line) -> str:
@@ -137,7 +137,7 @@ class Tabulation(Lines):
         )
 
     def rich(self, width: int | None = None) -> Table:
-        """For a terminal: combinations as columns if ``width`` allows, else as rows."""
+        """Return a table for a terminal: combinations as columns if they fit, else as rows."""
         names = [self.task.show(n) for n in (*self.task.modalities, *self.task.regions)]
         labels = max(map(len, (*names, *map(self.label, self.lines))))
         needed = labels + (len(self.combinations) + 1) * 6 + 2
@@ -215,7 +215,7 @@ class Tabulation(Lines):
 
 
 def tabulate(runs: Sequence[Records], measure: Measure = DICE) -> Tabulation:
-    """Means over cases of one measure, for one run or several side by side.
+    """Tabulate means over cases of one measure, for one run or several side by side.
 
     Names of runs must differ and tasks be equal. Cases in which the measure is NaN are left out.
 
@@ -316,7 +316,7 @@ def refuse_other_truth(tables: Sequence[pd.DataFrame]) -> None:
 def best_of(
     rows: list[list[float]], comparable: list[bool], measure: Measure
 ) -> list[tuple[bool, ...]]:
-    """Per row and column, whether it is the best of several rows, as printed."""
+    """Say per row and column whether it is the best of several rows, as printed."""
     marks = [[False] * len(comparable) for _ in rows]
     if len(rows) > 1:
         for j, use in enumerate(comparable):

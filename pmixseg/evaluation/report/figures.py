@@ -89,7 +89,7 @@ def drawing() -> Iterator[None]:
 
 
 def heat_map(table: Tabulation) -> Figure:
-    """Means of every region (and run) on every combination, the value in each cell."""
+    """Draw means of every region (and run) on every combination, the value in each cell."""
     several = len(table.runs) > 1
     values = np.array([line.values for line in table.lines])
     names = [
@@ -133,7 +133,7 @@ def heat_map(table: Tabulation) -> Figure:
 
 
 def box_plots(runs: Sequence[Records]) -> Figure:
-    """Spread of Dice over cases: a box per combination and run, region by region, cases as points.
+    """Draw Dice over cases: a box per combination and run, region by region, cases as points.
 
     Boxes span the quartiles, whiskers the points within 1.5 times that range.
     """
@@ -207,7 +207,7 @@ def by_count(tables: Tabulation) -> Figure:
 
 
 def courses(charts: Sequence[Chart]) -> Figure:
-    """Curves of a training, one small plot per chart, three in a row.
+    """Draw curves of a training, one small plot per chart, three in a row.
 
     Charts of single points are left out, where any has a course to show.
     """
@@ -242,7 +242,7 @@ def courses(charts: Sequence[Chart]) -> Figure:
 
 
 def overlaid(histories: Mapping[str, Sequence[Chart]]) -> list[Chart]:
-    """Training loss and validation Dice of several runs, a curve per run."""
+    """Draw training loss and validation Dice of several runs, a curve per run."""
     panels = (("train", "loss", "train/loss"), ("val/dice", "mean", "val/dice"))
     charts = []
     for title, name, shown in panels:

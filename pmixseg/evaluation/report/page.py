@@ -89,7 +89,7 @@ class Run:
         return cls(home, records, read_curves(home), examples_of(home), gaps)
 
     def other_weights(self) -> list[str]:
-        """A remark where the run holds other weights than were tested, as after a new training."""
+        """Remark where the run holds other weights than were tested, as after a new training."""
         tested = self.records.sidecar.checkpoint or {}
         path = self.folder / "checkpoints" / tested.get("file", "")
         if not path.is_file() or file_hash(path) == tested.get("sha256"):

@@ -50,17 +50,17 @@ def upright(plane: Plane) -> Plane:
 
 
 def plain(grey: Plane) -> Picture:
-    """Grey values as RGB."""
+    """Show grey values as RGB."""
     return np.repeat(upright(grey)[..., None], 3, axis=2)
 
 
 def labelled(grey: Plane, labels: Plane) -> Picture:
-    """Classes in colour over the image."""
+    """Show classes in colour over the image."""
     return _tint(plain(grey), upright(labels), class_colours(int(labels.max(initial=0))))
 
 
 def disagreement(grey: Plane, truth: Plane, prediction: Plane) -> Picture:
-    """Missed, invented and confused voxels in colour over the image."""
+    """Show missed, invented and confused voxels in colour over the image."""
     kind = np.zeros(truth.shape, np.uint8)
     kind[(truth > 0) & (prediction == 0)] = 1
     kind[(truth == 0) & (prediction > 0)] = 2
@@ -76,7 +76,7 @@ def shown_combinations(available: Sequence[Combination], task: Task) -> list[Com
 
 
 def panels(runs: Mapping[str, Example], task: Task) -> list[list[Panel]]:
-    """Rows of pictures of one case: its modalities and truth; per run predictions and errors.
+    """Draw rows of pictures of one case: its modalities and truth; per run predictions and errors.
 
     Image and truth are those of the first run.
     """
@@ -111,7 +111,7 @@ def panels(runs: Mapping[str, Example], task: Task) -> list[list[Panel]]:
 
 
 def combination_title(combination: Combination, task: Task) -> str:
-    """``all four`` names become ``all``; others are joined by +."""
+    """Name ``all four`` modalities ``all``; join others by +."""
     if len(combination) == task.num_modalities and len(combination) > 1:
         return "all"
     return " + ".join(task.show(m) for m in combination)
@@ -170,7 +170,7 @@ def viewer_case(runs: Mapping[str, Example]) -> dict[str, object]:
 
 
 def packed(array: NDArray[np.uint8]) -> str:
-    """Bytes in C order, gzip, base64."""
+    """Pack bytes in C order, by gzip and base64."""
     raw = gzip.compress(np.ascontiguousarray(array).tobytes(), compresslevel=6, mtime=0)
     return base64.b64encode(raw).decode()
 

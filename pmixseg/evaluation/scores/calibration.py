@@ -69,10 +69,7 @@ class CaseCalibration:
     """
 
     def __init__(
-        self,
-        truth: Int[Tensor, "d h w"],
-        task: Task,
-        where: Bool[Tensor, "d h w"] | None = None,
+        self, truth: Int[Tensor, "d h w"], task: Task, where: Bool[Tensor, "d h w"] | None = None
     ) -> None:
         self.task = task
         self._truth = truth.cpu()
@@ -86,7 +83,7 @@ class CaseCalibration:
     def score(
         self, probabilities: Float[Tensor, "c d h w"], box: tuple[slice, slice, slice] | None = None
     ) -> dict[str, Reliability]:
-        """Bins of one prediction, per region.
+        """Count the bins of one prediction, per region.
 
         The probability of a region is the sum over its classes. ``box`` says where the prediction
         lies in the truth's array; default all of it.
@@ -142,7 +139,7 @@ def reliability(
     task: Task,
     where: Bool[Tensor, "d h w"] | None = None,
 ) -> dict[str, Reliability]:
-    """Calibration of one prediction, per region; see :class:`CaseCalibration`.
+    """Count the calibration of one prediction, per region; see :class:`CaseCalibration`.
 
     Example:
         >>> from pmixseg.task import BRATS
@@ -155,7 +152,7 @@ def reliability(
 
 
 def tempered(probabilities: Float[Tensor, "c ..."], temperature: float) -> Float[Tensor, "c ..."]:
-    """softmax(log p / T): what logits divided by T would have given; no label changes.
+    """Return softmax(log p / T), what logits divided by T would have given; no label changes.
 
     T > 1 makes them less certain. Classes come first.
     """
@@ -251,7 +248,7 @@ class TemperatureFit:
         return float(torch.nn.functional.cross_entropy(logits.T, truth))
 
     def ece(self, n_present: int, temperature: float, task: Task) -> float:
-        """ECE of the voxels of one size at a temperature, mean over the task's regions.
+        """Compute the ECE of the voxels of one size at a temperature, mean over the task's regions.
 
         It is not what is minimised and may rise where cross-entropy and Brier score fall: one T
         for all voxels softens also the many that are surely background.

@@ -74,7 +74,7 @@ class LesionScore:
     fn: int
 
     def row(self) -> dict[str, float]:
-        """As columns of a record."""
+        """Return the columns of a record."""
         return {f"lesion_{k}": v for k, v in vars(self).items()}
 
 
@@ -94,7 +94,7 @@ class Components:
 
     @classmethod
     def of(cls, mask: Mask, box: Box) -> Components:
-        """26-connected components of a mask."""
+        """Find the 26-connected components of a mask."""
         labels = np.empty(mask.shape, np.int32)
         count = ndimage.label(mask, _FULL, output=labels)
         return cls(labels, box, int(count))
@@ -104,7 +104,7 @@ class Components:
         return np.bincount(self.labels.ravel(), minlength=self.count + 1)
 
     def select(self, numbers: NDArray[np.integer[Any]]) -> tuple[Mask, list[int]]:
-        """These components together, cropped, and the coordinates of the crop's first voxel."""
+        """Join these components, cropped; return the coordinates of the crop's first voxel, too."""
         boxes = ndimage.find_objects(self.labels)
         parts = [boxes[n - 1] for n in numbers]
         low = [min(p[a].start for p in parts) for a in range(3)]

@@ -168,7 +168,7 @@ def _ratio(part: int, whole: int) -> float:
 def region_dice(
     prediction: Int[Tensor, "*shape"], truth: Int[Tensor, "*shape"], task: Task
 ) -> dict[str, float]:
-    """Dice of every region of one case, quickly and on the tensors' device (for validation).
+    """Compute every region's Dice of a case, quickly and on the tensors' device (for validation).
 
     2·|P∩T| / (|P| + |T|); both empty gives 1.
 

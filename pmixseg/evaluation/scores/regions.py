@@ -11,12 +11,7 @@ from numpy.typing import NDArray
 from pmixseg.data.scans.boxes import Box, bounds
 from pmixseg.data.scans.geometry import Spacing
 from pmixseg.errors import InputError
-from pmixseg.evaluation.scores.surfaces import (
-    Points,
-    Surfels,
-    surface_bits,
-    surfels,
-)
+from pmixseg.evaluation.scores.surfaces import Points, Surfels, surface_bits, surfels
 from pmixseg.task import Task
 
 LabelMap = NDArray[np.uint8]
@@ -54,7 +49,7 @@ class RegionMasks:
         return surface_bits(self.bits)
 
     def surface(self, region: int) -> Points:
-        """Surface voxels of a region, which is not empty."""
+        """Find the surface voxels of a region, which is not empty."""
         if region not in self._points:
             bit = self._borders.dtype.type(1 << region)
             flat = np.flatnonzero(self._borders & bit)
@@ -63,7 +58,7 @@ class RegionMasks:
         return self._points[region]
 
     def surfels(self, region: int) -> Surfels:
-        """Surface elements of a region."""
+        """Find the surface elements of a region."""
         if region not in self._surfels:
             self._surfels[region] = surfels(self.mask(region), self.box.lo, self.spacing)
         return self._surfels[region]

@@ -57,7 +57,7 @@ class Points:
         return low, occupied
 
     def distances_from(self, others: Points, limit: float = np.inf) -> Distances:
-        """Distance in mm from each other point to the nearest of these (at least one), ``[n]``.
+        """Compute the distance in mm from each other point to the nearest of these (at least one).
 
         What is further away than ``limit`` may be infinitely far.
         """
@@ -112,7 +112,7 @@ def _shells(spacing: Spacing) -> tuple[tuple[float, Coordinates], ...]:
 
 
 def surface_bits(bits: NDArray[Word]) -> NDArray[Word]:
-    """Surface voxels of several masks at once.
+    """Find the surface voxels of several masks at once.
 
     A voxel belongs to the surface of a mask if it is in the mask and one of its six face neighbours
     is not; beyond the array there is nothing. That is the mask without its erosion by the
@@ -131,7 +131,7 @@ def surface_bits(bits: NDArray[Word]) -> NDArray[Word]:
 
 
 def voxel_surface(mask: NDArray[np.bool_], origin: Sequence[int], spacing: Spacing) -> Points:
-    """Surface voxels of one mask, ``[d, h, w]``, as in :func:`surface_bits`.
+    """Find the surface voxels of one mask, ``[d, h, w]``, as in :func:`surface_bits`.
 
     Its first voxel lies at ``origin`` in the whole volume; the spacing is in mm.
     """
@@ -154,7 +154,7 @@ class Surfels:
 
 
 def surfels(mask: NDArray[np.bool_], origin: Sequence[int], spacing: Spacing) -> Surfels:
-    """Surface elements of a mask, as in the surface-distance package (Nikolov et al. 2018).
+    """Find a mask's surface elements, as in the surface-distance package (Nikolov et al. 2018).
 
     Arguments are those of :func:`voxel_surface`.
     """
@@ -179,7 +179,7 @@ def _area_table(spacing: Spacing) -> tuple[Distances, NDArray[np.uint8]]:
 
 
 def robust_hausdorff(a: Surfels, b: Surfels, percent: float) -> float:
-    """Larger of the two directed percentiles of distance, weighted by area, in mm.
+    """Return the larger of the two directed percentiles of distance, weighted by area, in mm.
 
     The percentile is the first distance at which the summed area reaches ``percent``: the rule of
     the surface-distance package, used by the BraTS 2023 lesion-wise scores. Neither may be empty.

@@ -23,7 +23,7 @@ VARIANCE_FLOOR = 1e-2
 
 
 def floored_variance(raw: Tensor) -> Tensor:
-    """``softplus(raw) + 0.01``."""
+    """Compute ``softplus(raw) + 0.01``."""
     return F.softplus(raw) + VARIANCE_FLOOR
 
 

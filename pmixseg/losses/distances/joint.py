@@ -136,7 +136,7 @@ class JointKL(Distance):
 def slot_moments(
     features: Features, subset: Presence, ridge: float, brain: Brain
 ) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b c m m"]]:
-    """Means over brain voxels, and covariances between modalities, of every sample and channel.
+    """Compute means over brain voxels, and covariances between modalities, per sample and channel.
 
     For ``ridge`` see :class:`JointKL`. Means are ``[B, M, C]``, covariances ``[B, C, M, M]`` and
     positive definite; slots outside the subset have mean 0 and variance :data:`SMALLEST_VARIANCE`
@@ -162,7 +162,7 @@ def slot_moments(
 def gaussian_divergences(
     shift: Float[Tensor, "... m"], covariance: Float[Tensor, "... m m"], anchor: Tensor
 ) -> Tensor:
-    r"""KL(N(μ, Σ) ‖ N(μ_P, Σ_P)) of many Gaussians, differentiable.
+    r"""Compute KL(N(μ, Σ) ‖ N(μ_P, Σ_P)) of many Gaussians, differentiably.
 
     .. math:: \tfrac12 \bigl(\operatorname{tr} \Sigma_P^{-1} \Sigma
               + \delta^T \Sigma_P^{-1} \delta - k

@@ -68,7 +68,7 @@ class SharedMoments:
 
 
 def shared_moments(latents: LevelLatents, epsilon: float) -> SharedMoments:
-    """Moments of S in value, of A in gradient; see the head of this file."""
+    """Take moments of S in value, of A in gradient; see the head of this file."""
     features, brain = latents.features, latents.brain
     with torch.no_grad():
         centre, variance = pooled_moments(features, latents.subset, brain, latents.sums)
@@ -98,13 +98,9 @@ def standardise(latents: LevelLatents, epsilon: float) -> LevelLatents:
 
 
 def pooled_covariance(
-    features: Features,
-    slots: Presence,
-    brain: Brain,
-    sums: SharedSums,
-    within: bool = False,
+    features: Features, slots: Presence, brain: Brain, sums: SharedSums, within: bool = False
 ) -> Float[Tensor, "c c"]:
-    """Population covariance of the channels over samples, modalities and brain voxels.
+    """Compute the population covariance of channels over samples, modalities and brain voxels.
 
     It is positive semidefinite, and 0 where nothing counts. ``within`` takes it around the mean of
     each modality, instead of the mean of all. Features are finite in every slot; ``sums`` go over
@@ -125,5 +121,5 @@ def pooled_covariance(
 
 
 def unit(vectors: Tensor, epsilon: float) -> Tensor:
-    """Vectors along dimension 2 divided by ``sqrt(|v|² + epsilon)``, their length but near 0."""
+    """Divide vectors along dimension 2 by ``sqrt(|v|² + epsilon)``, their length but near 0."""
     return vectors * (vectors.square().sum(2, keepdim=True) + epsilon).rsqrt()

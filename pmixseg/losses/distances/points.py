@@ -19,7 +19,7 @@ _MASK = 0xFFFFFFFF
 
 
 def hashed(count: int, seed: int, device: torch.device) -> Int64[Tensor, " n"]:
-    """Distinct numbers in [0, 2³²), one per index, in no visible order.
+    """Return distinct numbers in [0, 2³²), one per index, in no visible order.
 
     ``seed`` shifts the sequence.
 
@@ -33,7 +33,7 @@ def hashed(count: int, seed: int, device: torch.device) -> Int64[Tensor, " n"]:
 
 
 def normal_numbers(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
-    """Standard normal numbers that follow from the seed alone."""
+    """Draw standard normal numbers that follow from the seed alone."""
     count = math.prod(shape)
     drawn = hashed(2 * count, seed, like.device).to(torch.float64)
     radius, angle = ((drawn + 0.5) / 2**32).chunk(2)
@@ -44,7 +44,7 @@ def normal_numbers(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
 def brain_points(
     brain: Brain, count: int, seed: int
 ) -> tuple[Int64[Tensor, "b p"], Bool[Tensor, "b p"]]:
-    """Places of brain voxels of every sample, drawn without replacement.
+    """Draw places of brain voxels of every sample, without replacement.
 
     Indices into the flattened voxels come with which of them are brain: a sample with fewer brain
     voxels than ``count`` has places that do not count. A level with fewer voxels gives fewer
@@ -58,7 +58,7 @@ def brain_points(
 
 
 def take(features: Features, places: Int64[Tensor, "b p"]) -> Float[Tensor, "b m c p"]:
-    """Voxel vectors of every slot at the same places."""
+    """Take the voxel vectors of every slot at the same places."""
     flat = features.flatten(3)
     index = places[:, None, None].expand(-1, flat.shape[1], flat.shape[2], -1)
     return flat.gather(3, index)

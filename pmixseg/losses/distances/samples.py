@@ -53,7 +53,7 @@ class SampledDistance(Distance):
 
     @abstractmethod
     def between(self, x: Tensor, y: Tensor, inside: Bool[Tensor, "b n"], seed: int) -> PerSlot:
-        """Distance ``[B, M]`` of sets ``[B, M, N, C]`` from ``[B, 1, N, C]``, seeded by level."""
+        """Measure ``[B, M]``, of sets ``[B, M, N, C]`` from ``[B, 1, N, C]``, seeded by level."""
 
 
 class MMD(SampledDistance):

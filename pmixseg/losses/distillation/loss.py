@@ -70,13 +70,7 @@ class DistillationLoss(nn.Module, Described, ABC):
         """Return the weight's factor in an epoch from 0, for losses with a ramp of their own."""
         return 1.0
 
-    def bind(
-        self,
-        student: Network,
-        teacher: Network,
-        *,
-        anchor: Anchor | None = None,
-    ) -> None:
+    def bind(self, student: Network, teacher: Network, *, anchor: Anchor | None = None) -> None:
         """Connect the loss with the two networks, and create its parameters.
 
         Args:

@@ -119,7 +119,7 @@ class LatentLoss(DistillationLoss):
         return hide(full_precision(features), usable), usable
 
     def teacher_anchor(self, teacher: SegOutput, pair: Pair) -> Features:
-        """sg[P^t], ``[B, 1, C, D, H, W]``."""
+        """Return sg[P^t], ``[B, 1, C, D, H, W]``."""
         anchor = self._anchor.value or self.uniform
         assert anchor is not None  # bind() chooses one
         with torch.no_grad():
@@ -127,7 +127,7 @@ class LatentLoss(DistillationLoss):
             return anchor(features, usable, pair.teacher)[:, None]
 
     def to_teacher(self, features: Features, pair: Pair) -> Features:
-        """h: the student's channels to the teacher's."""
+        """Map the student's channels to the teacher's: h."""
         mapped: Tensor = self.maps[str(pair.stride)](features)
         return mapped
 

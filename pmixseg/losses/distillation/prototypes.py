@@ -20,7 +20,7 @@ EPSILON = 1e-6
 
 
 def similarity_maps(features: Features, fractions: Tensor) -> Tensor:
-    r"""Cosine similarity of every voxel to the prototype of every class.
+    r"""Compute the cosine similarity of every voxel to the prototype of every class.
 
     .. math:: c_k = \frac{\sum_v a_{kv} f_v}{\sum_v a_{kv}}, \qquad
               s_{kv} = \frac{f_v \cdot c_k}{\sqrt{(|f_v|^2 + ε)(|c_k|^2 + ε)}}

@@ -24,7 +24,7 @@ FLOOR = 0.005
 def pixel_divergence(
     student: Tensor, teacher: Tensor, temperature: float, label: Label
 ) -> Float[Tensor, " b"]:
-    r"""KL divergence of softened probabilities, the mean over voxels *and classes*.
+    r"""Compute the KL divergence of softened probabilities, mean over voxels *and classes*.
 
     .. math:: T^2 \operatorname{mean}_{c,v}\; p \log \frac{p}{q}, \qquad
               p = \max(0.005, U \operatorname{softmax}(t / T)),\;

@@ -110,7 +110,7 @@ class CompiledStep:
             self.compiled = uncut(self.compiled)
 
     def __call__(self, batch: Batch, epoch: int, weights: Mapping[str, float]) -> Losses:
-        """Losses of one step."""
+        """Compute the losses of one step."""
         if self.compiled is None:
             return self.plain(batch, epoch, weights)
         device = batch["image"].device

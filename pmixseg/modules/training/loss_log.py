@@ -83,7 +83,7 @@ class EpochMeans:
             self._sums[names] = (torch.add(total, values, alpha=samples), count + samples)
 
     def settle(self) -> dict[str, Tensor]:
-        """Means by name; begins anew."""
+        """Return the means by name, and begin anew."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         for names, (total, count) in self._sums.items():

@@ -199,7 +199,7 @@ def scheduled(
 
 
 def total_steps(trainer: Trainer) -> int:
-    """Optimizer steps of a training, which a schedule has to know."""
+    """Return the optimizer steps of a training, which a schedule has to know."""
     steps = trainer.estimated_stepping_batches
     if steps == math.inf:
         raise InputError(

@@ -158,7 +158,7 @@ def circumstances(trainer: Trainer) -> dict[str, Any]:
 def differences(
     stored: Any, current: Any, args: Sequence[str] = (), where: str | None = None
 ) -> list[str]:
-    """Leaves in which two descriptions differ, in words.
+    """Name the leaves in which two descriptions differ, in words.
 
     What a checkpoint does not state had its default, and has it still unless a flag says otherwise.
     ``where`` is the name of what is described, if it has one.
