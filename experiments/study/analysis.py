@@ -135,6 +135,7 @@ def verdict(results: StudyResults, entry: Entry) -> str:
     ``worth`` is the smallest gain, in points, that would be worth having.
     """
     worth = float(entry["worth"])
+    gain = f"A gain of {worth:g} point{'s' * (worth != 1)}"
     sentences = []
     for name, weights in contrasts(entry).items():
         blocks = results.whole_blocks(entry["group"], entry.get("arms") or list(weights))
@@ -150,12 +151,12 @@ def verdict(results: StudyResults, entry: Entry) -> str:
         elif high < 0:
             said = f"harms.** {measured}"
         elif high < worth:
-            said = f"refuted.** {measured} A gain of {worth:g} points or more is excluded."
+            said = f"refuted.** {measured} {gain} or more is excluded."
         else:
             seen = (
                 f"{100 * test.detectable:.1f} points would have been seen in four of five studies"
             )
-            said = f"not decided.** {measured} A gain of {worth:g} points is not excluded; {seen}."
+            said = f"not decided.** {measured} {gain} is not excluded; {seen}."
         sentences.append(f"- **{name}: {said}")
     return "\n".join(sentences)
 
