@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, count_of
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest value, that counts as float32 rounding.
@@ -25,7 +25,7 @@ class ConformanceError(AssertionError):
     def __init__(self, subject: str, broken: Mapping[str, str]) -> None:
         self.broken = dict(broken)
         lines = "\n".join(f"  {rule}: {fault}" for rule, fault in broken.items())
-        super().__init__(f"{subject} breaks {len(broken)} rule(s):\n{lines}")
+        super().__init__(f"{subject} breaks {count_of(len(broken), 'rule')}:\n{lines}")
 
 
 class Broken(Exception):

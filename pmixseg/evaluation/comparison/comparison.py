@@ -74,7 +74,8 @@ class Comparison:
         # What is compared, the primary endpoint, remarks, then what only explores.
         kind = "Two methods" if self.of_methods else "Two checkpoints, not two methods"
         console.print(f"{kind}: A = {', '.join(self.runs_a)}; B = {', '.join(self.runs_b)}")
-        console.print(f"{test.pairs} pair(s) of runs, {len(self.cases)} case(s) in all of them\n")
+        pairs = count_of(test.pairs, "pair of runs", "pairs of runs")
+        console.print(f"{pairs}, {count_of(len(self.cases), 'case')} in all of them\n")
         console.print("PRIMARY: mean Dice (%) per case over all combinations and regions")
         console.print(f"  A {DICE.scale * self.mean_a:.2f}   B {DICE.scale * self.mean_b:.2f}")
         console.print(f"  {self.conclusion()}")
