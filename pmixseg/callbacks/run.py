@@ -173,9 +173,9 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self.run = Path(run)
         self._folder = self.run / "checkpoints"
-        self._held: int | None = None
-        self._to_compare = False
-        self._kept_at = -1
+        self._lock: int | None = None
+        self._validated = False
+        self._last_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the latest checkpoint alone where nothing is validated; write each one whole.
@@ -184,12 +184,12 @@ class RunCheckpoint(ModelCheckpoint):
             InputError: another training writes into the run folder.
         """
         writes = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set in Trainer.__init__
-        if writes and self._held is None:
+        if writes and self._lock is None:
             # Not the run folder: a test of its best checkpoint may write records there meanwhile.
-            self._held = lock_folder(self._folder)
+            self._lock = lock_folder(self._folder)
         if not validates(trainer):
             self.monitor, self.save_top_k = None, 0
-        self._to_compare, self._kept_at = False, -1
+        self._validated, self._last_step = False, -1
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none of the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
@@ -212,19 +212,19 @@ class RunCheckpoint(ModelCheckpoint):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the run folder for other processes."""
         super().teardown(trainer, pl_module, stage)
-        self._let_go()
+        self._release()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Release the run folder for other processes."""
         super().on_exception(trainer, pl_module, exception)
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare with the best, or leave that to the end of the epoch if this is its end.
@@ -237,7 +237,7 @@ class RunCheckpoint(ModelCheckpoint):
         if not _saves(trainer):
             return
         if trainer.is_last_batch:
-            self._to_compare = True
+            self._validated = True
         else:
             self._write_best(trainer)
 
@@ -247,15 +247,15 @@ class RunCheckpoint(ModelCheckpoint):
             return
         # Both are the same to the byte, so the best has to know the other's path already.
         self.last_model_path = self._path_of_last()
-        best = self._to_compare and self._write_best(trainer)
-        self._to_compare = False
+        best = self._validated and self._write_best(trainer)
+        self._validated = False
         if not (best and self._linked(trainer)):
             self._write_last(trainer)
-        self._kept_at = trainer.global_step
+        self._last_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last if steps followed the last end of an epoch."""
-        if _saves(trainer) and self._kept_at != trainer.global_step:
+        if _saves(trainer) and self._last_step != trainer.global_step:
             self._write_last(trainer)
 
     def _write_best(self, trainer: Trainer) -> bool:

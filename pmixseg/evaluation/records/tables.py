@@ -298,15 +298,15 @@ def check_together(runs: Sequence[Records]) -> None:
 def refuse_other_truth(tables: Sequence[pd.DataFrame]) -> None:
     """Refuse tables in which one name stands for other label maps, as far as their volumes tell."""
     key, truth = ["case", "region"], "truth_volume_ml"
-    told = [one[[*key, truth]] for one in tables if {*key, truth} <= {*one}]
-    if not told:
+    volumes = [one[[*key, truth]] for one in tables if {*key, truth} <= {*one}]
+    if not volumes:
         return
-    every = pd.concat(told)
+    every = pd.concat(volumes)
     every[truth] = pd.to_numeric(every[truth], errors="coerce")
-    of = every.groupby(key, sort=False)[truth].agg(["min", "max"])
-    other = of[of["max"] - of["min"] > 1e-3 * of["max"]]
-    if len(other):
-        (case, region), (low, high) = other.index[0], other.iloc[0]
+    ends = every.groupby(key, sort=False)[truth].agg(["min", "max"])
+    differ = ends[ends["max"] - ends["min"] > 1e-3 * ends["max"]]
+    if len(differ):
+        (case, region), (low, high) = differ.index[0], differ.iloc[0]
         raise InputError(
             f"case '{case}' has {low:g} ml of {region} in one table and {high:g} ml in another, so "
             "they were scored on other label maps or other patients; test the runs on one cohort."
