@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from pmixseg.evaluation.records.curves import UNIFORM
 from pmixseg.losses.alignment import AlignmentLoss
 from pmixseg.losses.anchors import Anchor, NormalAnchor, WeightedAnchor
 from pmixseg.losses.distances import KL, NMSE, VIC, VID, SmoothL1, Whitened
@@ -13,9 +14,6 @@ from pmixseg.modules.base import SegmentationModule
 
 BLIND_TO_SCALE = (NMSE, SmoothL1, VIC, Whitened)
 """Distances that divide latents by their own deviations before they look at the anchor."""
-
-UNIFORM = 1e-3
-"""Weights of an anchor that differ from 1/M by less have not left uniform."""
 
 
 def settings_without_effect(

@@ -341,7 +341,7 @@ def label_map(scan: Scan, geometry: Geometry, coding: Coding, where: str) -> Lab
     if doubtful and not counts[coding.numbers[coding.witness]]:
         raise InputError(
             f"{where}: {scan.name} holds the label value {doubtful[0]} and no "
-            f"{coding.numbers[coding.witness]}, so {doubtful[0]} may be {coding.witness}, as to "
+            f"{coding.numbers[coding.witness]}, so {doubtful[0]} may be {coding.witness}, as until "
             "BraTS 2021, or a cavity, as from 2024; say which: --layout brats2024 takes it for a "
             "cavity, and a layout file with its own codes for what you write there."
         )

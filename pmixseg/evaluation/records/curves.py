@@ -13,6 +13,8 @@ from pmixseg.errors import InputError, explained
 DRAWN = ("train", "val", "gap", "align", "anchor")
 """First parts of names that are drawn, in this order; others are not part of the course."""
 
+UNIFORM = 1e-3
+"""Weights of an anchor that differ from 1/M by less have not left uniform."""
 
 GAP_DRAWN = ("ratio", "whitened", "rank_within", "decodability")
 """Measures of the gap that a report shows, in this order; each has a chart, a curve per level."""

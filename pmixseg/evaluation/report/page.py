@@ -17,7 +17,7 @@ from pmixseg.argument_checks import checked
 from pmixseg.data.formats.colours import class_colours
 from pmixseg.errors import writing
 from pmixseg.evaluation.gap.changes import GapChange, read_gap_changes
-from pmixseg.evaluation.records.curves import Chart, read_curves
+from pmixseg.evaluation.records.curves import UNIFORM, Chart, read_curves
 from pmixseg.evaluation.records.examples import Example, examples_of
 from pmixseg.evaluation.records.grouped import MOST_COLUMNS, group_by_size
 from pmixseg.evaluation.records.measures import BRIER, DICE, ECE, HD95
@@ -98,6 +98,20 @@ class Run:
             f"{self.name}: the scores are of another {path.name} than that which lies in the run, "
             "as where it was trained again after its test; test it again."
         ]
+
+    def learned_weights(self) -> list[str]:
+        """A remark on whether the weights of an anchor, where it learned some, left uniform."""
+        levels = [chart.curves.values() for chart in self.charts if chart.title[:6] == "anchor"]
+        apart = [abs(w.iloc[-1] - 1 / len(all_)) for all_ in levels if len(all_) > 1 for w in all_]
+        if not apart:
+            return []
+        left = max(apart) >= UNIFORM
+        how = (
+            f"left uniform, by up to {max(apart):.2g}"
+            if left
+            else f"stayed uniform (within {UNIFORM:g})"
+        )
+        return [f"{self.name}: the anchor's learned weights {how}."]
 
     @property
     def mean_dice(self) -> float:
@@ -191,7 +205,8 @@ def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
     records = [run.records for run in runs]
     return {
         "split": recognised_split(records[0]),
-        "remarks": [*remarks(records), *(r for run in runs for r in run.other_weights())],
+        "remarks": remarks(records)
+        + [r for run in runs for r in (*run.other_weights(), *run.learned_weights())],
         "phantom": [one.sidecar.phantom for one in records],
         "synthetic": all(one.sidecar.phantom for one in records),
         "known": [(run_name(one), n) for one in records if (n := len(one.sidecar.seen))],

@@ -213,6 +213,21 @@ def test_published_rows_stand_beside_but_are_not_ranked(tmp_path, monkeypatch):
     assert "DeMoSeg" not in Page(plain_report([named[0], other], tmp_path)).text
 
 
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        ("0.2496,0.2504", "stayed uniform (within 0.001)"),
+        ("0.3,0.2", "left uniform, by up to 0.05"),
+    ],
+)
+def test_a_report_says_whether_learned_weights_left_uniform(last, words, tmp_path):
+    run = make_run(tmp_path, "r", made_up_rows(3), **BARE)
+    levels = [f"anchor/level{level}/{name}" for level in (1, 2) for name in BRATS.modalities]
+    rows = [",".join(["epoch", *levels]), "0" + 8 * ",0.25", f"1{5 * ',0.25'},{last},0.25"]
+    (run / "metrics.csv").write_text("\n".join(rows))
+    assert f"r: the anchor's learned weights {words}." in Page(plain_report([run], tmp_path)).text
+
+
 def test_a_task_of_one_sequence_has_a_report(tmp_path):
     task = Task("lesions", ("ct",), ("lesion",), {"lesion": ("lesion",)})
     rows = [{"case": "1", "combination": "ct", "region": "lesion", "dice": 0.5}]
