@@ -28,10 +28,11 @@ import torchio
 from monai.utils import set_determinism
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import default_collate
 
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.layouts import find_cases
-from pmixseg.data.patches import PatchDataset, collate_patches
+from pmixseg.data.patches import PatchDataset
 from pmixseg.data.phantom.cohort import write_cohort
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.task import BRATS
@@ -54,9 +55,9 @@ def ours(store: Store) -> dict[str, Maker]:
     return {
         "pmixseg: read": lambda i: uniform[0, i],
         "pmixseg: read around the tumour": lambda i: tumour[0, i],
-        "pmixseg: read, augment": lambda i: augment(collate_patches([tumour[0, i]])),
+        "pmixseg: read, augment": lambda i: augment(default_collate([tumour[0, i]])),
         "pmixseg: the same with noise and gamma": lambda i: everything(
-            collate_patches([tumour[0, i]])
+            default_collate([tumour[0, i]])
         ),
     }
 

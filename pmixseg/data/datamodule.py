@@ -26,7 +26,6 @@ from pmixseg.data.patches import (
     PatchTransform,
     Size,
     collate_case,
-    collate_patches,
     warn_of_padding,
 )
 from pmixseg.data.sampling import CaseSampler, EpochLoader, EpochSampler, SameOrder
@@ -263,7 +262,6 @@ class BraTSDataModule(LightningDataModule, Described):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=collate_patches,
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

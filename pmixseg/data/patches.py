@@ -13,14 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from pmixseg.data.keys import make_key, number_of, uniform
 from pmixseg.data.masks import Flags
 from pmixseg.data.store.arrays import copy_box
 from pmixseg.data.store.store import Store, StoredCase
 from pmixseg.describe import Described
-from pmixseg.types import Batch
 
 Size = tuple[int, int, int]
 
@@ -213,17 +212,6 @@ class CaseLoader(DataLoader[CaseItem]):
             while (case := coming.result()) is not None:
                 coming = pool.submit(next, cases, None)
                 yield case
-
-
-def collate_patches(samples: Sequence[Sample]) -> Batch:
-    """Stack samples; in a worker directly into shared memory."""
-    return {
-        "image": default_collate([s["image"] for s in samples]),
-        "label": default_collate([s["label"] for s in samples]),
-        "case_id": [s["case_id"] for s in samples],
-        "acquired": default_collate([s["acquired"] for s in samples]),
-        "key": default_collate([s["key"] for s in samples]),
-    }
 
 
 def collate_case(items: Sequence[CaseItem]) -> CaseItem:

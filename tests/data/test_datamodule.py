@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import default_collate
 
 from pmixseg.data.augment import Augmentation
 from pmixseg.data.cohorts.layouts import find_cases
@@ -15,7 +16,7 @@ from pmixseg.data.datamodule import BraTSDataModule
 from pmixseg.data.keys import make_key
 from pmixseg.data.masks import RandomMasks
 from pmixseg.data.parts import PUBLISHED, Split
-from pmixseg.data.patches import CaseDataset, PatchDataset, collate_patches
+from pmixseg.data.patches import CaseDataset, PatchDataset
 from pmixseg.data.sampling import EpochSampler
 from pmixseg.data.splits import Fractions, KFold, SplitJson, WholeCohort
 from pmixseg.data.store.store import Store, prepare
@@ -126,7 +127,7 @@ def test_training_batches_are_augmented_and_no_others(phantom_root, tmp_path):
     raw = PatchDataset(data.store, data.parts.train, (16,) * 3, 5, data.foreground)
     expected = []
     for a, b in zip(*[iter(EpochSampler(3, 2, 2, 5))] * 2, strict=True):
-        batch = augment(collate_patches([raw[a], raw[b]]), spacing=spacing)
+        batch = augment(default_collate([raw[a], raw[b]]), spacing=spacing)
         expected.append(fingerprint(batch["image"]))
     assert [s["image"] for s in of(module.seen, "train")] == expected
     whole = CaseDataset(data.store, data.parts.val)

@@ -5,9 +5,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from pmixseg.data.cohorts.layouts import find_cases
-from pmixseg.data.patches import CaseDataset, PatchDataset, PatchTransform, collate_patches
+from pmixseg.data.patches import CaseDataset, PatchDataset, PatchTransform
 from pmixseg.data.store.store import Store, prepare
 from pmixseg.task import BRATS
 
@@ -168,7 +169,7 @@ def test_an_item_of_a_case_is_what_is_stored(store):
 
 def test_a_batch_stacks_its_patches(store):
     dataset = PatchDataset(store, store.cases, (8, 8, 8))
-    batch = collate_patches([dataset[0, 0], dataset[0, 1]])
+    batch = default_collate([dataset[0, 0], dataset[0, 1]])
     assert batch["image"].shape == (2, 4, 8, 8, 8) and batch["label"].shape == (2, 8, 8, 8)
     assert batch["case_id"] == list(store.cases[:2])
     assert batch["acquired"].shape == (2, 4) and batch["key"].dtype == torch.int64
