@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from pmixseg.argument_checks import check_fields
 from pmixseg.data.cohorts.problems import listed, same_scans
 from pmixseg.data.parts import PARTS, Split
@@ -136,31 +138,39 @@ class TrainingCases:
             ) from error
 
 
-def scans_of(case: StoredCase) -> Scans:
-    """Return hashes that tell the scans of a stored case, whatever it is called."""
-    return scan_hashes(case.meta)
+def scans_of(cases: Iterable[StoredCase]) -> dict[str, Scans]:
+    """Return hashes that tell the scans of stored cases, whatever they are called, by name now."""
+    return {case.case_id: scan_hashes(case.meta) for case in cases}
 
 
 def shared_scans(split: Split, cases: Iterable[StoredCase]) -> list[str]:
     """Return pairs of cases in different parts of a split that share a scan, as ``a and b``."""
     part_of = {case: part for part in PARTS for case in getattr(split, part)}
-    scans = {case.case_id: scans_of(case) for case in cases if case.case_id in part_of}
+    scans = scans_of(case for case in cases if case.case_id in part_of)
     return [f"{one} and {two}" for one, two in same_scans(scans) if part_of[one] != part_of[two]]
+
+
+def stored_cases(data: Any, *parts_read: str) -> list[StoredCase] | None:
+    """Read the cases of parts of a data module's split; ``None`` without a store and a split."""
+    parts, store = getattr(data, "parts", None), getattr(data, "store", None)
+    if parts is None or store is None:
+        return None
+    return [store.read(case) for part in parts_read for case in getattr(parts, part)]
 
 
 def training_cases(data: Any) -> TrainingCases | None:
     """Return what a data module trains on; ``None`` for one that has no store and split."""
-    parts, store = getattr(data, "parts", None), getattr(data, "store", None)
-    if parts is None or store is None:
+    seen = stored_cases(data, "train", "val")
+    if seen is None:
         return None
-    seen = (*parts.train, *parts.val)
+    parts = data.parts
     return TrainingCases(
-        str(store.root.resolve()),
+        str(data.store.root.resolve()),
         parts.train,
         parts.val,
         parts.test,
-        {name: scans_of(store.read(name)) for name in seen},
-        synthetic=all(store.read(name).synthetic for name in seen),
+        scans_of(seen),
+        synthetic=all(case.synthetic for case in seen),
         lacking=parts.lacking,
     )
 
@@ -171,11 +181,8 @@ def voxel_sizes(data: Any, part: str) -> tuple[float, float] | None:
     Sides, and not volumes: thick slices of 0.45 x 0.45 x 5 mm have the volume of a 1 mm cube. A
     data module that has no store and split gives ``None``.
     """
-    names, store = getattr(getattr(data, "parts", None), part, ()), getattr(data, "store", None)
-    if not names or store is None:
-        return None
-    sides = [side for name in names for side in store.read(name).geometry.grid_spacing]
-    return round(min(sides), 3), round(max(sides), 3)
+    sides = [s for case in stored_cases(data, part) or () for s in case.geometry.grid_spacing]
+    return (round(min(sides), 3), round(max(sides), 3)) if sides else None
 
 
 def other_voxels(
@@ -196,6 +203,16 @@ def other_voxels(
         "brings scans to no spacing of its own; expect wrong results, or resample the scans, or "
         "train on a store that was prepared at one spacing"
     )
+
+
+def warn_of_seen(seen: Sequence[SeenCase], part: str, cost: str) -> None:
+    """Warn, as a training begins, of cases that an earlier one knew, and say what that costs."""
+    if seen:
+        rank_zero_warn(
+            f"{count_of(len(seen), 'case')} of the {part} part trained what this model begins with "
+            f"or is taught by ({listed([case.name for case in seen])}), so {cost}; take the same "
+            "split."
+        )
 
 
 def refusal_of_seen(seen: Sequence[SeenCase], part: str) -> str:

@@ -20,8 +20,10 @@ from pmixseg.data.training_cases import (
     TrainingCases,
     other_voxels,
     scans_of,
+    stored_cases,
     training_cases,
     voxel_sizes,
+    warn_of_seen,
 )
 from pmixseg.describe import COUNT, POSITIVE, Ranges, describe
 from pmixseg.errors import InputError, count_of
@@ -218,10 +220,8 @@ def _seeds(data: Any) -> dict[str, int]:
 
 def are_synthetic(data: Any, part: str) -> bool | None:
     """Say whether all cases of a part are of a phantom; ``None`` where the data do not tell."""
-    parts, store = getattr(data, "parts", None), getattr(data, "store", None)
-    if parts is None or store is None:
-        return None
-    return all(store.read(name).synthetic for name in getattr(parts, part))
+    cases = stored_cases(data, part)
+    return None if cases is None else all(case.synthetic for case in cases)
 
 
 def seen_cases(
@@ -232,8 +232,8 @@ def seen_cases(
     ``counted`` are the parts of the training's split that count. What cannot be known, and where
     the data were split in another way than the training's, is refused.
     """
-    parts, store = getattr(data, "parts", None), getattr(data, "store", None)
-    if parts is None or store is None:
+    cases = stored_cases(data, part)
+    if cases is None:
         return []
     if trained.cases is None:
         drawn = not getattr(data, "split_is_chosen", True)
@@ -245,25 +245,21 @@ def seen_cases(
             )
         return []
     # By their names and by their scans; names may be of other patients in another store.
-    cases = {name: scans_of(store.read(name)) for name in getattr(parts, part)}
-    known = {c: scans_of(store.read(c)) for c in trained.cases.scans if c in store.cases}
+    store = data.store
+    known = scans_of(store.read(name) for name in trained.cases.scans if name in store.cases)
     if other := _replaced(TrainingCases(str(store.root), scans=known), trained.cases):
         rank_zero_warn(
             f"{other}: the names of its split may be of other patients here; for another cohort "
             "name a split (--data.split)."
         )
-    return trained.cases.seen(cases, counted)
+    return trained.cases.seen(scans_of(cases), counted)
 
 
 def _after(now: TrainingCases, before: TrainingCases | None) -> TrainingCases:
     """Join the cases of a training and of what it builds on; warn if that knows its validation."""
-    names = {} if before is None else {name: now.scans.get(name, ()) for name in now.val}
-    if before is not None and (known := before.seen(names, ("training",))):
-        rank_zero_warn(
-            f"{count_of(len(known), 'case')} of the val part trained what this model begins with "
-            f"or is taught by ({listed([case.name for case in known])}), so val/dice is too good, "
-            "also to select a checkpoint by; take the same split."
-        )
+    if before is not None:
+        known = before.seen({name: now.scans.get(name, ()) for name in now.val}, ("training",))
+        warn_of_seen(known, "val", "val/dice is too good, also to select a checkpoint by")
     return now.after(before)
 
 

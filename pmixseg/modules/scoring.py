@@ -10,9 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
-from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.patches import CaseItem
-from pmixseg.data.training_cases import SeenCase, refusal_of_seen, scans_of
+from pmixseg.data.training_cases import SeenCase, refusal_of_seen, scans_of, warn_of_seen
 from pmixseg.describe import describe, find_class
 from pmixseg.errors import InputError, count_of
 from pmixseg.evaluation.prediction.cases import CasePrediction, Each, Rows, score_case
@@ -100,13 +99,9 @@ class ScoredNetwork(SegmentationNetwork):
     def on_fit_start(self) -> None:
         """Say now, and not after the training, that its test part is known already."""
         data, cases = getattr(self.trainer, "datamodule", None), self.preparation.cases
-        earlier = cases is not None and cases.earlier
-        if earlier and (known := seen_cases(data, "test", self.preparation, ())):
-            rank_zero_warn(
-                f"{count_of(len(known), 'case')} of the test part trained what this model begins "
-                f"with or is taught by ({listed([case.name for case in known])}), so no test will "
-                "score them without --force; take the same split."
-            )
+        if cases is not None and cases.earlier:
+            known = seen_cases(data, "test", self.preparation, ())
+            warn_of_seen(known, "test", "no test will score them without --force")
 
     def on_validation_start(self) -> None:
         """Refuse cases that the model was trained on, unless :attr:`force` is set."""
@@ -140,8 +135,7 @@ class ScoredNetwork(SegmentationNetwork):
         if self._trainer is None or self.trainer.state.fn == "fit" or cases is None:
             return
         if item["case_id"] not in [case.name for case in self.seen]:
-            scans = {item["case_id"]: scans_of(item["stored"])}
-            self._judge(cases.seen(scans, self._counted[1]))
+            self._judge(cases.seen(scans_of([item["stored"]]), self._counted[1]))
 
     def _judge(self, seen: list[SeenCase]) -> None:
         self.seen += seen

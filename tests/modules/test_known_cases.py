@@ -16,7 +16,8 @@ from pmixseg.data import BraTSDataModule, KFold, SplitLists, WholeCohort
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.data.store.store import Store, prepare
-from pmixseg.data.training_cases import TrainingCases, scans_of
+from pmixseg.data.store.stored import scan_hashes
+from pmixseg.data.training_cases import TrainingCases
 from pmixseg.errors import InputError
 from pmixseg.evaluation.records.records import Records
 from pmixseg.modules import StudentModule, load
@@ -72,7 +73,7 @@ def test_a_checkpoint_holds_the_lists_and_what_tells_the_scans(trained, store):
     cases, opened = cases_of(trained), Store.open(store)
     assert sorted((*cases.train, *cases.val, *cases.test)) == sorted(opened.cases)
     assert set(cases.scans) == {*cases.train, *cases.val}
-    assert cases.scans[cases.train[0]] == scans_of(opened.read(cases.train[0]))
+    assert cases.scans[cases.train[0]] == scan_hashes(opened.read(cases.train[0]).meta)
     assert cases.store == str(store)
 
 
@@ -178,7 +179,7 @@ def test_scans_that_were_packed_anew_are_known_by_their_content(store, phantom_r
         nib.save(image, target / path.name)
     out = tmp_path / "store"
     assert not prepare(find_cases(tmp_path / "again", BRATS), out, BRATS, progress=False).failed
-    one, two = (set(scans_of(Store.open(s).read(name))) for s in (store, out))
+    one, two = (set(scan_hashes(Store.open(s).read(name).meta)) for s in (store, out))
     assert one != two
     assert one & two
 
