@@ -84,14 +84,14 @@ def hidden_folder_near(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def lock_folder(folder: Path) -> int | None:
+def lock_folder(folder: Path, wait: bool = False) -> int | None:
     """Lock a folder against other processes that ask for it, until the descriptor is closed.
 
-    A process that ends, however it does, lets go of it. The folder is made. ``None``: the system or
-    the disk knows no such locks.
+    A process that ends, however it does, lets go of it, and no file stays behind. The folder is
+    made. ``None``: the system or the disk knows no such locks.
 
     Raises:
-        InputError: another process, or another part of this one, holds it.
+        InputError: another process, or another part of this one, holds it; not with ``wait``.
     """
     try:
         import fcntl
@@ -101,7 +101,7 @@ def lock_folder(folder: Path) -> int | None:
     except (ImportError, OSError):  # Windows; whoever writes there says what is wrong
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         os.close(descriptor)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):

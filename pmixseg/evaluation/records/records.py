@@ -32,9 +32,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +47,8 @@ from pmixseg.errors import InputError, count_of, explained
 from pmixseg.evaluation.records.measures import MEASURES
 from pmixseg.evaluation.records.sidecar import Sidecar, read_sidecar
 from pmixseg.evaluation.records.spreadsheets import quote_formulas, unquote_formulas
-from pmixseg.files import file_hash, whole, write_text
+from pmixseg.files import file_hash, lock_folder, whole, write_text
 from pmixseg.task import BRATS, Task, format_combination, parse_combination
-
-if sys.platform != "win32":
-    import fcntl
 
 FIRST_COLUMNS = ("run", "case", "combination", "n_present", "region", "dice", "hd95")
 KEY = ("case", "combination", "region")
@@ -175,8 +170,8 @@ class Records:
             The table's path.
         """
         path = _target(Path(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.parent):
+        held = lock_folder(path.parent, wait=True)
+        try:
             with whole(path) as part:
                 if path.suffix == ".parquet":
                     _parquet(lambda: self.table.to_parquet(part, index=False))
@@ -186,6 +181,9 @@ class Records:
             table = {"file": path.name, "rows": len(self.table), "sha256": digest}
             text = json.dumps({**self.sidecar.to_dict(), "table": table}, indent=2)
             write_text(path.with_suffix(".json"), text + "\n")
+        finally:
+            if held is not None:
+                os.close(held)
         return path
 
 
@@ -350,18 +348,3 @@ def _parquet(action: Callable[[], Any]) -> Any:
             "Parquet needs the package pyarrow; `pip install pmixseg[parquet]` or use a name that "
             "ends in .csv."
         ) from error
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder itself, so that no lock file stays behind; none on Windows."""
-    if sys.platform == "win32":
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
