@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import importlib
 import io
 import logging
 import os
@@ -24,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from griffe import Extension, Object
+from griffe import Extension, Module, Object
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
@@ -172,3 +173,8 @@ class Roles(Extension):
         """Rewrite the docstring of one object."""
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
+
+    def on_module_members(self, *, mod: Module, **kwargs: Any) -> None:
+        """Ask a package that imports its names at their first use what it exports."""
+        if "names_at_first_use" in mod.imports:
+            mod.exports = list(importlib.import_module(mod.path).__all__)

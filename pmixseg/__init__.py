@@ -11,59 +11,39 @@ Example:
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pmixseg.old_paths import MovedModules
+from pmixseg.old_paths import MovedModules, names_at_first_use
 from pmixseg.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pmixseg.backbones import Backbone, MultiEncoderUNet
-    from pmixseg.callbacks import Distillation, GapMonitor, PmixAlignment
-    from pmixseg.data.datamodule import BraTSDataModule
-    from pmixseg.errors import InputError
-    from pmixseg.evaluation.prediction.scans import SegmentSettings
-    from pmixseg.evaluation.prediction.segmentation import Segmentation
-    from pmixseg.modules import SegmentationModule, StudentModule, TeacherModule, load
-    from pmixseg.task import BRATS, Task
-
-__all__ = [
-    "BRATS",
-    "Backbone",
-    "BraTSDataModule",
-    "Distillation",
-    "GapMonitor",
-    "InputError",
-    "MultiEncoderUNet",
-    "PmixAlignment",
-    "SegmentSettings",
-    "Segmentation",
-    "SegmentationModule",
-    "StudentModule",
-    "Task",
-    "TeacherModule",
-    "load",
-]
+    from pmixseg.backbones import Backbone as Backbone
+    from pmixseg.backbones import MultiEncoderUNet as MultiEncoderUNet
+    from pmixseg.callbacks import Distillation as Distillation
+    from pmixseg.callbacks import GapMonitor as GapMonitor
+    from pmixseg.callbacks import PmixAlignment as PmixAlignment
+    from pmixseg.data.datamodule import BraTSDataModule as BraTSDataModule
+    from pmixseg.errors import InputError as InputError
+    from pmixseg.evaluation.prediction.scans import SegmentSettings as SegmentSettings
+    from pmixseg.evaluation.prediction.segmentation import Segmentation as Segmentation
+    from pmixseg.modules import SegmentationModule as SegmentationModule
+    from pmixseg.modules import StudentModule as StudentModule
+    from pmixseg.modules import TeacherModule as TeacherModule
+    from pmixseg.modules import load as load
+    from pmixseg.task import BRATS as BRATS
+    from pmixseg.task import Task as Task
 
 _HOMES = {
-    "BRATS": "pmixseg.task",
-    "Backbone": "pmixseg.backbones",
-    "BraTSDataModule": "pmixseg.data.datamodule",
-    "Distillation": "pmixseg.callbacks",
-    "GapMonitor": "pmixseg.callbacks",
-    "InputError": "pmixseg.errors",
-    "MultiEncoderUNet": "pmixseg.backbones",
-    "PmixAlignment": "pmixseg.callbacks",
-    "SegmentSettings": "pmixseg.evaluation.prediction.scans",
-    "Segmentation": "pmixseg.evaluation.prediction.segmentation",
-    "SegmentationModule": "pmixseg.modules",
-    "StudentModule": "pmixseg.modules",
-    "Task": "pmixseg.task",
-    "TeacherModule": "pmixseg.modules",
-    "load": "pmixseg.modules",
+    "backbones": ("Backbone", "MultiEncoderUNet"),
+    "callbacks": ("Distillation", "GapMonitor", "PmixAlignment"),
+    "data.datamodule": ("BraTSDataModule",),
+    "errors": ("InputError",),
+    "evaluation.prediction.scans": ("SegmentSettings",),
+    "evaluation.prediction.segmentation": ("Segmentation",),
+    "modules": ("SegmentationModule", "StudentModule", "TeacherModule", "load"),
+    "task": ("BRATS", "Task"),
 }
-"""Where each public name lives; a test keeps it equal to ``__all__`` and the typed imports."""
 
 PACKAGES = (
     *("backbones", "callbacks", "data", "evaluation", "inference", "losses", "modules"),
@@ -71,21 +51,6 @@ PACKAGES = (
 )
 """Packages that ``import pmixseg`` gives at their first use, without an import of their own."""
 
-
 sys.meta_path.append(MovedModules())
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name (PEP 562)."""
-    if name in PACKAGES:
-        return importlib.import_module(f"pmixseg.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'pmixseg' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value  # the next access does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    """List public names and submodules, for completion."""
-    return sorted({*globals(), *__all__, *PACKAGES})
+__getattr__, __dir__, __all__ = names_at_first_use(__name__, _HOMES, PACKAGES)

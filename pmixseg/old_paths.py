@@ -1,11 +1,14 @@
-"""Map module paths of earlier versions to those of this one: checkpoints, YAML and imports."""
+"""Map module paths of earlier versions to those of this one: checkpoints, YAML and imports.
+
+And import public names at their first use.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -141,6 +144,28 @@ class MovedModules(MetaPathFinder, Loader):
         old = module.__name__
         warnings.warn(f"{old} is {MOVED[old]} now", DeprecationWarning, stacklevel=2)
         sys.modules[old] = importlib.import_module(MOVED[old])
+
+
+def names_at_first_use(
+    package: str, homes: Mapping[str, Sequence[str]], packages: Sequence[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package that imports late (PEP 562).
+
+    ``homes`` says which public names each of its modules has; ``packages`` are given whole.
+    """
+    home = {name: module for module, names in homes.items() for name in names}
+
+    def getattr_of_package(name: str) -> Any:
+        if name in packages:
+            return importlib.import_module(f"{package}.{name}")
+        if name not in home:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+
+    def dir_of_package() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *home, *packages})
+
+    return getattr_of_package, dir_of_package, sorted(home)
 
 
 def names_of(module: str) -> Callable[[str], Any]:

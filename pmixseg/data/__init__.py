@@ -6,41 +6,51 @@ TorchIO.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pmixseg.old_paths import names_at_first_use
 
 if TYPE_CHECKING:
-    from pmixseg.data.augment import Augmentation
-    from pmixseg.data.cohorts.layouts import LAYOUTS, Case, Layout, find_cases
-    from pmixseg.data.datamodule import BraTSDataModule
-    from pmixseg.data.masks import CaseMasks, CovariateMasks, MaskFile, RandomMasks, SiteMasks
-    from pmixseg.data.missing import (
-        Bernoulli,
-        Dependent,
-        FixedList,
-        MissingnessSampler,
-        Protocols,
-        UniformCombinations,
-        UniformSizes,
-    )
-    from pmixseg.data.parts import Split
-    from pmixseg.data.patches import CaseDataset, CaseItem, PatchDataset, PatchTransform
-    from pmixseg.data.splits import (
-        Fractions,
-        KFold,
-        SplitFiles,
-        SplitJson,
-        SplitLists,
-        SplitPlan,
-        WholeCohort,
-    )
-    from pmixseg.data.store.store import PrepareReport, Store, StoredCase, prepare
-    from pmixseg.data.torchio_transform import TorchIOTransform
+    from pmixseg.data.augment import Augmentation as Augmentation
+    from pmixseg.data.cohorts.layouts import LAYOUTS as LAYOUTS
+    from pmixseg.data.cohorts.layouts import Case as Case
+    from pmixseg.data.cohorts.layouts import Layout as Layout
+    from pmixseg.data.cohorts.layouts import find_cases as find_cases
+    from pmixseg.data.datamodule import BraTSDataModule as BraTSDataModule
+    from pmixseg.data.masks import CaseMasks as CaseMasks
+    from pmixseg.data.masks import CovariateMasks as CovariateMasks
+    from pmixseg.data.masks import MaskFile as MaskFile
+    from pmixseg.data.masks import RandomMasks as RandomMasks
+    from pmixseg.data.masks import SiteMasks as SiteMasks
+    from pmixseg.data.missing import Bernoulli as Bernoulli
+    from pmixseg.data.missing import Dependent as Dependent
+    from pmixseg.data.missing import FixedList as FixedList
+    from pmixseg.data.missing import MissingnessSampler as MissingnessSampler
+    from pmixseg.data.missing import Protocols as Protocols
+    from pmixseg.data.missing import UniformCombinations as UniformCombinations
+    from pmixseg.data.missing import UniformSizes as UniformSizes
+    from pmixseg.data.parts import Split as Split
+    from pmixseg.data.patches import CaseDataset as CaseDataset
+    from pmixseg.data.patches import CaseItem as CaseItem
+    from pmixseg.data.patches import PatchDataset as PatchDataset
+    from pmixseg.data.patches import PatchTransform as PatchTransform
+    from pmixseg.data.splits import Fractions as Fractions
+    from pmixseg.data.splits import KFold as KFold
+    from pmixseg.data.splits import SplitFiles as SplitFiles
+    from pmixseg.data.splits import SplitJson as SplitJson
+    from pmixseg.data.splits import SplitLists as SplitLists
+    from pmixseg.data.splits import SplitPlan as SplitPlan
+    from pmixseg.data.splits import WholeCohort as WholeCohort
+    from pmixseg.data.store.store import PrepareReport as PrepareReport
+    from pmixseg.data.store.store import Store as Store
+    from pmixseg.data.store.store import StoredCase as StoredCase
+    from pmixseg.data.store.store import prepare as prepare
+    from pmixseg.data.torchio_transform import TorchIOTransform as TorchIOTransform
 
-_HOME = {
+_HOMES = {
     "augment": ("Augmentation",),
-    "datamodule": ("BraTSDataModule",),
     "cohorts.layouts": ("LAYOUTS", "Case", "Layout", "find_cases"),
+    "datamodule": ("BraTSDataModule",),
     "masks": ("CaseMasks", "CovariateMasks", "MaskFile", "RandomMasks", "SiteMasks"),
     "missing": (
         "Bernoulli",
@@ -66,51 +76,4 @@ _HOME = {
     "torchio_transform": ("TorchIOTransform",),
 }
 
-__all__ = [
-    "LAYOUTS",
-    "Augmentation",
-    "Bernoulli",
-    "BraTSDataModule",
-    "Case",
-    "CaseDataset",
-    "CaseItem",
-    "CaseMasks",
-    "CovariateMasks",
-    "Dependent",
-    "FixedList",
-    "Fractions",
-    "KFold",
-    "Layout",
-    "MaskFile",
-    "MissingnessSampler",
-    "PatchDataset",
-    "PatchTransform",
-    "PrepareReport",
-    "Protocols",
-    "RandomMasks",
-    "SiteMasks",
-    "Split",
-    "SplitFiles",
-    "SplitJson",
-    "SplitLists",
-    "SplitPlan",
-    "Store",
-    "StoredCase",
-    "TorchIOTransform",
-    "UniformCombinations",
-    "UniformSizes",
-    "WholeCohort",
-    "find_cases",
-    "prepare",
-]
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = names_at_first_use(__name__, _HOMES)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pmixseg.old_paths import names_at_first_use
 
 if TYPE_CHECKING:
-    from pmixseg.evaluation.prediction.cases import EvaluationSettings
-    from pmixseg.evaluation.records.records import Records
-    from pmixseg.evaluation.scores.conventions import Conventions
+    from pmixseg.evaluation.prediction.cases import EvaluationSettings as EvaluationSettings
+    from pmixseg.evaluation.records.records import Records as Records
+    from pmixseg.evaluation.scores.conventions import Conventions as Conventions
 
 _HOMES = {
-    "Conventions": "scores.conventions",
-    "EvaluationSettings": "prediction.cases",
-    "Records": "records.records",
+    "prediction.cases": ("EvaluationSettings",),
+    "records.records": ("Records",),
+    "scores.conventions": ("Conventions",),
 }
 
-__all__ = ["Conventions", "EvaluationSettings", "Records"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = names_at_first_use(__name__, _HOMES)
