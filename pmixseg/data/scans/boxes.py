@@ -27,7 +27,7 @@ class Box:
     @property
     def shape(self) -> Triple:
         """Voxels per axis."""
-        return triple(h - o for o, h in zip(self.lo, self.hi, strict=True))
+        return triple(np.subtract(self.hi, self.lo))
 
     @property
     def slices(self) -> tuple[slice, slice, slice]:
@@ -37,16 +37,13 @@ class Box:
 
     def union(self, other: Box) -> Box:
         """Return the smallest box that contains both."""
-        return Box(
-            triple(map(min, zip(self.lo, other.lo, strict=True))),
-            triple(map(max, zip(self.hi, other.hi, strict=True))),
-        )
+        lo, hi = np.minimum(self.lo, other.lo), np.maximum(self.hi, other.hi)
+        return Box(triple(lo), triple(hi))
 
     def intersection(self, other: Box) -> Box | None:
         """Return the box that both share; ``None`` where they share no voxel."""
-        lo = triple(map(max, zip(self.lo, other.lo, strict=True)))
-        hi = triple(map(min, zip(self.hi, other.hi, strict=True)))
-        return Box(lo, hi) if all(a < b for a, b in zip(lo, hi, strict=True)) else None
+        lo, hi = np.maximum(self.lo, other.lo), np.minimum(self.hi, other.hi)
+        return Box(triple(lo), triple(hi)) if (lo < hi).all() else None
 
     def contains(self, other: Box) -> bool:
         """Say whether no voxel of ``other`` lies outside."""
@@ -54,23 +51,21 @@ class Box:
 
     def relative_to(self, outer: Box) -> Box:
         """Return the same voxels, counted from the first voxel of ``outer``."""
-        return Box(
-            triple(a - b for a, b in zip(self.lo, outer.lo, strict=True)),
-            triple(a - b for a, b in zip(self.hi, outer.lo, strict=True)),
-        )
+        return self.moved(np.negative(outer.lo))
+
+    def moved(self, steps: npt.ArrayLike) -> Box:
+        """Return the box moved by so many voxels along each axis."""
+        return Box(triple(np.add(self.lo, steps)), triple(np.add(self.hi, steps)))
 
     def widened(self, margin: int) -> Box:
         """Return the box with a margin on every side, also where that leaves the array."""
-        return Box(triple(a - margin for a in self.lo), triple(b + margin for b in self.hi))
+        return Box(triple(np.subtract(self.lo, margin)), triple(np.add(self.hi, margin)))
 
     def grow(self, multiple: int, shape: Triple) -> Box:
         """Move every face outwards to a multiple of ``multiple``, at most to ``shape``."""
-        return Box(
-            triple(o // multiple * multiple for o in self.lo),
-            triple(
-                min(-(-h // multiple) * multiple, n) for h, n in zip(self.hi, shape, strict=True)
-            ),
-        )
+        lo = np.floor_divide(self.lo, multiple) * multiple
+        hi = -np.floor_divide(np.negative(self.hi), multiple) * multiple
+        return Box(triple(lo), triple(np.minimum(hi, shape)))
 
     def to_dict(self) -> dict[str, list[int]]:
         """Return primitives only."""
@@ -95,14 +90,11 @@ def bounds(values: npt.NDArray[Any]) -> Box | None:
     plane = np.bitwise_or.reduce(slow, axis=0) != 0 if integers else (slow != 0).any(axis=0)
     if not plane.any():
         return None
-    edges = [(0, 0), _edges(plane.any(axis=1)), _edges(plane.any(axis=0))]
     first = next(i for i in range(len(slow)) if slow[i].any())
     last = next(i for i in reversed(range(len(slow))) if slow[i].any())
-    edges[0] = (first, last + 1)
-    lo, hi = [0, 0, 0], [0, 0, 0]
-    for axis, (low, high) in zip(order, edges, strict=True):
-        lo[axis], hi[axis] = low, high
-    return Box((lo[0], lo[1], lo[2]), (hi[0], hi[1], hi[2]))
+    edges = [(first, last + 1), _edges(plane.any(axis=1)), _edges(plane.any(axis=0))]
+    lo, hi = zip(*(edges[order.index(axis)] for axis in range(3)), strict=True)
+    return Box(triple(lo), triple(hi))
 
 
 def _edges(hit: npt.NDArray[np.bool_]) -> tuple[int, int]:

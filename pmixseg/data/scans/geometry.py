@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from pmixseg.data.scans.boxes import Box, Triple, triple
+from pmixseg.data.scans.boxes import Box, Triple, memory_order, triple
 from pmixseg.errors import InputError
 
 Spacing = tuple[float, float, float]
@@ -173,10 +173,7 @@ class Geometry:
                 f"no box for {missing or 'an empty combination'}: this case has "
                 f"{list(self.boxes)}; ask for a combination of these."
             )
-        result = self.boxes[names[0]]
-        for name in names[1:]:
-            result = result.union(self.boxes[name])
-        return result
+        return functools.reduce(Box.union, (self.boxes[name] for name in names))
 
     def canonical_view(self, source: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """View the last three axes, now the source's, in canonical orientation."""
@@ -332,8 +329,7 @@ def _resample(
     """
     # In the array's own memory order: transposing a whole volume costs more than resampling it.
     leading = volume.ndim - 3
-    order_in_memory = np.argsort([-abs(s) for s in volume.strides[leading:]], kind="stable")
-    axes = [int(a) for a in order_in_memory]
+    axes = memory_order(volume[(0,) * leading])
     factors = [spacing[a] / new_spacing[a] for a in axes]
     shape = [new_shape[a] for a in axes]
     stack = volume.transpose(*range(leading), *(leading + a for a in axes))

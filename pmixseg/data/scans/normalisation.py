@@ -62,11 +62,7 @@ def joint_mask(case: CanonicalCase, dtype: npt.DTypeLike = np.float32) -> Canoni
     inner = bounds(np.any(case.image, axis=0))
     assert inner is not None  # a case has a scan that is not 0 everywhere
     old = case.geometry.box()
-    tight = Box(
-        triple(a + b for a, b in zip(inner.lo, old.lo, strict=True)),
-        triple(a + b for a, b in zip(inner.hi, old.lo, strict=True)),
-    )
-    box = published_crop(tight, case.geometry.grid_shape)
+    box = published_crop(inner.moved(old.lo), case.geometry.grid_shape)
     scans = _intensities(_moved(case.image, old, box), case)
     mask = scans.sum(axis=0, dtype=np.float32) > 0
     image = np.zeros(scans.shape, dtype)
