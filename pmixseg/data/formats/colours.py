@@ -27,6 +27,12 @@ def class_colours(count: int) -> list[str]:
     return [CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(count)]
 
 
+def red_green_blue(colour: str) -> tuple[int, int, int]:
+    """Return the parts of ``#rrggbb``, 0 to 255."""
+    red, green, blue = bytes.fromhex(colour[1:])
+    return red, green, blue
+
+
 def slicer_table(codes: Mapping[str, int], task: Task) -> str:
     """Return a colour table of 3D Slicer (``.ctbl``): number, name, red, green, blue, opacity.
 
@@ -71,8 +77,4 @@ def write_tables(stem: Path, codes: Mapping[str, int], task: Task) -> dict[str, 
 def _rows(codes: Mapping[str, int], task: Task) -> list[tuple[int, str, tuple[int, int, int]]]:
     """Return the number, name and colour of every label, by number."""
     colours = zip(task.labels, class_colours(len(task.labels)), strict=True)
-    rows = [
-        (codes[label], task.show(label), (int(c[1:3], 16), int(c[3:5], 16), int(c[5:7], 16)))
-        for label, c in colours
-    ]
-    return sorted(rows)
+    return sorted((codes[label], task.show(label), red_green_blue(c)) for label, c in colours)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
-from pmixseg.data.formats.colours import class_colours
+from pmixseg.data.formats.colours import class_colours, red_green_blue
 from pmixseg.evaluation.records.examples import Example
 from pmixseg.evaluation.report.figures import drawing
 from pmixseg.task import Combination, Task, format_combination
@@ -185,7 +185,7 @@ def _tint(picture: Picture, kinds: Plane, colours: Sequence[str]) -> Picture:
     """Blend colour k over voxels of kind k."""
     blended = picture.astype(np.float32)
     for kind, colour in enumerate(colours, start=1):
-        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], np.float32)
+        rgb = np.array(red_green_blue(colour), np.float32)
         inside = kinds == kind
         blended[inside] = (1 - OPACITY) * blended[inside] + OPACITY * rgb
     return blended.round().astype(np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from pmixseg.errors import first_line
 from pmixseg.modules.training.optimization import accumulation, is_parallel
 from pmixseg.types import Batch
 
@@ -158,9 +159,10 @@ class CompiledStep:
                     torch.autograd.grad(total, parameters, allow_unused=True)
         except Exception as error:  # whatever a compiler, a C++ compiler or a driver raises
             self.compiled = None
+            reason = f"{type(error).__name__}: {first_line(error)[:160].rstrip('.')}"
             rank_zero_warn(
-                f"The training step could not be compiled ({_first_line(error)}), so it runs "
-                "uncompiled; model.compile: false spares the attempt."
+                f"The training step could not be compiled ({reason}), so it runs uncompiled; "
+                "model.compile: false spares the attempt."
             )
         else:
             rank_zero_info(
@@ -187,9 +189,3 @@ def _tensors(batch: Mapping[str, Any]) -> Any:
     if "of_task" in batch:
         kept["of_task"] = _tensors(batch["of_task"])
     return kept
-
-
-def _first_line(error: Exception) -> str:
-    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else "no message"
-    return f"{type(error).__name__}: {text[:160].rstrip('.')}"
