@@ -189,7 +189,7 @@ class DistillationTerm(Term):
         student: SegmentationModule,
     ) -> None:
         super().__init__()
-        self.terms = nn.ModuleDict(dict(terms))
+        self.terms = cast(Mapping[str, DistillationLoss], nn.ModuleDict(dict(terms)))
         self.needs_acquired = any(loss.student_sees == "single" for loss in terms.values())
         self._teacher, self._student = Borrowed(teacher), Borrowed(student)
         # A tensor, since a number that changes would have a compiled step compiled again.
@@ -203,18 +203,15 @@ class DistillationTerm(Term):
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the ramps of an epoch, counted from 0."""
-        values = [loss.strength(epoch) for loss in self._losses().values()]
+        values = [loss.strength(epoch) for loss in self.terms.values()]
         self.strengths.copy_(torch.tensor(values))
-
-    def _losses(self) -> dict[str, DistillationLoss]:
-        return {name: cast(DistillationLoss, loss) for name, loss in self.terms.items()}
 
     def prepare(self, batch: Batch) -> Batch:
         """Move the teacher to the batch, and draw a second time where a loss compares draws."""
         whole = batch.get("of_task", batch)
         if self.teacher is not None and self.teacher.device != whole["image"].device:
             self.teacher.to(whole["image"].device)
-        if not any(loss.teacher_sees == "drawn" for loss in self._losses().values()):
+        if not any(loss.teacher_sees == "drawn" for loss in self.terms.values()):
             return batch
         key = whole["key"] ^ SECOND_DRAW
         drawn = self._student.value.draw_present(cast(Batch, {**whole, "key": key}))
@@ -224,7 +221,7 @@ class DistillationTerm(Term):
         """Return the weighted sum of the losses between student and teacher."""
         targets: dict[tuple[bool, str, bool], SegOutput] = {}
         total: Tensor = output.logits.new_zeros((), dtype=torch.float32)
-        for (name, loss), strength in zip(self._losses().items(), self.strengths, strict=True):
+        for (name, loss), strength in zip(self.terms.items(), self.strengths, strict=True):
             kind = (loss.self_taught, loss.teacher_sees, loss.self_taught and loss.reads_extras)
             if kind not in targets:
                 targets[kind] = self._teach(batch, *kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,7 +25,6 @@ from pmixseg.evaluation.gap.latents import (
 from pmixseg.evaluation.records.curves import read_log
 from pmixseg.evaluation.report.figures import projection_figure, save_png
 from pmixseg.losses.alignment import resolve_levels
-from pmixseg.losses.term import Term
 from pmixseg.modules.base import SegmentationModule
 from pmixseg.modules.recording import results_folder
 from pmixseg.modules.scoring import EQUAL
@@ -236,7 +235,7 @@ def _of_level(values: dict[str, float], prefix: str) -> dict[str, float]:
 def is_aligned(module: SegmentationModule) -> bool:
     """Say whether latents have been aligned up to the present epoch."""
     return any(
-        cast(Term, term).aligned_levels and module.term_weights[name].at(module.current_epoch) > 0
+        term.aligned_levels and module.term_weights[name].at(module.current_epoch) > 0
         for name, term in module.terms.items()
     )
 

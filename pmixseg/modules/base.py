@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -111,7 +111,7 @@ class SegmentationModule(ScoredNetwork):
         self.make_scheduler = schedule_from(scheduler)
         if isinstance(self.make_scheduler, functools.partial):
             self.remember(scheduler=self.make_scheduler)  # with the direction of its metric
-        self.terms = nn.ModuleDict()
+        self.terms = cast(MutableMapping[str, Term], nn.ModuleDict())
         self.term_weights: dict[str, TermWeight] = {}
         self._step: CompiledStep | None = None
         self._loss_log = LossLog(seldom=False)
@@ -148,9 +148,9 @@ class SegmentationModule(ScoredNetwork):
         """Draw what the network is shown, then compute the loss."""
         batch = self.own_batch(self.with_present(batch))
         for term in self.terms.values():
-            batch = cast(Term, term).prepare(batch)
+            batch = term.prepare(batch)
         weights = {name: w.at(self.current_epoch) for name, w in self.term_weights.items()}
-        eager = any(cast(Term, term).eager for term in self.terms.values())
+        eager = any(term.eager for term in self.terms.values())
         losses = self.losses if self._step is None or eager else self._step
         total, values, names = losses(batch, self.current_epoch, weights)
         self._loss_log.see(names, values, batch, batch_idx, self)
@@ -176,16 +176,16 @@ class SegmentationModule(ScoredNetwork):
             latents = latents.with_brain(batch["of_task"]["image"])
         read = latents  # by the decoder
         for term in self.terms.values():
-            read = cast(Term, term).decoded(read)
+            read = term.decoded(read)
         decoded = self.decode_subset(read, batch["present"]) if encode_all else self.decode(read)
         output = replace(decoded, latents=latents)
         parts: dict[str, Tensor] = {"seg": self.segmentation_loss(output, batch, epoch)}
         total = parts["seg"] + self.extra_loss(latents, batch, epoch, parts)
         for name, term in self.terms.items():
             value = parts[name] = term(output, batch)
-            for part, number in cast(Term, term).parts.items():
+            for part, number in term.parts.items():
                 parts[f"{name}/{part}"] = number
-            cast(Term, term).parts = {}  # nothing of a step outlives it
+            term.parts = {}  # nothing of a step outlives it
             total = total + weights[name] * value
         if self._trainer is not None and is_parallel(self.trainer):
             total = total + every_parameter(self)
@@ -195,7 +195,7 @@ class SegmentationModule(ScoredNetwork):
     @property
     def needs_hidden(self) -> bool:
         """Whether training reads latents of what is acquired and not shown."""
-        by_term = any(cast(Term, term).needs_acquired for term in self.terms.values())
+        by_term = any(term.needs_acquired for term in self.terms.values())
         return self.encodes_hidden or self.backbone.needs_acquired or by_term
 
     def on_validation_start(self) -> None:
@@ -300,7 +300,7 @@ class SegmentationModule(ScoredNetwork):
 
     def aligned_levels(self) -> list[int] | None:
         """List the levels whose latents some term aligns; ``None`` where none does."""
-        terms = (cast(Term, term) for term in self.terms.values())
+        terms = self.terms.values()
         return sorted({level for term in terms for level in term.aligned_levels}) or None
 
     # ---------------------------------------------------------------- set-up and checks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from pmixseg.argument_checks import checked
 from pmixseg.backbones.base import Backbone
@@ -32,6 +32,7 @@ from pmixseg.evaluation.prediction.scans import SegmentSettings, segment_scans
 from pmixseg.evaluation.prediction.segmentation import Segmentation
 from pmixseg.evaluation.records.sidecar import checkpoint_identity
 from pmixseg.losses.anchors import Anchor
+from pmixseg.losses.term import Term
 from pmixseg.modules.fill import Fill, default_fill, fill_with_anchor, fitting_anchor, known_levels
 from pmixseg.modules.payload import ENTRY, TOLD, Payload, weights_for, weights_of
 from pmixseg.modules.preparation import Preparation
@@ -48,8 +49,8 @@ class SegmentationNetwork(LightningModule, Described):
     and test, :class:`~pmixseg.modules.base.SegmentationModule` training; the arguments are its.
     """
 
-    terms: nn.ModuleDict
-    """Terms of the training's loss, by name: a checkpoint names them."""
+    terms: MutableMapping[str, Term]
+    """Terms of the training's loss, by name, in a ``ModuleDict``: a checkpoint names them."""
 
     def __init__(
         self,
@@ -340,7 +341,7 @@ class SegmentationNetwork(LightningModule, Described):
         payload.refuse_other_task(self.task)
         if fitting:
             payload.refuse_other_terms(self.terms)
-        if not fitting:
+        else:
             # The default is what the weights were trained with, not what it is without their terms.
             self.follow_levels(payload.fill_levels)
         trained = payload.preparation
