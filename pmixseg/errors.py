@@ -98,13 +98,15 @@ def count_of(number: int, one: str, many: str | None = None) -> str:
 def explained(what: str, advice: str, *faults: type[Exception]) -> Iterator[None]:
     """Turn faults of a block into one sentence: ``what``, the fault in brackets, and ``advice``.
 
-    An :class:`InputError` passes as it is.
+    An :class:`InputError` passes as it is. Where no ``faults`` are named it is any other: what a
+    library raises on a damaged file is no part of its promises, and changes with its version.
     """
+    explicable = faults or (Exception,)
     try:
         yield
     except InputError:
         raise
-    except faults as fault:
+    except explicable as fault:
         # What a disk says without the path; YAML's words in one line.
         said = getattr(fault, "strerror", None) or " ".join(str(fault).split())
         raise InputError(f"{what} ({said or type(fault).__name__}); {advice}.") from fault

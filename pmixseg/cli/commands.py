@@ -301,7 +301,7 @@ def read_task(path: Path | None) -> Task:
         return Task.from_dict(raw.get("task", raw))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not a task ({error}); give name, modalities, labels and regions."
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import linecache
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
@@ -198,6 +199,8 @@ def _value_sentence(message: str, args: Sequence[str]) -> str:
 def _no_file(message: str, keys: list[str], args: Sequence[str]) -> str | None:
     """Say that a text stands where settings belong: it was taken for the name of a file."""
     lost = re.search(r"Unable to load config '(.*?)'\s", message)
+    if lost and os.path.isfile(lost[1]) and (broken := broken_file(lost[1])):  # noqa: PTH113  # a long text
+        return broken
     return lost and (
         f"{subject(keys, args)} is {lost[1]}, which is no file; name a YAML file, or its "
         "settings one by one."

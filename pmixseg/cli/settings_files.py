@@ -108,7 +108,7 @@ def broken_file(path: Path | str, text: str | None = None) -> str | None:
         return f"{path}{line}: this is no YAML ({error.problem}); correct it."
     except RecursionError:
         return f"{path} is nested too deeply to be read; correct it."
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         return f"{path} cannot be read ({' '.join(str(error).split())}); correct it."
     # Does it hold settings, where there must be some, and name files that there are?
     if not isinstance(content, dict):

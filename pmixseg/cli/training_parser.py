@@ -29,7 +29,11 @@ def _read_settings(text: str, folder: Path) -> Any:
     # Else there are no two keys, no alias, and no number that is read as another.
     if text.count(":") + text.count("?") > 1 or "*" in text or re.search(r"\b0\d|\d:\d", text):
         check_settings(text)
-    return with_named_files(current_yaml(_load_yaml(text)), folder)
+    try:
+        content = _load_yaml(text)
+    except (ValueError, RecursionError) as error:  # of PyYAML, for 0b or the 45th of a month
+        raise yaml.YAMLError(str(error)) from error
+    return with_named_files(current_yaml(content), folder)
 
 
 def with_named_files(config: Any, folder: Path) -> Any:

@@ -86,8 +86,7 @@ class MaskFile(CaseMasks):
         return allowed
 
     def _read(self, modalities: Sequence[str]) -> dict[str, Flags]:
-        unread = f"mask file {self.path} cannot be read"
-        with explained(unread, "correct it", OSError, UnicodeDecodeError):
+        with explained(f"mask file {self.path} cannot be read", "correct it"):
             text = self.path.read_text(encoding="utf-8-sig")
         rows = self._json(text) if self.path.suffix == ".json" else self._csv(text)
         masks: dict[str, Flags] = {}
@@ -100,7 +99,7 @@ class MaskFile(CaseMasks):
         return masks
 
     def _json(self, text: str) -> list[tuple[str, Any]]:
-        with explained(f"mask file {self.path} is not JSON", "correct it", json.JSONDecodeError):
+        with explained(f"mask file {self.path} is not JSON", "correct it"):
             raw = json.loads(text, object_pairs_hook=tuple)  # also a case that is named twice
         if not isinstance(raw, tuple):
             raise InputError(
@@ -110,7 +109,7 @@ class MaskFile(CaseMasks):
         return list(raw)
 
     def _csv(self, text: str) -> list[tuple[str, Any]]:
-        with explained(f"mask file {self.path} is not CSV", "correct it", csv.Error):
+        with explained(f"mask file {self.path} is not CSV", "correct it"):
             rows = list(csv.DictReader(text.splitlines()))
         columns = rows[0].keys() if rows else ()
         name = next((c for c in ("data_name", "case_id", "case") if c in columns), None)
@@ -188,7 +187,7 @@ class SiteMasks(CaseMasks):
     ) -> None:
         for site, value in rates.items():
             check_rates(value, f"SiteMasks, site {site}")
-        with explained(f"SiteMasks: the pattern '{pattern}' is wrong", "correct it", re.error):
+        with explained(f"SiteMasks: the pattern '{pattern}' is wrong", "correct it"):
             self.pattern = re.compile(pattern)
         if not self.pattern.groups:
             raise InputError(

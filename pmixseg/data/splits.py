@@ -148,9 +148,7 @@ class SplitJson(SplitPlan):
             InputError: unreadable file, another structure, or it names cases that the cohort lacks.
         """
         text = _text(self.path)
-        with explained(
-            f"split file {self.path} is not JSON", "correct it", ValueError, RecursionError
-        ):
+        with explained(f"split file {self.path} is not JSON", "correct it"):
             raw = json.loads(text, object_pairs_hook=self._once)
         # A list of folds, or one split.
         if isinstance(raw, list):
@@ -346,5 +344,5 @@ def _lines(path: Path, known: Collection[str]) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    with explained(f"split file {path} cannot be read", "correct it", OSError, UnicodeDecodeError):
+    with explained(f"split file {path} cannot be read", "correct it"):
         return path.read_text(encoding="utf-8-sig")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as packed
 from torch import Tensor
@@ -82,8 +81,7 @@ def write_published(
 def read_description(folder: Path) -> PublishedModel:
     """Read ``pmixseg.json``."""
     path = folder / DESCRIPTION
-    advice = "give the folder that `pmixseg publish` wrote"
-    with explained(f"{path} cannot be read", advice, OSError, ValueError):
+    with explained(f"{path} cannot be read", "give the folder that `pmixseg publish` wrote"):
         raw = json.loads(path.read_text(encoding="utf-8"))
     version = raw.get("format") if isinstance(raw, dict) else None
     if version != FORMAT:
@@ -121,8 +119,7 @@ def read_published(folder: Path) -> dict[str, Any]:
         InputError: see :func:`check_weights`; or the weights are no safetensors.
     """
     about = check_weights(folder)
-    unread = f"{folder / WEIGHTS} cannot be read as safetensors"
-    with explained(unread, "fetch it again", SafetensorError, OSError):
+    with explained(f"{folder / WEIGHTS} cannot be read as safetensors", "fetch it again"):
         tensors = load_file(folder / WEIGHTS)
     return {
         "pytorch-lightning_version": "2.6.6",  # the format of what Lightning itself reads

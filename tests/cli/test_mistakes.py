@@ -190,6 +190,7 @@ BOMB = "a: &a [1, 1]\n" + "".join(
         ("data:\n  seed: 1\n  seed: 2\n", "line 3: the key 'seed' stands twice; keep one of them."),
         ("\ntrainer: &x {b: *x}\n", "line 2: an alias stands inside what it repeats; remove it."),
         ("a: " + "[" * 3000 + "]" * 3000, "is nested too deeply to be read; correct it."),
+        ("a: 2020-13-45\n", "cannot be read (month must be in 1..12); correct it."),
         (BOMB, "its aliases repeat more than 100000 values; write them out."),
         ("trainer: [max_epochs, 1]\n", "trainer is ['max_epochs', 1], but must hold settings"),
         ("trainer:\ndata: {store: x}\n", "trainer is None, but must hold settings"),
@@ -265,6 +266,27 @@ def test_a_wrong_file_is_a_sentence(tmp_path, capsys, content, sentence):
     assert sentence in text
     if "split" not in sentence:
         assert text.startswith(str(path))
+
+
+@pytest.mark.parametrize("content", ["a: 2020-13-45", "a: 0x_", "a: 2020-01-01T00:00:00+99:00"])
+@pytest.mark.parametrize(
+    ("args", "said_of"),
+    [
+        (("fit", "--data"), "cannot be read"),
+        (("fit", "--model.task"), "is not a task"),
+        (("prepare", ".", "store", "--layout"), "cannot be read"),
+        (("phantom", "cohort", "--contrasts"), "does not hold contrasts"),
+    ],
+)
+def test_values_that_yaml_cannot_make_are_one_sentence(
+    tmp_path, capsys, monkeypatch, content, args, said_of
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(content)
+    code, text = said(capsys, *args, "a.yaml")
+    assert code in (1, 2)
+    # A date is text to jsonargparse, which reads the settings of a group.
+    assert (said_of if "_" in content or args[1] != "--data" else "data.a is no setting") in text
 
 
 def test_a_file_that_is_missing(capsys):

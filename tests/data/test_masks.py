@@ -64,6 +64,7 @@ def test_every_notation_says_the_same(tmp_path, name, text):
         ("m.json", '{"a": "t1", "a": "t2"}', "names case 'a' twice"),
         ("m.json", "[1]", "list"),
         ("m.json", "{", "not JSON"),
+        ("m.json", 10_000 * '{"a":', "not JSON"),
         ("m.csv", "x,y\n1,2\n", "columns"),
         ("m.csv", "", "columns"),
         ("m.csv", 'case,mask\na,"[1, 0, 1]"\n', "3 flags for the 4"),
@@ -118,6 +119,8 @@ def test_each_site_has_rates_of_its_own():
         SiteMasks("Brats18", {})
     with pytest.raises(InputError, match="wrong"):
         SiteMasks("(", {})
+    with pytest.raises(InputError, match="wrong"):
+        SiteMasks(f"(a){{{10**20}}}", {})
 
 
 def test_covariate_masks_follow_tumour_size():

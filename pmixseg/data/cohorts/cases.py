@@ -173,7 +173,7 @@ class Layout:
         start = "" if self.anchored else r"(?s:.*/)?"
         fields = f"with the fields {dict(self.fields)}"
         wrong = f"layout '{self.name}': pattern '{text}' {fields} cannot be read"
-        with explained(wrong, "correct it", re.error, RecursionError, OverflowError):
+        with explained(wrong, "correct it"):
             return re.compile(f"{start}{''.join(parts)}{ending}")
 
     def tells_patients(self) -> bool:

@@ -118,8 +118,7 @@ def load_layout(source: str | Path) -> Layout:
         raise InputError(
             f"layout '{source}' is not known; use one of {', '.join(LAYOUTS)}, or a YAML file."
         )
-    faults = (OSError, UnicodeDecodeError, yaml.YAMLError)
-    with explained(f"layout file {path} cannot be read", "correct it", *faults):
+    with explained(f"layout file {path} cannot be read", "correct it"):
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         return _from_yaml(path, raw)

@@ -40,8 +40,7 @@ def patient_of(case_id: str, pattern: str = "") -> str:
 
 def check_pattern(pattern: str, where: str) -> None:
     """Refuse a pattern that names no patient: no regular expression, or one without a group."""
-    wrong = f"{where}: patient '{pattern}' is no regular expression"
-    with explained(wrong, "correct it", re.error, RecursionError, OverflowError):
+    with explained(f"{where}: patient '{pattern}' is no regular expression", "correct it"):
         groups = re.compile(pattern).groups
     if groups == 0:
         raise InputError(

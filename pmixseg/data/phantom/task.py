@@ -9,7 +9,7 @@ import yaml
 
 from pmixseg.data.phantom.cohort import LABEL_CODES
 from pmixseg.data.phantom.contrast import CONTRASTS, Contrast
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, explained
 from pmixseg.files import write_text
 from pmixseg.task import Task
 
@@ -21,14 +21,10 @@ def read_contrasts(path: Path | None) -> dict[str, Contrast]:
     """Read contrasts (name -> :class:`~pmixseg.data.phantom.contrast.Contrast`) of a YAML file."""
     if path is None:
         return {}
-    try:
+    form = f"give name: {{wm: …, gm: …, csf: …}}, as the built-in {sorted(CONTRASTS)} have them"
+    with explained(f"{path} does not hold contrasts", form):
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {str(name): Contrast(**fields) for name, fields in raw.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} does not hold contrasts ({error}); give name: {{wm: …, gm: …, csf: …}}, as "
-            f"the built-in {sorted(CONTRASTS)} have them."
-        ) from error
 
 
 def label_codes(task: Task, labels: Mapping[str, str]) -> dict[str, int]:

@@ -38,7 +38,7 @@ def read_log(run: Path) -> pd.DataFrame:
     path = run / "metrics.csv"
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame()
-    with explained(f"{path}: cannot be read as a table", "remove it", OSError, ValueError):
+    with explained(f"{path}: cannot be read as a table", "remove it"):
         table = pd.read_csv(path)
     drawn = ("epoch", "step", *(f"{name}/" for name in DRAWN))
     words = [c for c in table if str(c).startswith(drawn) and not is_numeric_dtype(table[c])]

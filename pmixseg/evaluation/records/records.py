@@ -252,8 +252,7 @@ def _target(path: Path) -> Path:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    faults = (OSError, ValueError, LookupError, TypeError)  # pandas reads its own notes
-    with explained(f"{path}: cannot be read as a table", "test again", *faults):
+    with explained(f"{path}: cannot be read as a table", "test again"):
         if path.suffix == ".parquet":
             parquet: pd.DataFrame = _parquet(lambda: pd.read_parquet(path))
             return parquet

@@ -137,8 +137,7 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _no_sideca
 
 def read_sidecar(path: Path) -> dict[str, Any]:
     """Return the raw JSON of one sidecar."""
-    faults = (OSError, ValueError, RecursionError)
-    with explained(f"{path}: cannot be read as JSON", "test again", *faults):
+    with explained(f"{path}: cannot be read as JSON", "test again"):
         raw = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds no JSON object; test again.")

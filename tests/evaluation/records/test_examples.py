@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -152,6 +154,10 @@ def test_damaged_or_impossible_examples_are_named(tmp_path):
     path = tmp_path / "bad.npz"
     path.write_bytes(b"PK\x03\x04 not a zip")
     with pytest.raises(InputError, match=r"bad\.npz"):
+        Example.load(path)
+    with zipfile.ZipFile(path, "w") as archive:  # its header ends early
+        archive.writestr("format.npy", b"\x93NUMPY\x01\x00\x06\x00{'a': ")
+    with pytest.raises(InputError, match=r"bad\.npz: is not an example of a run"):
         Example.load(path)
     np.savez(path, format=np.array(2))
     with pytest.raises(InputError, match="format 2"):
