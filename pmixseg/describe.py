@@ -14,6 +14,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -260,7 +261,7 @@ def describe(value: Any, where: str = "value") -> Any:
         >>> describe({"a": (1, 2.5)})
         {'a': [1, 2.5]}
     """
-    value = plain(value)
+    value = plain(value.value if isinstance(value, Enum) else value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
