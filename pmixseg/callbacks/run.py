@@ -194,21 +194,6 @@ class RunCheckpoint(ModelCheckpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none of the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the next epoch where a checkpoint is from the end of one.
-
-        With ``max_steps`` Lightning goes on within that epoch: it trains a batch too many, or
-        counts the epoch twice and so skips the data of the next. With ``max_epochs`` it does this.
-        """
-        super().on_train_start(trainer, pl_module)
-        loop = trainer.fit_loop
-        if loop.restarted_on_epoch_end:
-            loop.epoch_progress.increment_completed()
-            loop.reset_restart_stage()
-            loop.epoch_loop.reset_restart_stage()
-            loop._restarting = False  # the setter refuses with max_steps
-            loop.epoch_loop.restarting = False
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the run folder for other processes."""
         super().teardown(trainer, pl_module, stage)

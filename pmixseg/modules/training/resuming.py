@@ -189,6 +189,21 @@ def _report_changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
+def _go_on_after_epoch(trainer: Trainer) -> None:
+    """Go on with the next epoch where a checkpoint is from the end of one.
+
+    With ``max_steps`` Lightning goes on within that epoch: it trains a batch too many, or counts
+    the epoch twice and so skips the data of the next. With ``max_epochs`` it does this.
+    """
+    loop: Any = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop.reset_restart_stage()
+        loop.epoch_loop.reset_restart_stage()
+        loop._restarting = False  # the setter refuses with max_steps
+        loop.epoch_loop.restarting = False
+
+
 def _go_on_within_epoch(trainer: Trainer) -> None:
     """Begin with the batches that an epoch still lacks; Lightning begins with its first ones.
 
@@ -280,6 +295,7 @@ class Resuming:
     def apply(self, trainer: Trainer) -> None:
         """Give the settings of the new call to the restored optimizers and schedules."""
         self._goes_on = True
+        _go_on_after_epoch(trainer)
         if self._averaged and not callbacks_of(trainer, WeightAveraging):
             rank_zero_warn(
                 "the checkpoint holds averaged weights beside the trained ones, and this training "

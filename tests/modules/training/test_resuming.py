@@ -22,8 +22,9 @@ from pmixseg.describe import describe
 from pmixseg.errors import InputError
 from pmixseg.losses.distances import NMSE
 from pmixseg.modules import OneCycle, Polynomial, StudentModule, load
+from pmixseg.modules.checkpoint import read_checkpoint
 from pmixseg.task import BRATS
-from tests.callbacks.memory_data import MemoryData, quiet_trainer, tiny
+from tests.callbacks.memory_data import MemoryData, fit, quiet_trainer, student, tiny
 
 
 def train_store(
@@ -318,6 +319,35 @@ def test_another_batch_size_precision_or_seed_is_told(tmp_path, caplog):
         f"align.distance is {describe(NMSE())}, the checkpoint had mse: the training goes on with "
         "the settings of this call, and not as it would have without the interruption."
     )
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_checkpoint_of_a_clipped_training_is_read_and_resumed(tmp_path, algorithm):
+    clip = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": algorithm}
+    path = tmp_path / "a.ckpt"
+    fit(tmp_path, student(), **clip).save_checkpoint(path)
+    assert read_checkpoint(path)["circumstances"]["trainer.gradient_clip_algorithm"] == algorithm
+    assert fit(tmp_path, student(), resume=path, max_epochs=2, **clip).global_step == 4
+
+
+def test_a_training_of_steps_goes_on_with_the_next_epoch_whatever_wrote_its_checkpoint(
+    phantom_store, tmp_path
+):
+    def steps(number, resume=None):
+        torch.manual_seed(0)
+        module = StudentModule(backbone=tiny(levels=2))
+        keep = ModelCheckpoint(tmp_path, filename=f"{number}", enable_version_counter=False)
+        settings = {"callbacks": [keep], "enable_checkpointing": True, "limit_val_batches": 0}
+        trainer = quiet_trainer(tmp_path, max_epochs=-1, max_steps=number, **settings)
+        data = BraTSDataModule(phantom_store, patch_size=16)
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        return trainer
+
+    assert steps(3).num_training_batches == 3  # an epoch: five cases, two at a time
+    whole, resumed = steps(6), steps(6, tmp_path / "3.ckpt")
+    assert resumed.current_epoch == whole.current_epoch
+    for name, value in whole.lightning_module.state_dict().items():
+        assert torch.equal(resumed.lightning_module.state_dict()[name], value), name
 
 
 def test_the_rest_of_an_epoch_that_max_steps_ended_is_left_out(phantom_store, tmp_path):
