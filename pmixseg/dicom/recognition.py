@@ -21,8 +21,14 @@ FLUID_INVERSION_MS = 1500.0
 FEWEST_SLICES = 10
 """A series with fewer is a localiser or a single image."""
 
-NO_SCANS = frozenset({"derived", "localizer", "mip", "mpr", "projection image", "adc", "secondary"})
-"""Values of ImageType of what was computed from other images."""
+NO_SCANS = frozenset(
+    {"derived", "localizer", "mip", "mpr", "projection image", "adc", "secondary", "p", "phase"}
+    | {f"{what} map" for what in ("density", "diffusion", "phase", "t1", "t2", "velocity")}
+    | {"modulus subtract", "phase subtract", "diffusion", "perfusion", "flow_encoded", "stir"}
+    | {"proton_density", "tagging", "t2_star", "tof"}
+)
+"""Values of ImageType and AcquisitionContrast of what is computed from other images or is another
+image: those of DICOM PS3.3, and P, by which makers mean phase."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,18 @@ class Recognised:
         series: which.
         modality: sequence of the task; ``None``: it is not used.
         reason: phrase that says why.
-        doubtful: it may be a sequence of the task, but which one is unclear.
+        may_be: sequences of the task of which it is one, where it is unclear which.
     """
 
     series: Series
     modality: str | None
     reason: str
-    doubtful: bool = False
+    may_be: tuple[str, ...] = ()
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it is a sequence of the task, but unclear which one."""
+        return bool(self.may_be)
 
 
 def recognise(
@@ -65,17 +76,22 @@ def recognise(
     recognised = [_recognise_one(s, modalities, by_user.get(s.number)) for s in series]
     # What the user chose takes the place of every other candidate.
     return [
-        Recognised(r.series, None, f"another series was chosen as {r.modality}")
-        if r.modality in (chosen or {}) and r.series.number not in by_user
+        Recognised(r.series, None, f"another series was chosen as {' and '.join(_taken(r))}")
+        if _taken(r) and {*_taken(r)} <= {*(chosen or {})} and r.series.number not in by_user
         else r
         for r in recognised
     ]
 
 
-def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
-    """Return one series per sequence."""
-    doubtful = [r for r in recognised if r.doubtful]
-    if doubtful:
+def _taken(one: Recognised) -> tuple[str, ...]:
+    """Return what a series is or may be."""
+    return (one.modality,) if one.modality else one.may_be
+
+
+def choose(recognised: Sequence[Recognised], modalities: Sequence[str]) -> dict[str, Series]:
+    """Return one series per sequence of a model; what it does not read is of no matter."""
+    recognised = [r for r in recognised if {*_taken(r)} & {*modalities}]
+    if doubtful := [r for r in recognised if r.doubtful]:
         first = doubtful[0]
         raise InputError(
             f"{first.series.label} is not certain: {first.reason}; say what it is with "
@@ -84,8 +100,7 @@ def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
     # One series for each modality.
     chosen: dict[str, Series] = {}
     for r in recognised:
-        if r.modality is None:
-            continue
+        assert r.modality is not None  # in doubt it was told above
         if r.modality in chosen:
             both, number = names_of((chosen[r.modality], r.series)), r.series.number
             how = f"choose one with --series {r.modality}={number}"
@@ -95,7 +110,8 @@ def choose(recognised: Sequence[Recognised]) -> dict[str, Series]:
         chosen[r.modality] = r.series
     if not chosen:
         raise InputError(
-            "no series is a sequence of the model; say which is what with --series MODALITY=NUMBER."
+            f"no series is a sequence of the model, which reads {', '.join(modalities)}; say which "
+            "is what with --series MODALITY=NUMBER."
         )
     return chosen
 
@@ -111,20 +127,34 @@ def _recognise_one(series: Series, modalities: Sequence[str], said: str | None) 
     named = {kind: read_name(kind, modalities).modality for kind in ("t1", "t1ce", "t2", "flair")}
     by_name = next((k for k, m in named.items() if m and m == reading.modality), None)
     by_times, times = weighting(series)
+    like = {"t1": ("t1", "t1ce"), None: ()}.get(by_times, (by_times,))  # alike to the times
+
+    def unsure(reason: str, *kinds: str) -> Recognised:
+        return Recognised(series, None, reason, tuple(m for k in kinds if (m := named[k])))
+
     if by_name is None and by_times is None:
         return Recognised(series, None, f"neither its description nor its times tell ({times})")
-    # T1 and T1ce look alike to the times.
-    if by_name and by_times and by_name.removesuffix("ce") != by_times:
+    if by_name and by_times and by_name not in like:
         reason = f"its description says {by_name}, its times say {by_times} ({times})"
-        return Recognised(series, None, reason, doubtful=True)
+        return unsure(reason, by_name, *like)
+    # What the times say must fit the description, as FLAIR fits "t2_tirm", and T2 no "ep2d_diff".
+    if by_times and by_name is None:
+        reading = read_name(f"{by_times} {series.description}", modalities)
+    if reading.kind == "other":
+        return Recognised(series, None, f"its description: {reading.doubt}")
+    if by_times and reading.kind == "unknown":
+        reason = f"its times say {by_times} ({times}), its description: {reading.doubt}"
+        return unsure(reason, *like)
     # Both agree, or only one of them speaks; a contrast agent has a header field of its own.
     kind = by_name or by_times or ""
     reasons = [*["description"] * bool(by_name), *[times] * bool(by_times)]
     if kind == "t1" and series.agent:
+        if by_name and read_name(f"gd {series.description}", modalities).kind == "unknown":
+            return unsure("its header names a contrast agent, its description says without", *like)
         kind, reasons = "t1ce", [*reasons, "a contrast agent in the header"]
     elif kind == "t1" and by_name is None:
         reason = f"T1-weighted ({times}), but nothing tells whether with contrast agent"
-        return Recognised(series, None, reason, doubtful=True)
+        return unsure(reason, *like)
     if named[kind] is None:
         return Recognised(series, None, f"{kind}, which this task does not have")
     return Recognised(series, named[kind], ", ".join(reasons))
@@ -132,14 +162,15 @@ def _recognise_one(series: Series, modalities: Sequence[str], said: str | None) 
 
 def _why_no_scan(series: Series, reading: Reading) -> str:
     """Say why a series is no structural scan of the task; nothing if it may be one."""
-    computed = sorted(NO_SCANS & set(series.kind))
+    if series.modality != "MR":
+        return f"no MR image: its modality is {series.modality or 'not told'}"
     if series.slices < FEWEST_SLICES:
         return f"only {series.slices} slices"
-    if computed:
+    if computed := sorted(NO_SCANS & set(series.kind)):
         return f"image type {computed[0]}"
     if series.diffusion:
         return "diffusion-weighted"
-    if reading.kind in ("foreign", "label"):
+    if reading.kind in ("foreign", "label", "other"):
         return f"its description: {reading.doubt or 'no scan'}"
     return ""
 

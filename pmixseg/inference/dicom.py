@@ -78,9 +78,7 @@ def segment_study(
     recognised = recognise(read_folder(Path(folder)), module.task.modalities, chosen)
     if tell is not None:
         tell(recognised)
-    series = {m: s for m, s in choose(recognised).items() if m in module.modalities}
-    if not series:
-        raise InputError(f"this model reads {', '.join(module.modalities)}; the study has none.")
+    series = choose(recognised, module.modalities)
     with tempfile.TemporaryDirectory() as place:
         images = {m: Path(place) / f"{called}_{m}.nii.gz" for m in series}
         for modality, path in images.items():

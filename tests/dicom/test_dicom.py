@@ -1,6 +1,7 @@
 """A study in DICOM: read, segmented, written as DICOM-SEG, and told without the patient."""
 
 import gzip
+import shutil
 import warnings
 from contextlib import contextmanager
 
@@ -122,7 +123,8 @@ def same(made, scan):
 
 
 def test_volumes_are_the_scans(study, scans):
-    for m, s in choose(recognise(read_folder(study), BRATS.modalities)).items():
+    recognised = recognise(read_folder(study), BRATS.modalities)
+    for m, s in choose(recognised, BRATS.modalities).items():
         same(s.volume().to_nibabel(), nib.load(scans[m]))
 
 
@@ -154,6 +156,91 @@ def test_files_without_a_preamble_are_read(scans, tmp_path, implicit):
     (one,) = read_folder(tmp_path)
     same(one.volume().to_nibabel(), nib.load(scans["t2"]))
     write_segmentation(tmp_path / "x.dcm", np.uint8(one.volume().array > 0), BRATS, one, "x")
+
+
+def enhanced(scans, path, change=lambda header: None):
+    image = nib.load(scans["flair"])
+    values, flair = np.asarray(image.dataobj), PROTOCOLS["flair"]
+    write_enhanced(path, values, image.affine, 5, flair, "1.2.3.4.5", PATIENT)
+    header = pydicom.dcmread(path)
+    change(header)
+    header.save_as(path)
+
+
+def twice(header):
+    header.NumberOfFrames *= 2
+    header.PixelData *= 2
+    header.PerFrameFunctionalGroupsSequence.extend([*header.PerFrameFunctionalGroupsSequence])
+
+
+def shorten(header):
+    header.PixelData = header.PixelData[2 * header.Rows * header.Columns :]
+    header.NumberOfFrames -= 1
+    del header.PerFrameFunctionalGroupsSequence[20]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (twice, r"\(39 slices of its 78 lie where others do\); keep one copy of each, or one time"),
+        (shorten, r"\(its slices lie 4 mm apart, but once 8 mm\); see that all"),
+        (None, r"\(2 of its files have several frames, where one is a volume\); convert it to"),
+    ],
+)
+def test_frames_that_make_no_volume_say_why(scans, tmp_path, change, sentence):
+    enhanced(scans, tmp_path / "one.dcm", change or (lambda header: None))
+    if change is None:
+        shutil.copy(tmp_path / "one.dcm", tmp_path / "two.dcm")
+    (one,) = read_folder(tmp_path)
+    with pytest.raises(InputError, match=sentence):
+        one.volume()
+
+
+def test_an_enhanced_image_says_what_it_is_in_groups_of_its_own(scans, tmp_path):
+    def change(header):
+        (shared,) = header.SharedFunctionalGroupsSequence
+        for frame in header.PerFrameFunctionalGroupsSequence:
+            frame.MREchoSequence = shared.MREchoSequence
+        del shared.MREchoSequence, header.SeriesDescription
+        agent = Dataset()
+        agent.CodeMeaning = "gadobutrol"
+        header.ContrastBolusAgentSequence = [agent]
+        header.AcquisitionContrast = "FLUID_ATTENUATED"
+
+    enhanced(scans, tmp_path / "one.dcm", change)
+    (one,) = read_folder(tmp_path)
+    assert (one.echo, one.repetition, one.inversion, one.agent) == (120, 9000, 2500, True)
+    assert "fluid_attenuated" in one.kind
+
+
+@pytest.mark.parametrize(
+    ("agent", "volume", "expected"),
+    [
+        ("Gadovist", None, True),
+        ("NO CONTRAST", None, False),
+        ("W/O", "7.5", False),
+        ("", "7.5", True),
+        ("", "0", False),
+    ],
+)
+def test_whether_a_contrast_agent_was_given(study, tmp_path, agent, volume, expected):
+    header = pydicom.dcmread(next(study.glob("4_*.dcm")))
+    header.ContrastBolusAgent, header.ContrastBolusVolume = agent, volume
+    header.save_as(tmp_path / "one.dcm")
+    (one,) = read_folder(tmp_path)
+    assert one.agent is expected
+
+
+def test_series_that_are_no_scan_stand_beside_the_others(study, tmp_path):
+    for path in study.glob("[34]_*.dcm"):
+        header = pydicom.dcmread(path)
+        if path.name.startswith("4"):
+            header.Modality = "" if header.InstanceNumber % 2 else "PT"
+            header.SeriesInstanceUID += "." + str(header.InstanceNumber % 2)
+        header.save_as(tmp_path / path.name)
+    reasons = [r.reason for r in recognise(read_folder(tmp_path), BRATS.modalities)]
+    assert reasons[0].startswith("description")
+    assert sorted(r.rpartition("is ")[2] for r in reasons[1:]) == ["PT", "not told"]
 
 
 def test_patients_and_studies_are_not_mixed(scans, tmp_path):
@@ -189,6 +276,15 @@ def spoil(header):
         ("copy", r"\(1 slice of its 40 lie where others do\); keep one copy of each, or one ti"),
         (tilt, r"\(each of its slices is shifted against .* gantry\); convert it to NIfTI"),
         (lambda h: delattr(h, "ImagePositionPatient"), r"\(its slices do not say their ImagePosit"),
+        (
+            lambda h: setattr(h, "ImagePositionPatient", [0, 0, h.InstanceNumber**1.05]),
+            r"\(its slices lie 1\.\d* to 1\.\d* mm apart\); convert it to NIfTI",
+        ),
+        (
+            lambda h: setattr(h, "ImagePositionPatient", [0, 0, h.InstanceNumber, 0]),
+            r"\(the places of its slices are no numbers\); export",
+        ),
+        (lambda h: delattr(h, "FrameOfReferenceUID"), r"not say their FrameOfReferenceUID\); exp"),
         (lambda h: delattr(h, "PixelSpacing"), r"do not say their PixelSpacing\); export the ser"),
         (
             lambda h: setattr(h, "PhotometricInterpretation", "MONOCHROME1"),
@@ -218,9 +314,20 @@ def test_times_and_descriptions_may_hold_anything(study, tmp_path):
     header = pydicom.dcmread(path)
     header.EchoTime, header.SeriesDescription = [10, 90], "t2 \x1b[31m red"
     header[0x00180080] = DataElement(0x00180080, "LO", "short")
+    header[0x00200011] = DataElement(0x00200011, "LO", "third")
+    header.ImageType = "DERIVED"
     header.save_as(tmp_path / path.name, implicit_vr=False, little_endian=True)
     (one,) = read_folder(tmp_path)
+    assert (one.number, one.kind) == (0, ("derived",))
     assert (one.echo, one.repetition, one.told) == (10.0, None, "t2 [31m red")
+    for number in (b"1e999", b"Jane  "):
+        whole = path.read_bytes()
+        start = whole.index(b"\x20\x00\x11\x00IS") + 6
+        spoilt = len(number).to_bytes(2, "little") + number + whole[start + 4 :]
+        (tmp_path / path.name).write_bytes(whole[:start] + spoilt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # pydicom's quote the header
+            assert read_folder(tmp_path)[0].number == 0
     (tmp_path / path.name).write_bytes(path.read_bytes()[:400])
     with pytest.raises(InputError, match="no MR images in DICOM that can be read"):
         read_folder(tmp_path)

@@ -18,6 +18,10 @@ def series(number=1, description="", times=(None,) * 3, slices=30, **more):
     return Series(f"1.{number}", number, description, (), slices, **facts, **more)
 
 
+def pick(series, chosen=None, modalities=BRATS.modalities):
+    return choose(recognise(series, BRATS.modalities, chosen), modalities)
+
+
 @pytest.mark.parametrize(
     ("times", "expected"),
     [
@@ -54,19 +58,75 @@ def test_doubt_is_no_guess(one, modality, doubtful):
     assert (told.modality, told.doubtful) == (modality, doubtful)
 
 
+@pytest.mark.parametrize(
+    ("description", "times", "expected"),
+    [
+        ("ep2d_diff_b1000", TIMES["t2"], "'diff' makes it another image than T2"),
+        ("DWI", TIMES["t2"], "'dwi' makes it another image than T2"),
+        ("resolve_4scan_trace_ADC", TIMES["t2"], "'trace' makes it another image than T2"),
+        ("perf DSC", TIMES["t2"], "'perf' makes it another image than T2"),
+        ("T2 map", TIMES["t2"], "'map' makes it another image than T2"),
+        ("T2* haemo", TIMES["t2"], "'haemo' makes it another image than T2"),
+        ("AX FLAIR + C", TIMES["flair"], ("flair",)),
+        ("T1 and T2", TIMES["t1"], ("t1", "t1ce")),
+        ("gre", TIMES["t2"], ("t2",)),
+        ("t2_tirm_tra", TIMES["flair"], "flair"),
+        ("ax", TIMES["flair"], "flair"),
+        ("sT2W_TSE", TIMES["t2"], "t2"),
+    ],
+)
+def test_times_do_not_overrule_a_description(description, times, expected):
+    (told,) = recognise([series(1, description, times)], BRATS.modalities)
+    if isinstance(expected, tuple):
+        assert (told.modality, told.may_be) == (None, expected)
+    else:
+        assert expected in (told.modality, told.reason.removeprefix("its description: "))
+        assert not told.doubtful
+
+
+@pytest.mark.parametrize(
+    ("one", "reason"),
+    [
+        (series(kind=("original", "primary", "p", "nd"), times=TIMES["t2"]), "image type p"),
+        (series(kind=("original", "t2 map"), times=TIMES["t2"]), "image type t2 map"),
+        (series(kind=("original", "diffusion"), times=TIMES["t2"]), "image type diffusion"),
+        (series(description="FLAIR", modality="PT"), "no MR image: its modality is PT"),
+        (series(description="FLAIR", modality=""), "no MR image: its modality is not told"),
+    ],
+)
+def test_what_is_no_scan(one, reason):
+    (told,) = recognise([one], BRATS.modalities)
+    assert told.modality is None and told.reason.startswith(reason)
+
+
+def test_an_agent_beside_the_words_for_none_is_doubtful():
+    pre = series(4, "T1w pre", TIMES["t1"], agent=True)
+    (told,) = recognise([pre], BRATS.modalities)
+    assert told.may_be == ("t1", "t1ce")
+
+
 def test_two_of_a_kind_and_doubt_are_asked():
     twice = [series(n, "FLAIR", TIMES["flair"]) for n in (3, 8)]
     with pytest.raises(InputError, match="two series are flair"):
-        choose(recognise(twice, BRATS.modalities))
-    assert choose(recognise(twice, BRATS.modalities, {"flair": 8}))["flair"].number == 8
+        pick(twice)
+    assert pick(twice, {"flair": 8})["flair"].number == 8
     with pytest.raises(InputError, match="they have one number, so move the files of one away"):
-        choose(recognise([twice[0]] * 2, BRATS.modalities, {"flair": 3}))
+        pick([twice[0]] * 2, {"flair": 3})
     unsure = [series(3, "ax", TIMES["t1"])]
     with pytest.raises(InputError, match="--series MODALITY=3"):
-        choose(recognise(unsure, BRATS.modalities))
-    assert list(choose(recognise(unsure, BRATS.modalities, {"t1": 3}))) == ["t1"]
+        pick(unsure)
+    assert list(pick(unsure, {"t1": 3})) == ["t1"]
+    both = [*unsure, series(4, "T1", TIMES["t1"]), series(5, "T1 gd", TIMES["t1"])]
+    assert list(pick(both, {"t1": 4, "t1ce": 5})) == ["t1", "t1ce"]  # so it is none of these
+    with pytest.raises(InputError, match="--series MODALITY=3"):
+        pick(both, {"t1": 4})
     with pytest.raises(InputError, match="--series t1=9"):
         recognise(unsure, BRATS.modalities, {"t1": 9})
+
+
+def test_what_a_model_does_not_read_is_not_asked():
+    study = [series(2, "T1", TIMES["t1"]), series(3, "T1", TIMES["t1"]), series(4, "T2")]
+    assert list(pick([*study, series(5, "ax", TIMES["t1"])], modalities=("t2",))) == ["t2"]
 
 
 @pytest.mark.parametrize(
@@ -79,5 +139,5 @@ def test_two_of_a_kind_and_doubt_are_asked():
 def test_a_sequence_that_the_task_lacks_is_not_used(one, reason):
     (told,) = recognise([one], ("t1", "t2"))
     assert told.modality is None and reason in told.reason
-    with pytest.raises(InputError, match="no series is a sequence of the model; say which is what"):
-        choose([told])
+    with pytest.raises(InputError, match=r"no series is .* reads t1, t2; say which is"):
+        choose([told], ("t1", "t2"))

@@ -33,11 +33,11 @@ _WORDS: Mapping[str, str] = {
     # Other images that are made by, or from, a sequence of T1 or T2.
     "other": (
         "star map maps mapping stir swi swan dwi adc dti dce dsc perf perfusion pwi asl hemo haemo "
-        "medic mra angio pd pdw subtraction subtr ratio trace"
+        "medic mra angio pd pdw subtraction subtr ratio trace tracew diffusion bold fmri mrs"
     ),
     "derived": "sub diff rho tof",  # the same behind a sequence; elsewhere parts of other words
     "inversion": "tirm",
-    "t2star": "gre ffe epi",  # gradient echoes: T1 or T2*, never T2
+    "t2star": "gre ffe epi ep2d",  # gradient echoes: T1 or T2*, never T2
     "neutral": (
         "w wi weighted ax axial tra trans transversal transverse sag sagittal cor coronal 3d 2d se "
         "tse fse mprage mpr mp2rage spgr fspgr bravo space spc vibe tfe tfl ir irfspgr cube vista "
@@ -66,6 +66,9 @@ _LABELS = frozenset(
 _NEVER = {"inversion": ("t1", "t2"), "t2star": ("t2",)}
 """Kind of a word -> sequences that an image with such a word in its name is not."""
 
+_ANOTHER = "makes it another image than"
+"""Part of a phrase by which a name is surely not a common sequence's."""
+
 _SHOWN = {"t1": "T1", "t2": "T2", "flair": "FLAIR", "t1ce": "contrast-enhanced T1"}
 
 
@@ -75,12 +78,12 @@ class Reading:
 
     Args:
         kind: ``scan`` of a modality of the task, ``foreign`` if it is surely a common sequence that
-            the task lacks, ``label`` map or result, or ``unknown``.
+            the task lacks, ``other`` image such as a map, ``label`` map or result, or ``unknown``.
         modality: of the scan.
         doubt: a phrase that says why it is foreign or unknown.
     """
 
-    kind: Literal["scan", "foreign", "label", "unknown"]
+    kind: Literal["scan", "foreign", "other", "label", "unknown"]
     modality: str | None = None
     doubt: str = ""
 
@@ -139,7 +142,7 @@ def read_name(name: str, modalities: Iterable[str]) -> Reading:
     # A common sequence, in whatever words, and which modality of the task it is.
     sequence, doubt = _sequence(pieces)
     if sequence is None:
-        return Reading("unknown", doubt=doubt)
+        return Reading("other" if _ANOTHER in doubt else "unknown", doubt=doubt)
     fitting = [m for m in names if common_sequence(m) == sequence]
     if len(fitting) > 1:
         return Reading("unknown", doubt=f"it may be any of {', '.join(fitting)}")
@@ -271,10 +274,12 @@ def _sequence(pieces: Sequence[_Piece]) -> tuple[str | None, str]:
         return None, "it names more than one sequence"
     sequence = "flair" if "flair" in kinds else kinds.pop()
     first = pieces[base[0]].word
-    other = {"other"} | {k for k, shown in _NEVER.items() if sequence in shown}
+    never = {k for k, shown in _NEVER.items() if sequence in shown}
     for piece in pieces:
-        if piece.kind in other or (piece.kind == "derived" and piece.word >= first):
-            return None, f"'{piece.text}' makes it another image than {_SHOWN[sequence]}"
+        if piece.kind == "other" or (piece.kind == "derived" and piece.word >= first):
+            return None, f"'{piece.text}' {_ANOTHER} {_SHOWN[sequence]}"
+    if told := [piece.text for piece in pieces if piece.kind in never]:
+        return None, f"'{told[0]}' makes it no {_SHOWN[sequence]}"
     return _with_contrast(pieces, sequence, first)
 
 
