@@ -22,6 +22,10 @@ FIRST_VOXEL = (0.0, -239.0, 0.0)
 """Its first voxel, in mm and LPS."""
 
 
+FEWEST_SLICES = 4
+"""What ITK's filters need along each axis."""
+
+
 @dataclass(frozen=True)
 class Atlas:
     """A template and its brain.
@@ -81,6 +85,11 @@ def read_volume(path: Path, what: str) -> Any:
     scan = ScanReader(what).read(path, "scan")
     place_of(scan, None, what)
     values = scan.values().astype(np.float32)
+    if min(values.shape) < FEWEST_SLICES:
+        raise InputError(
+            f"{what}: {path} has {min(values.shape)} slices along an axis, too few to be "
+            "registered; give a volume of the head."
+        )
     if not np.isfinite(values).all() or values.min() == values.max():
         raise InputError(f"{what}: {path} is constant or not finite everywhere; it shows no head.")
     return image_of(values, scan.affine)

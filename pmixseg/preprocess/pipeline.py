@@ -124,10 +124,13 @@ def preprocess_scans(
     space = mni152() if atlas is None else read_atlas(Path(atlas))
     sources = {m: read_volume(Path(path), f"case '{name}', {m}") for m, path in images.items()}
     to_centre = {
-        m: sitk.Euler3DTransform() if m == middle else register(sources[middle], scan)
+        m: sitk.Euler3DTransform()
+        if m == middle
+        else register(sources[middle], scan, f"case '{name}': {m} and {middle}")
         for m, scan in sources.items()
     }
-    poses = place_in_atlas(space.template, space.brain, sources[middle])
+    what = f"case '{name}': {middle} and the atlas"
+    poses = place_in_atlas(space.template, space.brain, sources[middle], what)
     transforms = {m: _joined(poses[0], own) for m, own in to_centre.items()}
     heads = {m: resampled(s, space.grid, transforms[m]) for m, s in sources.items()}
     mask, notes = brain_mask(sources[middle], brain, space, poses)

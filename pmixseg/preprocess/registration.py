@@ -9,6 +9,7 @@ Source: Mattes et al., PET-CT image registration in the chest using free-form de
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,13 +45,13 @@ TRIED = 4
 """How many of these starts are refined, before the best is chosen."""
 
 
-def register(fixed: sitk.Image, moving: sitk.Image) -> sitk.Transform:
+def register(fixed: sitk.Image, moving: sitk.Image, what: str = "two scans") -> sitk.Transform:
     """Register two scans of one head rigidly, of any contrasts: points of fixed to those of moving.
 
     The start is the better of two: the scanner's coordinates, and the volumes' centres of mass laid
-    upon each other.
+    upon each other. ``what`` names them in a message.
     """
-    with _one_sentence():
+    with _one_sentence(what):
         start = _best(fixed, moving, _default_starts(fixed, moving), None, COARSE_MM)
         transform = sitk.Euler3DTransform(start)
         for size in LEVELS_MM:
@@ -59,7 +60,7 @@ def register(fixed: sitk.Image, moving: sitk.Image) -> sitk.Transform:
 
 
 def place_in_atlas(
-    template: sitk.Image, brain: sitk.Image, scan: sitk.Image
+    template: sitk.Image, brain: sitk.Image, scan: sitk.Image, what: str = "a scan and its atlas"
 ) -> tuple[sitk.Transform, sitk.Transform]:
     """Register a head, skull and neck included, to a template without skull.
 
@@ -72,7 +73,7 @@ def place_in_atlas(
         Points of the template -> points of the scan: a rigid transform, which keeps the head's
         size, for resampling; and an affine one, which fits the brains to each other.
     """
-    with _one_sentence():
+    with _one_sentence(what):
         capped = _without_fat(scan)
         pairs = {size: (_shrunk(template, size), _shrunk(capped, size)) for size in LEVELS_MM[:2]}
         first, second = LEVELS_MM[:2]
@@ -163,13 +164,14 @@ def _best(
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
+def _one_sentence(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or ["no overlap"])[-1]
+        reason = re.sub(r"^ITK ERROR: \S+: |\.$", "", reason)  # the filter, and its address
         raise InputError(
-            f"two scans cannot be registered ({reason}); check that both show the same head."
+            f"{what} cannot be registered ({reason}); check that both show one and the same head."
         ) from error
 
 

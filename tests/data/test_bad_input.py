@@ -135,6 +135,11 @@ DAMAGE = {
         lambda p: raw_header(p, sform_code=1, srow_x=[0, 0, 0, 0]),
         r"has no usable geometry .*; repair its header\.",
     ),
+    "an origin beyond all rooms": (
+        "t1ce",
+        lambda p: raw_header(p, sform_code=1, srow_x=[1, 0, 0, 1e30]),
+        r"has no usable geometry \(its first voxel lies 1e\+30 mm from the origin\); repair its",
+    ),
     "sheared axes": (
         "t1ce",
         lambda p: rewrite(p, lambda d: d, nib.load(p).affine @ SHEAR),

@@ -322,3 +322,37 @@ def test_a_scan_of_another_patient_is_told(phantom_root):
     verdict = judge(canonicalise({**scans, "t2": others["t2"]}, None, BRATS), BRATS)
     assert not verdict.findings and len(verdict.remarks) == 1
     assert "t2 shows another brain than flair and t1ce and t1, as of another" in verdict.remarks[0]
+
+
+def noise(values):
+    drawn = np.random.default_rng(0).normal(100, 20, values.shape)
+    return np.where(values != 0, np.abs(drawn) + 1, 0)
+
+
+def uneven(values):
+    return values * np.geomspace(1, 8, values.shape[1])[:, None]
+
+
+def inverted(values):
+    return np.where(values != 0, values.max() + 1 - values, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "modality", "words"),
+    [
+        (noise, "t1", "t1 is noise, for its voxels tell nothing about those beside them"),
+        (noise, "flair", "flair is noise, for its voxels tell nothing about those beside them"),
+        (uneven, "t1", "times as bright at one end of the brain as at the other; correct its bias"),
+        (inverted, "t1", "t1 and t1ce are each bright where the other is dark, as if one were inv"),
+        (inverted, "t1ce", "t1 and t1ce are each bright where the other is dark, as if one were i"),
+    ],
+)
+def test_scans_that_are_not_what_a_scanner_gives(phantom_root, change, modality, words):
+    scans, _ = scans_of(phantom_root)
+    values = np.asarray(scans[modality].dataobj).astype(np.float32)
+    scans[modality] = nib.Nifti1Image(change(values), scans[modality].affine)
+    alone = [{modality: scans[modality]}] if change is not inverted else []
+    for shown in (scans, *alone):
+        verdict = judge(canonicalise(shown, None, BRATS), BRATS)
+        (told,) = verdict.findings + verdict.remarks
+        assert words in told

@@ -130,6 +130,12 @@ def test_reduced_precision_is_close_but_not_equal(model, images, whole):
     assert 0 < difference.max() < 0.05
 
 
+def test_a_callers_autocast_changes_nothing(model, images, whole):
+    with torch.autocast("cpu", torch.bfloat16):
+        again = model.segment(images)
+    assert np.array_equal(again.probabilities, whole.probabilities)
+
+
 def test_overlap_and_window_are_used(model, images, whole):
     other = model.segment(images, SegmentSettings(overlap=0.0, window=(16, 16, 16)))
     assert other.settings["window"] == [16, 16, 16]

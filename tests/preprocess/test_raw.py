@@ -255,11 +255,15 @@ def test_files_that_show_no_head(tmp_path):
     nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)), flat)
     nib.save(nib.Nifti1Image(np.ones((8, 8, 8, 3), np.float32), np.eye(4)), vectors)
     (tmp_path / "text.nii.gz").write_text("no scan")
+    (tmp_path / "half.img").write_bytes(bytes(9999))
+    nib.save(nib.Nifti1Image(np.arange(128.0).reshape(8, 8, 2), np.eye(4)), tmp_path / "two.nii.gz")
     for path, sentence in (
         (flat, "shows no head"),
         (vectors, "one volume of three axes is needed"),
         (tmp_path / "text.nii.gz", "is not a NIfTI file"),
         (tmp_path / "none.nii.gz", "does not exist"),
+        (tmp_path / "half.img", "one half of a pair, and half.hdr does not lie beside it; copy"),
+        (tmp_path / "two.nii.gz", "has 2 slices along an axis, too few to be registered"),
     ):
         with pytest.raises(InputError, match=sentence):
             preprocess_scans({"t1": path}, "x")
@@ -285,6 +289,19 @@ def still(tmp_path, monkeypatch):
         return tmp_path / name
 
     return head, affine, save
+
+
+def test_scans_that_do_not_meet_are_named(still, monkeypatch):
+    def fail(*_):
+        raise RuntimeError(
+            "in itkMetric.hxx:12:\nITK ERROR: Metric(0x55c): All samples map outside."
+        )
+
+    monkeypatch.setattr("pmixseg.preprocess.registration._score", fail)
+    images = {"t1": still[2]("a.nii.gz"), "t1ce": still[2]("b.nii.gz")}
+    words = r"^case 'x': t1 and t1ce cannot be registered \(All samples map outside\); check that"
+    with pytest.raises(InputError, match=words):
+        preprocess_scans(images, "x")
 
 
 BRATS_2024 = {"codes": {"NCR": 1, "ED": 2, "ET": 3}, "ignored": (4,)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,6 +40,9 @@ _NO_SCANS = {
     b"<": "a web page, as of a download without login",
 }
 """How files begin that stand for a scan."""
+
+_PAIR = {"img": "hdr", "hdr": "img"}
+"""Ending of one file of a pair -> that of the other."""
 
 _UNREADABLE = (ImageFileError, HeaderDataError, ValueError, *DAMAGED)
 
@@ -286,6 +290,9 @@ def _advice(path: Path) -> str:
             "a DICOM file is read with its series alone: give `pmixseg segment` the study's "
             "folder, or convert the series to NIfTI, with dcm2niix for one"
         )
+    half = re.sub(r"(?i)(img|hdr)(?=(\.gz)?$)", lambda m: _PAIR[m[0].lower()], path.name)
+    if half != path.name and not path.with_name(half).exists():
+        return f"it is one half of a pair, and {half} does not lie beside it; copy that as well"
     with path.open("rb") as file:
         start = file.read(24)
     for beginning, kind in _NO_SCANS.items():

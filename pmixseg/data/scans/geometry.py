@@ -26,6 +26,9 @@ BOX_MULTIPLE = 8
 MIN_SPACING, MAX_SPACING = 0.05, 30.0
 """Smallest and largest credible voxel size in mm: below any scanner, above any slice gap."""
 
+MAX_ORIGIN = 1e5
+"""Largest credible distance in mm of the first voxel from the origin: a hundred metres."""
+
 MAX_VOXELS = 1 << 29
 """Most voxels of a grid, 812 cubed: 2 GiB per modality while it is resampled."""
 
@@ -93,6 +96,8 @@ class Geometry:
         ):
             raise ValueError("the affine is singular or not finite")
         check_spacing(zooms.tolist(), "its voxels")
+        if (reach := np.abs(matrix[:3, 3]).max()) > MAX_ORIGIN:
+            raise ValueError(f"its first voxel lies {reach:.3g} mm from the origin")
         axes = matrix[:3, :3] / zooms
         shear = np.abs(np.triu(axes.T @ axes, 1)).max()
         if shear > MAX_SHEAR:

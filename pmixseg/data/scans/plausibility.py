@@ -19,7 +19,14 @@ import numpy.typing as npt
 from pmixseg.data.scans.boxes import bounds
 from pmixseg.data.scans.brains import odd_slices, turned
 from pmixseg.data.scans.canonical import CanonicalCase
-from pmixseg.data.scans.placement import Overview, copies, misplaced, misplaced_label, outlines
+from pmixseg.data.scans.placement import (
+    Overview,
+    copies,
+    misplaced,
+    misplaced_label,
+    noisy,
+    outlines,
+)
 from pmixseg.data.scans.sequences import common_sequence
 from pmixseg.task import Task
 
@@ -65,6 +72,14 @@ told, with FLAIR and T1ce 45, with T2 and T1ce all."""
 CREDIBLE_FLUID = {"t1": (0.0, 1.65), "t1ce": (0.0, 1.65), "t2": (0.8, math.inf)}
 """Credible ratio of a scan's bright tail to its dark one: fluid is dark in T1 and bright in T2. Of
 64 real cases T1 has at most 1.12, T1ce 1.41, T2 at least 1.07; of 98 phantoms 1.53, 1.48, 0.92."""
+
+OPPOSED = 0.0
+"""Correlation of T1 and T1ce below which one is inverted or another sequence: 64 real cases have
+0.24 and more."""
+
+LARGEST_TREND = 1.4
+"""Largest difference of the logarithm of a scan's intensities, by a linear fit, between two ends of
+a brain: 64 real cases have at most 1.06, with T1 times 1 to 6 from end to end at least 1.57."""
 
 JUDGED_BLOCKS = 1000
 """Fewer blocks of 4 mm tell nothing about which sequence a scan is."""
@@ -221,7 +236,8 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
     size = f"its brain is {' × '.join(f'{e:.3g}' for e in case.extent)} mm"
     too_small = [f"{size}, {WRONG_UNIT}"] if max(case.extent) < MIN_LENGTH_MM else []
     # Findings refuse the case; the slow search for a better place comes where there is no other.
-    findings = [*case.doubts, *too_small, *copies(overview), *label] or misplaced(overview)
+    findings = [*case.doubts, *too_small, *noisy(overview), *copies(overview), *label]
+    findings = findings or misplaced(overview)
     if odd_one_out and not case.oriented:
         findings.append(f"its scans {SILENT}, where other cases of the cohort do")
     if findings:
@@ -238,7 +254,9 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
     for name, scan in scans.items():
         spread = case.statistics[name][1]
         slices += speck(scan, name) or odd_slices(scan, case.geometry.grid_spacing, spread, name)
-    remarks += [*(slices or outlines(overview)), *exchanged(overview), *odd_label(case, task)]
+    remarks += slices or outlines(overview)
+    remarks += uneven(overview, case.statistics) or exchanged(overview)
+    remarks += odd_label(case, task)
     return Verdict((), case.oriented, tuple(remarks))
 
 
@@ -252,6 +270,27 @@ def speck(scan: npt.NDArray[np.generic], name: str) -> list[str]:
         f"{name} has a voxel more than {BRIGHTEST} standard deviations from its mean, so all "
         "others are pressed together; look for an artefact, and replace it"
     ]
+
+
+def uneven(overview: Overview, statistics: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Remark on a scan that is far brighter at one end of the brain than at the other.
+
+    ``statistics`` are those of the case, by which z-scores are intensities.
+    """
+    remarks = []
+    for name, volume in overview.volumes.items():
+        places, (mean, deviation) = np.argwhere(volume), statistics[name]
+        values = volume[volume != 0].astype(np.float64) * deviation + mean
+        if len(values) < JUDGED_BLOCKS or values.min() <= 0:
+            continue
+        lines = np.column_stack([np.ones(len(values)), places])
+        fit, *_ = np.linalg.lstsq(lines, np.log(values), rcond=None)
+        if (trend := float(np.ptp(lines @ fit))) > LARGEST_TREND:
+            remarks.append(
+                f"{name} is {math.exp(trend):.0f} times as bright at one end of the brain as at "
+                "the other; correct its bias field, for one with N4"
+            )
+    return remarks
 
 
 def _tails(values: npt.NDArray[np.float32], low: float, high: float = 0.999) -> tuple[float, float]:
@@ -272,7 +311,8 @@ def exchanged(overview: Overview) -> list[str]:
     codes = {kind: overview.codes[name][inside] for kind, name in names.items()}
     volumes = {kind: overview.volumes[name][inside] for kind, name in names.items()}
     there, pairs = set(names), []
-    if {"t1", "t2", "flair"} <= there and _flair_is_t2(codes):
+    opposed = {"t1", "t1ce"} <= there and _alike(codes, "t1", "t1ce") < OPPOSED
+    if {"t1", "t2", "flair"} <= there and not opposed and _flair_is_t2(codes):
         pairs.append(("flair", "t2", "fluid is bright in the first, dark in the second", ""))
     if {"t1", "t2"} <= there and not pairs and _t1_is_t2(volumes):
         why = "fluid is dark in the first, bright in the second"
@@ -285,6 +325,11 @@ def exchanged(overview: Overview) -> list[str]:
             f"{names[one]} and {names[other]} {words} ({why}); see that their names are right{also}"
             for one, other, why, also in pairs
         ]
+    if opposed:
+        return [
+            f"{names['t1']} and {names['t1ce']} are each bright where the other is dark, as if one "
+            "were inverted or another sequence; see that their names are right, and dark and bright"
+        ]
     return _stranger(codes, names) or _odd_fluid(volumes, names)
 
 
@@ -292,10 +337,13 @@ Values = Mapping[str | None, npt.NDArray[Any]]
 """Common sequence -> its bins, or means, in the blocks that all scans show."""
 
 
+def _alike(codes: Values, one: str, other: str) -> float:
+    return float(np.corrcoef(codes[one], codes[other])[0, 1])
+
+
 def _flair_is_t2(codes: Values) -> bool:
     """Say whether T2 resembles T1 more than FLAIR does."""
-    likeness = np.corrcoef([codes["t1"], codes["t2"], codes["flair"]])[0]
-    return bool(likeness[2] - likeness[1] < LEAST_LIKENESS)
+    return _alike(codes, "t1", "flair") - _alike(codes, "t1", "t2") < LEAST_LIKENESS
 
 
 def _t1_is_t2(volumes: Values) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations as subsets_of_size
 from pathlib import Path
@@ -259,7 +258,8 @@ def _predict(
     prediction: CasePrediction | None = None
     total: Tensor | None = None
     for done, axes in enumerate(mirrorings):
-        with torch.autocast(recipe.device.type, torch.bfloat16) if half else nullcontext():
+        # Off where it is not asked for, whatever a caller has on: the labels are the model's own.
+        with torch.autocast(recipe.device.type, torch.bfloat16 if half else None, enabled=half):
             prediction = next(
                 predict_case(
                     predictor,
