@@ -27,8 +27,8 @@ NO_SCANS = frozenset(
     | {"modulus subtract", "phase subtract", "diffusion", "perfusion", "flow_encoded", "stir"}
     | {"proton_density", "tagging", "t2_star", "tof"}
 )
-"""Values of ImageType and AcquisitionContrast of what is computed from other images or is another
-image: those of DICOM PS3.3, and P, by which makers mean phase."""
+"""Values of ImageType and AcquisitionContrast of what is computed or is another image: those of
+DICOM PS3.3, and P, by which makers mean phase."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class Recognised:
 
 
 def recognise(
-    series: Sequence[Series],
-    modalities: Sequence[str],
-    chosen: Mapping[str, int] | None = None,
+    series: Sequence[Series], modalities: Sequence[str], chosen: Mapping[str, int] | None = None
 ) -> list[Recognised]:
     """Tell which series is which sequence.
 

@@ -20,27 +20,11 @@ from pmixseg.argument_checks import checked
 from pmixseg.errors import InputError, count_of, first_line
 
 HEADER = (
-    "SOPClassUID",
-    "Modality",
-    "PatientID",
-    "PatientName",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "SeriesNumber",
-    "SeriesDescription",
-    "ProtocolName",
-    "ImageType",
-    "AcquisitionContrast",
-    "EchoTime",
-    "RepetitionTime",
-    "InversionTime",
-    "ContrastBolusAgent",
-    "ContrastBolusAgentSequence",
-    "ContrastBolusVolume",
-    "DiffusionBValue",
-    "NumberOfFrames",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    *("Modality", "PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID"),
+    *("SeriesNumber", "SeriesDescription", "ProtocolName", "ImageType", "AcquisitionContrast"),
+    *("EchoTime", "RepetitionTime", "InversionTime", "DiffusionBValue", "NumberOfFrames"),
+    *("ContrastBolusAgent", "ContrastBolusAgentSequence", "ContrastBolusVolume"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 """What is read of every file before it is known which files are needed."""
 
@@ -189,7 +173,8 @@ def _why_no_volume(slices: Sequence[Any], error: Exception) -> tuple[str, str]:
 def _odd_places(slices: Sequence[Any]) -> tuple[str, str] | None:
     """Say where slices, or frames, do not follow each other evenly, and what helps."""
     try:
-        planes = [_plane(frame, slices[0]) for frame in _frames(slices)]
+        frames = slices[0].get("PerFrameFunctionalGroupsSequence") or slices
+        planes = [_plane(frame, slices[0]) for frame in frames]
         places = np.reshape([[float(v) for v in p] for p, _ in planes], (len(planes), 3))
         rows = np.array([float(v) for v in planes[0][1]]).reshape(2, 3)
     except (TypeError, ValueError, AttributeError, IndexError):
@@ -211,22 +196,14 @@ def _odd_places(slices: Sequence[Any]) -> tuple[str, str] | None:
     return None
 
 
-def _frames(slices: Sequence[Any]) -> Sequence[Any]:
-    """Return the slices, or the frames of the one file that holds them all."""
-    frames: Sequence[Any] = slices[0].get("PerFrameFunctionalGroupsSequence") or slices
-    return frames
-
-
 def _plane(frame: Any, whole: Any) -> Any:
     """Return what says where a slice, or a frame of a whole file, lies and how it is turned."""
-    if "PlanePositionSequence" not in frame:
-        return frame.ImagePositionPatient, frame.ImageOrientationPatient
-    shared = whole.SharedFunctionalGroupsSequence[0]
-    turned = frame if "PlaneOrientationSequence" in frame else shared
-    return (
-        frame.PlanePositionSequence[0].ImagePositionPatient,
-        turned.PlaneOrientationSequence[0].ImageOrientationPatient,
-    )
+    place, turned = frame, frame
+    if "PlanePositionSequence" in frame:
+        if "PlaneOrientationSequence" not in frame:
+            turned = whole.SharedFunctionalGroupsSequence[0]
+        place, turned = frame.PlanePositionSequence[0], turned.PlaneOrientationSequence[0]
+    return place.ImagePositionPatient, turned.ImageOrientationPatient
 
 
 @discreet()

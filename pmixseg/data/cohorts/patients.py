@@ -7,14 +7,17 @@ import re
 from pmixseg.errors import InputError, explained
 
 _VISIT = (
-    r"(?:(?:ses|session|run|visit|time|timepoint|tp|scan|fu|followup|week|month|day|year|v|t)[-_]?\d+"
-    r"(?:[-_.]\d\d?|d)?"  # LUMIERE's week-000-1, and UCSF-PDGM's FU003d
-    r"|baseline|followup|pre-?op|post-?op|(?:19|20)\d\d-?(?:0\d|1[0-2])-?[0-3]\d)"
+    r"(?:(?:ses|session|run|visit|time|timepoint|tp|scan|fu|followup|week|month|day|year|[vt])"
+    r"[-_]?\d+(?:[-_.]\d\d?|d)?"  # LUMIERE's week-000-1, and UCSF-PDGM's FU003d
+    r"|\d+[-_]?(?:mo?|months?|wks?|weeks?|days?|yrs?|years?)|baseline|followup|nadir|recurrence"
+    r"|progression|(?:pre|post)[-_]?(?:op|rt|surgery|chemo)"
+    r"|(?:19|20)\d\d-?(?:0\d|1[0-2])-?[0-3]\d)"
 )
 _KNOWN = (
     re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d{3}"),
     re.compile(r"((?:Brats1[78]|BraTS19)_.+)_\d+"),
     re.compile(r"(UPENN-GBM-\d+)_\d{2}"),
+    re.compile(r"(sub-[^_]+)_ses-[^_]+(?:_.*)?"),
     # With a number of the patient's own, or else "my_scan_1" and "my_scan_2" would be of one.
     re.compile(rf"(sub-[^_]+?|.*?\d.*?)[-_.]+{_VISIT}(?:[-_.]{_VISIT})*", re.IGNORECASE),
 )
