@@ -100,7 +100,7 @@ class Run:
         ]
 
     def learned_weights(self) -> list[str]:
-        """A remark on whether the weights of an anchor, where it learned some, left uniform."""
+        """Say whether the weights of an anchor, where it learned some, left uniform."""
         levels = [chart.curves.values() for chart in self.charts if chart.title[:6] == "anchor"]
         apart = [abs(w.iloc[-1] - 1 / len(all_)) for all_ in levels if len(all_) > 1 for w in all_]
         if not apart:
