@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -137,17 +138,13 @@ class ModalityEncoder(nn.Module):
         return [*finer, tokens.transpose(1, 2).reshape(embedded.shape), lowest]
 
 
-def _norm_act(x: Tensor) -> Tensor:
-    return norm_act(x, SLOPE)
-
-
 class SlotPreNorm(nn.Module):
     """:class:`PreNorm` block whose 1x1x1 convolution reads all slots of a level."""
 
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
         # The norm treats every channel of every slot by itself and keeps an absent slot 0.
-        self.conv = SlotConv(slots, width, width, before=_norm_act)
+        self.conv = SlotConv(slots, width, width, before=partial(norm_act, slope=SLOPE))
 
     def forward(self, latents: Latents, level: int, name: str) -> Tensor:
         """Fuse one level into ``[B, C, D, H, W]``."""

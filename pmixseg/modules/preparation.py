@@ -106,7 +106,8 @@ class Preparation:
             patch=tuple(data.patch_size),
             split=data.split_name if fitting else self.split,
             seed=_seeds(data) if fitting else self.seed,
-            cases=self._cases_of(data) if fitting else self.cases,
+            # The weights still know what they were trained with before.
+            cases=_after(training_cases(data), self.cases) if fitting else self.cases,
             voxels=voxel_sizes(data, "train" if fitting else "test"),
         )
         # A training takes over what its data say; a trained model checks it.
@@ -137,13 +138,7 @@ class Preparation:
 
     def building_on(self, trained: Preparation) -> Preparation:
         """Return the same, with the cases of a model that begins or teaches this training."""
-        cases = trained.cases if self.cases is None else _after(self.cases, trained.cases)
-        return replace(self, cases=cases)
-
-    def _cases_of(self, data: Any) -> TrainingCases | None:
-        cases = training_cases(data)
-        # The weights still know what they were trained with before.
-        return self.cases if cases is None else _after(cases, self.cases)
+        return replace(self, cases=_after(self.cases, trained.cases))
 
     def refuse_other(self, data: Preparation, whose: str = "the checkpoint") -> None:
         """Refuse data of another spacing or normalisation than this, where both are known."""
@@ -255,8 +250,10 @@ def seen_cases(
     return trained.cases.seen(scans_of(cases), counted)
 
 
-def _after(now: TrainingCases, before: TrainingCases | None) -> TrainingCases:
+def _after(now: TrainingCases | None, before: TrainingCases | None) -> TrainingCases | None:
     """Join the cases of a training and of what it builds on; warn if that knows its validation."""
+    if now is None:
+        return before
     if before is not None:
         known = before.seen({name: now.scans.get(name, ()) for name in now.val}, ("training",))
         warn_of_seen(known, "val", "val/dice is too good, also to select a checkpoint by")

@@ -33,7 +33,7 @@ class Broken(Exception):
 
 
 def run_rules(
-    subject: str, rules: Mapping[str, Callable[[], None]], skip: Collection[str] = ()
+    subject: str, rules: Mapping[str, Callable[[], object]], skip: Collection[str] = ()
 ) -> None:
     """Run every rule and raise one error for all that are broken.
 

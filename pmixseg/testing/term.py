@@ -158,8 +158,8 @@ def check_term(
         if isinstance(made, DistillationLoss):
             made = TaughtByItself(copy.deepcopy(made), net)
         stage = Stage(net, made)
-        rules: dict[str, Callable[[], None]] = {
-            "scalar": lambda: _scalar(stage),
+        rules: dict[str, Callable[[], object]] = {
+            "scalar": lambda: _value(stage, stage.usual()),
             "inputs": lambda: _inputs(stage),
             "gradient": lambda: _gradient(stage),
             "parameters": lambda: _parameters(stage),
@@ -181,10 +181,6 @@ def _value(stage: Stage, example: Example) -> Tensor:
     expect(bool(value.isfinite()), f"returned {value.item()}; a term must always be finite")
     made: Tensor = value
     return made
-
-
-def _scalar(stage: Stage) -> None:
-    _value(stage, stage.usual())
 
 
 def _inputs(stage: Stage) -> None:
