@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -22,6 +23,8 @@ from pmixseg.old_paths import current_yaml
 
 CHECKPOINT = "Checkpoint to read: a path, or last or best, those of --run; fit resumes it."
 _load_yaml = get_loader("yaml")
+# Words of Lightning that are objects, as of its Timer, are written as text.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, word: dumper.represent_data(word.value))
 
 
 def _read_settings(text: str, folder: Path) -> Any:

@@ -45,6 +45,7 @@ def trained(store, run, *flags):
         ["--trainer.callbacks=LearningRateMonitor", "--trainer.limit_train_batches=1"],
         [ONE_CYCLE, "--trainer.max_steps=1"],
         [ONE_CYCLE, "--trainer.fast_dev_run=true"],
+        ["--trainer.callbacks=Timer", "--trainer.callbacks.duration=00:00:10:00"],
     ],
 )
 def test_flags_of_the_trainer_work(phantom_store, tmp_path, flags, recwarn):
