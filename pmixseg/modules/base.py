@@ -263,9 +263,8 @@ class SegmentationModule(ScoredNetwork):
     @property
     def learned_weights(self) -> dict[int, Tensor]:
         """The weights that the anchor has learned, per level that is filled."""
-        levels = (
-            range(len(self.backbone.channels)) if self.fill_levels is None else self.fill_levels
-        )
+        every = range(len(self.backbone.channels))
+        levels = every if self.fill_levels is None else self.fill_levels
         return learned_weights(self.anchor, len(self.backbone.slots), levels)
 
     # ---------------------------------------------------------------- terms
@@ -300,8 +299,7 @@ class SegmentationModule(ScoredNetwork):
 
     def aligned_levels(self) -> list[int] | None:
         """List the levels whose latents some term aligns; ``None`` where none does."""
-        terms = self.terms.values()
-        return sorted({level for term in terms for level in term.aligned_levels}) or None
+        return sorted({n for term in self.terms.values() for n in term.aligned_levels}) or None
 
     # ---------------------------------------------------------------- set-up and checks
 

@@ -6,7 +6,7 @@ copies of them. They find gross mistakes and prove nothing: what passes may stil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,11 @@ MAX_NEARLY_0 = 0.2
 
 MAX_NEGATIVE = 0.9
 """Largest credible share of negative voxels among the non-zero ones; z-scores have about half."""
+
+LEAST_ALIKE, JUDGED_PAIRS = 0.2, 1000
+"""Least correlation of neighbouring blocks, along the best axis, and fewest pairs of blocks that
+are judged. 64 real cases have 0.60 and more, resampled to 6 mm 0.39; noise in their brains at most
+0.01. Noise that was smoothed is not told."""
 
 DIRECTIONS = ("left-right", "back-front", "down-up")
 
@@ -148,6 +153,25 @@ def odd_slices(
             f"{name} leaps between neighbouring voxels by its whole range of {span:,} numbers, as "
             "where too large ones begin again at 0; export it again"
         )
+
+
+def noisy(scans: Mapping[str, npt.NDArray[np.int16]]) -> list[str]:
+    """Suspect scans of noise, in which a block tells nothing about the one beside it.
+
+    Args:
+        scans: sequence -> bins of the means of blocks, 0 outside the brain.
+    """
+    phrases = []
+    for name, codes in scans.items():
+        alike = []
+        for axis in range(3):
+            here, there = np.delete(codes, -1, axis), np.delete(codes, 0, axis)
+            both = (here > 0) & (there > 0)
+            if np.count_nonzero(both) > JUDGED_PAIRS:
+                alike.append(np.corrcoef(here[both], there[both])[0, 1])
+        if alike and max(alike) < LEAST_ALIKE:
+            phrases.append(f"{name} is noise, for its voxels tell nothing about those beside them")
+    return phrases
 
 
 def not_a_brain(

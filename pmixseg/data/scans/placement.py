@@ -29,11 +29,6 @@ SAME_BINS = 0.5
 """Share of voxels in the same bin from which two scans are one: of 64 real cases at most 0.33, with
 noise of a fifth of the deviation at least 0.62."""
 
-LEAST_ALIKE, JUDGED_PAIRS = 0.2, 1000
-"""Least correlation of neighbouring blocks, along the best axis, and fewest pairs of blocks that
-are judged. 64 real cases have 0.60 and more, resampled to 6 mm 0.39; noise in their brains at most
-0.01. Noise that was smoothed is not told."""
-
 LEAST_SHOWN = 0.6
 """Least credible share of the brain of other scans; of 64 real cases 0.66, next 0.97, of halves
 left-right at most 0.54, of lower and upper ones 0.63."""
@@ -119,21 +114,6 @@ class Overview:
         codes = {name: _quantised(volume) for name, volume in volumes.items()}
         blocks = tuple(s * e for s, e in zip(steps, every, strict=True))
         return cls(volumes, codes, blocks, tuple(z * b for z, b in zip(zooms, blocks, strict=True)))
-
-
-def noisy(overview: Overview) -> list[str]:
-    """Suspect scans of noise, in which a block tells nothing about the one beside it."""
-    phrases = []
-    for name, codes in overview.codes.items():
-        alike = []
-        for axis in range(3):
-            here, there = np.delete(codes, -1, axis), np.delete(codes, 0, axis)
-            both = (here > 0) & (there > 0)
-            if np.count_nonzero(both) > JUDGED_PAIRS:
-                alike.append(np.corrcoef(here[both], there[both])[0, 1])
-        if alike and max(alike) < LEAST_ALIKE:
-            phrases.append(f"{name} is noise, for its voxels tell nothing about those beside them")
-    return phrases
 
 
 def copies(overview: Overview) -> list[str]:

@@ -17,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pmixseg.data.scans.boxes import bounds
-from pmixseg.data.scans.brains import odd_slices, turned
+from pmixseg.data.scans.brains import noisy, odd_slices, turned
 from pmixseg.data.scans.canonical import CanonicalCase
 from pmixseg.data.scans.placement import (
     Overview,
     copies,
     misplaced,
     misplaced_label,
-    noisy,
     outlines,
 )
 from pmixseg.data.scans.sequences import common_sequence
@@ -236,7 +235,7 @@ def judge(case: CanonicalCase, task: Task, *, odd_one_out: bool = False) -> Verd
     size = f"its brain is {' × '.join(f'{e:.3g}' for e in case.extent)} mm"
     too_small = [f"{size}, {WRONG_UNIT}"] if max(case.extent) < MIN_LENGTH_MM else []
     # Findings refuse the case; the slow search for a better place comes where there is no other.
-    findings = [*case.doubts, *too_small, *noisy(overview), *copies(overview), *label]
+    findings = [*case.doubts, *too_small, *noisy(overview.codes), *copies(overview), *label]
     findings = findings or misplaced(overview)
     if odd_one_out and not case.oriented:
         findings.append(f"its scans {SILENT}, where other cases of the cohort do")
