@@ -51,7 +51,7 @@ def register(fixed: sitk.Image, moving: sitk.Image, what: str = "two scans") -> 
     The start is the better of two: the scanner's coordinates, and the volumes' centres of mass laid
     upon each other. ``what`` names them in a message.
     """
-    with _one_sentence(what):
+    with _registering(what):
         start = _best(fixed, moving, _default_starts(fixed, moving), None, COARSE_MM)
         transform = sitk.Euler3DTransform(start)
         for size in LEVELS_MM:
@@ -73,7 +73,7 @@ def place_in_atlas(
         Points of the template -> points of the scan: a rigid transform, which keeps the head's
         size, for resampling; and an affine one, which fits the brains to each other.
     """
-    with _one_sentence(what):
+    with _registering(what):
         capped = _without_fat(scan)
         pairs = {size: (_shrunk(template, size), _shrunk(capped, size)) for size in LEVELS_MM[:2]}
         first, second = LEVELS_MM[:2]
@@ -164,7 +164,11 @@ def _best(
 
 
 @contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
+def _registering(what: str) -> Iterator[None]:
+    """Tell what fails in one sentence; use one thread, for several add up in changing order."""
+    process = sitk.ProcessObject  # what a method's own SetNumberOfThreads says, the metric ignores
+    threads = process.GetGlobalDefaultNumberOfThreads()
+    process.SetGlobalDefaultNumberOfThreads(1)
     try:
         yield
     except RuntimeError as error:
@@ -173,12 +177,12 @@ def _one_sentence(what: str) -> Iterator[None]:
         raise InputError(
             f"{what} cannot be registered ({reason}); check that both show one and the same head."
         ) from error
+    finally:
+        process.SetGlobalDefaultNumberOfThreads(threads)
 
 
 def _method(transform: sitk.Transform, mask: sitk.Image | None, voxels: int) -> Any:
     method = sitk.ImageRegistrationMethod()
-    # Several threads add up the metric in another order each time, and the result with it.
-    method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(BINS)
     method.SetInterpolator(sitk.sitkLinear)
     method.SetInitialTransform(transform, inPlace=True)

@@ -291,6 +291,22 @@ def still(tmp_path, monkeypatch):
     return head, affine, save
 
 
+def test_a_transform_does_not_depend_on_the_threads(still):
+    head, affine, _ = still
+    scan = image_of(head.astype(np.float32), affine)
+    moved, _ = move(scan, (4, 0, 5), (3, -4, 2), (4.0, 4.0, 5.0))
+    process = sitk.ProcessObject
+    usual, made = process.GetGlobalDefaultNumberOfThreads(), set()
+    try:
+        for threads in (1, 2, 3, 5):
+            process.SetGlobalDefaultNumberOfThreads(threads)
+            made.add(register(scan, moved).GetParameters())
+            assert process.GetGlobalDefaultNumberOfThreads() == threads
+    finally:
+        process.SetGlobalDefaultNumberOfThreads(usual)
+    assert len(made) == 1
+
+
 def test_scans_that_do_not_meet_are_named(still, monkeypatch):
     def fail(*_):
         raise RuntimeError(
