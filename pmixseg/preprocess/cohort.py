@@ -87,7 +87,9 @@ def preprocess_case(
     except InputError as error:
         if stops_all(error):
             raise
-        return Done(case.case_id, problem=str(error))
+        earlier = [home for home in out.glob("*") if home.name == case.case_id]
+        stays = "".join(f" What an earlier run made of it stays in {home}." for home in earlier)
+        return Done(case.case_id, problem=f"{error}{stays}")
     return Done(case.case_id, (*done.notes, *notes))
 
 
@@ -98,12 +100,14 @@ def _label_in_atlas(case: Case, done: Preprocessed, task: Task) -> tuple[Any, tu
     BraTS 2021, which the result's layout has.
     """
     where, coding = f"case '{case.case_id}'", case.coding(task)
-    scan = ScanReader(where).read(str(case.label), "label")
+    reader = ScanReader(where)
+    scan = reader.read(str(case.label), "label")
     geometry = place_of(scan, None, where).geometry
     seen = label_map(scan, geometry, coding, where)
     notes = [f"of {case.label}, {line}" for line in ignored_lines({case.case_id: seen.ignored})]
-    if seen.partly:
-        return None, (*notes, "nobody annotated these voxels, so it is left without a label")
+    if seen.partly or reader.predicted:
+        why = "nobody annotated these voxels" if seen.partly else "its label is a result of pmixseg"
+        return None, (*notes, f"{why}, so it is left without a label")
     # The numbers of BraTS 2021 where the task has its labels, or else those of the file.
     written = LAYOUTS["brats2021"].codes
     table = code_table(written if set(written) == set(task.labels) else coding.numbers, task, where)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmixseg.data.formats.itk import affine_of
-from pmixseg.data.formats.outputs import write_volume
+from pmixseg.data.formats.outputs import PREPROCESSED, write_volume
 from pmixseg.errors import explained
 
 _HELP = "pip install 'pmixseg[preprocess]'"
@@ -30,4 +30,5 @@ def image_of(values: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> Any:
 
 def write_image(image: Any, path: Path) -> Path:
     """Write a volume as NIfTI, complete or not at all: ITK's writer is silent on a full disk."""
-    return write_volume(path, sitk.GetArrayFromImage(image).T, affine_of(image).tolist())
+    voxels, affine = sitk.GetArrayFromImage(image).T, affine_of(image).tolist()
+    return write_volume(path, voxels, affine, notice=PREPROCESSED)

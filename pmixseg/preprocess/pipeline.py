@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pmixseg.argument_checks import checked
 from pmixseg.data.formats.nifti import ScanReader
-from pmixseg.data.formats.outputs import write_json
+from pmixseg.data.formats.outputs import PREPROCESSED, keep_foreign, notice_of, write_json
 from pmixseg.data.scans.plausibility import TAKEN_AS_LAS
 from pmixseg.errors import InputError, writing
 from pmixseg.files import hidden_folder_near, inside
@@ -65,11 +65,14 @@ class Preprocessed:
 
         The case's folder appears when everything is in it: without a scan or its label it would be
         read as a case that lacks them. A label map in atlas space is written where there is one;
-        the files are returned by modality.
+        the files are returned by modality. What an earlier run wrote is replaced, or removed where
+        this one has no such scan or label; of others' files none is.
         """
         home = inside(folder, self.name, "case")
         images = {**self.scans, "brain": self.mask, **({} if label is None else {"seg": label})}
         names = {what: f"{self.name}_{what}.nii.gz" for what in images}
+        for name in names.values():
+            keep_foreign(inside(home, name, "case"))
         with writing(home):
             folder.mkdir(parents=True, exist_ok=True)
             with hidden_folder_near(home) as part:
@@ -90,6 +93,9 @@ class Preprocessed:
                 if home.is_dir():  # it may hold files of somebody's own
                     for file in part.iterdir():
                         file.replace(home / file.name)
+                    for file in {*home.glob("*.nii.gz")} - {home / n for n in names.values()}:
+                        if notice_of(file) == PREPROCESSED:
+                            file.unlink()
                 else:
                     part.replace(home)
         return {m: home / names[m] for m in self.scans}

@@ -16,6 +16,8 @@ from pmixseg.cli import main
 from pmixseg.data.cohorts.cases import Case
 from pmixseg.data.cohorts.layouts import find_cases
 from pmixseg.data.formats.headers import unit_of
+from pmixseg.data.formats.nifti import ScanReader
+from pmixseg.data.formats.outputs import nifti_image
 from pmixseg.data.phantom.cohort import PhantomSettings, write_cohort
 from pmixseg.errors import InputError
 from pmixseg.evaluation.prediction.scans import SegmentSettings
@@ -348,6 +350,23 @@ def test_labels_keep_their_meaning(still, tmp_path, coding, expected, told):
         return
     assert made.codes == {"NCR": 1, "ED": 2, "ET": 4}
     assert np.asarray(nib.load(made.label).dataobj)[10, 10, 4:9].tolist() == expected
+    reader = ScanReader("x")
+    assert reader.read(made.label, "label") and reader.read(made.images["t1"], "t1")
+    assert not reader.predicted  # an annotation, and no result of this package
+
+
+def test_a_result_in_the_place_of_a_label_becomes_no_annotation(still, tmp_path):
+    head, affine, save = still
+    drawn = nifti_image(np.uint8(head > 500), affine)
+    nib.save(drawn, tmp_path / "seg.nii.gz")
+    case = Case("x", {"t1": save("t1.nii.gz")}, tmp_path / "seg.nii.gz", codes=BRATS_2024["codes"])
+    mask, out = save("m.nii", np.uint8(head > 0)), tmp_path / "out"
+    (done,) = preprocess_cohort([case], out, brain=mask, workers=0)
+    assert "its label is a result of pmixseg, so it is left without a label" in done.notes
+    assert not [*out.rglob("*_seg.nii.gz")]
+    save("t1.nii.gz", np.ones_like(head))
+    (done,) = preprocess_cohort([case], out, brain=mask, workers=0)
+    assert done.problem.endswith(f"no head. What an earlier run made of it stays in {out / 'x'}.")
 
 
 def test_every_format_unit_and_silence_is_read_as_elsewhere(still, module, tmp_path):
@@ -402,8 +421,18 @@ def test_a_case_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert len([*(tmp_path / "x").iterdir()]) == 5
     (tmp_path / "x" / "mine.txt").write_text("kept")
     assert done.save(tmp_path) == files
-    assert [p.name for p in tmp_path.iterdir()] == ["x"] and len([*(tmp_path / "x").iterdir()]) == 6
-    for path, image in ((files["t1"], scan), (tmp_path / "x" / "x_seg.nii.gz", mask)):
+    home = tmp_path / "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and len([*home.iterdir()]) == 5
+    assert not (home / "x_seg.nii.gz").exists()  # this run has none
+    done.save(tmp_path, mask)
+    before = (home / "x_brain.nii.gz").read_bytes()
+    nib.save(nib.Nifti1Image(np.ones((4, 3, 2)), np.eye(4)), files["t1"])
+    with pytest.raises(InputError, match="x_t1.nii.gz is there already and no result of pmixseg"):
+        done.save(tmp_path)  # a scan of somebody's own
+    assert (home / "x_brain.nii.gz").read_bytes() == before and len([*home.iterdir()]) == 6
+    files["t1"].unlink()
+    done.save(tmp_path, mask)
+    for path, image in ((files["t1"], scan), (home / "x_seg.nii.gz", mask)):
         back = sitk.ReadImage(str(path))
         np.testing.assert_array_equal(*map(sitk.GetArrayFromImage, (back, image)))
         for where in ("GetSpacing", "GetOrigin", "GetDirection"):

@@ -139,7 +139,7 @@ class ScanReader:
     def _note(self, descrip: bytes) -> None:
         """Remember whether a file is of a phantom, or a result of this package."""
         self.synthetic |= descrip.startswith(SYNTHETIC)
-        self.predicted |= descrip.startswith(NOTICE)
+        self.predicted |= descrip.rstrip(b"\0") == NOTICE
 
     def frame(self, source: Source) -> Frame | None:
         """Say where a volume lies, from its header alone; ``None`` if there is no usable one."""

@@ -20,6 +20,9 @@ from pmixseg.task import Task
 NOTICE = b"pmixseg: research use only"
 """Written into every output's header (80 bytes at most)."""
 
+PREPROCESSED = NOTICE + b", preprocessed"
+"""Written instead where scans and annotations were only moved: these are no results."""
+
 _DESCRIP = slice(148, 228)
 """Where it stands there."""
 
@@ -71,14 +74,16 @@ def code_table(codes: Mapping[str, int], task: Task, where: str) -> NDArray[np.i
     )
 
 
-def nifti_image(volume: np.ndarray, affine: ArrayLike, unit: float = 1.0) -> Any:
+def nifti_image(
+    volume: np.ndarray, affine: ArrayLike, unit: float = 1.0, notice: bytes = NOTICE
+) -> Any:
     """Return a ``nibabel.Nifti1Image`` with the research-use notice, in scanner coordinates.
 
     The affine is in units of ``unit`` mm, as that of the scans it is of.
     """
     scale = np.diag([1 / unit, 1 / unit, 1 / unit, 1.0])
     image: Any = nib.Nifti1Image(volume, scale @ np.asarray(affine, dtype=np.float64))
-    image.header["descrip"] = NOTICE
+    image.header["descrip"] = notice
     image.header.set_xyzt_units({1000.0: "meter", 0.001: "micron"}.get(unit, "mm"))
     image.set_sform(image.affine, code=1)
     image.set_qform(image.affine, code=1)
@@ -86,14 +91,18 @@ def nifti_image(volume: np.ndarray, affine: ArrayLike, unit: float = 1.0) -> Any
 
 
 def write_volume(
-    path: Path, volume: np.ndarray, affine: Sequence[Sequence[float]], unit: float = 1.0
+    path: Path,
+    volume: np.ndarray,
+    affine: Sequence[Sequence[float]],
+    unit: float = 1.0,
+    notice: bytes = NOTICE,
 ) -> Path:
     """Write an array as NIfTI, complete or not at all, with the research-use notice.
 
     What this package wrote earlier is replaced, and nothing else.
     """
     keep_foreign(path)
-    image = nifti_image(volume, affine, unit)
+    image = nifti_image(volume, affine, unit, notice)
     with whole(path) as part:
         nib.save(image, part)
     return path
@@ -101,17 +110,19 @@ def write_volume(
 
 def keep_foreign(path: Path) -> None:
     """Refuse to replace a volume that is no result: a scan, or a label map that somebody drew."""
-    try:
-        start = start_of(path, HEAD)
-    except FileNotFoundError:
-        return
-    except DAMAGED:
-        start = b""  # whatever it was, it was no result
-    if not start[_DESCRIP].startswith(NOTICE):
+    if path.exists() and not notice_of(path).startswith(NOTICE):
         raise InputError(
             f"{path} is there already and no result of pmixseg, or was changed since, and would be "
             "replaced; choose another output folder or name, or remove it."
         )
+
+
+def notice_of(path: Path) -> bytes:
+    """Read what the program wrote into a volume's header that made it; nothing if damaged."""
+    try:
+        return start_of(path, HEAD)[_DESCRIP].rstrip(b"\0")
+    except DAMAGED:
+        return b""  # whatever it was, it was no result
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> Path:
