@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.box import HORIZONTALS
 from rich.table import Table
@@ -147,14 +147,8 @@ def segmented(
 
     source: Path | None = options.input
     what = kind_of_input(options, scans, module.task)
-    outputs = Outputs(
-        options.out,
-        options.probabilities,
-        options.entropy,
-        compress=not options.no_gzip,
-        png=options.png,
-        plain=options.nnunet,
-    )
+    written = {"compress": not options.no_gzip, "png": options.png, "plain": options.nnunet}
+    outputs = Outputs(options.out, options.probabilities, options.entropy, **written)
     share = Share.parse(options.part)
     if share is not None and what != "a folder":
         raise InputError("--part divides a cohort of registered scans; leave it out for a patient.")
@@ -166,47 +160,28 @@ def segmented(
         raw = RawSettings(options.brain, options.atlas, onto=options.reference)
         settings = replace(settings, reference=None)
     # Each kind has a function of its own.
-    codes, name = codes_of(options.codes), options.name
+    codes = codes_of(options.codes)
+    told: dict[str, Any] = {"name": options.name, "progress": progress}
     if source is not None and what == "a DICOM study":
         from pmixseg.inference.dicom import segment_study
 
         chosen = numbers_of("--series", options.series, "t1ce=5")
-        yield segment_study(
-            module,
-            source,
-            outputs,
-            settings,
-            raw,
-            chosen=chosen,
-            name=name,
-            progress=progress,
-            tell=lambda recognised: console.print(series_table(recognised)),
-        )
+        told["tell"] = lambda recognised: console.print(series_table(recognised))
+        yield segment_study(module, source, outputs, settings, raw, chosen=chosen, **told)
     elif raw is not None:
         from pmixseg.inference.raw import segment_raw
 
         given = scans if source is None else raw_scans(source, module.task, force=options.force)
         images = {m: Path(str(path)) for m, path in given.items() if m in module.modalities}
-        yield segment_raw(
-            module, images, outputs, settings, raw, codes=codes, name=name, progress=progress
-        )
+        yield segment_raw(module, images, outputs, settings, raw, codes=codes, **told)
     elif source is not None and what == "a folder":
-        yield from segment_folder(
-            module,
-            source,
-            outputs,
-            settings,
-            layout=options.layout,
-            codes=codes,
-            share=share,
-            progress=progress,
-        )
+        told |= {"layout": options.layout, "share": share}
+        del told["name"]  # a cohort's cases have names
+        yield from segment_folder(module, source, outputs, settings, codes=codes, **told)
     else:
         if source is not None:
             scans = channels_of(source, options.channels, module)
-        yield segment_files(
-            module, scans, outputs, settings, codes=codes, name=name, progress=progress
-        )
+        yield segment_files(module, scans, outputs, settings, codes=codes, **told)
 
 
 def kind_of_input(
@@ -304,7 +279,7 @@ def report(results: Sequence[CaseResult], task: Task) -> None:
     if not results:
         console.print("this part of the cohort has no case")
         return
-    done = [r for r in results if r.problem is None]
+    done = [r for r in results if r.files]
     if done:
         console.print(volume_table(done, task))
     # Cohorts of several layouts have several codings; each is said once.

@@ -1,8 +1,7 @@
 """DICOM in and out: which series is which sequence, volumes, and segmentations as DICOM-SEG.
 
-Needs the extra ``dicom`` (pydicom, highdicom). Names, numbers and dates of patients are read by
-nothing here but :mod:`~pmixseg.dicom.segmentation`, which copies them from one DICOM object to
-another.
+Needs the extra ``dicom`` (pydicom, highdicom). Names, numbers and dates of patients go nowhere but
+from one DICOM object to another, by :mod:`~pmixseg.dicom.segmentation`.
 """
 
 from pmixseg.errors import explained

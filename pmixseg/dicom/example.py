@@ -84,14 +84,9 @@ def write_series(
         slice_.ImageOrientationPatient = decimals([*axes[:, 0], *axes[:, 1]])
         slice_.PixelSpacing = decimals([spacing[1], spacing[0]])  # between rows, between columns
         slice_.SliceThickness = decimals([spacing[2]])[0]
-        times = {
-            "EchoTime": protocol.echo,
-            "RepetitionTime": protocol.repetition,
-            "InversionTime": protocol.inversion,
-        }
-        for name, value in times.items():
-            if value is not None:
-                setattr(slice_, name, value)
+        for name in ("Echo", "Repetition", "Inversion"):
+            if (value := getattr(protocol, name.lower())) is not None:
+                setattr(slice_, f"{name}Time", value)
         if protocol.agent:
             slice_.ContrastBolusAgent = protocol.agent
         slice_.Rows, slice_.Columns = values.shape[1], values.shape[0]
@@ -111,12 +106,8 @@ def header(kind: str, number: int, protocol: Protocol, study: str, person: Perso
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
     made = pydicom.dataset.FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     made.SOPClassUID, made.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
-    made.PatientName, made.PatientID, made.PatientBirthDate = (
-        person.name,
-        person.number,
-        person.birth,
-    )
-    made.PatientSex = "O"
+    made.PatientName, made.PatientID = person.name, person.number
+    made.PatientBirthDate, made.PatientSex = person.birth, "O"
     made.StudyInstanceUID, made.StudyID, made.AccessionNumber = study, "1", ""
     made.StudyDate, made.StudyTime = "20200101", "120000"
     made.ContentDate, made.ContentTime = "20200101", "120000"

@@ -6,8 +6,9 @@ whether the header names a contrast agent. Where they contradict each other none
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from pmixseg.data.scans.sequences import Reading, read_name
 from pmixseg.dicom.series import Series, names_of
@@ -112,6 +113,16 @@ def choose(recognised: Sequence[Recognised], modalities: Sequence[str]) -> dict[
             "is what with --series MODALITY=NUMBER."
         )
     return chosen
+
+
+def visits_apart(series: Iterable[Series]) -> str | None:
+    """Say how far apart series of one study were acquired, where it is more than a day."""
+    days = {s.acquired: s for s in series if s.acquired}
+    first, last = min(days, default=date.min), max(days, default=date.min)
+    if (apart := (last - first).days) <= 1:
+        return None
+    both = f"{days[first].label} and {days[last].label}"
+    return f"{both} were acquired {apart} days apart; see that they are of one visit."
 
 
 def _recognise_one(series: Series, modalities: Sequence[str], said: str | None) -> Recognised:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ HEADER = (
     *("SeriesNumber", "SeriesDescription", "ProtocolName", "ImageType", "AcquisitionContrast"),
     *("EchoTime", "RepetitionTime", "InversionTime", "DiffusionBValue", "NumberOfFrames"),
     *("ContrastBolusAgent", "ContrastBolusAgentSequence", "ContrastBolusVolume"),
+    *("AcquisitionDate", "AcquisitionDateTime"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 """What is read of every file before it is known which files are needed."""
@@ -82,6 +84,7 @@ class Series:
         kind: values of ImageType, lower case.
         diffusion: whether it has a b-value above 0.
         modality: of DICOM: ``MR``, or that of a series which is no scan.
+        acquired: on which day; ``None`` where the header has none.
         shown: the description without the patient's name and number, for people and logs; by
             default the description.
     """
@@ -98,6 +101,7 @@ class Series:
     kind: tuple[str, ...] = ()
     diffusion: bool = False
     modality: str = "MR"
+    acquired: date | None = None
     shown: str | None = None
 
     @property
@@ -284,6 +288,7 @@ def _series(uid: str, group: Sequence[tuple[Path, Any]]) -> Series:
         kind=tuple(str(part).lower() for part in kinds),
         diffusion=any((_number(header, "DiffusionBValue") or 0) > 0 for header in headers),
         modality=_text(first, "Modality"),
+        acquired=_day(first, "AcquisitionDate", "AcquisitionDateTime", "FrameAcquisitionDateTime"),
         shown=_without_patient(description, first),
     )
 
@@ -306,6 +311,13 @@ def _number(header: Any, *names: str) -> float | None:
         with suppress(ValueError, TypeError):  # a header may hold anything
             if math.isfinite(number := float(value)):
                 return number
+    return None
+
+
+def _day(header: Any, *names: str) -> date | None:
+    for text in filter(None, (_text(header, name) for name in names)):
+        with suppress(ValueError):
+            return date.fromisoformat(text[:10].replace(".", "")[:8])
     return None
 
 

@@ -16,8 +16,8 @@ from pmixseg.data.cohorts.matching import Tree
 from pmixseg.data.cohorts.problems import listed
 from pmixseg.data.scans.sequences import modality_of
 from pmixseg.dicom import Recognised, is_dicom_folder, read_folder, recognise, write_segmentation
-from pmixseg.dicom.recognition import choose
-from pmixseg.errors import InputError
+from pmixseg.dicom.recognition import choose, visits_apart
+from pmixseg.errors import InputError, stops_all
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
 from pmixseg.files import inside
 from pmixseg.inference.outputs import CaseResult, Outputs
@@ -65,6 +65,7 @@ def segment_study(
 ) -> CaseResult:
     """Segment one study of DICOM series; the result's ``files["dicom"]`` is the DICOM-SEG.
 
+    Where a header allows none, the result's ``problem`` says so, and the other files are there.
     Series may be mixed in the folder. ``raw`` is ``None`` for scans that are registered and
     skull-stripped. ``chosen`` maps a modality to a series number, where headers do not tell.
     ``progress`` is called with (windows done, windows in all), ``tell`` with what every series was
@@ -93,13 +94,18 @@ def segment_study(
         labels = np.asarray(nib.load(case.files["seg"]).dataobj)
     # Without --codes, results hold class indices.
     path = inside(outputs.folder, f"{called}_seg.dcm", "case")
+    notes = [f"case '{called}': {apart}"] if (apart := visits_apart(series.values())) else []
+    files, problem = dict(case.files), None
     if labels.any():
-        written = write_segmentation(path, labels, module.task, series[onto], called)
-        case = replace(case, files={**case.files, "dicom": written})
+        try:
+            files["dicom"] = write_segmentation(path, labels, module.task, series[onto], called)
+        except InputError as error:
+            if stops_all(error):
+                raise
+            problem = str(error)
     else:
-        note = f"case '{called}': nothing was segmented, so no DICOM-SEG was written."
-        case = replace(case, warnings=(*case.warnings, note))
-    return case
+        notes.append(f"case '{called}': nothing was segmented, so no DICOM-SEG was written.")
+    return replace(case, files=files, problem=problem, warnings=(*notes, *case.warnings))
 
 
 def _same_grid(result: Path, images: Mapping[str, Path]) -> str:

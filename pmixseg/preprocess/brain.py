@@ -49,11 +49,7 @@ def brain_mask(
         there = sitk.CompositeTransform([fitted.GetInverse(), placed])
         mask = resampled(atlas.brain, atlas.grid, there, labels=True)
     else:
-        path = Path(how)
-        if str(how) in PROGRAMS:
-            own = _by_program(scan, str(how))
-        else:
-            own = sitk.Cast(read_volume(path, "the brain mask") > 0, sitk.sitkUInt8)
+        own = _by_program(scan, str(how)) if str(how) in PROGRAMS else _mask_in(Path(how))
         mask = resampled(own, atlas.grid, placed, labels=True)
     volume = float(sitk.GetArrayViewFromImage(mask).sum()) * np.prod(mask.GetSpacing()) / 1000
     low, high = VOLUME_ML
@@ -77,11 +73,7 @@ def _by_program(scan: Any, name: str) -> Any:
         )
     # It reads one file and writes another.
     with tempfile.TemporaryDirectory() as folder:
-        places = {
-            "scan": f"{folder}/scan.nii.gz",
-            "out": f"{folder}/out.nii.gz",
-            "mask": f"{folder}/mask.nii.gz",
-        }
+        places = {what: f"{folder}/{what}.nii.gz" for what in ("scan", "out", "mask")}
         write_image(scan, Path(places["scan"]))
         command = [part.format(**places) for part in PROGRAMS[name]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -92,4 +84,8 @@ def _by_program(scan: Any, name: str) -> Any:
                 f"--brain {name} failed ({last[0]}); its weights are downloaded at first use, "
                 "which needs a network. Give a mask file, or use --brain atlas."
             )
-        return sitk.Cast(read_volume(mask, "the brain mask") > 0, sitk.sitkUInt8)
+        return _mask_in(mask)
+
+
+def _mask_in(path: Path) -> Any:
+    return sitk.Cast(read_volume(path, "the brain mask") > 0, sitk.sitkUInt8)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -112,17 +113,15 @@ def _default_starts(fixed: sitk.Image, moving: sitk.Image) -> list[sitk.Transfor
 def _atlas_starts(fixed: sitk.Image, moving: sitk.Image) -> list[sitk.Transform]:
     """Return poses and sizes of a head in an atlas: nodded, shifted along the body axis, scaled."""
     centre = _default_starts(fixed, moving)[1]
+    x, y, z = centre.GetTranslation()
     starts = []
-    for turn in TURNS:
-        for drop in DROPS:
-            for scale in SCALES:
-                start = sitk.Similarity3DTransform()
-                start.SetCenter(centre.GetCenter())
-                start.SetRotation((1.0, 0.0, 0.0), turn)
-                start.SetScale(scale)
-                x, y, z = centre.GetTranslation()
-                start.SetTranslation((x, y, z + drop))
-                starts.append(start)
+    for turn, drop, scale in product(TURNS, DROPS, SCALES):
+        start = sitk.Similarity3DTransform()
+        start.SetCenter(centre.GetCenter())
+        start.SetRotation((1.0, 0.0, 0.0), turn)
+        start.SetScale(scale)
+        start.SetTranslation((x, y, z + drop))
+        starts.append(start)
     return starts
 
 
@@ -227,14 +226,7 @@ def _shrunk(image: sitk.Image, size: float) -> sitk.Image:
     sigma = np.where(factor > 1, 0.4 * factor * spacing, 0.01)
     smooth = sitk.SmoothingRecursiveGaussian(image, sigma.tolist())
     shape = [max(round(n / f), 4) for n, f in zip(image.GetSize(), factor, strict=True)]
-    return sitk.Resample(
-        smooth,
-        shape,
-        sitk.Transform(),
-        sitk.sitkLinear,
-        image.GetOrigin(),
-        [s * n / m for s, n, m in zip(spacing, image.GetSize(), shape, strict=True)],
-        image.GetDirection(),
-        0.0,
-        sitk.sitkFloat32,
-    )
+    voxel = [s * n / m for s, n, m in zip(spacing, image.GetSize(), shape, strict=True)]
+    place = image.GetOrigin(), voxel, image.GetDirection()
+    how = sitk.Transform(), sitk.sitkLinear
+    return sitk.Resample(smooth, shape, *how, *place, 0.0, sitk.sitkFloat32)

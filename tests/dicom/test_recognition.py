@@ -1,10 +1,12 @@
 """Which sequence a series is, from its header; what is not certain is asked."""
 
+from datetime import date
+
 import pytest
 
 from pmixseg.dicom import recognise
 from pmixseg.dicom.example import PROTOCOLS
-from pmixseg.dicom.recognition import choose, weighting
+from pmixseg.dicom.recognition import choose, visits_apart, weighting
 from pmixseg.dicom.series import Series
 from pmixseg.errors import InputError
 from pmixseg.task import BRATS
@@ -141,3 +143,19 @@ def test_a_sequence_that_the_task_lacks_is_not_used(one, reason):
     assert told.modality is None and reason in told.reason
     with pytest.raises(InputError, match=r"no series is .* reads t1, t2; say which is"):
         choose([told], ("t1", "t2"))
+
+
+@pytest.mark.parametrize(
+    ("days", "expected"),
+    [
+        ((date(2020, 2, 28), None, date(2020, 3, 1)), 2),  # a leap year
+        ((date(2019, 3, 1), date(2020, 3, 1), date(2019, 9, 9)), 366),
+        ((date(2020, 12, 31), date(2021, 1, 1), None), None),  # over midnight
+        ((date(2020, 1, 1),) * 3, None),
+        ((None, date(2020, 1, 1), None), None),
+        ((), None),
+    ],
+)
+def test_series_of_several_visits_are_told(days, expected):
+    told = visits_apart([series(n, "ax", acquired=day) for n, day in enumerate(days)])
+    assert told is expected is None or f"acquired {expected} days apart; see that" in told

@@ -427,7 +427,9 @@ def test_a_case_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     done.save(tmp_path, mask)
     before = (home / "x_brain.nii.gz").read_bytes()
     nib.save(nib.Nifti1Image(np.ones((4, 3, 2)), np.eye(4)), files["t1"])
-    with pytest.raises(InputError, match="x_t1.nii.gz is there already and no result of pmixseg"):
+    with pytest.raises(
+        InputError, match=r"x_t1\.nii\.gz is there already and no result of pmixseg"
+    ):
         done.save(tmp_path)  # a scan of somebody's own
     assert (home / "x_brain.nii.gz").read_bytes() == before and len([*home.iterdir()]) == 6
     files["t1"].unlink()

@@ -24,8 +24,7 @@ from pmixseg.task import Task
 __all__ = ["LAYOUTS", "Case", "ImageFile", "Layout", "find_cases", "load_layout", "search"]
 
 _NOT_READ = {
-    ".dcm": "DICOM: convert series to NIfTI first, with dcm2niix for one",
-    ".ima": "DICOM: convert series to NIfTI first, with dcm2niix for one",
+    **dict.fromkeys((".dcm", ".ima"), "DICOM: segment one study, or convert it with dcm2niix"),
     ".mhd": "not looked for: convert it to .mha or .nii.gz",
     ".nhdr": "not looked for: convert it to .nrrd or .nii.gz",
     ".mgz": "not looked for: convert it to .nii.gz",
