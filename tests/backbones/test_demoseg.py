@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from pmixseg.backbones import DeMoSeg
 from pmixseg.backbones.demoseg import ChannelOrder
@@ -61,6 +63,47 @@ def test_the_published_network_has_its_widths_and_fixed_sorting():
     assert [d[0][0].out_channels for d in net.downs] == [64, 128, 256, 320, 320]
     fixed = [n for n, p in net.named_parameters() if not p.requires_grad]
     assert fixed and all(".weigh." in n for n in fixed)
+
+
+def test_the_whole_network_is_the_published_one():
+    """A slow reference in plain torch: stems sort downwards but that of T1, all others upwards."""
+    torch.manual_seed(0)
+    net = DeMoSeg(width=8, levels=4).double().train()
+    for norm in (p for n, p in net.named_parameters() if "weigh." not in n and p.ndim == 1):
+        nn.init.normal_(norm)
+
+    def normed(x, *affine):
+        return F.leaky_relu(F.instance_norm(x, None, None, *affine), 0.01)
+
+    def block(x, layers, downwards=False):
+        (conv, _, norm), order = layers
+        x = F.conv3d(x, conv.weight, stride=conv.stride, padding=1)
+        y = normed(F.conv3d(normed(x, norm.weight, norm.bias), order.conv.weight, padding=1))
+        places = order.weigh(y.mean((2, 3, 4))).argsort(1, descending=downwards)[0]
+        return normed(y + y[:, places], order.norm.weight, order.norm.bias)
+
+    image = torch.randn(1, 4, 8, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        output = net(image, torch.ones(1, 4, dtype=torch.bool))
+        stems = dict(zip(net.modalities, enumerate(net.stems), strict=True))
+        own = []
+        for name in ("t1", "t1ce", "t2", "flair"):
+            m, stem = stems[name]
+            own.append(block(image[:, m : m + 1], stem, downwards=name != "t1")[:, :2])
+        # Three halvings leave two voxels of 16: the first side is padded.
+        maps = [F.pad(torch.cat(own, 1), (0, 0, 0, 0, 0, 8))]
+        for down in net.downs:
+            maps.append(block(maps[-1], down))
+        x, logits = maps.pop(), []
+        for up, decoder, skip in zip(net.ups[::-1], net.decoders[::-1], maps[::-1], strict=True):
+            both = torch.cat([F.conv_transpose3d(x, up.weight, stride=2), skip], 1)
+            x = block(both, decoder)
+            logits.append(x[:, :, : x.shape[3] // 2])
+        assert set(output.extras) == {"ds1"}, "all levels but the coarsest"
+        for actual, x, head in zip(
+            (output.extras["ds1"], output.logits), logits[1:], net.heads[::-1], strict=True
+        ):
+            torch.testing.assert_close(actual, F.conv3d(x, head.weight))
 
 
 def test_wrong_arguments_are_refused():

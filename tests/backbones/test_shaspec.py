@@ -30,6 +30,34 @@ def test_a_missing_modality_is_the_mean_of_the_shared_features():
         torch.testing.assert_close(net.decode(latents).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_whole_network_by_a_plain_forward():
+    """Encoders and decoder blocks are the U-Net's; how they are joined is written out."""
+    torch.manual_seed(0)
+    net = ShaSpec(("a", "b"), num_classes=3, width=2, levels=3).double().train()
+    image, present = torch.randn(1, 2, 8, 8, 8).double(), torch.tensor([[False, True]])
+    with torch.no_grad():
+        output = net.decode(net.encode(image, torch.ones_like(present)).restrict(present))
+        scans = image.split(1, 1)
+        shared = [net.shared(scan) for scan in scans]
+        specific = [encoder(scan) for encoder, scan in zip(net.specific, scans, strict=True)]
+        fused = []
+        for level, (mix, (join, norm)) in enumerate(zip(net.residual, net.fusions, strict=True)):
+            s, p = shared[1][level], specific[1][level]
+            own = s + F.conv3d(torch.cat([s, p], 1), mix.weight, mix.bias)
+            # Slot a is not shown: the shared features of b alone stand in its place.
+            both = F.instance_norm(F.conv3d(torch.cat([s, own], 1), join.weight))
+            assert norm.weight.eq(1).all() and norm.bias.eq(0).all()
+            fused.append(F.leaky_relu(both, 0.01))
+        x = fused.pop()
+        for up, decoder, skip in zip(net.ups[::-1], net.decoders[::-1], fused[::-1], strict=True):
+            x = decoder(torch.cat([skip, up(x)], 1))
+        torch.testing.assert_close(output.logits, F.conv3d(x, net.head.weight, net.head.bias))
+        lowest = torch.stack([maps[-1] for maps in shared], 1)
+        torch.testing.assert_close(output.extras["shared"], lowest)
+        means = torch.stack([maps[-1].mean((2, 3, 4)) for maps in specific], 1)
+        torch.testing.assert_close(output.extras["modality"], net.classifier.linear(means))
+
+
 def test_shared_encoder_is_one_and_gives_equal_features_for_equal_scans():
     net = ShaSpec(width=2, levels=2).eval()
     image = torch.randn(1, 1, 8, 8, 8).expand(1, 4, 8, 8, 8)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 from pmixseg.backbones import UHVED
@@ -88,14 +89,64 @@ def test_latents_without_variances_and_odd_widths_are_refused():
         UHVED(width=3)
 
 
+def plain(x, block):
+    for conv in block.convs:
+        normed = F.leaky_relu(F.instance_norm(x), SLOPE)
+        x = F.conv3d(normed, conv.weight, conv.bias, padding=1)
+    return x
+
+
+def test_the_whole_network_by_a_plain_forward():
+    torch.manual_seed(0)
+    net = UHVED(("a", "b"), num_classes=3, width=2).double().train()
+    # One log-variance of the finest level beyond either limit, ±10.
+    for encoder, bias in zip(net.encoders, (20.0, -20.0), strict=True):
+        torch.nn.init.constant_(encoder.blocks[0].convs[1].bias[1:], bias)
+    image, present = torch.randn(1, 2, 16, 16, 16).double(), torch.tensor([[False, True]])
+
+    def encoded(x, encoder):
+        x = F.leaky_relu(F.conv3d(x, encoder.first.weight, encoder.first.bias), SLOPE)
+        for level, block in enumerate(encoder.blocks):
+            x = plain(F.max_pool3d(x, 2) if level else x, block)
+            mean, log_variance = x.chunk(2, 1)
+            yield Normal(mean, (log_variance.clamp(-10, 10) / 2).exp())
+
+    def decoded(codes, decoder):
+        x = codes[-1]
+        for block, code in zip(decoder.blocks[::-1], codes[-2::-1], strict=True):
+            x = F.interpolate(x, scale_factor=2, mode="trilinear")
+            x = plain(torch.cat([x, code], 1), block)
+        return F.conv3d(x, decoder.last.weight, decoder.last.bias)
+
+    def product(*experts):
+        precision = 1 + sum(q.variance**-1 for q in experts)
+        mean = sum(q.mean / q.variance for q in experts) / precision
+        return Normal(mean, precision**-0.5)
+
+    with torch.no_grad():
+        latents = net.encode(image, torch.ones_like(present)).restrict(present)
+        torch.manual_seed(1)
+        output = net.decode(latents)
+        a, b = (list(encoded(image[:, m : m + 1], e)) for m, e in enumerate(net.encoders))
+        shown, full = [product(q) for q in b], [product(*both) for both in zip(a, b, strict=True)]
+        torch.manual_seed(1)
+        codes = [q.mean + q.stddev * torch.randn_like(q.mean) for q in shown]
+        torch.testing.assert_close(output.logits, decoded(codes, net.decoder))
+        for m, decoder in enumerate(net.image_decoders):
+            rebuilt = decoded(codes, decoder)[:, 0]
+            torch.testing.assert_close(output.extras["reconstruction"][:, m], rebuilt)
+        divergence = sum(
+            kl_divergence(q_all, q).mean() + kl_divergence(q, Normal(0.0, 1.0)).mean()
+            for q_all, q in zip(full, shown, strict=True)
+        )
+        torch.testing.assert_close(output.extras["divergence"], divergence.view(1))
+
+
 def test_block_is_norm_leaky_relu_convolution_twice():
     torch.manual_seed(0)
     block = Block(3, 6, 4)
     x = torch.randn(2, 3, 5, 4, 6, requires_grad=True)
-    reference = x
-    for conv in block.convs:
-        normed = F.leaky_relu(F.instance_norm(reference), SLOPE)
-        reference = F.conv3d(normed, conv.weight, conv.bias, padding=1)
+    reference = plain(x, block)
     g = torch.randn_like(reference)
     leaves = [x, *block.parameters()]
     expected = torch.autograd.grad(reference, leaves, g)
