@@ -132,6 +132,21 @@ def test_noise_has_its_strength_and_differs_between_modalities():
     assert abs(torch.corrcoef(noise[0, :2])[0, 1]) < 0.15
 
 
+def test_gamma_and_noise_are_drawn_apart():
+    changed = []
+    for only in ("gamma_probability", "noise_probability"):
+        made = Augmentation(**{**OFF, only: 0.5})(batch(100, 4))["image"]
+        changed.append((made != batch(100, 4)["image"])[:, [0, 1, 3]].flatten(2).any(2))
+    assert abs((changed[0] == changed[1]).double().mean() - 0.5) < 0.12
+
+
+def test_the_defaults_are_those_of_rfnet():
+    """Degrees up to ±10, intensities shifted by ±0.1 and scaled by 0.9 to 1.1, half flipped."""
+    default = Augmentation()
+    assert (default.rotation, default.shift, default.scale) == (10, 0.1, 0.1)
+    assert default.flip == (0.5, 0.5, 0.5)
+
+
 def test_turns_are_drawn_as_promised():
     made = Augmentation(flip=(0.5, 0.0, 1.0), resample=0.25, rotation=15.0, zoom=0.2).turns(
         keys(4000)

@@ -100,6 +100,17 @@ def test_foreground_patches_are_centred_on_every_class(store):
     assert abs(centres[3] / 300 - 0.5) < 0.1
 
 
+def test_centres_lie_in_all_of_a_large_tumour(store, monkeypatch):
+    """More voxels than are remembered of a case: those that are lie all over it."""
+    stored = store.read(store.cases[0])
+    whole, shape = stored.image.astype(np.float32), stored.image.shape[1:]
+    monkeypatch.setattr(type(stored), "label", np.full(shape, 2, np.uint8))
+    dataset = PatchDataset(store, store.cases[:1], (1, 1, 1), foreground=1.0)
+    found = [(whole == dataset[0, i]["image"].numpy()).all(0).argmax() for i in range(60)]
+    places = np.stack(np.unravel_index(found, shape), 1)
+    assert all(set(4 * places[:, a] // shape[a]) == {0, 1, 2, 3} for a in range(3))
+
+
 def test_a_share_of_patches_is_centred_on_the_tumour(store):
     dataset = PatchDataset(store, store.cases[:1], (3, 3, 3), foreground=0.25)
     hits = sum(int(dataset[0, i]["label"][1, 1, 1]) > 0 for i in range(400))

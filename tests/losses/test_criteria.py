@@ -258,6 +258,11 @@ def test_the_loss_is_the_sum_of_its_parts():
     expected = DiceCE()(output, batch, 0) + 0.1 * (rebuilt + output.extras["divergence"].mean())
     torch.testing.assert_close(loss, expected)
     loss.backward()
+    # Of what was not encoded there is no error, and the mean is over the other two.
+    output.extras["reconstruction_slots"] = present
+    errors = (output.extras["reconstruction"] - batch["image"])[present].square().mean()
+    expected = DiceCE()(output, batch, 0) + 0.1 * errors
+    torch.testing.assert_close(UHVEDCriterion(kl_weight=0.0)(output, batch, 0), expected)
 
 
 def test_shown_everything_only_the_prior_is_left():

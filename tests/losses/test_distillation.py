@@ -319,6 +319,18 @@ def test_terms_begin_with_the_constants_of_the_docs():
     assert PrototypeMatch().init_args == {"weight": 0.1, "index": -1}
     assert GramMatch().weight == 1e-4
     assert VariationalMatch().weight == 0.5
+    assert SubsetMatch().weight == 0.2  # M3AE's 0.1, with both sides moving
     self_taught = SelfDistillation()
     assert (self_taught.logit_weight, self_taught.prototype.weight) == (0.5, 0.1)
     assert self_taught.temperature == 4.0 and self_taught.student_sees == "single"
+
+
+@pytest.mark.parametrize(
+    ("term", "strides"),
+    [(LatentMatch, [2, 4]), (LatentPrototypeMatch, [2, 4]), (SubsetMatch, [4]), (GramMatch, [4])],
+)
+def test_levels_that_are_compared_where_none_are_named(term, strides):
+    made = term()
+    net = network(channels=(2, 3, 4), strides=(1, 2, 4))
+    made.bind(net, net)
+    assert [pair.stride for pair in made.pairs] == strides

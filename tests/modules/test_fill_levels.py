@@ -8,6 +8,8 @@ from pmixseg.errors import InputError
 from pmixseg.losses.anchors import MixtureAnchor
 from pmixseg.modules import load
 from pmixseg.modules.checkpoint import read_checkpoint
+from pmixseg.modules.fill import fill_with_anchor
+from pmixseg.types import Latents
 from tests.callbacks.memory_data import fit, student
 
 
@@ -23,6 +25,17 @@ def filled(module):
     finally:
         module._decode = decode
     return [level for level, usable in enumerate(read["latents"].usable) if bool(usable.all())]
+
+
+def test_each_level_is_filled_with_its_own_weights():
+    anchor = MixtureAnchor("learned")
+    anchor.bind(("a", "b", "c"), 2)
+    anchor.scores.data = torch.tensor([[1.0, 3.0, 9.0], [3.0, 1.0, 9.0]]).log()
+    features = torch.tensor([0.0, 4.0, 7.0]).view(1, 3, 1, 1, 1, 1)
+    shown = torch.tensor([[True, True, False]])
+    made = fill_with_anchor(Latents([features] * 2, ("a", "b", "c"), [shown] * 2), anchor)
+    # Over the two that are shown: 3/4 · 4 and 1/4 · 4.
+    assert [level[0, 2].item() for level in made.features] == pytest.approx([3, 1])
 
 
 def test_the_aligned_levels_are_filled_in_training_and_after_loading(tmp_path):

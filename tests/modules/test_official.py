@@ -45,6 +45,14 @@ def test_july_loss_by_hand():
     assert loss.item() == pytest.approx(2.07)
 
 
+def test_july_loss_without_a_modality_by_hand():
+    anchor, _, latents = july()
+    acquired = torch.tensor([[True, True, False, False]])
+    # P = (0.1 · 1 + 0.2 · 2) / 0.3 = 5/3; what is lacking has no term, and 1/8 stays.
+    loss = July2025Alignment()(latents, anchor, acquired, acquired)
+    assert loss.item() == pytest.approx(((2 / 3) ** 2 + (1 / 3) ** 2) / 8)
+
+
 def test_july_gradients_by_hand():
     anchor, f, latents = july()
     July2025Alignment()(latents, anchor, EVERY, EVERY).backward()

@@ -44,6 +44,7 @@ def test_values_by_hand():
     flair[[10, 190], 1, 0] = 2, 4
     t1[[10, 190, 100], 1, 1] = 1, 1, 4
     t1[10, 1, 0] = 3
+    t1[120, 1, 0] = -5  # a sum below 0 is outside of the mask
     # Sum above 0 at (10,0), (190,0), (10,1), (190,1), (100,1), inside of the crop: the last slice
     # of each axis is lost, and only x is long enough to lose one that the volume has.
     case = normalised(case_of({"flair": flair, "t1": t1}), JOINT_MASK, "float32")
@@ -75,7 +76,7 @@ def side(first, last, size):
 
 @pytest.mark.parametrize("size", [100, 155, 240])
 def test_the_crop_is_that_of_the_code_on_every_side(size):
-    for first, last in itertools.product(range(0, size, 7), repeat=2):
+    for first, last in itertools.product(range(0, size, 7), range(0, size, 4)):
         if last <= first:
             continue
         kept = side(first, last, size)

@@ -105,6 +105,13 @@ def test_primary_endpoint_is_a_paired_t_over_means_of_runs():
     assert sum(comparison.wins) == 10
 
 
+def test_four_in_five_studies_find_the_difference_that_is_called_detectable():
+    test = paired_t(np.array([[-1.0], [1.0]] * 4))
+    error = np.std([-1, 1] * 4, ddof=1) / np.sqrt(8)
+    power = stats.nct.sf(stats.t.ppf(0.975, 7), 7, test.detectable / error)
+    assert power == pytest.approx(0.8, abs=0.03)
+
+
 def test_a_case_with_fewer_combinations_weighs_as_much_as_any_other():
     full = [run(s, combinations=["flair", "t1", "flair+t1"], cases=2) for s in (0, 1)]
     few = [r[~((r["case"] == "c01") & (r["combination"] != "t1"))] for r in full]
@@ -218,9 +225,13 @@ def test_a_method_is_not_compared_with_itself_and_a_changed_table_is_told():
     assert note == "The table of b1 was changed after it was written."
 
 
-def test_for_distances_less_is_a_win():
-    better, worse = runs(1, gain=0.2), runs(1, first=0, name="b")
-    table = compare(better, worse, measure="hd95").exploratory
+@pytest.mark.parametrize("measure", ["hd95", "volume_error_ml"])
+def test_for_distances_and_errors_less_is_a_win(measure):
+    better, worse = (
+        [one.assign(volume_error_ml=-one["hd95"]) for one in side]
+        for side in (runs(1), runs(1, gain=-0.2, name="b"))
+    )
+    table = compare(better, worse, measure=measure).exploratory
     assert (table["difference"] < 0).all()
     assert (table["wins"] == table["cases"]).all()
 
@@ -312,7 +323,7 @@ def records(values, region="WT", cases=4):
 
 def test_the_one_modality_that_hurts_is_listed():
     run = records({"flair": 0.6, "t1": 0.7, "flair+t1": 0.65}, cases=6)
-    run.loc[run["combination"] == "t1", "dice"] += [0.01, -0.01] * 3
+    run.loc[run["combination"] == "flair+t1", "dice"] += [0.01, -0.01] * 3
     table = violations([run])
     assert len(table) == 1
     row = table.iloc[0]
@@ -322,6 +333,7 @@ def test_the_one_modality_that_hurts_is_listed():
     every = added_modalities([run])
     assert len(every) == 2
     assert every["change"].tolist() == pytest.approx([-0.05, 0.05])
+    assert every["clear"].tolist() == [True, False], "a clear rise is no fall"
 
 
 def test_runs_are_averaged_before_a_case_counts_as_hurt():

@@ -43,6 +43,12 @@ def test_little_enhancement_becomes_core(voxels, affine, stays):
     assert np.array_equal(result == ED, labels == ED)
 
 
+def test_the_class_that_takes_its_place_is_of_the_smallest_region_around_it():
+    task = Task("edema first", BRATS.modalities, ("ED", "NCR", "ET"), BRATS.regions)
+    labels = np.full((2, 2, 2), 3, np.uint8)
+    assert (postprocess(labels, ["et_below_500"], task, MM) == task.labels.index("NCR") + 1).all()
+
+
 @settings(max_examples=40)
 @given(maps)
 def test_the_enhancement_rule_leaves_the_other_regions(labels):

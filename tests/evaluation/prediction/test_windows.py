@@ -117,11 +117,11 @@ def test_monai_is_the_oracle_for_one_combination(tiny, blend, shape):
             (16, 16, 16),
             2,
             whole,
-            overlap=0.25,
+            overlap=0.3,
             mode="gaussian" if blend == "gaussian" else "constant",
         )
     predictions = predict_combinations(
-        tiny, image, shown[None], patch=(16, 16, 16), overlap=0.25, batch_size=2, blend=blend
+        tiny, image, shown[None], patch=(16, 16, 16), overlap=0.3, batch_size=2, blend=blend
     )
     torch.testing.assert_close(predictions, expected, rtol=0, atol=2e-6)
 

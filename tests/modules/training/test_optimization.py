@@ -112,7 +112,7 @@ def test_a_long_cycle_is_that_of_pytorch():
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         oracle.step()
-    assert rates(40, 0.3) == expected
+    assert rates(40, OneCycle().warmup_fraction) == expected
     assert rates(10, 0.1)[1] == 1.0  # a warm-up of one step
 
 
@@ -141,6 +141,17 @@ def test_a_polynomial_of_the_default_power():
         optimizer.step()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * 0.5**0.9)
+
+
+def test_a_polynomial_rises_before_it_falls():
+    optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=2.0)
+    scheduler, seen = Polynomial(power=1.0, warmup_steps=3)(optimizer, total_steps=8), []
+    for _ in range(8):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    # From 0 in four steps, of which the first is taken; then down to 0 over the other five.
+    assert seen == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.6, 1.2, 0.8, 0.4])
 
 
 def test_a_schedule_without_a_trainer_is_one_sentence():
