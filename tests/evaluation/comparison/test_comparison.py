@@ -106,10 +106,8 @@ def test_primary_endpoint_is_a_paired_t_over_means_of_runs():
 
 
 def test_four_in_five_studies_find_the_difference_that_is_called_detectable():
-    test = paired_t(np.array([[-1.0], [1.0]] * 4))
-    error = np.std([-1, 1] * 4, ddof=1) / np.sqrt(8)
-    power = stats.nct.sf(stats.t.ppf(0.975, 7), 7, test.detectable / error)
-    assert power == pytest.approx(0.8, abs=0.03)
+    shift = paired_t(np.array([[-1.0], [1.0]] * 4)).detectable / stats.sem([-1, 1] * 4)
+    assert stats.nct.sf(stats.t.ppf(0.975, 7), 7, shift) == pytest.approx(0.8, abs=0.03)
 
 
 def test_a_case_with_fewer_combinations_weighs_as_much_as_any_other():
@@ -159,8 +157,7 @@ def test_limits_are_said():
     assert f"a true difference below {points:.2f} points of Dice would be missed" in notes
     assert "3 pairs of runs are few" in notes
     assert "10 cases are too few" in notes
-    enough = compare(runs(8, cases=25), runs(8, first=9, cases=25)).notes
-    assert enough == ()
+    assert compare(runs(8, cases=25), runs(8, first=9, cases=25)).notes == ()
 
 
 def test_exploratory_table_row_by_row():
@@ -227,11 +224,9 @@ def test_a_method_is_not_compared_with_itself_and_a_changed_table_is_told():
 
 @pytest.mark.parametrize("measure", ["hd95", "volume_error_ml"])
 def test_for_distances_and_errors_less_is_a_win(measure):
-    better, worse = (
-        [one.assign(volume_error_ml=-one["hd95"]) for one in side]
-        for side in (runs(1), runs(1, gain=-0.2, name="b"))
-    )
-    table = compare(better, worse, measure=measure).exploratory
+    sides = (run(0), run(0, gain=-0.2, name="b"))
+    sides = [[one.assign(volume_error_ml=-one["hd95"])] for one in sides]
+    table = compare(*sides, measure=measure).exploratory
     assert (table["difference"] < 0).all()
     assert (table["wins"] == table["cases"]).all()
 
@@ -324,23 +319,18 @@ def records(values, region="WT", cases=4):
 def test_the_one_modality_that_hurts_is_listed():
     run = records({"flair": 0.6, "t1": 0.7, "flair+t1": 0.65}, cases=6)
     run.loc[run["combination"] == "flair+t1", "dice"] += [0.01, -0.01] * 3
-    table = violations([run])
-    assert len(table) == 1
-    row = table.iloc[0]
-    assert (row["region"], row["combination"], row["added"]) == ("WT", "t1", "flair")
-    assert row["change"] == pytest.approx(-0.05)
-    assert (row["cases"], row["hurt"], row["clear"]) == (6, 6, True)
+    (row,) = violations([run]).itertuples()
+    assert (row.region, row.combination, row.added) == ("WT", "t1", "flair")
+    assert (row.cases, row.hurt, row.clear) == (6, 6, True)
     every = added_modalities([run])
-    assert len(every) == 2
     assert every["change"].tolist() == pytest.approx([-0.05, 0.05])
-    assert every["clear"].tolist() == [True, False], "a clear rise is no fall"
+    assert every["clear"].tolist() == [True, False]  # a rise is no fall
 
 
 def test_runs_are_averaged_before_a_case_counts_as_hurt():
     better, worse = records({"a": 0.5, "a+b": 0.6}), records({"a": 0.5, "a+b": 0.45})
     assert violations([better, worse]).empty
-    alone = violations([worse]).iloc[0]
-    assert alone["hurt"] == 4
+    assert violations([worse]).iloc[0]["hurt"] == 4
     both = added_modalities([better, worse]).iloc[0]
     assert both["change"] == pytest.approx(0.025)
     assert both["hurt"] == 0

@@ -45,15 +45,18 @@ def student(**arguments):
     return StudentModule(backbone=tiny(levels=2), **arguments)
 
 
-def rates(total, share):
-    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = OneCycle(share)(optimizer, total)
+def rates_of(optimizer, scheduler, total):
     seen = []
     for _ in range(total):
         seen.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
     return seen
+
+
+def rates(total, share):
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    return rates_of(optimizer, OneCycle(share)(optimizer, total), total)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +110,7 @@ def test_one_cycle_has_any_number_of_steps(total, share):
 def test_a_long_cycle_is_that_of_pytorch():
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     oracle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=40)
-    expected = []
-    for _ in range(40):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        oracle.step()
-    assert rates(40, OneCycle().warmup_fraction) == expected
+    assert rates(40, OneCycle().warmup_fraction) == rates_of(optimizer, oracle, 40)
     assert rates(10, 0.1)[1] == 1.0  # a warm-up of one step
 
 
@@ -134,24 +132,18 @@ def test_a_rate_that_a_subclass_sets_first_is_that_of_its_optimizer():
     assert WithRate(backbone=tiny(levels=2)).configure_optimizers().defaults["lr"] == 0.125
 
 
-def test_a_polynomial_of_the_default_power():
+# Of the default power; from 0 in four steps, of which the first is taken, and down over five.
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Polynomial(), [2, 2 * 0.75**0.9, 2 * 0.5**0.9, 2 * 0.25**0.9]),
+        (Polynomial(power=1.0, warmup_steps=3), [0.5, 1, 1.5, 2, 1.6, 1.2, 0.8, 0.4]),
+    ],
+)
+def test_a_polynomial_by_hand(schedule, expected):
     optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=2.0)
-    scheduler = Polynomial()(optimizer, total_steps=4)
-    for _ in range(2):
-        optimizer.step()
-        scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * 0.5**0.9)
-
-
-def test_a_polynomial_rises_before_it_falls():
-    optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=2.0)
-    scheduler, seen = Polynomial(power=1.0, warmup_steps=3)(optimizer, total_steps=8), []
-    for _ in range(8):
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    # From 0 in four steps, of which the first is taken; then down to 0 over the other five.
-    assert seen == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.6, 1.2, 0.8, 0.4])
+    scheduler = schedule(optimizer, total := len(expected))
+    assert rates_of(optimizer, scheduler, total) == pytest.approx(expected)
 
 
 def test_a_schedule_without_a_trainer_is_one_sentence():
