@@ -84,12 +84,11 @@ def segment_study(
         images = {m: Path(place) / f"{called}_{m}.nii.gz" for m in series}
         for modality, path in images.items():
             nib.save(series[modality].volume().to_nibabel(), path)
+        given = module, images, outputs, settings
         if raw is None:
-            case = segment_files(module, images, outputs, settings, name=called, progress=progress)
+            case = segment_files(*given, name=called, progress=progress)
         else:
-            case = segment_raw(
-                module, images, outputs, settings, raw, name=called, progress=progress
-            )
+            case = segment_raw(*given, raw, name=called, progress=progress)
         onto = _same_grid(case.files["seg"], images)
         labels = np.asarray(nib.load(case.files["seg"]).dataobj)
     # Without --codes, results hold class indices.

@@ -12,7 +12,7 @@ from pmixseg.argument_checks import check_fields, checked
 from pmixseg.data.formats.colours import write_tables
 from pmixseg.data.formats.nifti import ScanReader
 from pmixseg.data.formats.outputs import volume_names, write_labels
-from pmixseg.errors import InputError
+from pmixseg.errors import InputError, stops_all
 from pmixseg.evaluation.prediction.scans import Progress, SegmentSettings
 from pmixseg.inference.outputs import CaseResult, Outputs
 from pmixseg.inference.segment import common_name
@@ -77,7 +77,12 @@ def segment_raw(
     # To atlas space, and segmented there.
     ready = preprocess_scans(images, called, brain=raw.brain, atlas=raw.atlas, centre=raw.centre)
     files = ready.save(outputs.folder / ATLAS_FOLDER)
-    result = module.segment(files, settings, codes=codes, name=called, progress=progress)
+    try:
+        result = module.segment(files, settings, codes=codes, name=called, progress=progress)
+    except InputError as error:
+        if stops_all(error) or not ready.notes:
+            raise
+        raise InputError(" ".join((str(error), "Before that:", *ready.notes))) from error
     home = outputs.folder / ATLAS_FOLDER / called
     there = replace(outputs, folder=home, png=False)
     replaced, files_in_atlas = there.of_others(result), there.write(result, files)

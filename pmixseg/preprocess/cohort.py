@@ -87,7 +87,8 @@ def preprocess_case(
     except InputError as error:
         if stops_all(error):
             raise
-        earlier = [home for home in out.glob("*") if home.name == case.case_id]
+        made = (file.parent for file in out.glob("*/*_preprocess.json"))
+        earlier = [home for home in made if home.name == case.case_id]
         stays = "".join(f" What an earlier run made of it stays in {home}." for home in earlier)
         return Done(case.case_id, problem=f"{error}{stays}")
     return Done(case.case_id, (*done.notes, *notes))

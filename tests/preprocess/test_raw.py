@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -217,6 +218,15 @@ def test_a_result_comes_back_where_the_tumour_is(patient, ready, module, tmp_pat
     assert 2 * (a & b).sum() / (a.sum() + b.sum()) >= 0.9
 
 
+def test_a_refusal_tells_what_preprocessing_doubted(patient, ready, tmp_path, monkeypatch):
+    doubted = replace(ready, notes=("the brain mask has 5 ml; give a better one.",))
+    monkeypatch.setattr("pmixseg.inference.raw.preprocess_scans", lambda *_, **__: doubted)
+    model = StudentModule(backbone=Bright(), fill="zero").eval()  # it knows no preparation
+    with pytest.raises(InputError) as told:
+        segment_raw(model, patient["files"], Outputs(tmp_path), name="x")
+    assert str(told.value).endswith(" Before that: the brain mask has 5 ml; give a better one.")
+
+
 @pytest.mark.slow
 def test_everything_is_kept(patient, module, tmp_path):
     raw = RawSettings(brain=str(patient["mask"]), onto="flair")
@@ -367,6 +377,9 @@ def test_a_result_in_the_place_of_a_label_becomes_no_annotation(still, tmp_path)
     save("t1.nii.gz", np.ones_like(head))
     (done,) = preprocess_cohort([case], out, brain=mask, workers=0)
     assert done.problem.endswith(f"no head. What an earlier run made of it stays in {out / 'x'}.")
+    (out / "x" / "x_preprocess.json").unlink()  # then it may be of anybody
+    (done,) = preprocess_cohort([case], out, brain=mask, workers=0)
+    assert done.problem.endswith("no head.")
 
 
 def test_every_format_unit_and_silence_is_read_as_elsewhere(still, module, tmp_path):
