@@ -17,6 +17,9 @@ from pmixseg.errors import InputError
 SETTINGS = (".yaml", ".yml", ".json")
 """Endings of files that hold settings."""
 
+NULL = re.compile(r"((?<![^=[,])|(?<=[:,] ))None(?![^],}])")
+"""Null as Python writes it, and so wandb in the commands of a sweep."""
+
 
 def options(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """Yield every flag with its value: ``--name value`` or ``--name=value``.

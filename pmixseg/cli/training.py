@@ -27,7 +27,9 @@ from pmixseg.callbacks.run import RunCheckpoint, RunLogger
 from pmixseg.callbacks.silence import silence_lightning
 from pmixseg.callbacks.temperatures import TemperatureFitting
 from pmixseg.cli.arguments import (
+    NULL,
     config_files,
+    flag_name,
     lost_file,
     options,
     repeated,
@@ -126,7 +128,7 @@ class TrainingCLI(LightningCLI):
     """Model and data by class or YAML, alignment and distillation as top-level groups."""
 
     def __init__(self, args: Sequence[str], modules: Sequence[str] = ()) -> None:
-        words = [current_word(word) for word in args]
+        words = [NULL.sub("null", current_word(word)) for word in args]
         if twice := repeated(words):
             raise UsageError(f"{twice} is given more than once; keep one of them.")
         if lost := lost_file(words):
@@ -180,8 +182,13 @@ class TrainingCLI(LightningCLI):
         self._refuse_what_cannot_be()
 
     def _refuse_what_cannot_be(self) -> None:
-        """Refuse a value that is lacking, and a model of no kind; jsonargparse accepts both."""
+        """Refuse odd numbers, lacking values and a model of no kind; jsonargparse takes them."""
         settings = self.config[self.words[0]]
+        flat = {flag_name(f"--{k}"): v for k, v in vars(settings.as_flat()).items()}
+        for name, value in options(self.words):
+            number = flat.get(flag := flag_name(name))
+            if ":" in (value or "") and isinstance(number, int | float):
+                raise UsageError(f"{flag}: YAML reads {value} as {number}; write {number}.")
         if settings.weights_only is False:
             raise UsageError(
                 "--weights_only false would let a checkpoint run code; leave it out, and name a "

@@ -85,6 +85,8 @@ FIT = ("fit", "--model=StudentModule", "--data.store=nowhere")
         ("--model.task=lost.yaml", "--model.task: the file lost.yaml does not exist; correct its"),
         ("--data.split=lost.yml", "--data.split: the file lost.yml does not exist; correct its"),
         ("--ckpt_path", "--ckpt_path needs one value; give it."),
+        ("--data.seed=1:30", "--data.seed: YAML reads 1:30 as 90; write 90."),
+        ("--model.optimizer.init_args.lr=1:0.5", "--model.optimizer.lr: YAML reads 1:0.5 as 60.5;"),
         ("--force=true", "--force takes no value; leave out true."),
         (
             "--model.sampler=FixedList",

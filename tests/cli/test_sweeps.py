@@ -129,6 +129,20 @@ def test_the_command_line_reads_every_expanded_command(name, capsys):
                 assert anchor["init_args"] == {"modality": "t1ce"}
 
 
+def test_a_value_of_a_sweep_may_be_null(capsys):
+    """Python writes it as None, and so does wandb, also within a mapping of nested parameters."""
+    values = {"model.anchor": None, "model.fill_levels": None, "run": None}
+    values |= {"data": {"masks": None, "seed": 5}, "align": {"levels": [-1], "anchor": None}}
+    _, *words = command("anchors-grid.yaml", {k: {"value": v} for k, v in values.items()})
+    assert "--run=None" in words
+    with pytest.raises(SystemExit):
+        main([words[0], "--print_config", *words[1:]])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["data"]["masks"], config["data"]["seed"], config["run"]) == (None, 5, None)
+    assert (config["align"]["levels"], config["align"]["anchor"]) == ([-1], None)
+    assert config["model"]["init_args"]["anchor"] is None
+
+
 def test_the_printed_loop_is_the_same_grid():
     text = (FOLDER / "README.md").read_text()
     (loop,) = re.findall(r"```bash\n(for anchor.*?)```", text, re.DOTALL)
