@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import re
 from abc import ABC, abstractmethod
@@ -378,8 +379,9 @@ def complete_gradients(module: nn.Module, optimizers: Sequence[Optimizer]) -> No
     """
     groups: Sequence[Iterable[nn.Parameter]]
     groups = [group["params"] for one in optimizers for group in one.param_groups]
-    for parameters in groups or [module.parameters()]:
-        for parameter in parameters:
+    advice = "remove it, or use it in every step"
+    with explained("a lazy layer of the network was not used", advice, ValueError):
+        for parameter in itertools.chain(*(groups or [module.parameters()])):
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 

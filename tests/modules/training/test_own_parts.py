@@ -6,9 +6,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch.optim.lr_scheduler import StepLR
 
+from pmixseg.backbones import MultiEncoderUNet
 from pmixseg.callbacks import Distillation, PmixAlignment, RunCheckpoint
+from pmixseg.errors import InputError
 from pmixseg.modules import StudentModule, TeacherModule
 from pmixseg.modules.pretraining import MaskedPretraining
+from pmixseg.task import BRATS
 from tests.callbacks.memory_data import MemoryData, fit, quiet_trainer, tiny
 
 
@@ -161,3 +164,22 @@ def test_what_a_users_own_code_has_done_is_gone_on_with(tmp_path, kind, rate):
     assert whole[-1] == pytest.approx(rate)
     for one, other in zip(whole, resumed, strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+@pytest.mark.parametrize("other", [{"levels": 2}, {"modalities": ("t1", "t2")}, {"num_classes": 2}])
+def test_a_backbone_put_in_place_of_another_fits_its_module(tmp_path, other):
+    module = StudentModule(backbone=tiny())
+    module.backbone = MultiEncoderUNet(
+        **{"modalities": BRATS.modalities, "num_classes": 4, "width": 4, "levels": 3, **other}
+    )
+    with pytest.raises(InputError, match=r"was replaced by one with .*; make a new StudentModule"):
+        fit(tmp_path, module)
+    module.backbone = tiny()
+    fit(tmp_path, module)
+
+
+def test_a_lazy_layer_that_nothing_uses_is_one_sentence(tmp_path):
+    module = StudentModule(backbone=tiny())
+    module.backbone.unused = torch.nn.LazyConv3d(3, 1)
+    with pytest.raises(InputError, match="a lazy layer of the network was not used"):
+        fit(tmp_path, module)
