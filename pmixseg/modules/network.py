@@ -211,13 +211,6 @@ class SegmentationNetwork(LightningModule, Described):
                 compiler put around it, or data of another task.
         """
         check_stage(self, stage)
-        made = self.modalities, self.num_classes, self.anchor and self.anchor.levels
-        net = self.backbone
-        if made != (net.modalities, net.num_classes, self.anchor and len(net.channels)):
-            raise InputError(
-                "the backbone was replaced by one with other modalities, classes or levels; make a "
-                f"new {type(self).__name__} with it: backbone=..."
-            )
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             check_task(data, self.task)

@@ -95,11 +95,27 @@ def check_dtype(module: nn.Module) -> None:
         )
 
 
+def check_backbone(module: Any) -> None:
+    """Refuse a backbone that was put into a module that was made for another.
+
+    Raises:
+        InputError: it has other modalities, classes or levels than the module.
+    """
+    net, anchor = module.backbone, module.anchor
+    made = module.modalities, module.num_classes, anchor and anchor.levels
+    if made != (net.modalities, net.num_classes, anchor and len(net.channels)):
+        raise InputError(
+            "the backbone was replaced by one with other modalities, classes or levels; make a "
+            f"new {type(module).__name__} with it: backbone=..."
+        )
+
+
 def check_stage(module: LightningModule, stage: str) -> None:
     """Refuse what would change a model or its steps; say so where there is nothing to do."""
     # Lightning reads it from RANK or SLURM_PROCID, also where this process runs on its own.
     rank_zero_only.rank = module.trainer.global_rank  # type: ignore[attr-defined]  # as Lightning does
     check_dtype(module)
+    check_backbone(module)
     check_machine(module.trainer)
     name = f"limit_{stage.replace('validate', 'val')}_batches"
     if stage != "fit" and not getattr(module.trainer, name):
