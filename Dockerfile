@@ -1,6 +1,6 @@
 # CPU:   docker build -t pmixseg .
 # CUDA:  docker build -t pmixseg:cuda --build-arg TORCH_BACKEND=cu130 .
-# Check: docker run --rm -v "$PWD/work:/work" pmixseg quickstart
+# Check: docker run --rm -v "$PWD/work:/workspace" pmixseg quickstart
 FROM python:3.11-slim-bookworm
 
 # Which build of PyTorch: cpu, or a CUDA version. CUDA's libraries come with PyTorch, so the image
@@ -23,8 +23,8 @@ RUN uv pip install --torch-backend "$TORCH_BACKEND" -c constraints.txt '.[parque
     && pmixseg --version
 
 # Not root, and any --user may write where its folder is mounted.
-RUN useradd --create-home --uid 1000 pmixseg && mkdir /work && chmod 1777 /work
+RUN useradd --create-home --uid 1000 pmixseg && mkdir /workspace && chmod 1777 /workspace
 USER 1000
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["pmixseg"]
 CMD ["--help"]

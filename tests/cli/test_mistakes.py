@@ -4,7 +4,6 @@ import pytest
 import yaml
 
 from pmixseg.cli import main
-from pmixseg.cli.arguments import repeated
 from pmixseg.cli.mistakes import complaint
 from tests.cli.test_training import TINY
 
@@ -144,13 +143,6 @@ def test_files_named_by_settings_are_read(tmp_path, capsys, monkeypatch, folder,
     assert data["task"]["modalities"] == ["a", "b"]
     assert data["split"]["class_path"] == "pmixseg.data.Fractions"
     assert data["split"]["init_args"]["train"] == 0.5
-
-
-def test_a_list_is_appended_to_by_flags_of_one_name():
-    entry = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/dice"]
-    assert repeated(["fit", *entry, "-c", "a", "-c", "b", *entry, "--data.seed", "-1"]) is None
-    assert repeated(["fit", *entry, entry[1]]) == "--trainer.callbacks.monitor"
-    assert repeated(["fit", "--run", "a", "--run=b"]) == "--run"
 
 
 def test_a_wrong_flag_of_a_nested_class(capsys):
@@ -359,13 +351,6 @@ def test_a_complaint_of_lightning_is_a_sentence(phantom_store, tmp_path, capsys,
     assert code == 1
     assert last.startswith("pmixseg: ")
     assert sentence in last
-
-
-def test_no_more_processes_are_started_than_cores_can_carry(phantom_store, tmp_path, capsys):
-    command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
-    assert main([*command, "--trainer.devices=999"]) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("pmixseg: devices 999 (--trainer.devices) would start as many ")
 
 
 def test_a_rank_that_is_no_number(monkeypatch, capsys):

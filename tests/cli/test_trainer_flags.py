@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 
 from pmixseg.argument_checks import nearest
 from pmixseg.cli import main
-from pmixseg.cli.arguments import split_class, with_split_class
+from pmixseg.cli.arguments import repeated, split_class, with_split_class
 from pmixseg.cli.training import TrainingCLI
 from pmixseg.cli.training_parser import whole_numbers_first
 from pmixseg.errors import InputError
@@ -259,3 +259,17 @@ def test_help_of_a_split_is_shown(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--data.split.help", "Fractions"])
     assert "Split at random by shares of the cohort" in capsys.readouterr().out
+
+
+def test_a_list_is_appended_to_by_flags_of_one_name():
+    entry = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/dice"]
+    assert repeated(["fit", *entry, "-c", "a", "-c", "b", *entry, "--data.seed", "-1"]) is None
+    assert repeated(["fit", *entry, entry[1]]) == "--trainer.callbacks.monitor"
+    assert repeated(["fit", "--run", "a", "--run=b"]) == "--run"
+
+
+def test_no_more_processes_are_started_than_cores_can_carry(phantom_store, tmp_path, capsys):
+    command = ["fit", f"--run={tmp_path}", f"--data.store={phantom_store}", *TINY]
+    assert main([*command, "--trainer.devices=999"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("pmixseg: devices 999 (--trainer.devices) would start as many ")

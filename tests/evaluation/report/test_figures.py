@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from pmixseg.data.formats.colours import class_colours
-from pmixseg.evaluation.records.curves import Chart
+from pmixseg.errors import InputError
+from pmixseg.evaluation.records.curves import Chart, read_curves
 from pmixseg.evaluation.records.measures import HD95
 from pmixseg.evaluation.records.records import Records
 from pmixseg.evaluation.records.sidecar import Sidecar
@@ -201,3 +202,19 @@ def test_a_run_that_misses_tumours_does_not_win_by_having_no_distance(tmp_path):
     assert "textbf" not in latex and "% cases: 6 to 12\n" in latex
     assert "textbf" in (files / "table_dice.tex").read_text()
     assert pd.read_csv(files / "table_hd95.csv")["cases"].tolist() == [6, 12] * 3
+
+
+def test_curves_are_grouped_by_name(tmp_path):
+    run = make_run(tmp_path, "r", made_up_rows(1), pictures=())
+    charts = {chart.title: chart.curves for chart in read_curves(run)}
+    assert list(charts) == ["train", "val/dice", "anchor/level1"]
+    assert charts["train"]["loss"].tolist() == [1, 0.5]
+    assert charts["val/dice"]["mean"].to_dict() == {0: 0.2, 1: 0.4}
+    assert list(charts["val/dice"]) == ["mean", "WT"]
+    (run / "metrics.csv").write_text("")
+    assert read_curves(run) == []
+    damaged = {b"epoch,train/loss\n0,x\n": "hold other things", b"\xff\xfe\n": "cannot be read"}
+    for content, words in (damaged | {b"\xff\xfe\x00": ""}).items():
+        (run / "metrics.csv").write_bytes(content)
+        with pytest.raises(InputError, match=rf"metrics\.csv.* {words}"):
+            read_curves(run)

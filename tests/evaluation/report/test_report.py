@@ -361,22 +361,6 @@ def test_remarks_say_what_differs():
     assert "Not every case has every sequence (r)" in alone
 
 
-def test_curves_are_grouped_by_name(tmp_path):
-    run = make_run(tmp_path, "r", made_up_rows(1), pictures=())
-    charts = {chart.title: chart.curves for chart in read_curves(run)}
-    assert list(charts) == ["train", "val/dice", "anchor/level1"]
-    assert charts["train"]["loss"].tolist() == [1, 0.5]
-    assert charts["val/dice"]["mean"].to_dict() == {0: 0.2, 1: 0.4}
-    assert list(charts["val/dice"]) == ["mean", "WT"]
-    (run / "metrics.csv").write_text("")
-    assert read_curves(run) == []
-    damaged = {b"epoch,train/loss\n0,x\n": "hold other things", b"\xff\xfe\n": "cannot be read"}
-    for content, words in (damaged | {b"\xff\xfe\x00": ""}).items():
-        (run / "metrics.csv").write_bytes(content)
-        with pytest.raises(InputError, match=rf"metrics\.csv.* {words}"):
-            read_curves(run)
-
-
 def test_gap_before_and_after_beside_dice(tmp_path):
     plain = make_run(tmp_path, "plain", made_up_rows())
     aligned = make_run(tmp_path, "aligned", made_up_rows(seed=1))
